@@ -1,0 +1,117 @@
+"""Every error this package raises, as one small tree.
+
+MicroVMError
+├── UsageError              bad input: an option, a key, a path, a value
+│   ├── KitError            a kit file that cannot be used
+│   └── PolicyError         a path or a name that leaves what was granted
+├── HostError               this computer lacks something: a program, a permission, memory, disk
+│   ├── HypervisorMissing
+│   └── BudgetExhausted     the host budget can never hold what was asked for
+├── ImageError              an image that cannot be found, built or trusted
+│   └── BuildError          a build step failed
+└── MachineError            a machine did not do what was asked
+    ├── BootError           no hello in time (the machine never reached its work): outcome ``infra``
+    ├── MachineCrashed      the machine ended while it was in use: outcome ``crashed``
+    ├── ProtocolViolation   the guest sent what the protocol forbids; the machine is ended
+    ├── TransferError       files could not be moved
+    └── QuotaExceeded       a limit the host enforces was reached: outcome ``quota``
+"""
+
+from __future__ import annotations
+
+
+class MicroVMError(Exception):
+    """Base of every error of this package.
+
+    Args:
+        brief: What happened, in one line.
+        details: Why, with evidence (a program's last lines, a console's tail).
+        resolution: What to do next.
+    """
+
+    def __init__(self, brief: str, *, details: str = "", resolution: str = "") -> None:
+        super().__init__(brief)
+        self.brief = brief
+        self.details = details
+        self.resolution = resolution
+
+    def __str__(self) -> str:
+        lines = [self.brief]
+        if self.details:
+            lines += ["  " + line for line in self.details.splitlines()]
+        if self.resolution:
+            lines.append("next step: " + self.resolution)
+        return "\n".join(lines)
+
+
+class UsageError(MicroVMError):
+    """Input that cannot be used: an option, a configuration key, a path, a value."""
+
+
+class KitError(UsageError):
+    """A kit file that cannot be used."""
+
+
+class PolicyError(UsageError):
+    """A path or a name that leaves what was granted."""
+
+
+class HostError(MicroVMError):
+    """This computer lacks something: a program, a permission, memory or disk."""
+
+
+class HypervisorMissing(HostError):
+    """No usable hypervisor is installed."""
+
+
+class BudgetExhausted(HostError):
+    """The host budget can never hold what was asked for."""
+
+
+class ImageError(MicroVMError):
+    """An image that cannot be found, built or trusted."""
+
+
+class BuildError(ImageError):
+    """A step of an image build failed."""
+
+
+class MachineError(MicroVMError):
+    """A machine did not do what was asked."""
+
+
+class BootError(MachineError):
+    """A machine never said hello (outcome ``infra``)."""
+
+
+class MachineCrashed(MachineError):
+    """A machine ended while it was in use (outcome ``crashed``)."""
+
+
+class ProtocolViolation(MachineError):
+    """A guest sent what the protocol forbids; its machine has been ended."""
+
+
+class TransferError(MachineError):
+    """Files could not be moved in or out of a machine."""
+
+
+class QuotaExceeded(MachineError):
+    """A limit the host enforces was reached (outcome ``quota``).
+
+    Args:
+        quota: The name of the limit, such as ``timeout``.
+        limit: What was allowed, in the quota's unit (bytes or seconds).
+        observed: What the host saw, in the same unit.
+    """
+
+    def __init__(self, quota: str, limit: float, observed: float, *, details: str = "") -> None:
+        unit = " s" if quota in {"timeout", "cpu_seconds", "lifetime"} else ""
+        super().__init__(
+            f"{quota}: limit {limit:g}{unit}, observed {observed:.4g}{unit}",
+            details=details,
+            resolution=f"raise the quota ({quota}=...) or make the work smaller",
+        )
+        self.quota = quota
+        self.limit = limit
+        self.observed = observed
