@@ -1,0 +1,42 @@
+"""Throwaway microVMs for pytest, CI and agents.
+
+Names are loaded when first used: pytest imports this package in every run, used or not.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded, UsageError
+    from pytest_microvm.machine import MicroVM
+    from pytest_microvm.spec import MachineSpec
+
+_HOMES = {
+    "MachineCrashed": "errors",
+    "MachineError": "errors",
+    "MachineSpec": "spec",
+    "MicroVM": "machine",
+    "MicroVMError": "errors",
+    "QuotaExceeded": "errors",
+    "UsageError": "errors",
+}
+
+__all__ = [
+    "MachineCrashed",
+    "MachineError",
+    "MachineSpec",
+    "MicroVM",
+    "MicroVMError",
+    "QuotaExceeded",
+    "UsageError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's module when the name is first asked for (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415 - only when a name is used
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,62 @@
+"""The guest's end of a virtio-serial port: a file descriptor and a channel."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from pytest_microvm.wire.channel import Channel
+from pytest_microvm.wire.frames import Kind
+
+if TYPE_CHECKING:
+    from pytest_microvm.wire.channel import Event
+
+PORTS = "/sys/class/virtio-ports"
+
+
+def open_port(name: str) -> int:
+    """Return a descriptor of the virtio-serial port called ``name``.
+
+    Raises:
+        FileNotFoundError: The machine has no such port.
+    """
+    for device in os.listdir(PORTS):
+        with open(f"{PORTS}/{device}/name") as file:
+            if file.read().strip() == name:
+                return os.open(f"/dev/{device}", os.O_RDWR | os.O_CLOEXEC)
+    raise FileNotFoundError(f"no virtio-serial port is called {name!r}")
+
+
+class Port:
+    """A channel on a descriptor; reading and writing block.
+
+    A clone's host end is new while this end is as old as its template, so a hello from the host
+    starts the channel anew. Templates are only cut while no stream is open and nothing is under way.
+    """
+
+    def __init__(self, fd: int, role: str) -> None:
+        self.fd = fd
+        self._role = role
+        self.channel = Channel(role)
+        self.generation = 0
+
+    def receive(self) -> list[Event]:
+        """Wait for bytes and return the events in them.
+
+        Raises:
+            EOFError: The host has closed the port.
+            WireError: The host broke the protocol.
+        """
+        data = os.read(self.fd, 65536)
+        if not data:
+            raise EOFError("the host closed the port")
+        if data[0] == Kind.HELLO and self.channel.peer is not None and not self.channel.pending:
+            self.channel = Channel(self._role)
+            self.generation += 1
+        return self.channel.receive(data)
+
+    def flush(self) -> None:
+        """Write what the channel has to send."""
+        view = memoryview(self.channel.take())
+        while view:
+            view = view[os.write(self.fd, view) :]

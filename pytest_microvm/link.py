@@ -1,0 +1,439 @@
+"""The host's end of a guest's port: a socket, a channel, requests and byte streams.
+
+One daemon thread per process (:class:`_Reactor`) reads every guest's sockets; callers wait on
+conditions. Nothing a guest does or leaves undone can block that thread or grow memory beyond
+``WINDOW`` bytes per stream, ``MAX_PAYLOAD`` per message and one reply per request made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation
+from pytest_microvm.wire.channel import Channel, Closed, Data, Hello, Message
+from pytest_microvm.wire.frames import WireError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_READ_SIZE = 256 * 1024
+
+
+class GuestError(MachineError):
+    """The guest answered a request with an error.
+
+    Args:
+        kind: The guest's exception name, such as ``FileNotFoundError`` (untrusted text).
+        message: Its message (untrusted text).
+        errno: Its error number, or 0.
+    """
+
+    def __init__(self, kind: str, message: str, errno: int = 0) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind = kind
+        self.message = message
+        self.errno = errno
+
+
+class _Reactor:
+    """The process's one I/O thread: calls back when a socket is ready."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._lock = threading.Lock()
+        self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector.register(self._wake_in, selectors.EVENT_READ, None)
+        threading.Thread(target=self._run, name="microvm-io", daemon=True).start()
+
+    def set(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
+        """Call ``callback(mask)`` on the I/O thread whenever ``sock`` has one of ``events``."""
+        with self._lock:
+            if sock in self._selector.get_map():
+                self._selector.modify(sock, events, callback)
+            else:
+                self._selector.register(sock, events, callback)
+        self._wake()
+
+    def remove(self, sock: socket.socket) -> None:
+        """Forget ``sock`` (call before closing it)."""
+        with self._lock, contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(sock)
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # the pipe is full: it will wake anyway
+            os.write(self._wake_out, b"x")
+
+    def _run(self) -> None:
+        while True:
+            ready = self._selector.select()
+            for key, mask in ready:
+                if key.data is None:
+                    os.read(self._wake_in, 4096)
+                else:
+                    key.data(mask)
+
+
+_reactor: _Reactor | None = None
+_reactor_pid = 0
+_reactor_lock = threading.Lock()
+
+
+def reactor() -> _Reactor:
+    """Return this process's I/O thread, starting it at first use (and again after a fork)."""
+    global _reactor, _reactor_pid
+    with _reactor_lock:
+        if _reactor is None or _reactor_pid != os.getpid():
+            _reactor, _reactor_pid = _Reactor(), os.getpid()
+        return _reactor
+
+
+class Drain:
+    """Read a socket for good and keep its last ``size`` bytes (a machine's console)."""
+
+    def __init__(self, sock: socket.socket, size: int = 64 * 1024) -> None:
+        self._sock = sock
+        self._size = size
+        self._tail = bytearray()
+        self._lock = threading.Lock()
+        sock.setblocking(False)
+        reactor().set(sock, selectors.EVENT_READ, self._ready)
+
+    def tail(self) -> bytes:
+        """Return what came last, at most ``size`` bytes; what is still in the socket is read first."""
+        self._read()
+        with self._lock:
+            return bytes(self._tail[-self._size :])
+
+    def close(self) -> None:
+        """Stop reading."""
+        reactor().remove(self._sock)
+        self._sock.close()
+
+    def _ready(self, _mask: int) -> None:
+        if not self._read():
+            reactor().remove(self._sock)
+
+    def _read(self) -> bool:
+        with self._lock:
+            try:
+                data = self._sock.recv(_READ_SIZE)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            self._tail += data
+            del self._tail[: -self._size]
+            return bool(data)
+
+
+class Request:
+    """A request that was sent; wait for its reply."""
+
+    def __init__(self, link: Link, number: int, op: str) -> None:
+        self._link = link
+        self._number = number
+        self._op = op
+        self.reply: dict[str, Any] | None = None
+
+    def wait(self, timeout: float | None = None) -> dict[str, Any]:
+        """Return the reply's ``result``.
+
+        Raises:
+            TimeoutError: No reply within ``timeout`` seconds; the request is abandoned.
+            GuestError: The guest answered with an error.
+            MachineCrashed: The machine ended first.
+        """
+        link = self._link
+        with link.changed:
+            answered = link.changed.wait_for(lambda: self.reply is not None or link.failure, timeout)
+            if self.reply is None and link.failure:
+                raise link.failure
+            if not answered or self.reply is None:
+                link.abandon(self._number)
+                raise TimeoutError(f"no answer to {self._op!r} within {timeout:g} s")
+        error = self.reply.get("error")
+        if isinstance(error, dict):
+            number = error.get("errno")
+            raise GuestError(
+                str(error.get("type", "Error"))[:200],
+                str(error.get("message", ""))[:10_000],
+                number if type(number) is int else 0,
+            )
+        result = self.reply.get("result")
+        return result if isinstance(result, dict) else {}
+
+    @property
+    def done(self) -> bool:
+        """Whether an answer (or the machine's end) is there."""
+        return self.reply is not None or self._link.failure is not None
+
+
+class Stream:
+    """A byte stream between host and guest, with the guest's end named by ``number``."""
+
+    def __init__(self, link: Link, number: int) -> None:
+        self._link = link
+        self.number = number
+        self._received = bytearray()
+        self._ended = False
+        self._discarding = False
+
+    def read(self, size: int = 65536, timeout: float | None = None) -> bytes:
+        """Return between 1 and ``size`` bytes as soon as any are there, b"" at the end.
+
+        Raises:
+            TimeoutError: Nothing came within ``timeout`` seconds.
+            MachineCrashed: The machine ended before the stream did.
+        """
+        link = self._link
+        with link.changed:
+            ready = link.changed.wait_for(lambda: self._received or self._ended or link.failure, timeout)
+            if not ready:
+                raise TimeoutError(f"nothing came within {timeout:g} s")
+            data = bytes(self._received[:size])
+            del self._received[:size]
+            if not data and not self._ended and link.failure:
+                raise link.failure
+            link.channel.consumed(self.number, len(data))
+        link.flush()
+        return data
+
+    def read_all(self, limit: int, timeout: float | None = None) -> bytes:
+        """Return everything up to the stream's end.
+
+        Raises:
+            TimeoutError: The end did not come within ``timeout`` seconds.
+            ProtocolViolation: More than ``limit`` bytes came.
+            MachineCrashed: The machine ended before the stream did.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        parts: list[bytes] = []
+        total = 0
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            data = self.read(timeout=left)
+            if not data:
+                return b"".join(parts)
+            parts.append(data)
+            total += len(data)
+            if total > limit:
+                raise ProtocolViolation(f"the guest sent more than {limit} bytes where no more are allowed")
+
+    def write(self, data: bytes, timeout: float | None = None) -> None:
+        """Send all of ``data``; waits while the guest has not consumed what was sent before.
+
+        Raises:
+            TimeoutError: The guest did not take it within ``timeout`` seconds.
+            BrokenPipeError: The guest has closed its end.
+            MachineCrashed: The machine ended.
+        """
+        link = self._link
+        view = memoryview(data)
+        while view:
+            with link.changed:
+                if link.failure:
+                    raise link.failure
+                if not link.channel.is_open(self.number):
+                    raise BrokenPipeError(f"stream {self.number} is closed")
+                sent = link.channel.write(self.number, bytes(view[:65536]))
+                if not sent:
+                    granted = link.changed.wait(timeout)
+                    if not granted:
+                        raise TimeoutError(f"the guest took nothing for {timeout:g} s")
+            view = view[sent:]
+            link.flush()
+
+    def close(self) -> None:
+        """Tell the guest that no more will be sent."""
+        with self._link.changed:
+            self._link.channel.close(self.number)
+        self._link.flush()
+
+    def discard(self) -> None:
+        """Close this end and throw away whatever still comes."""
+        with self._link.changed:
+            self._discarding = True
+            self._link.channel.consumed(self.number, len(self._received))
+            self._received.clear()
+            self._link.channel.close(self.number)
+        self._link.flush()
+
+    def _came(self, data: bytes) -> None:
+        if self._discarding:
+            self._link.channel.consumed(self.number, len(data))
+        else:
+            self._received += data
+
+    def _end(self) -> None:
+        self._ended = True
+        self._link.channel.close(self.number)  # both directions end together unless closed before
+
+
+class Link:
+    """A connection to one port of a guest.
+
+    Args:
+        sock: A connected stream socket; owned from here on.
+        on_violation: Called once, on the I/O thread, when the guest breaks the protocol.
+    """
+
+    def __init__(self, sock: socket.socket, on_violation: Callable[[], None] = lambda: None) -> None:
+        self.channel = Channel("host")
+        self.changed = threading.Condition()
+        self.failure: MachineError | None = None
+        self.bytes_received = 0
+        self.bytes_sent = 0
+        self._sock = sock
+        self._on_violation = on_violation
+        self._out = bytearray()
+        self._closed = False
+        self._requests: dict[int, Request] = {}
+        self._abandoned: set[int] = set()
+        self._streams: dict[int, Stream] = {}
+        self._next_request = 1
+        self._next_stream = 1
+        sock.setblocking(False)
+        reactor().set(sock, selectors.EVENT_READ, self._ready)
+        self.flush()
+
+    def wait_hello(self, timeout: float | None) -> Hello:
+        """Return the guest's hello.
+
+        Raises:
+            TimeoutError: It did not come within ``timeout`` seconds.
+            MachineCrashed: The machine ended first.
+        """
+        with self.changed:
+            self.changed.wait_for(lambda: self.channel.peer or self.failure, timeout)
+            if self.failure:
+                raise self.failure
+            if self.channel.peer is None:
+                raise TimeoutError(f"no hello from the guest within {timeout:g} s")
+            return self.channel.peer
+
+    def request(self, op: str, **arguments: Any) -> Request:
+        """Send a request without waiting for its reply.
+
+        Raises:
+            MachineCrashed: The machine has ended.
+            ValueError: The arguments do not fit into one message.
+        """
+        with self.changed:
+            if self.failure:
+                raise self.failure
+            number = self._next_request
+            request = Request(self, number, op)
+            self.channel.send({"id": number, "op": op, **arguments})
+            self._next_request += 1
+            self._requests[number] = request
+        self.flush()
+        return request
+
+    def call(self, op: str, *, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
+        """Send a request and return its reply's result (errors as :meth:`Request.wait`)."""
+        return self.request(op, **arguments).wait(timeout)
+
+    def open_stream(self) -> Stream:
+        """Open a stream; name its ``number`` in the request that tells the guest what it is for."""
+        with self.changed:
+            stream = Stream(self, self._next_stream)
+            self.channel.open(stream.number)
+            self._streams[stream.number] = stream
+            self._next_stream += 1
+        return stream
+
+    def abandon(self, number: int) -> None:
+        """Expect that the reply to request ``number`` may still come, and ignore it."""
+        if self._requests.pop(number, None):
+            self._abandoned.add(number)
+
+    def close(self) -> None:
+        """Drop the connection; whoever waits gets :class:`MachineCrashed`."""
+        self._fail(MachineCrashed("the machine was ended"))
+
+    def flush(self) -> None:
+        """Send what is queued, as far as the socket takes it now; the I/O thread sends the rest."""
+        with self.changed:
+            if self._closed:
+                return
+            self._out += self.channel.take()
+            try:
+                while self._out:
+                    sent = self._sock.send(memoryview(self._out)[:_READ_SIZE])
+                    self.bytes_sent += sent
+                    del self._out[:sent]
+            except BlockingIOError:
+                pass
+            except OSError:
+                self._out.clear()  # the reading side reports the end
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._out else 0)
+            if events != getattr(self, "_events", selectors.EVENT_READ):
+                reactor().set(self._sock, events, self._ready)
+            self._events = events
+
+    def _ready(self, mask: int) -> None:
+        if mask & selectors.EVENT_WRITE:
+            self.flush()
+        if mask & selectors.EVENT_READ:
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            data = self._sock.recv(_READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._fail(MachineCrashed("the machine ended"))
+            return
+        with self.changed:
+            self.bytes_received += len(data)
+            try:
+                for event in self.channel.receive(data):
+                    self._handle(event)
+            except WireError as error:
+                violation: ProtocolViolation | None = ProtocolViolation(
+                    f"the guest broke the protocol: {error}", resolution="the machine has been ended"
+                )
+            else:
+                violation = None
+                self.changed.notify_all()
+        if violation:
+            self._fail(violation)
+            self._on_violation()
+        else:
+            self.flush()
+
+    def _handle(self, event: object) -> None:
+        if isinstance(event, Data):
+            self._streams[event.stream]._came(event.data)  # noqa: SLF001 - two halves of one thing
+        elif isinstance(event, Closed):
+            self._streams.pop(event.stream)._end()  # noqa: SLF001
+        elif isinstance(event, Message):
+            number = event.body.get("id")
+            if not isinstance(number, int):
+                raise WireError("a message without a number")
+            if number in self._abandoned:
+                self._abandoned.discard(number)
+            elif number in self._requests:
+                self._requests.pop(number).reply = event.body
+            else:
+                raise WireError(f"an answer to request {number}, which was not made")
+
+    def _fail(self, failure: MachineError) -> None:
+        with self.changed:
+            if self._closed:
+                return
+            self._closed = True
+            self.failure = self.failure or failure
+            self.changed.notify_all()
+        reactor().remove(self._sock)
+        self._sock.close()

@@ -1,0 +1,239 @@
+"""One end of a channel: hello, JSON messages, and byte streams with credit, without I/O.
+
+Strategy: the caller feeds received bytes to :meth:`Channel.receive` and gets events; everything
+the channel wants sent accumulates and is taken with :meth:`Channel.take`. Only the host opens
+streams. Each side may send ``WINDOW`` bytes on a stream before the other grants more, so a slow
+reader bounds the memory of both ends.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from typing import Any, NamedTuple, Union
+
+from pytest_microvm.wire.frames import MAX_PAYLOAD, Frame, FrameReader, Kind, WireError, encode
+
+VERSION = 1
+WINDOW = 256 * 1024
+MAX_STREAMS = 1024
+_CREDIT = struct.Struct("!I")
+
+
+class Hello(NamedTuple):
+    """The peer introduced itself."""
+
+    version: int
+    role: str
+
+
+class Message(NamedTuple):
+    """The peer sent a JSON object."""
+
+    body: dict[str, Any]
+
+
+class Data(NamedTuple):
+    """Bytes arrived on a stream; call :meth:`Channel.consumed` once they are used."""
+
+    stream: int
+    data: bytes
+
+
+class Credit(NamedTuple):
+    """More may be sent on a stream."""
+
+    stream: int
+
+
+class Closed(NamedTuple):
+    """The peer will send no more on this stream."""
+
+    stream: int
+
+
+Event = Union[Hello, Message, Data, Credit, Closed]  # noqa: UP007 - guests may run Python 3.8
+
+
+class _Stream:
+    """Bookkeeping of one open stream."""
+
+    __slots__ = ("closed_here", "closed_there", "may_receive", "may_send")
+
+    def __init__(self) -> None:
+        self.may_send = WINDOW
+        self.may_receive = WINDOW
+        self.closed_here = False
+        self.closed_there = False
+
+
+class Channel:
+    """The state of one end.
+
+    Args:
+        role: What this end calls itself in its hello: ``host``, ``agent`` or ``runner``.
+    """
+
+    def __init__(self, role: str) -> None:
+        self._reader = FrameReader()
+        self._out: list[bytes] = []
+        self._streams: dict[int, _Stream] = {}
+        self.peer: Hello | None = None
+        self._emit(Kind.HELLO, 0, json.dumps({"version": VERSION, "role": role}).encode())
+
+    # What this end says
+
+    def send(self, body: dict[str, Any]) -> None:
+        """Queue a JSON message.
+
+        Raises:
+            ValueError: It is larger than a MESSAGE frame may be.
+        """
+        self._emit(Kind.MESSAGE, 0, json.dumps(body, separators=(",", ":")).encode())
+
+    def open(self, stream: int) -> None:
+        """Begin to accept and send bytes on ``stream`` (both ends call this for the same number).
+
+        Raises:
+            ValueError: The stream is open already, or too many are.
+        """
+        if stream in self._streams:
+            raise ValueError(f"stream {stream} is open already")
+        if len(self._streams) >= MAX_STREAMS:
+            raise ValueError(f"more than {MAX_STREAMS} streams at once")
+        self._streams[stream] = _Stream()
+
+    def write(self, stream: int, data: bytes) -> int:
+        """Queue as much of ``data`` as the peer's credit allows; return how many bytes that was."""
+        state = self._streams[stream]
+        if state.closed_here:
+            raise ValueError(f"stream {stream} is closed for writing")
+        size = min(len(data), state.may_send)
+        limit = MAX_PAYLOAD[Kind.DATA]
+        for start in range(0, size, limit):
+            self._emit(Kind.DATA, stream, bytes(data[start : min(start + limit, size)]))
+        state.may_send -= size
+        return size
+
+    def consumed(self, stream: int, size: int) -> None:
+        """Let the peer send ``size`` more bytes; a stream that has ended needs none."""
+        state = self._streams.get(stream)
+        if state is None or state.closed_there or size == 0:
+            return
+        state.may_receive += size
+        self._emit(Kind.CREDIT, stream, _CREDIT.pack(size))
+
+    def close(self, stream: int) -> None:
+        """End this side of ``stream``; a second call does nothing."""
+        state = self._streams.get(stream)
+        if state is None or state.closed_here:
+            return
+        state.closed_here = True
+        self._emit(Kind.CLOSE, stream)
+        self._forget_if_done(stream)
+
+    def take(self) -> bytes:
+        """Return and forget what is to be sent."""
+        data = b"".join(self._out)
+        self._out.clear()
+        return data
+
+    def is_open(self, stream: int) -> bool:
+        """Whether either side may still send on ``stream``."""
+        return stream in self._streams
+
+    @property
+    def pending(self) -> int:
+        """Bytes received of a frame that is not complete."""
+        return self._reader.pending
+
+    @property
+    def open_streams(self) -> int:
+        """How many streams are open on either side."""
+        return len(self._streams)
+
+    # What the peer says
+
+    def receive(self, data: bytes) -> list[Event]:
+        """Return the events in ``data``.
+
+        Raises:
+            WireError: The peer broke the protocol; drop the connection.
+        """
+        return [self._event(frame) for frame in self._reader.feed(data)]
+
+    def _event(self, frame: Frame) -> Event:
+        if self.peer is None and frame.kind is not Kind.HELLO:
+            raise WireError(f"{frame.kind.name} frame before hello")
+        return _HANDLERS[frame.kind](self, frame)
+
+    def _hello(self, frame: Frame) -> Event:
+        if self.peer is not None:
+            raise WireError("a second hello")
+        body = _json_object(frame.payload)
+        version, role = body.get("version"), body.get("role")
+        if type(version) is not int or not isinstance(role, str):
+            raise WireError("a hello without version and role")
+        if version != VERSION:
+            raise WireError(f"the peer speaks protocol version {version}, this end {VERSION}")
+        self.peer = Hello(version, role)
+        return self.peer
+
+    def _message(self, frame: Frame) -> Event:
+        return Message(_json_object(frame.payload))
+
+    def _data(self, frame: Frame) -> Event:
+        state = self._receiving(frame)
+        if len(frame.payload) > state.may_receive:
+            raise WireError(f"stream {frame.stream}: more bytes than were granted")
+        state.may_receive -= len(frame.payload)
+        return Data(frame.stream, frame.payload)
+
+    def _credit(self, frame: Frame) -> Event:
+        if len(frame.payload) != _CREDIT.size:
+            raise WireError("a CREDIT frame of the wrong size")
+        state = self._streams.get(frame.stream)
+        if state is not None:  # it may have been closed here while the grant was under way
+            (size,) = _CREDIT.unpack(frame.payload)
+            if state.may_send + size > WINDOW:
+                raise WireError(f"stream {frame.stream}: credit beyond the window")
+            state.may_send += size
+        return Credit(frame.stream)
+
+    def _closed(self, frame: Frame) -> Event:
+        self._receiving(frame).closed_there = True
+        self._forget_if_done(frame.stream)
+        return Closed(frame.stream)
+
+    def _receiving(self, frame: Frame) -> _Stream:
+        state = self._streams.get(frame.stream)
+        if state is None or state.closed_there:
+            raise WireError(f"{frame.kind.name} on stream {frame.stream}, which is not open")
+        return state
+
+    def _forget_if_done(self, stream: int) -> None:
+        state = self._streams[stream]
+        if state.closed_here and state.closed_there:
+            del self._streams[stream]
+
+    def _emit(self, kind: Kind, stream: int, payload: bytes = b"") -> None:
+        self._out.append(encode(kind, stream, payload))
+
+
+_HANDLERS = {
+    Kind.HELLO: Channel._hello,  # noqa: SLF001 - the table of this class
+    Kind.MESSAGE: Channel._message,  # noqa: SLF001
+    Kind.DATA: Channel._data,  # noqa: SLF001
+    Kind.CREDIT: Channel._credit,  # noqa: SLF001
+    Kind.CLOSE: Channel._closed,  # noqa: SLF001
+}
+
+
+def _json_object(payload: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(payload)
+    except (ValueError, RecursionError):
+        raise WireError("a message that is not JSON") from None
+    if not isinstance(body, dict):
+        raise WireError("a message that is not a JSON object")
+    return body
