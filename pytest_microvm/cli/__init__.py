@@ -1,0 +1,50 @@
+"""The command ``pytest-microvm``: one module per verb."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from pytest_microvm.errors import MicroVMError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
+EXIT_USAGE = 4  # pytest's number for a usage error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except MicroVMError as error:
+        print(f"pytest-microvm: {error}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        print("pytest-microvm: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    from pytest_microvm.cli import doctor, image, machines, template  # noqa: PLC0415 - only for the command
+
+    parser = argparse.ArgumentParser(
+        prog="pytest-microvm",
+        description="Throwaway microVMs for pytest, CI and agents.",
+        epilog="Run a suite with `pytest --microvm`; `pytest-microvm doctor` says what this computer offers.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('pytest-microvm')}")
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in (doctor, image, template, machines):
+        module.add_parser(verbs)
+    return parser
