@@ -2,7 +2,10 @@
 
 One daemon thread per process (:class:`_Reactor`) reads every guest's sockets; callers wait on
 conditions. Nothing a guest does or leaves undone can block that thread or grow memory beyond
-``WINDOW`` bytes per stream, ``MAX_PAYLOAD`` per message and one reply per request made.
+``WINDOW`` bytes per stream and one message per request, ``MAX_UNANSWERED`` of them at most.
+
+A descriptor's number may be another link's a moment after it was closed. So sockets are read and
+written only under their owner's lock, after a look at whether they are closed.
 """
 
 from __future__ import annotations
@@ -11,18 +14,20 @@ import contextlib
 import os
 import selectors
 import socket
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation
-from pytest_microvm.wire.channel import Channel, Closed, Data, Hello, Message
+from pytest_microvm.wire.channel import MAX_STREAMS, Channel, Closed, Data, Hello, Message
 from pytest_microvm.wire.frames import WireError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _READ_SIZE = 256 * 1024
+MAX_UNANSWERED = 4096
 
 
 class GuestError(MachineError):
@@ -42,13 +47,15 @@ class GuestError(MachineError):
 
 
 class _Reactor:
-    """The process's one I/O thread: calls back when a socket is ready."""
+    """The process's one I/O thread: calls back when a socket is ready.
+
+    Sockets come and go while the thread waits: epoll and kqueue notice without being woken. A
+    callback may come once more, just after :meth:`remove`.
+    """
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()
-        self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._selector.register(self._wake_in, selectors.EVENT_READ, None)
         threading.Thread(target=self._run, name="microvm-io", daemon=True).start()
 
     def set(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
@@ -58,26 +65,22 @@ class _Reactor:
                 self._selector.modify(sock, events, callback)
             else:
                 self._selector.register(sock, events, callback)
-        self._wake()
 
     def remove(self, sock: socket.socket) -> None:
         """Forget ``sock`` (call before closing it)."""
         with self._lock, contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(sock)
-        self._wake()
-
-    def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # the pipe is full: it will wake anyway
-            os.write(self._wake_out, b"x")
 
     def _run(self) -> None:
         while True:
-            ready = self._selector.select()
-            for key, mask in ready:
-                if key.data is None:
-                    os.read(self._wake_in, 4096)
-                else:
+            for key, mask in self._selector.select():
+                try:
                     key.data(mask)
+                except Exception:  # noqa: BLE001 - one link's fault must not end the others' I/O
+                    self.remove(key.fileobj)  # type: ignore[arg-type]  # or it would be ready again at once
+                    threading.excepthook(
+                        threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread()))
+                    )
 
 
 _reactor: _Reactor | None = None
@@ -101,6 +104,7 @@ class Drain:
         self._sock = sock
         self._size = size
         self._tail = bytearray()
+        self._closed = False
         self._lock = threading.Lock()
         sock.setblocking(False)
         reactor().set(sock, selectors.EVENT_READ, self._ready)
@@ -112,7 +116,9 @@ class Drain:
             return bytes(self._tail[-self._size :])
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop reading; the tail stays."""
+        with self._lock:
+            self._closed = True
         reactor().remove(self._sock)
         self._sock.close()
 
@@ -122,6 +128,8 @@ class Drain:
 
     def _read(self) -> bool:
         with self._lock:
+            if self._closed:
+                return False
             try:
                 data = self._sock.recv(_READ_SIZE)
             except BlockingIOError:
@@ -136,9 +144,8 @@ class Drain:
 class Request:
     """A request that was sent; wait for its reply."""
 
-    def __init__(self, link: Link, number: int, op: str) -> None:
+    def __init__(self, link: Link, op: str) -> None:
         self._link = link
-        self._number = number
         self._op = op
         self.reply: dict[str, Any] | None = None
 
@@ -146,17 +153,16 @@ class Request:
         """Return the reply's ``result``.
 
         Raises:
-            TimeoutError: No reply within ``timeout`` seconds; the request is abandoned.
+            TimeoutError: No reply within ``timeout`` seconds; waiting again is allowed.
             GuestError: The guest answered with an error.
             MachineCrashed: The machine ended first.
         """
         link = self._link
         with link.changed:
-            answered = link.changed.wait_for(lambda: self.reply is not None or link.failure, timeout)
-            if self.reply is None and link.failure:
-                raise link.failure
-            if not answered or self.reply is None:
-                link.abandon(self._number)
+            link.changed.wait_for(lambda: self.reply is not None or link.failure, timeout)
+            if self.reply is None:
+                if link.failure:
+                    raise link.failure
                 raise TimeoutError(f"no answer to {self._op!r} within {timeout:g} s")
         error = self.reply.get("error")
         if isinstance(error, dict):
@@ -210,7 +216,7 @@ class Stream:
 
         Raises:
             TimeoutError: The end did not come within ``timeout`` seconds.
-            ProtocolViolation: More than ``limit`` bytes came.
+            ProtocolViolation: More than ``limit`` bytes came; the machine has been ended.
             MachineCrashed: The machine ended before the stream did.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -224,7 +230,9 @@ class Stream:
             parts.append(data)
             total += len(data)
             if total > limit:
-                raise ProtocolViolation(f"the guest sent more than {limit} bytes where no more are allowed")
+                violation = ProtocolViolation(f"the guest sent more than the {limit} bytes allowed here")
+                self._link.end_for(violation)
+                raise violation
 
     def write(self, data: bytes, timeout: float | None = None) -> None:
         """Send all of ``data``; waits while the guest has not consumed what was sent before.
@@ -232,21 +240,22 @@ class Stream:
         Raises:
             TimeoutError: The guest did not take it within ``timeout`` seconds.
             BrokenPipeError: The guest has closed its end.
+            ValueError: This end was closed before.
             MachineCrashed: The machine ended.
         """
-        link = self._link
+        link, channel = self._link, self._link.channel
+        deadline = None if timeout is None else time.monotonic() + timeout
         view = memoryview(data)
         while view:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
             with link.changed:
+                if not link.changed.wait_for(lambda: channel.room(self.number) != 0 or link.failure, left):
+                    raise TimeoutError(f"the guest did not take everything within {timeout:g} s")
                 if link.failure:
                     raise link.failure
-                if not link.channel.is_open(self.number):
+                if not channel.is_open(self.number):
                     raise BrokenPipeError(f"stream {self.number} is closed")
-                sent = link.channel.write(self.number, bytes(view[:65536]))
-                if not sent:
-                    granted = link.changed.wait(timeout)
-                    if not granted:
-                        raise TimeoutError(f"the guest took nothing for {timeout:g} s")
+                sent = channel.write(self.number, bytes(view[:65536]))
             view = view[sent:]
             link.flush()
 
@@ -254,6 +263,7 @@ class Stream:
         """Tell the guest that no more will be sent."""
         with self._link.changed:
             self._link.channel.close(self.number)
+            self._link.changed.notify_all()  # another thread may wait to write here
         self._link.flush()
 
     def discard(self) -> None:
@@ -263,6 +273,7 @@ class Stream:
             self._link.channel.consumed(self.number, len(self._received))
             self._received.clear()
             self._link.channel.close(self.number)
+            self._link.changed.notify_all()
         self._link.flush()
 
     def _came(self, data: bytes) -> None:
@@ -281,7 +292,7 @@ class Link:
 
     Args:
         sock: A connected stream socket; owned from here on.
-        on_violation: Called once, on the I/O thread, when the guest breaks the protocol.
+        on_violation: Called once, on the thread that noticed, when the guest breaks the protocol.
     """
 
     def __init__(self, sock: socket.socket, on_violation: Callable[[], None] = lambda: None) -> None:
@@ -295,10 +306,10 @@ class Link:
         self._out = bytearray()
         self._closed = False
         self._requests: dict[int, Request] = {}
-        self._abandoned: set[int] = set()
         self._streams: dict[int, Stream] = {}
         self._next_request = 1
         self._next_stream = 1
+        self._events = selectors.EVENT_READ
         sock.setblocking(False)
         reactor().set(sock, selectors.EVENT_READ, self._ready)
         self.flush()
@@ -323,13 +334,16 @@ class Link:
 
         Raises:
             MachineCrashed: The machine has ended.
+            MachineError: The guest has left too many requests unanswered.
             ValueError: The arguments do not fit into one message.
         """
         with self.changed:
             if self.failure:
                 raise self.failure
+            if len(self._requests) >= MAX_UNANSWERED:
+                raise MachineError(f"the guest has left {MAX_UNANSWERED} requests unanswered")
             number = self._next_request
-            request = Request(self, number, op)
+            request = Request(self, op)
             self.channel.send({"id": number, "op": op, **arguments})
             self._next_request += 1
             self._requests[number] = request
@@ -341,18 +355,22 @@ class Link:
         return self.request(op, **arguments).wait(timeout)
 
     def open_stream(self) -> Stream:
-        """Open a stream; name its ``number`` in the request that tells the guest what it is for."""
+        """Open a stream; name its ``number`` in the request that tells the guest what it is for.
+
+        Raises:
+            MachineCrashed: The machine has ended.
+            MachineError: Too many streams are open; the guest may not have closed its ends.
+        """
         with self.changed:
+            if self.failure:
+                raise self.failure
+            if self.channel.open_streams >= MAX_STREAMS:
+                raise MachineError(f"{MAX_STREAMS} streams are open; the guest may not have closed its ends")
             stream = Stream(self, self._next_stream)
             self.channel.open(stream.number)
             self._streams[stream.number] = stream
             self._next_stream += 1
         return stream
-
-    def abandon(self, number: int) -> None:
-        """Expect that the reply to request ``number`` may still come, and ignore it."""
-        if self._requests.pop(number, None):
-            self._abandoned.add(number)
 
     def close(self) -> None:
         """Drop the connection; whoever waits gets :class:`MachineCrashed`."""
@@ -374,43 +392,46 @@ class Link:
             except OSError:
                 self._out.clear()  # the reading side reports the end
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._out else 0)
-            if events != getattr(self, "_events", selectors.EVENT_READ):
+            if events != self._events:
+                self._events = events
                 reactor().set(self._sock, events, self._ready)
-            self._events = events
+
+    def end_for(self, violation: ProtocolViolation) -> None:
+        """Drop the connection because the guest broke the protocol."""
+        if self._fail(violation):
+            self._on_violation()
 
     def _ready(self, mask: int) -> None:
-        if mask & selectors.EVENT_WRITE:
-            self.flush()
-        if mask & selectors.EVENT_READ:
-            self._read()
+        try:
+            if mask & selectors.EVENT_WRITE:
+                self.flush()
+            if mask & selectors.EVENT_READ:
+                self._read()
+        except WireError as error:
+            self.end_for(ProtocolViolation(f"the guest broke the protocol: {error}"))
+        except Exception as error:
+            self._fail(MachineError(f"the connection to the machine failed: {error!r}"))
+            raise
 
     def _read(self) -> None:
-        try:
-            data = self._sock.recv(_READ_SIZE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._fail(MachineCrashed("the machine ended"))
-            return
         with self.changed:
-            self.bytes_received += len(data)
+            if self._closed:
+                return
             try:
+                data = self._sock.recv(_READ_SIZE)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if data:
+                self.bytes_received += len(data)
                 for event in self.channel.receive(data):
                     self._handle(event)
-            except WireError as error:
-                violation: ProtocolViolation | None = ProtocolViolation(
-                    f"the guest broke the protocol: {error}", resolution="the machine has been ended"
-                )
-            else:
-                violation = None
                 self.changed.notify_all()
-        if violation:
-            self._fail(violation)
-            self._on_violation()
-        else:
+        if data:
             self.flush()
+        else:
+            self._fail(MachineCrashed("the machine ended"))
 
     def _handle(self, event: object) -> None:
         if isinstance(event, Data):
@@ -419,21 +440,23 @@ class Link:
             self._streams.pop(event.stream)._end()  # noqa: SLF001
         elif isinstance(event, Message):
             number = event.body.get("id")
-            if not isinstance(number, int):
+            if type(number) is not int:
                 raise WireError("a message without a number")
-            if number in self._abandoned:
-                self._abandoned.discard(number)
-            elif number in self._requests:
-                self._requests.pop(number).reply = event.body
-            else:
-                raise WireError(f"an answer to request {number}, which was not made")
+            request = self._requests.pop(number, None)
+            if request is None:
+                raise WireError(f"an answer to request {number}, which is not waiting for one")
+            request.reply = event.body
 
-    def _fail(self, failure: MachineError) -> None:
+    def _fail(self, failure: MachineError) -> bool:
         with self.changed:
             if self._closed:
-                return
+                return False
             self._closed = True
-            self.failure = self.failure or failure
+            self.failure = failure
+            self._requests.clear()
+            self._streams.clear()
+            self._out.clear()
             self.changed.notify_all()
         reactor().remove(self._sock)
         self._sock.close()
+        return True

@@ -9,7 +9,7 @@ from typing import Any
 from pytest_microvm.errors import UsageError
 
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
-_SIZE = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,18})\s*(?:([KMGT])i?)?B?", re.IGNORECASE | re.ASCII)
 
 MIN_MEMORY = 128 * 1024**2
 MIN_DISK = 16 * 1024**2
@@ -34,7 +34,7 @@ def parse_size(value: object, name: str) -> int:
             f"{name}: {value!r} is not a size",
             resolution="write a number of bytes, or a number with K, M, G or T (binary), such as 512M",
         )
-    return int(match[1]) * _UNITS[match[2].upper()]
+    return int(match[1]) * _UNITS[(match[2] or "").upper()]
 
 
 def format_size(size: int) -> str:
@@ -52,7 +52,7 @@ def parse_cpus(value: object, name: str) -> int:
         UsageError: It is not one.
     """
     text = str(value).strip()
-    if isinstance(value, bool) or not text.isdecimal() or not 1 <= int(text) <= MAX_CPUS:
+    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_CPUS:
         raise UsageError(
             f"{name}: {value!r} is not a number of vCPUs", resolution=f"write a whole number, 1 to {MAX_CPUS}"
         )
@@ -69,7 +69,7 @@ def parse_seconds(value: object, name: str) -> float:
         seconds = (
             float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else 0.0
         )
-    except ValueError:
+    except (ValueError, OverflowError):
         seconds = 0.0
     if not 0 < seconds < float("inf"):
         raise UsageError(

@@ -9,6 +9,8 @@ from pytest_microvm.wire.channel import Channel
 from pytest_microvm.wire.frames import Kind
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pytest_microvm.wire.channel import Event
 
 PORTS = "/sys/class/virtio-ports"
@@ -40,8 +42,8 @@ class Port:
         self.channel = Channel(role)
         self.generation = 0
 
-    def receive(self) -> list[Event]:
-        """Wait for bytes and return the events in them.
+    def receive(self) -> Iterator[Event]:
+        """Wait for bytes and return the events in them (as :meth:`Channel.receive` does).
 
         Raises:
             EOFError: The host has closed the port.

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import json
 import struct
-from typing import Any, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 from pytest_microvm.wire.frames import MAX_PAYLOAD, Frame, FrameReader, Kind, WireError, encode
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 VERSION = 1
 WINDOW = 256 * 1024
@@ -138,6 +141,11 @@ class Channel:
         self._out.clear()
         return data
 
+    def room(self, stream: int) -> int | None:
+        """Return how many bytes :meth:`write` would take now; None where it is closed for writing."""
+        state = self._streams.get(stream)
+        return None if state is None or state.closed_here else state.may_send
+
     def is_open(self, stream: int) -> bool:
         """Whether either side may still send on ``stream``."""
         return stream in self._streams
@@ -154,13 +162,16 @@ class Channel:
 
     # What the peer says
 
-    def receive(self, data: bytes) -> list[Event]:
-        """Return the events in ``data``.
+    def receive(self, data: bytes) -> Iterator[Event]:
+        """Return the events in ``data``, to be used up before the next call.
+
+        Each frame is judged when its event is asked for, so that a stream named in a message can
+        be opened before the bytes that follow it in the same ``data``.
 
         Raises:
-            WireError: The peer broke the protocol; drop the connection.
+            WireError: The peer broke the protocol, here or while iterating; drop the connection.
         """
-        return [self._event(frame) for frame in self._reader.feed(data)]
+        return map(self._event, self._reader.feed(data))
 
     def _event(self, frame: Frame) -> Event:
         if self.peer is None and frame.kind is not Kind.HELLO:
