@@ -1,0 +1,40 @@
+"""What an image is: files by digest, and how its machines start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Image:
+    """Everything a machine boots from. Two images with one digest are the same bytes.
+
+    Args:
+        name: Name of the kit it was built from.
+        digest: SHA-256 of its manifest, which lists the SHA-256 of every file.
+        architecture: ``x86_64`` or ``aarch64``.
+        kernel: Linux kernel.
+        initramfs: First segment of the initramfs; the agent's code is appended to it at boot time.
+        runtime: The agent's own Python, as squashfs.
+        rootfs: Root file system, as squashfs.
+        environment: Variables that every command in a machine gets.
+        cpus: Default number of vCPUs.
+        memory_bytes: Default memory.
+        disk_bytes: Default size of the scratch disk.
+    """
+
+    name: str
+    digest: str
+    architecture: str
+    kernel: Path
+    initramfs: Path
+    runtime: Path
+    rootfs: Path
+    environment: tuple[tuple[str, str], ...]
+    cpus: int
+    memory_bytes: int
+    disk_bytes: int

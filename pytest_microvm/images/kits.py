@@ -1,0 +1,372 @@
+"""Find, read and flatten kits: the recipes in ``<name>/kit.toml`` that images are built from."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import re
+import stat
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_microvm.errors import KitError, UsageError
+from pytest_microvm.spec import MIN_DISK, MIN_MEMORY, format_size, parse_cpus, parse_size
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # ours: Debian's
+
+_KIT_FILE = "kit.toml"
+_PROJECT_KITS = Path("microvm") / "kits"
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_SUITE = re.compile(r"[a-z][a-z0-9-]*")
+_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(:[a-z0-9]+)?(=[A-Za-z0-9.+~:-]+)?")
+_WHEEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(\[[A-Za-z0-9._,-]+\])?==[A-Za-z0-9.!+_-]+")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MODE = re.compile(r"0?[0-7]{3,4}")
+_DEFAULT_RESOURCES = {"cpus": 1, "memory": 512 * 1024**2, "disk": 2 * 1024**3}
+
+
+@dataclass(frozen=True)
+class KitFile:
+    """A file that a kit puts into the image.
+
+    Args:
+        target: Absolute path in the guest.
+        source: The file on this computer.
+        mode: Permission bits.
+    """
+
+    target: str
+    source: Path
+    mode: int
+
+    def sha256(self) -> str:
+        """Return the hash of the content as it is now."""
+        return hashlib.sha256(self.source.read_bytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Kit:
+    """A kit with everything its parents say merged into it, parents first.
+
+    Args:
+        name: Name of the kit's folder.
+        path: Its ``kit.toml``.
+        suite: Debian suite, such as ``bookworm``.
+        architecture: ``x86_64`` or ``aarch64``.
+        mirror: Address of a Debian mirror, or one ``deb ...`` line; empty: this computer's own choice.
+        wheels: Pinned pip requirements.
+        setup: Shell commands that run as root in the new root file system.
+        memory_bytes: Default memory of a machine.
+        disk_bytes: Default disk of a machine.
+    """
+
+    name: str
+    path: Path
+    description: str
+    suite: str
+    architecture: str
+    mirror: str = ""
+    packages: tuple[str, ...] = ()
+    wheels: tuple[str, ...] = ()
+    files: tuple[KitFile, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    setup: tuple[str, ...] = ()
+    cpus: int = 1
+    memory_bytes: int = _DEFAULT_RESOURCES["memory"]
+    disk_bytes: int = _DEFAULT_RESOURCES["disk"]
+
+    @property
+    def debian_architecture(self) -> str:
+        """Debian's word for the architecture."""
+        return ARCHITECTURES[self.architecture]
+
+    def recipe(self) -> dict[str, Any]:
+        """Return everything that shapes the root file system, for the build key."""
+        return {
+            "suite": self.suite,
+            "architecture": self.architecture,
+            "mirror": self.mirror,
+            "packages": self.packages,
+            "wheels": self.wheels,
+            "files": [(file.target, file.mode, file.sha256()) for file in self.files],
+            "environment": self.environment,
+            "setup": self.setup,
+        }
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One ``kit.toml`` as written."""
+
+    name: str
+    path: Path
+    values: dict[str, Any]
+    files: tuple[KitFile, ...] = field(default=())
+
+
+def host_architecture() -> str:
+    """Return this computer's architecture, ``x86_64`` or ``aarch64``.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    machine = platform.machine().lower()
+    name = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+    if name not in ARCHITECTURES:
+        raise UsageError(
+            f"this computer's architecture, {machine}, has no kits",
+            resolution="use a computer with " + " or ".join(ARCHITECTURES),
+        )
+    return name
+
+
+def load_kit(name_or_path: str | Path, *, project: Path | None = None) -> Kit:
+    """Find a kit, read it and its parents, and merge them.
+
+    Args:
+        name_or_path: A kit's name, its folder, or its ``kit.toml``.
+        project: Root of the user's project, whose ``microvm/kits/`` comes before the shipped kits.
+
+    Raises:
+        KitError: There is no such kit, or it (or a parent) cannot be used.
+    """
+    layers = [_read(find_kit(name_or_path, project=project))]
+    while (parent := layers[-1].values.get("parent")) is not None:
+        path = find_kit(parent, project=project, asked_by=layers[-1].path)
+        if any(layer.path == path for layer in layers):
+            raise KitError(
+                f"{layers[-1].path}: parent: kits {' -> '.join([*(x.name for x in layers), parent])} form a ring",
+                resolution="let one of them name a suite in place of a parent",
+            )
+        layers.append(_read(path))
+    return _merge(layers[::-1])
+
+
+def find_kit(name_or_path: str | Path, *, project: Path | None = None, asked_by: Path | None = None) -> Path:
+    """Return the ``kit.toml`` that a name or a path means.
+
+    Raises:
+        KitError: There is none.
+    """
+    text = str(name_or_path)
+    looks_like_path = isinstance(name_or_path, Path) or "/" in text or text.endswith(".toml") or text == "."
+    if looks_like_path:
+        base = asked_by.parent if asked_by else (project or Path.cwd())
+        path = (base / Path(text).expanduser()).resolve()
+        path = path / _KIT_FILE if path.is_dir() else path
+        if path.is_file():
+            return path
+        raise KitError(f"no kit at {path}", resolution=f"name a folder that holds a {_KIT_FILE}")
+    known = {name: path for name, path in reversed(_kits(project))}
+    if text in known:
+        return known[text]
+    where = f"{asked_by}: parent: " if asked_by else ""
+    raise KitError(
+        f"{where}there is no kit {text!r}",
+        details="kits here: " + (", ".join(sorted(known)) or "none"),
+        resolution=f"use one of them, give a kit's path, or write {_PROJECT_KITS / text / _KIT_FILE}",
+    )
+
+
+def shipped_kits() -> Path:
+    """Return the folder of the kits that come with this package."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "_kits"
+    return inside if inside.is_dir() else package.parent / "images"
+
+
+def _kits(project: Path | None) -> list[tuple[str, Path]]:
+    folders = [*([project / _PROJECT_KITS] if project else []), shipped_kits()]
+    return [
+        (path.parent.name, path.resolve()) for folder in folders for path in sorted(folder.glob(f"*/{_KIT_FILE}"))
+    ]
+
+
+def _read(path: Path) -> _Layer:
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise KitError(f"{path}: cannot be read", details=str(error), resolution="correct the file") from error
+    name = path.parent.name
+    if not _NAME.fullmatch(name):
+        raise KitError(
+            f"{path}: {name!r} cannot be a kit's name",
+            resolution="name the kit's folder with small letters, digits, dots, dashes and underscores",
+        )
+    for key in values:
+        if key not in _CHECKS:
+            raise _bad(path, key, "unknown key", "known keys: " + ", ".join(sorted(_CHECKS)))
+    for key, value in values.items():
+        _CHECKS[key](path, key, value)
+    if ("parent" in values) == ("suite" in values):
+        raise KitError(
+            f"{path}: a kit names either a parent or a suite",
+            resolution='write parent = "base" to build on a kit, or suite = "bookworm" to start from Debian',
+        )
+    for key in ("mirror", "architecture"):
+        if key in values and "parent" in values:
+            raise _bad(path, key, "only a kit with a suite may say this", "remove it, or say it in the parent")
+    return _Layer(name, path, values, _files(path, values.get("files", {})))
+
+
+def _merge(layers: list[_Layer]) -> Kit:
+    """Merge layers, the oldest ancestor first; a later value replaces an earlier one."""
+    root, last = layers[0], layers[-1]
+    environment: dict[str, str] = {}
+    files: dict[str, KitFile] = {}
+    resources: dict[str, Any] = dict(_DEFAULT_RESOURCES)
+    for layer in layers:
+        environment |= layer.values.get("environment", {})
+        files |= {file.target: file for file in layer.files}
+        resources |= _resources(layer.path, "resources", layer.values.get("resources", {}))
+
+    def joined(key: str) -> tuple[str, ...]:
+        return tuple(item for layer in layers for item in layer.values.get(key, []))
+
+    return Kit(
+        name=last.name,
+        path=last.path,
+        description=last.values.get("description", ""),
+        suite=root.values["suite"],
+        architecture=root.values.get("architecture") or host_architecture(),
+        mirror=root.values.get("mirror", ""),
+        packages=tuple(dict.fromkeys(joined("packages"))),
+        wheels=tuple(dict.fromkeys(joined("wheels"))),
+        files=tuple(files[target] for target in sorted(files)),
+        environment=tuple(sorted(environment.items())),
+        setup=joined("setup"),
+        cpus=resources["cpus"],
+        memory_bytes=resources["memory"],
+        disk_bytes=resources["disk"],
+    )
+
+
+def _files(path: Path, table: dict[str, Any]) -> tuple[KitFile, ...]:
+    found = []
+    for target, value in table.items():
+        entry = {"source": value} if isinstance(value, str) else value
+        source = (path.parent / entry["source"]).resolve()
+        key = f"files.{target}"
+        if not source.is_relative_to(path.parent.resolve()):
+            raise _bad(path, key, f"{entry['source']} is outside the kit's folder", "copy it into the folder")
+        if not source.is_file():
+            raise _bad(path, key, f"{source} is not a file", "name a file of the kit's folder")
+        executable = source.stat().st_mode & stat.S_IXUSR
+        mode = int(entry["mode"], 8) if "mode" in entry else (0o755 if executable else 0o644)
+        found.append(KitFile(target, source, mode))
+    return tuple(found)
+
+
+# What each key may hold. Each check gets the file, the key and the value, and raises KitError.
+
+
+def _bad(path: Path, key: str, why: str, resolution: str) -> KitError:
+    return KitError(f"{path}: {key}: {why}", resolution=resolution)
+
+
+def _text(path: Path, key: str, value: object) -> None:
+    if not isinstance(value, str) or not value.strip() or any(c in value for c in "\0\n\r"):
+        raise _bad(path, key, f"{value!r} is not a line of text", "write text in quotes")
+
+
+def _matching(pattern: re.Pattern[str], allowed: str) -> Callable[[Path, str, object], None]:
+    def check(path: Path, key: str, value: object) -> None:
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            raise _bad(path, key, f"{value!r} cannot be used", f"write {allowed}")
+
+    return check
+
+
+def _each(check: Callable[[Path, str, object], None]) -> Callable[[Path, str, object], None]:
+    def check_all(path: Path, key: str, value: object) -> None:
+        if not isinstance(value, list):
+            raise _bad(path, key, f"{value!r} is not a list", f'write {key} = ["...", "..."]')
+        for number, item in enumerate(value):
+            check(path, f"{key}[{number}]", item)
+
+    return check_all
+
+
+def _architecture(path: Path, key: str, value: object) -> None:
+    if value not in ARCHITECTURES:
+        raise _bad(path, key, f"{value!r} is not supported", "write one of: " + ", ".join(ARCHITECTURES))
+
+
+def _command(path: Path, key: str, value: object) -> None:
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise _bad(path, key, f"{value!r} is not a shell command", "write text in quotes")
+
+
+def _environment(path: Path, key: str, value: object) -> None:
+    if not isinstance(value, dict):
+        raise _bad(path, key, f"{value!r} is not a table", f'write [{key}] and lines such as NAME = "value"')
+    for name, text in value.items():
+        if not _VARIABLE.fullmatch(name):
+            raise _bad(path, f"{key}.{name}", "not a variable's name", "use letters, digits and underscores")
+        if not isinstance(text, str) or "\0" in text:
+            raise _bad(path, f"{key}.{name}", f"{text!r} is not text", f'write {name} = "..."')
+
+
+def _file_table(path: Path, key: str, value: object) -> None:
+    if not isinstance(value, dict):
+        raise _bad(path, key, f"{value!r} is not a table", f'write [{key}] and "/guest/path" = "file"')
+    for target, entry in value.items():
+        where = f"{key}.{target}"
+        if not target.startswith("/") or target.endswith("/") or {"..", "."} & set(target.split("/")):
+            raise _bad(path, where, "not an absolute path of a file", 'write a path such as "/etc/motd"')
+        if any(character in target for character in "\0\n"):
+            raise _bad(path, where, "a path with line breaks", "use a plain path")
+        if isinstance(entry, str):
+            continue
+        if not isinstance(entry, dict) or not isinstance(entry.get("source"), str) or set(entry) - {"source", "mode"}:
+            raise _bad(path, where, f"{entry!r} is not a file", 'write "file", or {source = "file", mode = "0755"}')
+        if "mode" in entry and not (isinstance(entry["mode"], str) and _MODE.fullmatch(entry["mode"])):
+            raise _bad(path, f"{where}.mode", f"{entry['mode']!r} is not a mode", 'write octal text such as "0755"')
+
+
+def _resources(path: Path, key: str, value: object) -> dict[str, int]:
+    if not isinstance(value, dict):
+        raise _bad(path, key, f"{value!r} is not a table", f'write [{key}] and lines such as memory = "512M"')
+    parsers = {"cpus": parse_cpus, "memory": parse_size, "disk": parse_size}
+    least = {"cpus": 1, "memory": MIN_MEMORY, "disk": MIN_DISK}
+    parsed = {}
+    for name, item in value.items():
+        where = f"{key}.{name}"
+        if name not in parsers:
+            raise _bad(path, where, "unknown key", "known keys: " + ", ".join(sorted(parsers)))
+        try:
+            parsed[name] = parsers[name](item, f"{path}: {where}")
+        except UsageError as error:
+            raise KitError(error.brief, details=error.details, resolution=error.resolution) from error
+        if parsed[name] < least[name]:
+            raise _bad(path, where, f"{item!r} is too little", f"give at least {format_size(least[name])}")
+    return parsed
+
+
+def _check_resources(path: Path, key: str, value: object) -> None:
+    _resources(path, key, value)
+
+
+_CHECKS: dict[str, Callable[[Path, str, object], None]] = {
+    "description": _text,
+    "parent": _text,
+    "suite": _matching(_SUITE, "a Debian suite such as bookworm"),
+    "mirror": _text,
+    "architecture": _architecture,
+    "packages": _each(_matching(_PACKAGE, "the name of a Debian package")),
+    "wheels": _each(_matching(_WHEEL, "a pinned requirement such as pytest==9.2.0")),
+    "files": _file_table,
+    "environment": _environment,
+    "setup": _each(_command),
+    "resources": _check_resources,
+}

@@ -1,0 +1,149 @@
+"""Run the programs that build images, and end them with us."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from collections import deque
+from contextlib import contextmanager
+from typing import IO, TYPE_CHECKING
+
+from pytest_microvm.errors import BuildError, HostError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+_TAIL_LINES = 30
+_GRACE_SECONDS = 30.0
+
+# Builds see no more of the user's environment than this: an image must not depend on the rest, nor may
+# a package's script read a token from it.
+_PASSED_ON = (
+    "HOME", "PATH", "TMPDIR", "USER", "LOGNAME",
+    "http_proxy", "https_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY",
+    "SSL_CERT_FILE", "SSL_CERT_DIR",
+)  # fmt: skip
+_SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+PACKAGES = {"mmdebstrap": "mmdebstrap", "mksquashfs": "squashfs-tools"}  # program: Debian package
+
+
+def require_programs() -> None:
+    """Check that the programs which build images are installed.
+
+    Raises:
+        HostError: One is not; the error names the Debian package.
+    """
+    missing = [name for name in PACKAGES if shutil.which(name, path=build_environment()["PATH"]) is None]
+    if missing:
+        packages = " ".join(PACKAGES[name] for name in missing)
+        raise HostError(
+            f"images cannot be built: {' and '.join(missing)} not found",
+            resolution=f"apt-get install {packages}",
+        )
+
+
+def build_environment(**more: str) -> dict[str, str]:
+    """Return the environment for a build program, with ``more`` added."""
+    environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    environment["PATH"] = environment.get("PATH", "") + ":" + _SYSTEM_PATH
+    return environment | {"LC_ALL": "C.UTF-8"} | more
+
+
+@contextmanager
+def started(
+    command: list[str], *, environment: Mapping[str, str], stdin: int | IO[bytes] = subprocess.DEVNULL,
+    stdout: int | IO[bytes] = subprocess.DEVNULL, stderr: int | IO[bytes] = subprocess.DEVNULL,
+) -> Iterator[subprocess.Popen[bytes]]:  # fmt: skip
+    """Start a program; whatever happens, it and its children are gone when the block ends.
+
+    It gets a session of its own: Ctrl-C reaches only us, and we ask it once to clean up (a second signal
+    would disturb mmdebstrap while it unmounts).
+    """
+    process = subprocess.Popen(
+        command, env=dict(environment), stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def follow(stream: IO[bytes], heard: Callable[[str], None]) -> deque[str]:
+    """Read a program's messages to their end.
+
+    Args:
+        stream: The pipe its messages come through.
+        heard: Called with each line.
+
+    Returns:
+        The last lines.
+    """
+    tail: deque[str] = deque(maxlen=_TAIL_LINES)
+    for raw in stream:
+        line = raw.decode(errors="replace").rstrip()
+        if line:
+            tail.append(line)
+            heard(line)
+    return tail
+
+
+def run(command: list[str], *, what: str, environment: Mapping[str, str]) -> None:
+    """Run a program to its end.
+
+    Raises:
+        BuildError: It failed; the error holds its last lines.
+    """
+    with started(
+        command, environment=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdout is not None
+        tail = follow(process.stdout, lambda _line: None)
+        if process.wait() != 0:
+            raise build_error(what, process.returncode, tail)
+
+
+def build_error(what: str, returncode: int, tail: deque[str]) -> BuildError:
+    """Return the error for a program that failed, with the next step its last lines suggest."""
+    text = "\n".join(tail)
+    resolution = "read the lines above; correct the kit and build again"
+    for sign, step in _NEXT_STEPS:
+        if sign in text:
+            resolution = step
+            break
+    ended = f"signal {-returncode}" if returncode < 0 else f"exit code {returncode}"
+    return BuildError(f"{what} failed ({ended})", details=text, resolution=resolution)
+
+
+_NO_NETWORK = (
+    "packages could not be downloaded: check this computer's network and proxy (http_proxy), or name a "
+    "mirror that it reaches with the kit's key `mirror`; images that are built already need no network"
+)
+_NEXT_STEPS = (
+    ("Temporary failure resolving", _NO_NETWORK),
+    ("Could not resolve", _NO_NETWORK),
+    ("Could not connect", _NO_NETWORK),
+    ("Unable to connect", _NO_NETWORK),
+    ("Connection refused", _NO_NETWORK),
+    ("Network is unreachable", _NO_NETWORK),
+    ("connection timed out", _NO_NETWORK),
+    ("NewConnectionError", _NO_NETWORK),
+    ("Failed to establish a new connection", _NO_NETWORK),
+    ("No space left on device", "free some disk space (pytest-microvm image prune helps), or set TMPDIR"),
+    ("NO_PUBKEY", "install the archive's keys: apt-get install debian-archive-keyring"),
+    ("Unable to locate package", "correct the kit's key `packages`: the suite has no such package"),
+    ("No matching distribution found", "correct the kit's key `wheels`: no such wheel for the guest's Python"),
+    ("newuidmap", "install uidmap and give your user a range in /etc/subuid and /etc/subgid, or build as root"),
+    ("subuid", "give your user a range in /etc/subuid and /etc/subgid, or build as root"),
+)

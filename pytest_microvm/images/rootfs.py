@@ -1,0 +1,176 @@
+"""Build a kit's root file system: one mmdebstrap run, packed as squashfs."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import subprocess
+import sys
+import tarfile
+from typing import TYPE_CHECKING
+
+from pytest_microvm.errors import HostError
+from pytest_microvm.images.debian import apt_options, mirror_lines, mmdebstrap_command
+from pytest_microvm.images.process import build_environment, run
+from pytest_microvm.images.squashfs import squash_mmdebstrap
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_microvm.images.kits import Kit
+    from pytest_microvm.images.squashfs import Progress
+
+_STAGING = "microvm-build"  # at the new root during the build only
+_EXCLUDED = (
+    "/usr/share/doc/*",
+    "/usr/share/info/*",
+    "/usr/share/lintian/*",
+    "/usr/share/locale/*",
+    "/usr/share/man/*",
+)
+_OLDEST_GLIBC, _NEWEST_GLIBC = 5, 36  # the manylinux tags that Debian 12's C library satisfies
+
+# Runs last, inside the new root. Nothing of the building computer may stay: its name, its resolver, the
+# credentials in a mirror's address, its apt options. .pyc files are made valid whatever the time stamps:
+# bit 1 of a hash-based .pyc's flags means "check the source" (PEP 552), and SOURCE_DATE_EPOCH has made
+# all of them hash-based.
+_FINISH = r"""
+rm -rf /%(staging)s /var/lib/apt/lists/* /var/cache/* /var/log/* /root/.cache /tmp/* /var/tmp/*
+rm -f /etc/apt/apt.conf.d/99mmdebstrap /etc/dpkg/dpkg.cfg.d/99mmdebstrap /etc/.pwd.lock
+rm -f /etc/passwd- /etc/group- /etc/shadow- /etc/gshadow- /etc/hostname /etc/hosts /etc/resolv.conf /etc/machine-id
+mkdir -p /var/cache/apt/archives/partial /var/lib/apt/lists/partial /var/log/apt
+sed -i -E 's#(://)[^/ @]*@#\1#' /etc/apt/sources.list
+echo microvm > /etc/hostname
+printf '127.0.0.1\tlocalhost microvm\n::1\tlocalhost ip6-localhost\n' > /etc/hosts
+: > /etc/resolv.conf
+: > /etc/machine-id
+chmod 644 /etc/hostname /etc/hosts /etc/resolv.conf
+chmod 444 /etc/machine-id
+"""
+_TRUST_PYC = r"""
+import pathlib
+for folder in ("/usr/lib", "/usr/local/lib", "/usr/share/python3"):
+    for path in pathlib.Path(folder).rglob("*.pyc"):
+        with path.open("r+b") as file:
+            if file.read(8)[4:] == b"\3\0\0\0":
+                file.seek(4)
+                file.write(b"\1\0\0\0")
+"""
+
+
+def build_rootfs(
+    folder: Path, kit: Kit, *, python: str, mode: str, epoch: int, progress: Progress
+) -> Path:
+    """Build a kit's root file system in an empty folder.
+
+    Args:
+        folder: Where the file and everything temporary go.
+        kit: What to build.
+        python: Version of the suite's Python, for its wheels.
+        mode: mmdebstrap's mode.
+        epoch: Newest time stamp of any file, in seconds.
+        progress: Told each stage.
+
+    Returns:
+        The squashfs file.
+
+    Raises:
+        BuildError: A step failed.
+        HostError: This computer lacks what a step needs.
+    """
+    wheels: list[Path] = []
+    if kit.wheels:
+        progress(f"downloading {len(kit.wheels)} wheels")
+        wheels = download_wheels(folder / "wheels", kit, python)
+    staging = folder / "staging.tar"
+    staging.write_bytes(staging_archive(kit, wheels))
+    command = mmdebstrap_command(
+        suite=kit.suite,
+        architecture=kit.debian_architecture,
+        variant="apt",
+        packages=kit.packages,
+        mirrors=mirror_lines(kit.suite, kit.mirror),
+        mode=mode,
+        apt=apt_options(),
+        exclude=_EXCLUDED,
+        hooks=[f"tar-in {shlex.quote(str(staging))} /", f'chroot "$1" /bin/sh -e /{_STAGING}/setup'],
+    )
+    target = folder / "rootfs.squashfs"
+    squash_mmdebstrap(command, target, epoch=epoch, progress=progress)
+    return target
+
+
+def download_wheels(folder: Path, kit: Kit, python: str) -> list[Path]:
+    """Download the kit's wheels with this computer's pip, so that its configuration and index apply.
+
+    Raises:
+        BuildError: A wheel cannot be found.
+        HostError: This Python has no pip.
+    """
+    folder.mkdir()
+    has_pip = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False)
+    if has_pip.returncode != 0:
+        raise HostError(
+            f"the kit's wheels cannot be downloaded: {sys.executable} has no pip",
+            resolution="install pip into this Python (python -m ensurepip, or uv pip install pip)",
+        )
+    tag = "cp" + python.replace(".", "")
+    minors = range(_NEWEST_GLIBC, _OLDEST_GLIBC - 1, -1)
+    platforms = [f"manylinux_2_{minor}_{kit.architecture}" for minor in minors]
+    platforms += [f"manylinux2014_{kit.architecture}", f"linux_{kit.architecture}"]
+    if kit.architecture == "x86_64":
+        platforms += ["manylinux2010_x86_64", "manylinux1_x86_64"]
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
+        "--only-binary=:all:", "--implementation=cp", f"--python-version={python}",
+        f"--abi={tag}", "--abi=abi3", "--abi=none",
+        *(f"--platform={name}" for name in platforms), f"--dest={folder}", *kit.wheels,
+    ]  # fmt: skip
+    run(command, what="pip download", environment=_pip_environment())
+    return sorted(folder.glob("*.whl"))
+
+
+def _pip_environment() -> dict[str, str]:
+    """Return the user's own environment: pip's index and certificates are configured there."""
+    import os  # noqa: PLC0415 - the one place that needs the whole of it
+
+    return {**os.environ, "LC_ALL": "C.UTF-8"}
+
+
+def staging_archive(kit: Kit, wheels: list[Path]) -> bytes:
+    """Return the tar archive with the kit's files, its wheels and the script that puts them in place."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for number, file in enumerate(kit.files):
+            _add(tar, f"files/{number}", file.source.read_bytes(), file.mode)
+        for wheel in wheels:
+            _add(tar, f"wheels/{wheel.name}", wheel.read_bytes(), 0o644)
+        _add(tar, "trust_pyc.py", _TRUST_PYC.encode(), 0o644)
+        _add(tar, "setup", setup_script(kit, [wheel.name for wheel in wheels]).encode(), 0o755)
+    return buffer.getvalue()
+
+
+def setup_script(kit: Kit, wheels: list[str]) -> str:
+    """Return the shell script that runs in the new root once the packages are installed."""
+    lines = ["set -e", "umask 022", "cd /", "export HOME=/root DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in kit.environment]
+    for number, file in enumerate(kit.files):
+        lines.append(f"install -D -m {file.mode:04o} /{_STAGING}/files/{number} {shlex.quote(file.target)}")
+    if wheels:
+        names = " ".join(f"/{_STAGING}/wheels/{shlex.quote(name)}" for name in wheels)
+        lines += [
+            "python3 -m pip install --quiet --no-index --no-deps --no-compile --break-system-packages "
+            f"--root-user-action=ignore --disable-pip-version-check {names}",
+            "python3 -m compileall -q --invalidation-mode unchecked-hash /usr/local/lib/python3*/dist-packages",
+        ]
+    for command in kit.setup:
+        lines.append(f"(\n{command}\n)")
+    lines.append(f"if command -v python3 > /dev/null; then python3 /{_STAGING}/trust_pyc.py; fi")
+    return "\n".join(lines) + _FINISH % {"staging": _STAGING}
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes, mode: int) -> None:
+    member = tarfile.TarInfo(f"{_STAGING}/{name}")
+    member.size = len(data)
+    member.mode = mode
+    tar.addfile(member, io.BytesIO(data))

@@ -1,0 +1,88 @@
+"""Turn what mmdebstrap writes, or a folder, into a squashfs file system that depends on nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from typing import IO, TYPE_CHECKING
+
+from pytest_microvm.images.process import build_environment, build_error, follow, run, started
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Progress = Callable[[str], None]
+"""Told each stage of a build as a line of text."""
+
+# zstd unpacks fast under emulation, and small blocks keep a read of one small file small.
+_OPTIONS = ["-noappend", "-no-progress", "-quiet", "-comp", "zstd", "-Xcompression-level", "6"]
+
+_STAGES = {
+    "I: running apt-get update": "fetching package lists",
+    "I: downloading packages": "downloading packages",
+    "I: extracting archives": "unpacking packages",
+    "I: installing essential": "installing the essential packages",
+    "I: installing remaining": "installing the kit's packages",
+    "I: running --customize-hook": "setting up",
+    "I: creating tarball": "packing",
+}
+
+
+def run_mmdebstrap(command: list[str], output: IO[bytes], *, epoch: int, progress: Progress) -> None:
+    """Run mmdebstrap with its archive going to ``output``.
+
+    Raises:
+        BuildError: It failed.
+    """
+    environment = build_environment(SOURCE_DATE_EPOCH=str(epoch))
+    with started(command, environment=environment, stdout=output, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        tail = follow(process.stderr, _stages(progress))
+        if process.wait() != 0:
+            raise build_error("mmdebstrap", process.returncode, tail)
+
+
+def squash_mmdebstrap(command: list[str], target: Path, *, epoch: int, progress: Progress) -> None:
+    """Run mmdebstrap and pack its archive into ``target`` while it is written.
+
+    Raises:
+        BuildError: One of the programs failed.
+    """
+    environment = build_environment(SOURCE_DATE_EPOCH=str(epoch))
+    with tempfile.TemporaryFile() as messages:
+        packer = started(
+            ["mksquashfs", "-", str(target), "-tar", *_OPTIONS],
+            environment=environment, stdin=subprocess.PIPE, stdout=messages, stderr=messages,
+        )  # fmt: skip
+        with packer as packing:
+            assert packing.stdin is not None
+            run_mmdebstrap(command, packing.stdin, epoch=epoch, progress=progress)
+            packing.stdin.close()
+            if packing.wait() != 0:
+                messages.seek(0)
+                lines = messages.read().decode(errors="replace").splitlines()
+                raise build_error("mksquashfs", packing.returncode, deque(lines[-30:]))
+
+
+def squash_folder(folder: Path, target: Path, *, epoch: int) -> None:
+    """Pack a folder into ``target``, owned by root, every time stamp ``epoch``.
+
+    Raises:
+        BuildError: mksquashfs failed.
+    """
+    times = ["-mkfs-time", str(epoch), "-all-time", str(epoch)]
+    run(
+        ["mksquashfs", str(folder), str(target), *_OPTIONS, "-all-root", *times],
+        what="mksquashfs", environment=build_environment(),
+    )  # fmt: skip
+
+
+def _stages(progress: Progress) -> Callable[[str], None]:
+    def heard(line: str) -> None:
+        for sign, stage in _STAGES.items():
+            if line.startswith(sign):
+                progress(stage)
+
+    return heard
