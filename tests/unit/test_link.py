@@ -1,0 +1,508 @@
+"""The host's link over a socket, with the guest's own port code on the other end."""
+
+import os
+import resource
+import socket
+import struct
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pytest_microvm import link as link_module
+from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation
+from pytest_microvm.guest.port import Port
+from pytest_microvm.link import Drain, GuestError, Link
+from pytest_microvm.wire.channel import MAX_STREAMS, WINDOW, Closed, Credit, Data, Hello, Message
+from pytest_microvm.wire.frames import MAX_PAYLOAD, Kind
+
+GUARD = 20  # seconds; only a test that hangs takes so long
+SOON = 0.05
+
+
+class Guest:
+    """The guest's end, driven step by step by a test."""
+
+    def __init__(self, sock):
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", GUARD, 0))
+        self.sock = sock
+        self.port = Port(sock.fileno(), "agent")
+        self.channel = self.port.channel
+        self.events = []
+
+    def next(self, kind):
+        """Return the next event of ``kind``; those before it are dropped."""
+        while True:
+            while self.events:
+                event = self.events.pop(0)
+                if isinstance(event, kind):
+                    return event
+            self.events = list(self.port.receive())
+
+    def open_with(self, message_key):
+        """Take a request that names a stream, open it, return (request number, stream number)."""
+        for event in self.port.receive():
+            if isinstance(event, Message):
+                self.channel.open(event.body[message_key])
+                return event.body["id"], event.body[message_key]
+        return self.open_with(message_key)
+
+    def answer(self, number, **body):
+        self.channel.send({"id": number, **body})
+        self.port.flush()
+
+    def write_all(self, stream, data):
+        """Send ``data`` as credit comes, as the agent does."""
+        while data:
+            sent = self.channel.write(stream, data)
+            data = data[sent:]
+            self.port.flush()
+            if data:
+                self.next(Credit)
+
+
+@pytest.fixture
+def sockets():
+    host, guest = socket.socketpair()
+    with host, guest:
+        yield host, guest
+
+
+@pytest.fixture
+def guest(sockets):
+    return Guest(sockets[1])
+
+
+@pytest.fixture
+def link(sockets, guest):
+    link = Link(sockets[0])
+    guest.port.flush()
+    link.wait_hello(GUARD)
+    yield link
+    link.close()
+
+
+@pytest.fixture
+def background():
+    with ThreadPoolExecutor(4) as executor:
+        yield executor.submit
+
+
+def streamed(link, guest):
+    """Return a stream and its number, open on both ends."""
+    stream = link.open_stream()
+    link.request("open", stream=stream.number)
+    _, number = guest.open_with("stream")
+    return stream, number
+
+
+def failure_of(link):
+    with link.changed:
+        assert link.changed.wait_for(lambda: link.failure, GUARD)
+        return link.failure
+
+
+# Requests
+
+
+def test_hello_both_ways(link, guest):
+    assert link.wait_hello(GUARD).role == "agent"
+    assert guest.next(Hello).role == "host"
+
+
+def test_a_hello_that_does_not_come(sockets):
+    link = Link(sockets[0])
+    with pytest.raises(TimeoutError, match="no hello"):
+        link.wait_hello(SOON)
+    link.close()
+
+
+def test_a_call_and_its_answer(link, guest, background):
+    answer = background(link.call, "run", argv=["true"], timeout=GUARD)
+    asked = guest.next(Message).body
+    assert asked == {"id": 1, "op": "run", "argv": ["true"]}
+    guest.answer(asked["id"], result={"returncode": 0})
+    assert answer.result(GUARD) == {"returncode": 0}
+
+
+def test_answers_find_their_requests_in_any_order(link, guest):
+    requests = [link.request("op") for _ in range(3)]
+    numbers = [guest.next(Message).body["id"] for _ in range(3)]
+    for number in reversed(numbers):
+        guest.answer(number, result={"was": number})
+    assert [request.wait(GUARD)["was"] for request in requests] == numbers
+    assert all(request.done for request in requests)
+
+
+def test_an_error_keeps_its_kind_message_and_number(link, guest):
+    request = link.request("stat")
+    error = {"type": "FileNotFoundError", "message": "no such file: /x", "errno": 2}
+    guest.answer(guest.next(Message).body["id"], error=error)
+    with pytest.raises(GuestError, match="FileNotFoundError: no such file: /x") as caught:
+        request.wait(GUARD)
+    assert (caught.value.kind, caught.value.errno) == ("FileNotFoundError", 2)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [{}, {"type": None, "errno": "2"}, {"type": "x" * 10**5, "message": ["y"] * 10**5, "errno": True}],
+)
+def test_an_error_of_any_shape_is_bounded(link, guest, error):
+    request = link.request("stat")
+    guest.answer(guest.next(Message).body["id"], error=error)
+    with pytest.raises(GuestError) as caught:
+        request.wait(GUARD)
+    assert len(str(caught.value)) < 11_000
+    assert caught.value.errno == 0
+
+
+@pytest.mark.parametrize("body", [{}, {"result": None}, {"result": [1]}, {"error": "text"}])
+def test_an_answer_without_a_result_is_empty(link, guest, body):
+    request = link.request("op")
+    guest.answer(guest.next(Message).body["id"], **body)
+    assert request.wait(GUARD) == {}
+
+
+def test_a_wait_that_timed_out_can_be_taken_up_again(link, guest):
+    request = link.request("slow")
+    with pytest.raises(TimeoutError, match=r"no answer to 'slow' within 0\.05 s"):
+        request.wait(SOON)
+    assert not request.done
+    guest.answer(guest.next(Message).body["id"], result={"late": True})
+    assert request.wait(GUARD) == {"late": True}
+
+
+def test_a_late_answer_nobody_waits_for_does_no_harm(link, guest):
+    with pytest.raises(TimeoutError):
+        link.call("slow", timeout=SOON)
+    guest.answer(guest.next(Message).body["id"], result={})
+    request = link.request("next")
+    guest.answer(guest.next(Message).body["id"], result={"fine": True})
+    assert request.wait(GUARD) == {"fine": True}
+
+
+def test_a_guest_that_answers_nothing_does_not_use_up_the_host(link, monkeypatch):
+    monkeypatch.setattr(link_module, "MAX_UNANSWERED", 3)
+    for _ in range(3):
+        link.request("op")
+    with pytest.raises(MachineError, match="3 requests unanswered"):
+        link.request("op")
+
+
+def test_a_request_too_large_for_a_message(link, guest):
+    with pytest.raises(ValueError, match="MESSAGE payload"):
+        link.request("write", data="x" * MAX_PAYLOAD[Kind.MESSAGE])
+    request = link.request("op")
+    guest.answer(guest.next(Message).body["id"], result={})
+    assert request.wait(GUARD) == {}
+
+
+# Streams
+
+
+def test_more_than_the_window_to_the_guest(link, guest, background):
+    stream, number = streamed(link, guest)
+    sent = os.urandom(3 * WINDOW + 12345)
+    writing = background(stream.write, sent, GUARD)
+    received = b""
+    while len(received) < len(sent):
+        data = guest.next(Data).data
+        received += data
+        guest.channel.consumed(number, len(data))
+        guest.port.flush()
+    writing.result(GUARD)
+    stream.close()
+    assert guest.next(Closed).stream == number
+    assert received == sent
+
+
+def test_more_than_the_window_from_the_guest(link, guest, background):
+    stream, number = streamed(link, guest)
+    sent = os.urandom(3 * WINDOW + 12345)
+    reading = background(stream.read_all, len(sent), GUARD)
+    guest.write_all(number, sent)
+    guest.channel.close(number)
+    guest.port.flush()
+    assert reading.result(GUARD) == sent
+    assert stream.read() == b""
+
+
+def test_a_guest_that_takes_nothing_stops_the_writer_at_the_window(link, guest):
+    stream, number = streamed(link, guest)
+    with pytest.raises(TimeoutError, match=r"did not take everything within 0\.05 s"):
+        stream.write(bytes(WINDOW + 1), SOON)
+    received = 0
+    while received < WINDOW:
+        received += len(guest.next(Data).data)
+    assert received == WINDOW
+    guest.channel.consumed(number, 1)
+    guest.port.flush()
+    stream.write(b"x", GUARD)
+    assert guest.next(Data).data == b"x"
+
+
+def test_answers_to_others_do_not_prolong_a_writers_time(link, guest, background):
+    stream, _ = streamed(link, guest)
+    stream.write(bytes(WINDOW))
+    writing = background(stream.write, b"x", 4 * SOON)
+    while not writing.done():
+        request = link.request("ping")
+        guest.answer(guest.next(Message).body["id"], result={})
+        request.wait(GUARD)
+    with pytest.raises(TimeoutError):
+        writing.result(GUARD)
+
+
+def test_reading_waits_at_most_its_time(link, guest):
+    stream, number = streamed(link, guest)
+    with pytest.raises(TimeoutError, match=r"nothing came within 0\.05 s"):
+        stream.read(timeout=SOON)
+    guest.write_all(number, b"abc")
+    assert stream.read(2, timeout=GUARD) == b"ab"
+    assert stream.read(2, timeout=GUARD) == b"c"
+
+
+def test_writing_to_a_guest_that_closed_is_a_broken_pipe(link, guest, background):
+    stream, number = streamed(link, guest)
+    writing = background(stream.write, bytes(WINDOW + 1), GUARD)
+    received = 0
+    while received < WINDOW:
+        received += len(guest.next(Data).data)
+    guest.channel.close(number)
+    guest.port.flush()
+    with pytest.raises(BrokenPipeError):
+        writing.result(GUARD)
+
+
+def test_writing_after_closing_this_end_is_a_value_error(link, guest):
+    stream, _ = streamed(link, guest)
+    stream.close()
+    with pytest.raises(ValueError, match="closed for writing"):
+        stream.write(b"x", GUARD)
+
+
+def test_closing_wakes_a_writer_in_another_thread(link, guest, background):
+    stream, _ = streamed(link, guest)
+    stream.write(bytes(WINDOW))
+    started = threading.Event()
+
+    def write():
+        started.set()
+        stream.write(b"x", GUARD)
+
+    writing = background(write)
+    assert started.wait(GUARD)
+    stream.close()
+    with pytest.raises(ValueError, match="closed for writing"):
+        writing.result(GUARD)
+
+
+def test_discarding_lets_the_guest_finish(link, guest):
+    stream, number = streamed(link, guest)
+    guest.write_all(number, bytes(WINDOW))
+    stream.discard()
+    guest.write_all(number, bytes(2 * WINDOW))
+    guest.channel.close(number)
+    guest.port.flush()
+    request = link.request("sync")
+    guest.answer(guest.next(Message).body["id"], result={})
+    request.wait(GUARD)
+    assert link.channel.open_streams == 0
+
+
+def test_discarding_what_the_guest_closed_already(link, guest):
+    stream, number = streamed(link, guest)
+    guest.write_all(number, b"abc")
+    guest.channel.close(number)
+    guest.port.flush()
+    assert guest.next(Closed).stream == number
+    stream.discard()
+    stream.close()
+    assert stream.read() == b""
+    assert link.failure is None
+
+
+def test_more_than_is_allowed_ends_the_machine(sockets, guest):
+    ended = threading.Event()
+    link = Link(sockets[0], ended.set)
+    guest.port.flush()
+    stream, number = streamed(link, guest)
+    guest.write_all(number, b"x" * 11)
+    with pytest.raises(ProtocolViolation, match="more than the 10 bytes"):
+        stream.read_all(10, GUARD)
+    assert ended.is_set()
+    assert isinstance(link.failure, ProtocolViolation)
+
+
+def test_streams_a_guest_never_closes_are_bounded(link):
+    for _ in range(MAX_STREAMS):
+        link.open_stream()
+    with pytest.raises(MachineError, match=f"{MAX_STREAMS} streams are open"):
+        link.open_stream()
+
+
+# The end
+
+
+def test_the_machines_end_wakes_everyone(link, guest, background):
+    stream, _ = streamed(link, guest)
+    other = link.open_stream()
+    other.write(bytes(WINDOW))
+    request = link.request("op")
+    waiting = [
+        background(request.wait, GUARD),
+        background(stream.read, 1, GUARD),
+        background(other.write, b"x", GUARD),
+        background(stream.read_all, 10, GUARD),
+    ]
+    guest.sock.close()
+    for future in waiting:
+        with pytest.raises(MachineCrashed):
+            future.result(GUARD)
+    assert request.done
+    for use in (lambda: link.request("op"), link.open_stream, lambda: link.wait_hello(1)):
+        with pytest.raises(MachineCrashed):
+            use()
+    stream.close()
+    stream.discard()
+
+
+def test_what_came_before_the_end_can_still_be_read(link, guest):
+    stream, number = streamed(link, guest)
+    guest.write_all(number, b"last words")
+    guest.sock.close()
+    failure_of(link)
+    assert stream.read(timeout=GUARD) == b"last words"
+    with pytest.raises(MachineCrashed):
+        stream.read(timeout=GUARD)
+
+
+def test_closing_this_end_wakes_whoever_waits(link, background):
+    waiting = background(link.call, "op", timeout=GUARD)
+    link.close()
+    link.close()
+    with pytest.raises(MachineCrashed):
+        waiting.result(GUARD)
+
+
+VIOLATIONS = {
+    "garbage": lambda guest: guest.sock.sendall(b"\xff" * 100),
+    "unknown request": lambda guest: guest.answer(99, result={}),
+    "second answer": lambda guest: (guest.answer(1, result={}), guest.answer(1, result={})),
+    "number that is true": lambda guest: guest.answer(True, result={}),
+    "number that is text": lambda guest: guest.answer("1", result={}),
+    "no number": lambda guest: (guest.channel.send({}), guest.port.flush()),
+    "unknown stream": lambda guest: (guest.channel.open(77), guest.write_all(77, b"x")),
+}
+
+
+@pytest.mark.parametrize("violate", VIOLATIONS.values(), ids=VIOLATIONS)
+def test_a_guest_that_breaks_the_protocol(sockets, guest, violate):
+    ended = threading.Semaphore(0)
+    link = Link(sockets[0], ended.release)
+    guest.port.flush()
+    request = link.request("op")
+    violate(guest)
+    assert ended.acquire(timeout=GUARD)
+    assert isinstance(failure_of(link), ProtocolViolation)
+    assert "broke the protocol" in str(link.failure)
+    if request.reply is None:
+        with pytest.raises(ProtocolViolation):
+            request.wait(GUARD)
+    link.close()
+    assert not ended.acquire(blocking=False)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_one_links_fault_stays_its_own(link, guest):
+    def fail():
+        raise RuntimeError("a fault in the caller's code")
+
+    host, other = socket.socketpair()
+    with other:
+        faulty = Link(host, fail)
+        other.sendall(b"\xff" * 9)
+        assert isinstance(failure_of(faulty), ProtocolViolation)
+        assert other.recv(4096)  # the hello
+        assert other.recv(4096) == b""
+    request = link.request("still there?")
+    guest.answer(guest.next(Message).body["id"], result={})
+    assert request.wait(GUARD) == {}
+
+
+def test_links_come_and_go_while_others_talk(link, guest, background):
+    """Descriptor numbers are reused at once; nothing may be read by the link that had one before."""
+
+    def come_and_go():
+        for _ in range(200):
+            host, other = socket.socketpair()
+            with other:
+                other_guest = Guest(other)
+                short = Link(host)
+                other_guest.port.flush()
+                assert short.wait_hello(GUARD).role == "agent"
+                request = short.request("op")
+                other_guest.answer(other_guest.next(Message).body["id"], result={"here": True})
+                assert request.wait(GUARD) == {"here": True}
+                other.sendall(b"\x00")  # under way while this end closes
+                short.close()
+
+    working = [background(come_and_go) for _ in range(3)]
+    for turn in range(300):
+        request = link.request("op")
+        guest.answer(guest.next(Message).body["id"], result={"turn": turn})
+        assert request.wait(GUARD) == {"turn": turn}
+    for future in working:
+        future.result(GUARD)
+
+
+def test_no_descriptor_and_no_callback_is_left_behind():
+    def use():
+        host, other = socket.socketpair()
+        with other:
+            Link(host).close()
+        host, other = socket.socketpair()
+        with other:
+            Drain(host).close()
+
+    use()  # the I/O thread has started
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
+    watched_before = len(link_module.reactor()._selector.get_map())
+    for _ in range(20):
+        use()
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before
+    assert len(link_module.reactor()._selector.get_map()) == watched_before
+
+
+def test_an_idle_link_costs_no_cpu(link, guest):
+    stream, _ = streamed(link, guest)
+    with pytest.raises(TimeoutError):  # a writer at the window, with the guest not reading
+        stream.write(bytes(WINDOW + 1), SOON)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    with pytest.raises(TimeoutError):
+        stream.read(timeout=0.5)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    assert (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime) < 0.25
+
+
+# Consoles
+
+
+def test_a_drain_keeps_the_tail(sockets):
+    drain = Drain(sockets[0], size=100)
+    text = b"".join(b"line %d\n" % number for number in range(50_000))
+    sockets[1].sendall(text)
+    sockets[1].close()
+    assert drain.tail() == text[-100:]
+    drain.close()
+    assert drain.tail() == text[-100:]
+
+
+def test_a_drain_reads_what_is_there_when_asked(sockets):
+    drain = Drain(sockets[0])
+    assert drain.tail() == b""
+    sockets[1].sendall(b"panic")
+    assert drain.tail() == b"panic"
+    drain.close()

@@ -1,0 +1,135 @@
+"""Sizes, vCPUs, times and specs: what is accepted, and every error by value."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_microvm.errors import UsageError
+from pytest_microvm.spec import (
+    MAX_CPUS,
+    MIN_DISK,
+    MIN_MEMORY,
+    PARSERS,
+    MachineSpec,
+    format_size,
+    parse_cpus,
+    parse_seconds,
+    parse_size,
+)
+
+MANY_DIGITS = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [
+        (1, 1),
+        ("4096", 4096),
+        ("1K", 1024),
+        ("512M", 512 * 1024**2),
+        ("512m", 512 * 1024**2),
+        (" 2 G ", 2 * 1024**3),
+        ("2GB", 2 * 1024**3),
+        ("2GiB", 2 * 1024**3),
+        ("1T", 1024**4),
+        ("10B", 10),
+    ],
+)
+def test_sizes(written, size):
+    assert parse_size(written, "memory") == size
+
+
+@pytest.mark.parametrize(
+    "written",
+    [0, -1, True, None, 1.5, "", "0", "0G", "-1G", "1.5G", "G", "5iB", "1P", "1 G 2", "٣G", MANY_DIGITS, []],
+)
+def test_what_is_not_a_size(written):
+    with pytest.raises(UsageError) as caught:
+        parse_size(written, "marker: memory")
+    assert caught.value.brief == f"marker: memory: {written!r} is not a size"
+    assert "512M" in caught.value.resolution
+
+
+@given(st.integers(1, 10**17))
+def test_a_size_reads_back_as_it_was_written(size):
+    assert parse_size(format_size(size), "size") == size
+
+
+def test_sizes_are_written_with_the_largest_unit_that_fits():
+    assert [format_size(size) for size in (0, 1000, 1024, 1536, 512 * 1024**2, 2 * 1024**3, 1024**4)] == [
+        "0",
+        "1000",
+        "1K",
+        "1536",
+        "512M",
+        "2G",
+        "1T",
+    ]
+
+
+@pytest.mark.parametrize("written", [1, "2", " 4 ", MAX_CPUS])
+def test_cpus(written):
+    assert parse_cpus(written, "cpus") == int(written)
+
+
+@pytest.mark.parametrize("written", [0, -1, True, None, 1.0, "two", "", MAX_CPUS + 1, "²", MANY_DIGITS])
+def test_what_is_not_a_number_of_cpus(written):
+    with pytest.raises(UsageError) as caught:
+        parse_cpus(written, "cpus")
+    assert caught.value.brief == f"cpus: {written!r} is not a number of vCPUs"
+    assert caught.value.resolution == "write a whole number, 1 to 64"
+
+
+@pytest.mark.parametrize(("written", "seconds"), [(1, 1.0), (0.5, 0.5), ("30", 30.0), ("1e1", 10.0)])
+def test_seconds(written, seconds):
+    assert parse_seconds(written, "timeout") == seconds
+
+
+@pytest.mark.parametrize("written", [0, -1, True, None, "soon", "", "nan", "inf", float("inf"), 10**400, []])
+def test_what_is_not_a_time(written):
+    with pytest.raises(UsageError) as caught:
+        parse_seconds(written, "timeout")
+    assert caught.value.brief == f"timeout: {written!r} is not a time"
+
+
+def test_changes_are_parsed_and_the_original_stays():
+    spec = MachineSpec(image="base", cpus=1)
+    changed = spec.with_changes({"cpus": "2", "memory": "1G", "disk": 2**30, "timeout": "5"}, "marker")
+    assert changed == MachineSpec("base", 2, 2**30, 2**30, 5.0)
+    assert spec == MachineSpec(image="base", cpus=1)
+    assert hash(changed) == hash(MachineSpec("base", 2, 2**30, 2**30, 5.0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "brief"),
+    [
+        ({"cores": 2}, "marker: unknown key 'cores'"),
+        ({"zoo": 1, "alpha": 1}, "marker: unknown key 'alpha'"),
+        ({"cpus": 0}, "marker: cpus: 0 is not a number of vCPUs"),
+        ({"memory": "lots"}, "marker: memory: 'lots' is not a size"),
+        ({"timeout": 0}, "marker: timeout: 0 is not a time"),
+        ({"image": ""}, "marker: image: '' is not an image"),
+        ({"image": 7}, "marker: image: 7 is not an image"),
+        ({"memory": "1M"}, "memory: 1M is too little to boot"),
+        ({"disk": "1M"}, "disk: 1M is too little for a file system"),
+    ],
+)
+def test_changes_that_cannot_be(changes, brief):
+    with pytest.raises(UsageError) as caught:
+        MachineSpec().with_changes(changes, "marker")
+    assert caught.value.brief == brief
+    assert caught.value.resolution
+
+
+def test_an_unknown_key_is_answered_with_the_known_ones():
+    with pytest.raises(UsageError) as caught:
+        MachineSpec().with_changes({"ram": 1}, "pyproject.toml")
+    assert caught.value.resolution == "known keys: cpus, disk, image, memory, timeout"
+
+
+def test_the_smallest_machine_is_allowed():
+    assert MachineSpec(memory=MIN_MEMORY, disk=MIN_DISK).memory == MIN_MEMORY
+
+
+def test_every_field_can_be_written_by_people():
+    assert set(PARSERS) == set(MachineSpec.__dataclass_fields__)
