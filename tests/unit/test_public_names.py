@@ -25,6 +25,9 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_importing_the_package_imports_nothing_but_typing():
-    code = "import sys, typing, __future__; old = set(sys.modules); import pytest_microvm; print(set(sys.modules) - old)"
+    code = (
+        "import sys, typing, __future__; old = set(sys.modules);"
+        "import pytest_microvm; print(set(sys.modules) - old)"
+    )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "{'pytest_microvm'}"
