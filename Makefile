@@ -1,0 +1,59 @@
+# What a developer runs. Every target sets up first what it needs; nothing is done twice.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+ARGS ?=
+
+STAGES := lint types imports unit contract plugin integration
+
+.PHONY: help setup demo test images bench $(STAGES)
+
+help: ## say what there is
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+setup: ## install missing programs, make .venv with all extras
+	@ci/setup.sh
+
+demo: setup ## run the example suite, a fresh microVM for every test
+	@$(BIN)/pytest-microvm image build python
+	@$(BIN)/python -m pytest --microvm examples
+
+test: $(STAGES) ## the whole check
+
+lint: setup ## ruff
+	@printf '\n### %s\n' "$@"
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+
+types: setup ## mypy, strict
+	@printf '\n### %s\n' "$@"
+	@$(BIN)/mypy
+
+imports: setup ## the layers of CONTRIBUTING.md
+	@printf '\n### %s\n' "$@"
+	@$(BIN)/lint-imports
+
+unit: setup ## tests without a hypervisor, in seconds
+	@printf '\n### %s\n' "$@"
+	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+contract: images ## what every hypervisor must do
+	@printf '\n### %s\n' "$@"
+	@$(BIN)/python -m pytest tests/contract $(ARGS)
+
+plugin: images ## the plug-in's options, fixtures and reports
+	@printf '\n### %s\n' "$@"
+	@$(BIN)/python -m pytest tests/plugin $(ARGS)
+
+integration: images ## everything together, and every command and snippet of the documentation
+	@printf '\n### %s\n' "$@"
+	@$(BIN)/python -m pytest tests/integration $(ARGS)
+
+images: setup
+	@printf '\n### %s\n' "$@"
+	@$(BIN)/pytest-microvm image build base
+	@$(BIN)/pytest-microvm image build python
+
+bench: images ## measure, and compare with the promises
+	@$(BIN)/python benchmarks/run.py $(ARGS)
