@@ -24,7 +24,7 @@ from pytest_microvm.wire.channel import MAX_STREAMS, Channel, Closed, Data, Hell
 from pytest_microvm.wire.frames import WireError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 _READ_SIZE = 256 * 1024
 MAX_UNANSWERED = 4096
@@ -191,6 +191,16 @@ class Stream:
         self._ended = False
         self._discarding = False
 
+    @property
+    def link(self) -> Link:
+        """The link it belongs to."""
+        return self._link
+
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`read` would return at once."""
+        return bool(self._received) or self._ended
+
     def read(self, size: int = 65536, timeout: float | None = None) -> bytes:
         """Return between 1 and ``size`` bytes as soon as any are there, b"" at the end.
 
@@ -287,6 +297,23 @@ class Stream:
         self._link.channel.close(self.number)  # both directions end together unless closed before
 
 
+def read_any(streams: Sequence[Stream], timeout: float | None) -> list[tuple[Stream, bytes]]:
+    """Wait until any of a link's ``streams`` has something, and return what each has; b"" is its end.
+
+    Raises:
+        TimeoutError: Nothing came within ``timeout`` seconds.
+        MachineCrashed: The machine ended.
+    """
+    link = streams[0].link
+    with link.changed:
+        if not link.changed.wait_for(lambda: link.failure or any(s.ready for s in streams), timeout):
+            raise TimeoutError(f"nothing came within {timeout:g} s")
+        ready = [stream for stream in streams if stream.ready]
+        if not ready and link.failure:
+            raise link.failure
+    return [(stream, stream.read()) for stream in ready]
+
+
 class Link:
     """A connection to one port of a guest.
 
@@ -371,6 +398,12 @@ class Link:
             self._streams[stream.number] = stream
             self._next_stream += 1
         return stream
+
+    def forget(self, stream: Stream) -> None:
+        """Take back a stream that the guest never accepted."""
+        with self.changed:
+            self._streams.pop(stream.number, None)
+            self.channel.forget(stream.number)
 
     def close(self) -> None:
         """Drop the connection; whoever waits gets :class:`MachineCrashed`."""

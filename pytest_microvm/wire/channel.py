@@ -135,6 +135,10 @@ class Channel:
         self._emit(Kind.CLOSE, stream)
         self._forget_if_done(stream)
 
+    def forget(self, stream: int) -> None:
+        """Drop a stream that the peer never accepted, without a word."""
+        self._streams.pop(stream, None)
+
     def take(self) -> bytes:
         """Return and forget what is to be sent."""
         data = b"".join(self._out)

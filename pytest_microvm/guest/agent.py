@@ -1,0 +1,443 @@
+"""The agent: PID 1 of a machine. Runs commands, moves files, and answers the host on one port.
+
+One thread serves the port and the children's pipes; each file transfer has a short-lived thread of
+its own. When the host closes the port, or the agent dies, the machine ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import selectors
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from pytest_microvm.guest import resume
+from pytest_microvm.guest.files import StreamReader, StreamWriter, pack, path_operation, unpack
+from pytest_microvm.guest.port import Port, open_port
+from pytest_microvm.guest.process import READ_SIZE, Child, reap, set_window_size
+from pytest_microvm.wire.channel import Closed, Credit, Data, Message
+
+RB_AUTOBOOT = 0x01234567
+
+
+class Transfer:
+    """One stream that a thread reads from or writes to, with waiting."""
+
+    def __init__(self, agent: Agent, stream: int) -> None:
+        self._agent = agent
+        self._stream = stream
+        self._channel = agent.port.channel
+        self._received = bytearray()
+        self._ended = False
+
+    def came(self, data: bytes) -> None:
+        """Take bytes from the host (called with the agent's condition held)."""
+        self._received += data
+
+    def end(self) -> None:
+        """Take note that the host will send no more."""
+        self._ended = True
+
+    def read(self) -> bytes:
+        """Return some bytes as soon as any are there, b"" at the end."""
+        agent = self._agent
+        with agent.changed:
+            agent.changed.wait_for(lambda: self._received or self._ended)
+            data = bytes(self._received)
+            self._received.clear()
+            self._channel.consumed(self._stream, len(data))
+            agent.port.flush()
+        return data
+
+    def write(self, data: bytes) -> None:
+        """Send all of ``data`` as the host's credit allows."""
+        agent = self._agent
+        view = memoryview(data)
+        while view:
+            with agent.changed:
+                if self._ended:
+                    raise BrokenPipeError("the host stopped reading")
+                sent = self._channel.write(self._stream, bytes(view[:READ_SIZE]))
+                agent.port.flush()
+                if not sent:
+                    agent.changed.wait()
+            view = view[sent:]
+
+    def close(self) -> None:
+        """End this side of the stream."""
+        with self._agent.changed:
+            self._channel.close(self._stream)
+            self._agent.transfers.pop(self._stream, None)
+            self._agent.port.flush()
+
+
+class Agent:
+    """The agent's state: children by handle, streams by what they are for."""
+
+    def __init__(self, port: Port) -> None:
+        self.port = port
+        self.changed = threading.Condition(threading.RLock())
+        self.transfers: dict[int, Transfer] = {}
+        self._selector = selectors.DefaultSelector()
+        self._children: dict[int, Child] = {}
+        self._inputs: dict[int, Child] = {}
+        self._stalled: dict[int, tuple[int, Child]] = {}  # stream -> pipe that waits for credit
+        self._leftover: dict[int, bytes] = {}  # stream -> bytes read from the pipe, not yet sent
+        self._next_handle = 1
+
+    def serve(self) -> None:
+        """Answer the host until it closes the port."""
+        wake_read, wake_write = os.pipe()
+        for descriptor in (wake_read, wake_write):
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+        self._selector.register(wake_read, selectors.EVENT_READ, lambda: self._reap(wake_read))
+        self._selector.register(self.port.fd, selectors.EVENT_READ, self._receive)
+        self.port.flush()
+        while True:
+            for key, _mask in self._selector.select():
+                key.data()
+
+    # The port
+
+    def _receive(self) -> None:
+        with self.changed:
+            generation = self.port.generation
+            events = self.port.receive()
+            if self.port.generation != generation:
+                self._forget_connection()
+            for event in events:
+                if isinstance(event, Message):
+                    self._answer(event.body)
+                elif isinstance(event, Data):
+                    self._data(event.stream, event.data)
+                elif isinstance(event, Credit):
+                    self._credit(event.stream)
+                elif isinstance(event, Closed):
+                    self._closed(event.stream)
+            self.port.flush()
+            self.changed.notify_all()
+
+    def _answer(self, body: dict[str, Any]) -> None:
+        number = body.get("id")
+        try:
+            handler = _OPERATIONS[body["op"]]
+            result = handler(self, body)
+        except Exception as error:  # noqa: BLE001 - whatever went wrong is the request's answer
+            self._reply_error(number, error)
+        else:
+            if result is not None:
+                self._reply(number, result)
+
+    def _reply(self, number: Any, result: dict[str, Any]) -> None:
+        self.port.channel.send({"id": number, "result": result})
+
+    def _reply_error(self, number: Any, error: BaseException) -> None:
+        message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if isinstance(error, OSError) and error.filename:
+            message = f"{message}: {error.filename!r}"
+        answer = {
+            "type": type(error).__name__,
+            "message": message[:4000],
+            "errno": getattr(error, "errno", 0) or 0,
+        }
+        self.port.channel.send({"id": number, "error": answer})
+
+    def _forget_connection(self) -> None:
+        """Drop what belonged to the host that this machine's template knew."""
+        for child in self._children.values():
+            for descriptor in list(child.outputs):
+                self._drop_output(child, descriptor)
+            child.waiters.clear()
+        self._inputs.clear()
+        self._stalled.clear()
+        self._leftover.clear()
+        for transfer in self.transfers.values():
+            transfer.end()
+
+    def _data(self, stream: int, data: bytes) -> None:
+        if stream in self.transfers:
+            self.transfers[stream].came(data)
+        elif stream in self._inputs:
+            child = self._inputs[stream]
+            child.pending_input += data
+            self._feed(child)
+
+    def _closed(self, stream: int) -> None:
+        if stream in self.transfers:
+            self.transfers[stream].end()
+        elif stream in self._inputs:
+            child = self._inputs.pop(stream)
+            child.input_ended = True
+            self.port.channel.close(stream)
+            self._feed(child)
+        else:
+            self._host_stopped_reading(stream)
+
+    def _credit(self, stream: int) -> None:
+        if stream in self._stalled:
+            descriptor, child = self._stalled.pop(stream)
+            self._send_output(child, descriptor, stream, self._leftover.pop(stream))
+            if stream not in self._stalled and descriptor in child.outputs:
+                self._watch_output(child, descriptor, stream)
+
+    # Children
+
+    def _exec(self, body: dict[str, Any]) -> dict[str, Any]:
+        child = Child(body)
+        handle, self._next_handle = self._next_handle, self._next_handle + 1
+        self._children[handle] = child
+        streams = {*child.outputs.values()}
+        if child.stdin_stream:
+            streams.add(child.stdin_stream)
+            self._inputs[child.stdin_stream] = child
+        for stream in sorted(streams):
+            self.port.channel.open(stream)
+        for descriptor, stream in child.outputs.items():
+            self._watch_output(child, descriptor, stream)
+        return {"handle": handle, "pid": child.pid}
+
+    def _wait(self, body: dict[str, Any]) -> dict[str, Any] | None:
+        child = self._children[body["handle"]]
+        if child.returncode is None:
+            child.waiters.append(body["id"])
+            return None
+        return self._exit_report(body["handle"])
+
+    def _poll(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {"returncode": self._children[body["handle"]].returncode}
+
+    def _signal(self, body: dict[str, Any]) -> dict[str, Any]:
+        with contextlib.suppress(ProcessLookupError):  # it may end by itself at any moment
+            self._children[body["handle"]].signal(body["signal"])
+        return {}
+
+    def _resize(self, body: dict[str, Any]) -> dict[str, Any]:
+        for descriptor in self._children[body["handle"]].outputs:
+            set_window_size(descriptor, body["size"])
+        return {}
+
+    def _reap(self, wake: int) -> None:
+        while True:
+            try:
+                if not os.read(wake, 4096):
+                    break
+            except BlockingIOError:
+                break
+        by_pid = {child.pid: handle for handle, child in self._children.items() if child.returncode is None}
+        for pid, status, usage in reap():
+            handle = by_pid.get(pid)
+            if handle is None:
+                continue  # an orphan that PID 1 inherited
+            child = self._children[handle]
+            child.reaped(status, usage)
+            with self.changed:
+                for number in child.waiters:
+                    self._reply(number, self._exit_report(handle))
+                self.port.flush()
+
+    def _exit_report(self, handle: int) -> dict[str, Any]:
+        child = self._children[handle]
+        if not child.outputs:
+            del self._children[handle]
+        return {"returncode": child.returncode, "usage": child.usage}
+
+    def _watch_output(self, child: Child, descriptor: int, stream: int) -> None:
+        self._selector.register(
+            descriptor, selectors.EVENT_READ, lambda: self._output(child, descriptor, stream)
+        )
+
+    def _output(self, child: Child, descriptor: int, stream: int) -> None:
+        try:
+            data = os.read(descriptor, READ_SIZE)
+        except OSError:  # a terminal whose last user has gone (EIO)
+            data = b""
+        with self.changed:
+            if data:
+                self._send_output(child, descriptor, stream, data)
+            else:
+                self._drop_output(child, descriptor)
+                self.port.channel.close(stream)
+            self.port.flush()
+
+    def _send_output(self, child: Child, descriptor: int, stream: int, data: bytes) -> None:
+        sent = self.port.channel.write(stream, data)
+        if sent < len(data):  # the host is slower than the command: let the pipe fill up
+            self._leftover[stream] = data[sent:]
+            self._stalled[stream] = (descriptor, child)
+            self._unwatch(descriptor)
+
+    def _drop_output(self, child: Child, descriptor: int) -> None:
+        self._unwatch(descriptor)
+        child.outputs.pop(descriptor, None)
+        if child.stdin == descriptor:
+            child.stdin = None
+        os.close(descriptor)
+
+    def _host_stopped_reading(self, stream: int) -> None:
+        for child in self._children.values():
+            for descriptor, number in list(child.outputs.items()):
+                if number == stream:
+                    self._stalled.pop(stream, None)
+                    self._leftover.pop(stream, None)
+                    self._drop_output(child, descriptor)
+                    self.port.channel.close(stream)
+
+    def _unwatch(self, descriptor: int) -> None:
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(descriptor)
+
+    def _feed(self, child: Child) -> None:
+        """Write what the host sent into the command's stdin, as far as its pipe takes it now."""
+        descriptor = child.stdin
+        if descriptor is None:
+            self._discard_input(child)
+            return
+        try:
+            written = os.write(descriptor, child.pending_input[:READ_SIZE]) if child.pending_input else 0
+        except BlockingIOError:
+            written = 0
+        except OSError:
+            self._unwatch_input(child)
+            child.close_stdin()
+            self._discard_input(child)
+            return
+        del child.pending_input[:written]
+        if child.stdin_stream and written:
+            self.port.channel.consumed(child.stdin_stream, written)
+        if child.pending_input:
+            self._watch_input(child)
+        else:
+            self._unwatch_input(child)
+            if child.input_ended:
+                child.close_stdin()
+
+    def _discard_input(self, child: Child) -> None:
+        if child.stdin_stream:
+            self.port.channel.consumed(child.stdin_stream, len(child.pending_input))
+        child.pending_input.clear()
+
+    def _watch_input(self, child: Child) -> None:
+        descriptor = child.stdin
+        if descriptor is None or descriptor in child.outputs:
+            return  # a terminal: its line discipline takes what fits, the rest is tried with the next data
+        if descriptor not in self._selector.get_map():
+            self._selector.register(descriptor, selectors.EVENT_WRITE, lambda: self._feed_later(child))
+
+    def _feed_later(self, child: Child) -> None:
+        with self.changed:
+            self._feed(child)
+            self.port.flush()
+
+    def _unwatch_input(self, child: Child) -> None:
+        if child.stdin is not None and child.stdin not in child.outputs:
+            self._unwatch(child.stdin)
+
+    # Files
+
+    def _transfer(self, body: dict[str, Any], work: Callable[[Transfer], None]) -> None:
+        """Run ``work`` on a thread with the request's stream, and answer when it is done."""
+        stream = body["stream"]
+        self.port.channel.open(stream)
+        transfer = self.transfers[stream] = Transfer(self, stream)
+
+        def run() -> None:
+            failure: BaseException | None = None
+            try:
+                work(transfer)
+            except Exception as error:  # noqa: BLE001 - it is the request's answer
+                failure = error
+            transfer.close()
+            with self.changed:
+                if failure is None:
+                    self._reply(body["id"], {})
+                else:
+                    self._reply_error(body["id"], failure)
+                self.port.flush()
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def _read_file(self, body: dict[str, Any]) -> None:
+        def work(transfer: Transfer) -> None:
+            with open(body["path"], "rb") as file:
+                while data := file.read(READ_SIZE):
+                    transfer.write(data)
+
+        self._transfer(body, work)
+
+    def _write_file(self, body: dict[str, Any]) -> None:
+        def work(transfer: Transfer) -> None:
+            with open(body["path"], "ab" if body.get("append") else "wb") as file:
+                while data := transfer.read():
+                    file.write(data)
+
+        self._transfer(body, work)
+
+    def _pack(self, body: dict[str, Any]) -> None:
+        self._transfer(body, lambda transfer: pack(body["path"], StreamWriter(transfer.write)))
+
+    def _unpack(self, body: dict[str, Any]) -> None:
+        self._transfer(body, lambda transfer: unpack(StreamReader(transfer.read), body["path"]))
+
+    # The machine
+
+    def _resume(self, body: dict[str, Any]) -> dict[str, Any]:
+        return resume.apply(body)
+
+    def _path(self, body: dict[str, Any]) -> dict[str, Any]:
+        return path_operation(body)
+
+    def _info(self, _body: dict[str, Any]) -> dict[str, Any]:
+        with open("/proc/meminfo") as file:
+            memory = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in list(file)[:5]}
+        disk = os.statvfs("/")
+        return {
+            "python": sys.version.split()[0],
+            "memory_total_bytes": memory.get("MemTotal", 0),
+            "memory_available_bytes": memory.get("MemAvailable", 0),
+            "disk_free_bytes": disk.f_bavail * disk.f_frsize,
+            "load": os.getloadavg()[0],
+        }
+
+
+_OPERATIONS: dict[str, Callable[[Agent, dict[str, Any]], Any]] = {
+    "exec": Agent._exec,
+    "info": Agent._info,
+    "pack": Agent._pack,
+    "path": Agent._path,
+    "poll": Agent._poll,
+    "read": Agent._read_file,
+    "resize": Agent._resize,
+    "resume": Agent._resume,
+    "signal": Agent._signal,
+    "unpack": Agent._unpack,
+    "wait": Agent._wait,
+    "write": Agent._write_file,
+}
+
+
+def main() -> None:
+    """Serve the port called ``agent``; end the machine when that ends."""
+    try:
+        Agent(Port(open_port("agent"), "agent")).serve()
+    except EOFError:
+        pass
+    except BaseException:  # noqa: BLE001 - PID 1 must not return: tell the console, then end the machine
+        traceback.print_exc()
+        sys.stderr.flush()
+    end_machine()
+
+
+def end_machine() -> None:
+    """End the machine through reboot(2): QEMU runs with -no-reboot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.sync()
+    libc.reboot(RB_AUTOBOOT)
+    os._exit(1)  # not allowed to: the kernel panics without PID 1, which ends the machine as well

@@ -1,0 +1,158 @@
+"""What the agent does with files: path operations, and trees packed and unpacked as tar."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tarfile
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MAX_ENTRIES = 10_000
+
+
+class StreamReader:
+    """A file object over ``read(size) -> bytes``, for tarfile and copying."""
+
+    def __init__(self, read: Callable[[], bytes]) -> None:
+        self._read = read
+        self._buffer = bytearray()
+        self._ended = False
+
+    def read(self, size: int = -1) -> bytes:
+        """Return exactly ``size`` bytes, fewer only at the end."""
+        while not self._ended and (size < 0 or len(self._buffer) < size):
+            data = self._read()
+            self._ended = not data
+            self._buffer += data
+        if size < 0:
+            size = len(self._buffer)
+        data = bytes(self._buffer[:size])
+        del self._buffer[:size]
+        return data
+
+
+class StreamWriter:
+    """A file object over ``write(data)``, for tarfile and copying."""
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self._write = write
+
+    def write(self, data: bytes) -> int:
+        """Send all of ``data``."""
+        self._write(bytes(data))
+        return len(data)
+
+
+def unpack(reader: StreamReader, target: str) -> None:
+    """Unpack a tar stream from the host into the folder ``target``, which is made if needed.
+
+    The host is trusted here; owners are kept as the archive says, times too.
+    """
+    os.makedirs(target, exist_ok=True)
+    with tarfile.open(fileobj=reader, mode="r|", bufsize=65536) as archive:  # type: ignore[call-overload]
+        for member in archive:
+            if hasattr(tarfile, "fully_trusted_filter"):
+                archive.extract(member, target, filter="fully_trusted")
+            else:
+                archive.extract(member, target)
+    while reader.read(65536):  # tar's padding, up to the stream's end
+        pass
+
+
+def pack(path: str, writer: StreamWriter) -> None:
+    """Write ``path`` as a tar stream: a folder's contents, or the one file under its own name."""
+    with tarfile.open(fileobj=writer, mode="w|", bufsize=65536) as archive:  # type: ignore[call-overload]
+        if os.path.isdir(path):
+            for name in sorted(os.listdir(path)):
+                archive.add(os.path.join(path, name), arcname=name)
+        else:
+            archive.add(os.path.realpath(path), arcname=os.path.basename(path))
+
+
+def path_operation(request: dict[str, Any]) -> dict[str, Any]:
+    """Do one small thing to a path: ``do`` names it (a key of :data:`OPERATIONS`)."""
+    return OPERATIONS[request["do"]](request["path"], request)
+
+
+def _stat(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    found = os.stat(path, follow_symlinks=request.get("follow", True))
+    return {
+        "mode": found.st_mode, "size": found.st_size, "uid": found.st_uid, "gid": found.st_gid,
+        "mtime": found.st_mtime, "kind": _kind(found.st_mode),
+    }  # fmt: skip
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "directory"
+    if stat.S_ISLNK(mode):
+        return "symlink"
+    return "file" if stat.S_ISREG(mode) else "other"
+
+
+def _list(path: str, _request: dict[str, Any]) -> dict[str, Any]:
+    names = sorted(os.listdir(path))
+    if len(names) > MAX_ENTRIES:
+        raise OSError(f"{path} has {len(names)} entries, more than {MAX_ENTRIES}")
+    return {"names": names}
+
+
+def _mkdir(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    mode = request.get("mode", 0o777)
+    if request.get("parents"):
+        os.makedirs(path, mode, exist_ok=request.get("exist_ok", False))
+    else:
+        try:
+            os.mkdir(path, mode)
+        except FileExistsError:
+            if not request.get("exist_ok") or not os.path.isdir(path):
+                raise
+    return {}
+
+
+def _unlink(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        if not request.get("missing_ok"):
+            raise
+    return {}
+
+
+def _rmtree(path: str, _request: dict[str, Any]) -> dict[str, Any]:
+    shutil.rmtree(path)
+    return {}
+
+
+def _chmod(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    os.chmod(path, request["mode"])
+    return {}
+
+
+def _symlink(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    os.symlink(request["target"], path)
+    return {}
+
+
+def _readlink(path: str, _request: dict[str, Any]) -> dict[str, Any]:
+    return {"target": os.readlink(path)}
+
+
+def _rename(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    os.replace(path, request["target"])
+    return {}
+
+
+def _rmdir(path: str, _request: dict[str, Any]) -> dict[str, Any]:
+    os.rmdir(path)
+    return {}
+
+
+OPERATIONS: dict[str, Callable[[str, dict[str, Any]], dict[str, Any]]] = {
+    "chmod": _chmod, "list": _list, "mkdir": _mkdir, "readlink": _readlink, "rename": _rename,
+    "rmdir": _rmdir, "rmtree": _rmtree, "stat": _stat, "symlink": _symlink, "unlink": _unlink,
+}  # fmt: skip

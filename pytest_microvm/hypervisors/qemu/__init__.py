@@ -1,0 +1,1 @@
+"""QEMU behind the Hypervisor protocol."""

@@ -1,0 +1,166 @@
+"""QEMU on this computer: its program, its build, its accelerator."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import select
+import shutil
+import subprocess
+import tempfile
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_microvm.errors import BootError, HypervisorMissing
+from pytest_microvm.hypervisors import Accelerator, Launch
+from pytest_microvm.hypervisors.probe import Verdict, check_required, probe
+from pytest_microvm.hypervisors.qemu.command import PROGRAMS
+from pytest_microvm.hypervisors.qemu.process import QemuProcess
+from pytest_microvm.hypervisors.tsc import measure_tsc_khz
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_PACKAGES = {"x86_64": "qemu-system-x86", "aarch64": "qemu-system-arm"}
+_PROBE_MEMORY = 128 * 1024**2
+
+
+class Qemu:
+    """QEMU for guests of one architecture (a :class:`pytest_microvm.hypervisors.Hypervisor`).
+
+    Args:
+        architecture: ``x86_64`` or ``aarch64``.
+        memory: The folder in which the probe's verdict is remembered.
+
+    Raises:
+        HypervisorMissing: It is not installed.
+    """
+
+    name = "qemu"
+
+    def __init__(self, architecture: str, memory: Path) -> None:
+        self._architecture = architecture
+        self._memory = memory / "accelerator.json"
+        name = PROGRAMS[architecture]
+        program = shutil.which(name)
+        if program is None:
+            raise HypervisorMissing(
+                f"{name} is missing",
+                resolution=f"install it: `apt-get install {_PACKAGES[architecture]}`, or run `make setup`",
+            )
+        self.program = str(Path(program).resolve())
+
+    @cached_property
+    def version(self) -> str:
+        """What the program says of itself, such as ``7.2.22``."""
+        done = subprocess.run([self.program, "--version"], capture_output=True, text=True, check=True)
+        return done.stdout.split("version ", 1)[-1].split()[0]
+
+    @cached_property
+    def build(self) -> str:
+        """What tells one build from another: the file's path, size and time of change."""
+        found = os.stat(self.program)
+        return f"{self.program} {found.st_size} {found.st_mtime_ns}"
+
+    def accelerator(
+        self, launch: Launch, required: str | None = None, say: Callable[[str], None] = lambda _line: None
+    ) -> Accelerator:
+        """Return the accelerator that runs ``launch``'s kernel here.
+
+        Args:
+            launch: What is to run; its kernel and initramfs are what the probe boots.
+            required: The only accelerator that will do.
+            say: Told that probing takes a while.
+
+        Raises:
+            HostError: ``required`` does not work here.
+        """
+
+        def boots(candidate: str, deadline: float) -> bool:
+            say(f"trying whether {candidate} works here (at most {deadline:.0f} s, once)")
+            return self._boots(launch, candidate, deadline)
+
+        verdict = probe(boots, self.build, self._memory, self._architecture)
+        check_required(required, verdict)
+        return self._accelerator(verdict)
+
+    def fingerprint(self, accelerator: Accelerator) -> tuple[str, ...]:
+        """Return what a template depends on: it can only be continued by the same build on the same CPU."""
+        return (
+            self.name, self.build, self.version, accelerator.name, accelerator.machine,
+            str(accelerator.tsc_khz is not None), platform.machine(), _cpu_digest(),
+        )  # fmt: skip
+
+    def start(self, launch: Launch, accelerator: Accelerator) -> QemuProcess:
+        """Start a VM.
+
+        Raises:
+            BootError: QEMU did not start.
+        """
+        return QemuProcess(self.program, launch, accelerator)
+
+    def _accelerator(self, verdict: Verdict) -> Accelerator:
+        if self._architecture == "aarch64":
+            return Accelerator(verdict.name, verdict.reason, "virt")
+        if verdict.name == "kvm":
+            return Accelerator(verdict.name, verdict.reason, "microvm")
+        khz = self._tsc_khz
+        # Under TCG the microvm machine needs to be told the counter's rate; q35 calibrates it well.
+        return Accelerator(verdict.name, verdict.reason, "microvm" if khz else "q35", khz)
+
+    @cached_property
+    def _tsc_khz(self) -> int | None:
+        return measure_tsc_khz()
+
+    def _boots(self, launch: Launch, candidate: str, deadline: float) -> bool:
+        with tempfile.TemporaryDirectory(prefix="microvm-probe-") as folder:
+            tiny = Launch(
+                architecture=launch.architecture,
+                kernel=launch.kernel,
+                initramfs=launch.initramfs,
+                cpus=1,
+                memory=_PROBE_MEMORY,
+                ram=Path(folder) / "ram",
+                share=False,
+                disks=(),
+                words=("microvm.probe=1",),
+                name="microvm-probe",
+            )
+            try:
+                process = QemuProcess(self.program, tiny, self._accelerator(Verdict(candidate, "")))
+            except BootError:
+                return False
+            try:
+                return _says(process, b"microvm-probe-ok", deadline)
+            finally:
+                process.kill()
+                for sock in process.sockets.values():
+                    sock.close()
+
+
+def _says(process: QemuProcess, word: bytes, deadline: float) -> bool:
+    console = process.sockets["console"]
+    end = time.monotonic() + deadline
+    heard = b""
+    while (left := end - time.monotonic()) > 0 and select.select([console], [], [], left)[0]:
+        data = console.recv(65536)
+        heard = heard[-len(word) :] + data
+        if word in heard:
+            return True
+        if not data:
+            return False
+    return False
+
+
+def _cpu_digest() -> str:
+    """Return what identifies the host's CPU model and features."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists():
+        return platform.processor()
+    wanted = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features", "CPU part")
+    first = cpuinfo.read_text().split("\n\n", 1)[0].splitlines()
+    lines = [line for line in first if line.split("\t")[0].strip() in wanted]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

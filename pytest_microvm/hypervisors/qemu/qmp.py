@@ -1,0 +1,121 @@
+"""QEMU's control socket: the QEMU Machine Protocol, one command at a time, events kept.
+
+Source: docs/interop/qmp-spec of QEMU.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import time
+from collections import deque
+from typing import Any
+
+from pytest_microvm.errors import MachineError
+
+_MAX_LINE = 1024 * 1024
+
+
+class QmpError(MachineError):
+    """QEMU refused a command, or went away."""
+
+
+class Qmp:
+    """A connection to one QEMU process.
+
+    Args:
+        sock: A connected Unix stream socket; owned from here on.
+        timeout: Seconds to wait for any answer.
+    """
+
+    def __init__(self, sock: socket.socket, timeout: float = 30.0) -> None:
+        self._sock = sock
+        self._timeout = timeout
+        self._buffer = bytearray()
+        self.events: deque[dict[str, Any]] = deque(maxlen=256)
+
+    def greet(self) -> None:
+        """Read the greeting and leave negotiation mode."""
+        if "QMP" not in self._read(self._timeout):
+            raise QmpError("QEMU did not greet on its control socket")
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None, fd: int | None = None) -> Any:
+        """Run ``command`` and return its result.
+
+        Args:
+            command: Its name.
+            arguments: Its arguments.
+            fd: A descriptor to pass along (SCM_RIGHTS), for ``getfd``.
+
+        Raises:
+            QmpError: QEMU refused it, did not answer in time, or is gone.
+        """
+        message = json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n"
+        try:
+            if fd is None:
+                self._sock.sendall(message)
+            else:
+                socket.send_fds(self._sock, [message], [fd])
+        except OSError as error:
+            raise QmpError(f"QEMU is gone ({error})") from error
+        deadline = time.monotonic() + self._timeout
+        while True:
+            answer = self._read(deadline - time.monotonic())
+            if "event" in answer:
+                self.events.append(answer)
+            elif "error" in answer:
+                raise QmpError(f"QEMU refused {command}: {answer['error'].get('desc')}")
+            else:
+                return answer.get("return")
+
+    def wait_event(self, name: str, accept: Any = lambda _data: True) -> dict[str, Any]:
+        """Wait for an event called ``name`` whose data ``accept`` takes, and return its data.
+
+        Raises:
+            QmpError: It did not come in time, or QEMU is gone.
+        """
+        deadline = time.monotonic() + self._timeout
+        while True:
+            while self.events:
+                event = self.events.popleft()
+                data: dict[str, Any] = event.get("data", {})
+                if event["event"] == name and accept(data):
+                    return data
+            answer = self._read(deadline - time.monotonic())
+            if "event" in answer:
+                self.events.append(answer)
+
+    def drain_events(self) -> list[dict[str, Any]]:
+        """Return every event heard so far, without waiting."""
+        try:
+            while True:
+                answer = self._read(0)
+                if "event" in answer:
+                    self.events.append(answer)
+        except QmpError:
+            return list(self.events)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._sock.close()
+
+    def _read(self, timeout: float) -> dict[str, Any]:
+        deadline = time.monotonic() + timeout
+        while b"\n" not in self._buffer:
+            if not select.select([self._sock], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise QmpError(f"QEMU did not answer within {timeout:.0f} s")
+            try:
+                data = self._sock.recv(65536)
+            except OSError as error:
+                raise QmpError(f"QEMU is gone ({error})") from error
+            if not data:
+                raise QmpError("QEMU has ended")
+            self._buffer += data
+            if len(self._buffer) > _MAX_LINE:
+                raise QmpError("QEMU sent a line that is too long")
+        line, _, rest = bytes(self._buffer).partition(b"\n")
+        self._buffer = bytearray(rest)
+        answer = json.loads(line)
+        return answer if isinstance(answer, dict) else {}

@@ -1,0 +1,420 @@
+"""A machine: the object a user holds. Commands, files and its end; vocabulary of subprocess and pathlib."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pytest_microvm.errors import BootError, MachineCrashed, UsageError
+from pytest_microvm.link import Drain, Link
+from pytest_microvm.process import GuestProcess, command_arguments
+from pytest_microvm.transfer import pull, push
+from pytest_microvm.vmpath import GuestPath
+
+if TYPE_CHECKING:
+    import socket
+
+    from typing_extensions import Self
+
+    from pytest_microvm.spec import MachineSpec
+
+BOOT_TIMEOUT = 60.0
+"""Seconds a boot may take before its machine is given up (about 3 under emulation)."""
+
+_LAST_COMMANDS = 20
+
+
+class Vmm(Protocol):
+    """What a hypervisor hands out: one running VM."""
+
+    sockets: dict[str, socket.socket]
+
+    @property
+    def pid(self) -> int:
+        """The VMM's process id."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+
+    def checkpoint(self, state: Path) -> None:
+        """Stop the guest and write its device state."""
+
+    def resume(self) -> None:
+        """Let a stopped guest run on."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+    def end_reason(self) -> str:
+        """Why it ended by itself, for people."""
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """What is known of a machine from its start.
+
+    Args:
+        id: Its name, unique on this host.
+        image: The image's name.
+        image_digest: The image's digest.
+        accelerator: What runs it: ``kvm``, ``tcg``...
+        ready_seconds: From asking for it to its first answer.
+        cpus: Virtual CPUs.
+        memory: Bytes of RAM.
+        disk: Bytes it may write.
+        timeout: Seconds one command may take unless it says otherwise; ``None``: no limit.
+    """
+
+    id: str
+    image: str
+    image_digest: str
+    accelerator: str
+    ready_seconds: float
+    cpus: int
+    memory: int
+    disk: int
+    timeout: float | None = None
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a machine has used so far, as the host saw it: bytes and seconds."""
+
+    peak_memory_bytes: int
+    cpu_seconds: float
+
+
+class Instance:
+    """A running VM with its links: what templates hand to those who use machines.
+
+    Args:
+        vmm: The running VM; owned from here on.
+    """
+
+    def __init__(self, vmm: Vmm) -> None:
+        self.vmm = vmm
+        self.console = Drain(vmm.sockets["console"])
+        self._links: dict[str, Link] = {}
+        self._lock = threading.Lock()
+        self._last_usage = Usage(0, 0.0)
+        self.resumed_with: dict[str, Any] = {}
+
+    def link(self, port: str) -> Link:
+        """Return the link to ``port``, made when first asked for."""
+        with self._lock:
+            if port not in self._links:
+                self._links[port] = Link(self.vmm.sockets[port], on_violation=self.vmm.kill)
+            return self._links[port]
+
+    def adopt(self, port: str, identity: Mapping[str, Any], timeout: float = BOOT_TIMEOUT) -> Link:
+        """Greet a copy on ``port`` and make it its own before anything else happens in it.
+
+        Args:
+            port: The port whose guest end does it.
+            identity: ``hostname`` and ``machine_id``; entropy and time are added here.
+            timeout: Seconds to wait.
+
+        Raises:
+            BootError: The guest did not answer.
+        """
+        link = self.link(port)
+        self.resumed_with = {"entropy": os.urandom(64).hex(), "time": time.time(), **identity}
+        try:
+            link.call("resume", timeout=timeout, **self.resumed_with)
+        except (TimeoutError, MachineCrashed) as error:
+            raise self.boot_error(f"a machine did not wake up: {error}") from error
+        return link
+
+    def boot_error(self, brief: str) -> BootError:
+        """Return an error that quotes the console."""
+        return BootError(brief, details=self.console_text(), resolution="run `pytest-microvm doctor`")
+
+    def console_text(self, lines: int = 30) -> str:
+        """Return the console's last lines, made safe to print."""
+        return printable(self.console.tail().decode(errors="replace"), lines)
+
+    def usage(self) -> Usage:
+        """Return what the VMM's process has used (Linux's /proc); the last known figures once it ended."""
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            fields = Path(f"/proc/{self.vmm.pid}/stat").read_text().rpartition(")")[2].split()
+            ticks = os.sysconf("SC_CLK_TCK")
+            status = Path(f"/proc/{self.vmm.pid}/status").read_text()
+            peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+            self._last_usage = Usage(peak * 1024, (int(fields[11]) + int(fields[12])) / ticks)
+        return self._last_usage
+
+    def close(self) -> None:
+        """End the VM and let go of everything; a second call does nothing."""
+        self.usage()
+        self.vmm.kill()
+        self.console.tail()
+        for link in self._links.values():
+            link.close()
+        self.console.close()
+        for sock in self.vmm.sockets.values():
+            sock.close()
+
+
+def printable(text: str, lines: int) -> str:
+    """Return the last ``lines`` of untrusted text with control characters made visible."""
+    kept = [line.rstrip("\r") for line in text.split("\n")][-lines:]
+    return "\n".join(
+        "".join(char if char.isprintable() or char == "\t" else f"\\x{ord(char):02x}" for char in line)
+        for line in kept
+    ).strip()
+
+
+class MicroVM:
+    """A running machine.
+
+    Get one from the ``microvm`` fixture, or without pytest from :meth:`start`::
+
+        with MicroVM.start(image="python", memory="1G") as vm:
+            vm.run(["python3", "--version"], check=True)
+
+    Attributes:
+        facts: What is known of it from its start.
+    """
+
+    def __init__(
+        self,
+        instance: Instance,
+        facts: MachineFacts,
+        on_close: Callable[[], None] = lambda: None,
+        workspace: Path | None = None,
+    ) -> None:
+        self.facts = facts
+        self.instance = instance
+        self.workspace = workspace or Path.cwd()
+        self.last_commands: deque[str] = deque(maxlen=_LAST_COMMANDS)
+        self.closed = False
+        self._on_close = on_close
+
+    @classmethod
+    def start(cls, spec: MachineSpec | None = None, **changes: Any) -> MicroVM:
+        """Start a machine (a copy of a cached template; the first one of its kind boots).
+
+        Args:
+            spec: What it is made of; the defaults of :class:`MachineSpec` if omitted.
+            **changes: Fields of the spec as people write them, such as ``memory="1G"``.
+
+        Returns:
+            A machine that answers; use it as a context manager, or call :meth:`close`.
+
+        Raises:
+            UsageError: A field is unknown or impossible.
+            HostError: This computer lacks something.
+            BootError: The machine did not come up.
+        """
+        from pytest_microvm.host import default_host  # noqa: PLC0415 - upwards on purpose: see ADR 0001
+
+        return default_host().start(spec, **changes)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<MicroVM {self.facts.id} {self.facts.image}{' (ended)' if self.closed else ''}>"
+
+    @property
+    def id(self) -> str:
+        """Its name, unique on this host; also its first host name."""
+        return self.facts.id
+
+    # Commands
+
+    def run(
+        self,
+        args: str | Sequence[str | PurePosixPath],
+        *,
+        check: bool = False,
+        timeout: float | None = None,
+        input: str | bytes | None = None,  # noqa: A002 - subprocess's word
+        env: Mapping[str, str] | None = None,
+        cwd: str | PurePosixPath | None = None,
+        user: str | int | None = None,
+        text: bool = True,
+    ) -> subprocess.CompletedProcess[Any]:
+        """Run a command and return what came of it; like :func:`subprocess.run` with captured output.
+
+        Args:
+            args: A list of arguments, or a string for the machine's ``/bin/sh``.
+            check: Raise when the command fails.
+            timeout: Seconds after which it is killed; the machine's own timeout if omitted.
+            input: What it reads from stdin.
+            env: Variables on top of the machine's usual ones.
+            cwd: Where it runs; ``/`` if omitted.
+            user: Who runs it; root if omitted.
+            text: Whether ``input``, ``stdout`` and ``stderr`` are str (UTF-8, errors replaced) or bytes.
+
+        Raises:
+            subprocess.CalledProcessError: It failed and ``check`` was set.
+            subprocess.TimeoutExpired: It took longer than ``timeout``.
+            FileNotFoundError: The machine has no such program or folder.
+            MachineCrashed: The machine ended.
+        """
+        limit = self.facts.timeout if timeout is None else timeout
+        with self.popen(args, stdin=input is not None, env=env, cwd=cwd, user=user, text=text) as process:
+            stdout, stderr = process.communicate(input, timeout=limit)
+        done = subprocess.CompletedProcess(process.args, process.returncode or 0, stdout, stderr)
+        if check:
+            done.check_returncode()
+        return done
+
+    def popen(
+        self,
+        args: str | Sequence[str | PurePosixPath],
+        *,
+        stdin: bool = False,
+        env: Mapping[str, str] | None = None,
+        cwd: str | PurePosixPath | None = None,
+        user: str | int | None = None,
+        text: bool = True,
+        pty: tuple[int, int] | None = None,
+    ) -> GuestProcess:
+        """Start a command and return while it runs; like :class:`subprocess.Popen` with pipes.
+
+        Args:
+            args: A list of arguments, or a string for the machine's ``/bin/sh``.
+            stdin: Whether ``process.stdin`` is wanted; otherwise it reads nothing.
+            env: Variables on top of the machine's usual ones.
+            cwd: Where it runs; ``/`` if omitted.
+            user: Who runs it; root if omitted.
+            text: Whether its files are text (UTF-8, errors replaced) or bytes.
+            pty: Rows and columns of a terminal to run it on; stderr then comes with stdout.
+
+        Raises:
+            FileNotFoundError: The machine has no such program or folder.
+            MachineCrashed: The machine ended.
+        """
+        request = command_arguments(args, {**dict(self.facts.environment), **(env or {})}, cwd, user)
+        self.last_commands.append(args if isinstance(args, str) else " ".join(map(str, args)))
+        with self.explained():
+            return GuestProcess(self.link(), args, request, stdin=stdin, text=text, pty=pty)
+
+    def wait_until_succeeds(
+        self,
+        args: str | Sequence[str],
+        *,
+        timeout: float,
+        interval: float = 0.1,
+        **options: Any,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command again and again until it succeeds.
+
+        Args:
+            args: As for :meth:`run`.
+            timeout: Seconds after which to give up.
+            interval: Seconds between two tries.
+            **options: As for :meth:`run`.
+
+        Raises:
+            subprocess.TimeoutExpired: It never succeeded; its last output is in the exception.
+            MachineCrashed: The machine ended.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            done = self.run(args, timeout=max(0.1, deadline - time.monotonic()), **options)
+            if done.returncode == 0:
+                return done
+            if time.monotonic() + interval > deadline:
+                raise subprocess.TimeoutExpired(done.args, timeout, done.stdout, done.stderr)
+            threading.Event().wait(
+                interval
+            )  # the guest offers nothing to wait for: the condition is the user's
+
+    # Files
+
+    def path(self, *segments: str | PurePosixPath) -> GuestPath:
+        """Return a path in the machine, used like :class:`pathlib.Path`."""
+        return GuestPath(self, *segments)
+
+    def push(self, source: str | os.PathLike[str], target: str | PurePosixPath) -> None:
+        """Copy a file or a folder from the host into the machine.
+
+        Args:
+            source: On the host; relative to the current folder.
+            target: In the machine: what the file, or the folder, is to be called there.
+
+        Raises:
+            UsageError: There is no ``source``.
+            TransferError: The machine could not take it (its disk is full, say).
+        """
+        self.last_commands.append(f"push {source} {target}")
+        with self.explained():
+            push(self.link(), Path(source), PurePosixPath(target))
+
+    def pull(self, source: str | PurePosixPath, target: str | os.PathLike[str]) -> Path:
+        """Copy a file or a folder from the machine to the host.
+
+        Nothing the machine sends can leave ``target``: links out, devices and odd names are refused.
+
+        Args:
+            source: In the machine.
+            target: On the host: an existing folder to put it into, or the name it shall have.
+
+        Returns:
+            Where it is now.
+
+        Raises:
+            FileNotFoundError: The machine has no ``source``.
+            TransferError: What came was refused, or could not be written.
+        """
+        self.last_commands.append(f"pull {source} {target}")
+        with self.explained():
+            return pull(self.link(), PurePosixPath(source), Path(target))
+
+    # The machine
+
+    def usage(self) -> Usage:
+        """Return what the machine has used so far, as the host sees it."""
+        return self.instance.usage()
+
+    def console_tail(self, lines: int = 30) -> str:
+        """Return the last lines of the console, with control characters made visible."""
+        return self.instance.console_text(lines)
+
+    def close(self) -> None:
+        """End the machine and forget everything in it; a second call does nothing."""
+        if not self.closed:
+            self.closed = True
+            self.instance.close()
+            self._on_close()
+
+    @contextlib.contextmanager
+    def explained(self) -> Any:
+        """Turn "the machine ended" into why it did, with the console's tail."""
+        try:
+            yield
+        except MachineCrashed as error:
+            if self.closed or error.details:
+                raise
+            reason = self.instance.vmm.end_reason()
+            raise MachineCrashed(
+                f"machine {self.id} ended: {reason}",
+                details=self.console_tail(),
+                resolution="the console above is the machine's own; its last command is the likely cause",
+            ) from error
+
+    def link(self) -> Link:
+        """Return the link to the agent.
+
+        Raises:
+            UsageError: The machine has been closed.
+        """
+        if self.closed:
+            raise UsageError(f"machine {self.id} has been closed", resolution="start another one")
+        return self.instance.link("agent")

@@ -1,0 +1,266 @@
+"""A command in a machine, used like :class:`subprocess.Popen`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
+
+from pytest_microvm.errors import MachineError, QuotaExceeded, UsageError
+from pytest_microvm.link import GuestError, Link, Stream, read_any
+from pytest_microvm.wire.channel import WINDOW
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+MAX_OUTPUT = 256 * 1024**2
+"""Bytes of output that :meth:`GuestProcess.communicate` keeps at most; read the files yourself for more."""
+
+_ANSWER = 60.0  # seconds the agent may take to start or signal a process; only a dead machine takes longer
+
+
+def command_arguments(
+    args: str | Sequence[str | PurePosixPath],
+    env: Mapping[str, str],
+    cwd: str | PurePosixPath | None,
+    user: str | int | None,
+) -> dict[str, Any]:
+    """Return the agent's ``exec`` request for a command, without its streams.
+
+    Raises:
+        UsageError: The command is empty or has a NUL character.
+    """
+    request: dict[str, Any] = {"env": dict(env), "cwd": str(cwd) if cwd else "/"}
+    if user is not None:
+        request["user"] = user
+    if isinstance(args, str):
+        request["shell"] = args
+    else:
+        request["argv"] = [str(arg) for arg in args]
+    words = [args] if isinstance(args, str) else request["argv"]
+    if not words or not words[0]:
+        raise UsageError("an empty command", resolution="give a program and its arguments")
+    if any("\0" in word for word in words):
+        raise UsageError(
+            "a command with a NUL character", resolution="no program can be given one: remove it"
+        )
+    return request
+
+
+class GuestProcess:
+    """A running command.
+
+    Attributes:
+        args: What was asked to run.
+        pid: Its process id in the machine.
+        stdin: A file to write to, or ``None``.
+        stdout: A file to read from.
+        stderr: A file to read from; ``None`` on a terminal.
+        returncode: Its exit status (negative: the signal that ended it), ``None`` while it runs.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        args: str | Sequence[Any],
+        request: dict[str, Any],
+        *,
+        stdin: bool,
+        text: bool,
+        pty: tuple[int, int] | None,
+    ) -> None:
+        self.args = args
+        self.returncode: int | None = None
+        self._link = link
+        self._text = text
+        self._out = link.open_stream()
+        self._err = None if pty else link.open_stream()
+        self._in = link.open_stream() if stdin and not pty else None
+        streams = {"stdout": self._out.number}
+        if self._err:
+            streams["stderr"] = self._err.number
+        if self._in:
+            streams["stdin"] = self._in.number
+        if pty:
+            streams["stdin"] = self._out.number  # a terminal is one stream, both ways
+            request = {**request, "pty": list(pty)}
+        try:
+            started = link.call("exec", timeout=_ANSWER, **request, **streams)
+        except GuestError as error:
+            for stream in filter(None, (self._out, self._err, self._in)):
+                link.forget(stream)
+            raise _as_os_error(error, request) from None
+        self._handle = started["handle"]
+        self.pid = int(started["pid"])
+        self._exit = link.request("wait", handle=self._handle)
+        self.stdin = self._open(self._out if pty else self._in, "w") if stdin or pty else None
+        self.stdout = self._open(self._out, "r")
+        self.stderr = self._open(self._err, "r") if self._err else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        """Kill it if it still runs (it is in a machine of its own), and drop what it still says."""
+        with contextlib.suppress(MachineError, TimeoutError):
+            if self.poll() is None:
+                self.kill()
+            for stream in filter(None, (self._in, self._out, self._err)):
+                stream.discard()
+
+    def poll(self) -> int | None:
+        """Return its exit status, or ``None`` while it runs."""
+        if self.returncode is None and self._exit.done:
+            self.wait()
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end and return its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: It still runs after ``timeout`` seconds.
+            MachineCrashed: The machine ended.
+        """
+        if self.returncode is None:
+            try:
+                result = self._exit.wait(timeout)
+            except TimeoutError:
+                raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
+            self.returncode = int(result["returncode"])
+        return self.returncode
+
+    def communicate(
+        self,
+        input: str | bytes | None = None,
+        timeout: float | None = None,  # noqa: A002 - subprocess's word
+    ) -> tuple[Any, Any]:
+        """Send ``input``, read everything, wait for the end.
+
+        Returns:
+            stdout and stderr, as text or bytes.
+
+        Raises:
+            subprocess.TimeoutExpired: It took longer than ``timeout`` seconds; it has been killed.
+            QuotaExceeded: It said more than :data:`MAX_OUTPUT` bytes; it has been killed.
+            MachineCrashed: The machine ended.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        streams = [self._out, *([self._err] if self._err else [])]
+        parts: dict[int, bytearray] = {stream.number: bytearray() for stream in streams}
+        self._send_input(input)
+        try:
+            while streams:
+                for stream, data in read_any(streams, _left(deadline)):
+                    if not data:
+                        streams.remove(stream)
+                    parts[stream.number] += data
+                total = sum(map(len, parts.values()))
+                if total > MAX_OUTPUT:
+                    self.kill()
+                    raise QuotaExceeded("output", MAX_OUTPUT, total)
+            self.wait(_left(deadline))
+        except (TimeoutError, subprocess.TimeoutExpired):
+            self.kill()
+            out, err = (self._decode(bytes(part)) for part in (*parts.values(), bytearray())[:2])
+            raise subprocess.TimeoutExpired(self.args, timeout or 0, out, err) from None
+        values = [self._decode(bytes(part)) for part in parts.values()]
+        return values[0], values[1] if self._err else None
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to it and to what it started (its process group)."""
+        if self.poll() is None:
+            self._link.call("signal", timeout=_ANSWER, handle=self._handle, signal=int(number))
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Tell its terminal a new size."""
+        self._link.call("resize", timeout=_ANSWER, handle=self._handle, size=[rows, columns])
+
+    def _send_input(self, data: str | bytes | None) -> None:
+        if self._in is None:
+            return
+        raw = data.encode() if isinstance(data, str) else data or b""
+        if len(raw) <= WINDOW:
+            _feed(self._in, raw)
+        else:  # it may have to wait until the command has read, which may wait until we have
+            threading.Thread(target=_feed, args=(self._in, raw), daemon=True).start()
+
+    def _decode(self, data: bytes) -> str | bytes:
+        return data.decode(errors="replace").replace("\r\n", "\n") if self._text else data
+
+    def _open(self, stream: Stream | None, mode: str) -> IO[Any] | None:
+        if stream is None:
+            return None
+        raw = StreamFile(stream, mode)
+        if mode == "r":
+            buffered: IO[bytes] = io.BufferedReader(raw, 65536)
+        else:
+            buffered = raw  # type: ignore[assignment]  # unbuffered: what is written is sent
+        return io.TextIOWrapper(buffered, "utf-8", "replace", write_through=True) if self._text else buffered
+
+
+class StreamFile(io.RawIOBase):
+    """A stream of a link as an unbuffered binary file."""
+
+    def __init__(self, stream: Stream, mode: str) -> None:
+        super().__init__()
+        self._stream = stream
+        self._mode = mode
+
+    def readable(self) -> bool:
+        """Whether it was opened for reading."""
+        return self._mode == "r"
+
+    def writable(self) -> bool:
+        """Whether it was opened for writing."""
+        return self._mode == "w"
+
+    def readinto(self, buffer: Any) -> int:
+        """Wait for bytes and put them into ``buffer``; 0 at the end."""
+        data = self._stream.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def write(self, data: Any) -> int:
+        """Send all of ``data``."""
+        raw = bytes(data)
+        self._stream.write(raw)
+        return len(raw)
+
+    def close(self) -> None:
+        """End the stream's direction."""
+        if not self.closed and self._mode == "w":
+            self._stream.close()
+        super().close()
+
+
+def _feed(stream: Stream, data: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError, MachineError):  # the command need not read what it is given
+        stream.write(data)
+    stream.close()
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _as_os_error(error: GuestError, request: Mapping[str, Any]) -> Exception:
+    program = request.get("argv", ["/bin/sh"])[0]
+    if error.kind in ("FileNotFoundError", "NotADirectoryError"):
+        return FileNotFoundError(error.errno or 2, f"in the machine: {error.message}", program)
+    if error.kind == "PermissionError":
+        return PermissionError(error.errno or 13, f"in the machine: {error.message}", program)
+    return error

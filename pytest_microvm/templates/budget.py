@@ -1,0 +1,171 @@
+"""The host budget: how many vCPUs and how much memory all runs on this host may take together.
+
+Each machine has a record in a folder that all runs of this user share; a lock makes counting and
+taking one step. A record belongs to a process, and counts only while that process lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock
+
+from pytest_microvm.errors import BudgetExhausted, UsageError
+from pytest_microvm.spec import format_size, parse_cpus, parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+VARIABLE = "PYTEST_MICROVM_BUDGET"
+_PAUSE = 0.05  # another process's machine ends without a word to us, so its place is looked for again
+_PATIENCE = 2.0  # seconds of waiting before it is told
+_HOPE = 10.0  # seconds in which another thread of this process may still end a machine
+
+
+@dataclass(frozen=True)
+class Record:
+    """One machine that runs, or is about to: memory in bytes, ``since`` in seconds since 1970."""
+
+    id: str
+    image: str
+    cpus: int
+    memory: int
+    owner: int
+    owner_started: str
+    since: float
+
+
+def runtime_folder() -> Path:
+    """Return this user's folder for what lives as long as its machines: XDG_RUNTIME_DIR, or beside /tmp's files."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base and os.access(base, os.W_OK):
+        return Path(base) / "pytest-microvm"
+    return Path(tempfile.gettempdir()) / f"pytest-microvm-{os.getuid()}"
+
+
+def default_limits() -> tuple[int, int]:
+    """Return vCPUs and bytes: four per core, and four fifths of the memory; PYTEST_MICROVM_BUDGET overrides.
+
+    Raises:
+        UsageError: The variable is not like ``cpus=8,memory=16G``.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 4 // 5
+    limits = {"cpus": 4 * (os.cpu_count() or 1), "memory": memory}
+    for part in filter(None, os.environ.get(VARIABLE, "").split(",")):
+        name, _, value = part.partition("=")
+        if name.strip() == "cpus":
+            limits["cpus"] = parse_cpus(value, f"{VARIABLE}: cpus")
+        elif name.strip() == "memory":
+            limits["memory"] = parse_size(value, f"{VARIABLE}: memory")
+        else:
+            raise UsageError(f"{VARIABLE}: unknown key {name!r}", resolution="write cpus=8,memory=16G")
+    return limits["cpus"], limits["memory"]
+
+
+class HostBudget:
+    """What may run at the same time.
+
+    Args:
+        folder: Where the records are.
+        cpus: vCPUs of all machines together.
+        memory: Bytes of memory of all machines together.
+    """
+
+    def __init__(self, folder: Path, cpus: int, memory: int) -> None:
+        self._folder = folder / "machines"
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = FileLock(folder / "budget.lock")
+        self.cpus = cpus
+        self.memory = memory
+
+    def take(
+        self,
+        machine: str,
+        image: str,
+        cpus: int,
+        memory: int,
+        *,
+        say: Callable[[str], None] = lambda _line: None,
+        reclaim: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Wait until a machine fits, and record it.
+
+        Args:
+            machine: Its id.
+            image: Its image's name.
+            cpus: Its vCPUs.
+            memory: Its bytes of memory.
+            say: Told when waiting takes long.
+            reclaim: Ends a machine of this process that nobody uses yet; returns whether it did.
+
+        Raises:
+            BudgetExhausted: It can never fit: it is too large, or this process holds all there is.
+        """
+        begin = time.monotonic()
+        told = False
+        while not self.try_take(machine, image, cpus, memory):
+            if reclaim():
+                continue
+            waited = time.monotonic() - begin
+            self._check_hope(cpus, memory, waited)
+            if not told and waited > _PATIENCE:
+                told = True
+                say(f"waiting: the host budget ({self}) is in use by other machines")
+            time.sleep(_PAUSE)
+
+    def try_take(self, machine: str, image: str, cpus: int, memory: int) -> bool:
+        """Record a machine if it fits now; return whether it did."""
+        with self._lock:
+            records = self.records()
+            if sum(record.cpus for record in records) + cpus > self.cpus:
+                return False
+            if sum(record.memory for record in records) + memory > self.memory:
+                return False
+            record = Record(machine, image, cpus, memory, os.getpid(), _started(os.getpid()), time.time())
+            (self._folder / f"{machine}.json").write_text(json.dumps(asdict(record)))
+        return True
+
+    def release(self, machine: str) -> None:
+        """Strike a machine that has ended."""
+        (self._folder / f"{machine}.json").unlink(missing_ok=True)
+
+    def records(self) -> list[Record]:
+        """Return the machines of living processes; records of dead ones are removed."""
+        living = []
+        for path in sorted(self._folder.glob("*.json")):
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                record = Record(**json.loads(path.read_text()))
+                if _started(record.owner) == record.owner_started:
+                    living.append(record)
+                else:
+                    path.unlink(missing_ok=True)
+        return living
+
+    def __str__(self) -> str:
+        return f"{self.cpus} vCPUs, {format_size(self.memory // 1024**2 * 1024**2)}"
+
+    def _check_hope(self, cpus: int, memory: int, waited: float) -> None:
+        records = self.records()
+        mine = [record for record in records if record.owner == os.getpid()]
+        too_large = cpus > self.cpus or memory > self.memory
+        if too_large or (waited > _HOPE and len(mine) == len(records)):
+            holding = f"; this process already holds {len(mine)} machines" if mine and not too_large else ""
+            raise BudgetExhausted(
+                f"{cpus} vCPUs and {format_size(memory)} do not fit into the host budget ({self}){holding}",
+                resolution=f"end a machine first, ask for less, or raise {VARIABLE}, such as cpus=8,memory=16G",
+            )
+
+
+def _started(pid: int) -> str:
+    """Return when a process started (proc(5), field 22), which tells it from a later one with its id."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""

@@ -1,0 +1,245 @@
+"""Template chains: image, then prepared, then workspace, then collected; each link made once and cached.
+
+A link's key is the digest of its parent's key and of everything its step depends on. To make it, the
+parent's memory and disk are copied, the machine runs on from there, the step works in it, and it is
+frozen again. Two runs that need the same link wait for one another; a crash leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from pytest_microvm.errors import BootError, MachineCrashed
+from pytest_microvm.hypervisors import Accelerator, Disk, Hypervisor, Launch
+from pytest_microvm.images.cpio import CpioEntry, cpio_archive
+from pytest_microvm.machine import BOOT_TIMEOUT, Instance
+from pytest_microvm.templates.files import copy_sparse, format_scratch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+    from pytest_microvm.images import Image
+    from pytest_microvm.spec import Resources
+    from pytest_microvm.templates.store import Template, TemplateStore
+
+FORMAT = 1
+"""Part of every key; raise it when templates made before can no longer be used."""
+
+_BOOT_TRIES = 2
+
+
+@dataclass(frozen=True)
+class Step:
+    """One link after the boot.
+
+    Args:
+        kind: What it is called in lists: ``prepared``, ``workspace``, ``collected``.
+        inputs: Everything it depends on besides its parent.
+        work: Does it in a machine; what it returns is kept beside the template, name by name.
+        title: What is said while it is made.
+    """
+
+    kind: str
+    inputs: tuple[str, ...]
+    work: Callable[[Instance], dict[str, bytes]] = field(compare=False)
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the chain begins with: an image on given resources, run by a given accelerator."""
+
+    image: Image
+    resources: Resources
+    accelerator: Accelerator
+
+
+class Chain:
+    """Makes, finds and copies templates.
+
+    Args:
+        hypervisor: What runs the machines.
+        store: Where templates are kept.
+        guest_code: The package's own files for the guest (see :func:`guest_code_archive`).
+        say: Told what is being made.
+    """
+
+    def __init__(
+        self, hypervisor: Hypervisor, store: TemplateStore, guest_code: bytes, say: Callable[[str], None]
+    ) -> None:
+        self._hypervisor = hypervisor
+        self._store = store
+        self._guest_code = guest_code
+        self._say = say
+
+    def key(self, base: Base, steps: Sequence[Step] = ()) -> str:
+        """Return the key of the template that ``steps`` lead to."""
+        launch = self._launch(base, self._store.folder)
+        key = _digest(
+            str(FORMAT),
+            base.image.digest,
+            hashlib.sha256(self._guest_code).hexdigest(),
+            str(launch.cpus),
+            str(launch.memory),
+            str(base.resources.disk),
+            *launch.words,
+            *self._hypervisor.fingerprint(base.accelerator),
+        )
+        for step in steps:
+            key = _digest(key, step.kind, *step.inputs)
+        return key
+
+    def ensure(self, base: Base, steps: Sequence[Step] = ()) -> Template:
+        """Return the template that ``steps`` lead to, held; what is missing of the chain is made.
+
+        Raises:
+            BootError: The machine did not come up, twice.
+            MachineError: A step failed.
+            HostError: This computer lacks something.
+        """
+        key = self.key(base, steps)
+        found = self._store.open(key)
+        if found is not None:
+            return found
+        title = steps[-1].title if steps else f"booting {base.image.name}"
+        with self._alone(key, title):
+            found = self._store.open(key)  # whoever held the lock may have made it
+            if found is not None:
+                return found
+            if steps:
+                with self.ensure(base, steps[:-1]) as parent:
+                    self._extend(parent, base, steps[-1], key)
+            else:
+                self._boot(base, key)
+        found = self._store.open(key)
+        if found is None:
+            raise BootError("a template vanished as soon as it was made", resolution="run it again")
+        return found
+
+    def copy(self, template: Template, base: Base, name: str) -> Instance:
+        """Start a copy-on-write copy of ``template``; nothing it writes is kept.
+
+        Raises:
+            BootError: The hypervisor could not continue it.
+        """
+        scratch = Disk(template.scratch, ephemeral=True)
+        launch = self._launch(base, template.folder, scratch, state=template.state, name=name)
+        return Instance(self._hypervisor.start(launch, base.accelerator))
+
+    def _boot(self, base: Base, key: str) -> None:
+        for attempt in range(1, _BOOT_TRIES + 1):
+            self._say(f"booting {base.image.name}" + (" again" if attempt > 1 else ""))
+            with self._store.draft() as draft:
+                initramfs = draft / "initramfs"
+                initramfs.write_bytes(base.image.initramfs.read_bytes() + self._guest_code)
+                format_scratch(draft / "scratch", base.resources.disk)
+                launch = self._launch(base, draft, share=True, initramfs=initramfs)
+                instance = Instance(self._hypervisor.start(launch, base.accelerator))
+                try:
+                    _await_hello(instance)
+                except BootError:
+                    if attempt == _BOOT_TRIES:
+                        raise
+                    continue
+                else:
+                    initramfs.unlink()
+                    self._freeze(instance, key, draft, {"kind": "boot", "image": base.image.name})
+                    return
+                finally:
+                    instance.close()
+
+    def _extend(self, parent: Template, base: Base, step: Step, key: str) -> None:
+        self._say(step.title or step.kind)
+        with self._store.draft() as draft:
+            copy_sparse(parent.ram, draft / "ram")
+            copy_sparse(parent.scratch, draft / "scratch")
+            launch = self._launch(base, draft, share=True, state=parent.state)
+            instance = Instance(self._hypervisor.start(launch, base.accelerator))
+            try:
+                attachments = step.work(instance)
+                for name, content in attachments.items():
+                    (draft / name).write_bytes(content)
+                meta = {"kind": step.kind, "image": base.image.name, "parent": parent.key}
+                self._freeze(instance, key, draft, meta)
+            finally:
+                instance.close()
+
+    def _freeze(self, instance: Instance, key: str, draft: Path, meta: dict[str, Any]) -> None:
+        instance.vmm.checkpoint(draft / "state")
+        instance.close()  # its RAM file is only whole once nobody writes to it any more
+        self._store.publish(key, draft, meta)
+
+    def _launch(
+        self,
+        base: Base,
+        folder: Path,
+        scratch: Disk | None = None,
+        *,
+        share: bool = False,
+        state: Path | None = None,
+        initramfs: Path | None = None,
+        name: str = "microvm-template",
+    ) -> Launch:
+        return Launch(
+            architecture=base.image.architecture,
+            kernel=base.image.kernel,
+            initramfs=initramfs or base.image.initramfs,
+            cpus=base.resources.cpus,
+            memory=base.resources.memory,
+            ram=folder / "ram",
+            share=share,
+            disks=(
+                Disk(base.image.rootfs, readonly=True),
+                Disk(base.image.runtime, readonly=True),
+                scratch or Disk(folder / "scratch"),
+            ),
+            state=state,
+            name=name,
+        )
+
+    def _alone(self, key: str, title: str) -> FileLock:
+        """Return a lock, held, that makes this process the only one that makes ``key``."""
+        folder = self._store.folder / ".locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / key)
+        try:
+            lock.acquire(timeout=0.5)
+        except Timeout:
+            self._say(f"waiting for another run: {title}")
+            lock.acquire()
+        return lock
+
+
+def guest_code_archive(files: Iterable[tuple[str, bytes]]) -> bytes:
+    """Return the initramfs segment that brings the agent's code: ``(path, content)`` below ``/guest-code``."""
+    entries = [CpioEntry.directory("guest-code")]
+    folders = set()
+    for path, content in sorted(files):
+        parts = path.split("/")[:-1]
+        for depth in range(1, len(parts) + 1):
+            folder = "/".join(parts[:depth])
+            if folder not in folders:
+                folders.add(folder)
+                entries.append(CpioEntry.directory(f"guest-code/{folder}"))
+        entries.append(CpioEntry.file(f"guest-code/{path}", content))
+    return cpio_archive(entries)
+
+
+def _await_hello(instance: Instance) -> None:
+    """Wait until the agent answers; the boot's watchdog."""
+    try:
+        instance.link("agent").wait_hello(BOOT_TIMEOUT)
+    except TimeoutError as error:
+        raise instance.boot_error(f"no hello from the machine within {BOOT_TIMEOUT:.0f} s") from error
+    except MachineCrashed as error:
+        raise instance.boot_error(f"the machine ended while it booted: {instance.vmm.end_reason()}") from error
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

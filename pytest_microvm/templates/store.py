@@ -1,0 +1,258 @@
+"""Templates on disk: published whole by rename, checked before use, the least recently used go first.
+
+``templates/<key>/``: ``ram``, ``scratch``, ``state`` (device state), attachments, and ``meta.json``,
+which lists every file's size and is what makes the folder a template. A process that uses a template
+holds a shared lock (flock(2)) on its ``meta.json``; removal takes the lock alone, so what is in use stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_microvm.errors import HostError, UsageError
+from pytest_microvm.templates.files import disk_usage, sync
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from typing_extensions import Self
+
+_META = "meta.json"
+_DRAFT = ".building-"
+_SPACE_LEFT = 256 * 1024**2  # bytes that must stay free on the disk when a template is begun
+
+
+class Template:
+    """A published template, held: it is not removed while this object is open.
+
+    Attributes:
+        key: The digest of everything that shaped it.
+        folder: Where its files are.
+        meta: What is known of it: ``kind``, ``image``, ``parent``, ``created``, ``files``...
+    """
+
+    def __init__(self, key: str, folder: Path, meta: dict[str, Any], lock: int) -> None:
+        self.key = key
+        self.folder = folder
+        self.meta = meta
+        self._lock: int | None = lock
+
+    @property
+    def ram(self) -> Path:
+        """The guest's memory."""
+        return self.folder / "ram"
+
+    @property
+    def scratch(self) -> Path:
+        """The scratch disk."""
+        return self.folder / "scratch"
+
+    @property
+    def state(self) -> Path:
+        """The device state."""
+        return self.folder / "state"
+
+    def attachment(self, name: str) -> bytes:
+        """Return what the step that made it left beside it."""
+        return (self.folder / name).read_bytes()
+
+    def close(self) -> None:
+        """Let it be removed again; a second call does nothing."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class StoredTemplate:
+    """A line of ``template list``: sizes in bytes on the disk, times in seconds since 1970."""
+
+    key: str
+    kind: str
+    image: str
+    created: float
+    used: float
+    size: int
+    in_use: bool
+
+
+class TemplateStore:
+    """The templates under a cache folder.
+
+    Args:
+        root: The cache folder.
+        cap: Bytes that all templates may take on the disk together.
+    """
+
+    def __init__(self, root: Path, cap: int) -> None:
+        self.folder = root / "templates"
+        self.cap = cap
+
+    def open(self, key: str) -> Template | None:
+        """Return the template called ``key``, held, or ``None``; a damaged one is removed."""
+        folder = self.folder / key
+        try:
+            lock = os.open(folder / _META, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        meta = _read_meta(folder)
+        if meta is None:
+            os.close(lock)
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        os.utime(folder / _META)  # the time of use, for "least recently used"
+        return Template(key, folder, meta, lock)
+
+    @contextlib.contextmanager
+    def draft(self) -> Iterator[Path]:
+        """Yield a new folder to make a template in; whatever is not published is removed.
+
+        Raises:
+            HostError: The disk is full.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._sweep()
+        free = shutil.disk_usage(self.folder).free
+        if free < _SPACE_LEFT:
+            raise HostError(
+                f"only {free // 1024**2} MiB are free where the cache is ({self.folder})",
+                resolution="free some disk, run `pytest-microvm template prune`, or set PYTEST_MICROVM_CACHE",
+            )
+        folder = self.folder / f"{_DRAFT}{os.getpid()}-{time.monotonic_ns()}"
+        folder.mkdir(mode=0o700)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(self, key: str, draft: Path, meta: dict[str, Any]) -> None:
+        """Make ``draft`` the template ``key``: everything on the disk first, then one rename."""
+        for path in draft.iterdir():
+            sync(path)
+        files = {path.name: path.stat().st_size for path in draft.iterdir()}
+        state = hashlib.sha256((draft / "state").read_bytes()).hexdigest()
+        meta = {**meta, "created": time.time(), "files": files, "state_sha256": state}
+        (draft / _META).write_text(json.dumps(meta, indent=1))
+        sync(draft / _META)
+        sync(draft)
+        with contextlib.suppress(OSError):  # somebody else published the same: theirs is as good
+            draft.rename(self.folder / key)
+        sync(self.folder)
+        self.shrink(keep=key)
+
+    def list(self) -> list[StoredTemplate]:
+        """Return all templates, the most recently used first."""
+        found = []
+        for folder in self._folders():
+            meta = _read_meta(folder)
+            if meta is None:
+                continue
+            with contextlib.suppress(OSError):
+                found.append(
+                    StoredTemplate(
+                        folder.name,
+                        meta["kind"],
+                        meta["image"],
+                        meta["created"],
+                        (folder / _META).stat().st_mtime,
+                        disk_usage(folder),
+                        _in_use(folder),
+                    )
+                )
+        return sorted(found, key=lambda entry: -entry.used)
+
+    def remove(self, prefix: str) -> list[str]:
+        """Remove the templates whose key begins with ``prefix``; return their keys.
+
+        Raises:
+            UsageError: There is none, or it is in use.
+        """
+        matching = [folder for folder in self._folders() if folder.name.startswith(prefix)]
+        if not matching:
+            raise UsageError(
+                f"there is no template {prefix!r}", resolution="see `pytest-microvm template list`"
+            )
+        busy = [folder.name[:12] for folder in matching if not _remove(folder)]
+        if busy:
+            raise UsageError(f"in use: {', '.join(busy)}", resolution="wait until its run has ended")
+        return [folder.name for folder in matching]
+
+    def prune(self) -> int:
+        """Remove every template that is not in use; return the bytes that became free."""
+        self._sweep()
+        return sum(size for folder in self._folders() if (size := disk_usage(folder)) and _remove(folder))
+
+    def shrink(self, keep: str = "") -> None:
+        """Remove the least recently used until all together fit the cap."""
+        entries = self.list()
+        total = sum(entry.size for entry in entries)
+        for entry in reversed(entries):
+            if total <= self.cap:
+                return
+            if entry.key != keep and _remove(self.folder / entry.key):
+                total -= entry.size
+
+    def _folders(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return [path for path in self.folder.iterdir() if not path.name.startswith(".") and path.is_dir()]
+
+    def _sweep(self) -> None:
+        """Remove drafts whose process has ended without tidying up (it was killed)."""
+        for draft in self.folder.glob(_DRAFT + "*"):
+            pid = draft.name.removeprefix(_DRAFT).partition("-")[0]
+            if not Path(f"/proc/{pid}").exists():
+                shutil.rmtree(draft, ignore_errors=True)
+
+
+def _read_meta(folder: Path) -> dict[str, Any] | None:
+    """Return a template's facts, ``None`` if a file is missing or has another size than when it was made."""
+    try:
+        meta: dict[str, Any] = json.loads((folder / _META).read_text())
+        for name, size in meta["files"].items():
+            if (folder / name).stat().st_size != size:
+                return None
+        state = hashlib.sha256((folder / "state").read_bytes()).hexdigest()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return meta if state == meta["state_sha256"] else None
+
+
+def _in_use(folder: Path) -> bool:
+    with (folder / _META).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a template unless somebody uses it; return whether it is gone."""
+    try:
+        with (folder / _META).open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            gone = folder.with_name(f".removed-{folder.name}")
+            folder.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:  # somebody else was quicker
+        return True
+    return True

@@ -1,0 +1,227 @@
+"""Files between host and machine, as tar streams; what a machine sends is treated as an attack."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import shutil
+import tarfile
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING
+
+from pytest_microvm.errors import TransferError, UsageError
+from pytest_microvm.link import GuestError, Link, Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+TIMEOUT = 600.0
+"""Seconds a transfer may stand still before it is given up."""
+
+_PIECE = 65536
+
+
+class _Writer(io.RawIOBase):
+    """A file object that sends what is written to it."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:
+        raw = bytes(data)  # type: ignore[call-overload]
+        self._stream.write(raw, TIMEOUT)
+        return len(raw)
+
+
+class _Reader(io.RawIOBase):
+    """A file object over what the machine sends."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        parts: list[bytes] = []
+        while size != 0:
+            data = self._stream.read(size if size > 0 else _PIECE, TIMEOUT)
+            if not data:
+                break
+            parts.append(data)
+            size -= len(data) if size > 0 else 0
+        return b"".join(parts)
+
+
+def push(link: Link, source: Path, target: PurePosixPath) -> None:
+    """Copy ``source`` on the host to ``target`` in the machine (see :meth:`MicroVM.push`)."""
+    if not source.exists():
+        raise UsageError(
+            f"{source} does not exist", resolution="check the path; it is relative to the current folder"
+        )
+    if source.is_dir():
+        send_tar(link, target, lambda archive: archive.add(source, arcname="."))
+    else:
+        with source.open("rb") as file:
+            _send(
+                link, "write", str(target), lambda stream: shutil.copyfileobj(file, _Writer(stream), _PIECE)
+            )
+        link.call("path", do="chmod", path=str(target), mode=source.stat().st_mode & 0o7777)
+
+
+def send_tar(link: Link, target: PurePosixPath, fill: Callable[[tarfile.TarFile], None]) -> None:
+    """Let ``fill`` write a tar archive that the machine unpacks into the folder ``target``."""
+
+    def work(stream: Stream) -> None:
+        with tarfile.open(fileobj=_Writer(stream), mode="w|", bufsize=_PIECE) as archive:
+            fill(archive)
+
+    _send(link, "unpack", str(target), work)
+
+
+def send_file(link: Link, op: str, target: str, file: IO[bytes]) -> None:
+    """Stream a host file into the machine: ``write`` it there, or ``unpack`` it if it is a tar archive."""
+    _send(link, op, target, lambda stream: shutil.copyfileobj(file, _Writer(stream), _PIECE))
+
+
+def read_file(link: Link, path: str, limit: int) -> bytes:
+    """Return a file's content, at most ``limit`` bytes.
+
+    Raises:
+        OSError: The machine could not read it.
+        TransferError: It is longer.
+    """
+    with _receiving(link, "read", path) as stream:
+        parts, total = [], 0
+        while data := stream.read(_PIECE, TIMEOUT):
+            total += len(data)
+            if total > limit:
+                stream.discard()
+                raise TransferError(
+                    f"{path} is longer than {limit} bytes", resolution="use pull() for large files"
+                )
+            parts.append(data)
+    return b"".join(parts)
+
+
+def write_file(link: Link, path: str, data: bytes, *, append: bool = False) -> None:
+    """Write a file in the machine."""
+    _send(link, "write", path, lambda stream: stream.write(data, TIMEOUT), append=append)
+
+
+def pull(link: Link, source: PurePosixPath, target: Path) -> Path:
+    """Copy ``source`` in the machine to ``target`` on the host (see :meth:`MicroVM.pull`)."""
+    try:
+        kind = link.call("path", do="stat", path=str(source))["kind"]
+    except GuestError as error:
+        raise as_os_error(error, str(source)) from None
+    final = target / source.name if target.is_dir() else target
+    if not final.parent.is_dir():
+        raise UsageError(
+            f"{final.parent} is not a folder", resolution="make it first, or pull into an existing one"
+        )
+    # Received beside its place and renamed when whole, so that a broken transfer leaves nothing half done.
+    with tempfile.TemporaryDirectory(dir=final.parent, prefix=".pull-") as folder:
+        received = Path(folder) / "content"
+        received.mkdir()
+        with _receiving(link, "pack", str(source)) as stream:
+            extract(_Reader(stream), received)
+        if kind != "directory":
+            entries = list(received.iterdir())
+            if len(entries) != 1 or not entries[0].is_file() or entries[0].is_symlink():
+                raise TransferError(f"the machine did not send {source} as one file")
+            received = entries[0]
+        _put(received, final)
+    return final
+
+
+def _put(received: Path, final: Path) -> None:
+    """Move what was received to its place; a folder is merged into one that exists."""
+    if received.is_dir() and final.is_dir():
+        shutil.copytree(received, final, symlinks=True, dirs_exist_ok=True)
+    else:
+        received.replace(final)
+
+
+def extract(source: IO[bytes] | io.RawIOBase, folder: Path) -> None:
+    """Unpack an untrusted tar stream into ``folder``: files, folders and links that stay inside only.
+
+    The rules are those of PEP 706's ``data`` filter, and on top: no hard links.
+
+    Raises:
+        TransferError: A member is refused, the archive is damaged, or the host cannot write it.
+    """
+    try:
+        with tarfile.open(fileobj=source, mode="r|", bufsize=_PIECE) as archive:  # type: ignore[call-overload]
+            for member in archive:
+                if member.islnk():
+                    _check_hard_link(member, folder)
+                archive.extract(member, folder, filter=tarfile.data_filter)
+    except tarfile.FilterError as error:
+        raise TransferError(
+            f"the machine sent {error.tarinfo.name[:200]!r}, which is refused: {type(error).__name__}",
+            resolution="pull only the files that are wanted",
+        ) from error
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise TransferError(f"the machine sent a damaged archive: {error}") from error
+    except OSError as error:
+        raise TransferError(
+            f"cannot write what the machine sent: {error}", resolution="free some disk"
+        ) from error
+
+
+def _check_hard_link(member: tarfile.TarInfo, folder: Path) -> None:
+    """Refuse a hard link whose source is reached through a symbolic link the archive made before."""
+    source = folder / member.linkname
+    if source.is_symlink() or not source.resolve().is_relative_to(folder.resolve()):
+        raise tarfile.LinkOutsideDestinationError(member, str(source))
+
+
+def as_os_error(error: GuestError, path: str) -> Exception:
+    """Return the guest's answer as the OSError it would be on the host, where it is one."""
+    code = error.errno or {"FileNotFoundError": errno.ENOENT, "PermissionError": errno.EACCES}.get(
+        error.kind, 0
+    )
+    if code:
+        return OSError(code, f"in the machine: {os.strerror(code)}", path)
+    return TransferError(f"{path}: {error.brief}")
+
+
+def _send(link: Link, op: str, target: str, work: Callable[[Stream], object], **options: object) -> None:
+    stream = link.open_stream()
+    request = link.request(op, path=target, stream=stream.number, **options)
+    # If the guest gives up it closes the stream: its answer says why.
+    with contextlib.suppress(BrokenPipeError):
+        work(stream)
+    stream.discard()
+    try:
+        request.wait(TIMEOUT)
+    except GuestError as error:
+        raise as_os_error(error, target) from None
+
+
+@contextlib.contextmanager
+def _receiving(link: Link, op: str, path: str) -> Iterator[Stream]:
+    stream = link.open_stream()
+    request = link.request(op, path=path, stream=stream.number)
+    try:
+        yield stream
+    except TransferError:
+        stream.discard()
+        with contextlib.suppress(GuestError):
+            request.wait(TIMEOUT)
+            raise
+        raise
+    stream.discard()
+    try:
+        request.wait(TIMEOUT)
+    except GuestError as error:
+        raise as_os_error(error, path) from None
