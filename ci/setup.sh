@@ -55,6 +55,11 @@ install_packages() {
         apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 "$@" >/dev/null
 }
 
+# A moved or copied .venv has programs that point to where it was; one whose Python is gone does not start.
+venv_works() {
+    head -n 1 .venv/bin/pip 2>/dev/null | grep -qF "$PWD/.venv/" && .venv/bin/python -m pip --version >/dev/null 2>&1
+}
+
 make_venv() {
     say "making .venv with $("$python" --version)"
     rm -rf .venv
@@ -75,7 +80,7 @@ fi
 wanted=$({ pwd && cat pyproject.toml ci/setup.sh; } | sha256sum)
 if [ "$(cat .venv/ready 2>/dev/null)" != "$wanted" ] || ! .venv/bin/python -c '' 2>/dev/null; then
     rm -f .venv/ready
-    .venv/bin/python -m pip --version 2>/dev/null | grep -qF "$PWD/.venv/" || make_venv
+    venv_works || make_venv
     say "installing the Python packages into .venv"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[all]' --group dev
     printf '%s\n' "$wanted" >.venv/ready
