@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,6 +97,20 @@ def sha256_file(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """Return the one JSON text that stands for a value."""
+    return json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the table in a JSON file; ``None`` if it is missing or damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -20,7 +20,10 @@ MODES = ("root", "unshare")
 _KEYRINGS = tuple(
     Path("/usr/share/keyrings/debian-archive-keyring").with_suffix(suffix) for suffix in (".gpg", ".pgp")
 )
-_TARGET_FORMAT = "$(CREATED_BY)|$(ORIGIN)|$(CODENAME)|$(COMPONENT)|$(REPO_URI)"
+# Without this hook a new root gets usrmerge, and with it all of Perl, to make four symbolic links.
+_MERGED_USR = Path("/usr/share/mmdebstrap/hooks/merged-usr")
+_SUITES_BEFORE_MERGED_USR = ("buster", "bullseye")
+_INDEX = re.compile(r"'(?P<uri>[^']+?)/?dists/(?P<suite>[^/']+)/main/binary-[^/']+/Packages[^']*' .*")
 # What this computer's apt was told about reaching and trusting its mirrors holds for the build as well.
 _APT_OPTIONS = re.compile(
     r"Acquire::(?:https?::(?:Proxy|Timeout|CAInfo)|Check-Valid-Until|Check-Date|Retries)\b.* \".+\";"
@@ -45,15 +48,29 @@ def mirror_lines(suite: str, mirror: str) -> list[str]:
     signed = f"[signed-by={keyring()}]"
     if mirror:
         return [mirror if mirror.startswith("deb ") else f"deb {signed} {mirror} {suite} main"]
-    lines = []
-    for target in _index_targets():
-        created_by, origin, codename, component, uri = target.split("|")
-        wanted = (suite, f"{suite}-updates", f"{suite}-security")
-        if (created_by, origin, component) == ("Packages", "Debian", "main") and codename in wanted:
-            lines.append((wanted.index(codename), f"deb {signed} {uri} {codename} main"))
-    if not any(order == 0 for order, _line in lines):
+    return [f"deb {signed} {uri} {name} main" for name, uri in debian_sources(suite, _configured_indexes())]
+
+
+def debian_sources(suite: str, indexes: Sequence[str]) -> list[tuple[str, str]]:
+    """Pick Debian's own archive out of this computer's package sources.
+
+    Args:
+        suite: Debian suite.
+        indexes: What ``apt-get --print-uris update`` prints.
+
+    Returns:
+        Pairs of a suite (itself, its updates, its security updates) and its address; none if this computer
+        does not have the suite. Other archives use Debian's suite names too, but only Debian publishes
+        ``<suite>-updates`` beside the suite.
+    """
+    found = {(match["suite"], match["uri"]) for line in indexes if (match := _INDEX.fullmatch(line.strip()))}
+    base = [
+        (suite, uri) for name, uri in sorted(found) if name == suite and (f"{suite}-updates", uri) in found
+    ]
+    if not base:
         return []
-    return [line for _order, line in sorted(set(lines))]
+    security = [(name, uri) for name, uri in sorted(found) if name == f"{suite}-security"]
+    return [*base, *((f"{suite}-updates", uri) for _name, uri in base), *security]
 
 
 def keyring() -> Path:
@@ -71,8 +88,9 @@ def keyring() -> Path:
     )
 
 
-def _index_targets() -> list[str]:
-    return _apt("apt-get", "indextargets", "--format", _TARGET_FORMAT)
+def _configured_indexes() -> list[str]:
+    # --print-uris reads the configuration alone: no lists need to be there, no right is needed.
+    return _apt("apt-get", "--print-uris", "update")
 
 
 def _apt(*command: str) -> list[str]:
@@ -88,8 +106,8 @@ def apt_options() -> list[str]:
 
 
 def mmdebstrap_command(
-    *, suite: str, architecture: str, variant: str, packages: Sequence[str], mirrors: Sequence[str], mode: str,
-    apt: Sequence[str] = (), exclude: Sequence[str] = (), hooks: Sequence[str] = (),
+    *, suite: str, architecture: str, variant: str, packages: Sequence[str], mirrors: Sequence[str],
+    mode: str, apt: Sequence[str] = (), hooks: Sequence[str] = (),
 ) -> list[str]:  # fmt: skip
     """Return the command line that writes a root file system as tar to its standard output.
 
@@ -101,8 +119,7 @@ def mmdebstrap_command(
         mirrors: Lines of ``sources.list``; none leaves the choice to mmdebstrap.
         mode: ``root`` or ``unshare``.
         apt: Options for apt.
-        exclude: Patterns of paths that dpkg leaves out.
-        hooks: Commands run before the end, with the new root's path as ``$1``.
+        hooks: Hook options, such as ``--customize-hook=...``.
     """
     return [
         "mmdebstrap",
@@ -113,10 +130,15 @@ def mmdebstrap_command(
         *([f"--include={','.join(packages)}"] if packages else []),
         *([] if mirrors else [f"--keyring={keyring()}"]),
         *(f"--aptopt={option}" for option in apt),
-        *(f"--dpkgopt=path-exclude={pattern}" for pattern in exclude),
-        *(f"--customize-hook={hook}" for hook in hooks),
+        *hooks,
         "--",
         suite,
         "-",
         *mirrors,
     ]
+
+
+def merged_usr_hook(suite: str) -> list[str]:
+    """Return the hook option that makes /bin, /sbin and /lib links into /usr from the start."""
+    usable = _MERGED_USR.is_dir() and suite not in _SUITES_BEFORE_MERGED_USR
+    return [f"--hook-dir={_MERGED_USR}"] if usable else []

@@ -38,3 +38,12 @@ class Image:
     cpus: int
     memory_bytes: int
     disk_bytes: int
+
+    def files(self) -> dict[str, Path]:
+        """Return the files by the part they play."""
+        return {
+            "kernel": self.kernel,
+            "initramfs": self.initramfs,
+            "runtime": self.runtime,
+            "rootfs": self.rootfs,
+        }

@@ -41,7 +41,7 @@ for folder in proc sys dev run tmp lib; do
 done
 [ $# = 0 ] || /bin/busybox mkdir -p "$@" || fail "cannot make the root's own folders"
 /bin/busybox mount -t tmpfs -o mode=0755,nosuid,nodev run run || fail "cannot mount /run"
-/bin/busybox mkdir -p run/microvm/runtime run/microvm/code run/lock || fail "cannot write to /run"
+/bin/busybox cp -a /run/. run || fail "cannot write to /run"
 /bin/busybox mount -t squashfs -o ro /dev/vdb run/microvm/runtime || fail "cannot mount the runtime (/dev/vdb)"
 /bin/busybox mount -t tmpfs -o mode=0755,nosuid,nodev code run/microvm/code || fail "cannot mount the agent's code"
 [ -d /guest-code ] || fail "the agent's code is missing (/guest-code)"
@@ -58,7 +58,7 @@ fi
 for folder in proc sys dev; do
 	/bin/busybox mount -o move /$folder $folder || fail "cannot move /$folder"
 done
-/bin/busybox mkdir -p dev/pts dev/shm || fail "cannot write to /dev"
+/bin/busybox cp -a /devices/. dev || fail "cannot write to /dev"
 /bin/busybox mount -t devpts -o mode=0620,gid=5,ptmxmode=0666 devpts dev/pts || fail "cannot mount /dev/pts"
 /bin/busybox mount -t tmpfs -o mode=1777,nosuid,nodev shm dev/shm || fail "cannot mount /dev/shm"
 

@@ -9,29 +9,19 @@ import stat
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pytest_microvm.errors import KitError, UsageError
-from pytest_microvm.spec import MIN_DISK, MIN_MEMORY, format_size, parse_cpus, parse_size
+from pytest_microvm.images.kit_keys import ARCHITECTURES, CHECKS, bad_value, parse_resources
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # ours: Debian's
-
 _KIT_FILE = "kit.toml"
 _PROJECT_KITS = Path("microvm") / "kits"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-_SUITE = re.compile(r"[a-z][a-z0-9-]*")
-_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(:[a-z0-9]+)?(=[A-Za-z0-9.+~:-]+)?")
-_WHEEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(\[[A-Za-z0-9._,-]+\])?==[A-Za-z0-9.!+_-]+")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_MODE = re.compile(r"0?[0-7]{3,4}")
 _DEFAULT_RESOURCES = {"cpus": 1, "memory": 512 * 1024**2, "disk": 2 * 1024**3}
 
 
@@ -144,8 +134,9 @@ def load_kit(name_or_path: str | Path, *, project: Path | None = None) -> Kit:
     while (parent := layers[-1].values.get("parent")) is not None:
         path = find_kit(parent, project=project, asked_by=layers[-1].path)
         if any(layer.path == path for layer in layers):
+            ring = " -> ".join([*(layer.name for layer in layers), parent])
             raise KitError(
-                f"{layers[-1].path}: parent: kits {' -> '.join([*(x.name for x in layers), parent])} form a ring",
+                f"{layers[-1].path}: parent: kits {ring} form a ring",
                 resolution="let one of them name a suite in place of a parent",
             )
         layers.append(_read(path))
@@ -167,7 +158,7 @@ def find_kit(name_or_path: str | Path, *, project: Path | None = None, asked_by:
         if path.is_file():
             return path
         raise KitError(f"no kit at {path}", resolution=f"name a folder that holds a {_KIT_FILE}")
-    known = {name: path for name, path in reversed(_kits(project))}
+    known = dict(reversed(_kits(project)))
     if text in known:
         return known[text]
     where = f"{asked_by}: parent: " if asked_by else ""
@@ -188,7 +179,9 @@ def shipped_kits() -> Path:
 def _kits(project: Path | None) -> list[tuple[str, Path]]:
     folders = [*([project / _PROJECT_KITS] if project else []), shipped_kits()]
     return [
-        (path.parent.name, path.resolve()) for folder in folders for path in sorted(folder.glob(f"*/{_KIT_FILE}"))
+        (path.parent.name, path.resolve())
+        for folder in folders
+        for path in sorted(folder.glob(f"*/{_KIT_FILE}"))
     ]
 
 
@@ -196,7 +189,9 @@ def _read(path: Path) -> _Layer:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise KitError(f"{path}: cannot be read", details=str(error), resolution="correct the file") from error
+        raise KitError(
+            f"{path}: cannot be read", details=str(error), resolution="correct the file"
+        ) from error
     name = path.parent.name
     if not _NAME.fullmatch(name):
         raise KitError(
@@ -204,10 +199,10 @@ def _read(path: Path) -> _Layer:
             resolution="name the kit's folder with small letters, digits, dots, dashes and underscores",
         )
     for key in values:
-        if key not in _CHECKS:
-            raise _bad(path, key, "unknown key", "known keys: " + ", ".join(sorted(_CHECKS)))
+        if key not in CHECKS:
+            raise bad_value(path, key, "unknown key", "known keys: " + ", ".join(sorted(CHECKS)))
     for key, value in values.items():
-        _CHECKS[key](path, key, value)
+        CHECKS[key](path, key, value)
     if ("parent" in values) == ("suite" in values):
         raise KitError(
             f"{path}: a kit names either a parent or a suite",
@@ -215,7 +210,9 @@ def _read(path: Path) -> _Layer:
         )
     for key in ("mirror", "architecture"):
         if key in values and "parent" in values:
-            raise _bad(path, key, "only a kit with a suite may say this", "remove it, or say it in the parent")
+            raise bad_value(
+                path, key, "only a kit with a suite may say this", "remove it, or say it in the parent"
+            )
     return _Layer(name, path, values, _files(path, values.get("files", {})))
 
 
@@ -228,7 +225,7 @@ def _merge(layers: list[_Layer]) -> Kit:
     for layer in layers:
         environment |= layer.values.get("environment", {})
         files |= {file.target: file for file in layer.files}
-        resources |= _resources(layer.path, "resources", layer.values.get("resources", {}))
+        resources |= parse_resources(layer.path, "resources", layer.values.get("resources", {}))
 
     def joined(key: str) -> tuple[str, ...]:
         return tuple(item for layer in layers for item in layer.values.get(key, []))
@@ -258,115 +255,12 @@ def _files(path: Path, table: dict[str, Any]) -> tuple[KitFile, ...]:
         source = (path.parent / entry["source"]).resolve()
         key = f"files.{target}"
         if not source.is_relative_to(path.parent.resolve()):
-            raise _bad(path, key, f"{entry['source']} is outside the kit's folder", "copy it into the folder")
+            raise bad_value(
+                path, key, f"{entry['source']} is outside the kit's folder", "copy it into the folder"
+            )
         if not source.is_file():
-            raise _bad(path, key, f"{source} is not a file", "name a file of the kit's folder")
+            raise bad_value(path, key, f"{source} is not a file", "name a file of the kit's folder")
         executable = source.stat().st_mode & stat.S_IXUSR
         mode = int(entry["mode"], 8) if "mode" in entry else (0o755 if executable else 0o644)
         found.append(KitFile(target, source, mode))
     return tuple(found)
-
-
-# What each key may hold. Each check gets the file, the key and the value, and raises KitError.
-
-
-def _bad(path: Path, key: str, why: str, resolution: str) -> KitError:
-    return KitError(f"{path}: {key}: {why}", resolution=resolution)
-
-
-def _text(path: Path, key: str, value: object) -> None:
-    if not isinstance(value, str) or not value.strip() or any(c in value for c in "\0\n\r"):
-        raise _bad(path, key, f"{value!r} is not a line of text", "write text in quotes")
-
-
-def _matching(pattern: re.Pattern[str], allowed: str) -> Callable[[Path, str, object], None]:
-    def check(path: Path, key: str, value: object) -> None:
-        if not isinstance(value, str) or not pattern.fullmatch(value):
-            raise _bad(path, key, f"{value!r} cannot be used", f"write {allowed}")
-
-    return check
-
-
-def _each(check: Callable[[Path, str, object], None]) -> Callable[[Path, str, object], None]:
-    def check_all(path: Path, key: str, value: object) -> None:
-        if not isinstance(value, list):
-            raise _bad(path, key, f"{value!r} is not a list", f'write {key} = ["...", "..."]')
-        for number, item in enumerate(value):
-            check(path, f"{key}[{number}]", item)
-
-    return check_all
-
-
-def _architecture(path: Path, key: str, value: object) -> None:
-    if value not in ARCHITECTURES:
-        raise _bad(path, key, f"{value!r} is not supported", "write one of: " + ", ".join(ARCHITECTURES))
-
-
-def _command(path: Path, key: str, value: object) -> None:
-    if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise _bad(path, key, f"{value!r} is not a shell command", "write text in quotes")
-
-
-def _environment(path: Path, key: str, value: object) -> None:
-    if not isinstance(value, dict):
-        raise _bad(path, key, f"{value!r} is not a table", f'write [{key}] and lines such as NAME = "value"')
-    for name, text in value.items():
-        if not _VARIABLE.fullmatch(name):
-            raise _bad(path, f"{key}.{name}", "not a variable's name", "use letters, digits and underscores")
-        if not isinstance(text, str) or "\0" in text:
-            raise _bad(path, f"{key}.{name}", f"{text!r} is not text", f'write {name} = "..."')
-
-
-def _file_table(path: Path, key: str, value: object) -> None:
-    if not isinstance(value, dict):
-        raise _bad(path, key, f"{value!r} is not a table", f'write [{key}] and "/guest/path" = "file"')
-    for target, entry in value.items():
-        where = f"{key}.{target}"
-        if not target.startswith("/") or target.endswith("/") or {"..", "."} & set(target.split("/")):
-            raise _bad(path, where, "not an absolute path of a file", 'write a path such as "/etc/motd"')
-        if any(character in target for character in "\0\n"):
-            raise _bad(path, where, "a path with line breaks", "use a plain path")
-        if isinstance(entry, str):
-            continue
-        if not isinstance(entry, dict) or not isinstance(entry.get("source"), str) or set(entry) - {"source", "mode"}:
-            raise _bad(path, where, f"{entry!r} is not a file", 'write "file", or {source = "file", mode = "0755"}')
-        if "mode" in entry and not (isinstance(entry["mode"], str) and _MODE.fullmatch(entry["mode"])):
-            raise _bad(path, f"{where}.mode", f"{entry['mode']!r} is not a mode", 'write octal text such as "0755"')
-
-
-def _resources(path: Path, key: str, value: object) -> dict[str, int]:
-    if not isinstance(value, dict):
-        raise _bad(path, key, f"{value!r} is not a table", f'write [{key}] and lines such as memory = "512M"')
-    parsers = {"cpus": parse_cpus, "memory": parse_size, "disk": parse_size}
-    least = {"cpus": 1, "memory": MIN_MEMORY, "disk": MIN_DISK}
-    parsed = {}
-    for name, item in value.items():
-        where = f"{key}.{name}"
-        if name not in parsers:
-            raise _bad(path, where, "unknown key", "known keys: " + ", ".join(sorted(parsers)))
-        try:
-            parsed[name] = parsers[name](item, f"{path}: {where}")
-        except UsageError as error:
-            raise KitError(error.brief, details=error.details, resolution=error.resolution) from error
-        if parsed[name] < least[name]:
-            raise _bad(path, where, f"{item!r} is too little", f"give at least {format_size(least[name])}")
-    return parsed
-
-
-def _check_resources(path: Path, key: str, value: object) -> None:
-    _resources(path, key, value)
-
-
-_CHECKS: dict[str, Callable[[Path, str, object], None]] = {
-    "description": _text,
-    "parent": _text,
-    "suite": _matching(_SUITE, "a Debian suite such as bookworm"),
-    "mirror": _text,
-    "architecture": _architecture,
-    "packages": _each(_matching(_PACKAGE, "the name of a Debian package")),
-    "wheels": _each(_matching(_WHEEL, "a pinned requirement such as pytest==9.2.0")),
-    "files": _file_table,
-    "environment": _environment,
-    "setup": _each(_command),
-    "resources": _check_resources,
-}

@@ -143,7 +143,13 @@ _NEXT_STEPS = (
     ("No space left on device", "free some disk space (pytest-microvm image prune helps), or set TMPDIR"),
     ("NO_PUBKEY", "install the archive's keys: apt-get install debian-archive-keyring"),
     ("Unable to locate package", "correct the kit's key `packages`: the suite has no such package"),
-    ("No matching distribution found", "correct the kit's key `wheels`: no such wheel for the guest's Python"),
-    ("newuidmap", "install uidmap and give your user a range in /etc/subuid and /etc/subgid, or build as root"),
+    (
+        "No matching distribution found",
+        "correct the kit's key `wheels`: no such wheel for the guest's Python",
+    ),
+    (
+        "newuidmap",
+        "install uidmap and give your user a range in /etc/subuid and /etc/subgid, or build as root",
+    ),
     ("subuid", "give your user a range in /etc/subuid and /etc/subgid, or build as root"),
 )

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import io
 import shlex
-import subprocess
-import sys
 import tarfile
 from typing import TYPE_CHECKING
 
-from pytest_microvm.errors import HostError
-from pytest_microvm.images.debian import apt_options, mirror_lines, mmdebstrap_command
-from pytest_microvm.images.process import build_environment, run
+from pytest_microvm.images.debian import apt_options, merged_usr_hook, mirror_lines, mmdebstrap_command
 from pytest_microvm.images.squashfs import squash_mmdebstrap
+from pytest_microvm.images.wheels import download_wheels
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,14 +18,17 @@ if TYPE_CHECKING:
     from pytest_microvm.images.squashfs import Progress
 
 _STAGING = "microvm-build"  # at the new root during the build only
-_EXCLUDED = (
-    "/usr/share/doc/*",
-    "/usr/share/info/*",
-    "/usr/share/lintian/*",
-    "/usr/share/locale/*",
-    "/usr/share/man/*",
+_NOT_KEPT = "/usr/share/doc /usr/share/info /usr/share/lintian /usr/share/locale /usr/share/man"
+# During the build, dpkg leaves out what would be deleted at the end, and does not wait for the disk. This is
+# a hook because mmdebstrap's own --dpkgopt=path-exclude sends every package through a slow filter.
+_DPKG_CONFIG = "".join(f"path-exclude={folder}/*\\n" for folder in _NOT_KEPT.split()) + "force-unsafe-io\\n"
+_DPKG_HOOK = f"printf '{_DPKG_CONFIG}' > \"$1/etc/dpkg/dpkg.cfg.d/microvm\""
+
+_PIP_INSTALL = (
+    "python3 -m pip install --quiet --no-index --no-deps --no-compile --break-system-packages "
+    "--root-user-action=ignore --disable-pip-version-check"
 )
-_OLDEST_GLIBC, _NEWEST_GLIBC = 5, 36  # the manylinux tags that Debian 12's C library satisfies
+_COMPILE = "python3 -m compileall -q --invalidation-mode unchecked-hash"
 
 # Runs last, inside the new root. Nothing of the building computer may stay: its name, its resolver, the
 # credentials in a mirror's address, its apt options. .pyc files are made valid whatever the time stamps:
@@ -36,8 +36,10 @@ _OLDEST_GLIBC, _NEWEST_GLIBC = 5, 36  # the manylinux tags that Debian 12's C li
 # all of them hash-based.
 _FINISH = r"""
 rm -rf /%(staging)s /var/lib/apt/lists/* /var/cache/* /var/log/* /root/.cache /tmp/* /var/tmp/*
-rm -f /etc/apt/apt.conf.d/99mmdebstrap /etc/dpkg/dpkg.cfg.d/99mmdebstrap /etc/.pwd.lock
-rm -f /etc/passwd- /etc/group- /etc/shadow- /etc/gshadow- /etc/hostname /etc/hosts /etc/resolv.conf /etc/machine-id
+for folder in %(not_kept)s; do rm -rf $folder/*; done
+rm -f /etc/apt/apt.conf.d/99mmdebstrap /etc/dpkg/dpkg.cfg.d/99mmdebstrap /etc/dpkg/dpkg.cfg.d/microvm
+rm -f /etc/passwd- /etc/group- /etc/shadow- /etc/gshadow- /etc/.pwd.lock
+rm -f /etc/hostname /etc/hosts /etc/resolv.conf /etc/machine-id
 mkdir -p /var/cache/apt/archives/partial /var/lib/apt/lists/partial /var/log/apt
 sed -i -E 's#(://)[^/ @]*@#\1#' /etc/apt/sources.list
 echo microvm > /etc/hostname
@@ -58,9 +60,7 @@ for folder in ("/usr/lib", "/usr/local/lib", "/usr/share/python3"):
 """
 
 
-def build_rootfs(
-    folder: Path, kit: Kit, *, python: str, mode: str, epoch: int, progress: Progress
-) -> Path:
+def build_rootfs(folder: Path, kit: Kit, *, python: str, mode: str, epoch: int, progress: Progress) -> Path:
     """Build a kit's root file system in an empty folder.
 
     Args:
@@ -92,49 +92,16 @@ def build_rootfs(
         mirrors=mirror_lines(kit.suite, kit.mirror),
         mode=mode,
         apt=apt_options(),
-        exclude=_EXCLUDED,
-        hooks=[f"tar-in {shlex.quote(str(staging))} /", f'chroot "$1" /bin/sh -e /{_STAGING}/setup'],
+        hooks=[
+            *merged_usr_hook(kit.suite),
+            f"--extract-hook={_DPKG_HOOK}",
+            f"--customize-hook=tar-in {shlex.quote(str(staging))} /",
+            f'--customize-hook=chroot "$1" /bin/sh -e /{_STAGING}/setup',
+        ],
     )
     target = folder / "rootfs.squashfs"
     squash_mmdebstrap(command, target, epoch=epoch, progress=progress)
     return target
-
-
-def download_wheels(folder: Path, kit: Kit, python: str) -> list[Path]:
-    """Download the kit's wheels with this computer's pip, so that its configuration and index apply.
-
-    Raises:
-        BuildError: A wheel cannot be found.
-        HostError: This Python has no pip.
-    """
-    folder.mkdir()
-    has_pip = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False)
-    if has_pip.returncode != 0:
-        raise HostError(
-            f"the kit's wheels cannot be downloaded: {sys.executable} has no pip",
-            resolution="install pip into this Python (python -m ensurepip, or uv pip install pip)",
-        )
-    tag = "cp" + python.replace(".", "")
-    minors = range(_NEWEST_GLIBC, _OLDEST_GLIBC - 1, -1)
-    platforms = [f"manylinux_2_{minor}_{kit.architecture}" for minor in minors]
-    platforms += [f"manylinux2014_{kit.architecture}", f"linux_{kit.architecture}"]
-    if kit.architecture == "x86_64":
-        platforms += ["manylinux2010_x86_64", "manylinux1_x86_64"]
-    command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
-        "--only-binary=:all:", "--implementation=cp", f"--python-version={python}",
-        f"--abi={tag}", "--abi=abi3", "--abi=none",
-        *(f"--platform={name}" for name in platforms), f"--dest={folder}", *kit.wheels,
-    ]  # fmt: skip
-    run(command, what="pip download", environment=_pip_environment())
-    return sorted(folder.glob("*.whl"))
-
-
-def _pip_environment() -> dict[str, str]:
-    """Return the user's own environment: pip's index and certificates are configured there."""
-    import os  # noqa: PLC0415 - the one place that needs the whole of it
-
-    return {**os.environ, "LC_ALL": "C.UTF-8"}
 
 
 def staging_archive(kit: Kit, wheels: list[Path]) -> bytes:
@@ -158,15 +125,12 @@ def setup_script(kit: Kit, wheels: list[str]) -> str:
         lines.append(f"install -D -m {file.mode:04o} /{_STAGING}/files/{number} {shlex.quote(file.target)}")
     if wheels:
         names = " ".join(f"/{_STAGING}/wheels/{shlex.quote(name)}" for name in wheels)
-        lines += [
-            "python3 -m pip install --quiet --no-index --no-deps --no-compile --break-system-packages "
-            f"--root-user-action=ignore --disable-pip-version-check {names}",
-            "python3 -m compileall -q --invalidation-mode unchecked-hash /usr/local/lib/python3*/dist-packages",
-        ]
+        lines.append(f"{_PIP_INSTALL} {names}")
+        lines.append(f"{_COMPILE} /usr/local/lib/python3*/dist-packages")
     for command in kit.setup:
         lines.append(f"(\n{command}\n)")
     lines.append(f"if command -v python3 > /dev/null; then python3 /{_STAGING}/trust_pyc.py; fi")
-    return "\n".join(lines) + _FINISH % {"staging": _STAGING}
+    return "\n".join(lines) + _FINISH % {"staging": _STAGING, "not_kept": _NOT_KEPT}
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes, mode: int) -> None:

@@ -1,0 +1,174 @@
+"""Build things once: one builder at a time across processes, the result verified before each use.
+
+Layout of the folder:
+
+``blobs/sha256/<digest>``       every file of every artifact, once
+``artifacts/<name>-<key>.json`` what a build made: the digests of its files; the key stands for all inputs
+``building/<name>.*/``          a build in progress; nothing refers to it
+``locks/``                      one file lock for each name, and one for publishing
+
+A blob appears by rename, then the artifact that names it: never half an artifact.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
+
+from pytest_microvm.images.blobs import Blobs, canonical_json, read_json, write_atomically
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pytest_microvm.images.squashfs import Progress
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build function made, in its folder: files by role, and facts about them."""
+
+    files: dict[str, Path]
+    facts: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a build made, kept: digests of files by role, and facts about them."""
+
+    files: dict[str, str]
+    facts: dict[str, str]
+
+
+class Artifacts:
+    """Artifacts in a folder.
+
+    Args:
+        root: The folder; made when the first artifact is built.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.blobs = Blobs(root / "blobs" / "sha256")
+
+    def get(
+        self, name: str, key: str, build: Callable[[Path], Built], tell: Progress, *, force: bool = False
+    ) -> Artifact:
+        """Return an artifact whose files are intact; build it if need be.
+
+        Args:
+            name: What it is, for people and for the lock.
+            key: Stands for everything that shapes it.
+            build: Makes it in the empty folder that it is given.
+            tell: Told of waits and damage.
+            force: Build even if it is there.
+        """
+        path = self._root / "artifacts" / f"{name}-{key[:32]}.json"
+        if not force and (found := self._intact(path)):
+            return found
+        seen = _version(path)
+        with self._only_builder(name, tell) as folder:
+            # Another process may have built it while this one waited.
+            if (not force or _version(path) != seen) and (found := self._intact(path, tell)):
+                return found
+            built = build(folder)
+            with self.publishing():
+                files = {role: self.blobs.add(file) for role, file in built.files.items()}
+                write_atomically(path, canonical_json({"files": files, "facts": built.facts}))
+            return Artifact(files, built.facts)
+
+    def drop_all_but(self, needed: set[str]) -> int:
+        """Delete every artifact that is not made of the needed blobs, and all other blobs.
+
+        The caller holds :meth:`publishing`.
+
+        Returns:
+            Bytes freed.
+        """
+        for path in (self._root / "artifacts").glob("*.json"):
+            entry = read_json(path)
+            if entry is None or not set(entry.get("files", {}).values()) <= needed:
+                path.unlink()
+        unneeded = [digest for digest in self.blobs.digests() if digest not in needed]
+        return sum(self.blobs.remove(digest) for digest in unneeded)
+
+    def drop_broken_off_builds(self) -> int:
+        """Delete the folders of builds that ended without cleaning up (a power cut, SIGKILL).
+
+        Returns:
+            Bytes freed.
+        """
+        freed = 0
+        for folder in (self._root / "building").glob("*"):
+            lock = self._lock(f"build-{folder.name.rpartition('.')[0]}")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                continue  # that build is under way
+            try:
+                freed += sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                lock.release()
+        return freed
+
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Keep a prune from deleting what is just being published."""
+        with self._lock("publish"):
+            yield
+
+    def _intact(self, path: Path, tell: Progress | None = None) -> Artifact | None:
+        """Return an artifact if all its files are what they were; else tell, and delete what is not."""
+        entry = read_json(path)
+        if entry is None:
+            if tell and path.exists():
+                tell(f"the cache's {path.name} is damaged: building it again")
+            return None
+        damaged = {role: digest for role, digest in entry["files"].items() if not self.blobs.intact(digest)}
+        if tell:
+            for role, digest in damaged.items():
+                tell(f"the cache's {role} is damaged or gone: building it again")
+                self.blobs.remove(digest)
+        return None if damaged else Artifact(entry["files"], entry["facts"])
+
+    @contextmanager
+    def _only_builder(self, name: str, tell: Progress) -> Iterator[Path]:
+        """Give an empty folder to the only builder of ``name``; it is gone afterwards."""
+        lock = self._lock(f"build-{name}")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            tell("waiting for another process that is building it")
+            lock.acquire()
+        try:
+            building = self._root / "building"
+            building.mkdir(parents=True, exist_ok=True)
+            for broken_off in building.glob(f"{name}.*"):
+                shutil.rmtree(broken_off, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(dir=building, prefix=f"{name}."))
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            lock.release()
+
+    def _lock(self, name: str) -> FileLock:
+        folder = self._root / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / f"{name}.lock")
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Return what changes whenever a file is replaced."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns

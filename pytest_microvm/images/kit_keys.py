@@ -1,0 +1,148 @@
+"""What each key of a ``kit.toml`` may hold: one check per key.
+
+A check gets the file, the key and the value, and raises a KitError that names all three.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from pytest_microvm.errors import KitError, UsageError
+from pytest_microvm.spec import MIN_DISK, MIN_MEMORY, format_size, parse_cpus, parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # ours: Debian's
+
+_SUITE = re.compile(r"[a-z][a-z0-9-]*")
+_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(:[a-z0-9]+)?(=[A-Za-z0-9.+~:-]+)?")
+_WHEEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(\[[A-Za-z0-9._,-]+\])?==[A-Za-z0-9.!+_-]+")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MODE = re.compile(r"0?[0-7]{3,4}")
+
+
+def bad_value(path: Path, key: str, why: str, resolution: str) -> KitError:
+    """Return the error for a key's value: what is wrong with it, and what to write instead."""
+    return KitError(f"{path}: {key}: {why}", resolution=resolution)
+
+
+def _text(path: Path, key: str, value: object) -> None:
+    if not isinstance(value, str) or not value.strip() or any(c in value for c in "\0\n\r"):
+        raise bad_value(path, key, f"{value!r} is not a line of text", "write text in quotes")
+
+
+def _matching(pattern: re.Pattern[str], allowed: str) -> Callable[[Path, str, object], None]:
+    def check(path: Path, key: str, value: object) -> None:
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            raise bad_value(path, key, f"{value!r} cannot be used", f"write {allowed}")
+
+    return check
+
+
+def _each(check: Callable[[Path, str, object], None]) -> Callable[[Path, str, object], None]:
+    def check_all(path: Path, key: str, value: object) -> None:
+        if not isinstance(value, list):
+            raise bad_value(path, key, f"{value!r} is not a list", f'write {key} = ["...", "..."]')
+        for number, item in enumerate(value):
+            check(path, f"{key}[{number}]", item)
+
+    return check_all
+
+
+def _architecture(path: Path, key: str, value: object) -> None:
+    if value not in ARCHITECTURES:
+        raise bad_value(path, key, f"{value!r} is not supported", "write one of: " + ", ".join(ARCHITECTURES))
+
+
+def _command(path: Path, key: str, value: object) -> None:
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise bad_value(path, key, f"{value!r} is not a shell command", "write text in quotes")
+
+
+def _environment(path: Path, key: str, value: object) -> None:
+    if not isinstance(value, dict):
+        raise bad_value(
+            path, key, f"{value!r} is not a table", f'write [{key}] and lines such as NAME = "value"'
+        )
+    for name, text in value.items():
+        if not _VARIABLE.fullmatch(name):
+            raise bad_value(
+                path, f"{key}.{name}", "not a variable's name", "use letters, digits and underscores"
+            )
+        if not isinstance(text, str) or "\0" in text:
+            raise bad_value(path, f"{key}.{name}", f"{text!r} is not text", f'write {name} = "..."')
+
+
+def _file_table(path: Path, key: str, value: object) -> None:
+    if not isinstance(value, dict):
+        raise bad_value(path, key, f"{value!r} is not a table", f'write [{key}] and "/guest/path" = "file"')
+    for target, entry in value.items():
+        where = f"{key}.{target}"
+        if not target.startswith("/") or target.endswith("/") or {"..", "."} & set(target.split("/")):
+            raise bad_value(path, where, "not an absolute path of a file", 'write a path such as "/etc/motd"')
+        if any(character in target for character in "\0\n"):
+            raise bad_value(path, where, "a path with line breaks", "use a plain path")
+        if isinstance(entry, str):
+            continue
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("source"), str)
+            or set(entry) - {"source", "mode"}
+        ):
+            raise bad_value(
+                path, where, f"{entry!r} is not a file", 'write "file", or {source = "file", mode = "0755"}'
+            )
+        if "mode" in entry and not (isinstance(entry["mode"], str) and _MODE.fullmatch(entry["mode"])):
+            raise bad_value(
+                path, f"{where}.mode", f"{entry['mode']!r} is not a mode", 'write octal text such as "0755"'
+            )
+
+
+def parse_resources(path: Path, key: str, value: object) -> dict[str, int]:
+    """Return the table ``resources`` with sizes in bytes.
+
+    Raises:
+        KitError: A key is unknown, or a value impossible.
+    """
+    if not isinstance(value, dict):
+        raise bad_value(
+            path, key, f"{value!r} is not a table", f'write [{key}] and lines such as memory = "512M"'
+        )
+    parsers = {"cpus": parse_cpus, "memory": parse_size, "disk": parse_size}
+    least = {"cpus": 1, "memory": MIN_MEMORY, "disk": MIN_DISK}
+    parsed = {}
+    for name, item in value.items():
+        where = f"{key}.{name}"
+        if name not in parsers:
+            raise bad_value(path, where, "unknown key", "known keys: " + ", ".join(sorted(parsers)))
+        try:
+            parsed[name] = parsers[name](item, f"{path}: {where}")
+        except UsageError as error:
+            raise KitError(error.brief, details=error.details, resolution=error.resolution) from error
+        if parsed[name] < least[name]:
+            raise bad_value(
+                path, where, f"{item!r} is too little", f"give at least {format_size(least[name])}"
+            )
+    return parsed
+
+
+def _check_resources(path: Path, key: str, value: object) -> None:
+    parse_resources(path, key, value)
+
+
+CHECKS: dict[str, Callable[[Path, str, object], None]] = {
+    "description": _text,
+    "parent": _text,
+    "suite": _matching(_SUITE, "a Debian suite such as bookworm"),
+    "mirror": _text,
+    "architecture": _architecture,
+    "packages": _each(_matching(_PACKAGE, "the name of a Debian package")),
+    "wheels": _each(_matching(_WHEEL, "a pinned requirement such as pytest==9.2.0")),
+    "files": _file_table,
+    "environment": _environment,
+    "setup": _each(_command),
+    "resources": _check_resources,
+}
