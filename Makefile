@@ -32,7 +32,7 @@ types: setup ## mypy, strict
 
 imports: setup ## the layers of CONTRIBUTING.md
 	@printf '\n### %s\n' "$@"
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 
 unit: setup ## tests without a hypervisor, in seconds
 	@printf '\n### %s\n' "$@"

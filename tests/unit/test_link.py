@@ -13,7 +13,7 @@ import pytest
 from pytest_microvm import link as link_module
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation
 from pytest_microvm.guest.port import Port
-from pytest_microvm.link import Drain, GuestError, Link
+from pytest_microvm.link import Drain, GuestError, Link, read_any
 from pytest_microvm.wire.channel import MAX_STREAMS, WINDOW, Closed, Credit, Data, Hello, Message
 from pytest_microvm.wire.frames import MAX_PAYLOAD, Kind
 
@@ -324,6 +324,22 @@ def test_discarding_what_the_guest_closed_already(link, guest):
     assert link.failure is None
 
 
+def test_whichever_stream_has_something_is_read(link, guest, background):
+    first, first_number = streamed(link, guest)
+    second, second_number = streamed(link, guest)
+    with pytest.raises(TimeoutError, match="nothing came"):
+        read_any([first, second], SOON)
+    reading = background(read_any, [first, second], GUARD)
+    guest.write_all(second_number, b"second")
+    assert reading.result(GUARD) == [(second, b"second")]
+    guest.channel.close(first_number)
+    guest.port.flush()
+    assert read_any([first, second], GUARD) == [(first, b"")]
+    guest.sock.close()
+    with pytest.raises(MachineCrashed):
+        read_any([second], GUARD)
+
+
 def test_more_than_is_allowed_ends_the_machine(sockets, guest):
     ended = threading.Event()
     link = Link(sockets[0], ended.set)
@@ -341,6 +357,16 @@ def test_streams_a_guest_never_closes_are_bounded(link):
         link.open_stream()
     with pytest.raises(MachineError, match=f"{MAX_STREAMS} streams are open"):
         link.open_stream()
+
+
+def test_a_stream_the_guest_never_accepted_is_forgotten(link):
+    stream = link.open_stream()
+    link.forget(stream)
+    assert link.channel.open_streams == 0
+    with pytest.raises(BrokenPipeError):
+        stream.write(b"x", GUARD)
+    stream.close()
+    stream.discard()
 
 
 # The end
