@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from os import read, write  # bound here: a test in the runner's process may replace them in os
 from typing import TYPE_CHECKING
 
 from pytest_microvm.wire.channel import Channel
@@ -49,7 +50,7 @@ class Port:
             EOFError: The host has closed the port.
             WireError: The host broke the protocol.
         """
-        data = os.read(self.fd, 65536)
+        data = read(self.fd, 65536)
         if not data:
             raise EOFError("the host closed the port")
         if data[0] == Kind.HELLO and self.channel.peer is not None and not self.channel.pending:
@@ -61,4 +62,4 @@ class Port:
         """Write what the channel has to send."""
         view = memoryview(self.channel.take())
         while view:
-            view = view[os.write(self.fd, view) :]
+            view = view[write(self.fd, view) :]

@@ -1,0 +1,275 @@
+"""A pytest session that stops in its test loop and runs tests one by one, on request."""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import shutil
+import sys
+import tempfile
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from pytest_microvm.guest.runner import Runner
+
+_WARM_UP = """
+import pytest
+
+@pytest.fixture
+def number():
+    yield 1
+
+@pytest.mark.parametrize("value", [1, 2])
+def test_compare(number, value, capsys, monkeypatch):
+    print("warm")
+    assert {"value": number} == {"value": value}
+"""
+
+
+def serve(runner: Runner) -> None:
+    """Wait for ``collect`` and run a session for it.
+
+    Raises:
+        EOFError: The host has closed the port.
+    """
+    while True:
+        request = runner.next_request()
+        op = request.get("op")
+        if op == "resume":
+            runner.answer_resume(request)
+        elif op == "collect":
+            _collect(runner, request)
+            return
+        else:
+            runner.refuse(request, "OrderError", f"{op!r} before 'collect'")
+
+
+def warm_up() -> None:
+    """Run a tiny session of our own, so that what pytest loads lazily is loaded before the checkpoint.
+
+    It sees no configuration, plug-in, conftest or test of the user's.
+    """
+    folder = tempfile.mkdtemp()
+    modules, path, directory = set(sys.modules), list(sys.path), os.getcwd()
+    out, err, bytecode = sys.stdout, sys.stderr, sys.dont_write_bytecode
+    environ = dict(os.environ)
+    try:
+        for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
+            os.environ.pop(name, None)
+        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+        sys.stdout, sys.stderr, sys.dont_write_bytecode = io.StringIO(), io.StringIO(), True
+        file = os.path.join(folder, "test_warm_up_of_the_runner.py")
+        with open(file, "w") as stream:
+            stream.write(_WARM_UP)
+        os.chdir(folder)
+        arguments = [file, "-c", os.devnull, "--rootdir", folder, "--basetemp", os.path.join(folder, "t")]
+        pytest.main(
+            [*arguments, "--noconftest", "-p", "no:cacheprovider", "--import-mode=importlib"], [_Warm()]
+        )
+    finally:
+        sys.stdout, sys.stderr, sys.dont_write_bytecode = out, err, bytecode
+        sys.path[:] = path
+        os.environ.clear()
+        os.environ.update(environ)
+        os.chdir(directory)
+        for name in [name for name in sys.modules if name not in modules and "warm_up_of" in name]:
+            del sys.modules[name]
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Warm:
+    """Serialize the warm-up's reports, as the real session will."""
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        report_record(self._config, report)
+
+
+def _collect(runner: Runner, request: dict[str, Any]) -> None:
+    """Be ``python -m pytest`` in the invocation directory, up to and including the test loop."""
+    arguments = [str(argument) for argument in request["args"]]
+    os.environ.update(request.get("env") or {})
+    os.makedirs(request["cwd"], exist_ok=True)
+    os.chdir(request["cwd"])
+    sys.path.insert(0, os.getcwd())
+    sys.path[1:1] = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    sys.argv = [os.path.join(os.path.dirname(pytest.__file__), "__main__.py"), *arguments]
+    session = _Session(runner, request, runner.open_stream(request))
+    sys.stdout, sys.stderr = session.out, session.err
+    code: object
+    try:
+        code = pytest.main(arguments, plugins=[session])
+    except SystemExit as error:
+        code, session.reason = error.code if isinstance(error.code, int) else 1, f"SystemExit: {error.code}"
+    except EOFError:
+        raise
+    except BaseException:  # noqa: BLE001 - whatever it was, the host must hear it
+        code, session.reason = 3, traceback.format_exc()
+    runner.leave_if_forked()
+    session.ended(int(code))
+
+
+class _Session:
+    """The plug-in that watches collection and takes over the test loop."""
+
+    def __init__(self, runner: Runner, request: dict[str, Any], stream: int) -> None:
+        self.out = io.StringIO()  # what the project's code prints around capturing
+        self.err = io.StringIO()
+        self.reason = ""
+        self._runner = runner
+        self._request: dict[str, Any] | None = request
+        self._stream = stream
+        self._records: list[dict[str, Any]] = []
+        self._reported: list[tuple[Any, Any]] = []
+        self._header: list[str] = []
+        self._nodes: NodeTable | None = None
+        self._finish: dict[str, Any] | None = None
+
+    # Collection
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_configure(self, config: pytest.Config) -> None:
+        self._config = config
+        terminal = config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is not None:  # the host has the terminal
+            terminal._tw._file = _Nowhere()
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self._nodes = NodeTable(session)
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_report_header(self) -> Generator[None, Any, None]:
+        outcome = yield
+        for lines in reversed(outcome.get_result()):
+            self._header += [str(lines)] if isinstance(lines, str) else [str(line) for line in lines]
+
+    @pytest.hookimpl(hookwrapper=True, tryfirst=True)
+    def pytest_make_collect_report(self, collector: Any) -> Generator[None, Any, None]:
+        outcome = yield
+        if outcome.excinfo is None:
+            self._reported.append((outcome.get_result(), collector))
+
+    def pytest_collectreport(self, report: Any) -> None:
+        assert self._nodes is not None
+        collector = next(node for made, node in reversed(self._reported) if made is report)
+        record = {"k": "collected", "node": self._nodes.number(collector), "outcome": report.outcome}
+        record["result"] = [self._nodes.number(node) for node in report.result]
+        if report.outcome != "passed" or report.sections:
+            record["report"] = report_record(self._config, report)["data"]
+        self._records.append(record)
+
+    def pytest_deselected(self, items: Any) -> None:
+        assert self._nodes is not None
+        self._records.append({"k": "deselected", "items": [self._nodes.number(item) for item in items]})
+
+    def pytest_warning_recorded(self, warning_message: Any, when: str, nodeid: str) -> None:
+        self._records.append(warning_record(warning_message, when, nodeid))
+
+    # The test loop
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        assert self._nodes is not None
+        assert self._request is not None
+        order = [self._nodes.number(item) for item in session.items]
+        versions = {"k": "guest", "python": sys.version.split()[0], "pytest": pytest.__version__}
+        lines = [{**versions, "header": self._header}, *self._nodes.records, *self._records]
+        lines.append({"k": "items", "order": order, "markers": self._config.getini("markers")})
+        self._reported.clear()
+        self._printed()
+        gc.collect()
+        gc.freeze()  # a clone shares these pages; a collection must not touch them
+        request, self._request = self._request, None
+        self._runner.send_lines(self._stream, [*lines, {"k": "end"}])
+        self._runner.reply(request, {})
+        self._loop(session)
+        return True
+
+    def _loop(self, session: pytest.Session) -> None:
+        runner = self._runner
+        while True:
+            request = runner.next_request()
+            op = request.get("op")
+            if op == "run":
+                self._run(session, request)
+            elif op == "resume":
+                runner.answer_resume(request)
+            elif op == "finish":
+                self._finish = request
+                return
+            else:
+                runner.refuse(request, "OrderError", f"{op!r} is not possible after 'collect'")
+
+    def _run(self, session: pytest.Session, request: dict[str, Any]) -> None:
+        self._records = records = []
+        stream = self._runner.open_stream(request)
+        following = request.get("next")
+        item = session.items[request["item"]]
+        nextitem = session.items[following] if following is not None else None
+        try:
+            self._config.hook.pytest_runtest_protocol(item=item, nextitem=nextitem)
+        except pytest.exit.Exception as error:
+            records.append({"k": "exit", "code": error.returncode, "reason": "exit", "text": str(error.msg)})
+        except KeyboardInterrupt as error:
+            records.append({"k": "exit", "code": 2, "reason": "interrupt", "text": str(error)})
+        except BaseException:  # noqa: BLE001 - a broken hook of the project: pytest calls it INTERNALERROR
+            records.append({"k": "exit", "code": 3, "reason": "internal", "text": traceback.format_exc()})
+        self._runner.leave_if_forked()
+        stop = session.shouldstop or session.shouldfail
+        records.append({"k": "end", "stop": str(stop) if stop else None, "printed": self._printed()})
+        self._runner.send_lines(stream, records)
+        self._runner.reply(request, {})
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self._records.append(report_record(self._config, report))
+
+    def _printed(self) -> str:
+        text = self.out.getvalue() + self.err.getvalue()
+        if text:
+            for file in (self.out, self.err):
+                file.seek(0)
+                file.truncate()
+        return text
+
+    # The end
+
+    def pytest_internalerror(self, excrepr: Any) -> None:
+        self.reason = "\n".join(f"INTERNALERROR> {line}" for line in str(excrepr).splitlines())
+
+    def pytest_keyboard_interrupt(self, excinfo: Any) -> None:
+        self.reason = str(getattr(excinfo.value, "msg", None) or excinfo.typename)
+
+    def ended(self, code: int) -> None:
+        """Tell the host how the session ended, before or after its test loop."""
+        if self._request is not None:
+            reason = "usage" if code == 4 else "interrupt" if code == 2 else "internal"  # noqa: PLR2004
+            text = self.err.getvalue() or self.reason
+            if reason != "usage" and self.reason:
+                text = self.reason
+            self._runner.send_lines(
+                self._stream, [*self._records, {"k": "exit", "code": code, "reason": reason, "text": text}]
+            )
+            self._runner.reply(self._request, {})
+        elif self._finish is not None:
+            self._runner.reply(self._finish, {"exitstatus": code, "printed": self._printed()[:100_000]})
+
+
+class _Nowhere(io.TextIOBase):
+    """A terminal that shows nothing."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+    def isatty(self) -> bool:
+        return False

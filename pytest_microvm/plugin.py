@@ -1,0 +1,106 @@
+"""Registration with pytest: options, and what they switch on. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from pytest_microvm.remote.backend import Backend, Progress, Settings
+    from pytest_microvm.remote.suite import RemoteSuite
+
+_SUITE = "microvm-suite"
+
+
+class Hooks:
+    """Hooks this plug-in asks for."""
+
+    @pytest.hookspec(firstresult=True)
+    def pytest_microvm_backend(
+        self, config: pytest.Config, settings: Settings, progress: Progress
+    ) -> Backend | None:
+        """Return what runs the tests of ``pytest --microvm``; ``None`` leaves it to others."""
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Add our hooks."""
+    pluginmanager.add_hookspecs(Hooks)
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    """Add our options; with ``--microvm``, begin before pytest looks at the project."""
+    group = parser.getgroup("microvm", "throwaway microVMs (pytest-microvm)")
+    group.addoption("--microvm", action="store_true", help="run every test in a fresh microVM")
+    group.addoption(
+        "--microvm-isolation",
+        choices=("test", "class", "module", "session"),
+        help="how often a machine is new (default: test)",
+    )
+    group.addoption(
+        "--microvm-args",
+        action="append",
+        type=_words,
+        metavar="ARGS",
+        help="arguments for pytest inside the machine",
+    )
+    group.addoption(
+        "--microvm-image", metavar="KIT", help="the image: a kit's name or path (default: python)"
+    )
+    group.addoption("--microvm-cpus", metavar="N", help="virtual CPUs of a machine")
+    group.addoption("--microvm-memory", metavar="SIZE", help="memory of a machine, such as 512M")
+    group.addoption("--microvm-disk", metavar="SIZE", help="what a machine may write to its disk, such as 2G")
+    group.addoption("--microvm-timeout", metavar="SECONDS", help="how long one test may take")
+    group.addoption("--microvm-pool", metavar="N", help="how many machines are kept ready ahead of the tests")
+    group.addoption(
+        "--microvm-require-accel",
+        choices=("kvm", "hvf", "whpx", "tcg"),
+        help="fail unless machines run with this accelerator",
+    )
+    group.addoption(
+        "--microvm-keep",
+        choices=("never", "failed"),
+        help="keep the machine of a failed test and print how to enter it (default: never)",
+    )
+    config: Any = pluginmanager.get_plugin("pytestconfig")
+    if "--microvm" in _written(config):
+        _suite(config)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_load_initial_conftests(
+    early_config: pytest.Config, parser: pytest.Parser, args: list[str]
+) -> Generator[None, object, object]:
+    """With ``--microvm``, divide the arguments between host and guest; no conftest.py is loaded."""
+    if early_config.known_args_namespace.microvm:
+        _suite(early_config).divide(parser, args)
+    return (yield)
+
+
+def _written(config: Any) -> list[str]:
+    """Return the words pytest was given, as far as they are known while plug-ins are being loaded."""
+    words = [*config.invocation_params.args, *os.environ.get("PYTEST_ADDOPTS", "").split()]
+    if "addopts" in config._parser._inidict:  # noqa: SLF001 - not before the configuration file is read
+        words += config.getini("addopts")
+    return words
+
+
+def _suite(config: pytest.Config) -> RemoteSuite:
+    """Return the plug-in that runs this run's tests in machines, made at first use."""
+    suite: RemoteSuite | None = config.pluginmanager.get_plugin(_SUITE)
+    if suite is None:
+        from pytest_microvm.remote.suite import RemoteSuite  # noqa: PLC0415 - other runs need not load it
+
+        suite = RemoteSuite(config)
+        config.pluginmanager.register(suite, _SUITE)
+    return suite
+
+
+def _words(text: str) -> list[str]:
+    """Split an option's value as a shell does."""
+    import shlex  # noqa: PLC0415 - only when the option is used
+
+    return shlex.split(text)

@@ -1,0 +1,174 @@
+"""Which pytest arguments are the host's, which the guest's, and which both need (pure functions)."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from pytest_microvm.errors import UsageError
+
+# What the host decides or shows. The guest collects everything, so another -k or -m needs no new template.
+HOST_ONLY = frozenset(
+    [
+        *("-x", "--exitfirst", "--maxfail", "-k", "-m", "--deselect", "--continue-on-collection-errors"),
+        *("--lf", "--last-failed", "--ff", "--failed-first", "--nf", "--new-first", "--lfnf"),
+        *("--last-failed-no-failures", "--cache-show", "--cache-clear"),
+        *("--sw", "--stepwise", "--sw-skip", "--stepwise-skip", "--sw-reset", "--stepwise-reset"),
+        *("--co", "--collect-only", "--collectonly"),
+        *("-v", "--verbose", "-q", "--quiet", "--verbosity"),  # the sum goes to the guest
+        *("-r", "--no-header", "--no-summary", "--no-fold-skipped", "--force-short-summary"),
+        *("--color", "--code-highlight", "--show-capture", "--durations", "--durations-min"),
+        *("--disable-warnings", "--disable-pytest-warnings", "--max-warnings", "--xfail-tb", "--pastebin"),
+        *("--junit-xml", "--junitxml", "--junit-prefix", "--junitprefix", "-s", "--capture"),
+        *("-h", "--help", "-V", "--version", "--debug", "--trace-config", "--traceconfig"),
+        *("-n", "--numprocesses", "--maxprocesses", "--max-worker-restart", "--dist", "--tx", "--px"),
+        *("-d", "-f", "--looponfail", "--rsyncdir", "--rsyncignore", "--testrunuid", "--maxschedchunk"),
+        *("--loadscope-reorder", "--no-loadscope-reorder"),
+        *("--report-log", "--html", "--self-contained-html", "--css", "--json-report", "--json-report-file"),
+    ]
+)
+# What would act, on the host, on what only the guest has.
+GUEST_ONLY = frozenset(["-W", "--pythonwarnings"])
+_WITHOUT = "run it without --microvm"
+REFUSED = {
+    "--pdb": "run with --microvm-keep=failed and enter the machine of a failed test",
+    "--pdbcls": "run with --microvm-keep=failed and enter the machine of a failed test",
+    "--trace": "run with --microvm-keep=failed and enter the machine of a failed test",
+    "--fixtures": _WITHOUT,
+    "--funcargs": _WITHOUT,
+    "--fixtures-per-test": _WITHOUT,
+    "--markers": _WITHOUT,
+    "--setup-only": _WITHOUT,
+    "--setuponly": _WITHOUT,
+    "--setup-show": _WITHOUT,
+    "--setupshow": _WITHOUT,
+    "--setup-plan": _WITHOUT,
+    "--setupplan": _WITHOUT,
+}
+
+
+@dataclass(frozen=True)
+class Token:
+    """One option with its value, or one file argument.
+
+    Args:
+        words: The words as written.
+        option: The option's name, empty for a file argument.
+        value: Its value, ``None`` for a flag.
+        known: Whether the host's pytest knows the option.
+    """
+
+    words: tuple[str, ...]
+    option: str = ""
+    value: str | None = None
+    known: bool = True
+
+
+@dataclass(frozen=True)
+class Split:
+    """The two argument lists, and whether the host shall print what tests print (``-s``)."""
+
+    host: tuple[str, ...]
+    guest: tuple[str, ...]
+
+
+def option_arity(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Return for each option of ``parser`` whether it takes a value: ``0``, ``1`` or ``?``."""
+    actions = parser._option_string_actions  # noqa: SLF001 - argparse has no public list
+    return {name: _arity(action) for name, action in actions.items()}
+
+
+def _arity(action: argparse.Action) -> str:
+    if action.nargs is None:
+        return "1"
+    return "?" if action.nargs == "?" else "0" if action.nargs == 0 else "1"
+
+
+def tokens(arguments: Sequence[str], arity: Mapping[str, str]) -> Iterator[Token]:
+    """Cut ``arguments`` as argparse would, given the options it knows.
+
+    An unknown option is one word; a value written after it (``--opt value``) stays a word of its own,
+    in its place, so that whoever knows the option can still join them.
+    """
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            yield Token((word,))
+            for name in rest:
+                yield Token((name,))
+            return
+        if not word.startswith("-") or word == "-":
+            yield Token((word,))
+        elif word in arity:
+            yield _with_value(word, arity[word], rest)
+        elif word.startswith("--"):
+            name, equals, value = word.partition("=")
+            yield Token((word,), name, value if equals else None, known=name in arity)
+        else:
+            yield from _short(word, arity, rest)
+
+
+def _with_value(word: str, arity: str, rest: list[str]) -> Token:
+    takes = arity == "1" or (arity == "?" and bool(rest) and not rest[0].startswith("-"))
+    if not takes or not rest:
+        return Token((word,), word)
+    value = rest.pop(0)
+    return Token((word, value), word, value)
+
+
+def _short(word: str, arity: Mapping[str, str], rest: list[str]) -> Iterator[Token]:
+    """Cut ``-xvs`` into its flags and ``-kname`` into option and value."""
+    cluster = word[1:]
+    found: list[Token] = []
+    while cluster:
+        name = "-" + cluster[0]
+        takes = arity.get(name)
+        if takes is None:
+            yield Token((word,), word.partition("=")[0], known=False)
+            return
+        cluster = cluster[1:]
+        if takes == "0":
+            found.append(Token((name,), name))
+        elif cluster:
+            found.append(Token((name + cluster,), name, cluster.removeprefix("=")))
+            cluster = ""
+        else:
+            found.append(_with_value(name, takes, rest))
+    yield from found
+
+
+def split_arguments(
+    arguments: Sequence[str],
+    arity: Mapping[str, str],
+    is_host_plugin: Callable[[str], bool] = lambda _name: False,
+) -> Split:
+    """Divide ``arguments`` between the host's and the guest's pytest.
+
+    Args:
+        arguments: What pytest was given, configuration's ``addopts`` included.
+        arity: From :func:`option_arity`.
+        is_host_plugin: Whether the plug-in of ``-p NAME`` concerns the host alone.
+
+    Raises:
+        UsageError: An option cannot work from outside the guest.
+    """
+    host: list[str] = []
+    guest: list[str] = []
+    for token in tokens(arguments, arity):
+        if token.option in REFUSED:
+            raise UsageError(
+                f"{token.option} does not work with --microvm: the tests are not on this side",
+                resolution=REFUSED[token.option],
+            )
+        if token.option.startswith("--microvm") or token.option in HOST_ONLY:
+            host += token.words
+        elif not token.known or token.option in GUEST_ONLY:
+            guest += token.words
+        elif token.option == "-p" and is_host_plugin((token.value or "").strip()):
+            host += token.words
+        else:
+            host += token.words
+            guest += token.words
+    return Split(tuple(host), tuple(guest))

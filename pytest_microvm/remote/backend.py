@@ -1,0 +1,162 @@
+"""The seam between a remote suite and what runs it: machines, or (in this project's tests) processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from pytest_microvm.link import Link
+
+ISOLATIONS = ("test", "class", "module", "session")
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line says about machines; ``None`` and empty mean: as configured elsewhere.
+
+    Args:
+        values: The options given, by their key in ``[tool.pytest-microvm]``, as written.
+        rootdir: pytest's root directory.
+        inipath: The configuration file pytest uses.
+        worker: The name of this pytest-xdist worker, empty in a run without workers or in the controller.
+        workers: How many pytest-xdist workers share the run, 0 without.
+    """
+
+    values: Mapping[str, Any]
+    rootdir: Path
+    inipath: Path | None = None
+    worker: str = ""
+    workers: int = 0
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the suite itself must know once the configuration is merged.
+
+    Args:
+        isolation: How often a machine is new: ``test``, ``class``, ``module`` or ``session``.
+        timeout: Seconds one test may take, ``None`` for no limit.
+        collect_timeout: Seconds the runner may take to collect.
+        arguments: Arguments for the guest's pytest from the configuration.
+    """
+
+    isolation: str = "test"
+    timeout: float | None = None
+    collect_timeout: float = 600.0
+    arguments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CollectPlan:
+    """What the runner is asked to collect.
+
+    Args:
+        arguments: The guest's pytest arguments.
+        directory: The invocation directory, the same path in the guest.
+        rootdir: pytest's root directory.
+        workspace: The top of what is copied into the guest.
+        environment: Variables for the runner.
+        timeout: Seconds collection may take.
+    """
+
+    arguments: tuple[str, ...]
+    directory: Path
+    rootdir: Path
+    workspace: Path
+    environment: tuple[tuple[str, str], ...] = ()
+    timeout: float = 600.0
+
+
+@dataclass(frozen=True)
+class BackendFacts:
+    """What runs the tests: ``accelerator`` and why it was chosen, the image and its digest."""
+
+    accelerator: str
+    accelerator_reason: str
+    image: str
+    image_digest: str
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """One machine: ``ready_seconds`` from asking for it to its first answer, ``memory`` in bytes."""
+
+    id: str
+    image: str
+    image_digest: str
+    accelerator: str
+    accelerator_reason: str
+    ready_seconds: float
+    cpus: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the host saw a machine use: bytes of memory at most, seconds of CPU time; ``None``: unknown."""
+
+    peak_memory_bytes: int | None = None
+    cpu_seconds: float | None = None
+
+
+class RunnerMachine(Protocol):
+    """A machine with a runner that has collected; already resumed."""
+
+    @property
+    def link(self) -> Link:
+        """The connection to the runner."""
+
+    @property
+    def facts(self) -> MachineFacts:
+        """What it is."""
+
+    def console_tail(self) -> str:
+        """Return the last lines of its console (untrusted text)."""
+
+    def usage(self) -> Usage:
+        """Return what it has used so far."""
+
+    def kill(self) -> None:
+        """End it; a second call does nothing."""
+
+
+class Backend(Protocol):
+    """Where a suite's machines come from."""
+
+    @property
+    def facts(self) -> BackendFacts:
+        """What runs the tests."""
+
+    @property
+    def options(self) -> RunOptions:
+        """The merged configuration, as far as the suite needs it."""
+
+    def collect(self, plan: CollectPlan, progress: Progress) -> bytes:
+        """Return the runner's answer to ``collect`` as it was sent, from a cache where nothing changed.
+
+        Raises:
+            MicroVMError: No machine could be prepared.
+        """
+
+    def lease(self) -> RunnerMachine:
+        """Return a fresh machine in which collection has happened.
+
+        Raises:
+            BootError: It never became ready.
+        """
+
+    def close(self) -> None:
+        """End every machine that is left."""
+
+
+@dataclass
+class Lease:
+    """A machine in use, and what has happened in it."""
+
+    machine: RunnerMachine
+    key: object = None
+    tests: int = 0
+    ended: bool = field(default=False)

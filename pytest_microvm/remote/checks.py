@@ -1,0 +1,89 @@
+"""Read JSON values that a guest sent: right type, bounded, or :class:`ProtocolViolation`."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from pytest_microvm.errors import ProtocolViolation
+from pytest_microvm.remote.sanitize import sanitize, sanitize_line
+
+MAX_LINE = 32 * 1024 * 1024
+MAX_LIST = 1_000_000
+
+
+def violation(what: str) -> ProtocolViolation:
+    """Return the error for a guest that sent ``what`` (our own words, never the guest's)."""
+    return ProtocolViolation(
+        f"the guest's pytest sent {what}", resolution="the machine was ended; its report cannot be used"
+    )
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    """Return the JSON object in ``line``."""
+    if len(line) > MAX_LINE:
+        raise violation(f"a record of more than {MAX_LINE} bytes")
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        raise violation("a record that is not JSON") from None
+    if not isinstance(value, dict):
+        raise violation("a record that is not a JSON object")
+    return value
+
+
+def text(value: object, what: str) -> str:
+    """Return ``value`` as text that is safe to show."""
+    if not isinstance(value, str):
+        raise violation(f"a {what} that is not text")
+    return sanitize(value)
+
+
+def line(value: object, what: str) -> str:
+    """Return ``value`` as one line that is safe to show."""
+    if not isinstance(value, str):
+        raise violation(f"a {what} that is not text")
+    return sanitize_line(value)
+
+
+def integer(value: object, what: str, low: int = 0, high: int = 2**53) -> int:
+    """Return ``value`` as a whole number between ``low`` and ``high``."""
+    if type(value) is not int or not low <= value <= high:
+        raise violation(f"a {what} that is not a number in its range")
+    return value
+
+
+def seconds(value: object) -> float:
+    """Return ``value`` as a finite number of seconds, 0 where it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return 0.0
+    number = float(value) if abs(value) < 2**53 else 0.0
+    return number if math.isfinite(number) else 0.0
+
+
+def array(value: object, what: str, limit: int = MAX_LIST) -> list[Any]:
+    """Return ``value`` as a list of at most ``limit`` entries."""
+    if not isinstance(value, list) or len(value) > limit:
+        raise violation(f"a {what} that is not a list of at most {limit} entries")
+    return value
+
+
+def mapping(value: object, what: str) -> dict[str, Any]:
+    """Return ``value`` as a JSON object."""
+    if not isinstance(value, dict):
+        raise violation(f"a {what} that is not an object")
+    return value
+
+
+def plain(value: object, depth: int = 0) -> Any:
+    """Return any JSON value with safe texts and a bounded depth."""
+    if isinstance(value, str):
+        return sanitize(value)
+    if depth > 10:  # noqa: PLR2004 - deeper than marker arguments and properties are
+        return "..."
+    if isinstance(value, list):
+        return [plain(item, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {sanitize_line(str(key)): plain(item, depth + 1) for key, item in value.items()}
+    return value

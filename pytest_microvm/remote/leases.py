@@ -1,0 +1,88 @@
+"""Which machine a test gets: a fresh one, or the one that tests of its class, module or run share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pytest_microvm.errors import BootError, MachineError
+from pytest_microvm.remote.backend import Backend, Lease
+from pytest_microvm.remote.session import RunnerSession
+
+ATTEMPTS = 3
+
+
+def sharing_key(item: pytest.Item, isolation: str) -> object:
+    """Return what ``item`` has in common with the tests that may share its machine.
+
+    A test outside any class has a machine of its own under ``class``.
+    """
+    if isolation == "session":
+        return "session"
+    if isolation == "module":
+        return item.id.path if hasattr(item, "id") else item.nodeid.partition("::")[0]
+    if isolation == "class":
+        inside = [node for node in item.listchain() if not isinstance(node, (pytest.Directory, pytest.File))]
+        return inside[1].nodeid if len(inside) > 2 else item  # noqa: PLR2004 - session, class, test
+    return item
+
+
+class Leases:
+    """Hand out machines, one at a time, and take them back.
+
+    Args:
+        backend: Where they come from.
+        isolation: How often one is new.
+    """
+
+    def __init__(self, backend: Backend, isolation: str) -> None:
+        self._backend = backend
+        self._isolation = isolation
+        self._current: Lease | None = None
+
+    def take(self, item: pytest.Item) -> Lease:
+        """Return the machine for ``item``; retried on a fresh one when it does not come up.
+
+        Raises:
+            BootError: It did not, three times.
+        """
+        key = sharing_key(item, self._isolation)
+        lease = self._current
+        if lease is not None and lease.key == key and not lease.ended:
+            return lease
+        self.release()
+        self._current = self._start(key)
+        return self._current
+
+    def next_in_same(self, lease: Lease, nextitem: pytest.Item | None) -> bool:
+        """Whether ``nextitem`` will run in ``lease``'s machine as well."""
+        return nextitem is not None and sharing_key(nextitem, self._isolation) == lease.key
+
+    def discard(self, lease: Lease) -> None:
+        """End a machine that failed, or whose only test is done, without a word to its runner."""
+        lease.ended = True
+        lease.machine.kill()
+
+    def release(self) -> None:
+        """End the machine in use; a shared one ends its pytest session first."""
+        lease, self._current = self._current, None
+        if lease is None or lease.ended:
+            return
+        if self._isolation != "test":
+            with contextlib.suppress(MachineError, TimeoutError):
+                RunnerSession(lease.machine.link).finish()
+        self.discard(lease)
+
+    def _start(self, key: object) -> Lease:
+        return Lease(retried(self._backend.lease, BootError), key)
+
+
+def retried(start: Callable[[], Any], error: type[Exception]) -> Any:
+    """Return what ``start`` returns, after up to three attempts."""
+    for _attempt in range(ATTEMPTS - 1):
+        with contextlib.suppress(error):
+            return start()
+    return start()

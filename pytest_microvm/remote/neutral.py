@@ -1,0 +1,99 @@
+"""Keep the host's pytest from importing or judging what only the guest has."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Configuration that imports, acts or judges where the tests are. The guest reads the real values.
+_NEUTRAL: dict[str, Any] = {
+    "filterwarnings": [],
+    "required_plugins": [],
+    "minversion": "",
+    "pythonpath": [],
+    "usefixtures": [],
+    "strict": False,
+    "strict_config": False,
+    "strict_markers": False,
+    "log_cli": False,
+    "log_file": "",
+    "faulthandler_timeout": 0.0,
+    "faulthandler_exit_on_timeout": False,
+}
+# Plug-ins that act on the process the tests run in; in the guest they are free to.
+_ACTING = ("timeout", "pytest_timeout", "pytest_cov")
+
+
+def neutralise(config: pytest.Config) -> None:
+    """Replace the values pytest would act on, and leave nothing of the project on ``sys.path``."""
+    known = config._parser._inidict  # noqa: SLF001
+    paths = [os.fspath(path) for path in config.getini("pythonpath")] if "pythonpath" in known else []
+    for key, value in _NEUTRAL.items():
+        config._inicache[key] = value  # noqa: SLF001 - the one place all readers ask
+    for name in _ACTING:
+        config.pluginmanager.set_blocked(name)
+    before = list(sys.path)
+    config.add_cleanup(lambda: sys.path.__setitem__(slice(None), before))
+    roots = [config.rootpath, config.invocation_params.dir]
+    sys.path[:] = [entry for entry in sys.path if entry not in paths and not in_project(entry, roots)]
+    forget_failed_filters(config)
+
+
+def in_project(path: str, roots: list[Path]) -> bool:
+    """Whether ``path`` is the project's own: below a root, and not in an installed environment."""
+    absolute = Path(path or ".").resolve()
+    if not any(absolute.is_relative_to(root.resolve()) for root in roots):
+        return False
+    installed = {*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix}
+    return not any(absolute.is_relative_to(Path(folder).resolve()) for folder in installed)
+
+
+def forget_failed_filters(config: pytest.Config) -> None:
+    """Drop pytest's complaint that a warning filter names a class the host does not have.
+
+    pytest 9.2 reads the filters before any plug-in is loaded.
+    """
+    history = getattr(config.hook.pytest_warning_recorded, "_call_history", None)
+    if history:
+        history[:] = [
+            call
+            for call in history
+            if "Failed to import filter module" not in str(call[0]["warning_message"])
+        ]
+
+
+def forget_unknown_keys(config: pytest.Config) -> None:
+    """Drop configuration keys that the host's pytest does not know: the guest's may."""
+    values = getattr(config, "_inicfg", None)
+    if values is None:  # before pytest 9
+        values = config.inicfg
+    for key in config._get_unknown_ini_keys():  # noqa: SLF001
+        del values[key]
+
+
+def forbid_conftests(config: pytest.Config) -> None:
+    """Let no conftest.py be loaded on the host, and no warning filter of the command line apply."""
+    namespace = config.known_args_namespace
+    namespace.noconftest = True
+    namespace.pythonwarnings = None
+
+
+def refuse_project_plugins(config: pytest.Config, names: list[str]) -> None:
+    """End the run if ``-p NAME`` named a module of the project: pytest has imported it on the host.
+
+    Raises:
+        pytest.UsageError: One did.
+    """
+    roots = [config.rootpath, config.invocation_params.dir]
+    for name in names:
+        file = getattr(config.pluginmanager.get_plugin(name), "__file__", None)
+        if file and in_project(file, roots):
+            raise pytest.UsageError(
+                f"-p {name} loads a plug-in of the project on the host, outside any machine\n"
+                f'next step: load it in the machine with --microvm-args="-p {name}"'
+            )

@@ -1,0 +1,198 @@
+"""Run one test in a machine and turn whatever happens into reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from pytest_microvm.errors import MachineCrashed, MachineError, QuotaExceeded
+from pytest_microvm.remote.backend import Backend, Lease, MachineFacts, RunOptions, Usage
+from pytest_microvm.remote.checks import line, text, violation
+from pytest_microvm.remote.collected import GuestExit, GuestWarning, parse_exit, parse_warning
+from pytest_microvm.remote.leases import ATTEMPTS, Leases
+from pytest_microvm.remote.replay import error_report, passed_report, rebuild_test_report
+from pytest_microvm.remote.session import RunnerSession
+
+_MAX_RECORDS = 100_000
+_CONSOLE_LINES = 40
+
+
+@dataclass
+class Ran:
+    """What one test gave.
+
+    Args:
+        reports: For pytest's hooks, in order.
+        warnings: Recorded during the test.
+        printed: What the test wrote past pytest's capturing.
+        stop: Why the project's hooks want the run to stop, if they do.
+        exit: Set if the test ended the guest's session (``pytest.exit``, an interrupt).
+    """
+
+    reports: list[pytest.TestReport] = field(default_factory=list)
+    warnings: list[GuestWarning] = field(default_factory=list)
+    printed: str = ""
+    stop: str | None = None
+    exit: GuestExit | None = None
+
+
+class TestRunner:
+    """Run tests on machines from a backend.
+
+    Args:
+        backend: Where machines come from.
+        options: Isolation and timeouts.
+    """
+
+    __test__ = False
+
+    def __init__(self, backend: Backend, options: RunOptions) -> None:
+        self._options = options
+        self._leases = Leases(backend, options.isolation)
+
+    def run(self, item: Any, nextitem: Any) -> Ran:
+        """Run ``item``; whatever goes wrong becomes its outcome."""
+        failure: MachineError | None = None
+        for _attempt in range(ATTEMPTS):
+            try:
+                lease = self._leases.take(item)
+                session = RunnerSession(lease.machine.link)
+                following = nextitem.position if self._leases.next_in_same(lease, nextitem) else None
+                records = session.run(item.position, following, self._options.timeout)
+            except MachineError as error:  # it never reached the test: another machine may
+                failure = error
+                self.release()
+                continue
+            return self._run_in(lease, records, item, following is not None)
+        assert failure is not None
+        return Ran([*_failed(item, "setup", f"infra: {failure}", properties(None, None, "infra"))])
+
+    def release(self) -> None:
+        """End the machine in use."""
+        self._leases.release()
+
+    def _run_in(self, lease: Lease, records: Iterator[dict[str, Any]], item: Any, again: bool) -> Ran:
+        facts = lease.machine.facts
+        lease.tests += 1
+        try:
+            received = list(_bounded(records))
+            usage = lease.machine.usage()
+            ran = _read(item, received, facts, usage)
+        except MachineError as error:
+            tail = lease.machine.console_tail()
+            self._leases.discard(lease)
+            return Ran(_machine_failed(item, error, tail, facts, lease.machine.usage()))
+        except BaseException:  # Ctrl-C: nobody waits for this machine any more
+            self._leases.discard(lease)
+            raise
+        if self._options.isolation == "test" or not again:
+            self._end(lease)
+        return ran
+
+    def _end(self, lease: Lease) -> None:
+        if self._options.isolation == "test":
+            self._leases.discard(lease)
+        else:
+            self._leases.release()
+
+
+def _bounded(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for count, record in enumerate(records):
+        if count > _MAX_RECORDS:
+            raise violation(f"more than {_MAX_RECORDS} records about one test")
+        yield record
+
+
+def _read(item: Any, records: list[dict[str, Any]], facts: MachineFacts, usage: Usage) -> Ran:
+    """Return what ``records`` say.
+
+    Raises:
+        ProtocolViolation: They are not what a runner sends.
+    """
+    ran = Ran()
+    if not records or records[-1].get("k") != "end":
+        raise violation("a test's reports without an end")
+    outcome = _outcome(records)
+    ours = properties(facts, usage, outcome)
+    for record in records:
+        kind = record.get("k")
+        if kind == "report":
+            ran.reports.append(rebuild_test_report(item.config, record.get("data"), item, ours))
+        elif kind == "warning":
+            ran.warnings.append(parse_warning(record))
+        elif kind == "exit":
+            ran.exit = parse_exit(record)
+        elif kind == "end":
+            ran.printed = text(record.get("printed", ""), "output")
+            stop = record.get("stop")
+            ran.stop = None if stop is None else line(stop, "reason to stop")
+        else:
+            raise violation("a record of an unknown kind")
+    if ran.exit is not None and ran.exit.reason == "internal":
+        ran.reports += _failed(item, "call", f"INTERNALERROR in the guest's pytest\n{ran.exit.text}", ours)
+        ran.exit = None
+    return ran
+
+
+def _outcome(records: list[dict[str, Any]]) -> str:
+    outcomes = [record["data"].get("outcome") for record in records if isinstance(record.get("data"), dict)]
+    for name in ("failed", "skipped"):
+        if name in outcomes:
+            return name
+    return "passed"
+
+
+def _machine_failed(
+    item: Any, error: MachineError, tail: str, facts: MachineFacts, usage: Usage
+) -> list[pytest.TestReport]:
+    """Return the reports of a test whose machine did not bring it to its end."""
+    if isinstance(error, QuotaExceeded):
+        outcome = "quota"
+        message = str(error)
+    elif isinstance(error, MachineCrashed):
+        outcome = "crashed"
+        message = f"crashed: the machine ended during the test\n  {error}"
+    else:
+        outcome = "crashed"
+        message = str(error)
+    lines = tail.strip().splitlines()[-_CONSOLE_LINES:]
+    sections = (("Machine console (last lines)", "\n".join(lines)),) if lines else ()
+    return _failed(item, "call", message, properties(facts, usage, outcome), sections)
+
+
+def _failed(
+    item: Any,
+    when: Any,
+    message: str,
+    ours: list[tuple[str, str]],
+    sections: tuple[tuple[str, str], ...] = (),
+) -> list[pytest.TestReport]:
+    """Return a failure in ``when`` between the phases that every test has."""
+    failure = error_report(item, when, message, ours, sections)
+    teardown = passed_report(item, "teardown", ours)
+    if when == "setup":
+        return [failure, teardown]
+    return [passed_report(item, "setup", ours), failure, teardown]
+
+
+def properties(facts: MachineFacts | None, usage: Usage | None, outcome: str) -> list[tuple[str, str]]:
+    """Return a test's user properties, which JUnit and other reporters show."""
+    found: dict[str, object] = {}
+    if facts is not None:
+        found = {
+            "microvm.image": facts.image,
+            "microvm.image_digest": facts.image_digest,
+            "microvm.accelerator": facts.accelerator,
+            "microvm.id": facts.id,
+            "microvm.ready_ms": round(facts.ready_seconds * 1000),
+            "microvm.cpus": facts.cpus,
+            "microvm.memory": facts.memory,
+        }
+    if usage is not None:
+        found["microvm.peak_memory_bytes"] = usage.peak_memory_bytes
+        found["microvm.cpu_seconds"] = usage.cpu_seconds and round(usage.cpu_seconds, 3)
+    found["microvm.outcome"] = outcome
+    return [(name, str(value)) for name, value in found.items() if value is not None]

@@ -1,0 +1,150 @@
+"""The host's conversation with a runner: how it is started, what it is asked, what it answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from pytest_microvm.errors import MachineError, ProtocolViolation, QuotaExceeded
+from pytest_microvm.link import GuestError, Link, Request, Stream
+from pytest_microvm.remote import checks
+from pytest_microvm.remote.backend import CollectPlan
+
+MAX_COLLECTION = 1024 * 1024 * 1024
+MAX_REPORTS = 128 * 1024 * 1024  # of one test
+_FINISH_TIMEOUT = 30.0
+
+BOOTSTRAP = (
+    "import sys; sys.path[0] = sys.argv.pop(1); import pytest_microvm.guest.runner as runner; "
+    "sys.exit(runner.main(sys.argv[1:]))"
+)
+
+
+def runner_command(python: str, code_folder: str, fd: int | None = None) -> list[str]:
+    """Return the command that starts a runner.
+
+    Args:
+        python: The guest's own Python, which has the project's dependencies.
+        code_folder: Where ``pytest_microvm`` (guest and wire) lies in the guest.
+        fd: The descriptor to serve on instead of the port called ``runner``.
+    """
+    port = [] if fd is None else ["--fd", str(fd)]
+    return [python, "-c", BOOTSTRAP, code_folder, *port]
+
+
+class RunnerSession:
+    """One runner, asked one thing at a time.
+
+    Args:
+        link: The connection to it.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def collect(self, plan: CollectPlan) -> bytes:
+        """Let the runner collect, and return its records as it sent them.
+
+        Raises:
+            QuotaExceeded: It took longer than ``plan.timeout``.
+            MachineError: The machine ended, or broke the protocol.
+        """
+        stream = self._link.open_stream()
+        started = time.monotonic()
+        request = self._link.request(
+            "collect",
+            stream=stream.number,
+            args=list(plan.arguments),
+            cwd=str(plan.directory),
+            env=dict(plan.environment),
+        )
+        try:
+            data = stream.read_all(MAX_COLLECTION, plan.timeout)
+            request.wait(_left(started, plan.timeout))
+        except TimeoutError:
+            raise QuotaExceeded(
+                "timeout", plan.timeout, time.monotonic() - started, details="while collecting the tests"
+            ) from None
+        except GuestError as error:
+            raise _refused(error) from None
+        return data
+
+    def run(self, item: int, following: int | None, timeout: float | None) -> Iterator[dict[str, Any]]:
+        """Let the runner run a test and return its records, which come as they are read.
+
+        Args:
+            item: The test's position in the guest's list.
+            following: The position of the test that this machine runs next, if any.
+            timeout: Seconds it may take.
+
+        Raises:
+            QuotaExceeded: It took longer.
+            MachineError: The machine ended, or broke the protocol.
+        """
+        started = time.monotonic()
+        stream = self._link.open_stream()
+        request = self._link.request("run", stream=stream.number, item=item, next=following)
+        return _records(stream, request, started, timeout)
+
+    def resume(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """Tell a clone who it is now (see ``guest/resume.py``).
+
+        Raises:
+            TimeoutError: No answer.
+            MachineError: The machine ended, or refused.
+        """
+        return self._link.call("resume", timeout=timeout, **message)
+
+    def finish(self) -> dict[str, Any]:
+        """Let the guest's session end as pytest sessions do; return its exit status.
+
+        Raises:
+            TimeoutError: It did not end in time.
+            MachineError: The machine ended first.
+        """
+        return self._link.call("finish", timeout=_FINISH_TIMEOUT)
+
+
+def _records(
+    stream: Stream, request: Request, started: float, timeout: float | None
+) -> Iterator[dict[str, Any]]:
+    try:
+        for line in _lines(stream, started, timeout):
+            yield checks.json_object(line)
+        request.wait(_left(started, timeout))
+    except TimeoutError:
+        observed = time.monotonic() - started
+        raise QuotaExceeded("timeout", timeout or observed, observed) from None
+    except GuestError as error:
+        raise _refused(error) from None
+
+
+def _left(started: float, timeout: float | None) -> float | None:
+    return None if timeout is None else max(0.001, started + timeout - time.monotonic())
+
+
+def _lines(stream: Stream, started: float, timeout: float | None) -> Iterator[bytes]:
+    buffer = bytearray()
+    total = 0
+    while True:
+        data = stream.read(timeout=_left(started, timeout))
+        if not data:
+            break
+        total += len(data)
+        if total > MAX_REPORTS:
+            raise ProtocolViolation(
+                f"the guest's pytest sent more than {MAX_REPORTS} bytes about one test",
+                resolution="print less in the test, or write to a file",
+            )
+        buffer += data
+        if b"\n" in data:  # else one long line would be searched again with every piece
+            *whole, rest = buffer.split(b"\n")
+            yield from (bytes(line) for line in whole if line)
+            buffer = bytearray(rest)
+    if buffer:
+        raise checks.violation("a record without an end")
+
+
+def _refused(error: GuestError) -> MachineError:
+    return ProtocolViolation(f"the runner refused: {error}", resolution="the machine was ended")

@@ -1,0 +1,234 @@
+"""The plug-in behind ``--microvm``: pytest's hooks on the host, tied to machines."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_microvm.errors import MicroVMError
+from pytest_microvm.remote import neutral
+from pytest_microvm.remote.arguments import option_arity, split_arguments, tokens
+from pytest_microvm.remote.backend import Backend, CollectPlan, Progress, Settings
+from pytest_microvm.remote.collected import Collected
+from pytest_microvm.remote.collection import Replay, raise_exit
+from pytest_microvm.remote.foreign_warnings import warning_message
+from pytest_microvm.remote.plan import guest_environment, settings_from, workspace_of
+from pytest_microvm.remote.progress import TerminalProgress
+from pytest_microvm.remote.running import Ran, TestRunner
+from pytest_microvm.remote.sanitize import sanitize
+from pytest_microvm.remote.summary import Tally, add_suite_properties, header_line
+
+_HOST_PLUGINS = frozenset(["microvm", "pytest_microvm.plugin", "xdist", "xdist.plugin", "xdist.looponfail"])
+
+
+_OUTPUT = ("Captured stdout", "Captured stderr")
+
+
+class RemoteSuite:
+    """One pytest run whose tests are in machines.
+
+    Args:
+        config: pytest's configuration, before its arguments are parsed for good.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._guest_arguments: tuple[str, ...] = ()
+        self._backend: Backend | None = None
+        self._plan: CollectPlan | None = None
+        self._replay: Replay | None = None
+        self._runner: TestRunner | None = None
+        self._tally = Tally()
+        self._guest_plugins = os.environ.pop("PYTEST_PLUGINS", None)  # pytest would import them here
+        neutral.neutralise(config)
+
+    def divide(self, parser: pytest.Parser, args: list[str]) -> None:
+        """Take the guest's arguments out of ``args``, and keep pytest from loading conftest files.
+
+        Raises:
+            pytest.UsageError: Something asked for cannot work, or has acted on the host already.
+        """
+        if self._guest_plugins is not None:
+            os.environ["PYTEST_PLUGINS"] = self._guest_plugins  # for the workers of pytest-xdist
+        neutral.forget_failed_filters(self._config)
+        arity = option_arity(parser.optparser)
+        named = [(token.value or "").strip() for token in tokens(args, arity) if token.option == "-p"]
+        neutral.refuse_project_plugins(self._config, named)
+        with _as_pytest_errors():
+            split = split_arguments(args, arity, self._is_host_plugin)
+        args[:] = split.host
+        self._guest_arguments = split.guest
+        neutral.forbid_conftests(self._config)
+
+    def _is_host_plugin(self, name: str) -> bool:
+        plugin = self._config.pluginmanager.get_plugin(name)
+        return name in _HOST_PLUGINS or bool(getattr(plugin, "microvm_host_only", False))
+
+    # Session
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_microvm_backend(
+        self, config: pytest.Config, settings: Settings, progress: Progress
+    ) -> Backend:
+        """Return the backend that runs tests in machines, unless another plug-in brought its own."""
+        from pytest_microvm.remote import machines  # noqa: PLC0415 - tests bring their own
+
+        backend: Backend = machines.create_backend(config, settings, progress)
+        return backend
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        """Find out what runs the tests."""
+        neutral.forget_unknown_keys(session.config)
+        with _as_pytest_errors():
+            settings = settings_from(session.config)
+            backend = session.config.hook.pytest_microvm_backend(
+                config=session.config, settings=settings, progress=self._progress()
+            )
+            assert backend is not None
+            self._backend = backend
+            self._plan = self._make_plan(backend)
+            add_suite_properties(session.config, backend.facts, backend.options.isolation)
+
+    def pytest_report_header(self) -> str | None:
+        """Say what runs the tests."""
+        if self._backend is None:
+            return None
+        return sanitize(header_line(self._backend.facts, self._backend.options.isolation))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_setupnodes(self) -> None:
+        """Let pytest-xdist's controller prepare the template once, before its workers ask for it."""
+        self._collect()
+
+    def pytest_collection(self, session: pytest.Session) -> bool:
+        """Collect in the guest and replay what it found."""
+        collected = self._collect()
+        self._runner = self._make_runner()
+        session._initialpaths = frozenset(self._named_paths())  # noqa: SLF001 - --lf asks for them
+        with _as_pytest_errors():
+            self._replay = Replay(session, collected)
+            self._replay.perform()
+        return True
+
+    def pytest_make_collect_report(self, collector: pytest.Collector) -> pytest.CollectReport:
+        """Return the guest's report; nothing is ever collected on the host."""
+        if self._replay is None:
+            raise pytest.UsageError("--microvm collects nothing on the host: run this without --microvm")
+        return self._replay.make_report(collector)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> bool:
+        """Run a test in a machine and tell its reports."""
+        assert self._runner is not None
+        hook = item.ihook
+        hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        ran = self._runner.run(item, nextitem)
+        self._print(ran)
+        for report in ran.reports:
+            hook.pytest_runtest_logreport(report=report)
+        hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        for warning in ran.warnings:
+            self._config.hook.pytest_warning_recorded.call_historic(
+                kwargs={
+                    "warning_message": warning_message(warning),
+                    "when": warning.when,
+                    "nodeid": item.nodeid if warning.nodeid else "",
+                    "location": None,
+                }
+            )
+        if ran.stop and not item.session.shouldstop:
+            item.session.shouldstop = ran.stop
+        if ran.exit is not None:
+            raise_exit(ran.exit)
+        return True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count."""
+        self._tally.add(report)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        """End the machine in use."""
+        if self._runner is not None:
+            self._runner.release()
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Say how many tests ran in how many machines."""
+        if self._tally.tests:
+            terminalreporter.write_line(f"microvm: {self._tally.line()}")
+
+    def pytest_unconfigure(self) -> None:
+        """End whatever machine is left."""
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.close()
+
+    # Parts
+
+    def _collect(self) -> Collected:
+        assert self._backend is not None
+        assert self._plan is not None
+        with _as_pytest_errors(), self._progress() as progress:
+            return Collected.parse(self._backend.collect(self._plan, progress))
+
+    def _make_runner(self) -> TestRunner:
+        assert self._backend is not None
+        return TestRunner(self._backend, self._backend.options)
+
+    def _make_plan(self, backend: Backend) -> CollectPlan:
+        config, option = self._config, self._config.option
+        arguments = ["-o", "addopts=", f"--rootdir={config.rootpath}", "--capture=fd"]
+        if option.verbose > 0:
+            arguments.append(f"--verbosity={option.verbose}")
+        return CollectPlan(
+            arguments=(
+                *arguments,
+                *self._guest_arguments,
+                *backend.options.arguments,
+                *(word for words in option.microvm_args or () for word in words),
+            ),
+            directory=config.invocation_params.dir,
+            rootdir=config.rootpath,
+            workspace=workspace_of(config),
+            environment=guest_environment(self._guest_plugins, config),
+            timeout=backend.options.collect_timeout,
+        )
+
+    def _named_paths(self) -> list[Path]:
+        directory = self._config.invocation_params.dir
+        return [directory / word.partition("::")[0] for word in self._config.args]
+
+    def _progress(self) -> TerminalProgress:
+        return TerminalProgress(self._config)
+
+    def _print(self, ran: Ran) -> None:
+        """Show what the test printed, under ``-s`` at once and not again with a failure."""
+        shown = [ran.printed]
+        capture = self._config.option.capture
+        if capture in {"no", "tee-sys"} and ran.reports:
+            shown += [text for title, text in ran.reports[-1].sections if title.startswith(_OUTPUT)]
+        if capture == "no":
+            for report in ran.reports:
+                report.sections = [
+                    section for section in report.sections if not section[0].startswith(_OUTPUT)
+                ]
+        text = "".join(shown)
+        if text:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+
+class _as_pytest_errors:  # noqa: N801 - reads as the statement it is
+    """Show this package's errors as pytest shows bad input: the text, and exit code 4."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, MicroVMError):
+            raise pytest.UsageError(str(error)) from None

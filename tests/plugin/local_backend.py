@@ -1,0 +1,124 @@
+"""A backend without machines: ``-p local_backend`` runs the guest's runner as processes of this computer."""
+
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from pytest_microvm.link import Link
+from pytest_microvm.remote.backend import BackendFacts, MachineFacts, RunOptions, Usage
+from pytest_microvm.remote.session import RunnerSession
+
+microvm_host_only = True
+HERE = Path(__file__).parent
+PACKAGE = HERE.parent.parent / "pytest_microvm"
+GUEST_VARIABLE = "LOCAL_GUEST"  # set in the runner's process alone
+
+
+def pytest_microvm_backend(config, settings, progress):
+    progress("starting a local process")
+    return LocalBackend(settings)
+
+
+class LocalBackend:
+    facts = BackendFacts("none", "local processes, for tests", "local", "sha256:" + "0" * 64)
+
+    def __init__(self, settings):
+        timeout = settings.values.get("timeout")
+        self.options = RunOptions(
+            isolation=settings.values.get("isolation") or "test", timeout=float(timeout) if timeout else None
+        )
+        self._template = None
+        self._numbers = itertools.count(1)
+        self._machines = []
+        self._name = settings.worker or "main"
+
+    def collect(self, plan, progress):
+        progress("collecting")
+        host, guest = socket.socketpair()
+        folder = self._code_folder()
+        environment = {**os.environ, GUEST_VARIABLE: "1"}
+        for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONPATH", "PYTEST_XDIST_WORKER"):
+            environment.pop(name, None)
+        with guest:
+            command = [sys.executable, HERE / "local_runner.py", folder, str(guest.fileno())]
+            self._template = subprocess.Popen(
+                command,
+                pass_fds=[guest.fileno()],
+                env=environment,
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        self._control = host
+        return RunnerSession(self._connect()).collect(plan)
+
+    def _code_folder(self):
+        """Return what a guest has of this package: ``guest`` and ``wire`` below an empty package."""
+        self._folder = tempfile.TemporaryDirectory()
+        package = Path(self._folder.name, "pytest_microvm")
+        package.mkdir()
+        package.joinpath("__init__.py").touch()
+        for name in ("guest", "wire"):
+            package.joinpath(name).symlink_to(PACKAGE / name)
+        return self._folder.name
+
+    def _connect(self):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            socket.send_fds(self._control, [b"x"], [theirs.fileno()])
+        return Link(ours)
+
+    def lease(self):
+        started = time.monotonic()
+        link = self._connect()
+        pid = int.from_bytes(self._control.recv(8, socket.MSG_WAITALL), "big")
+        RunnerSession(link).resume({}, timeout=60)
+        facts = MachineFacts(
+            id=f"{self._name}-{next(self._numbers)}",
+            image=self.facts.image,
+            image_digest=self.facts.image_digest,
+            accelerator=self.facts.accelerator,
+            accelerator_reason=self.facts.accelerator_reason,
+            ready_seconds=time.monotonic() - started,
+            cpus=1,
+            memory=128 * 1024**2,
+        )
+        machine = LocalMachine(link, facts, pid)
+        self._machines.append(machine)
+        return machine
+
+    def close(self):
+        for machine in self._machines:
+            machine.kill()
+        if self._template is not None:
+            self._folder.cleanup()
+            self._control.close()
+            self._template.kill()
+            self._template.wait()
+
+
+class LocalMachine:
+    def __init__(self, link, facts, pid):
+        self.link = link
+        self.facts = facts
+        self._pid = pid
+
+    def console_tail(self):
+        return "local process: no console"
+
+    def usage(self):
+        return Usage(peak_memory_bytes=1024, cpu_seconds=0.5)
+
+    def kill(self):
+        if self._pid:
+            self.link.close()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
+            self._pid = 0

@@ -1,0 +1,53 @@
+"""The guest's runner as a local process: once it has collected, every lease is a fork of it.
+
+Usage: local_runner.py CODE_FOLDER CONTROL_FD. The control socket passes one descriptor per lease in, and
+the fork's process id out. Nothing of this computer is changed on resume.
+"""
+
+import os
+import socket
+import sys
+
+sys.path[0] = sys.argv[1]
+
+from pytest_microvm.guest import runner as guest  # noqa: E402 - the code folder comes first
+from pytest_microvm.guest.port import Port  # noqa: E402
+
+control = socket.socket(fileno=int(sys.argv[2]))
+
+
+def next_descriptor():
+    message, fds, _flags, _address = socket.recv_fds(control, 1, 1)
+    if not message:
+        os._exit(0)
+    return guest._out_of_the_way(fds[0])
+
+
+class ForkingRunner(guest.Runner):
+    collected = template = False
+
+    def next_request(self):
+        if self.template and self.collected:
+            self.fork_until_child()
+        request = super().next_request()
+        self.collected = request.get("op") == "collect"
+        return request
+
+    def fork_until_child(self):
+        while True:
+            fd = next_descriptor()
+            pid = os.fork()
+            if pid == 0:
+                control.close()
+                os.close(self.port.fd)
+                self.port, self.pid, self.template = Port(fd, "runner"), os.getpid(), False
+                return
+            os.close(fd)
+            control.sendall(pid.to_bytes(8, "big"))
+
+
+guest.reseed()
+forking = ForkingRunner(Port(next_descriptor(), "runner"), lambda message: {"skipped": ["everything"]})
+forking.template = True
+guest.start(forking)
+os._exit(0)
