@@ -35,12 +35,14 @@ _COMPILE = "python3 -m compileall -q --invalidation-mode unchecked-hash"
 # bit 1 of a hash-based .pyc's flags means "check the source" (PEP 552), and SOURCE_DATE_EPOCH has made
 # all of them hash-based.
 _FINISH = r"""
-rm -rf /%(staging)s /var/lib/apt/lists/* /var/cache/* /var/log/* /root/.cache /tmp/* /var/tmp/*
+rm -rf /%(staging)s /root/.cache /tmp/* /var/tmp/*
+rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/ldconfig/* /var/cache/debconf/*-old /var/lib/dpkg/*-old
+find /var/log -type f -delete
 for folder in %(not_kept)s; do rm -rf $folder/*; done
 rm -f /etc/apt/apt.conf.d/99mmdebstrap /etc/dpkg/dpkg.cfg.d/99mmdebstrap /etc/dpkg/dpkg.cfg.d/microvm
 rm -f /etc/passwd- /etc/group- /etc/shadow- /etc/gshadow- /etc/.pwd.lock
 rm -f /etc/hostname /etc/hosts /etc/resolv.conf /etc/machine-id
-mkdir -p /var/cache/apt/archives/partial /var/lib/apt/lists/partial /var/log/apt
+mkdir -p /var/cache/apt/archives/partial /var/lib/apt/lists/partial
 sed -i -E 's#(://)[^/ @]*@#\1#' /etc/apt/sources.list
 echo microvm > /etc/hostname
 printf '127.0.0.1\tlocalhost microvm\n::1\tlocalhost ip6-localhost\n' > /etc/hosts
@@ -113,19 +115,18 @@ def staging_archive(kit: Kit, wheels: list[Path]) -> bytes:
         for wheel in wheels:
             _add(tar, f"wheels/{wheel.name}", wheel.read_bytes(), 0o644)
         _add(tar, "trust_pyc.py", _TRUST_PYC.encode(), 0o644)
-        _add(tar, "setup", setup_script(kit, [wheel.name for wheel in wheels]).encode(), 0o755)
+        _add(tar, "setup", setup_script(kit).encode(), 0o755)
     return buffer.getvalue()
 
 
-def setup_script(kit: Kit, wheels: list[str]) -> str:
+def setup_script(kit: Kit) -> str:
     """Return the shell script that runs in the new root once the packages are installed."""
     lines = ["set -e", "umask 022", "cd /", "export HOME=/root DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in kit.environment]
     for number, file in enumerate(kit.files):
         lines.append(f"install -D -m {file.mode:04o} /{_STAGING}/files/{number} {shlex.quote(file.target)}")
-    if wheels:
-        names = " ".join(f"/{_STAGING}/wheels/{shlex.quote(name)}" for name in wheels)
-        lines.append(f"{_PIP_INSTALL} {names}")
+    if kit.wheels:
+        lines.append(f"{_PIP_INSTALL} --find-links=/{_STAGING}/wheels {shlex.join(kit.wheels)}")
         lines.append(f"{_COMPILE} /usr/local/lib/python3*/dist-packages")
     for command in kit.setup:
         lines.append(f"(\n{command}\n)")
