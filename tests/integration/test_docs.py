@@ -11,7 +11,8 @@ What happens to a block depends on its language:
     console   lines after `$ ` are run by one bash; the lines below a command must come in its output,
               in this order. Any number stands for any other, and `...` for any text.
     python    run in the project folder. Tests go to a file, and a later command runs pytest.
-    toml, yaml, json, ini, xml   must be well-formed
+    toml      must be well-formed, and what is in [tool.pytest-microvm] must be known
+    yaml, json, ini, xml         must be well-formed
     text, mermaid                is not looked at
 
 No other language is known, so nothing is left out by accident. `NOT_RUN` holds the only exceptions.
@@ -32,6 +33,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pytest_microvm.config import Settings, merged
+from pytest_microvm.errors import UsageError
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -44,10 +48,17 @@ NOT_RUN = {
     r"git clone \S+( \S+)?|cd pytest-microvm": "this is the clone",
 }
 GUARD = 1800  # seconds for one block, on a slow machine that builds images
+
+
+def check_toml(text):
+    table = tomllib.loads(text).get("tool", {}).get("pytest-microvm", {})
+    merged(Settings(), table, "tool.pytest-microvm")
+
+
 CHECKS = {
     "ini": lambda text: configparser.ConfigParser().read_string(text),
     "json": json.loads,
-    "toml": tomllib.loads,
+    "toml": check_toml,
     "xml": xml.dom.minidom.parseString,
     "yaml": yaml.safe_load,
     "text": str,
@@ -217,6 +228,11 @@ you ...
    $ (exit 3)
    ```
 
+```toml
+[tool.pytest-microvm]
+memory = "512M"
+```
+
 <!-- file: tests/test_greet.py -->
 ```python
 def test_greet():
@@ -246,13 +262,17 @@ def test_a_page_that_is_right(tmp_path):
         ('print("hello 42")', 'print("hello 42"', "was never closed"),
         ("<!-- file: tests/test_greet.py -->", "", "need a file"),
         ("$ python -m pytest -q -p no:cacheprovider\n1 passed in 0.01s", "$ true", "no command below runs"),
+        ('memory = "512M"', 'ram = "512M"', "unknown key 'ram'"),
+        ('memory = "512M"', "memory = 512M", "newline"),
         ("```python", "```py", "language 'py'"),
         ("<!-- exit: 3 -->", "<!-- skip: tired -->", "unknown directive"),
     ],
 )
 def test_a_page_that_is_wrong(tmp_path, right, wrong, message):
     assert right in GOOD_PAGE
-    with pytest.raises((AssertionError, SyntaxError), match=re.escape(message)):
+    with pytest.raises(
+        (AssertionError, SyntaxError, UsageError, tomllib.TOMLDecodeError), match=re.escape(message)
+    ):
         run_page(GOOD_PAGE.replace(right, wrong), "page.md", tmp_path)
 
 
