@@ -30,25 +30,33 @@ _PIP_INSTALL = (
 )
 _COMPILE = "python3 -m compileall -q --invalidation-mode unchecked-hash"
 
-# Runs last, inside the new root. Nothing of the building computer may stay: its name, its resolver, the
-# credentials in a mirror's address, its apt options. .pyc files are made valid whatever the time stamps:
+# Runs first, inside the new root: mmdebstrap has copied the building computer's name into it.
+_BEGIN = r"""
+set -e
+umask 022
+cd /
+export HOME=/root DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8
+rm -f /etc/hostname /etc/hosts
+echo microvm > /etc/hostname
+printf '127.0.0.1\tlocalhost microvm\n::1\tlocalhost ip6-localhost\n' > /etc/hosts
+"""
+# Runs last. Nothing else of the building computer may stay either: its resolver, the credentials in a
+# mirror's address, its apt options. .pyc files are made valid whatever the time stamps:
 # bit 1 of a hash-based .pyc's flags means "check the source" (PEP 552), and SOURCE_DATE_EPOCH has made
 # all of them hash-based.
 _FINISH = r"""
 rm -rf /%(staging)s /root/.cache /tmp/* /var/tmp/*
-rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/ldconfig/* /var/cache/debconf/*-old /var/lib/dpkg/*-old
+rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/ldconfig/*
+rm -f /var/cache/debconf/*-old /var/lib/dpkg/*-old
 find /var/log -type f -delete
 for folder in %(not_kept)s; do rm -rf $folder/*; done
 rm -f /etc/apt/apt.conf.d/99mmdebstrap /etc/dpkg/dpkg.cfg.d/99mmdebstrap /etc/dpkg/dpkg.cfg.d/microvm
 rm -f /etc/passwd- /etc/group- /etc/shadow- /etc/gshadow- /etc/.pwd.lock
-rm -f /etc/hostname /etc/hosts /etc/resolv.conf /etc/machine-id
+rm -f /etc/resolv.conf /etc/machine-id
 mkdir -p /var/cache/apt/archives/partial /var/lib/apt/lists/partial
 sed -i -E 's#(://)[^/ @]*@#\1#' /etc/apt/sources.list
-echo microvm > /etc/hostname
-printf '127.0.0.1\tlocalhost microvm\n::1\tlocalhost ip6-localhost\n' > /etc/hosts
 : > /etc/resolv.conf
 : > /etc/machine-id
-chmod 644 /etc/hostname /etc/hosts /etc/resolv.conf
 chmod 444 /etc/machine-id
 """
 _TRUST_PYC = r"""
@@ -121,7 +129,7 @@ def staging_archive(kit: Kit, wheels: list[Path]) -> bytes:
 
 def setup_script(kit: Kit) -> str:
     """Return the shell script that runs in the new root once the packages are installed."""
-    lines = ["set -e", "umask 022", "cd /", "export HOME=/root DEBIAN_FRONTEND=noninteractive LC_ALL=C.UTF-8"]
+    lines = [_BEGIN]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in kit.environment]
     for number, file in enumerate(kit.files):
         lines.append(f"install -D -m {file.mode:04o} /{_STAGING}/files/{number} {shlex.quote(file.target)}")

@@ -1,0 +1,211 @@
+"""Kits: found, read, merged; every mistake names the file, the key and what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_microvm.errors import KitError
+from pytest_microvm.images.kits import host_architecture, load_kit, shipped_kits
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Return a function that writes a kit of a project and returns its kit.toml."""
+
+    def write(name, text, **files):
+        folder = tmp_path / "microvm" / "kits" / name
+        folder.mkdir(parents=True)
+        for file, content in files.items():
+            (folder / file).write_text(content)
+        (folder / "kit.toml").write_text(text)
+        return folder / "kit.toml"
+
+    write.root = tmp_path
+    return write
+
+
+def test_the_shipped_kits_can_be_read():
+    names = {path.name for path in shipped_kits().iterdir() if path.is_dir()}
+    assert {"base", "python"} <= names
+    for name in names:
+        assert load_kit(name).name == name
+
+
+def test_the_python_kit_stands_on_base():
+    python, base = load_kit("python"), load_kit("base")
+    assert python.suite == base.suite == "bookworm"
+    assert set(base.packages) < set(python.packages)
+    assert dict(base.environment).items() <= dict(python.environment).items()
+    assert any(wheel.startswith("pytest==9.") for wheel in python.wheels)
+    assert (python.cpus, python.memory_bytes, python.disk_bytes) == (1, 512 * 1024**2, 2 * 1024**3)
+    assert python.architecture == host_architecture()
+
+
+def test_a_child_adds_to_and_replaces_what_its_parent_says(project):
+    project(
+        "parent",
+        """
+        suite = "trixie"
+        architecture = "aarch64"
+        packages = ["a1", "b1"]
+        setup = ["echo parent"]
+        [files]
+        "/etc/kept" = "kept"
+        "/etc/replaced" = "kept"
+        [environment]
+        KEPT = "1"
+        REPLACED = "parent"
+        [resources]
+        cpus = 2
+        memory = "1G"
+        """,
+        kept="kept",
+    )
+    project(
+        "child",
+        """
+        parent = "parent"
+        packages = ["b1", "c1"]
+        wheels = ["Thing[extra]==1.0"]
+        setup = ["echo child"]
+        [files]
+        "/etc/replaced" = {source = "new", mode = "0600"}
+        [environment]
+        REPLACED = "child"
+        [resources]
+        memory = 314572800
+        """,
+        new="new",
+    )
+    kit = load_kit("child", project=project.root)
+    assert (kit.name, kit.suite, kit.architecture) == ("child", "trixie", "aarch64")
+    assert kit.packages == ("a1", "b1", "c1")
+    assert kit.setup == ("echo parent", "echo child")
+    assert {file.target: (file.source.name, file.mode) for file in kit.files} == {
+        "/etc/kept": ("kept", 0o644),
+        "/etc/replaced": ("new", 0o600),
+    }
+    assert dict(kit.environment) == {"KEPT": "1", "REPLACED": "child"}
+    assert (kit.cpus, kit.memory_bytes) == (2, 300 * 1024**2)
+
+
+def test_a_projects_kit_comes_before_a_shipped_one(project):
+    path = project("python", 'suite = "trixie"')
+    assert load_kit("python", project=project.root).path == path
+    assert load_kit("python").path != path
+
+
+@pytest.mark.parametrize("how", ["folder", "file", "relative"])
+def test_a_kit_is_named_by_its_path(project, how):
+    path = project("web", 'suite = "bookworm"')
+    given = {"folder": path.parent, "file": str(path), "relative": "microvm/kits/web"}[how]
+    assert load_kit(given, project=project.root).path == path
+
+
+def test_a_parent_may_be_a_path_beside_the_kit(project):
+    project("one", 'suite = "bookworm"\npackages = ["procps"]')
+    project("two", 'parent = "../one"')
+    assert load_kit("two", project=project.root).packages == ("procps",)
+
+
+def test_an_executable_file_stays_executable(project):
+    path = project("web", 'suite = "bookworm"\nfiles = {"/usr/bin/tool" = "tool"}', tool="#!/bin/sh")
+    (path.parent / "tool").chmod(0o744)
+    assert [file.mode for file in load_kit(path).files] == [0o755]
+
+
+BAD = {
+    "pakages = []": ("pakages", "packages"),
+    "[resources]\nram = '1G'": ("resources.ram", "cpus, disk, memory"),
+    "[resources]\nmemory = '1 pound'": ("resources.memory", "512M"),
+    "[resources]\nmemory = '1M'": ("resources.memory", "128M"),
+    "[resources]\ncpus = 0": ("resources.cpus", "1 to 64"),
+    "packages = 'procps'": ("packages", "["),
+    "packages = ['Bad Name']": ("packages[0]", "Debian package"),
+    "packages = ['--option']": ("packages[0]", "Debian package"),
+    "wheels = ['pytest']": ("wheels[0]", "pytest==9.2.0"),
+    "wheels = ['--index-url==x']": ("wheels[0]", "pytest==9.2.0"),
+    "architecture = 'amd64'": ("architecture", "x86_64, aarch64"),
+    "mirror = 7": ("mirror", "quotes"),
+    "setup = ['']": ("setup[0]", "quotes"),
+    "[environment]\nA = 1": ("environment.A", '"..."'),
+    "[environment]\n'A-B' = ''": ("environment.A-B", "letters"),
+    "[files]\n'etc/motd' = 'f'": ("files.etc/motd", "/etc/motd"),
+    "[files]\n'/etc/../x' = 'f'": ("files./etc/../x", "/etc/motd"),
+    "[files]\n'/x' = 'missing'": ("files./x", "kit's folder"),
+    "[files]\n'/x' = '../kit.toml'": ("files./x", "outside"),
+    "[files]\n'/x' = {source = 'f', owner = 'me'}": ("files./x", "mode"),
+    "[files]\n'/x' = {source = 'f', mode = 'rwx'}": ("files./x.mode", "0755"),
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_a_bad_value_names_file_key_and_what_is_allowed(project, text):
+    path = project("web", f'suite = "bookworm"\n{text}', f="content")
+    with pytest.raises(KitError) as caught:
+        load_kit(path)
+    key, allowed = BAD[text]
+    assert str(path) in caught.value.brief
+    assert key in caught.value.brief
+    assert allowed in str(caught.value)
+    assert caught.value.resolution
+
+
+@pytest.mark.parametrize("text", ["", 'suite = "bookworm"\nparent = "base"'])
+def test_a_kit_has_a_parent_or_a_suite(project, text):
+    with pytest.raises(KitError, match="either a parent or a suite"):
+        load_kit(project("web", text))
+
+
+@pytest.mark.parametrize("key", ["mirror = 'http://x/debian'", "architecture = 'x86_64'"])
+def test_what_belongs_to_the_suite_is_refused_beside_a_parent(project, key):
+    with pytest.raises(KitError, match="only a kit with a suite"):
+        load_kit(project("web", f'parent = "base"\n{key}'))
+
+
+def test_a_suite_that_is_an_option_is_refused(project):
+    with pytest.raises(KitError, match="suite"):
+        load_kit(project("web", 'suite = "--aptopt=x"'))
+
+
+def test_parents_in_a_ring(project):
+    project("one", 'parent = "two"')
+    project("two", 'parent = "one"')
+    with pytest.raises(KitError, match="one -> two -> one form a ring"):
+        load_kit("one", project=project.root)
+
+
+def test_an_unknown_kit_lists_the_known_ones(project):
+    project("web", 'suite = "bookworm"')
+    with pytest.raises(KitError, match="no kit 'wbe'") as caught:
+        load_kit("wbe", project=project.root)
+    assert "base, python, web" in caught.value.details
+
+
+def test_an_unknown_parent_names_the_child(project):
+    path = project("web", 'parent = "bsae"')
+    with pytest.raises(KitError, match="no kit 'bsae'") as caught:
+        load_kit("web", project=project.root)
+    assert str(path) in caught.value.brief
+
+
+def test_no_kit_at_a_path(tmp_path):
+    with pytest.raises(KitError, match="no kit at"):
+        load_kit(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("content", [b"suite = ", b"\xff\xfe", b"suite = 'a'\nsuite = 'b'"])
+def test_a_file_that_is_not_toml(tmp_path, content):
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "kit.toml").write_bytes(content)
+    with pytest.raises(KitError, match="cannot be read") as caught:
+        load_kit(tmp_path / "web")
+    assert caught.value.details
+
+
+def test_a_changed_file_changes_the_recipe(project):
+    path = project("web", 'suite = "bookworm"\nfiles = {"/x" = "f"}', f="one")
+    before = load_kit(path).recipe()
+    assert load_kit(path).recipe() == before
+    (path.parent / "f").write_text("two")
+    assert load_kit(path).recipe() != before
