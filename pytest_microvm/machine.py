@@ -67,22 +67,23 @@ class MachineFacts:
         image: The image's name.
         image_digest: The image's digest.
         accelerator: What runs it: ``kvm``, ``tcg``...
+        accelerator_reason: Why that one, for people.
         ready_seconds: From asking for it to its first answer.
         cpus: Virtual CPUs.
         memory: Bytes of RAM.
         disk: Bytes it may write.
-        timeout: Seconds one command may take unless it says otherwise; ``None``: no limit.
+        environment: Variables that every command gets.
     """
 
     id: str
     image: str
     image_digest: str
     accelerator: str
+    accelerator_reason: str
     ready_seconds: float
     cpus: int
     memory: int
     disk: int
-    timeout: float | None = None
     environment: tuple[tuple[str, str], ...] = ()
 
 
@@ -184,18 +185,21 @@ class MicroVM:
 
     Attributes:
         facts: What is known of it from its start.
+        timeout: Seconds one command may take unless it says otherwise; ``None``: no limit.
+        last_commands: What was asked of it, the last 20.
     """
 
     def __init__(
         self,
         instance: Instance,
         facts: MachineFacts,
+        *,
+        timeout: float | None = None,
         on_close: Callable[[], None] = lambda: None,
-        workspace: Path | None = None,
     ) -> None:
         self.facts = facts
         self.instance = instance
-        self.workspace = workspace or Path.cwd()
+        self.timeout = timeout
         self.last_commands: deque[str] = deque(maxlen=_LAST_COMMANDS)
         self.closed = False
         self._on_close = on_close
@@ -266,7 +270,7 @@ class MicroVM:
             FileNotFoundError: The machine has no such program or folder.
             MachineCrashed: The machine ended.
         """
-        limit = self.facts.timeout if timeout is None else timeout
+        limit = self.timeout if timeout is None else timeout
         with self.popen(args, stdin=input is not None, env=env, cwd=cwd, user=user, text=text) as process:
             stdout, stderr = process.communicate(input, timeout=limit)
         done = subprocess.CompletedProcess(process.args, process.returncode or 0, stdout, stderr)

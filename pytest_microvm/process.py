@@ -137,8 +137,8 @@ class GuestProcess:
 
     def communicate(
         self,
-        input: str | bytes | None = None,
-        timeout: float | None = None,  # noqa: A002 - subprocess's word
+        input: str | bytes | None = None,  # noqa: A002 - subprocess's word
+        timeout: float | None = None,
     ) -> tuple[Any, Any]:
         """Send ``input``, read everything, wait for the end.
 

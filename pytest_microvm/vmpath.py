@@ -104,7 +104,7 @@ class GuestPath:
         return self._kind(follow=False) == "symlink"
 
     def stat(self) -> dict[str, Any]:
-        """Return ``mode``, ``size`` (bytes), ``uid``, ``gid``, ``mtime`` (seconds since 1970) and ``kind``."""
+        """Return ``mode``, ``size`` (bytes), ``uid``, ``gid``, ``mtime`` (seconds since 1970), ``kind``."""
         return self._ask("stat")
 
     def iterdir(self) -> Iterator[GuestPath]:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pytest_microvm.machine import Vmm
 
 PORTS = ("agent", "runner")
@@ -75,9 +77,12 @@ class Hypervisor(Protocol):
     """A program that runs VMs on this computer."""
 
     name: str
-    version: str
 
-    def accelerator(self, launch: Launch, required: str | None) -> Accelerator:
+    @property
+    def version(self) -> str:
+        """What the program says of itself."""
+
+    def accelerator(self, launch: Launch, required: str | None, say: Callable[[str], None]) -> Accelerator:
         """Return the accelerator that really runs ``launch``'s kernel here, probing it at first use."""
 
     def fingerprint(self, accelerator: Accelerator) -> tuple[str, ...]:

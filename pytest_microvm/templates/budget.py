@@ -43,7 +43,7 @@ class Record:
 
 
 def runtime_folder() -> Path:
-    """Return this user's folder for what lives as long as its machines: XDG_RUNTIME_DIR, or beside /tmp's files."""
+    """Return this user's folder for what lives as long as its machines (XDG_RUNTIME_DIR, else temporary)."""
     base = os.environ.get("XDG_RUNTIME_DIR")
     if base and os.access(base, os.W_OK):
         return Path(base) / "pytest-microvm"
@@ -159,7 +159,7 @@ class HostBudget:
             holding = f"; this process already holds {len(mine)} machines" if mine and not too_large else ""
             raise BudgetExhausted(
                 f"{cpus} vCPUs and {format_size(memory)} do not fit into the host budget ({self}){holding}",
-                resolution=f"end a machine first, ask for less, or raise {VARIABLE}, such as cpus=8,memory=16G",
+                resolution=f"end a machine first, ask for less, or set {VARIABLE} (cpus=8,memory=16G)",
             )
 
 

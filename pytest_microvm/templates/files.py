@@ -43,7 +43,7 @@ def _copy_range(reading: int, writing: int, start: int, end: int) -> None:
 
 
 def format_scratch(path: Path, size: int) -> None:
-    """Make a sparse file of ``size`` bytes with an empty ext4 file system (no journal: it never outlives a crash).
+    """Make a sparse file of ``size`` bytes with an empty ext4 file system; no journal: it outlives no crash.
 
     Raises:
         HostError: mke2fs is missing or failed.
@@ -71,4 +71,6 @@ def sync(path: Path) -> None:
 
 def disk_usage(folder: Path) -> int:
     """Return the bytes that a folder's files take on the disk (holes do not count)."""
-    return sum(entry.stat().st_blocks * 512 for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False))
+    return sum(
+        entry.stat().st_blocks * 512 for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)
+    )

@@ -35,9 +35,7 @@ def qemu_command(program: str, launch: Launch, accelerator: Accelerator, fds: Ma
         "-cpu", "max" if accelerator.name == "tcg" else "host",
         "-smp", str(launch.cpus),
         "-m", f"{launch.memory}B",
-        "-object",
-        f"memory-backend-file,id=mem,size={launch.memory},mem-path={_escape(launch.ram)},"
-        f"share={'on' if launch.share else 'off'}",
+        "-object", _memory(launch),
         "-nodefaults", "-no-user-config", "-no-reboot",
         "-display", "none",
         "-sandbox", SANDBOX,
@@ -57,6 +55,11 @@ def qemu_command(program: str, launch: Launch, accelerator: Accelerator, fds: Ma
     if launch.state is not None:
         command += ["-incoming", "defer"]
     return command
+
+
+def _memory(launch: Launch) -> str:
+    share = "on" if launch.share else "off"
+    return f"memory-backend-file,id=mem,size={launch.memory},mem-path={_escape(launch.ram)},share={share}"
 
 
 def _plug_order(disks: tuple[Disk, ...], accelerator: Accelerator) -> list[tuple[int, Disk]]:

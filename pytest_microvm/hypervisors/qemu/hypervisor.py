@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import select
 import shutil
@@ -62,7 +61,7 @@ class Qemu:
     @cached_property
     def build(self) -> str:
         """What tells one build from another: the file's path, size and time of change."""
-        found = os.stat(self.program)
+        found = Path(self.program).stat()
         return f"{self.program} {found.st_size} {found.st_mtime_ns}"
 
     def accelerator(

@@ -1,0 +1,150 @@
+"""``[tool.pytest-microvm]`` of pyproject.toml, and what the command line puts on top."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pytest_microvm.errors import UsageError
+from pytest_microvm.spec import PARSERS, MachineSpec
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ISOLATIONS = ("test", "class", "module", "session")
+KEEPS = ("never", "failed")
+ACCELERATORS = ("kvm", "hvf", "whpx", "tcg")
+DEFAULT_TIMEOUT = 300.0
+"""Seconds one test or command may take unless something else is said."""
+
+_MAX_POOL = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A project's settings, merged.
+
+    Args:
+        spec: What its machines are made of.
+        isolation: How often a machine is new under ``--microvm``.
+        pool: How many machines to keep ready; ``None``: one less than there are cores, at least 1, at most 4.
+        prepare: Shell commands run once in the machine, before the workspace is copied; the result is cached.
+        prepare_inputs: Files and folders they need, which are copied first; the cache follows their content.
+        args: More arguments for the guest's pytest.
+        keep: Which machines to keep for a look: ``never``, ``failed``.
+        require_accel: The only accelerator that will do.
+        project: The folder of the configuration file.
+    """
+
+    spec: MachineSpec = field(default_factory=lambda: MachineSpec(timeout=DEFAULT_TIMEOUT))
+    isolation: str = "test"
+    pool: int | None = None
+    prepare: tuple[str, ...] = ()
+    prepare_inputs: tuple[str, ...] = ()
+    args: tuple[str, ...] = ()
+    keep: str = "never"
+    require_accel: str | None = None
+    project: Path = field(default_factory=Path.cwd)
+
+    @property
+    def pool_size(self) -> int:
+        """How many machines to keep ready."""
+        return max(1, min(4, (os.cpu_count() or 2) - 1)) if self.pool is None else self.pool
+
+
+def load_settings(project: Path, options: Mapping[str, Any]) -> Settings:
+    """Return the settings of the project in ``project``, with ``options`` on top.
+
+    Args:
+        project: The folder whose pyproject.toml is read, if it has one.
+        options: The command line's, by the same keys; ``None`` means not given.
+
+    Raises:
+        UsageError: A key is unknown, or a value impossible.
+    """
+    file = project / "pyproject.toml"
+    settings = Settings(project=project)
+    if file.is_file():
+        try:
+            tables = tomllib.loads(file.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"{file} is not TOML: {error}", resolution="mend the line it names") from error
+        except OSError as error:
+            raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+        tool = tables.get("tool", {})
+        table = tool.get("pytest-microvm", {}) if isinstance(tool, dict) else {}
+        if not isinstance(table, dict):
+            raise UsageError(
+                f"{file}: tool.pytest-microvm is not a table", resolution="write [tool.pytest-microvm]"
+            )
+        settings = merged(settings, table, f"{file} [tool.pytest-microvm]")
+    given = {key: value for key, value in options.items() if value is not None}
+    return merged(settings, given, "command line")
+
+
+def merged(settings: Settings, values: Mapping[str, Any], where: str) -> Settings:
+    """Return ``settings`` with ``values`` put in.
+
+    Raises:
+        UsageError: A key is unknown, or a value impossible.
+    """
+    known = {**_PARSERS, **PARSERS}
+    for key in values:
+        if key not in known:
+            raise UsageError(
+                f"{where}: unknown key {key!r}", resolution="known keys: " + ", ".join(sorted(known))
+            )
+    spec = settings.spec.with_changes({k: v for k, v in values.items() if k in PARSERS}, where)
+    changes = {k: _PARSERS[k](v, f"{where}: {k}") for k, v in values.items() if k in _PARSERS}
+    return replace(settings, spec=spec, **changes)
+
+
+def _choice(*allowed: str) -> Callable[[object, str], str]:
+    def parse(value: object, name: str) -> str:
+        if value not in allowed:
+            raise UsageError(f"{name}: {value!r} is not allowed", resolution="allowed: " + ", ".join(allowed))
+        return str(value)
+
+    return parse
+
+
+def _pool(value: object, name: str) -> int:
+    text = str(value)
+    if isinstance(value, bool) or not text.isdecimal() or int(text) > _MAX_POOL:
+        raise UsageError(
+            f"{name}: {value!r} is not a number of machines", resolution=f"write 0 to {_MAX_POOL}"
+        )
+    return int(text)
+
+
+def _strings(value: object, name: str) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
+        raise UsageError(f"{name}: {value!r} is not a list of strings", resolution='write it like ["a", "b"]')
+    return tuple(value)
+
+
+def _arguments(value: object, name: str) -> tuple[str, ...]:
+    if not isinstance(value, str):
+        return _strings(value, name)
+    try:
+        return tuple(shlex.split(value))
+    except ValueError as error:
+        raise UsageError(f"{name}: {value!r}: {error}", resolution="quote it as for a shell") from error
+
+
+_PARSERS: dict[str, Callable[[object, str], Any]] = {
+    "isolation": _choice(*ISOLATIONS),
+    "pool": _pool,
+    "prepare": _strings,
+    "prepare_inputs": _strings,
+    "args": _arguments,
+    "keep": _choice(*KEEPS),
+    "require_accel": _choice(*ACCELERATORS),
+}

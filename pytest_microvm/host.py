@@ -1,0 +1,272 @@
+"""The composition root: what this computer offers, put together. Only here implementations are chosen."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import secrets
+import threading
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_microvm.errors import BootError, HostError
+from pytest_microvm.hypervisors import Launch
+from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
+from pytest_microvm.images.store import ImageStore, cache_root
+from pytest_microvm.machine import Instance, MachineFacts, MicroVM
+from pytest_microvm.spec import MachineSpec, Resources, parse_size
+from pytest_microvm.templates.budget import HostBudget, default_limits, runtime_folder
+from pytest_microvm.templates.chain import Base, Chain, Step, guest_code_archive
+from pytest_microvm.templates.pool import Pool
+from pytest_microvm.templates.store import Template, TemplateStore
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+CACHE_SIZE_VARIABLE = "PYTEST_MICROVM_CACHE_SIZE"
+_DEFAULT_CACHE_SIZE = 10 * 1024**3
+_TRIES = 2
+_PACKAGE = Path(__file__).parent
+
+
+def _silent(_line: str) -> None:
+    """Say nothing."""
+
+
+class Host:
+    """This computer: images, hypervisor, templates and budget.
+
+    Args:
+        cache: The cache folder; see :func:`pytest_microvm.images.store.cache_root`.
+        project: The user's project, which may have kits of its own.
+        require_accel: The only accelerator that will do.
+        say: Told what takes long, a line at a time.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: Path | None = None,
+        project: Path | None = None,
+        require_accel: str | None = None,
+        say: Callable[[str], None] = _silent,
+    ) -> None:
+        self.cache = cache or cache_root()
+        self.say = say
+        self._project = project
+        self._require_accel = require_accel
+        self._bases: dict[MachineSpec, Base] = {}
+        self._held: dict[str, Template] = {}
+        self._pools: dict[tuple[str, str], Pool[Any]] = {}
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+
+    @cached_property
+    def images(self) -> ImageStore:
+        """The image store."""
+        return ImageStore(self.cache)
+
+    @cached_property
+    def templates(self) -> TemplateStore:
+        """The template store."""
+        size = os.environ.get(CACHE_SIZE_VARIABLE)
+        return TemplateStore(
+            self.cache, parse_size(size, CACHE_SIZE_VARIABLE) if size else _DEFAULT_CACHE_SIZE
+        )
+
+    @cached_property
+    def budget(self) -> HostBudget:
+        """What may run at the same time on this host."""
+        return HostBudget(runtime_folder(), *default_limits())
+
+    def hypervisor(self, architecture: str) -> Qemu:
+        """Return what runs guests of ``architecture``."""
+        return Qemu(architecture, self.cache)
+
+    def base(self, spec: MachineSpec) -> Base:
+        """Return what ``spec`` boots from: its image (built if missing), its resources, the accelerator.
+
+        Raises:
+            KitError: There is no such image.
+            HostError: This computer lacks something.
+        """
+        with self._lock:
+            if spec not in self._bases:
+                image = self.images.get(spec.image, project=self._project, progress=self.say)
+                resources = Resources(
+                    cpus=spec.cpus or image.cpus,
+                    memory=spec.memory or image.memory_bytes,
+                    disk=spec.disk or image.disk_bytes,
+                    environment=image.environment,
+                )
+                launch = Launch(
+                    image.architecture, image.kernel, image.initramfs, 1, 0, self.cache, share=False, disks=()
+                )
+                hypervisor = self.hypervisor(image.architecture)
+                accelerator = hypervisor.accelerator(launch, self._require_accel, self.say)
+                self._bases[spec] = Base(image, resources, accelerator)
+            return self._bases[spec]
+
+    def template(self, base: Base, steps: Sequence[Step] = ()) -> Template:
+        """Return the template that ``steps`` lead to, made if missing; held until the host is closed."""
+        chain = self._chain(base)
+        key = chain.key(base, steps)
+        with self._lock:
+            if key not in self._held:
+                self._held[key] = chain.ensure(base, steps)
+            return self._held[key]
+
+    def copy(
+        self, template: Template, base: Base, port: str, *, wait: bool = True
+    ) -> tuple[Instance, MachineFacts] | None:
+        """Start a copy of ``template`` and make it its own through ``port``.
+
+        Args:
+            template: What to copy.
+            base: What it was made from.
+            port: ``agent`` or ``runner``.
+            wait: Whether to wait for room in the host budget.
+
+        Returns:
+            The machine and its facts; ``None`` if there is no room and ``wait`` is off.
+
+        Raises:
+            BootError: It did not wake up, twice.
+            BudgetExhausted: There can never be room for it.
+        """
+        begin = time.monotonic()
+        name = f"vm-{secrets.token_hex(4)}"
+        resources = base.resources
+        if wait:
+            self.budget.take(
+                name, base.image.name, resources.cpus, resources.memory, say=self.say, reclaim=self._reclaim
+            )
+        elif not self.budget.try_take(name, base.image.name, resources.cpus, resources.memory):
+            return None
+        try:
+            instance = self._awake(template, base, port, name)
+        except BaseException:
+            self.budget.release(name)
+            raise
+        facts = MachineFacts(
+            id=name,
+            image=base.image.name,
+            image_digest=base.image.digest,
+            accelerator=base.accelerator.name,
+            accelerator_reason=base.accelerator.reason,
+            ready_seconds=time.monotonic() - begin,
+            cpus=resources.cpus,
+            memory=resources.memory,
+            disk=resources.disk,
+            environment=resources.environment,
+        )
+        return instance, facts
+
+    def release(self, name: str) -> None:
+        """Give a machine's place in the host budget back."""
+        self.budget.release(name)
+
+    def start(self, spec: MachineSpec | None = None, *, pool: int = 0, **changes: Any) -> MicroVM:
+        """Start a machine; see :meth:`pytest_microvm.machine.MicroVM.start`.
+
+        Args:
+            spec: What it is made of.
+            pool: How many more of the same kind to keep ready from now on.
+            **changes: Fields of the spec, as people write them.
+        """
+        spec = (spec or MachineSpec()).with_changes(changes, "MicroVM.start()")
+        base = self.base(spec)
+        template = self.template(base)
+        machine = self._pool(template, base, spec, pool).take() if pool else None
+        if machine is None:
+            machine = self._machine(template, base, spec)
+        if machine is None:
+            raise HostError("the host budget gave no place")
+        return machine
+
+    def pool(self, key: tuple[str, str], make: Callable[[], Pool[Any]]) -> Pool[Any]:
+        """Return the pool called ``key``, made when first asked for; ended with the host."""
+        with self._lock:
+            if key not in self._pools:
+                self._pools[key] = make()
+            return self._pools[key]
+
+    def close(self) -> None:
+        """End what is ready and let templates be removed again; machines in use are their users'."""
+        if os.getpid() != self._pid:
+            return  # a fork of the process that owns the machines
+        with self._lock:
+            pools, self._pools = list(self._pools.values()), {}
+            held, self._held = list(self._held.values()), {}
+        for pool in pools:
+            pool.close()
+        for template in held:
+            template.close()
+
+    def _awake(self, template: Template, base: Base, port: str, name: str) -> Instance:
+        identity = {"hostname": name, "machine_id": secrets.token_hex(16)}
+        for attempt in range(1, _TRIES + 1):
+            try:
+                instance = self._chain(base).copy(template, base, name)
+                try:
+                    instance.adopt(port, identity)
+                except BaseException:
+                    instance.close()
+                    raise
+            except BootError:
+                if attempt == _TRIES:
+                    raise
+            else:
+                return instance
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def _machine(
+        self, template: Template, base: Base, spec: MachineSpec, *, wait: bool = True
+    ) -> MicroVM | None:
+        copied = self.copy(template, base, "agent", wait=wait)
+        if copied is None:
+            return None
+        instance, facts = copied
+        return MicroVM(instance, facts, timeout=spec.timeout, on_close=lambda: self.release(facts.id))
+
+    def _pool(self, template: Template, base: Base, spec: MachineSpec, size: int) -> Pool[MicroVM]:
+        def make() -> MicroVM | None:
+            machine = self._machine(template, base, spec, wait=False)
+            if machine is not None:
+                machine.run(["true"])  # what runs here first is translated here, not when it is needed
+            return machine
+
+        def new() -> Pool[MicroVM]:
+            return Pool(size, make, MicroVM.close, lambda machine: machine.instance.vmm.alive)
+
+        return self.pool(("agent", f"{template.key} {spec.timeout}"), new)
+
+    def _reclaim(self) -> bool:
+        return any(pool.give_up_one() for pool in list(self._pools.values()))
+
+    def _chain(self, base: Base) -> Chain:
+        hypervisor = self.hypervisor(base.image.architecture)
+        return Chain(hypervisor, self.templates, _guest_code(), self.say)
+
+
+def _guest_code() -> bytes:
+    """Return this package's own files for the guest as an initramfs segment."""
+    files = [("pytest_microvm/__init__.py", b"")]
+    for part in ("wire", "guest"):
+        modules = (_PACKAGE / part).glob("*.py")
+        files += [(f"pytest_microvm/{part}/{path.name}", path.read_bytes()) for path in modules]
+    return guest_code_archive(files)
+
+
+_default: Host | None = None
+
+
+def default_host() -> Host:
+    """Return the host that :meth:`MicroVM.start` uses, made at first use and closed when Python ends."""
+    global _default  # noqa: PLW0603 - one per process
+    if _default is None:
+        _default = Host()
+        atexit.register(_default.close)
+    return _default

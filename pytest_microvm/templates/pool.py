@@ -1,0 +1,100 @@
+"""Machines made ahead: while one is in use, the next are started."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from pytest_microvm.errors import MicroVMError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+T = TypeVar("T")
+
+
+class Pool(Generic[T]):
+    """Keeps up to ``size`` things ready, each made on a thread of its own.
+
+    Args:
+        size: How many to keep ready; with 0 there is never one.
+        make: Makes one; ``None`` when there is no room for it now.
+        discard: Ends one that is not wanted any more.
+        usable: Whether one that waited is still good.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        make: Callable[[], T | None],
+        discard: Callable[[T], None],
+        usable: Callable[[T], bool] = lambda _item: True,
+    ) -> None:
+        self._make = make
+        self._discard = discard
+        self._usable = usable
+        self._ready: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._wanted = size
+        self._making = 0
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._work, name=f"microvm-pool-{number}", daemon=True)
+            for number in range(size)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def take(self) -> T | None:
+        """Return one that is ready, or the next that gets ready; ``None`` if none is being made."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ready or not self._making or self._closed)
+                if not self._ready:
+                    self._changed.notify_all()  # those who found no room may try again
+                    return None
+                item = self._ready.popleft()
+                self._changed.notify_all()
+            if self._usable(item):
+                return item
+            self._discard(item)
+
+    def give_up_one(self) -> bool:
+        """End one that is ready, to make room; return whether there was one."""
+        with self._changed:
+            if not self._ready:
+                return False
+            item = self._ready.pop()
+        self._discard(item)
+        return True
+
+    def close(self) -> None:
+        """End what is ready and make no more; waits for what is being made."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        while self._ready:
+            self._discard(self._ready.popleft())
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or len(self._ready) + self._making < self._wanted)
+                if self._closed:
+                    return
+                self._making += 1
+            item: T | None = None
+            try:
+                item = self._make()
+            except MicroVMError:
+                item = None  # whoever needs one makes it himself, and hears why it fails
+            with self._changed:
+                self._making -= 1
+                if item is not None:
+                    self._ready.append(item)
+                self._changed.notify_all()
+                if item is None and not self._closed:
+                    self._changed.wait()  # no room, or no luck: until somebody takes one or asks
