@@ -5,14 +5,16 @@ from __future__ import annotations
 import atexit
 import os
 import secrets
+import shutil
 import threading
 import time
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_microvm.errors import BootError, HostError
-from pytest_microvm.hypervisors import Launch
+from pytest_microvm.errors import BootError, HostError, UsageError
+from pytest_microvm.hypervisors import Accelerator, Launch
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
 from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.machine import Instance, MachineFacts, MicroVM
@@ -25,6 +27,8 @@ from pytest_microvm.templates.store import Template, TemplateStore
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from pytest_microvm.images import Image
+
 CACHE_SIZE_VARIABLE = "PYTEST_MICROVM_CACHE_SIZE"
 _DEFAULT_CACHE_SIZE = 10 * 1024**3
 _TRIES = 2
@@ -33,6 +37,21 @@ _PACKAGE = Path(__file__).parent
 
 def _silent(_line: str) -> None:
     """Say nothing."""
+
+
+@dataclass(frozen=True)
+class KeptMachine:
+    """A machine frozen on disk: ``pytest-microvm shell ID`` enters it.
+
+    Args:
+        id: Its id.
+        image: Its image's name.
+        about: What it was used for.
+    """
+
+    id: str
+    image: str
+    about: str
 
 
 class Host:
@@ -101,12 +120,7 @@ class Host:
                     disk=spec.disk or image.disk_bytes,
                     environment=image.environment,
                 )
-                launch = Launch(
-                    image.architecture, image.kernel, image.initramfs, 1, 0, self.cache, share=False, disks=()
-                )
-                hypervisor = self.hypervisor(image.architecture)
-                accelerator = hypervisor.accelerator(launch, self._require_accel, self.say)
-                self._bases[spec] = Base(image, resources, accelerator)
+                self._bases[spec] = Base(image, resources, self._accelerator(image))
             return self._bases[spec]
 
     def template(self, base: Base, steps: Sequence[Step] = ()) -> Template:
@@ -119,8 +133,8 @@ class Host:
             return self._held[key]
 
     def copy(
-        self, template: Template, base: Base, port: str, *, wait: bool = True
-    ) -> tuple[Instance, MachineFacts] | None:
+        self, template: Template, base: Base, port: str, *, wait: bool = True, keepable: bool = False
+    ) -> tuple[Instance, MachineFacts, Path | None] | None:
         """Start a copy of ``template`` and make it its own through ``port``.
 
         Args:
@@ -128,9 +142,11 @@ class Host:
             base: What it was made from.
             port: ``agent`` or ``runner``.
             wait: Whether to wait for room in the host budget.
+            keepable: Whether :meth:`keep` shall be possible; starting it then takes longer.
 
         Returns:
-            The machine and its facts; ``None`` if there is no room and ``wait`` is off.
+            The machine, its facts, and its own folder if it is keepable; ``None`` if there is no room and
+            ``wait`` is off.
 
         Raises:
             BootError: It did not wake up, twice.
@@ -145,28 +161,73 @@ class Host:
             )
         elif not self.budget.try_take(name, base.image.name, resources.cpus, resources.memory):
             return None
+        own = self.templates.new_draft() if keepable else None
         try:
-            instance = self._awake(template, base, port, name)
+            instance = self._awake(template, base, port, name, own)
         except BaseException:
-            self.budget.release(name)
+            self.release(name, own)
             raise
-        facts = MachineFacts(
+        return instance, self.facts(base, name, time.monotonic() - begin), own
+
+    def facts(self, base: Base, name: str, ready_seconds: float) -> MachineFacts:
+        """Return what is known of a machine made from ``base``."""
+        return MachineFacts(
             id=name,
             image=base.image.name,
             image_digest=base.image.digest,
             accelerator=base.accelerator.name,
             accelerator_reason=base.accelerator.reason,
-            ready_seconds=time.monotonic() - begin,
-            cpus=resources.cpus,
-            memory=resources.memory,
-            disk=resources.disk,
-            environment=resources.environment,
+            ready_seconds=ready_seconds,
+            cpus=base.resources.cpus,
+            memory=base.resources.memory,
+            disk=base.resources.disk,
+            environment=base.resources.environment,
         )
-        return instance, facts
 
-    def release(self, name: str) -> None:
-        """Give a machine's place in the host budget back."""
+    def release(self, name: str, own: Path | None = None) -> None:
+        """Give a machine's place in the host budget back, and remove its own folder."""
+        if own is not None:
+            shutil.rmtree(own, ignore_errors=True)
         self.budget.release(name)
+
+    def keep(self, instance: Instance, base: Base, facts: MachineFacts, own: Path, about: str) -> KeptMachine:
+        """Freeze a keepable machine on disk, to be entered later; it ends here.
+
+        Args:
+            instance: The machine.
+            base: What it was made from.
+            facts: What is known of it.
+            own: Its own folder.
+            about: What it was used for.
+
+        Raises:
+            MachineError: It could not be saved.
+        """
+        meta = {"about": about, "name": facts.id, "environment": list(facts.environment)}
+        try:
+            self._chain(base).keep(instance, base, facts.id, own, meta)
+        finally:
+            self.release(facts.id, own)
+        return KeptMachine(facts.id, facts.image, about)
+
+    def enter(self, kept: str) -> MicroVM:
+        """Start a copy of a machine that was kept, as it was then.
+
+        Raises:
+            UsageError: There is none of that id.
+        """
+        template = self.templates.open(kept)
+        if template is None or template.meta.get("kind") != "kept":
+            raise UsageError(f"no machine {kept!r} was kept", resolution="see `pytest-microvm ps`")
+        meta = template.meta
+        image = self.images.inspect(meta["image_digest"]).image
+        resources = Resources(meta["cpus"], meta["memory"], meta["disk"], image.environment)
+        base = Base(image, resources, self._accelerator(image))
+        self._held[kept] = template
+        machine = self._machine(template, base, MachineSpec())
+        if machine is None:
+            raise HostError("the host budget gave no place")
+        return machine
 
     def start(self, spec: MachineSpec | None = None, *, pool: int = 0, **changes: Any) -> MicroVM:
         """Start a machine; see :meth:`pytest_microvm.machine.MicroVM.start`.
@@ -205,11 +266,17 @@ class Host:
         for template in held:
             template.close()
 
-    def _awake(self, template: Template, base: Base, port: str, name: str) -> Instance:
+    def _accelerator(self, image: Image) -> Accelerator:
+        launch = Launch(
+            image.architecture, image.kernel, image.initramfs, 1, 0, self.cache, share=False, disks=()
+        )
+        return self.hypervisor(image.architecture).accelerator(launch, self._require_accel, self.say)
+
+    def _awake(self, template: Template, base: Base, port: str, name: str, own: Path | None) -> Instance:
         identity = {"hostname": name, "machine_id": secrets.token_hex(16)}
         for attempt in range(1, _TRIES + 1):
             try:
-                instance = self._chain(base).copy(template, base, name)
+                instance = self._chain(base).copy(template, base, name, own=own)
                 try:
                     instance.adopt(port, identity)
                 except BaseException:
@@ -228,7 +295,7 @@ class Host:
         copied = self.copy(template, base, "agent", wait=wait)
         if copied is None:
             return None
-        instance, facts = copied
+        instance, facts, _own = copied
         return MicroVM(instance, facts, timeout=spec.timeout, on_close=lambda: self.release(facts.id))
 
     def _pool(self, template: Template, base: Base, spec: MachineSpec, size: int) -> Pool[MicroVM]:

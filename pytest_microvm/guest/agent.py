@@ -90,6 +90,7 @@ class Agent:
         self._stalled: dict[int, tuple[int, Child]] = {}  # stream -> pipe that waits for credit
         self._leftover: dict[int, bytes] = {}  # stream -> bytes read from the pipe, not yet sent
         self._next_handle = 1
+        self._vital: set[int] = set()  # processes without which the machine is of no use
 
     def serve(self) -> None:
         """Answer the host until it closes the port."""
@@ -194,6 +195,8 @@ class Agent:
         child = Child(body)
         handle, self._next_handle = self._next_handle, self._next_handle + 1
         self._children[handle] = child
+        if body.get("vital"):
+            self._vital.add(child.pid)
         streams = {*child.outputs.values()}
         if child.stdin_stream:
             streams.add(child.stdin_stream)
@@ -233,6 +236,8 @@ class Agent:
                 break
         by_pid = {child.pid: handle for handle, child in self._children.items() if child.returncode is None}
         for pid, status, usage in reap():
+            if pid in self._vital:
+                raise SystemExit(f"microvm: a vital process ended (wait status {status})")
             handle = by_pid.get(pid)
             if handle is None:
                 continue  # an orphan that PID 1 inherited

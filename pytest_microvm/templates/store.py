@@ -126,6 +126,18 @@ class TemplateStore:
         Raises:
             HostError: The disk is full.
         """
+        folder = self.new_draft()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def new_draft(self) -> Path:
+        """Return a new folder like :meth:`draft`'s, for the caller to publish or remove.
+
+        Raises:
+            HostError: The disk is full.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._sweep()
         free = shutil.disk_usage(self.folder).free
@@ -136,10 +148,7 @@ class TemplateStore:
             )
         folder = self.folder / f"{_DRAFT}{os.getpid()}-{time.monotonic_ns()}"
         folder.mkdir(mode=0o700)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        return folder
 
     def publish(self, key: str, draft: Path, meta: dict[str, Any]) -> None:
         """Make ``draft`` the template ``key``: everything on the disk first, then one rename."""

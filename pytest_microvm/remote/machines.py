@@ -1,0 +1,272 @@
+"""Machines for a remote suite: the chain up to the collected template, and copies of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import tempfile
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
+
+from pytest_microvm.config import load_settings
+from pytest_microvm.errors import MachineCrashed, MachineError, UsageError
+from pytest_microvm.host import Host, KeptMachine
+from pytest_microvm.machine import Instance, MachineFacts, MicroVM, Usage
+from pytest_microvm.remote.backend import BackendFacts, CollectPlan, Progress, RunOptions, Settings
+from pytest_microvm.remote.session import RunnerSession, runner_command
+from pytest_microvm.remote.workspace import Workspace, scan
+from pytest_microvm.templates.chain import Base, Step
+from pytest_microvm.templates.pool import Pool
+from pytest_microvm.transfer import send_file
+
+if TYPE_CHECKING:
+    from pytest_microvm.link import Link
+    from pytest_microvm.templates.store import Template
+
+CODE_FOLDER = "/run/microvm/code"
+PYTHON = "python3"
+_COLLECTED = "collected"
+_PREPARE_TIMEOUT = 3600.0
+_HELLO_TIMEOUT = 120.0
+_OUTPUT_SHOWN = 30  # lines of a prepare command that failed
+
+
+class RunnerLease:
+    """A copy of the collected template (a :class:`pytest_microvm.remote.backend.RunnerMachine`)."""
+
+    def __init__(
+        self, host: Host, base: Base, instance: Instance, facts: MachineFacts, own: Path | None
+    ) -> None:
+        self._host = host
+        self._base = base
+        self._instance = instance
+        self._own = own
+        self._ended = False
+        self.facts = facts
+        self.link: Link = instance.link("runner")
+
+    @property
+    def usable(self) -> bool:
+        """Whether it still runs."""
+        return self._instance.vmm.alive
+
+    def console_tail(self) -> str:
+        """Return the console's last lines."""
+        return self._instance.console_text()
+
+    def usage(self) -> Usage:
+        """Return what it has used so far."""
+        return self._instance.usage()
+
+    def end_reason(self) -> str:
+        """Return why it ended by itself."""
+        return self._instance.vmm.end_reason()
+
+    def kill(self) -> None:
+        """End it; a second call does nothing."""
+        if not self._ended:
+            self._ended = True
+            self._instance.close()
+            self._host.release(self.facts.id, self._own)
+
+    def keep(self, about: str) -> KeptMachine | None:
+        """Freeze it on disk instead of ending it; ``None`` if it was not started for that, or is dead."""
+        if self._own is None or self._ended or not self.usable:
+            return None
+        kept = self._host.keep(self._instance, self._base, self.facts, self._own, about)
+        self._ended = True
+        return kept
+
+
+class MachineBackend:
+    """Where ``pytest --microvm`` gets its machines (a :class:`pytest_microvm.remote.backend.Backend`).
+
+    Args:
+        settings: What the command line says.
+        progress: Told what takes long.
+
+    Raises:
+        UsageError: The configuration cannot be used.
+        HostError: This computer lacks something.
+    """
+
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        self._config = load_settings(settings.rootdir, settings.values)
+        self._host = Host(project=settings.rootdir, require_accel=self._config.require_accel, say=progress)
+        self._base = self._host.base(self._config.spec)
+        self._template: Template | None = None
+        self._keeping = self._config.keep == "failed"
+
+    @property
+    def facts(self) -> BackendFacts:
+        """What runs the tests."""
+        accelerator, image = self._base.accelerator, self._base.image
+        return BackendFacts(accelerator.name, accelerator.reason, image.name, image.digest)
+
+    @property
+    def options(self) -> RunOptions:
+        """The merged configuration, as far as the suite needs it."""
+        return RunOptions(
+            isolation=self._config.isolation, timeout=self._config.spec.timeout, arguments=self._config.args
+        )
+
+    def collect(self, plan: CollectPlan, progress: Progress) -> bytes:
+        """Return the runner's answer to ``collect``, from the template cache where nothing changed.
+
+        Raises:
+            MicroVMError: No machine could be prepared.
+        """
+        progress("reading the workspace")
+        workspace = scan(plan.workspace)
+        if workspace.size > self._base.resources.disk:
+            raise UsageError(
+                f"the workspace {plan.workspace} is larger than the machine's disk",
+                details=f"{workspace.size} bytes of files, {self._base.resources.disk} bytes of disk",
+                resolution="give the machine a larger disk (--microvm-disk), or have git ignore some",
+            )
+        steps = [*self._prepared(plan), _workspace_step(workspace), self._collected_step(plan)]
+        self._template = self._host.template(self._base, steps)
+        return self._template.attachment(_COLLECTED)
+
+    def lease(self) -> RunnerLease:
+        """Return a fresh copy of the machine in which collection has happened.
+
+        Raises:
+            BootError: It did not wake up.
+        """
+        return self._pool.take() or self._start()
+
+    def close(self) -> None:
+        """End what is ready."""
+        self._host.close()
+
+    @cached_property
+    def _pool(self) -> Pool[RunnerLease]:
+        def make() -> RunnerLease | None:
+            return self._try_start(wait=False)
+
+        def new() -> Pool[RunnerLease]:
+            return Pool(self._config.pool_size, make, RunnerLease.kill, lambda lease: lease.usable)
+
+        return self._host.pool(("runner", str(id(self))), new)
+
+    def _start(self) -> RunnerLease:
+        lease = self._try_start(wait=True)
+        if lease is None:
+            raise MachineError("the host budget gave no place")
+        return lease
+
+    def _try_start(self, *, wait: bool) -> RunnerLease | None:
+        if self._template is None:
+            raise MachineError("nothing has been collected yet")
+        copied = self._host.copy(self._template, self._base, "runner", wait=wait, keepable=self._keeping)
+        return None if copied is None else RunnerLease(self._host, self._base, *copied)
+
+    def _prepared(self, plan: CollectPlan) -> list[Step]:
+        commands = self._config.prepare
+        if not commands:
+            return []
+        top = plan.workspace
+        inputs = _chosen(scan(top), self._config.project, self._config.prepare_inputs)
+
+        def work(instance: Instance) -> dict[str, bytes]:
+            machine = self._machine(instance)
+            _unpack(machine, inputs)
+            for command in commands:
+                self._host.say(f"preparing: {command}")
+                done = machine.run(command, cwd=str(top), timeout=_PREPARE_TIMEOUT)
+                if done.returncode != 0:
+                    tail = "\n".join((done.stdout + done.stderr).splitlines()[-_OUTPUT_SHOWN:])
+                    raise MachineError(
+                        f"prepare: {command!r} ended with status {done.returncode}",
+                        details=tail,
+                        resolution="mend the command, or name what it needs in prepare_inputs",
+                    )
+            return {}
+
+        step_inputs = (json.dumps(commands), str(top), inputs.digest())
+        return [Step("prepared", step_inputs, work, f"preparing ({len(commands)} commands)")]
+
+    def _collected_step(self, plan: CollectPlan) -> Step:
+        environment = dict(plan.environment)
+        inputs = (json.dumps(plan.arguments), str(plan.directory), json.dumps(environment, sort_keys=True))
+
+        def work(instance: Instance) -> dict[str, bytes]:
+            machine = self._machine(instance)
+            machine.path(str(plan.directory)).mkdir(parents=True, exist_ok=True)
+            runner = shlex.join(runner_command(PYTHON, CODE_FOLDER))
+            machine.link().call(  # noqa: S604 - in the guest, and quoted
+                "exec",
+                timeout=_HELLO_TIMEOUT,
+                shell=f"exec {runner} </dev/null >/dev/console 2>&1",
+                cwd=str(plan.directory),
+                env={**dict(self._base.resources.environment), **environment},
+                vital=True,
+            )
+            link = instance.link("runner")
+            try:
+                link.wait_hello(_HELLO_TIMEOUT)
+                return {_COLLECTED: RunnerSession(link).collect(replace(plan, environment=()))}
+            except (MachineCrashed, TimeoutError) as error:
+                raise MachineError(
+                    f"collecting the tests failed: {error}",
+                    details=instance.console_text(),
+                    resolution=f"does the image have Python and pytest? (image: {self._base.image.name})",
+                ) from error
+
+        return Step("collected", inputs, work, "collecting")
+
+    def _machine(self, instance: Instance) -> MicroVM:
+        """Return a machine in the making as users have it; it belongs to its template's maker."""
+        instance.adopt("agent", {"hostname": "template", "machine_id": "0" * 32})
+        return MicroVM(instance, self._host.facts(self._base, "template", 0.0))
+
+
+def _workspace_step(workspace: Workspace) -> Step:
+    def work(instance: Instance) -> dict[str, bytes]:
+        link = instance.adopt("agent", {"hostname": "template", "machine_id": "0" * 32})
+        with _tar(workspace) as archive:
+            send_file(link, "unpack", str(workspace.top), archive)
+        return {}
+
+    return Step("workspace", (str(workspace.top), workspace.digest()), work, "copying the workspace")
+
+
+def _unpack(machine: MicroVM, workspace: Workspace) -> None:
+    machine.path(str(workspace.top)).mkdir(parents=True, exist_ok=True)
+    with _tar(workspace) as archive:
+        send_file(machine.link(), "unpack", str(workspace.top), archive)
+
+
+def _chosen(workspace: Workspace, project: Path, wanted: tuple[str, ...]) -> Workspace:
+    """Return the part of ``workspace`` that ``prepare_inputs`` names.
+
+    Raises:
+        UsageError: A name matches nothing.
+    """
+    below = project.resolve().relative_to(workspace.top.resolve())
+    prefixes = [str(PurePosixPath(below, name)) for name in wanted]
+    for name, prefix in zip(wanted, prefixes, strict=True):
+        if not any(_inside(entry.path, prefix) for entry in workspace.entries):
+            raise UsageError(
+                f"prepare_inputs: {name!r} is not in the workspace",
+                resolution="name files or folders below the project that git does not ignore",
+            )
+    entries = tuple(e for e in workspace.entries if any(_inside(e.path, prefix) for prefix in prefixes))
+    return replace(workspace, entries=entries)
+
+
+def _inside(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(prefix.rstrip("/") + "/")
+
+
+@contextlib.contextmanager
+def _tar(workspace: Workspace) -> Any:
+    file: IO[bytes]
+    with tempfile.TemporaryFile() as file:
+        workspace.write_tar(file)
+        file.seek(0)
+        yield file
