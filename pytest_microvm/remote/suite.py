@@ -72,13 +72,12 @@ class RemoteSuite:
 
     @pytest.hookimpl(trylast=True)
     def pytest_microvm_backend(
-        self, config: pytest.Config, settings: Settings, progress: Progress
+        self, settings: Settings, progress: Progress
     ) -> Backend:
         """Return the backend that runs tests in machines, unless another plug-in brought its own."""
         from pytest_microvm.remote import machines  # noqa: PLC0415 - tests bring their own
 
-        backend: Backend = machines.create_backend(config, settings, progress)
-        return backend
+        return machines.MachineBackend(settings, progress)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:
