@@ -166,7 +166,7 @@ class _Session:
         record = {"k": "collected", "node": self._nodes.number(collector), "outcome": report.outcome}
         record["result"] = [self._nodes.number(node) for node in report.result]
         if report.outcome != "passed" or report.sections:
-            record["report"] = report_record(self._config, report)["data"]
+            record.update(report_record(self._config, report), k="collected")
         self._records.append(record)
 
     def pytest_deselected(self, items: Any) -> None:
@@ -183,8 +183,7 @@ class _Session:
         assert self._nodes is not None
         assert self._request is not None
         order = [self._nodes.number(item) for item in session.items]
-        versions = {"k": "guest", "python": sys.version.split()[0], "pytest": pytest.__version__}
-        lines = [{**versions, "header": self._header}, *self._nodes.records, *self._records]
+        lines = self._collected()
         lines.append({"k": "items", "order": order, "markers": self._config.getini("markers")})
         self._reported.clear()
         self._printed()
@@ -195,6 +194,12 @@ class _Session:
         self._runner.reply(request, {})
         self._loop(session)
         return True
+
+    def _collected(self) -> list[dict[str, Any]]:
+        """Return what was collected so far; nodes come before the records that name them."""
+        versions = {"k": "guest", "python": sys.version.split()[0], "pytest": pytest.__version__}
+        nodes = [] if self._nodes is None else self._nodes.records
+        return [{**versions, "header": self._header}, *nodes, *self._records]
 
     def _loop(self, session: pytest.Session) -> None:
         runner = self._runner
@@ -257,9 +262,8 @@ class _Session:
             text = self.err.getvalue() or self.reason
             if reason != "usage" and self.reason:
                 text = self.reason
-            self._runner.send_lines(
-                self._stream, [*self._records, {"k": "exit", "code": code, "reason": reason, "text": text}]
-            )
+            ending = {"k": "exit", "code": code, "reason": reason, "text": text}
+            self._runner.send_lines(self._stream, [*self._collected(), ending])
             self._runner.reply(self._request, {})
         elif self._finish is not None:
             self._runner.reply(self._finish, {"exitstatus": code, "printed": self._printed()[:100_000]})

@@ -43,12 +43,16 @@ class Node:
 
 @dataclass(frozen=True)
 class CollectOutcome:
-    """One collect report: which collector, what came of it, and the report where there is more to say."""
+    """One collect report: which collector, what came of it, and the report where there is more to say.
+
+    ``shown``: its failure is a text that an object showed, not one that pytest made.
+    """
 
     node: int
     outcome: str
     result: tuple[int, ...]
     report: dict[str, Any] | None
+    shown: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,13 +232,14 @@ def _collected(draft: _Draft, record: dict[str, Any]) -> None:
     outcome = record.get("outcome")
     if outcome not in _OUTCOMES:
         raise checks.violation("an unknown outcome")
-    report = record.get("report")
+    report = record.get("data")
     draft.reports.append(
         CollectOutcome(
             node=checks.integer(record.get("node"), "node number"),
             outcome=str(outcome),
             result=_numbers(record.get("result")),
             report=None if report is None else checks.mapping(report, "collect report"),
+            shown=record.get("shown") is True,
         )
     )
 

@@ -70,7 +70,7 @@ class Replay:
             raise checks.violation("a collector without a report")
         outcome = reports.popleft() if len(reports) > 1 else reports[0]
         result = [self._proxies[child] for child in outcome.result]
-        return rebuild_collect_report(self._config, outcome.report, collector.nodeid, outcome.outcome, result)
+        return rebuild_collect_report(self._config, outcome, collector.nodeid, result)
 
     def _warn(self) -> None:
         for warning in self._collected.warnings:

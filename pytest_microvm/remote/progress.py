@@ -32,6 +32,8 @@ class TerminalProgress:
             reporter.rewrite(text, erase=True)
             self._wrote = True
         else:
+            if reporter._tw.width_of_current_line:  # noqa: SLF001 - pytest wrote "collecting ... "
+                reporter.line("")
             reporter.write_line(text)
 
     def __enter__(self) -> Progress:

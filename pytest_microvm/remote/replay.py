@@ -5,8 +5,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import pytest
+from _pytest._code.code import TerminalRepr
+from _pytest._io import TerminalWriter
 
 from pytest_microvm.remote import checks
+from pytest_microvm.remote.collected import CollectOutcome
 from pytest_microvm.remote.sanitize import sanitize
 
 _PHASES = frozenset(["setup", "call", "teardown"])
@@ -16,20 +19,20 @@ _MAX_ENTRIES = 10_000
 
 
 def rebuild_test_report(
-    config: pytest.Config, data: object, item: Any, properties: list[tuple[str, str]]
+    config: pytest.Config, line: dict[str, Any], item: Any, properties: list[tuple[str, str]]
 ) -> pytest.TestReport:
-    """Return the test report in ``data``, which must be about ``item``.
+    """Return the test report in ``line``, which must be about ``item``.
 
     Args:
         config: The host's pytest configuration.
-        data: What ``pytest_report_to_serializable`` gave in the guest, through JSON.
+        line: The runner's record; its ``data`` is what ``pytest_report_to_serializable`` gave.
         item: The proxy of the test that was asked for.
         properties: Our own user properties, put behind the test's.
 
     Raises:
         ProtocolViolation: It is malformed, or about another test.
     """
-    record = checks.mapping(data, "test report")
+    record = checks.mapping(line.get("data"), "test report")
     if record.get("nodeid") != item.guest.raw_nodeid:
         raise checks.violation("a report about another test than the one it was asked for")
     when, outcome = record.get("when"), record.get("outcome")
@@ -56,30 +59,56 @@ def rebuild_test_report(
         clean["_subtest.context"] = _subtest(record.get("_subtest.context"))
     report = config.hook.pytest_report_from_serializable(config=config, data=clean)
     assert isinstance(report, pytest.TestReport)
+    if line.get("shown") is True and isinstance(report.longrepr, str):
+        report.longrepr = Shown(report.longrepr)
     return report
 
 
 def rebuild_collect_report(
-    config: pytest.Config, data: dict[str, Any] | None, nodeid: str, outcome: str, result: list[Any]
+    config: pytest.Config, collected: CollectOutcome, nodeid: str, result: list[Any]
 ) -> pytest.CollectReport:
     """Return a collect report for the collector ``nodeid`` with the stand-ins ``result``.
 
     Raises:
         ProtocolViolation: It is malformed.
     """
-    record = data or {}
+    record = collected.report or {}
     clean = {
         "$report_type": "CollectReport",
         "nodeid": nodeid,
-        "outcome": outcome,
-        "longrepr": _longrepr(record.get("longrepr"), outcome),
+        "outcome": collected.outcome,
+        "longrepr": _longrepr(record.get("longrepr"), collected.outcome),
         "sections": _sections(record.get("sections", [])),
         "result": None,
     }
     report = config.hook.pytest_report_from_serializable(config=config, data=clean)
     assert isinstance(report, pytest.CollectReport)
     report.result = result
+    if collected.shown and isinstance(report.longrepr, str):
+        report.longrepr = Shown(report.longrepr)
     return report
+
+
+class Shown(TerminalRepr):
+    """A failure that is nothing but the text it shows, such as that of a missing fixture."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def toterminal(self, out: TerminalWriter) -> None:
+        """Write it, its errors in red."""
+        for line in self._text.splitlines():
+            out.line(line, red=line.startswith("E "))
+
+
+class _Repr:
+    """A text that is its own ``repr``: pytest takes the ``repr`` of a subtest's arguments once more."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
 
 
 def error_report(
@@ -145,7 +174,9 @@ def _subtest(value: object) -> dict[str, Any]:
     arguments = checks.mapping(context.get("kwargs"), "subtest's arguments")
     return {
         "msg": None if message is None else checks.text(message, "message"),
-        "kwargs": {checks.line(name, "name"): checks.text(arg, "value") for name, arg in arguments.items()},
+        "kwargs": {
+            checks.line(name, "name"): _Repr(checks.text(arg, "value")) for name, arg in arguments.items()
+        },
     }
 
 

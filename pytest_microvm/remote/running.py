@@ -120,7 +120,7 @@ def _read(item: Any, records: list[dict[str, Any]], facts: MachineFacts, usage: 
     for record in records:
         kind = record.get("k")
         if kind == "report":
-            ran.reports.append(rebuild_test_report(item.config, record.get("data"), item, ours))
+            ran.reports.append(rebuild_test_report(item.config, record, item, ours))
         elif kind == "warning":
             ran.warnings.append(parse_warning(record))
         elif kind == "exit":

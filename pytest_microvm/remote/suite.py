@@ -20,7 +20,7 @@ from pytest_microvm.remote.plan import guest_environment, settings_from, workspa
 from pytest_microvm.remote.progress import TerminalProgress
 from pytest_microvm.remote.running import Ran, TestRunner
 from pytest_microvm.remote.sanitize import sanitize
-from pytest_microvm.remote.summary import Tally, add_suite_properties, header_line
+from pytest_microvm.remote.summary import Tally, add_suite_properties, guest_lines, header_line
 
 _HOST_PLUGINS = frozenset(["microvm", "pytest_microvm.plugin", "xdist", "xdist.plugin", "xdist.looponfail"])
 
@@ -40,6 +40,7 @@ class RemoteSuite:
         self._guest_arguments: tuple[str, ...] = ()
         self._backend: Backend | None = None
         self._plan: CollectPlan | None = None
+        self._collected: Collected | None = None
         self._replay: Replay | None = None
         self._runner: TestRunner | None = None
         self._tally = Tally()
@@ -71,9 +72,7 @@ class RemoteSuite:
     # Session
 
     @pytest.hookimpl(trylast=True)
-    def pytest_microvm_backend(
-        self, settings: Settings, progress: Progress
-    ) -> Backend:
+    def pytest_microvm_backend(self, settings: Settings, progress: Progress) -> Backend:
         """Return the backend that runs tests in machines, unless another plug-in brought its own."""
         from pytest_microvm.remote import machines  # noqa: PLC0415 - tests bring their own
 
@@ -99,6 +98,10 @@ class RemoteSuite:
             return None
         return sanitize(header_line(self._backend.facts, self._backend.options.isolation))
 
+    def pytest_report_collectionfinish(self) -> list[str]:
+        """Say what collected, and what the project's own plug-ins have to say."""
+        return [] if self._collected is None else guest_lines(self._collected)
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_setupnodes(self) -> None:
         """Let pytest-xdist's controller prepare the template once, before its workers ask for it."""
@@ -106,7 +109,7 @@ class RemoteSuite:
 
     def pytest_collection(self, session: pytest.Session) -> bool:
         """Collect in the guest and replay what it found."""
-        collected = self._collect()
+        self._collected = collected = self._collect()
         self._runner = self._make_runner()
         session._initialpaths = frozenset(self._named_paths())  # noqa: SLF001 - --lf asks for them
         with _as_pytest_errors():

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from pytest_microvm.remote.backend import BackendFacts
+from pytest_microvm.remote.collected import Collected
 
 _DIGEST_LENGTH = 12
+_USUAL = ("rootdir:", "configfile:", "testpaths:", "plugins:", "cachedir:", "hypothesis profile")
 
 
 class Tally:
@@ -53,6 +55,15 @@ def header_line(facts: BackendFacts, isolation: str) -> str:
         f"microvm: accelerator {facts.accelerator} ({facts.accelerator_reason}), "
         f"image {facts.image} ({digest}), isolation {isolation}"
     )
+
+
+def guest_lines(collected: Collected) -> list[str]:
+    """Return the lines about the guest's pytest: versions, and what its own plug-ins put into its header."""
+    if not collected.pytest:
+        return []
+    versions = f"microvm: in the machine: Python {collected.python}, pytest {collected.pytest}"
+    own = [line for line in collected.header if line and not line.startswith(_USUAL)]
+    return [versions, *(f"microvm: in the machine: {line}" for line in own)]
 
 
 def add_suite_properties(config: pytest.Config, facts: BackendFacts, isolation: str) -> None:

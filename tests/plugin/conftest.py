@@ -1,0 +1,79 @@
+"""Run a small project natively and with ``--microvm``; the same tests run over every backend."""
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def backend():
+    """Arguments and variables that choose what runs the tests: another backend overrides this fixture."""
+    return ["-p", "local_backend"], {"PYTHONPATH": os.fspath(HERE)}
+
+
+class Project:
+    """A project in a directory of its own, run in two ways."""
+
+    def __init__(self, pytester, monkeypatch, backend):
+        self.path = pytester.path
+        self._pytester = pytester
+        self._arguments, variables = backend
+        monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
+        monkeypatch.delenv("COV_CORE_SOURCE", raising=False)
+        monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "")
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    def write(self, **files):
+        for name, content in files.items():
+            suffix = "" if "__DOT__" in name else ".py"
+            path = self.path / (name.replace("__DOT__", ".").replace("__", "/") + suffix)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = content.strip("\n").splitlines()
+            indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
+            path.write_text("\n".join(line[indent:] for line in lines) + "\n")
+
+    def native(self, *arguments):
+        return self._pytester.runpytest_subprocess("-p", "no:hypothesispytest", *arguments)
+
+    def microvm(self, *arguments):
+        options = ["--microvm", *self._arguments, "-p", "no:hypothesispytest"]
+        return self._pytester.runpytest_subprocess(*options, *arguments)
+
+    def assert_same(self, *arguments, prepare=lambda: None):
+        """Run both ways and compare everything shown and the exit code."""
+        prepare()
+        native = self.native(*arguments)
+        prepare()
+        remote = self.microvm(*arguments)
+        difference = "\n".join(
+            difflib.unified_diff(
+                transcript(native), transcript(remote), "native", "--microvm", lineterm="", n=2
+            )
+        )
+        if difference:
+            pytest.fail(difference, pytrace=False)
+        assert remote.ret == native.ret
+        return remote
+
+
+_ONLY_HERE = re.compile(r"microvm: |platform |rootdir: |configfile: |plugins: |cachedir: ")
+
+
+def transcript(result):
+    """Return what a run showed, without times, places and the lines that only one of the two has."""
+    lines = [line.removeprefix("collecting ... ") for line in result.outlines if line != "collecting ... "]
+    text = "\n".join(line for line in lines if not _ONLY_HERE.match(line))
+    text = re.sub(r"\b\d+\.\d+s\b", "0s", text)
+    text = re.sub(r"\b0x[0-9a-f]+\b", "0x0", text)
+    return re.sub(r"^(=|-)\1+ | (=|-)\2+$", "", text, flags=re.MULTILINE).splitlines()
+
+
+@pytest.fixture
+def project(pytester, monkeypatch, backend):
+    return Project(pytester, monkeypatch, backend)
