@@ -59,8 +59,8 @@ def started(
 ) -> Iterator[subprocess.Popen[bytes]]:  # fmt: skip
     """Start a program; whatever happens, it and its children are gone when the block ends.
 
-    It gets a session of its own: Ctrl-C reaches only us, and we ask it once to clean up (a second signal
-    would disturb mmdebstrap while it unmounts).
+    It gets a session of its own: Ctrl-C reaches only us, and we ask the whole group once, as a terminal
+    would, so that mmdebstrap's dpkg stops too and mmdebstrap unmounts at once.
     """
     process = subprocess.Popen(
         command, env=dict(environment), stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
@@ -69,7 +69,7 @@ def started(
         yield process
     finally:
         if process.poll() is None:
-            process.terminate()
+            os.killpg(process.pid, signal.SIGTERM)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE_SECONDS)
         with suppress(ProcessLookupError):

@@ -197,8 +197,7 @@ class ImageStore:
                 {"python": made.python, "kernel_version": made.kernel_version},
             )
 
-        key = _key(platform_recipe(kit.suite, kit.architecture, kit.mirror))
-        return self._artifacts.get(f"platform-{kit.suite}-{kit.architecture}", key, build, tell, force=force)
+        return self._artifacts.get(*platform_name_and_key(kit), build, tell, force=force)
 
     def _rootfs(self, kit: Kit, platform: Artifact, tell: Progress, *, force: bool) -> Artifact:
         def build(folder: Path) -> Built:
@@ -275,6 +274,12 @@ class ImageStore:
             else:
                 needed |= set(manifest["files"].values())
         return self._artifacts.drop_all_but(needed)
+
+
+def platform_name_and_key(kit: Kit) -> tuple[str, str]:
+    """Return the name and the key of the artifact that a kit shares with all kits of its suite."""
+    key = _key(platform_recipe(kit.suite, kit.architecture, kit.mirror))
+    return f"platform-{kit.suite}-{kit.architecture}", key
 
 
 def _source_date_epoch() -> int:

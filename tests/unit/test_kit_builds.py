@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import subprocess
 import tarfile
 from collections import deque
@@ -162,29 +163,26 @@ def test_a_program_that_fails_is_quoted_with_its_last_lines_only():
 
 
 def test_a_program_and_its_children_end_when_the_block_is_left():
+    reading, writing = os.pipe()
+
     def leave():
-        script = "sleep 1000 & echo $!; wait"
-        with process.started(
-            ["/bin/sh", "-c", script], environment=os.environ, stdout=subprocess.PIPE
-        ) as running:
-            pids.extend([running.pid, int(running.stdout.readline())])
+        script = "sleep 1000 & echo started; wait"
+        with (
+            os.fdopen(writing, "wb") as held,
+            process.started(
+                ["/bin/sh", "-c", script], environment=os.environ, stdout=subprocess.PIPE, stderr=held
+            ) as running,
+        ):
+            assert running.stdout.readline() == b"started\n"
             raise KeyboardInterrupt
 
-    pids = []
-    with pytest.raises(KeyboardInterrupt):
-        leave()
-    assert len(pids) == 2
-    for pid in pids:
-        assert not _is_running(pid)
-
-
-def _is_running(pid):
-    """Tell whether a process is there; one that only waits to be reaped is gone."""
-    try:
-        with open(f"/proc/{pid}/stat") as stat:  # noqa: PTH123 - a file of the kernel
-            return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    with os.fdopen(reading, "rb") as end:
+        with pytest.raises(KeyboardInterrupt):
+            leave()
+        # The pipe ends once nobody holds its other end any more: neither the shell nor its child.
+        readable, _, _ = select.select([end], [], [], 30)
+        assert readable
+        assert end.read() == b""
 
 
 def test_builds_see_little_of_the_users_environment(monkeypatch):
