@@ -104,7 +104,9 @@ class Agent:
         self.port.flush()
         while True:
             for key, _mask in self._selector.select():
-                key.data()
+                # One before it may have dropped it, and the number may already be another file's.
+                if self._selector.get_map().get(key.fd) is key:
+                    key.data()
 
     # The port
 
@@ -153,10 +155,13 @@ class Agent:
 
     def _forget_connection(self) -> None:
         """Drop what belonged to the host that this machine's template knew."""
-        for child in self._children.values():
+        for child in list(self._children.values()):
             for descriptor in list(child.outputs):
                 self._drop_output(child, descriptor)
+            self._drop_input(child)
             child.waiters.clear()
+            child.reported = True
+            self._forget_if_done(child)
         self._inputs.clear()
         self._stalled.clear()
         self._leftover.clear()
@@ -174,12 +179,13 @@ class Agent:
     def _closed(self, stream: int) -> None:
         if stream in self.transfers:
             self.transfers[stream].end()
-        elif stream in self._inputs:
+        elif stream in self._inputs and not self._inputs[stream].terminal:
             child = self._inputs.pop(stream)
             child.input_ended = True
             self.port.channel.close(stream)
             self._feed(child)
-        else:
+        else:  # a terminal is hung up: the kernel tells its processes
+            self._inputs.pop(stream, None)
             self._host_stopped_reading(stream)
 
     def _credit(self, stream: int) -> None:
@@ -192,9 +198,8 @@ class Agent:
     # Children
 
     def _exec(self, body: dict[str, Any]) -> dict[str, Any]:
-        child = Child(body)
         handle, self._next_handle = self._next_handle, self._next_handle + 1
-        self._children[handle] = child
+        child = self._children[handle] = Child(handle, body)
         if body.get("vital"):
             self._vital.add(child.pid)
         streams = {*child.outputs.values()}
@@ -212,19 +217,23 @@ class Agent:
         if child.returncode is None:
             child.waiters.append(body["id"])
             return None
-        return self._exit_report(body["handle"])
+        return self._exit_report(child)
 
     def _poll(self, body: dict[str, Any]) -> dict[str, Any]:
         return {"returncode": self._children[body["handle"]].returncode}
 
     def _signal(self, body: dict[str, Any]) -> dict[str, Any]:
-        with contextlib.suppress(ProcessLookupError):  # it may end by itself at any moment
-            self._children[body["handle"]].signal(body["signal"])
+        child = self._children.get(body["handle"])
+        if child is not None:  # else it has ended, and so have its pipes
+            with contextlib.suppress(ProcessLookupError):  # it may end by itself at any moment
+                child.signal(body["signal"])
         return {}
 
     def _resize(self, body: dict[str, Any]) -> dict[str, Any]:
-        for descriptor in self._children[body["handle"]].outputs:
-            set_window_size(descriptor, body["size"])
+        child = self._children.get(body["handle"])
+        if child is not None and child.terminal:
+            for descriptor in child.outputs:
+                set_window_size(descriptor, body["size"])
         return {}
 
     def _reap(self, wake: int) -> None:
@@ -245,14 +254,19 @@ class Agent:
             child.reaped(status, usage)
             with self.changed:
                 for number in child.waiters:
-                    self._reply(number, self._exit_report(handle))
+                    self._reply(number, self._exit_report(child))
+                self._forget_if_done(child)
                 self.port.flush()
 
-    def _exit_report(self, handle: int) -> dict[str, Any]:
-        child = self._children[handle]
-        if not child.outputs:
-            del self._children[handle]
+    def _exit_report(self, child: Child) -> dict[str, Any]:
+        child.reported = True
+        self._forget_if_done(child)
         return {"returncode": child.returncode, "usage": child.usage}
+
+    def _forget_if_done(self, child: Child) -> None:
+        """Drop a child that has ended, whose end the host knows, and whose pipes are read to the end."""
+        if child.returncode is not None and child.reported and not child.outputs:
+            self._children.pop(child.handle, None)
 
     def _watch_output(self, child: Child, descriptor: int, stream: int) -> None:
         self._selector.register(
@@ -282,12 +296,13 @@ class Agent:
     def _drop_output(self, child: Child, descriptor: int) -> None:
         self._unwatch(descriptor)
         child.outputs.pop(descriptor, None)
-        if child.stdin == descriptor:
-            child.stdin = None
         os.close(descriptor)
+        if child.terminal:  # both directions end together
+            self._drop_input(child)
+        self._forget_if_done(child)
 
     def _host_stopped_reading(self, stream: int) -> None:
-        for child in self._children.values():
+        for child in list(self._children.values()):
             for descriptor, number in list(child.outputs.items()):
                 if number == stream:
                     self._stalled.pop(stream, None)
@@ -310,19 +325,25 @@ class Agent:
         except BlockingIOError:
             written = 0
         except OSError:
-            self._unwatch_input(child)
-            child.close_stdin()
-            self._discard_input(child)
+            self._drop_input(child)
             return
         del child.pending_input[:written]
         if child.stdin_stream and written:
             self.port.channel.consumed(child.stdin_stream, written)
         if child.pending_input:
             self._watch_input(child)
+        elif child.input_ended:
+            self._drop_input(child)
         else:
-            self._unwatch_input(child)
-            if child.input_ended:
-                child.close_stdin()
+            self._unwatch(descriptor)
+
+    def _drop_input(self, child: Child) -> None:
+        """Close the command's stdin and drop what it did not take."""
+        if child.stdin is not None:
+            self._unwatch(child.stdin)
+            os.close(child.stdin)
+            child.stdin = None
+        self._discard_input(child)
 
     def _discard_input(self, child: Child) -> None:
         if child.stdin_stream:
@@ -330,20 +351,13 @@ class Agent:
         child.pending_input.clear()
 
     def _watch_input(self, child: Child) -> None:
-        descriptor = child.stdin
-        if descriptor is None or descriptor in child.outputs:
-            return  # a terminal: its line discipline takes what fits, the rest is tried with the next data
-        if descriptor not in self._selector.get_map():
-            self._selector.register(descriptor, selectors.EVENT_WRITE, lambda: self._feed_later(child))
+        if child.stdin is not None and child.stdin not in self._selector.get_map():
+            self._selector.register(child.stdin, selectors.EVENT_WRITE, lambda: self._feed_later(child))
 
     def _feed_later(self, child: Child) -> None:
         with self.changed:
             self._feed(child)
             self.port.flush()
-
-    def _unwatch_input(self, child: Child) -> None:
-        if child.stdin is not None and child.stdin not in child.outputs:
-            self._unwatch(child.stdin)
 
     # Files
 

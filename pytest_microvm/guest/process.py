@@ -22,11 +22,15 @@ class Child:
     """One command and the streams it is connected to.
 
     Args:
+        handle: What the host calls it.
         request: The ``exec`` message: ``argv`` or ``shell``, ``env``, ``cwd``, ``user``, ``pty``
             ([rows, columns]) and the stream numbers ``stdin``, ``stdout``, ``stderr``.
     """
 
-    def __init__(self, request: dict[str, Any]) -> None:
+    def __init__(self, handle: int, request: dict[str, Any]) -> None:
+        self.handle = handle
+        self.terminal = bool(request.get("pty"))
+        self.reported = False  # whether the host was told of its end
         self.returncode: int | None = None
         self.usage: dict[str, Any] = {}
         self.waiters: list[int] = []
@@ -58,12 +62,6 @@ class Child:
         """Send a signal to the command and everything it started in its process group."""
         if self.returncode is None:
             os.killpg(self.pid, number)
-
-    def close_stdin(self) -> None:
-        """Give the command its end of file."""
-        if self.stdin is not None and self.stdin not in self.outputs:
-            os.close(self.stdin)
-        self.stdin = None
 
     def _start(self, request: dict[str, Any]) -> subprocess.Popen[bytes]:
         argv = request.get("argv") or ["/bin/sh", "-c", request["shell"]]
@@ -136,7 +134,7 @@ class Child:
             os.close(slave)
         os.set_blocking(master, False)
         self.outputs[master] = request["stdout"]
-        self.stdin = master
+        self.stdin = os.dup(master)  # a number of its own, to be watched for room while the other is read
         return process
 
 
@@ -147,7 +145,7 @@ def set_window_size(descriptor: int, size: list[int]) -> None:
 
 def reap() -> list[tuple[int, int, Any]]:
     """Return (pid, status, usage) of every child that has ended; PID 1 inherits orphans too."""
-    ended = []
+    ended: list[tuple[int, int, Any]] = []
     while True:
         try:
             pid, status, usage = os.wait4(-1, os.WNOHANG)
