@@ -10,9 +10,10 @@ import shutil
 import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.errors import TransferError, UsageError
+from pytest_microvm.extraction import MAX_BYTES, extract
 from pytest_microvm.link import GuestError, Link, Stream
 
 if TYPE_CHECKING:
@@ -50,15 +51,10 @@ class _Reader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def read(self, size: int = -1) -> bytes:
-        parts: list[bytes] = []
-        while size != 0:
-            data = self._stream.read(size if size > 0 else _PIECE, TIMEOUT)
-            if not data:
-                break
-            parts.append(data)
-            size -= len(data) if size > 0 else 0
-        return b"".join(parts)
+    def readinto(self, buffer: Any) -> int:
+        data = self._stream.read(len(buffer), TIMEOUT)
+        buffer[: len(data)] = data
+        return len(data)
 
 
 def push(link: Link, source: Path, target: PurePosixPath) -> None:
@@ -74,7 +70,7 @@ def push(link: Link, source: Path, target: PurePosixPath) -> None:
             _send(
                 link, "write", str(target), lambda stream: shutil.copyfileobj(file, _Writer(stream), _PIECE)
             )
-        link.call("path", do="chmod", path=str(target), mode=source.stat().st_mode & 0o7777)
+        link.call("path", timeout=TIMEOUT, do="chmod", path=str(target), mode=source.stat().st_mode & 0o7777)
 
 
 def send_tar(link: Link, target: PurePosixPath, fill: Callable[[tarfile.TarFile], None]) -> None:
@@ -120,7 +116,7 @@ def write_file(link: Link, path: str, data: bytes, *, append: bool = False) -> N
 def pull(link: Link, source: PurePosixPath, target: Path) -> Path:
     """Copy ``source`` in the machine to ``target`` on the host (see :meth:`MicroVM.pull`)."""
     try:
-        kind = link.call("path", do="stat", path=str(source))["kind"]
+        found = link.call("path", timeout=TIMEOUT, do="stat", path=str(source))
     except GuestError as error:
         raise as_os_error(error, str(source)) from None
     final = target / source.name if target.is_dir() else target
@@ -131,58 +127,45 @@ def pull(link: Link, source: PurePosixPath, target: Path) -> Path:
     # Received beside its place and renamed when whole, so that a broken transfer leaves nothing half done.
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".pull-") as folder:
         received = Path(folder) / "content"
-        received.mkdir()
-        with _receiving(link, "pack", str(source)) as stream:
-            extract(_Reader(stream), received)
-        if kind != "directory":
-            entries = list(received.iterdir())
-            if len(entries) != 1 or not entries[0].is_file() or entries[0].is_symlink():
-                raise TransferError(f"the machine did not send {source} as one file")
-            received = entries[0]
-        _put(received, final)
+        if found["kind"] == "directory":
+            received.mkdir()
+            with _receiving(link, "pack", str(source)) as stream:
+                extract(io.BufferedReader(_Reader(stream), _PIECE), received)
+        elif found["kind"] == "file":
+            with _receiving(link, "read", str(source)) as stream, received.open("wb") as file:
+                _receive_file(stream, file)
+            received.chmod(int(found["mode"]) & 0o755 | 0o600)
+        else:
+            raise UsageError(f"{source} is neither a file nor a folder", resolution="read it with a command")
+        put(received, final)
     return final
 
 
-def _put(received: Path, final: Path) -> None:
-    """Move what was received to its place; a folder is merged into one that exists."""
-    if received.is_dir() and final.is_dir():
-        shutil.copytree(received, final, symlinks=True, dirs_exist_ok=True)
-    else:
-        received.replace(final)
+def _receive_file(stream: Stream, file: IO[bytes]) -> None:
+    total = 0
+    while data := stream.read(_PIECE, TIMEOUT):
+        total += len(data)
+        if total > MAX_BYTES:
+            raise TransferError(f"the machine sent more than {MAX_BYTES} bytes")
+        file.write(data)
 
 
-def extract(source: IO[bytes] | io.RawIOBase, folder: Path) -> None:
-    """Unpack an untrusted tar stream into ``folder``: files, folders and links that stay inside only.
+def put(received: Path, final: Path) -> None:
+    """Move what was received to its place on the same file system; a folder is merged into one that exists.
 
-    The rules are those of PEP 706's ``data`` filter, and on top: no hard links.
-
-    Raises:
-        TransferError: A member is refused, the archive is damaged, or the host cannot write it.
+    Links at the place are replaced, not followed: they may come from a machine, too.
     """
-    try:
-        with tarfile.open(fileobj=source, mode="r|", bufsize=_PIECE) as archive:  # type: ignore[call-overload]
-            for member in archive:
-                if member.islnk():
-                    _check_hard_link(member, folder)
-                archive.extract(member, folder, filter=tarfile.data_filter)
-    except tarfile.FilterError as error:
-        raise TransferError(
-            f"the machine sent {error.tarinfo.name[:200]!r}, which is refused: {type(error).__name__}",
-            resolution="pull only the files that are wanted",
-        ) from error
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise TransferError(f"the machine sent a damaged archive: {error}") from error
-    except OSError as error:
-        raise TransferError(
-            f"cannot write what the machine sent: {error}", resolution="free some disk"
-        ) from error
-
-
-def _check_hard_link(member: tarfile.TarInfo, folder: Path) -> None:
-    """Refuse a hard link whose source is reached through a symbolic link the archive made before."""
-    source = folder / member.linkname
-    if source.is_symlink() or not source.resolve().is_relative_to(folder.resolve()):
-        raise tarfile.LinkOutsideDestinationError(member, str(source))
+    if received.is_symlink() or not received.is_dir():
+        received.replace(final)
+    elif not final.is_dir():
+        final.unlink(missing_ok=True)
+        received.replace(final)
+    else:
+        for entry in sorted(received.iterdir()):
+            place = final / entry.name
+            if place.is_symlink():
+                place.unlink()
+            put(entry, place)
 
 
 def as_os_error(error: GuestError, path: str) -> Exception:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from pytest_microvm.errors import MachineError
 from pytest_microvm.link import GuestError
-from pytest_microvm.transfer import as_os_error, read_file, write_file
+from pytest_microvm.transfer import TIMEOUT, as_os_error, read_file, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -155,9 +155,8 @@ class GuestPath:
     def _ask(self, do: str, **options: Any) -> dict[str, Any]:
         try:
             with self._vm.explained():
-                return self._vm.link().call("path", do=do, path=str(self.pure), **options)
+                return self._vm.link().call("path", timeout=TIMEOUT, do=do, path=str(self.pure), **options)
+        except TimeoutError as error:  # an OSError to Python, but not one of the path's
+            raise MachineError(f"{self.pure}: {error}") from error
         except GuestError as error:
-            failure = as_os_error(error, str(self.pure))
-            if isinstance(failure, OSError) and failure.errno == errno.ENOENT:
-                raise FileNotFoundError(*failure.args) from None
-            raise failure from None
+            raise as_os_error(error, str(self.pure)) from None

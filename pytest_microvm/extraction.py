@@ -1,0 +1,212 @@
+"""Unpacks a tar stream that a machine sent: an attacker's archive must not leave its folder.
+
+The standard library's filters (PEP 706) are not enough: they ask realpath(3) where a path leads, which
+can be led astray (CVE-2025-4517), and they are missing in older releases of Python 3.10. Here every
+folder on the way is opened relative to the one before it, and no symbolic link is ever followed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from pytest_microvm.errors import TransferError
+
+MAX_ENTRIES = 1_000_000
+MAX_BYTES = 64 * 1024**3
+"""Bytes of files that one archive may hold."""
+
+_MAX_HEADER = 64 * 1024  # bytes of a long name or of extended attributes, which are read into memory
+_MAX_NAME = 4096
+_PIECE = 256 * 1024
+_PADDING = 64 * 1024  # bytes; tar fills its last record up with zeros
+_LATEST = 2**33 - 1  # seconds since 1970: what tar's own field for it can hold
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+class _Header(tarfile.TarInfo):
+    """A header block, judged before tarfile reads what it announces."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        """Return the header in ``buf``."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0:
+            raise _refused(header, "a negative size")
+        if header.type in _HEADERS and header.size > _MAX_HEADER:
+            raise _refused(header, "a name or attributes that are too long")
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            raise _refused(header, "a sparse file")
+        return header
+
+
+def extract(source: IO[bytes], folder: Path) -> None:
+    """Unpack an untrusted tar stream into ``folder``: files, folders, and links that stay inside.
+
+    Set-user-id bits, rights of group and others to write, owners and devices are not taken over.
+
+    Raises:
+        TransferError: A member is refused, the archive is damaged, or the host cannot write it.
+    """
+    root = os.open(folder, _FOLDER)
+    total = 0
+    try:
+        with tarfile.open(fileobj=source, mode="r|", bufsize=65536, tarinfo=_Header) as archive:
+            for count, member in enumerate(archive, 1):
+                total += max(0, member.size)
+                if count > MAX_ENTRIES or total > MAX_BYTES:
+                    raise _refused(member, f"more than {MAX_ENTRIES} entries or {MAX_BYTES} bytes")
+                _unpack(archive, member, root)
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all, in vain
+        source.read(_PADDING)  # or the sender would find that nobody reads its last bytes
+    except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
+        raise TransferError(f"the machine sent a damaged archive: {error}") from error
+    except TimeoutError as error:
+        raise TransferError(f"the machine stopped sending: {error}") from error
+    except OSError as error:
+        raise TransferError(
+            f"cannot write what the machine sent: {error}",
+            resolution="check the folder's rights and free space",
+        ) from error
+    finally:
+        os.close(root)
+
+
+def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int) -> None:
+    *above, name = _segments(member, member.name) or [""]
+    if not name:  # the folder itself
+        if not member.isdir():
+            raise _refused(member, "it takes the folder's own place")
+        return
+    with _folder(root, above, member, make=True) as parent:
+        if member.isdir():
+            _make_folder(parent, name, member)
+        elif member.isreg() and not member.issparse():
+            _make_file(archive, parent, name, member)
+        elif member.issym():
+            _check_target(member, len(above))
+            _clear(parent, name, member)
+            os.symlink(member.linkname, name, dir_fd=parent)
+        elif member.islnk():
+            _make_hard_link(root, parent, name, member)
+        else:
+            raise _refused(member, "neither a file, a folder nor a link")
+
+
+def _segments(member: tarfile.TarInfo, path: str) -> list[str]:
+    """Return a member's path as names, each of which is no more than a name."""
+    if path.startswith("/"):
+        raise _refused(member, "an absolute path")
+    segments = [segment for segment in path.split("/") if segment not in ("", ".")]
+    if ".." in segments:
+        raise _refused(member, "a path with ..")
+    if "\0" in path or len(os.fsencode(path)) > _MAX_NAME:
+        raise _refused(member, "an impossible name")
+    return segments
+
+
+def _check_target(member: tarfile.TarInfo, depth: int) -> None:
+    """Refuse a symbolic link that leads out of the folder, alone or together with others.
+
+    Since no link is followed while unpacking, it lies ``depth`` real folders deep: it may begin with as
+    many "..". Behind a name ".." is refused, for the name may be a link, whose parent is anywhere.
+    """
+    target = member.linkname
+    parts = PurePosixPath(target).parts
+    upwards = next((number for number, part in enumerate(parts) if part != ".."), len(parts))
+    if not target or "\0" in target or len(os.fsencode(target)) > _MAX_NAME:
+        raise _refused(member, "an impossible link")
+    if target.startswith("/") or upwards > depth or ".." in parts[upwards:]:
+        raise _refused(member, "a link that may lead out")
+
+
+@contextlib.contextmanager
+def _folder(root: int, segments: list[str], member: tarfile.TarInfo, *, make: bool) -> Iterator[int]:
+    """Yield a descriptor of the folder ``segments`` below ``root``, reached without following links."""
+    here = os.dup(root)
+    try:
+        for segment in segments:
+            try:
+                if make:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(segment, 0o755, dir_fd=here)
+                below = os.open(segment, _FOLDER, dir_fd=here)
+            except OSError as error:  # ENOTDIR, ELOOP: a file or a link is in the way
+                raise _refused(member, f"a path through {segment[:100]!r}, which is no folder") from error
+            os.close(here)
+            here = below
+        yield here
+    finally:
+        os.close(here)
+
+
+def _make_folder(parent: int, name: str, member: tarfile.TarInfo) -> None:
+    if not stat.S_ISDIR(_mode(parent, name)):
+        _clear(parent, name, member)
+        os.mkdir(name, 0o700, dir_fd=parent)
+    descriptor = os.open(name, _FOLDER, dir_fd=parent)
+    try:
+        os.fchmod(descriptor, member.mode & 0o755 | 0o700)
+    finally:
+        os.close(descriptor)
+
+
+def _make_file(archive: tarfile.TarFile, parent: int, name: str, member: tarfile.TarInfo) -> None:
+    content = archive.extractfile(member)
+    assert content is not None, "a regular file has content"
+    _clear(parent, name, member)
+    with content, os.fdopen(os.open(name, _FILE, 0o600, dir_fd=parent), "wb") as file:
+        shutil.copyfileobj(content, file, _PIECE)
+        if file.tell() != member.size:
+            raise tarfile.ReadError("unexpected end of data")
+        file.flush()
+        os.fchmod(file.fileno(), member.mode & 0o755 | 0o600)
+        moment = min(max(0.0, float(member.mtime)), float(_LATEST))
+        os.utime(file.fileno(), (moment, moment))
+
+
+def _make_hard_link(root: int, parent: int, name: str, member: tarfile.TarInfo) -> None:
+    *above, source = _segments(member, member.linkname) or [""]
+    with _folder(root, above, member, make=False) as folder:
+        if not source or not stat.S_ISREG(_mode(folder, source)):
+            raise _refused(member, "a hard link to what is no file")
+        _clear(parent, name, member)
+        os.link(source, name, src_dir_fd=folder, dst_dir_fd=parent, follow_symlinks=False)
+
+
+def _clear(parent: int, name: str, member: tarfile.TarInfo) -> None:
+    """Make room for ``name``: a later member replaces an earlier file or link, but no folder."""
+    mode = _mode(parent, name)
+    if stat.S_ISDIR(mode):
+        raise _refused(member, "it takes a folder's place")
+    if mode:
+        os.unlink(name, dir_fd=parent)
+
+
+def _mode(parent: int, name: str) -> int:
+    """Return the mode of what is called ``name``; 0 if there is nothing."""
+    try:
+        return os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return 0
+
+
+def _refused(member: tarfile.TarInfo, why: str) -> TransferError:
+    return TransferError(
+        f"the machine sent {member.name[:200]!r}, which is refused: {why}",
+        resolution="pull only the files that are wanted",
+    )
