@@ -8,7 +8,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
@@ -196,6 +196,7 @@ class MicroVM:
         *,
         timeout: float | None = None,
         on_close: Callable[[], None] = lambda: None,
+        on_keep: Callable[[str], None] | None = None,
     ) -> None:
         self.facts = facts
         self.instance = instance
@@ -203,6 +204,7 @@ class MicroVM:
         self.last_commands: deque[str] = deque(maxlen=_LAST_COMMANDS)
         self.closed = False
         self._on_close = on_close
+        self._on_keep = on_keep
 
     @classmethod
     def start(cls, spec: MachineSpec | None = None, **changes: Any) -> MicroVM:
@@ -307,7 +309,9 @@ class MicroVM:
         request = command_arguments(args, {**dict(self.facts.environment), **(env or {})}, cwd, user)
         self.last_commands.append(args if isinstance(args, str) else " ".join(map(str, args)))
         with self.explained():
-            return GuestProcess(self.link(), args, request, stdin=stdin, text=text, pty=pty)
+            return GuestProcess(
+                self.link(), args, request, stdin=stdin, text=text, pty=pty, explained=self.explained
+            )
 
     def wait_until_succeeds(
         self,
@@ -391,6 +395,21 @@ class MicroVM:
         """Return the last lines of the console, with control characters made visible."""
         return self.instance.console_text(lines)
 
+    def keep(self, about: str) -> bool:
+        """Freeze the machine on disk, to be entered with ``pytest-microvm shell``; it ends here.
+
+        Args:
+            about: What it was used for, such as a test's node id.
+
+        Returns:
+            Whether it was kept: it must have been started for that, and still run.
+        """
+        if self._on_keep is None or self.closed or not self.instance.vmm.alive:
+            return False
+        self.closed = True
+        self._on_keep(about)
+        return True
+
     def close(self) -> None:
         """End the machine and forget everything in it; a second call does nothing."""
         if not self.closed:
@@ -399,7 +418,7 @@ class MicroVM:
             self._on_close()
 
     @contextlib.contextmanager
-    def explained(self) -> Any:
+    def explained(self) -> Iterator[None]:
         """Turn "the machine ended" into why it did, with the console's tail."""
         try:
             yield

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
@@ -74,7 +75,9 @@ class GuestProcess:
         stdin: bool,
         text: bool,
         pty: tuple[int, int] | None,
+        explained: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
+        self._explained = explained
         self.args = args
         self.returncode: int | None = None
         self._link = link
@@ -99,9 +102,9 @@ class GuestProcess:
         self._handle = started["handle"]
         self.pid = int(started["pid"])
         self._exit = link.request("wait", handle=self._handle)
-        self.stdin = self._open(self._out if pty else self._in, "w") if stdin or pty else None
+        self.stdin = self._open(self._out, "w", ends=False) if pty else self._open(self._in, "w")
         self.stdout = self._open(self._out, "r")
-        self.stderr = self._open(self._err, "r") if self._err else None
+        self.stderr = self._open(self._err, "r")
 
     def __enter__(self) -> Self:
         return self
@@ -129,7 +132,8 @@ class GuestProcess:
         """
         if self.returncode is None:
             try:
-                result = self._exit.wait(timeout)
+                with self._explained():
+                    result = self._exit.wait(timeout)
             except TimeoutError:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
             self.returncode = int(result["returncode"])
@@ -156,7 +160,9 @@ class GuestProcess:
         self._send_input(input)
         try:
             while streams:
-                for stream, data in read_any(streams, _left(deadline)):
+                with self._explained():
+                    came = read_any(streams, _left(deadline))
+                for stream, data in came:
                     if not data:
                         streams.remove(stream)
                     parts[stream.number] += data
@@ -166,7 +172,8 @@ class GuestProcess:
                     raise QuotaExceeded("output", MAX_OUTPUT, total)
             self.wait(_left(deadline))
         except (TimeoutError, subprocess.TimeoutExpired):
-            self.kill()
+            with contextlib.suppress(TimeoutError):  # the machine may hang as a whole
+                self.kill()
             out, err = (self._decode(bytes(part)) for part in (*parts.values(), bytearray())[:2])
             raise subprocess.TimeoutExpired(self.args, timeout or 0, out, err) from None
         values = [self._decode(bytes(part)) for part in parts.values()]
@@ -175,7 +182,8 @@ class GuestProcess:
     def send_signal(self, number: int) -> None:
         """Send a signal to it and to what it started (its process group)."""
         if self.poll() is None:
-            self._link.call("signal", timeout=_ANSWER, handle=self._handle, signal=int(number))
+            with self._explained():
+                self._link.call("signal", timeout=_ANSWER, handle=self._handle, signal=int(number))
 
     def terminate(self) -> None:
         """Send SIGTERM."""
@@ -187,24 +195,30 @@ class GuestProcess:
 
     def resize(self, rows: int, columns: int) -> None:
         """Tell its terminal a new size."""
-        self._link.call("resize", timeout=_ANSWER, handle=self._handle, size=[rows, columns])
+        with self._explained():
+            self._link.call("resize", timeout=_ANSWER, handle=self._handle, size=[rows, columns])
 
     def _send_input(self, data: str | bytes | None) -> None:
-        if self._in is None:
+        stream = self._in or (self._out if self._err is None else None)
+        if stream is None:
             return
         raw = data.encode() if isinstance(data, str) else data or b""
+        ends = self._in is not None  # a terminal's stream is its output too
         if len(raw) <= WINDOW:
-            _feed(self._in, raw)
+            _feed(stream, raw, ends=ends)
         else:  # it may have to wait until the command has read, which may wait until we have
-            threading.Thread(target=_feed, args=(self._in, raw), daemon=True).start()
+            feeder = threading.Thread(
+                target=_feed, args=(stream, raw), kwargs={"ends": ends}, name="microvm-stdin", daemon=True
+            )
+            feeder.start()
 
     def _decode(self, data: bytes) -> str | bytes:
         return data.decode(errors="replace").replace("\r\n", "\n") if self._text else data
 
-    def _open(self, stream: Stream | None, mode: str) -> IO[Any] | None:
+    def _open(self, stream: Stream | None, mode: str, *, ends: bool = True) -> IO[Any] | None:
         if stream is None:
             return None
-        raw = StreamFile(stream, mode)
+        raw = StreamFile(stream, mode, ends=ends, explained=self._explained)
         if mode == "r":
             buffered: IO[bytes] = io.BufferedReader(raw, 65536)
         else:
@@ -213,12 +227,28 @@ class GuestProcess:
 
 
 class StreamFile(io.RawIOBase):
-    """A stream of a link as an unbuffered binary file."""
+    """A stream of a link as an unbuffered binary file.
 
-    def __init__(self, stream: Stream, mode: str) -> None:
+    Args:
+        stream: The stream.
+        mode: ``r`` or ``w``.
+        ends: Whether closing a file opened for writing ends the stream's direction.
+        explained: What to read and write within.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        mode: str,
+        *,
+        ends: bool = True,
+        explained: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
         super().__init__()
         self._stream = stream
         self._mode = mode
+        self._ends = ends
+        self._explained = explained
 
     def readable(self) -> bool:
         """Whether it was opened for reading."""
@@ -230,27 +260,31 @@ class StreamFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Wait for bytes and put them into ``buffer``; 0 at the end."""
-        data = self._stream.read(len(buffer))
+        with self._explained():
+            data = self._stream.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def write(self, data: Any) -> int:
         """Send all of ``data``."""
         raw = bytes(data)
-        self._stream.write(raw)
+        with self._explained():
+            self._stream.write(raw)
         return len(raw)
 
     def close(self) -> None:
         """End the stream's direction."""
-        if not self.closed and self._mode == "w":
+        if not self.closed and self._mode == "w" and self._ends:
             self._stream.close()
         super().close()
 
 
-def _feed(stream: Stream, data: bytes) -> None:
-    with contextlib.suppress(BrokenPipeError, MachineError):  # the command need not read what it is given
+def _feed(stream: Stream, data: bytes, *, ends: bool) -> None:
+    # The command need not read what it is given; ValueError: it was discarded meanwhile.
+    with contextlib.suppress(BrokenPipeError, MachineError, ValueError):
         stream.write(data)
-    stream.close()
+    if ends:
+        stream.close()
 
 
 def _left(deadline: float | None) -> float | None:
