@@ -65,9 +65,9 @@ def probe(
     if candidate is None:
         return Verdict("tcg", obstacle)
     key = _key(candidate, build, device)
-    known = _remembered(memory).get(key)
+    known = _remembered(memory, key, candidate)
     if known is not None:
-        return Verdict(known["name"], known["reason"])
+        return known
     begin = time.monotonic()
     if boots(candidate, DEADLINE):
         verdict = Verdict(candidate, f"{candidate} boots a guest here", time.monotonic() - begin)
@@ -114,12 +114,14 @@ def _key(candidate: str, build: str, device: Path) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def _remembered(memory: Path) -> dict[str, dict[str, str]]:
+def _remembered(memory: Path, key: str, candidate: str) -> Verdict | None:
+    """Return the verdict that was remembered for ``key``; ``None`` also if the file is not as we write it."""
     try:
-        known = json.loads(memory.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
+        found = json.loads(memory.read_text())[key]
+        name, reason = found["name"], found["reason"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
+    return Verdict(name, reason) if name in (candidate, "tcg") and isinstance(reason, str) else None
 
 
 def _remember(memory: Path, key: str, verdict: Verdict) -> None:

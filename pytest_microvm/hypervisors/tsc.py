@@ -23,7 +23,7 @@ _TRIES = 50
 
 def measure_tsc_khz(cpuinfo: Path = Path("/proc/cpuinfo")) -> int | None:
     """Return the counter's rate in kHz; ``None`` where there is none that is constant, or none may run it."""
-    if platform.machine() != "x86_64" or "constant_tsc" not in cpuinfo.read_text():
+    if platform.machine() != "x86_64" or not cpuinfo.exists() or "constant_tsc" not in cpuinfo.read_text():
         return None
     try:
         page = mmap.mmap(-1, mmap.PAGESIZE, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)

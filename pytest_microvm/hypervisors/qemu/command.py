@@ -77,7 +77,13 @@ def _drive(number: int, disk: Disk) -> str:
 
 def _words(launch: Launch, accelerator: Accelerator) -> tuple[str, ...]:
     console = CONSOLES[launch.architecture]
-    words = (f"console={console}", "quiet", "panic=-1", "random.trust_cpu=on", "mitigations=off")
+    words: tuple[str, ...] = (
+        f"console={console}",
+        "quiet",
+        "panic=-1",
+        "random.trust_cpu=on",
+        "mitigations=off",
+    )
     if launch.architecture == "x86_64":
         words += ("reboot=t",)
     if accelerator.tsc_khz is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import select
 import shutil
 import subprocess
 import tempfile
@@ -144,8 +143,12 @@ def _says(process: QemuProcess, word: bytes, deadline: float) -> bool:
     console = process.sockets["console"]
     end = time.monotonic() + deadline
     heard = b""
-    while (left := end - time.monotonic()) > 0 and select.select([console], [], [], left)[0]:
-        data = console.recv(65536)
+    while (left := end - time.monotonic()) > 0:
+        console.settimeout(left)
+        try:
+            data = console.recv(65536)
+        except (TimeoutError, ConnectionResetError):
+            return False
         heard = heard[-len(word) :] + data
         if word in heard:
             return True

@@ -27,6 +27,16 @@ _CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability"
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="microvm-spawn")
 
 
+def _renew_spawner() -> None:
+    """Give a fork a thread of its own: it has none of its parent's."""
+    global _spawner  # noqa: PLW0603 - one per process
+    _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="microvm-spawn")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_spawner)
+
+
 class QemuProcess:
     """A running QEMU (a :class:`pytest_microvm.machine.Vmm`).
 
@@ -166,6 +176,6 @@ def _spawn(command: Sequence[str], fds: tuple[int, ...], stderr: IO[bytes]) -> s
         "start_new_session": True,  # a Ctrl-C of the terminal is for us; we end the machines
     }
     try:
-        return _spawner.submit(subprocess.Popen, argv, **options).result()
+        return _spawner.submit(lambda: subprocess.Popen(argv, **options)).result()
     except FileNotFoundError as error:
         raise HostError(f"{error.filename} is missing", resolution="run `make setup`") from error

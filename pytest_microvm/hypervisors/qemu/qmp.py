@@ -6,7 +6,6 @@ Source: docs/interop/qmp-spec of QEMU.
 from __future__ import annotations
 
 import json
-import select
 import socket
 import time
 from collections import deque
@@ -54,6 +53,7 @@ class Qmp:
         """
         message = json.dumps({"execute": command, "arguments": arguments or {}}).encode() + b"\n"
         try:
+            self._sock.settimeout(self._timeout)
             if fd is None:
                 self._sock.sendall(message)
             else:
@@ -66,7 +66,9 @@ class Qmp:
             if "event" in answer:
                 self.events.append(answer)
             elif "error" in answer:
-                raise QmpError(f"QEMU refused {command}: {answer['error'].get('desc')}")
+                refusal = answer["error"]
+                reason = refusal.get("desc") if isinstance(refusal, dict) else refusal
+                raise QmpError(f"QEMU refused {command}: {reason}")
             else:
                 return answer.get("return")
 
@@ -104,10 +106,11 @@ class Qmp:
     def _read(self, timeout: float) -> dict[str, Any]:
         deadline = time.monotonic() + timeout
         while b"\n" not in self._buffer:
-            if not select.select([self._sock], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise QmpError(f"QEMU did not answer within {timeout:.0f} s")
             try:
+                self._sock.settimeout(max(0.0, deadline - time.monotonic()))  # 0: only what is there
                 data = self._sock.recv(65536)
+            except (TimeoutError, BlockingIOError):
+                raise QmpError(f"QEMU did not answer within {timeout:.0f} s") from None
             except OSError as error:
                 raise QmpError(f"QEMU is gone ({error})") from error
             if not data:
@@ -117,5 +120,10 @@ class Qmp:
                 raise QmpError("QEMU sent a line that is too long")
         line, _, rest = bytes(self._buffer).partition(b"\n")
         self._buffer = bytearray(rest)
-        answer = json.loads(line)
-        return answer if isinstance(answer, dict) else {}
+        try:
+            answer = json.loads(line)
+        except (ValueError, RecursionError):
+            raise QmpError(f"QEMU sent what is not JSON: {line[:100]!r}") from None
+        if not isinstance(answer, dict):
+            raise QmpError(f"QEMU sent what is not an answer: {line[:100]!r}")
+        return answer
