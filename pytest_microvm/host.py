@@ -6,6 +6,7 @@ import atexit
 import os
 import secrets
 import shutil
+import subprocess
 import threading
 import time
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pytest_microvm.errors import BootError, HostError, UsageError
 from pytest_microvm.hypervisors import Accelerator, Launch
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
 from pytest_microvm.images.store import ImageStore, cache_root
-from pytest_microvm.machine import Instance, MachineFacts, MicroVM
+from pytest_microvm.machine import BOOT_TIMEOUT, Instance, MachineFacts, MicroVM
 from pytest_microvm.spec import MachineSpec, Resources, parse_size
 from pytest_microvm.templates.budget import HostBudget, default_limits, runtime_folder
 from pytest_microvm.templates.chain import Base, Chain, Step, guest_code_archive
@@ -47,11 +48,13 @@ class KeptMachine:
         id: Its id.
         image: Its image's name.
         about: What it was used for.
+        since: When it was frozen, in seconds since 1970.
     """
 
     id: str
     image: str
     about: str
+    since: float
 
 
 class Host:
@@ -161,8 +164,9 @@ class Host:
             )
         elif not self.budget.try_take(name, base.image.name, resources.cpus, resources.memory):
             return None
-        own = self.templates.new_draft() if keepable else None
+        own: Path | None = None
         try:
+            own = self.templates.new_draft() if keepable else None
             instance = self._awake(template, base, port, name, own)
         except BaseException:
             self.release(name, own)
@@ -208,7 +212,13 @@ class Host:
             self._chain(base).keep(instance, base, facts.id, own, meta)
         finally:
             self.release(facts.id, own)
-        return KeptMachine(facts.id, facts.image, about)
+        return KeptMachine(facts.id, facts.image, about, time.time())
+
+    def kept(self) -> list[KeptMachine]:
+        """Return the machines that were kept, the newest first."""
+        found = [entry for entry in self.templates.list() if entry.kind == "kept"]
+        found.sort(key=lambda entry: -entry.created)
+        return [KeptMachine(entry.key, entry.image, entry.about, entry.created) for entry in found]
 
     def enter(self, kept: str) -> MicroVM:
         """Start a copy of a machine that was kept, as it was then.
@@ -229,12 +239,15 @@ class Host:
             raise HostError("the host budget gave no place")
         return machine
 
-    def start(self, spec: MachineSpec | None = None, *, pool: int = 0, **changes: Any) -> MicroVM:
+    def start(
+        self, spec: MachineSpec | None = None, *, pool: int = 0, keepable: bool = False, **changes: Any
+    ) -> MicroVM:
         """Start a machine; see :meth:`pytest_microvm.machine.MicroVM.start`.
 
         Args:
             spec: What it is made of.
             pool: How many more of the same kind to keep ready from now on.
+            keepable: Whether :meth:`MicroVM.keep` shall be possible; starting it then takes longer.
             **changes: Fields of the spec, as people write them.
         """
         spec = (spec or MachineSpec()).with_changes(changes, "MicroVM.start()")
@@ -242,7 +255,7 @@ class Host:
         template = self.template(base)
         machine = self._pool(template, base, spec, pool).take() if pool else None
         if machine is None:
-            machine = self._machine(template, base, spec)
+            machine = self._machine(template, base, spec, keepable=keepable)
         if machine is None:
             raise HostError("the host budget gave no place")
         return machine
@@ -290,19 +303,30 @@ class Host:
         raise AssertionError("unreachable: the last try returns or raises")
 
     def _machine(
-        self, template: Template, base: Base, spec: MachineSpec, *, wait: bool = True
+        self, template: Template, base: Base, spec: MachineSpec, *, wait: bool = True, keepable: bool = False
     ) -> MicroVM | None:
-        copied = self.copy(template, base, "agent", wait=wait)
+        copied = self.copy(template, base, "agent", wait=wait, keepable=keepable)
         if copied is None:
             return None
-        instance, facts, _own = copied
-        return MicroVM(instance, facts, timeout=spec.timeout, on_close=lambda: self.release(facts.id))
+        instance, facts, own = copied
+
+        def keep(about: str) -> None:
+            assert own is not None
+            self.keep(instance, base, facts, own, about)
+
+        return MicroVM(
+            instance,
+            facts,
+            timeout=spec.timeout,
+            on_close=lambda: self.release(facts.id, own),
+            on_keep=keep if keepable else None,
+        )
 
     def _pool(self, template: Template, base: Base, spec: MachineSpec, size: int) -> Pool[MicroVM]:
         def make() -> MicroVM | None:
             machine = self._machine(template, base, spec, wait=False)
             if machine is not None:
-                machine.run(["true"])  # what runs here first is translated here, not when it is needed
+                _warm(machine)
             return machine
 
         def new() -> Pool[MicroVM]:
@@ -316,6 +340,17 @@ class Host:
     def _chain(self, base: Base) -> Chain:
         hypervisor = self.hypervisor(base.image.architecture)
         return Chain(hypervisor, self.templates, _guest_code(), self.say)
+
+
+def _warm(machine: MicroVM) -> None:
+    """Let a machine that waits run a command: what runs first is translated here, not when it is needed."""
+    try:
+        machine.run(["true"], timeout=BOOT_TIMEOUT)
+    except BaseException as error:
+        machine.close()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise BootError(f"machine {machine.id} did not run its first command") from error
+        raise
 
 
 def _guest_code() -> bytes:

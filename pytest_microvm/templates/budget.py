@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import tempfile
+import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,14 +18,14 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from pytest_microvm.errors import BudgetExhausted, UsageError
+from pytest_microvm.errors import BudgetExhausted, HostError, UsageError
 from pytest_microvm.spec import format_size, parse_cpus, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 VARIABLE = "PYTEST_MICROVM_BUDGET"
-_PAUSE = 0.05  # another process's machine ends without a word to us, so its place is looked for again
+_PAUSE = 0.05  # seconds; another process's machine ends without a word to us: its place is looked for again
 _PATIENCE = 2.0  # seconds of waiting before it is told
 _HOPE = 10.0  # seconds in which another thread of this process may still end a machine
 
@@ -81,7 +82,9 @@ class HostBudget:
     def __init__(self, folder: Path, cpus: int, memory: int) -> None:
         self._folder = folder / "machines"
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_owner(folder)
         self._lock = FileLock(folder / "budget.lock")
+        self._released = threading.Condition()
         self.cpus = cpus
         self.memory = memory
 
@@ -118,7 +121,8 @@ class HostBudget:
             if not told and waited > _PATIENCE:
                 told = True
                 say(f"waiting: the host budget ({self}) is in use by other machines")
-            time.sleep(_PAUSE)
+            with self._released:
+                self._released.wait(_PAUSE)
 
     def try_take(self, machine: str, image: str, cpus: int, memory: int) -> bool:
         """Record a machine if it fits now; return whether it did."""
@@ -135,6 +139,8 @@ class HostBudget:
     def release(self, machine: str) -> None:
         """Strike a machine that has ended."""
         (self._folder / f"{machine}.json").unlink(missing_ok=True)
+        with self._released:
+            self._released.notify_all()
 
     def records(self) -> list[Record]:
         """Return the machines of living processes; records of dead ones are removed."""
@@ -161,6 +167,16 @@ class HostBudget:
                 f"{cpus} vCPUs and {format_size(memory)} do not fit into the host budget ({self}){holding}",
                 resolution=f"end a machine first, ask for less, or set {VARIABLE} (cpus=8,memory=16G)",
             )
+
+
+def _check_owner(folder: Path) -> None:
+    """Refuse a folder that another user made, below /tmp say, to tell us what runs here."""
+    owner = folder.stat().st_uid
+    if owner != os.getuid():
+        raise HostError(
+            f"{folder} belongs to another user (uid {owner})",
+            resolution="set XDG_RUNTIME_DIR to a folder of your own, or have it removed",
+        )
 
 
 def _started(pid: int) -> str:

@@ -7,6 +7,7 @@ frozen again. Two runs that need the same link wait for one another; a crash lea
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from pytest_microvm.process import GuestProcess, command_arguments
 from pytest_microvm.templates.files import copy_sparse, format_scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from pytest_microvm.images import Image
@@ -231,8 +232,9 @@ class Chain:
             name=name,
         )
 
-    def _alone(self, key: str, title: str) -> FileLock:
-        """Return a lock, held, that makes this process the only one that makes ``key``."""
+    @contextlib.contextmanager
+    def _alone(self, key: str, title: str) -> Iterator[None]:
+        """Make this the only process, and thread, that makes ``key``."""
         folder = self._store.folder / ".locks"
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / key)
@@ -241,7 +243,10 @@ class Chain:
         except Timeout:
             self._say(f"waiting for another run: {title}")
             lock.acquire()
-        return lock
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def guest_code_archive(files: Iterable[tuple[str, bytes]]) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -71,6 +72,9 @@ def sync(path: Path) -> None:
 
 def disk_usage(folder: Path) -> int:
     """Return the bytes that a folder's files take on the disk (holes do not count)."""
-    return sum(
-        entry.stat().st_blocks * 512 for entry in os.scandir(folder) if entry.is_file(follow_symlinks=False)
-    )
+    total = 0
+    with contextlib.suppress(FileNotFoundError):  # it is being removed
+        for entry in os.scandir(folder):
+            if entry.is_file(follow_symlinks=False):
+                total += entry.stat().st_blocks * 512
+    return total

@@ -38,6 +38,7 @@ class Pool(Generic[T]):
         self._changed = threading.Condition()
         self._wanted = size
         self._making = 0
+        self._asked = 0
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"microvm-pool-{number}", daemon=True)
@@ -51,11 +52,11 @@ class Pool(Generic[T]):
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ready or not self._making or self._closed)
+                self._asked += 1  # those who found no room may try again
+                self._changed.notify_all()
                 if not self._ready:
-                    self._changed.notify_all()  # those who found no room may try again
                     return None
                 item = self._ready.popleft()
-                self._changed.notify_all()
             if self._usable(item):
                 return item
             self._discard(item)
@@ -86,15 +87,22 @@ class Pool(Generic[T]):
                 if self._closed:
                     return
                 self._making += 1
+                asked = self._asked
             item: T | None = None
             try:
                 item = self._make()
             except MicroVMError:
                 item = None  # whoever needs one makes it himself, and hears why it fails
-            with self._changed:
-                self._making -= 1
-                if item is not None:
-                    self._ready.append(item)
-                self._changed.notify_all()
-                if item is None and not self._closed:
-                    self._changed.wait()  # no room, or no luck: until somebody takes one or asks
+            finally:  # a fault of ours ends this thread, but must not leave others waiting for it
+                with self._changed:
+                    self._making -= 1
+                    if item is not None:
+                        self._ready.append(item)
+                    self._changed.notify_all()
+            if item is None:
+                self._wait_until_asked(asked)
+
+    def _wait_until_asked(self, seen: int) -> None:
+        """Wait, after there was no room or no luck, until somebody takes one or asks for one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._asked != seen)

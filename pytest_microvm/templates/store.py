@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 from dataclasses import dataclass
@@ -22,12 +23,14 @@ from pytest_microvm.errors import HostError, UsageError
 from pytest_microvm.templates.files import disk_usage, sync
 
 if TYPE_CHECKING:
+    import builtins
     from collections.abc import Iterator
 
     from typing_extensions import Self
 
 _META = "meta.json"
 _DRAFT = ".building-"
+_REMOVED = ".removed-"
 _SPACE_LEFT = 256 * 1024**2  # bytes that must stay free on the disk when a template is begun
 
 
@@ -89,6 +92,7 @@ class StoredTemplate:
     used: float
     size: int
     in_use: bool
+    about: str = ""
 
 
 class TemplateStore:
@@ -106,17 +110,15 @@ class TemplateStore:
     def open(self, key: str) -> Template | None:
         """Return the template called ``key``, held, or ``None``; a damaged one is removed."""
         folder = self.folder / key
-        try:
-            lock = os.open(folder / _META, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
+        lock = _hold(folder / _META)
+        if lock is None:
             return None
-        fcntl.flock(lock, fcntl.LOCK_SH)
         meta = _read_meta(folder)
         if meta is None:
             os.close(lock)
-            shutil.rmtree(folder, ignore_errors=True)
+            _discard(folder)
             return None
-        os.utime(folder / _META)  # the time of use, for "least recently used"
+        os.utime(lock)  # the time of use, for "least recently used"
         return Template(key, folder, meta, lock)
 
     @contextlib.contextmanager
@@ -146,7 +148,7 @@ class TemplateStore:
                 f"only {free // 1024**2} MiB are free where the cache is ({self.folder})",
                 resolution="free some disk, run `pytest-microvm template prune`, or set PYTEST_MICROVM_CACHE",
             )
-        folder = self.folder / f"{_DRAFT}{os.getpid()}-{time.monotonic_ns()}"
+        folder = _private(self.folder, _DRAFT)
         folder.mkdir(mode=0o700)
         return folder
 
@@ -160,19 +162,21 @@ class TemplateStore:
         (draft / _META).write_text(json.dumps(meta, indent=1))
         sync(draft / _META)
         sync(draft)
-        with contextlib.suppress(OSError):  # somebody else published the same: theirs is as good
-            draft.rename(self.folder / key)
+        target = self.folder / key
+        if _read_meta(target) is None:  # else somebody published the same: theirs is as good
+            _discard(target)
+            draft.rename(target)
         sync(self.folder)
         self.shrink(keep=key)
 
-    def list(self) -> list[StoredTemplate]:
+    def list(self) -> builtins.list[StoredTemplate]:
         """Return all templates, the most recently used first."""
         found = []
         for folder in self._folders():
             meta = _read_meta(folder)
             if meta is None:
                 continue
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, KeyError):
                 found.append(
                     StoredTemplate(
                         folder.name,
@@ -182,17 +186,18 @@ class TemplateStore:
                         (folder / _META).stat().st_mtime,
                         disk_usage(folder),
                         _in_use(folder),
+                        str(meta.get("about", "")),
                     )
                 )
         return sorted(found, key=lambda entry: -entry.used)
 
-    def remove(self, prefix: str) -> list[str]:
+    def remove(self, prefix: str) -> builtins.list[str]:
         """Remove the templates whose key begins with ``prefix``; return their keys.
 
         Raises:
             UsageError: There is none, or it is in use.
         """
-        matching = [folder for folder in self._folders() if folder.name.startswith(prefix)]
+        matching = [folder for folder in self._folders() if prefix and folder.name.startswith(prefix)]
         if not matching:
             raise UsageError(
                 f"there is no template {prefix!r}", resolution="see `pytest-microvm template list`"
@@ -205,7 +210,12 @@ class TemplateStore:
     def prune(self) -> int:
         """Remove every template that is not in use; return the bytes that became free."""
         self._sweep()
-        return sum(size for folder in self._folders() if (size := disk_usage(folder)) and _remove(folder))
+        freed = 0
+        for folder in self._folders():
+            size = disk_usage(folder)
+            if _remove(folder):
+                freed += size
+        return freed
 
     def shrink(self, keep: str = "") -> None:
         """Remove the least recently used until all together fit the cap."""
@@ -217,17 +227,17 @@ class TemplateStore:
             if entry.key != keep and _remove(self.folder / entry.key):
                 total -= entry.size
 
-    def _folders(self) -> list[Path]:
+    def _folders(self) -> builtins.list[Path]:
         if not self.folder.is_dir():
             return []
         return [path for path in self.folder.iterdir() if not path.name.startswith(".") and path.is_dir()]
 
     def _sweep(self) -> None:
-        """Remove drafts whose process has ended without tidying up (it was killed)."""
-        for draft in self.folder.glob(_DRAFT + "*"):
-            pid = draft.name.removeprefix(_DRAFT).partition("-")[0]
+        """Remove what processes left behind that ended without tidying up (they were killed)."""
+        for left in (*self.folder.glob(_DRAFT + "*"), *self.folder.glob(_REMOVED + "*")):
+            pid = left.name.split("-")[1]
             if not Path(f"/proc/{pid}").exists():
-                shutil.rmtree(draft, ignore_errors=True)
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _read_meta(folder: Path) -> dict[str, Any] | None:
@@ -241,6 +251,33 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return meta if state == meta["state_sha256"] else None
+
+
+def _hold(meta: Path) -> int | None:
+    """Return a descriptor that holds the template ``meta`` belongs to; ``None`` if there is none."""
+    while True:
+        try:
+            lock = os.open(meta, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), meta.stat()):
+                return lock
+        os.close(lock)  # while we waited it was removed, and perhaps made anew
+
+
+def _private(folder: Path, prefix: str) -> Path:
+    """Return a new name in ``folder`` that is this process's until it ends."""
+    return folder / f"{prefix}{os.getpid()}-{secrets.token_hex(6)}"
+
+
+def _discard(folder: Path) -> None:
+    """Take a folder away in one step, so that nobody meets half of it, then remove it."""
+    gone = _private(folder.parent, _REMOVED)
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _in_use(folder: Path) -> bool:
@@ -257,11 +294,9 @@ def _remove(folder: Path) -> bool:
     try:
         with (folder / _META).open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            gone = folder.with_name(f".removed-{folder.name}")
-            folder.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            _discard(folder)
     except BlockingIOError:
         return False
-    except FileNotFoundError:  # somebody else was quicker
-        return True
+    except FileNotFoundError:  # somebody else was quicker, or it is no template at all
+        _discard(folder)
     return True
