@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pytest_microvm.link import Link
+from pytest_microvm.machine import MachineFacts, Usage
 
-ISOLATIONS = ("test", "class", "module", "session")
 Progress = Callable[[str], None]
 
 
@@ -80,26 +80,12 @@ class BackendFacts:
     image_digest: str
 
 
-@dataclass(frozen=True)
-class MachineFacts:
-    """One machine: ``ready_seconds`` from asking for it to its first answer, ``memory`` in bytes."""
+class Kept(Protocol):
+    """A machine that was kept for a person to enter."""
 
-    id: str
-    image: str
-    image_digest: str
-    accelerator: str
-    accelerator_reason: str
-    ready_seconds: float
-    cpus: int
-    memory: int
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What the host saw a machine use: bytes of memory at most, seconds of CPU time; ``None``: unknown."""
-
-    peak_memory_bytes: int | None = None
-    cpu_seconds: float | None = None
+    @property
+    def id(self) -> str:
+        """What to enter it by."""
 
 
 class RunnerMachine(Protocol):
@@ -118,6 +104,12 @@ class RunnerMachine(Protocol):
 
     def usage(self) -> Usage:
         """Return what it has used so far."""
+
+    def end_reason(self) -> str:
+        """Return why it ended by itself, as far as the host knows."""
+
+    def keep(self, about: str) -> Kept | None:
+        """Keep it for a person instead of ending it; ``None`` if that is not wanted or not possible."""
 
     def kill(self) -> None:
         """End it; a second call does nothing."""

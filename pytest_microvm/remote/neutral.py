@@ -32,6 +32,7 @@ _ACTING = ("timeout", "pytest_timeout", "pytest_cov")
 def neutralise(config: pytest.Config) -> None:
     """Replace the values pytest would act on, and leave nothing of the project on ``sys.path``."""
     known = config._parser._inidict  # noqa: SLF001
+    tell_imports_for_filters(config)
     paths = [os.fspath(path) for path in config.getini("pythonpath")] if "pythonpath" in known else []
     for key, value in _NEUTRAL.items():
         config._inicache[key] = value  # noqa: SLF001 - the one place all readers ask
@@ -51,6 +52,26 @@ def in_project(path: str, roots: list[Path]) -> bool:
         return False
     installed = {*sysconfig.get_paths().values(), sys.prefix, sys.base_prefix}
     return not any(absolute.is_relative_to(Path(folder).resolve()) for folder in installed)
+
+
+def tell_imports_for_filters(config: pytest.Config) -> None:
+    """Warn if pytest has imported a module of the project to find a warning's category.
+
+    pytest 9.2 reads the filters before any plug-in is loaded, so this cannot be prevented here.
+    """
+    roots = [config.rootpath, config.invocation_params.dir]
+    for words in config.getini("filterwarnings"):
+        category = [*words.split(":"), "", "", ""][2].strip()
+        name = category.rpartition(".")[0]
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if name and file and in_project(file, roots):
+            config.issue_config_time_warning(
+                pytest.PytestWarning(
+                    f"pytest has imported {name} on the host, outside any machine, because filterwarnings "
+                    f"names it; give this filter to the machine alone: --microvm-args='-W {words}'"
+                ),
+                stacklevel=2,
+            )
 
 
 def forget_failed_filters(config: pytest.Config) -> None:

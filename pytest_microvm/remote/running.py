@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from pytest_microvm.errors import MachineCrashed, MachineError, QuotaExceeded
-from pytest_microvm.remote.backend import Backend, Lease, MachineFacts, RunOptions, Usage
+from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded
+from pytest_microvm.machine import MachineFacts, Usage
+from pytest_microvm.remote.backend import Backend, Lease, RunnerMachine, RunOptions
 from pytest_microvm.remote.checks import line, text, violation
 from pytest_microvm.remote.collected import GuestExit, GuestWarning, parse_exit, parse_warning
 from pytest_microvm.remote.leases import ATTEMPTS, Leases
@@ -55,7 +56,7 @@ class TestRunner:
 
     def run(self, item: Any, nextitem: Any) -> Ran:
         """Run ``item``; whatever goes wrong becomes its outcome."""
-        failure: MachineError | None = None
+        failure: MicroVMError | None = None
         for _attempt in range(ATTEMPTS):
             try:
                 lease = self._leases.take(item)
@@ -66,6 +67,9 @@ class TestRunner:
                 failure = error
                 self.release()
                 continue
+            except MicroVMError as error:  # this computer cannot: another attempt would not help
+                failure = error
+                break
             return self._run_in(lease, records, item, following is not None)
         assert failure is not None
         return Ran([*_failed(item, "setup", f"infra: {failure}", properties(None, None, "infra"))])
@@ -82,15 +86,27 @@ class TestRunner:
             usage = lease.machine.usage()
             ran = _read(item, received, facts, usage)
         except MachineError as error:
-            tail = lease.machine.console_tail()
+            reports = _machine_failed(item, error, lease.machine, facts)
+            self._keep(lease, item, reports)
             self._leases.discard(lease)
-            return Ran(_machine_failed(item, error, tail, facts, lease.machine.usage()))
+            return Ran(reports)
         except BaseException:  # Ctrl-C: nobody waits for this machine any more
             self._leases.discard(lease)
             raise
+        if any(report.failed for report in ran.reports):
+            self._keep(lease, item, ran.reports)
         if self._options.isolation == "test" or not again:
             self._end(lease)
         return ran
+
+    def _keep(self, lease: Lease, item: Any, reports: list[pytest.TestReport]) -> None:
+        """Keep the machine of a test that failed, if that was asked for, and say how to enter it."""
+        kept = lease.machine.keep(item.nodeid)
+        if kept is not None:
+            lease.ended = True
+            for report in reports:
+                if report.failed:
+                    report.sections.append(("Machine kept", f"enter it with: pytest-microvm shell {kept.id}"))
 
     def _end(self, lease: Lease) -> None:
         if self._options.isolation == "test":
@@ -146,7 +162,7 @@ def _outcome(records: list[dict[str, Any]]) -> str:
 
 
 def _machine_failed(
-    item: Any, error: MachineError, tail: str, facts: MachineFacts, usage: Usage
+    item: Any, error: MachineError, machine: RunnerMachine, facts: MachineFacts
 ) -> list[pytest.TestReport]:
     """Return the reports of a test whose machine did not bring it to its end."""
     if isinstance(error, QuotaExceeded):
@@ -154,13 +170,13 @@ def _machine_failed(
         message = str(error)
     elif isinstance(error, MachineCrashed):
         outcome = "crashed"
-        message = f"crashed: the machine ended during the test\n  {error}"
+        message = f"crashed: the machine ended during the test\n{machine.end_reason() or error}"
     else:
         outcome = "crashed"
         message = str(error)
-    lines = tail.strip().splitlines()[-_CONSOLE_LINES:]
+    lines = machine.console_tail().strip().splitlines()[-_CONSOLE_LINES:]
     sections = (("Machine console (last lines)", "\n".join(lines)),) if lines else ()
-    return _failed(item, "call", message, properties(facts, usage, outcome), sections)
+    return _failed(item, "call", message, properties(facts, machine.usage(), outcome), sections)
 
 
 def _failed(
@@ -193,6 +209,6 @@ def properties(facts: MachineFacts | None, usage: Usage | None, outcome: str) ->
         }
     if usage is not None:
         found["microvm.peak_memory_bytes"] = usage.peak_memory_bytes
-        found["microvm.cpu_seconds"] = usage.cpu_seconds and round(usage.cpu_seconds, 3)
+        found["microvm.cpu_seconds"] = round(usage.cpu_seconds, 3)
     found["microvm.outcome"] = outcome
-    return [(name, str(value)) for name, value in found.items() if value is not None]
+    return [(name, str(value)) for name, value in found.items()]

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from pytest_microvm.link import Link
-from pytest_microvm.remote.backend import BackendFacts, MachineFacts, RunOptions, Usage
+from pytest_microvm.machine import MachineFacts, Usage
+from pytest_microvm.remote.backend import BackendFacts, RunOptions
 from pytest_microvm.remote.session import RunnerSession
 
 microvm_host_only = True
@@ -89,6 +90,7 @@ class LocalBackend:
             ready_seconds=time.monotonic() - started,
             cpus=1,
             memory=128 * 1024**2,
+            disk=1024**3,
         )
         machine = LocalMachine(link, facts, pid)
         self._machines.append(machine)
@@ -112,6 +114,12 @@ class LocalMachine:
 
     def console_tail(self):
         return "local process: no console"
+
+    def end_reason(self):
+        return ""
+
+    def keep(self, about):
+        return None
 
     def usage(self):
         return Usage(peak_memory_bytes=1024, cpu_seconds=0.5)
