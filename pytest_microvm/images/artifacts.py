@@ -26,7 +26,7 @@ from pytest_microvm.images.blobs import Blobs, canonical_json, read_json, write_
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pytest_microvm.images.squashfs import Progress
+    from pytest_microvm.images.process import Progress
 
 
 @dataclass(frozen=True)

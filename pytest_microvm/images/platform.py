@@ -22,7 +22,7 @@ from pytest_microvm.images.squashfs import run_mmdebstrap, squash_folder
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_microvm.images.squashfs import Progress
+    from pytest_microvm.images.process import Progress
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,17 @@ import shutil
 import signal
 import subprocess
 from collections import deque
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING
 
 from pytest_microvm.errors import BuildError, HostError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
+
+Progress = Callable[[str], None]
+"""Told each stage of a build as a line of text."""
 
 _TAIL_LINES = 30
 _GRACE_SECONDS = 30.0

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_microvm.images.kits import Kit
-    from pytest_microvm.images.squashfs import Progress
+    from pytest_microvm.images.process import Progress
 
 _STAGING = "microvm-build"  # at the new root during the build only
 _NOT_KEPT = "/usr/share/doc /usr/share/info /usr/share/lintian /usr/share/locale /usr/share/man"

@@ -5,16 +5,15 @@ from __future__ import annotations
 import subprocess
 import tempfile
 from collections import deque
-from collections.abc import Callable
 from typing import IO, TYPE_CHECKING
 
 from pytest_microvm.images.process import build_environment, build_error, follow, run, started
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-Progress = Callable[[str], None]
-"""Told each stage of a build as a line of text."""
+    from pytest_microvm.images.process import Progress
 
 # zstd unpacks fast under emulation, and small blocks keep a read of one small file small.
 _OPTIONS = ["-noappend", "-no-progress", "-quiet", "-comp", "zstd", "-Xcompression-level", "6"]

@@ -34,7 +34,7 @@ from pytest_microvm.images.rootfs import build_rootfs
 if TYPE_CHECKING:
     import builtins
 
-    from pytest_microvm.images.squashfs import Progress
+    from pytest_microvm.images.process import Progress
 
 BUILDER_VERSION = 2
 """Raise it when the builder's own work changes what an image holds."""
