@@ -107,6 +107,17 @@ class Host:
         """Return what runs guests of ``architecture``."""
         return Qemu(architecture, self.cache)
 
+    def accelerator(self, image: Image) -> Accelerator:
+        """Return what runs ``image`` here, tried at first use.
+
+        Raises:
+            HostError: There is no hypervisor, or what is required does not work.
+        """
+        launch = Launch(
+            image.architecture, image.kernel, image.initramfs, 1, 0, self.cache, share=False, disks=()
+        )
+        return self.hypervisor(image.architecture).accelerator(launch, self._require_accel, self.say)
+
     def base(self, spec: MachineSpec) -> Base:
         """Return what ``spec`` boots from: its image (built if missing), its resources, the accelerator.
 
@@ -123,7 +134,7 @@ class Host:
                     disk=spec.disk or image.disk_bytes,
                     environment=image.environment,
                 )
-                self._bases[spec] = Base(image, resources, self._accelerator(image))
+                self._bases[spec] = Base(image, resources, self.accelerator(image))
             return self._bases[spec]
 
     def template(self, base: Base, steps: Sequence[Step] = ()) -> Template:
@@ -232,7 +243,7 @@ class Host:
         meta = template.meta
         image = self.images.inspect(meta["image_digest"]).image
         resources = Resources(meta["cpus"], meta["memory"], meta["disk"], image.environment)
-        base = Base(image, resources, self._accelerator(image))
+        base = Base(image, resources, self.accelerator(image))
         self._held[kept] = template
         machine = self._machine(template, base, MachineSpec())
         if machine is None:
@@ -278,12 +289,6 @@ class Host:
             pool.close()
         for template in held:
             template.close()
-
-    def _accelerator(self, image: Image) -> Accelerator:
-        launch = Launch(
-            image.architecture, image.kernel, image.initramfs, 1, 0, self.cache, share=False, disks=()
-        )
-        return self.hypervisor(image.architecture).accelerator(launch, self._require_accel, self.say)
 
     def _awake(self, template: Template, base: Base, port: str, name: str, own: Path | None) -> Instance:
         identity = {"hostname": name, "machine_id": secrets.token_hex(16)}

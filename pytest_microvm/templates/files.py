@@ -49,9 +49,7 @@ def format_scratch(path: Path, size: int) -> None:
     Raises:
         HostError: mke2fs is missing or failed.
     """
-    program = shutil.which("mke2fs", path=os.environ.get("PATH", "") + ":" + _SYSTEM_FOLDERS)
-    if program is None:
-        raise HostError("mke2fs is missing", resolution="install e2fsprogs")
+    program = find_mke2fs()
     with path.open("wb") as file:
         file.truncate(size)
     command = [program, "-q", "-F", "-t", "ext4", "-O", "^has_journal,^resize_inode", "-m", "0"]
@@ -59,6 +57,18 @@ def format_scratch(path: Path, size: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise HostError("mke2fs could not format a scratch disk", details=done.stderr.strip())
+
+
+def find_mke2fs() -> str:
+    """Return mke2fs's file, also where PATH does not have the administrator's programs.
+
+    Raises:
+        HostError: It is missing.
+    """
+    program = shutil.which("mke2fs", path=os.environ.get("PATH", "") + ":" + _SYSTEM_FOLDERS)
+    if program is None:
+        raise HostError("mke2fs is missing", resolution="apt-get install e2fsprogs")
+    return program
 
 
 def sync(path: Path) -> None:
