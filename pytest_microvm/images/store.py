@@ -300,7 +300,7 @@ def _kit_key(kit: Kit) -> str:
 
 def _is_current(entry: dict[str, str]) -> bool:
     """Tell whether the kit behind a name still says what it said when the name was written."""
-    project = Path(entry["project"]) if entry["project"] else None
+    project = Path(entry["project"]) if entry.get("project") else None
     try:
         return _kit_key(load_kit(Path(entry["kit"]), project=project)) == entry["key"]
     except KitError:
