@@ -40,12 +40,13 @@ rm -f /etc/hostname /etc/hosts
 echo microvm > /etc/hostname
 printf '127.0.0.1\tlocalhost microvm\n::1\tlocalhost ip6-localhost\n' > /etc/hosts
 """
-# Runs last. Nothing else of the building computer may stay either: its resolver, the credentials in a
-# mirror's address, its apt options. .pyc files are made valid whatever the time stamps:
-# bit 1 of a hash-based .pyc's flags means "check the source" (PEP 552), and SOURCE_DATE_EPOCH has made
-# all of them hash-based.
+# Runs last, but for mmdebstrap's own cleaning. That empties /tmp, which is not to be touched here: the
+# configuration of mmdebstrap's apt is there, without which apt would clean the building computer's lists.
+# Nothing else of the building computer may stay either: its resolver, the credentials in a mirror's
+# address, its apt options. .pyc files are made valid whatever the time stamps: bit 1 of a hash-based .pyc's
+# flags means "check the source" (PEP 552), and SOURCE_DATE_EPOCH has made all of them hash-based.
 _FINISH = r"""
-rm -rf /%(staging)s /root/.cache /tmp/* /var/tmp/*
+rm -rf /%(staging)s /root/.cache /var/tmp/*
 rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/ldconfig/*
 rm -f /var/cache/debconf/*-old /var/lib/dpkg/*-old
 find /var/log -type f -delete

@@ -130,9 +130,16 @@ def _list(image):
     }
 
 
+def _package_lists():
+    folder = Path("/var/lib/apt/lists")
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*") if path.is_file()}
+
+
 def test_two_processes_at_once_build_one_image(command, cache, project):
+    lists = _package_lists()
     processes = [command("image", "build", "tiny") for _ in range(2)]
     results = [_finish(process) for process in processes]
+    assert _package_lists() == lists  # apt inside the new root must never work on this computer's own
     assert [status for status, _out, _err in results] == [0, 0]
     assert results[0][1] == results[1][1]
     said = [err for _status, _out, err in results]
