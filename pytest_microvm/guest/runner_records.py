@@ -102,7 +102,8 @@ def _value(value: Any, depth: int = 0) -> Any:
 def report_record(config: Any, report: Any) -> dict[str, Any]:
     """Return a test report as pytest's own hooks serialize it."""
     data = config.hook.pytest_report_to_serializable(config=config, report=report)
-    shown = isinstance(data.get("longrepr"), str) and hasattr(report.longrepr, "toterminal")
+    text = isinstance(data, dict) and isinstance(data.get("longrepr"), str)
+    shown = text and hasattr(report.longrepr, "toterminal")
     return {"k": "report", "data": data, "shown": shown}
 
 
