@@ -146,12 +146,13 @@ class Instance:
 
     def usage(self) -> Usage:
         """Return what the VMM's process has used (Linux's /proc); the last known figures once it ended."""
-        with contextlib.suppress(OSError, ValueError, IndexError):
+        with contextlib.suppress(OSError):  # it has ended
             fields = Path(f"/proc/{self.vmm.pid}/stat").read_text().rpartition(")")[2].split()
-            ticks = os.sysconf("SC_CLK_TCK")
             status = Path(f"/proc/{self.vmm.pid}/status").read_text()
-            peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-            self._last_usage = Usage(peak * 1024, (int(fields[11]) + int(fields[12])) / ticks)
+            peaks = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")]
+            peak = peaks[0] * 1024 if peaks else self._last_usage.peak_memory_bytes  # a zombie has none
+            seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            self._last_usage = Usage(peak, seconds)
         return self._last_usage
 
     def close(self) -> None:

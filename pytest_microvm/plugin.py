@@ -7,28 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_microvm import hookspecs
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from pytest_microvm.remote.backend import Backend, Progress, Settings
     from pytest_microvm.remote.suite import RemoteSuite
+
+pytest_plugins = ["pytest_microvm.fixtures"]
 
 _SUITE = "microvm-suite"
 
 
-class Hooks:
-    """Hooks this plug-in asks for."""
-
-    @pytest.hookspec(firstresult=True)
-    def pytest_microvm_backend(
-        self, config: pytest.Config, settings: Settings, progress: Progress
-    ) -> Backend | None:
-        """Return what runs the tests of ``pytest --microvm``; ``None`` leaves it to others."""
-
-
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     """Add our hooks."""
-    pluginmanager.add_hookspecs(Hooks)
+    pluginmanager.add_hookspecs(hookspecs)
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,7 +109,7 @@ class MachineSpec:
                 resolution=f"give at least {format_size(MIN_DISK)}",
             )
 
-    def with_changes(self, values: dict[str, Any], where: str) -> MachineSpec:
+    def with_changes(self, values: Mapping[str, Any], where: str) -> MachineSpec:
         """Return a spec with ``values`` (as people write them) put in.
 
         Args:

@@ -1,0 +1,235 @@
+"""The ``microvm`` fixtures: a machine of a test's, class's, module's or run's own, or a factory of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pytest_microvm.config import Settings
+    from pytest_microvm.host import Host
+    from pytest_microvm.machine import MicroVM
+    from pytest_microvm.spec import MachineSpec
+
+MARKER = "microvm"
+_machines = pytest.StashKey["list[tuple[str, MicroVM]]"]()  # the fixture's name, the machine
+_failed = pytest.StashKey[bool]()
+_runs = pytest.StashKey["Machines"]()
+
+
+class Machines:
+    """The machines of one pytest run's fixtures.
+
+    Args:
+        config: pytest's configuration.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        from pytest_microvm.config import load_settings  # noqa: PLC0415 - only runs that use a fixture
+        from pytest_microvm.host import Host  # noqa: PLC0415
+
+        self._config = config
+        self.settings: Settings = load_settings(config.rootpath, options(config))
+        self.host: Host = Host(
+            project=config.rootpath, require_accel=self.settings.require_accel, say=self._say
+        )
+        self.kept: list[str] = []
+
+    def spec(self, node: pytest.Item | pytest.Collector, changes: dict[str, Any]) -> MachineSpec:
+        """Return what a machine for ``node`` is made of: call, then marker, then settings.
+
+        Raises:
+            UsageError: A key is unknown or a value impossible.
+        """
+        spec = self.settings.spec
+        for marker in reversed(list(node.iter_markers(MARKER))):
+            spec = spec.with_changes(marker.kwargs, f"{node.nodeid}: @pytest.mark.microvm")
+        spec = spec.with_changes(changes, "microvm_factory()")
+        changed: MachineSpec | None = self._config.hook.pytest_microvm_spec(
+            config=self._config, spec=spec, nodeid=node.nodeid
+        )
+        return spec if changed is None else changed
+
+    def start(self, node: pytest.Item | pytest.Collector, changes: dict[str, Any]) -> MicroVM:
+        """Return a machine for ``node``, ready to be used."""
+        keepable = self.settings.keep == "failed"
+        machine = self.host.start(
+            self.spec(node, changes), pool=0 if keepable else self.settings.pool_size, keepable=keepable
+        )
+        self._config.hook.pytest_microvm_started(config=self._config, facts=machine.facts, nodeid=node.nodeid)
+        return machine
+
+    def end(self, machine: MicroVM, about: str, *, failed: bool) -> None:
+        """End a machine, or keep it if its test failed and that was asked for."""
+        if machine.closed:
+            return
+        if failed and machine.keep(about):
+            self.kept.append(f"{machine.id} ({about}): pytest-microvm shell {machine.id}")
+        else:
+            machine.close()
+        self._config.hook.pytest_microvm_stopped(
+            config=self._config, facts=machine.facts, usage=machine.usage()
+        )
+
+    def _say(self, line: str) -> None:
+        reporter: Any = self._config.pluginmanager.get_plugin("terminalreporter")
+        capture: Any = self._config.pluginmanager.get_plugin("capturemanager")
+        if reporter is None or self._config.option.verbose < 0:
+            return
+        with capture.global_and_fixture_disabled():
+            if reporter._tw.width_of_current_line:  # noqa: SLF001 - a test's name or dots stand there
+                reporter.line("")
+            reporter.write_line(f"microvm: {line}")
+
+
+def options(config: pytest.Config) -> dict[str, Any]:
+    """Return the command line's settings; ``None`` where an option was not given."""
+    keys = ("image", "cpus", "memory", "disk", "timeout", "pool", "keep", "require_accel")
+    return {key: config.getoption(f"microvm_{key}") for key in keys}
+
+
+def machines(config: pytest.Config) -> Machines:
+    """Return this run's machines, made when a fixture first needs one."""
+    if _runs not in config.stash:
+        config.stash[_runs] = Machines(config)
+    return config.stash[_runs]
+
+
+def _one(request: pytest.FixtureRequest) -> Iterator[MicroVM]:
+    with _usage_errors():
+        machine = machines(request.config).start(request.node, {})
+    _used(request.node).append((str(request.fixturename), machine))
+    yield machine
+    machines(request.config).end(machine, request.node.nodeid, failed=_has_failed(request.node))
+
+
+@pytest.fixture
+def microvm(request: pytest.FixtureRequest) -> Iterator[MicroVM]:
+    """A machine of this test's own, root included."""
+    yield from _one(request)
+
+
+@pytest.fixture(scope="class")
+def microvm_class(request: pytest.FixtureRequest) -> Iterator[MicroVM]:
+    """A machine that the tests of a class share."""
+    yield from _one(request)
+
+
+@pytest.fixture(scope="module")
+def microvm_module(request: pytest.FixtureRequest) -> Iterator[MicroVM]:
+    """A machine that the tests of a module share."""
+    yield from _one(request)
+
+
+@pytest.fixture(scope="session")
+def microvm_session(request: pytest.FixtureRequest) -> Iterator[MicroVM]:
+    """A machine that all tests of the run share."""
+    yield from _one(request)
+
+
+@pytest.fixture
+def microvm_factory(request: pytest.FixtureRequest) -> Iterator[Callable[..., MicroVM]]:
+    """Start machines: ``microvm_factory(image="base", memory="1G")``; they end with the test."""
+    made: list[MicroVM] = []
+
+    def start(**changes: Any) -> MicroVM:
+        with _usage_errors():
+            machine = machines(request.config).start(request.node, changes)
+        made.append(machine)
+        _used(request.node).append(("microvm_factory", machine))
+        return machine
+
+    yield start
+    for machine in reversed(made):
+        machines(request.config).end(machine, request.node.nodeid, failed=_has_failed(request.node))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the marker known."""
+    config.addinivalue_line(
+        "markers",
+        "microvm(image, cpus, memory, disk, timeout): what the machine of the microvm fixtures is made of.",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse a marker that cannot be used before any test runs."""
+    for item in items:
+        for marker in item.iter_markers(MARKER):
+            from pytest_microvm.spec import MachineSpec  # noqa: PLC0415 - only where the marker is used
+
+            with _usage_errors():
+                if marker.args:
+                    raise pytest.UsageError(
+                        f"{item.nodeid}: @pytest.mark.microvm takes keywords only, such as memory='1G'"
+                    )
+                MachineSpec().with_changes(marker.kwargs, f"{item.nodeid}: @pytest.mark.microvm")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """Add the machines' properties to the test, and to a failure what its machines said last."""
+    report = yield
+    wanted = getattr(item, "fixturenames", ())
+    used = [pair for node in item.listchain() for pair in node.stash.get(_machines, [])]
+    found = [machine for fixture, machine in used if fixture in wanted]
+    if not found:
+        return report
+    from pytest_microvm.junit import properties  # noqa: PLC0415 - only tests with a machine
+
+    if report.failed:
+        for node in item.listchain():
+            node.stash[_failed] = True
+        for machine in found:
+            report.sections.append((f"console of {machine.id}", machine.console_tail()))
+            report.sections.append((f"last commands in {machine.id}", "\n".join(machine.last_commands)))
+    if report.when == "call" or (report.when == "setup" and report.failed):
+        outcome = _outcome_of(report)
+        item.user_properties += properties(found[-1].facts, found[-1].usage(), outcome)
+        report.user_properties = list(item.user_properties)
+        item.config.hook.pytest_microvm_outcome(
+            config=item.config, facts=found[-1].facts, nodeid=item.nodeid, outcome=outcome
+        )
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say which machines were kept."""
+    if _runs in config.stash:
+        for line in config.stash[_runs].kept:
+            terminalreporter.write_line(f"microvm: kept {line}")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End what is left."""
+    if _runs in config.stash:
+        config.stash[_runs].host.close()
+
+
+def _used(node: Any) -> list[tuple[str, MicroVM]]:
+    found: list[tuple[str, MicroVM]] = node.stash.setdefault(_machines, [])
+    return found
+
+
+def _has_failed(node: Any) -> bool:
+    return bool(node.stash.get(_failed, False))
+
+
+def _outcome_of(report: pytest.TestReport) -> str:
+    return "crashed" if report.failed and "MachineCrashed" in str(report.longrepr) else report.outcome
+
+
+class _usage_errors:  # noqa: N801 - used like a function
+    """Turn this package's usage errors into pytest's, without their traceback."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        from pytest_microvm.errors import UsageError  # noqa: PLC0415 - the errors are loaded by then
+
+        if isinstance(error, UsageError):
+            raise pytest.UsageError(str(error)) from None
