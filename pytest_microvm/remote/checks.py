@@ -47,6 +47,13 @@ def line(value: object, what: str) -> str:
     return sanitize_line(value)
 
 
+def choice(value: object, allowed: frozenset[str], what: str) -> str:
+    """Return ``value`` if it is one of ``allowed``."""
+    if not isinstance(value, str) or value not in allowed:
+        raise violation(f"an unknown {what}")
+    return value
+
+
 def integer(value: object, what: str, low: int = 0, high: int = 2**53) -> int:
     """Return ``value`` as a whole number between ``low`` and ``high``."""
     if type(value) is not int or not low <= value <= high:

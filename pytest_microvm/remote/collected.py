@@ -166,9 +166,7 @@ def _guest(draft: _Draft, record: dict[str, Any]) -> None:
 
 
 def _node(draft: _Draft, record: dict[str, Any]) -> None:
-    kind, raw = record.get("kind"), record.get("nodeid")
-    if kind not in _KINDS:
-        raise checks.violation("a node of an unknown kind")
+    kind, raw = checks.choice(record.get("kind"), _KINDS, "kind of node"), record.get("nodeid")
     nodeid = checks.line(raw, "node id")
     if "::()" in nodeid or not isinstance(raw, str):
         raise checks.violation("a node id that pytest never makes")
@@ -178,7 +176,7 @@ def _node(draft: _Draft, record: dict[str, Any]) -> None:
     draft.nodes.append(
         Node(
             parent=parent,
-            kind=str(kind),
+            kind=kind,
             class_name=_class_name(record.get("class")),
             name=checks.line(record.get("name"), "node name"),
             nodeid=nodeid,
@@ -188,7 +186,7 @@ def _node(draft: _Draft, record: dict[str, Any]) -> None:
             extra_keywords=_names(record.get("extra"), "keyword list"),
             doc=checks.text(record.get("doc", ""), "doc string"),
             representation=checks.line(record.get("repr", ""), "node"),
-            location=_location(record["location"]) if kind == "item" else ("", None, ""),
+            location=_location(record.get("location")) if kind == "item" else ("", None, ""),
             attributes=_names(record.get("attributes", []), "attribute list"),
         )
     )
@@ -229,14 +227,11 @@ def _location(value: object) -> tuple[str, int | None, str]:
 
 
 def _collected(draft: _Draft, record: dict[str, Any]) -> None:
-    outcome = record.get("outcome")
-    if outcome not in _OUTCOMES:
-        raise checks.violation("an unknown outcome")
     report = record.get("data")
     draft.reports.append(
         CollectOutcome(
             node=checks.integer(record.get("node"), "node number"),
-            outcome=str(outcome),
+            outcome=checks.choice(record.get("outcome"), _OUTCOMES, "outcome"),
             result=_numbers(record.get("result")),
             report=None if report is None else checks.mapping(report, "collect report"),
             shown=record.get("shown") is True,

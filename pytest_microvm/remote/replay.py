@@ -35,9 +35,8 @@ def rebuild_test_report(
     record = checks.mapping(line.get("data"), "test report")
     if record.get("nodeid") != item.guest.raw_nodeid:
         raise checks.violation("a report about another test than the one it was asked for")
-    when, outcome = record.get("when"), record.get("outcome")
-    if when not in _PHASES or outcome not in _OUTCOMES:
-        raise checks.violation("a report with an unknown phase or outcome")
+    when = checks.choice(record.get("when"), _PHASES, "phase")
+    outcome = checks.choice(record.get("outcome"), _OUTCOMES, "outcome")
     clean: dict[str, Any] = {
         "$report_type": "TestReport",
         "nodeid": item.nodeid,
@@ -245,7 +244,7 @@ def _traceback(value: object) -> dict[str, Any]:
     return {
         "reprentries": [_entry(entry) for entry in entries],
         "extraline": None if extra is None else checks.text(extra, "line"),
-        "style": _style(record.get("style")),
+        "style": checks.choice(record.get("style"), _STYLES, "traceback style"),
     }
 
 
@@ -264,7 +263,7 @@ def _entry(value: object) -> dict[str, Any]:
             "reprfuncargs": None if arguments is None else {"args": _arguments(arguments)},
             "reprlocals": None if local_names is None else {"lines": _local_lines(local_names)},
             "reprfileloc": _crash(data.get("reprfileloc")),
-            "style": _style(data.get("style")),
+            "style": checks.choice(data.get("style"), _STYLES, "traceback style"),
         },
     }
 
@@ -280,9 +279,3 @@ def _local_lines(value: object) -> list[str]:
 def _arguments(value: object) -> list[tuple[str, str]]:
     pairs = _pairs(checks.mapping(value, "arguments").get("args"), "argument")
     return [(checks.line(name, "name"), checks.text(str(shown), "value")) for name, shown in pairs]
-
-
-def _style(value: object) -> str:
-    if value not in _STYLES:
-        raise checks.violation("an unknown traceback style")
-    return str(value)

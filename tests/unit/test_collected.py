@@ -1,0 +1,113 @@
+"""What a guest says it collected: good values are read, anything else is a violation."""
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_microvm.errors import ProtocolViolation
+from pytest_microvm.remote.collected import Collected, Mark
+
+GUEST = {"k": "guest", "python": "3.11", "pytest": "7.2", "header": ["a line"]}
+FILE = {
+    "k": "node",
+    "parent": 0,
+    "kind": "file",
+    "class": "Module",
+    "name": "test_a.py",
+    "nodeid": "test_a.py",
+    "path": "/p/test_a.py",
+    "marks": [],
+    "extra": [],
+}
+ITEM = {
+    "k": "node",
+    "parent": 1,
+    "kind": "item",
+    "class": "Function",
+    "name": "test_a",
+    "nodeid": "test_a.py::test_a",
+    "path": "/p/test_a.py",
+    "marks": [["slow", [1], {"level": 2}]],
+    "extra": ["word"],
+    "location": ["test_a.py", 3, "test_a"],
+    "attributes": ["own"],
+}
+SESSION = {"k": "collected", "node": 0, "outcome": "passed", "result": [1]}
+MODULE = {"k": "collected", "node": 1, "outcome": "passed", "result": [2]}
+ORDER = {"k": "items", "order": [2], "markers": ["slow: takes long"]}
+END = {"k": "end"}
+GOOD = [GUEST, FILE, ITEM, SESSION, MODULE, ORDER, END]
+
+
+def lines(*records):
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def test_a_collection_is_read():
+    collected = Collected.parse(lines(*GOOD))
+    file, item = collected.nodes
+    assert (file.kind, file.class_name, file.parent) == ("file", "Module", 0)
+    assert (item.raw_nodeid, item.location) == ("test_a.py::test_a", ("test_a.py", 3, "test_a"))
+    assert item.marks == (Mark("slow", (1,), {"level": 2}),)
+    assert collected.order == (2,)
+    assert [report.result for report in collected.reports] == [(1,), (2,)]
+    assert (collected.python, collected.pytest, collected.header) == ("3.11", "7.2", ("a line",))
+
+
+def test_text_is_made_safe():
+    item = {**ITEM, "name": "test_a[\x1b[2J]", "nodeid": "a.py::test_a[\x1b[2J\n]", "class": "no name"}
+    node = Collected.parse(lines(GUEST, FILE, item, END)).nodes[1]
+    assert (node.name, node.class_name) == (r"test_a[\x1b[2J]", "Node")
+    assert (node.nodeid, node.raw_nodeid) == (r"a.py::test_a[\x1b[2J\n]", "a.py::test_a[\x1b[2J\n]")
+
+
+def test_an_exit_ends_a_collection():
+    collected = Collected.parse(lines({"k": "exit", "code": 4, "reason": "usage", "text": "ERROR: no"}))
+    assert (collected.exit.code, collected.exit.reason, collected.exit.text) == (4, "usage", "ERROR: no")
+
+
+BAD = {
+    "not JSON": b"{\n",
+    "not an object": b"[1]\n",
+    "an unknown record": lines({"k": "pickle"}),
+    "no end": lines(GUEST, FILE),
+    "a parent that comes later": lines({**FILE, "parent": 5}, END),
+    "a child of an item": lines(FILE, ITEM, {**ITEM, "parent": 2}, END),
+    "an unknown kind": lines({**FILE, "kind": "tree"}, END),
+    "a node id pytest never makes": lines({**FILE, "nodeid": "a.py::()"}, END),
+    "an order of collectors": lines(FILE, {**ORDER, "order": [1]}, END),
+    "an order of nobody": lines(FILE, ITEM, {**ORDER, "order": [7]}, END),
+    "a result of nobody": lines(FILE, {**SESSION, "result": [9]}, END),
+    "a negative number": lines(FILE, {**SESSION, "result": [-1]}, END),
+    "true for a number": lines(FILE, {**SESSION, "node": True}, END),
+    "an unknown outcome": lines(FILE, {**SESSION, "outcome": "maybe"}, END),
+    "deep nesting": b"[" * 100_000 + b"\n",
+    "a location of two": lines(FILE, {**ITEM, "location": ["a", 1]}, END),
+    "a location without": lines(FILE, {key: value for key, value in ITEM.items() if key != "location"}, END),
+    "a marker of one": lines({**FILE, "marks": [["slow"]]}, END),
+    "an exit code of text": lines({"k": "exit", "code": "4", "reason": "usage", "text": ""}),
+}
+
+
+@pytest.mark.parametrize("data", BAD.values(), ids=BAD)
+def test_a_violation_is_one(data):
+    with pytest.raises(ProtocolViolation, match=r"the guest's pytest sent"):
+        Collected.parse(data)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.integers(0, len(GOOD) - 1), st.data())
+def test_any_value_anywhere_is_read_or_refused(index, data):
+    records = [dict(record) for record in GOOD]
+    records[index][data.draw(st.sampled_from(sorted(records[index])))] = data.draw(JSON)
+    with contextlib.suppress(ProtocolViolation):
+        Collected.parse(lines(*records))

@@ -1,0 +1,56 @@
+"""Text from a guest: what stays, what becomes visible."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pytest_microvm.remote.sanitize import sanitize, sanitize_line
+
+
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("plain\ttext\n", "plain\ttext\n"),
+        ("\x1b[1;31mred\x1b[0m\x1b[m", "\x1b[1;31mred\x1b[0m\x1b[m"),
+        ("\x1b[2J", r"\x1b[2J"),
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("a\r\nb\rc", "a\nb\\x0dc"),
+        ("\x9b31m", r"\x9b31m"),
+        ("\x00\x7f", r"\x00\x7f"),
+        ("\u202eabc\u2066", "\\u202eabc\\u2066"),
+        ("\ud800", r"\ud800"),
+        ("::error::x", r"\::error::x"),
+        ("a ::error::x", "a ::error::x"),
+        ("x\n  y ##[group]y", "x\n  y #\\#[group]y"),
+        ("##vso[task] ##teamcity[x]", r"#\#vso[task] #\#teamcity[x]"),
+        ("## [heading]", "## [heading]"),
+        ("\x1b[31m::error::x", "\x1b[31m\\::error::x"),
+        ("test.py::test", "test.py::test"),
+        ("ünï 漢字 😀", "ünï 漢字 😀"),
+    ],
+)
+def test_sanitize(text, safe):
+    assert sanitize(text) == safe
+
+
+def test_a_line_stays_one_line():
+    assert sanitize_line("a\nb\tc\x1b[31md") == r"a\nb\tc\x1b[31md"
+
+
+def test_what_is_too_long_is_cut_and_said():
+    assert sanitize("x" * 100, 10) == "x" * 10 + "\n[90 more characters were cut]"
+
+
+@given(st.text())
+def test_nothing_but_colour_can_move_the_cursor(text):
+    safe = sanitize(text)
+    without_colour = re.sub(r"\x1b\[[0-9;]*m", "", safe)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", without_colour)
+    assert not re.search(r"^\s*::|##\[", without_colour, re.MULTILINE)
+
+
+@given(st.text())
+def test_a_safe_line_has_no_control_character(text):
+    assert not re.search(r"[\x00-\x1f\x7f-\x9f\n]", sanitize_line(text))
