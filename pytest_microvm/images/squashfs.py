@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # zstd unpacks fast under emulation, and small blocks keep a read of one small file small.
 _OPTIONS = ["-noappend", "-no-progress", "-quiet", "-comp", "zstd", "-Xcompression-level", "6"]
 
+# mksquashfs does not take the root folder itself from a tar archive; it would be the builder's, mode 0777.
+_TAR_ROOT = ["-root-mode", "0755", "-root-uid", "0", "-root-gid", "0"]
+
 _STAGES = {
     "I: running apt-get update": "fetching package lists",
     "I: downloading packages": "downloading packages",
@@ -52,7 +55,7 @@ def squash_mmdebstrap(command: list[str], target: Path, *, epoch: int, progress:
     environment = build_environment(SOURCE_DATE_EPOCH=str(epoch))
     with tempfile.TemporaryFile() as messages:
         packer = started(
-            ["mksquashfs", "-", str(target), "-tar", *_OPTIONS],
+            ["mksquashfs", "-", str(target), "-tar", *_OPTIONS, *_TAR_ROOT],
             environment=environment, stdin=subprocess.PIPE, stdout=messages, stderr=messages,
         )  # fmt: skip
         with packer as packing:

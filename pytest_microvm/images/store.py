@@ -36,11 +36,12 @@ if TYPE_CHECKING:
 
     from pytest_microvm.images.process import Progress
 
-BUILDER_VERSION = 3
+BUILDER_VERSION = 1
 """Raise it when the builder's own work changes what an image holds."""
 
 _EPOCH = 1735689600  # 2025-01-01: the newest time stamp in an image, unless SOURCE_DATE_EPOCH says otherwise
 _FILES = ("kernel", "initramfs", "runtime", "rootfs")
+_NAME_KEYS = {"name", "key", "digest", "kit", "project"}
 _LEAST_DIGEST_PREFIX = 6
 
 
@@ -174,9 +175,9 @@ class ImageStore:
             Bytes freed.
         """
         with self._artifacts.publishing():
-            for path, entry in self._names():
-                if not _is_current(entry):
-                    path.unlink()
+            current = {path for path, entry in self._names() if _is_current(entry)}
+            for path in set((self._root / "names").glob("*.json")) - current:
+                path.unlink()
             freed = self._drop_unnamed()
         return freed + self._artifacts.drop_broken_off_builds()
 
@@ -261,7 +262,7 @@ class ImageStore:
 
     def _names(self) -> builtins.list[tuple[Path, dict[str, str]]]:
         paths = sorted((self._root / "names").glob("*.json"))
-        return [(path, entry) for path in paths if (entry := read_json(path)) is not None]
+        return [(path, entry) for path in paths if (entry := read_json(path)) and entry.keys() >= _NAME_KEYS]
 
     def _drop_unnamed(self) -> int:
         """Delete whatever no name leads to. The caller holds the publish lock."""

@@ -158,6 +158,7 @@ def test_what_the_kit_said_is_in_the_image(image):
     assert _read(image, "etc/greeting") == "good morning\n"
     assert _read(image, "srv/page") == "hello"
     assert _list(image)["/srv/page"] == ("-rw-r-----", "0/0")
+    assert _list(image)[""] == ("drwxr-xr-x", "0/0")  # the root folder itself
     assert image.environment == (("GREETING", "good morning"),)
     assert (image.name, image.memory_bytes, image.architecture) == (
         "tiny",
