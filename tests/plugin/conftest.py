@@ -7,12 +7,26 @@ from pathlib import Path
 
 import pytest
 
+from pytest_microvm.images.store import cache_root
+
 HERE = Path(__file__).parent
+
+
+BACKEND = os.environ.get("PYTEST_MICROVM_TEST_BACKEND", "local")
+"""``local`` (processes of this computer, no hypervisor needed) or ``machines`` (slow: real ones)."""
+
+CACHE = cache_root()  # before pytester moves HOME away
+
+only_locally = pytest.mark.skipif(
+    BACKEND != "local", reason="looks at what the guest leaves on this computer"
+)
 
 
 @pytest.fixture
 def backend():
-    """Arguments and variables that choose what runs the tests: another backend overrides this fixture."""
+    """Arguments and variables that choose what runs the tests."""
+    if BACKEND == "machines":
+        return [], {"PYTEST_MICROVM_CACHE": os.fspath(CACHE)}
     return ["-p", "local_backend"], {"PYTHONPATH": os.fspath(HERE)}
 
 

@@ -5,6 +5,8 @@ import xml.etree.ElementTree as ET
 import junitparser
 import pytest
 
+from .conftest import only_locally
+
 
 def written(project):
     """Return the JUnit report of the last run."""
@@ -88,6 +90,7 @@ def test_isolation_decides_who_shares_a_machine(project):
     assert machines == {"test": ("6", "1"), "class": ("5", "1"), "module": ("2", "5"), "session": ("1", "5")}
 
 
+@only_locally
 def test_a_session_that_ends_runs_the_projects_last_hooks(project):
     where = project.path.parent / f"{project.path.name}-finished"
     project.write(
