@@ -40,8 +40,8 @@ rm -f /etc/hostname /etc/hosts
 echo microvm > /etc/hostname
 printf '127.0.0.1\tlocalhost microvm\n::1\tlocalhost ip6-localhost\n' > /etc/hosts
 """
-# Runs last, but for mmdebstrap's own cleaning. That empties /tmp, which is not to be touched here: the
-# configuration of mmdebstrap's apt is there, without which apt would clean the building computer's lists.
+# Runs last, but for mmdebstrap's own cleaning of /tmp. That is not to be touched here: the configuration of
+# mmdebstrap's apt is in it, without which apt would work on the building computer's lists.
 # Nothing else of the building computer may stay either: its resolver, the credentials in a mirror's
 # address, its apt options. .pyc files are made valid whatever the time stamps: bit 1 of a hash-based .pyc's
 # flags means "check the source" (PEP 552), and SOURCE_DATE_EPOCH has made all of them hash-based.
@@ -54,7 +54,8 @@ for folder in %(not_kept)s; do rm -rf $folder/*; done
 rm -f /etc/apt/apt.conf.d/99mmdebstrap /etc/dpkg/dpkg.cfg.d/99mmdebstrap /etc/dpkg/dpkg.cfg.d/microvm
 rm -f /etc/passwd- /etc/group- /etc/shadow- /etc/gshadow- /etc/.pwd.lock
 rm -f /etc/resolv.conf /etc/machine-id
-mkdir -p /var/cache/apt/archives/partial /var/lib/apt/lists/partial
+mkdir -p -m 0755 /var/cache/apt/archives
+mkdir -m 0700 /var/cache/apt/archives/partial /var/lib/apt/lists/partial
 sed -i -E 's#(://)[^/ @]*@#\1#' /etc/apt/sources.list
 : > /etc/resolv.conf
 : > /etc/machine-id
@@ -104,6 +105,7 @@ def build_rootfs(folder: Path, kit: Kit, *, python: str, mode: str, epoch: int, 
         mode=mode,
         apt=apt_options(),
         hooks=[
+            "--skip=cleanup/apt",  # the setup script does it, with the same owners whoever builds
             *merged_usr_hook(kit.suite),
             f"--extract-hook={_DPKG_HOOK}",
             f"--customize-hook=tar-in {shlex.quote(str(staging))} /",
