@@ -83,7 +83,7 @@ class HostBudget:
         self._folder = folder / "machines"
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_owner(folder)
-        self._lock = FileLock(folder / "budget.lock")
+        self._lock_file = folder / "budget.lock"
         self._released = threading.Condition()
         self.cpus = cpus
         self.memory = memory
@@ -126,7 +126,7 @@ class HostBudget:
 
     def try_take(self, machine: str, image: str, cpus: int, memory: int) -> bool:
         """Record a machine if it fits now; return whether it did."""
-        with self._lock:
+        with FileLock(self._lock_file):  # a new one each time: a fork may not use its parent's
             records = self.records()
             if sum(record.cpus for record in records) + cpus > self.cpus:
                 return False

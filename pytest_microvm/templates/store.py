@@ -248,7 +248,7 @@ def _read_meta(folder: Path) -> dict[str, Any] | None:
             if (folder / name).stat().st_size != size:
                 return None
         state = hashlib.sha256((folder / "state").read_bytes()).hexdigest()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return meta if state == meta["state_sha256"] else None
 
