@@ -1,0 +1,88 @@
+"""Sparse copies and scratch disks."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+
+from pytest_microvm.errors import HostError
+from pytest_microvm.templates import files
+from pytest_microvm.templates.files import copy_sparse, disk_usage, find_mke2fs, format_scratch
+
+MIB = 1024**2
+
+
+def blocks(path):
+    return path.stat().st_blocks * 512
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        {0: b"begin", 40 * MIB: b"middle" * 1000, 99 * MIB: b"end"},
+        {50 * MIB: os.urandom(MIB)},
+        {},
+        {0: os.urandom(3 * MIB + 17)},
+    ],
+    ids=["both-ends", "middle", "nothing", "first"],
+)
+def test_a_copy_has_the_same_content_and_holes(tmp_path, pieces):
+    source, target = tmp_path / "source", tmp_path / "target"
+    with source.open("wb") as file:
+        for position, data in pieces.items():
+            file.seek(position)
+            file.write(data)
+        file.truncate(100 * MIB + 123)
+    copy_sparse(source, target)
+    assert target.stat().st_size == 100 * MIB + 123
+    assert blocks(target) <= blocks(source) + MIB
+    assert blocks(target) < 10 * MIB
+    assert subprocess.run(["cmp", source, target], check=False).returncode == 0
+
+
+def test_an_empty_file(tmp_path):
+    (tmp_path / "a").touch()
+    copy_sparse(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b""
+
+
+def test_an_older_target_is_replaced(tmp_path):
+    (tmp_path / "a").write_bytes(b"new")
+    (tmp_path / "b").write_bytes(b"older and longer")
+    copy_sparse(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"new"
+
+
+def test_disk_usage_does_not_count_holes(tmp_path):
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(500 * MIB)
+    (tmp_path / "full").write_bytes(os.urandom(MIB))
+    assert MIB <= disk_usage(tmp_path) < 2 * MIB
+    assert disk_usage(tmp_path / "missing") == 0
+
+
+@pytest.mark.parametrize("size", [16 * MIB, 2048 * MIB])
+def test_a_scratch_disk_is_sparse_and_sound(tmp_path, size):
+    path = tmp_path / "scratch"
+    format_scratch(path, size)
+    assert path.stat().st_size == size
+    assert blocks(path) < 8 * MIB
+    check = shutil.which("e2fsck", path="/usr/sbin:/sbin:" + os.environ["PATH"])
+    done = subprocess.run([check, "-fn", path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_mke2fs_is_found_without_the_administrators_path_and_missed_with_a_hint(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_mke2fs().endswith("mke2fs")
+    monkeypatch.setattr(files, "_SYSTEM_FOLDERS", str(tmp_path))
+    with pytest.raises(HostError) as caught:
+        format_scratch(tmp_path / "scratch", 16 * MIB)
+    assert "e2fsprogs" in caught.value.resolution
+
+
+def test_mke2fs_that_fails_tells_why(tmp_path):
+    with pytest.raises(HostError) as caught:
+        format_scratch(tmp_path / "scratch", 4096)
+    assert caught.value.details
