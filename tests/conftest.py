@@ -1,8 +1,19 @@
 """What all tests share: hypothesis without wall-clock deadlines, on machines of any speed."""
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("any-speed", deadline=None)
 settings.load_profile("any-speed")
 
 pytest_plugins = ["pytester"]
+
+
+@pytest.fixture(scope="session")
+def host():
+    """This computer, with the cache that its user has: images are built once, not for every test run."""
+    from pytest_microvm.host import Host  # noqa: PLC0415 - unit tests do without
+
+    computer = Host(say=print)
+    yield computer
+    computer.close()

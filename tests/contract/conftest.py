@@ -1,0 +1,88 @@
+"""Two machines behind one contract: a real VM, and the same agent as a process of this computer."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pytest_microvm.machine import Instance, MachineFacts, MicroVM
+
+AGENT = Path(__file__).with_name("local_agent.py")
+
+
+class LocalVmm:
+    """A process with the agent in it (a :class:`pytest_microvm.machine.Vmm`)."""
+
+    def __init__(self, log):
+        ours, theirs = socket.socketpair()
+        console, other = socket.socketpair()
+        self.sockets = {"agent": ours, "console": console}
+        with theirs, other, log.open("wb") as stderr:
+            self._process = subprocess.Popen(
+                [sys.executable, str(AGENT), str(theirs.fileno())], pass_fds=[theirs.fileno()], stderr=stderr
+            )
+
+    @property
+    def pid(self):
+        return self._process.pid
+
+    @property
+    def alive(self):
+        return self._process.poll() is None
+
+    def kill(self):
+        self._process.kill()
+        self._process.wait()
+
+    def end_reason(self):
+        return f"the agent's process ended with status {self._process.wait()}"
+
+
+def local_machine(folder):
+    facts = MachineFacts("local", "none", "", "none", "", 0.0, 1, 0, 0)
+    return MicroVM(Instance(LocalVmm(folder / "agent.log")), facts, timeout=120)
+
+
+@pytest.fixture(scope="module", params=["vm", "local"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def new_machine(kind, request, tmp_path_factory):
+    """Start another machine; ended with the module."""
+    made = []
+
+    def make():
+        if kind == "vm":
+            made.append(request.getfixturevalue("host").start(image="base", timeout=120))
+        else:
+            made.append(local_machine(tmp_path_factory.mktemp("agent")))
+        return made[-1]
+
+    yield make
+    for machine in made:
+        machine.close()
+
+
+@pytest.fixture(scope="module")
+def vm(new_machine):
+    """One machine for all tests of the module that leave nothing behind but files in ``place``."""
+    return new_machine()
+
+
+@pytest.fixture
+def place(vm, kind, request, tmp_path):
+    """A new folder in the machine."""
+    folder = (
+        "/tmp/" + str(os.getpid()) + request.node.name.partition("[")[0]
+        if kind == "vm"
+        else tmp_path / "place"
+    )
+    path = vm.path(str(folder))
+    path.mkdir(parents=True)
+    yield path
+    path.rmtree()
