@@ -301,9 +301,9 @@ def test_the_agent_keeps_nothing_of_commands_that_are_over(vm, kind):
                 with vm.popen(["cat"], pty=(24, 80)):
                     pass
 
-    work(50)
+    work(50 if kind == "local" else 10)
     before, pages_before = held()
-    work(200)
+    work(400 if kind == "local" else 40)  # a VM under emulation takes its time
     after, pages_after = held()
     assert after <= before
     assert (pages_after - pages_before) * 4096 < 300_000
