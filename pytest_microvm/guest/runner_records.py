@@ -12,6 +12,7 @@ from _pytest._io.saferepr import saferepr
 
 _MAX_ITEMS = 50
 _MAX_DEPTH = 4
+_MAX_OUTPUT = 4_000_000
 _DIRECTORY = getattr(pytest, "Directory", ())  # pytest 8.0
 
 
@@ -102,9 +103,18 @@ def _value(value: Any, depth: int = 0) -> Any:
 def report_record(config: Any, report: Any) -> dict[str, Any]:
     """Return a test report as pytest's own hooks serialize it."""
     data = config.hook.pytest_report_to_serializable(config=config, report=report)
+    if isinstance(data, dict) and report.sections:
+        data["sections"] = [(title, _cut(content)) for title, content in report.sections]
     text = isinstance(data, dict) and isinstance(data.get("longrepr"), str)
     shown = text and hasattr(report.longrepr, "toterminal")
     return {"k": "report", "data": data, "shown": shown}
+
+
+def _cut(text: str) -> str:
+    """Return as much of a test's output as the host shows."""
+    if len(text) <= _MAX_OUTPUT:
+        return text
+    return f"{text[:_MAX_OUTPUT]}\n[{len(text) - _MAX_OUTPUT} more characters were cut]"
 
 
 def warning_record(warning_message: Any, when: str, nodeid: str) -> dict[str, Any]:

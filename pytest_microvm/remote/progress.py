@@ -28,7 +28,8 @@ class TerminalProgress:
         if reporter is None or self._quiet:
             return
         text = "microvm: " + sanitize_line(doing)
-        if reporter.isatty():
+        terminal = reporter.isatty  # a method since pytest 9, a property before
+        if terminal() if callable(terminal) else terminal:
             reporter.rewrite(text, erase=True)
             self._wrote = True
         else:

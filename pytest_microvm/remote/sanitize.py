@@ -11,7 +11,7 @@ _UNSAFE = re.compile(
     "(" + _COLOUR + ")|([\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff])"
 )
 # GitHub takes "::" at the start of a line; it, Azure and TeamCity take "##[", "##vso[", ... anywhere.
-_COMMAND = re.compile(rf"^((?:\s|{_COLOUR})*)(::)|(#)(#(?:vso|teamcity)?\[)", re.MULTILINE)
+_COMMAND = re.compile(rf"^((?:[^\S\n]|{_COLOUR})*)(::)|(#)(#(?:vso|teamcity)?\[)", re.MULTILINE)
 
 
 def sanitize(text: str, limit: int = MAX_TEXT) -> str:

@@ -56,7 +56,8 @@ class RemoteSuite:
         if self._guest_plugins is not None:
             os.environ["PYTEST_PLUGINS"] = self._guest_plugins  # for the workers of pytest-xdist
         neutral.forget_failed_filters(self._config)
-        arity = option_arity(parser.optparser)
+        make = getattr(parser, "_getparser", None)  # before pytest 9 a parser is made when it is needed
+        arity = option_arity(make() if make else parser.optparser)
         named = [(token.value or "").strip() for token in tokens(args, arity) if token.option == "-p"]
         neutral.refuse_project_plugins(self._config, named)
         with _as_pytest_errors():

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ from pytest_microvm.remote.session import RunnerSession
 microvm_host_only = True
 HERE = Path(__file__).parent
 PACKAGE = HERE.parent.parent / "pytest_microvm"
+PYTHON_VARIABLE = "LOCAL_PYTHON"  # the guest's Python and its options, if it is another
 GUEST_VARIABLE = "LOCAL_GUEST"  # set in the runner's process alone
 
 
@@ -48,7 +50,8 @@ class LocalBackend:
         for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONPATH", "PYTEST_XDIST_WORKER"):
             environment.pop(name, None)
         with guest:
-            command = [sys.executable, HERE / "local_runner.py", folder, str(guest.fileno())]
+            python = shlex.split(os.environ.get(PYTHON_VARIABLE) or sys.executable)
+            command = [*python, HERE / "local_runner.py", folder, str(guest.fileno())]
             self._template = subprocess.Popen(
                 command,
                 pass_fds=[guest.fileno()],

@@ -195,6 +195,7 @@ def test_collection_errors(project):
     project.assert_same("test_syntax.py::test_a")
 
 
+@pytest.mark.skipif(pytest.version_tuple < (9, 0), reason="older pytest has no subtests")
 def test_unittest_subtests(project):
     """pytest 9.2 catches their letters with the test's output; here they are shown."""
     project.write(

@@ -43,6 +43,12 @@ def test_what_is_too_long_is_cut_and_said():
     assert sanitize("x" * 100, 10) == "x" * 10 + "\n[90 more characters were cut]"
 
 
+@pytest.mark.parametrize("piece", ["\n", " ", "\x1b[", "\x1b[0m", "#", ":", "\t::"])
+def test_no_text_takes_longer_than_its_length(piece):
+    """A quadratic pattern would need hours for this."""
+    assert sanitize(piece * 500_000)
+
+
 @given(st.text())
 def test_nothing_but_colour_can_move_the_cursor(text):
     safe = sanitize(text)
