@@ -101,7 +101,9 @@ class RemoteSuite:
 
     def pytest_report_collectionfinish(self) -> list[str]:
         """Say what collected, and what the project's own plug-ins have to say."""
-        return [] if self._collected is None else guest_lines(self._collected)
+        if self._collected is None or self._config.option.verbose < 0:
+            return []
+        return guest_lines(self._collected)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_setupnodes(self) -> None:
