@@ -278,6 +278,11 @@ class Host:
                 self._pools[key] = make()
             return self._pools[key]
 
+    def wait_ready(self) -> None:
+        """Wait until every pool has what it is to keep ready, or has found no room for it."""
+        for pool in list(self._pools.values()):
+            pool.wait_full()
+
     def close(self) -> None:
         """End what is ready and let templates be removed again; machines in use are their users'."""
         if os.getpid() != self._pid:
@@ -344,7 +349,7 @@ class Host:
 
     def _chain(self, base: Base) -> Chain:
         hypervisor = self.hypervisor(base.image.architecture)
-        return Chain(hypervisor, self.templates, _guest_code(), self.say)
+        return Chain(hypervisor, self.templates, guest_code(), self.say)
 
 
 def _warm(machine: MicroVM) -> None:
@@ -358,7 +363,7 @@ def _warm(machine: MicroVM) -> None:
         raise
 
 
-def _guest_code() -> bytes:
+def guest_code() -> bytes:
     """Return this package's own files for the guest as an initramfs segment."""
     files = [("pytest_microvm/__init__.py", b"")]
     for part in ("wire", "guest"):

@@ -93,15 +93,16 @@ class GuestProcess:
         if pty:
             streams["stdin"] = self._out.number  # a terminal is one stream, both ways
             request = {**request, "pty": list(pty)}
+        self._handle = self._out.number
+        starting = link.request("exec", handle=self._handle, **request, **streams)
+        self._exit = link.request("wait", handle=self._handle)  # both at once: the guest wakes up once
         try:
-            started = link.call("exec", timeout=_ANSWER, **request, **streams)
+            started = starting.wait(_ANSWER)
         except GuestError as error:
             for stream in filter(None, (self._out, self._err, self._in)):
                 link.forget(stream)
             raise _as_os_error(error, request) from None
-        self._handle = started["handle"]
         self.pid = int(started["pid"])
-        self._exit = link.request("wait", handle=self._handle)
         self.stdin = self._open(self._out, "w", ends=False) if pty else self._open(self._in, "w")
         self.stdout = self._open(self._out, "r")
         self.stderr = self._open(self._err, "r")

@@ -89,7 +89,6 @@ class Agent:
         self._inputs: dict[int, Child] = {}
         self._stalled: dict[int, tuple[int, Child]] = {}  # stream -> pipe that waits for credit
         self._leftover: dict[int, bytes] = {}  # stream -> bytes read from the pipe, not yet sent
-        self._next_handle = 1
         self._vital: set[int] = set()  # processes without which the machine is of no use
 
     def serve(self) -> None:
@@ -198,7 +197,7 @@ class Agent:
     # Children
 
     def _exec(self, body: dict[str, Any]) -> dict[str, Any]:
-        handle, self._next_handle = self._next_handle, self._next_handle + 1
+        handle = body["handle"]
         child = self._children[handle] = Child(handle, body)
         if body.get("vital"):
             self._vital.add(child.pid)

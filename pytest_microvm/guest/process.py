@@ -39,19 +39,17 @@ class Child:
         self.stdin_stream: int | None = request.get("stdin")
         self.pending_input = bytearray()
         self.input_ended = False
-        self.process = self._start(request)
-
-    @property
-    def pid(self) -> int:
-        """The process id, which is its process group too."""
-        return self.process.pid
+        self._process: subprocess.Popen[bytes] | None = None
+        self.pid = self._start(request)  # which is its process group too
 
     def reaped(self, status: int, usage: Any) -> None:
         """Take note of the end that wait4(2) told."""
         code = (
             os.waitstatus_to_exitcode(status) if hasattr(os, "waitstatus_to_exitcode") else _exit_code(status)
         )
-        self.process.returncode = self.returncode = code
+        self.returncode = code
+        if self._process is not None:
+            self._process.returncode = code  # or it would wait for the child once more
         self.usage = {
             "user_seconds": usage.ru_utime,
             "system_seconds": usage.ru_stime,
@@ -63,7 +61,7 @@ class Child:
         if self.returncode is None:
             os.killpg(self.pid, number)
 
-    def _start(self, request: dict[str, Any]) -> subprocess.Popen[bytes]:
+    def _start(self, request: dict[str, Any]) -> int:
         argv = request.get("argv") or ["/bin/sh", "-c", request["shell"]]
         user = _user(request.get("user"))
         environment = {
@@ -73,37 +71,50 @@ class Child:
             "LANG": "C.UTF-8",
             **request.get("env", {}),
         }
-        options: dict[str, Any] = {"cwd": request.get("cwd") or "/", "env": environment, "close_fds": True}
-        executable = _which(argv[0], environment["PATH"], options["cwd"])
+        cwd = request.get("cwd") or "/"
+        executable = _which(argv[0], environment["PATH"], cwd)
         demote = _demotion(user)
         if request.get("pty"):
+            options: dict[str, Any] = {"cwd": cwd, "env": environment, "close_fds": True}
             return self._start_on_terminal(argv, executable, request, options, demote)
-        if demote:
-            options["preexec_fn"] = demote
-        process = subprocess.Popen(
-            argv,
-            executable=executable,
-            stdin=subprocess.PIPE if request.get("stdin") else subprocess.DEVNULL,
-            stdout=subprocess.PIPE if request.get("stdout") else subprocess.DEVNULL,
-            stderr=_stderr_target(request),
-            start_new_session=True,
-            bufsize=0,
-            **options,
-        )
-        self._take_pipes(process, request)
-        return process
+        theirs = self._make_pipes(request)
+        try:
+            self._process = subprocess.Popen(
+                argv, executable=executable, cwd=cwd, env=environment, start_new_session=True,
+                stdin=theirs[0], stdout=theirs[1], stderr=theirs[2],
+                preexec_fn=demote,  # noqa: PLW1509 - the child only makes system calls
+            )  # fmt: skip
+        except BaseException:
+            self._close_ours()
+            raise
+        else:
+            return self._process.pid
+        finally:
+            for descriptor in set(theirs):
+                os.close(descriptor)
 
-    def _take_pipes(self, process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
-        """Own the pipes' descriptors (Popen would close them when it is collected)."""
-        for name in ("stdout", "stderr"):
-            pipe = getattr(process, name)
-            if pipe is not None:
-                self.outputs[os.dup(pipe.fileno())] = request[name]
-                pipe.close()
-        if process.stdin is not None:
-            self.stdin = os.dup(process.stdin.fileno())
+    def _make_pipes(self, request: dict[str, Any]) -> tuple[int, int, int]:
+        """Make the pipes that are wanted; return the command's ends: stdin, stdout, stderr."""
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        stdin = stdout = stderr = nothing
+        if request.get("stdin"):
+            stdin, self.stdin = os.pipe()
             os.set_blocking(self.stdin, False)
-            process.stdin.close()
+        if request.get("stdout"):
+            ours, stdout = os.pipe()
+            self.outputs[ours] = request["stdout"]
+        if request.get("stderr") == "stdout":
+            stderr = stdout
+        elif request.get("stderr"):
+            ours, stderr = os.pipe()
+            self.outputs[ours] = request["stderr"]
+        return stdin, stdout, stderr
+
+    def _close_ours(self) -> None:
+        for descriptor in [*self.outputs, *([] if self.stdin is None else [self.stdin])]:
+            os.close(descriptor)
+        self.outputs.clear()
+        self.stdin = None
 
     def _start_on_terminal(
         self,
@@ -112,7 +123,7 @@ class Child:
         request: dict[str, Any],
         options: dict[str, Any],
         demote: Callable[[], None] | None,
-    ) -> subprocess.Popen[bytes]:
+    ) -> int:
         master, slave = pty.openpty()
         set_window_size(master, request["pty"])
 
@@ -123,7 +134,7 @@ class Child:
                 demote()
 
         try:
-            process = subprocess.Popen(
+            process = self._process = subprocess.Popen(
                 argv, executable=executable, stdin=slave, stdout=slave, stderr=slave,
                 preexec_fn=take_terminal, **options,  # noqa: PLW1509 - the child only makes system calls
             )  # fmt: skip
@@ -135,7 +146,7 @@ class Child:
         os.set_blocking(master, False)
         self.outputs[master] = request["stdout"]
         self.stdin = os.dup(master)  # a number of its own, to be watched for room while the other is read
-        return process
+        return process.pid
 
 
 def set_window_size(descriptor: int, size: list[int]) -> None:
@@ -154,12 +165,6 @@ def reap() -> list[tuple[int, int, Any]]:
         if pid == 0:
             return ended
         ended.append((pid, status, usage))
-
-
-def _stderr_target(request: dict[str, Any]) -> int:
-    if request.get("stderr") == "stdout":
-        return subprocess.STDOUT
-    return subprocess.PIPE if request.get("stderr") else subprocess.DEVNULL
 
 
 def _user(name: str | int | None) -> pwd.struct_passwd | None:

@@ -63,7 +63,7 @@ class RunnerLease:
 
     def end_reason(self) -> str:
         """Return why it ended by itself."""
-        return self._instance.vmm.end_reason()
+        return self._instance.end_reason()
 
     def kill(self) -> None:
         """End it; a second call does nothing."""
@@ -201,6 +201,7 @@ class MachineBackend:
             machine.link().call(  # noqa: S604 - in the guest, and quoted
                 "exec",
                 timeout=_HELLO_TIMEOUT,
+                handle=0,
                 shell=f"exec {runner} </dev/null >/dev/console 2>&1",
                 cwd=str(plan.directory),
                 env={**dict(self._base.resources.environment), **environment},

@@ -39,6 +39,7 @@ class Pool(Generic[T]):
         self._wanted = size
         self._making = 0
         self._asked = 0
+        self._stalled = 0
         self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"microvm-pool-{number}", daemon=True)
@@ -60,6 +61,11 @@ class Pool(Generic[T]):
             if self._usable(item):
                 return item
             self._discard(item)
+
+    def wait_full(self) -> None:
+        """Wait until as many as wanted are ready, or there was no room for more."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._ready) >= self._wanted or self._stalled or self._closed)
 
     def give_up_one(self) -> bool:
         """End one that is ready, to make room; return whether there was one."""
@@ -105,4 +111,7 @@ class Pool(Generic[T]):
     def _wait_until_asked(self, seen: int) -> None:
         """Wait, after there was no room or no luck, until somebody takes one or asks for one."""
         with self._changed:
+            self._stalled += 1
+            self._changed.notify_all()
             self._changed.wait_for(lambda: self._closed or self._asked != seen)
+            self._stalled -= 1
