@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
 from pytest_microvm.errors import BootError, MachineError
-from pytest_microvm.remote.backend import Backend, Lease
+from pytest_microvm.machine import MachineFacts, Usage
+from pytest_microvm.remote.backend import Backend, Kept, Lease
 from pytest_microvm.remote.session import RunnerSession
 
 ATTEMPTS = 3
@@ -30,17 +31,29 @@ def sharing_key(item: pytest.Item, isolation: str) -> object:
     return item
 
 
+class Watcher(Protocol):
+    """Who is told of machines that come and go."""
+
+    def started(self, facts: MachineFacts, nodeid: str) -> None:
+        """A machine answers and is about to be used for the test ``nodeid``."""
+
+    def stopped(self, facts: MachineFacts, usage: Usage) -> None:
+        """A machine has been ended."""
+
+
 class Leases:
     """Hand out machines, one at a time, and take them back.
 
     Args:
         backend: Where they come from.
         isolation: How often one is new.
+        watcher: Told of each.
     """
 
-    def __init__(self, backend: Backend, isolation: str) -> None:
+    def __init__(self, backend: Backend, isolation: str, watcher: Watcher) -> None:
         self._backend = backend
         self._isolation = isolation
+        self._watcher = watcher
         self._current: Lease | None = None
 
     def take(self, item: pytest.Item) -> Lease:
@@ -54,8 +67,9 @@ class Leases:
         if lease is not None and lease.key == key and not lease.ended:
             return lease
         self.release()
-        self._current = self._start(key)
-        return self._current
+        lease = self._current = Lease(retried(self._backend.lease, BootError), key)
+        self._watcher.started(lease.machine.facts, item.nodeid)
+        return lease
 
     def next_in_same(self, lease: Lease, nextitem: pytest.Item | None) -> bool:
         """Whether ``nextitem`` will run in ``lease``'s machine as well."""
@@ -63,8 +77,20 @@ class Leases:
 
     def discard(self, lease: Lease) -> None:
         """End a machine that failed, or whose only test is done, without a word to its runner."""
-        lease.ended = True
-        lease.machine.kill()
+        if not lease.ended:
+            lease.ended = True
+            usage = lease.machine.usage()
+            lease.machine.kill()
+            self._watcher.stopped(lease.machine.facts, usage)
+
+    def keep(self, lease: Lease, about: str) -> Kept | None:
+        """Keep a machine for a person, if that was asked for; it is not used again."""
+        usage = lease.machine.usage()
+        kept = lease.machine.keep(about)
+        if kept is not None:
+            lease.ended = True
+            self._watcher.stopped(lease.machine.facts, usage)
+        return kept
 
     def release(self) -> None:
         """End the machine in use; a shared one ends its pytest session first."""
@@ -75,9 +101,6 @@ class Leases:
             with contextlib.suppress(MachineError, TimeoutError):
                 RunnerSession(lease.machine.link).finish()
         self.discard(lease)
-
-    def _start(self, key: object) -> Lease:
-        return Lease(retried(self._backend.lease, BootError), key)
 
 
 def retried(start: Callable[[], Any], error: type[Exception]) -> Any:

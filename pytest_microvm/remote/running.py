@@ -13,7 +13,7 @@ from pytest_microvm.machine import MachineFacts, Usage
 from pytest_microvm.remote.backend import Backend, Lease, RunnerMachine, RunOptions
 from pytest_microvm.remote.checks import line, text, violation
 from pytest_microvm.remote.collected import GuestExit, GuestWarning, parse_exit, parse_warning
-from pytest_microvm.remote.leases import ATTEMPTS, Leases
+from pytest_microvm.remote.leases import ATTEMPTS, Leases, Watcher
 from pytest_microvm.remote.replay import error_report, passed_report, rebuild_test_report
 from pytest_microvm.remote.session import RunnerSession
 
@@ -31,6 +31,8 @@ class Ran:
         printed: What the test wrote past pytest's capturing.
         stop: Why the project's hooks want the run to stop, if they do.
         exit: Set if the test ended the guest's session (``pytest.exit``, an interrupt).
+        facts: The machine it ran in; ``None`` if there was none.
+        outcome: ``passed``, ``failed``, ``skipped``, ``infra``, ``crashed`` or ``quota``.
     """
 
     reports: list[pytest.TestReport] = field(default_factory=list)
@@ -38,6 +40,8 @@ class Ran:
     printed: str = ""
     stop: str | None = None
     exit: GuestExit | None = None
+    facts: MachineFacts | None = None
+    outcome: str = "infra"
 
 
 class TestRunner:
@@ -46,13 +50,14 @@ class TestRunner:
     Args:
         backend: Where machines come from.
         options: Isolation and timeouts.
+        watcher: Told of machines that come and go.
     """
 
     __test__ = False
 
-    def __init__(self, backend: Backend, options: RunOptions) -> None:
+    def __init__(self, backend: Backend, options: RunOptions, watcher: Watcher) -> None:
         self._options = options
-        self._leases = Leases(backend, options.isolation)
+        self._leases = Leases(backend, options.isolation, watcher)
 
     def run(self, item: Any, nextitem: Any) -> Ran:
         """Run ``item``; whatever goes wrong becomes its outcome."""
@@ -89,7 +94,7 @@ class TestRunner:
             reports = _machine_failed(item, error, lease.machine, facts)
             self._keep(lease, item, reports)
             self._leases.discard(lease)
-            return Ran(reports)
+            return Ran(reports, facts=facts, outcome=_machine_outcome(error))
         except BaseException:  # Ctrl-C: nobody waits for this machine any more
             self._leases.discard(lease)
             raise
@@ -101,9 +106,8 @@ class TestRunner:
 
     def _keep(self, lease: Lease, item: Any, reports: list[pytest.TestReport]) -> None:
         """Keep the machine of a test that failed, if that was asked for, and say how to enter it."""
-        kept = lease.machine.keep(item.nodeid)
+        kept = self._leases.keep(lease, item.nodeid)
         if kept is not None:
-            lease.ended = True
             for report in reports:
                 if report.failed:
                     report.sections.append(("Machine kept", f"enter it with: pytest-microvm shell {kept.id}"))
@@ -128,11 +132,11 @@ def _read(item: Any, records: list[dict[str, Any]], facts: MachineFacts, usage: 
     Raises:
         ProtocolViolation: They are not what a runner sends.
     """
-    ran = Ran()
+    ran = Ran(facts=facts)
     if not records or records[-1].get("k") != "end":
         raise violation("a test's reports without an end")
-    outcome = _outcome(records)
-    ours = properties(facts, usage, outcome)
+    ran.outcome = _outcome(records)
+    ours = properties(facts, usage, ran.outcome)
     for record in records:
         kind = record.get("k")
         if kind == "report":
@@ -165,18 +169,17 @@ def _machine_failed(
     item: Any, error: MachineError, machine: RunnerMachine, facts: MachineFacts
 ) -> list[pytest.TestReport]:
     """Return the reports of a test whose machine did not bring it to its end."""
-    if isinstance(error, QuotaExceeded):
-        outcome = "quota"
-        message = str(error)
-    elif isinstance(error, MachineCrashed):
-        outcome = "crashed"
+    message = str(error)
+    if isinstance(error, MachineCrashed):
         message = f"crashed: the machine ended during the test\n{machine.end_reason() or error}"
-    else:
-        outcome = "crashed"
-        message = str(error)
     lines = machine.console_tail().strip().splitlines()[-_CONSOLE_LINES:]
     sections = (("Machine console (last lines)", "\n".join(lines)),) if lines else ()
-    return _failed(item, "call", message, properties(facts, machine.usage(), outcome), sections)
+    ours = properties(facts, machine.usage(), _machine_outcome(error))
+    return _failed(item, "call", message, ours, sections)
+
+
+def _machine_outcome(error: MachineError) -> str:
+    return "quota" if isinstance(error, QuotaExceeded) else "crashed"
 
 
 def _failed(

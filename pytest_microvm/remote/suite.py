@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pytest_microvm.errors import MicroVMError
+from pytest_microvm.machine import MachineFacts, Usage
 from pytest_microvm.remote import neutral
 from pytest_microvm.remote.arguments import option_arity, split_arguments, tokens
 from pytest_microvm.remote.backend import Backend, CollectPlan, Progress, Settings
@@ -137,6 +138,10 @@ class RemoteSuite:
         for report in ran.reports:
             hook.pytest_runtest_logreport(report=report)
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        if ran.facts is not None:
+            self._config.hook.pytest_microvm_outcome(
+                config=self._config, facts=ran.facts, nodeid=item.nodeid, outcome=ran.outcome
+            )
         for warning in ran.warnings:
             self._config.hook.pytest_warning_recorded.call_historic(
                 kwargs={
@@ -183,7 +188,7 @@ class RemoteSuite:
 
     def _make_runner(self) -> TestRunner:
         assert self._backend is not None
-        return TestRunner(self._backend, self._backend.options)
+        return TestRunner(self._backend, self._backend.options, _Hooks(self._config))
 
     def _make_plan(self, backend: Backend) -> CollectPlan:
         config, option = self._config, self._config.option
@@ -226,6 +231,21 @@ class RemoteSuite:
         if text:
             sys.stdout.write(text)
             sys.stdout.flush()
+
+
+class _Hooks:
+    """Tell our own hooks of machines that come and go."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def started(self, facts: MachineFacts, nodeid: str) -> None:
+        """A machine answers."""
+        self._config.hook.pytest_microvm_started(config=self._config, facts=facts, nodeid=nodeid)
+
+    def stopped(self, facts: MachineFacts, usage: Usage) -> None:
+        """A machine has been ended."""
+        self._config.hook.pytest_microvm_stopped(config=self._config, facts=facts, usage=usage)
 
 
 class _as_pytest_errors:  # noqa: N801 - reads as the statement it is

@@ -337,6 +337,18 @@ def test_xdist(project, options):
     assert suite.tests == 10
 
 
+@only_locally  # the watching plug-in lies beside the local backend
+def test_our_hooks_are_told(project):
+    project.write(test_it=MACHINE_ENDS)
+    result = project.microvm("-p", "watcher", "-q")
+    told = [line.split()[1:] for line in result.outlines if line.startswith("told: ")]
+    assert told == [
+        *(["started", "main-1", "test_it.py::test_before"], ["stopped", "main-1"], ["passed", "main-1"]),
+        *(["started", "main-2", "test_it.py::test_dies"], ["stopped", "main-2"], ["crashed", "main-2"]),
+        *(["started", "main-3", "test_it.py::test_after"], ["stopped", "main-3"], ["passed", "main-3"]),
+    ]
+
+
 def test_random_numbers_differ_between_machines(project):
     project.write(
         test_it="""
