@@ -144,6 +144,13 @@ class Instance:
         """Return the console's last lines, made safe to print."""
         return printable(self.console.tail().decode(errors="replace"), lines)
 
+    def end_reason(self) -> str:
+        """Return why it ended by itself, for people; the console tells a panic from a reboot."""
+        reason = self.vmm.end_reason()
+        if reason.startswith("the guest rebooted") and b"Kernel panic - not syncing" in self.console.tail():
+            return "the guest's kernel panicked"
+        return reason
+
     def usage(self) -> Usage:
         """Return what the VMM's process has used (Linux's /proc); the last known figures once it ended."""
         with contextlib.suppress(OSError):  # it has ended
@@ -426,7 +433,7 @@ class MicroVM:
         except MachineCrashed as error:
             if self.closed or error.details:
                 raise
-            reason = self.instance.vmm.end_reason()
+            reason = self.instance.end_reason()
             raise MachineCrashed(
                 f"machine {self.id} ended: {reason}",
                 details=self.console_tail(),

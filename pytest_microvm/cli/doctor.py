@@ -148,7 +148,7 @@ def _kvm(_host: Host) -> Check:
     if not KVM_DEVICE.exists():
         return Check(
             "kvm", WARN, f"there is no {KVM_DEVICE}",
-            "switch virtualisation on in the firmware or the cloud's settings; then load kvm_intel or kvm_amd",
+            "switch virtualisation on in the firmware or the cloud's setup; then load kvm_intel (kvm_amd)",
         )  # fmt: skip
     found = KVM_DEVICE.stat()
     rights = f"{KVM_DEVICE}, group {_group(found.st_gid)}, mode {found.st_mode & 0o777:04o}"

@@ -13,8 +13,8 @@ from pytest_microvm.host import CACHE_SIZE_VARIABLE, Host
 from pytest_microvm.spec import format_size
 
 _SHORT = 12
-_DESCRIPTION = """Templates are machines frozen on disk; every machine is a copy of one. They are made when needed,
-and the least recently used go when all together are larger than the cap: nothing has to be done here."""
+_DESCRIPTION = """Templates are machines frozen on disk; every machine is a copy of one. They are made when
+needed, and the least recently used go when all are larger than the cap: nothing has to be done here."""
 _EXAMPLES = f"""examples:
   pytest-microvm template list               what there is, the most recently used first
   pytest-microvm template list --json        for scripts: sizes in bytes, times in seconds since 1970

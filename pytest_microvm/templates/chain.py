@@ -271,9 +271,7 @@ def _await_hello(instance: Instance) -> None:
     except TimeoutError as error:
         raise instance.boot_error(f"no hello from the machine within {BOOT_TIMEOUT:.0f} s") from error
     except MachineCrashed as error:
-        raise instance.boot_error(
-            f"the machine ended while it booted: {instance.vmm.end_reason()}"
-        ) from error
+        raise instance.boot_error(f"the machine ended while it booted: {instance.end_reason()}") from error
 
 
 def _warm_up(instance: Instance) -> None:
