@@ -1,0 +1,128 @@
+"""Templates of real machines: made once, made anew when damaged, kept where they should be."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from pytest_microvm.host import Host
+from pytest_microvm.spec import MachineSpec
+from pytest_microvm.templates.chain import Step
+
+SPEC = MachineSpec(image="base", timeout=120)
+
+
+@pytest.fixture
+def empty_cache(host, tmp_path, monkeypatch):
+    """A cache without templates; images and the accelerator's verdict are those of the real one."""
+    host.base(SPEC)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "images").symlink_to(host.cache / "images")
+    if (host.cache / "accelerator.json").exists():
+        (cache / "accelerator.json").write_bytes((host.cache / "accelerator.json").read_bytes())
+    monkeypatch.setenv("PYTEST_MICROVM_CACHE", str(cache))
+    return cache
+
+
+def test_made_once_used_again_and_anew_when_damaged(empty_cache):
+    said = []
+
+    def start():
+        host = Host(say=said.append)
+        with host.start(SPEC) as machine:
+            assert machine.run(["echo", "up"]).stdout == "up\n"
+        host.close()
+
+    start()
+    start()
+    assert said == ["booting base"]
+    (template,) = [path for path in (empty_cache / "templates").iterdir() if not path.name.startswith(".")]
+    state = template / "state"
+    state.write_bytes(state.read_bytes()[::-1])
+    start()
+    start()
+    assert said == ["booting base"] * 2
+
+
+SCRIPT = textwrap.dedent("""
+    import sys
+    from pytest_microvm.host import Host
+    host = Host(say=lambda line: print(line, flush=True))
+    with host.start(image="base", timeout=120) as machine:
+        print(machine.run(["echo", "up"]).stdout, end="")
+    host.close()
+""")
+
+
+def test_two_runs_on_an_empty_cache_make_it_once(empty_cache):
+    runs = [
+        subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    outputs = [run.communicate()[0].splitlines() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert [output[-1] for output in outputs] == ["up", "up"]
+    assert sum(output.count("booting base") for output in outputs) == 1
+    assert len([path for path in (empty_cache / "templates").iterdir() if not path.name.startswith(".")]) == 1
+
+
+def test_two_runs_share_the_budget(host, tmp_path):
+    environment = {
+        **os.environ, "PYTEST_MICROVM_BUDGET": "cpus=1", "XDG_RUNTIME_DIR": str(tmp_path),
+        "PYTEST_MICROVM_CACHE": str(host.cache),
+    }  # fmt: skip
+    host.start(SPEC).close()
+    script = textwrap.dedent("""
+        import os, sys, time
+        from pytest_microvm.host import Host
+        host = Host()
+        for _ in range(4):
+            with host.start(image="base", timeout=120) as machine:
+                print(f"{time.monotonic()} begin {os.getpid()}", flush=True)
+                machine.run(["true"])
+                print(f"{time.monotonic()} end {os.getpid()}", flush=True)
+        host.close()
+    """)
+    runs = [
+        subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    lines = [line.split() for run in runs for line in run.communicate()[0].splitlines()]
+    assert [run.returncode for run in runs] == [0, 0]
+    happened = [(what, who) for _when, what, who in sorted(lines, key=lambda line: float(line[0]))]
+    assert len(happened) == 16
+    for (begin, first), (end, second) in zip(happened[::2], happened[1::2], strict=True):
+        assert (begin, end, first) == ("begin", "end", second)  # never two at once
+
+
+def test_a_chain_of_steps(host):
+    """Each link works on what the one before left; a copy of the last has it all."""
+
+    def write(word):
+        def work(instance):
+            link = instance.link("agent")
+            link.call("path", do="mkdir", path=f"/srv/{word}")
+            names = link.call("path", do="list", path="/srv")["names"]
+            return {"listing": ",".join(names).encode()}
+
+        return work
+
+    unique = str(os.getpid())
+    steps = [Step("prepared", (unique, "a"), write("a")), Step("workspace", (unique, "b"), write("b"))]
+    base = host.base(SPEC)
+    with host._chain(base).ensure(base, steps) as template:
+        assert template.attachment("listing") == b"a,b"
+        assert template.meta["kind"] == "workspace"
+        instance, facts, _own = host.copy(template, base, "agent")
+        try:
+            names = instance.link("agent").call("path", do="list", path="/srv")["names"]
+            assert names == ["a", "b"]
+        finally:
+            instance.close()
+            host.release(facts.id)
+        key = template.key
+        parent = template.meta["parent"]
+    for used in (key, parent):
+        host.templates.remove(used)
