@@ -84,6 +84,19 @@ def started(
                 pipe.close()
 
 
+def own_mounts() -> list[str]:
+    """Return the beginning of a command line that gives a program a mount namespace of its own.
+
+    Empty where this user may not make one; such a user cannot mount anything for all to see either, and
+    mmdebstrap makes a user namespace.
+    """
+    prefix = ["unshare", "--mount", "--propagation", "private", "--"]
+    if shutil.which("unshare") is None:
+        return []
+    probe = subprocess.run([*prefix, "true"], capture_output=True, check=False, env=build_environment())
+    return prefix if probe.returncode == 0 else []
+
+
 def follow(stream: IO[bytes], heard: Callable[[str], None]) -> deque[str]:
     """Read a program's messages to their end.
 

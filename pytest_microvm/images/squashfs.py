@@ -5,13 +5,13 @@ from __future__ import annotations
 import subprocess
 import tempfile
 from collections import deque
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from pytest_microvm.images.process import build_environment, build_error, follow, run, started
+from pytest_microvm.images.process import build_environment, build_error, follow, own_mounts, run, started
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from pytest_microvm.images.process import Progress
 
@@ -35,15 +35,21 @@ _STAGES = {
 def run_mmdebstrap(command: list[str], output: IO[bytes], *, epoch: int, progress: Progress) -> None:
     """Run mmdebstrap with its archive going to ``output``.
 
+    However it ends, its mounts end with it: they are in a mount namespace of its own. Only so is it safe to
+    delete its folder, where /proc and /sys may still be mounted from its point of view.
+
     Raises:
         BuildError: It failed.
     """
-    environment = build_environment(SOURCE_DATE_EPOCH=str(epoch))
-    with started(command, environment=environment, stdout=output, stderr=subprocess.PIPE) as process:
-        assert process.stderr is not None
-        tail = follow(process.stderr, _stages(progress))
-        if process.wait() != 0:
-            raise build_error("mmdebstrap", process.returncode, tail)
+    with tempfile.TemporaryDirectory(prefix="pytest-microvm-", ignore_cleanup_errors=True) as temporary:
+        Path(temporary).chmod(0o755)  # apt downloads as a user of its own
+        environment = build_environment(SOURCE_DATE_EPOCH=str(epoch), TMPDIR=temporary)
+        isolated = [*own_mounts(), *command]
+        with started(isolated, environment=environment, stdout=output, stderr=subprocess.PIPE) as process:
+            assert process.stderr is not None
+            tail = follow(process.stderr, _stages(progress))
+            if process.wait() != 0:
+                raise build_error("mmdebstrap", process.returncode, tail)
 
 
 def squash_mmdebstrap(command: list[str], target: Path, *, epoch: int, progress: Progress) -> None:

@@ -103,7 +103,7 @@ def _finish(process):
 
 def _is_clean(cache, temporary):
     assert list((cache / "images" / "building").glob("*")) == []
-    assert [path.name for path in temporary.iterdir() if path.name.startswith("mmdebstrap")] == []
+    assert [path for name in ("mmdebstrap*", "pytest-microvm-*") for path in temporary.glob(name)] == []
     assert str(temporary) not in Path("/proc/self/mounts").read_text()
     return True
 
