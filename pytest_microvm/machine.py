@@ -30,6 +30,7 @@ BOOT_TIMEOUT = 60.0
 """Seconds a boot may take before its machine is given up (about 3 under emulation)."""
 
 _LAST_COMMANDS = 20
+_END_LINES = 60  # of the console, where a machine ended: a kernel panic with its headline
 
 
 class Vmm(Protocol):
@@ -138,7 +139,9 @@ class Instance:
 
     def boot_error(self, brief: str) -> BootError:
         """Return an error that quotes the console."""
-        return BootError(brief, details=self.console_text(), resolution="run `pytest-microvm doctor`")
+        return BootError(
+            brief, details=self.console_text(_END_LINES), resolution="run `pytest-microvm doctor`"
+        )
 
     def console_text(self, lines: int = 30) -> str:
         """Return the console's last lines, made safe to print."""
@@ -436,7 +439,7 @@ class MicroVM:
             reason = self.instance.end_reason()
             raise MachineCrashed(
                 f"machine {self.id} ended: {reason}",
-                details=self.console_tail(),
+                details=self.console_tail(_END_LINES),
                 resolution="the console above is the machine's own; its last command is the likely cause",
             ) from error
 

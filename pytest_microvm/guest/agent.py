@@ -264,8 +264,9 @@ class Agent:
 
     def _forget_if_done(self, child: Child) -> None:
         """Drop a child that has ended, whose end the host knows, and whose pipes are read to the end."""
-        if child.returncode is not None and child.reported and not child.outputs:
-            self._children.pop(child.handle, None)
+        done = child.returncode is not None and child.reported and not child.outputs
+        if done and self._children.get(child.handle) is child:  # a new host end begins to count anew
+            del self._children[child.handle]
 
     def _watch_output(self, child: Child, descriptor: int, stream: int) -> None:
         self._selector.register(

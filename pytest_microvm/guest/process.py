@@ -108,6 +108,8 @@ class Child:
         elif request.get("stderr"):
             ours, stderr = os.pipe()
             self.outputs[ours] = request["stderr"]
+        if nothing not in (stdin, stdout, stderr):
+            os.close(nothing)
         return stdin, stdout, stderr
 
     def _close_ours(self) -> None:

@@ -8,6 +8,7 @@ holds a shared lock (flock(2)) on its ``meta.json``; removal takes the lock alon
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -162,10 +163,7 @@ class TemplateStore:
         (draft / _META).write_text(json.dumps(meta, indent=1))
         sync(draft / _META)
         sync(draft)
-        target = self.folder / key
-        if _read_meta(target) is None:  # else somebody published the same: theirs is as good
-            _discard(target)
-            draft.rename(target)
+        _publish_as(draft, self.folder / key)
         sync(self.folder)
         self.shrink(keep=key)
 
@@ -278,6 +276,21 @@ def _discard(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def _publish_as(draft: Path, target: Path) -> None:
+    """Rename ``draft`` unless somebody published the same: theirs is as good. A damaged one makes way."""
+    while True:
+        try:
+            draft.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return
+        if _read_meta(target) is not None:
+            return
+        _discard(target)
 
 
 def _in_use(folder: Path) -> bool:

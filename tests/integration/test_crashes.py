@@ -91,7 +91,7 @@ def test_a_boot_that_fails_is_tried_twice_and_shows_the_console(host, monkeypatc
     with pytest.raises(BootError, match="ended while it booted: the guest's kernel panicked") as caught:
         broken.ensure(base)
     assert said == ["booting base", "booting base again"]
-    assert "Comm: busybox" in caught.value.details
+    assert "Kernel panic" in caught.value.details
     assert host.templates.open(broken.key(base)) is None
 
 
