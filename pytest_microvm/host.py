@@ -23,7 +23,7 @@ from pytest_microvm.spec import MachineSpec, Resources, parse_size
 from pytest_microvm.templates.budget import HostBudget, default_limits, runtime_folder
 from pytest_microvm.templates.chain import Base, Chain, Step, guest_code_archive
 from pytest_microvm.templates.pool import Pool
-from pytest_microvm.templates.store import Template, TemplateStore
+from pytest_microvm.templates.store import KEPT, Template, TemplateStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -227,7 +227,7 @@ class Host:
 
     def kept(self) -> list[KeptMachine]:
         """Return the machines that were kept, the newest first."""
-        found = [entry for entry in self.templates.list() if entry.kind == "kept"]
+        found = [entry for entry in self.templates.list() if entry.kind == KEPT]
         found.sort(key=lambda entry: -entry.created)
         return [KeptMachine(entry.key, entry.image, entry.about, entry.created) for entry in found]
 
@@ -238,7 +238,7 @@ class Host:
             UsageError: There is none of that id.
         """
         template = self.templates.open(kept)
-        if template is None or template.meta.get("kind") != "kept":
+        if template is None or template.meta.get("kind") != KEPT:
             raise UsageError(f"no machine {kept!r} was kept", resolution="see `pytest-microvm ps`")
         meta = template.meta
         image = self.images.inspect(meta["image_digest"]).image

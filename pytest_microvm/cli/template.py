@@ -51,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
     prune = verbs.add_parser(
         "prune", help="remove every template that is not in use", formatter_class=raw,
-        description="Remove every template, kept machines too, that no run uses now.",
+        description="Remove every template that no run uses now; kept machines stay (`pytest-microvm rm`).",
         epilog="example:\n  pytest-microvm template prune --json",
     )  # fmt: skip
     prune.add_argument("--json", action="store_true", help="print JSON for scripts")

@@ -21,6 +21,7 @@ from pytest_microvm.images.cpio import CpioEntry, cpio_archive
 from pytest_microvm.machine import BOOT_TIMEOUT, Instance
 from pytest_microvm.process import GuestProcess, command_arguments
 from pytest_microvm.templates.files import copy_sparse, format_scratch
+from pytest_microvm.templates.store import KEPT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -157,7 +158,7 @@ class Chain:
             "memory": base.resources.memory,
             "disk": base.resources.disk,
         }
-        meta = {"kind": "kept", "image": base.image.name, "image_digest": base.image.digest, **resources}
+        meta = {"kind": KEPT, "image": base.image.name, "image_digest": base.image.digest, **resources}
         self._freeze(instance, key, own, {**meta, **facts})
 
     def _boot(self, base: Base, key: str) -> None:

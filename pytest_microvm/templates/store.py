@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+KEPT = "kept"
+"""The kind of a template that is a machine somebody kept."""
+
 _META = "meta.json"
 _DRAFT = ".building-"
 _REMOVED = ".removed-"
@@ -206,23 +209,29 @@ class TemplateStore:
         return [folder.name for folder in matching]
 
     def prune(self) -> int:
-        """Remove every template that is not in use; return the bytes that became free."""
+        """Remove every template that is not in use; return the bytes that became free.
+
+        Machines that somebody kept stay: no run can make them again.
+        """
         self._sweep()
+        kept = {entry.key for entry in self.list() if entry.kind == KEPT}
         freed = 0
         for folder in self._folders():
+            if folder.name in kept:
+                continue
             size = disk_usage(folder)
             if _remove(folder):
                 freed += size
         return freed
 
     def shrink(self, keep: str = "") -> None:
-        """Remove the least recently used until all together fit the cap."""
+        """Remove the least recently used until all together fit the cap; what somebody kept stays."""
         entries = self.list()
         total = sum(entry.size for entry in entries)
         for entry in reversed(entries):
             if total <= self.cap:
                 return
-            if entry.key != keep and _remove(self.folder / entry.key):
+            if entry.key != keep and entry.kind != KEPT and _remove(self.folder / entry.key):
                 total -= entry.size
 
     def _folders(self) -> builtins.list[Path]:

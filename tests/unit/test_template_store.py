@@ -116,6 +116,17 @@ def test_in_use_is_not_removed(store):
     assert names(store) == set()
 
 
+def test_what_somebody_kept_is_only_removed_by_name(store):
+    make(store, "vm-1", kind="kept")
+    make(store, "k1")
+    store.prune()
+    assert names(store) == {"vm-1"}
+    store.cap = 1
+    store.shrink()
+    assert names(store) == {"vm-1"}
+    assert store.remove("vm-1") == ["vm-1"]
+
+
 def test_two_may_hold_one(store):
     make(store, "k1")
     first, second = store.open("k1"), store.open("k1")
