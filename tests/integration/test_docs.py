@@ -9,10 +9,15 @@ A page has a project folder of its own, empty at first; comments before a block 
 What happens to a block depends on its language:
 
     console   lines after `$ ` are run by one bash; the lines below a command must come in its output,
-              in this order. Any number stands for any other, and `...` for any text.
+              in this order. Any number stands for any other, a digest's beginning (12 hex digits) for any
+              other, a run of spaces or of a ruler's signs for a longer or shorter one, `...` for any text.
+              A machine's id, such as vm-1a2b3c4d, stands for the id that came in its place; a later
+              block that names the page's id gets the real one.
     python    run in the project folder. Tests go to a file, and a later command runs pytest.
     toml      must be well-formed, and what is in [tool.pytest-microvm] must be known
-    yaml, json, ini, xml         must be well-formed
+    yaml      must be well-formed; what a CI job in it runs (`run`, `script`, `before_script`) must be set-up
+              (SET_UP), or stand in a console block of the page, where it is run
+    json, ini, xml               must be well-formed
     text, mermaid                is not looked at
 
 No other language is known, so nothing is left out by accident. `NOT_RUN` holds the only exceptions.
@@ -47,6 +52,10 @@ NOT_RUN = {
     r"make (setup|demo|test|unit|lint|bench)": "set-up and the whole check, which runs this test",
     r"git clone \S+( \S+)?|cd pytest-microvm": "this is the clone",
 }
+SET_UP = (
+    r"(sudo )?apt-get (update|install) .*|sudo chmod \S+ /dev/kvm"
+    r"|python3? -m (venv|pip install) .*|\. .venv/bin/activate|git clone .*|make setup"
+)
 GUARD = 1800  # seconds for one block, on a slow machine that builds images
 
 
@@ -60,7 +69,7 @@ CHECKS = {
     "json": json.loads,
     "toml": check_toml,
     "xml": xml.dom.minidom.parseString,
-    "yaml": yaml.safe_load,
+    "yaml": yaml.safe_load,  # its commands: check_jobs
     "text": str,
     "mermaid": str,
 }
@@ -109,18 +118,74 @@ def commands(text):
     return found
 
 
-def first_missing(expected, actual):
-    """Return the first of the ``expected`` lines that does not come in ``actual``, in order, or None."""
+LOOSE = re.compile(
+    r"(?P<id>\bvm-[0-9a-f]{8}\b)|(?P<digest>\b(?=[a-f]*\d)[0-9a-f]{12}\b)|(?P<number>\d+(?:\.\d+)?)"
+    r"|(?P<any>\.\.\.|…)|(?P<space> +)|(?P<ruler>={3,}|-{3,}|_{3,})"
+)
+KINDS = {"digest": "[0-9a-f]{12}", "number": r"\d+(\.\d+)?", "any": ".*", "space": r"\s+"}
+
+
+def line_pattern(line, ids):
+    """Return what a printed line must match, and the page's new ids in the order of its groups."""
+    pattern, new, end = "", [], 0
+    for found in LOOSE.finditer(line):
+        pattern += re.escape(line[end : found.start()])
+        end = found.end()
+        name = found["id"]
+        if name and name not in ids and name not in new:
+            new.append(name)
+            pattern += f"(?P<id{len(new)}>vm-[0-9a-f]{{8}})"
+        elif name:
+            pattern += ids.get(name) or f"(?P=id{new.index(name) + 1})"
+        elif found["ruler"]:
+            pattern += re.escape(found["ruler"][0]) + "+"
+        else:
+            pattern += KINDS[found.lastgroup]
+    return pattern + re.escape(line[end:]), new
+
+
+def first_missing(expected, actual, ids):
+    """Return the first of the ``expected`` lines that does not come in ``actual``, in order, or None.
+
+    ``ids`` learns which machines the page's ids stand for.
+    """
     lines = iter(actual)
-    for line in expected:
-        pattern = re.escape(line.strip()).replace(r"\.\.\.", ".*").replace("…", ".*")
-        pattern = re.sub(r"\d+(\\\.\d+)?", r"\\d+(\\.\\d+)?", pattern)
-        if not any(re.fullmatch(pattern, candidate.strip()) for candidate in lines):
+    for line in filter(str.strip, expected):
+        pattern, new = line_pattern(line.strip(), ids)
+        for candidate in lines:
+            shown = re.sub(r" \(\d+:\d\d:\d\d\)", "", candidate.strip())  # pytest: after a minute, that too
+            if match := re.fullmatch(pattern, shown):
+                ids.update({name: match[f"id{number}"] for number, name in enumerate(new, 1)})
+                break
+        else:
             return line
     return None
 
 
-def run_console(block, project):
+def job_commands(value):
+    """Yield the commands of a CI configuration's jobs, line by line."""
+    if isinstance(value, list):
+        for inner in value:
+            yield from job_commands(inner)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if key in {"run", "script", "before_script"}:
+                for text in inner if isinstance(inner, list) else [inner]:
+                    yield from filter(None, map(str.strip, text.splitlines()))
+            else:
+                yield from job_commands(inner)
+
+
+def check_jobs(block, page):
+    """Check that what a CI job runs is run by this page, or is set-up."""
+    consoles = [other.text for other in blocks(page, "") if other.language == "console"]
+    shown = {command for text in consoles for command, _output in commands(text)}
+    for command in job_commands(yaml.safe_load(block.text)):
+        known = command in shown or re.fullmatch(SET_UP, command)
+        assert known, f"{block.where}: no console block of this page runs {command!r}"
+
+
+def run_console(block, project, ids):
     """Run a console block and compare what it prints."""
     wanted = [
         (command, output)
@@ -130,13 +195,14 @@ def run_console(block, project):
     if not wanted:
         return
     script = "".join(f"{command}\nprintf '\\n%s %s\\n' '{MARK}' $?\n" for command, _ in wanted)
+    script = re.sub(r"\bvm-[0-9a-f]{8}\b", lambda found: ids.get(found[0], found[0]), script)
     done = run(["bash", "-c", script], project)
     outputs = re.split(rf"\n{MARK} (\d+)\n", done.stdout)
     statuses = [int(status) for status in outputs[1::2]]
     expected = [0] * (len(wanted) - 1) + [int(block.directives.get("exit", 0))]
     assert statuses == expected, f"{block.where}: exit statuses\n{done.stdout}"
     for (command, lines), printed in zip(wanted, outputs[::2], strict=False):
-        missing = first_missing(lines, printed.splitlines())
+        missing = first_missing(lines, printed.splitlines(), ids)
         assert missing is None, f"{block.where}: `{command}` did not print {missing!r}, but\n{printed}"
 
 
@@ -163,9 +229,10 @@ def run_page(page, name, project):
     if source:
         shutil.copytree(REPOSITORY / source[1], project, dirs_exist_ok=True)
     tests_not_run = None
+    ids = {}
     for block in blocks(page, name):
         if block.language == "console":
-            run_console(block, project)
+            run_console(block, project, ids)
             if "pytest" in block.text:
                 tests_not_run = None
             continue
@@ -174,6 +241,8 @@ def run_page(page, name, project):
         else:
             assert block.language in CHECKS, f"{block.where}: a block of language {block.language!r}"
             CHECKS[block.language](block.text)
+        if block.language == "yaml":
+            check_jobs(block, page)
         if path := block.directives.get("file"):
             project.joinpath(path).parent.mkdir(parents=True, exist_ok=True)
             project.joinpath(path).write_text(block.text)
@@ -243,6 +312,23 @@ def test_greet():
 $ python -m pytest -q -p no:cacheprovider
 1 passed in 0.01s
 ```
+
+```console
+$ echo ==== vm-00000001 of abcdef123456 is here, vm-00000001 is not there ====
+=== vm-1a2b3c4d of 0123456789ab   is here, vm-1a2b3c4d is not there ======
+```
+
+```console
+$ echo enter vm-1a2b3c4d && test vm-1a2b3c4d = vm-00000001
+enter vm-1a2b3c4d
+```
+
+```yaml
+job:
+  script:
+    - python -m pip install something
+    - python greet.py
+```
 """
 
 
@@ -266,6 +352,9 @@ def test_a_page_that_is_right(tmp_path):
         ('memory = "512M"', "memory = 512M", "newline"),
         ("```python", "```py", "language 'py'"),
         ("<!-- exit: 3 -->", "<!-- skip: tired -->", "unknown directive"),
+        ("\nenter vm-1a2b3c4d", "\nenter vm-1a2b3c4d twice", "did not print 'enter vm-1a2b3c4d twice'"),
+        ("here, vm-00000001", "here, vm-00000002", "did not print '=== vm-1a2b3c4d"),
+        ("- python greet.py", "- python other.py", "no console block of this page runs 'python other.py'"),
     ],
 )
 def test_a_page_that_is_wrong(tmp_path, right, wrong, message):

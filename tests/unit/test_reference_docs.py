@@ -1,0 +1,240 @@
+"""The reference pages name what is in the code, all of it, and nothing else."""
+
+import argparse
+import ast
+import inspect
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from _pytest.junitxml import xml_key
+
+import pytest_microvm
+from pytest_microvm import config, errors, fixtures, hookspecs, spec
+from pytest_microvm.cli import _parser
+from pytest_microvm.images import kit_keys
+from pytest_microvm.junit import properties
+from pytest_microvm.machine import MachineFacts, MicroVM, Usage
+from pytest_microvm.process import GuestProcess
+from pytest_microvm.remote.arguments import REFUSED
+from pytest_microvm.remote.backend import BackendFacts
+from pytest_microvm.remote.plan import _PASSED
+from pytest_microvm.remote.summary import add_suite_properties
+from pytest_microvm.spec import MachineSpec
+from pytest_microvm.vmpath import GuestPath
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCS = REPOSITORY / "docs"
+PACKAGE = REPOSITORY / "pytest_microvm"
+FACTS = MachineFacts("vm-1a2b3c4d", "python", "0" * 64, "tcg", "no kvm", 0.25, 1, 512 * 1024**2, 2 * 1024**3)
+NOT_DOCUMENTED = {"link", "explained"}  # of MicroVM: for this package's own modules; the page says so
+
+
+def page(name):
+    return (DOCS / "reference" / name).read_text()
+
+
+def rows(text):
+    """Return the code words of the first column of every table."""
+    first = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
+    return {word for cell in first for word in re.findall(r"`([^`]+)`", cell)}
+
+
+def section(text, title):
+    """Return what is below a heading, up to the next of its level."""
+    return re.split(r"^## ", text.split(f"\n## {title}\n", 1)[1], flags=re.MULTILINE)[0]
+
+
+def options(pytestconfig):
+    group = pytestconfig._parser.getgroup("microvm")
+    return {name for option in group.options for name in option.names()}
+
+
+# options.md
+
+
+def test_every_option(pytestconfig):
+    assert rows(section(page("options.md"), "Command line")) == options(pytestconfig)
+
+
+def test_no_page_names_an_option_that_is_not_there(pytestconfig):
+    known = options(pytestconfig)
+    for path in [REPOSITORY / "README.md", *DOCS.rglob("*.md")]:
+        named = set(re.findall(r"--microvm(?:-[a-z]+)*", path.read_text()))
+        assert named <= known, path
+
+
+def test_choices_of_options(pytestconfig):
+    text = page("options.md")
+    for option in pytestconfig._parser.getgroup("microvm").options:
+        choices = option.attrs().get("choices") or ()
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{option.names()[0]}` |"))
+        assert [choice for choice in choices if f"`{choice}`" not in row] == []
+
+
+def test_every_configuration_key():
+    assert rows(section(page("options.md"), "Configuration")) == {*config._PARSERS, *spec.PARSERS}
+
+
+def test_every_environment_variable():
+    source = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    ours = set(re.findall(r"\bPYTEST_MICROVM_[A-Z_]+\b", source))
+    text = section(page("options.md"), "Environment")
+    assert {name for name in rows(text) if name.startswith("PYTEST_")} == ours
+    assert [name for name in _PASSED if f"`{name}`" not in text] == []
+
+
+def test_every_refused_option():
+    text = page("options.md")
+    spellings = {"--funcargs", "--setuponly", "--setupshow", "--setupplan"}  # older ones of the same options
+    assert [name for name in REFUSED if name not in spellings and f"`{name}`" not in text] == []
+
+
+def test_defaults():
+    text = section(page("options.md"), "Command line")
+    settings = config.Settings()
+    for option, default in {
+        "--microvm-isolation": settings.isolation,
+        "--microvm-image": settings.spec.image,
+        "--microvm-timeout": f"{settings.spec.timeout:g}",
+        "--microvm-keep": settings.keep,
+    }.items():
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{option}` |"))
+        assert f"`{default}`" in row.split("|")[3]
+
+
+# fixture-api.md
+
+
+def methods(code, name):
+    """Return the public methods of a class, by name: arguments, result and decorators as written."""
+    found = next(
+        node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ClassDef) and node.name == name
+    )
+    return {
+        node.name: [ast.unparse(part) for part in (node.args, node.returns, *node.decorator_list)]
+        for node in found.body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    }
+
+
+@pytest.mark.parametrize("kind", [MicroVM, GuestProcess, GuestPath], ids=lambda kind: kind.__name__)
+def test_every_method_as_it_is(kind):
+    blocks = re.findall(r"```python\n(.*?)```", section(page("fixture-api.md"), kind.__name__), re.DOTALL)
+    source = methods(Path(inspect.getfile(kind)).read_text(), kind.__name__)
+    public = {name: told for name, told in source.items() if name not in NOT_DOCUMENTED}
+    assert methods(blocks[0], kind.__name__) == public
+
+
+@pytest.mark.parametrize("kind", [MicroVM, GuestProcess], ids=lambda kind: kind.__name__)
+def test_every_attribute(kind):
+    documented = re.search(r"Attributes:\n(.*)", inspect.getdoc(kind), re.DOTALL)[1]
+    names = set(re.findall(r"^    (\w+):", documented, re.MULTILINE))
+    assert names
+    assert names <= rows(section(page("fixture-api.md"), kind.__name__))
+
+
+def test_every_argument_of_run():
+    parameters = set(inspect.signature(MicroVM.run).parameters) - {"self"}
+    assert parameters <= rows(section(page("fixture-api.md"), "MicroVM"))
+
+
+@pytest.mark.parametrize("kind", [MachineSpec, MachineFacts, Usage], ids=lambda kind: kind.__name__)
+def test_every_field(kind):
+    fields = set(kind.__dataclass_fields__)
+    assert fields <= rows(section(page("fixture-api.md"), "Values"))
+
+
+def test_every_error():
+    tree = {
+        (name, kind.__mro__[1].__name__)
+        for name, kind in vars(errors).items()
+        if inspect.isclass(kind) and kind.__module__ == errors.__name__
+    }
+    lines = [line.split("|") for line in section(page("fixture-api.md"), "Errors").splitlines()]
+    told = {
+        tuple(cell.strip(" `") for cell in line[1:3]) for line in lines if len(line) > 3 and "`" in line[1]
+    }
+    assert told == tree
+
+
+def test_every_fixture():
+    names = {name for name in vars(fixtures) if re.fullmatch(r"microvm(_\w+)?", name)}
+    assert rows(section(page("fixture-api.md"), "Fixtures")) == names
+
+
+def test_every_public_name():
+    text = section(page("fixture-api.md"), "Without pytest")
+    assert [name for name in pytest_microvm.__all__ if f"`{name}`" not in text] == []
+
+
+# cli.md
+
+
+def test_every_command_and_its_options():
+    def walk(parser, words):
+        verbs = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        if not verbs:
+            yield (
+                words,
+                {name for action in parser._actions for name in action.option_strings} - {"-h", "--help"},
+            )
+        for verb, inner in (verbs[0].choices if verbs else {}).items():
+            yield from walk(inner, f"{words} {verb}".strip())
+
+    expected = dict(walk(_parser(), ""))
+    told = {}
+    for line in page("cli.md").split("\n## ")[0].splitlines():
+        if line.startswith("| `"):
+            cells = re.split(r"(?<!\\)\|", line)
+            command = " ".join(word for word in cells[1].strip(" `").split() if word.islower())
+            told[command] = set(re.findall(r"--\w+", cells[2]))
+    assert told == expected
+
+
+# kit-format.md, junit.md, hooks.md
+
+
+def test_every_kit_key():
+    assert rows(page("kit-format.md")) == set(kit_keys.CHECKS)
+
+
+def test_every_junit_property():
+    text = page("junit.md").split("\n## Outcomes\n")[0]
+    assert rows(text) == {name for name, _value in properties(FACTS, Usage(1, 1.0), "passed")}
+
+
+def test_every_property_of_the_suite():
+    found = []
+    xml = SimpleNamespace(add_global_property=lambda name, _value: found.append(name))
+    configuration = SimpleNamespace(stash=pytest.Stash())
+    configuration.stash[xml_key] = xml
+    add_suite_properties(configuration, BackendFacts("tcg", "no kvm", "python", "0" * 64), "test")
+    paragraph = next(
+        part for part in page("junit.md").split("\n\n") if part.startswith("With `--microvm` the suite")
+    )
+    assert set(re.findall(r"`(microvm\.\w+)`", paragraph)) == set(found)
+
+
+def test_every_hook_and_its_arguments():
+    hooks = {
+        f"{name}({', '.join(inspect.signature(hook).parameters)})"
+        for name, hook in vars(hookspecs).items()
+        if name.startswith("pytest_microvm_")
+    }
+    assert rows(page("hooks.md")) == hooks
+
+
+# Every page
+
+
+def test_every_page_is_in_the_index():
+    index = (DOCS / "index.md").read_text()
+    pages = [path.relative_to(DOCS) for path in DOCS.rglob("*.md") if path.parent.name != "adr"]
+    assert [str(path) for path in pages if path.name != "index.md" and f"({path})" not in index] == []
+
+
+def test_every_decision_is_listed():
+    listed = (DOCS / "adr" / "README.md").read_text()
+    assert [path.name for path in DOCS.glob("adr/0*.md") if f"({path.name})" not in listed] == []
