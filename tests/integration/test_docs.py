@@ -27,6 +27,7 @@ import configparser
 import json
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
@@ -257,7 +258,7 @@ def run_page(page, name, project):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_page(path, tmp_path):
-    project = tmp_path / "project"
+    project = tmp_path / f"project-{secrets.token_hex(4)}"  # a new place: no template of an earlier run fits
     project.mkdir()
     run_page(path.read_text(), path.relative_to(REPOSITORY), project)
 
