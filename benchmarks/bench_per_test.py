@@ -1,7 +1,8 @@
 """A fresh machine per test against a fresh ``python -m pytest`` process per test.
 
 Sixty small tests run in machines one after the other, without and with a pool; before and after,
-native processes run one of these tests each. Ratios are taken inside this one run.
+native processes run one of these tests each, with the same Python packages as the machines' image.
+Ratios are taken inside this one run.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomllib
 from measure import Samples, promise
 
+ROOT = Path(__file__).parent.parent
 TESTS = 60
 NATIVE = 8
 SUITE = """
@@ -59,30 +62,45 @@ def in_machines(pool: int) -> Clock:
     return clock
 
 
-def native(samples: Samples) -> None:
+def native(python: str, samples: Samples, **variables: str) -> None:
     """Run one test in a process of its own, several times."""
+    environment = {**os.environ, **variables}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # the machines' Python has its modules compiled, too
     for number in range(NATIVE):
-        command = [sys.executable, "-m", "pytest", "-q", f"test_small.py::test_small[{number}]"]
+        command = [python, "-m", "pytest", "-q", f"test_small.py::test_small[{number}]"]
         with samples.timing():
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
+def same_packages(folder: Path) -> str:
+    """Make an environment with the packages of the machines' image, and return its Python."""
+    kit = tomllib.loads((ROOT / "images/python/kit.toml").read_text())
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    python = str(folder / "bin/python")
+    subprocess.run([python, "-m", "pip", "install", "-q", *kit["wheels"]], check=True)
+    return python
 
 
 def main() -> list[dict[str, object]]:
     """Measure, print, and return what was promised."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as environment:
+        python = same_packages(Path(environment))
         (Path(folder) / "test_small.py").write_text(SUITE.format(tests=TESTS))
         (Path(folder) / "pytest.ini").write_text("[pytest]\n")
         os.chdir(folder)
         in_machines(0)  # makes the templates
-        processes = Samples()
-        native(processes)
+        processes, bare = Samples(), Samples()
+        native(python, Samples())  # writes what Python caches
+        native(python, processes)
         serial = in_machines(0)
-        native(processes)
+        native(python, processes)
+        native(python, bare, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
         pooled = in_machines(max(1, (os.cpu_count() or 2)))
         os.chdir("/")
     each = Samples([end - begin for begin, end in zip(serial.begun, serial.ended, strict=True)])
     rate = TESTS / (pooled.ended[-1] - pooled.begun[0])
-    print(f"one native process   {processes} s")
+    print(f"one native process   {processes} s, with the image's packages")
+    print(f"one native process   {bare} s, without plug-ins: {each.median / bare.median:.2f} x")
     print(f"one machine, serial  {each} s")
     print(f"with a pool          {rate:.2f} tests a second")
     return [

@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -363,6 +363,7 @@ def _warm(machine: MicroVM) -> None:
         raise
 
 
+@cache
 def guest_code() -> bytes:
     """Return this package's own files for the guest as an initramfs segment."""
     files = [("pytest_microvm/__init__.py", b"")]

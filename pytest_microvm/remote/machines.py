@@ -23,7 +23,10 @@ from pytest_microvm.templates.pool import Pool
 from pytest_microvm.transfer import send_file
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pytest_microvm.link import Link
+    from pytest_microvm.spec import MachineSpec
     from pytest_microvm.templates.store import Template
 
 CODE_FOLDER = "/run/microvm/code"
@@ -87,14 +90,21 @@ class MachineBackend:
     Args:
         settings: What the command line says.
         progress: Told what takes long.
+        change: Changes what the machines are made of, after configuration and command line.
 
     Raises:
         UsageError: The configuration cannot be used.
         HostError: This computer lacks something.
     """
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
-        self._config = load_settings(settings.rootdir, settings.values)
+    def __init__(
+        self,
+        settings: Settings,
+        progress: Progress,
+        change: Callable[[MachineSpec], MachineSpec] = lambda spec: spec,
+    ) -> None:
+        config = load_settings(settings.rootdir, settings.values)
+        self._config = replace(config, spec=change(config.spec))
         self._host = Host(project=settings.rootdir, require_accel=self._config.require_accel, say=progress)
         self._base = self._host.base(self._config.spec)
         self._template: Template | None = None

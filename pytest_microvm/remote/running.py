@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded
+from pytest_microvm.junit import properties
 from pytest_microvm.machine import MachineFacts, Usage
 from pytest_microvm.remote.backend import Backend, Lease, RunnerMachine, RunOptions
 from pytest_microvm.remote.checks import line, text, violation
@@ -195,23 +196,3 @@ def _failed(
     if when == "setup":
         return [failure, teardown]
     return [passed_report(item, "setup", ours), failure, teardown]
-
-
-def properties(facts: MachineFacts | None, usage: Usage | None, outcome: str) -> list[tuple[str, str]]:
-    """Return a test's user properties, which JUnit and other reporters show."""
-    found: dict[str, object] = {}
-    if facts is not None:
-        found = {
-            "microvm.image": facts.image,
-            "microvm.image_digest": facts.image_digest,
-            "microvm.accelerator": facts.accelerator,
-            "microvm.id": facts.id,
-            "microvm.ready_ms": round(facts.ready_seconds * 1000),
-            "microvm.cpus": facts.cpus,
-            "microvm.memory": facts.memory,
-        }
-    if usage is not None:
-        found["microvm.peak_memory_bytes"] = usage.peak_memory_bytes
-        found["microvm.cpu_seconds"] = round(usage.cpu_seconds, 3)
-    found["microvm.outcome"] = outcome
-    return [(name, str(value)) for name, value in found.items()]

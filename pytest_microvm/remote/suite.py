@@ -22,6 +22,7 @@ from pytest_microvm.remote.progress import TerminalProgress
 from pytest_microvm.remote.running import Ran, TestRunner
 from pytest_microvm.remote.sanitize import sanitize
 from pytest_microvm.remote.summary import Tally, add_suite_properties, guest_lines, header_line
+from pytest_microvm.spec import MachineSpec
 
 _HOST_PLUGINS = frozenset(["microvm", "pytest_microvm.plugin", "xdist", "xdist.plugin", "xdist.looponfail"])
 
@@ -74,11 +75,17 @@ class RemoteSuite:
     # Session
 
     @pytest.hookimpl(trylast=True)
-    def pytest_microvm_backend(self, settings: Settings, progress: Progress) -> Backend:
+    def pytest_microvm_backend(
+        self, config: pytest.Config, settings: Settings, progress: Progress
+    ) -> Backend:
         """Return the backend that runs tests in machines, unless another plug-in brought its own."""
         from pytest_microvm.remote import machines  # noqa: PLC0415 - tests bring their own
 
-        return machines.MachineBackend(settings, progress)
+        def change(spec: MachineSpec) -> MachineSpec:
+            changed: MachineSpec | None = config.hook.pytest_microvm_spec(config=config, spec=spec, nodeid="")
+            return spec if changed is None else changed
+
+        return machines.MachineBackend(settings, progress, change)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:
