@@ -187,6 +187,7 @@ class _Session:
         lines.append({"k": "items", "order": order, "markers": self._config.getini("markers")})
         self._reported.clear()
         self._printed()
+        self._make_base_folder()
         gc.collect()
         gc.freeze()  # a clone shares these pages; a collection must not touch them
         request, self._request = self._request, None
@@ -194,6 +195,15 @@ class _Session:
         self._runner.reply(request, {})
         self._loop(session)
         return True
+
+    def _make_base_folder(self) -> None:
+        """Make the folder of all ``tmp_path`` now, which the first test that wants one would do in each clone.
+
+        One that the user names is left to that test: pytest removes what it holds.
+        """
+        factory = getattr(self._config, "_tmp_path_factory", None)
+        if factory is not None and not self._config.getoption("basetemp", None):
+            factory.getbasetemp()
 
     def _collected(self) -> list[dict[str, Any]]:
         """Return what was collected so far; nodes come before the records that name them."""
