@@ -197,7 +197,7 @@ class _Session:
         return True
 
     def _make_base_folder(self) -> None:
-        """Make the folder of all ``tmp_path`` now, which the first test that wants one would do in each clone.
+        """Make the folder of all ``tmp_path`` now; each clone would do it for the first test that wants one.
 
         One that the user names is left to that test: pytest removes what it holds.
         """
