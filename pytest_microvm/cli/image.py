@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.images.debian import MODES
 from pytest_microvm.images.store import ImageStore, cache_root
+from pytest_microvm.progress import Progress
 from pytest_microvm.spec import format_size
 
 if TYPE_CHECKING:
     import argparse
 
-    from pytest_microvm.images.store import StoredImage
+    from pytest_microvm.progress import Progress
+from pytest_microvm.images.store import StoredImage
 
 _SHORT = 12
 _EXAMPLES = """examples:
@@ -88,13 +90,10 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _build(arguments: argparse.Namespace) -> int:
     store = ImageStore(cache_root(), mode=arguments.mode)
-    image = store.get(arguments.kit, project=Path.cwd(), progress=_progress, force=arguments.force)
+    with Progress(sys.stderr, terminal=sys.stderr.isatty()) as progress:
+        image = store.get(arguments.kit, project=Path.cwd(), progress=progress, force=arguments.force)
     print(f"{image.name} {image.digest}")
     return 0
-
-
-def _progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _list(arguments: argparse.Namespace) -> int:

@@ -1,46 +1,56 @@
-"""Show what is being prepared: on one line of a terminal, or line by line in a log."""
+"""What is being prepared for a remote suite, shown through pytest's own terminal."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_microvm.remote.backend import Progress
+from pytest_microvm.progress import Progress
 from pytest_microvm.remote.sanitize import sanitize_line
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_PREFIX = "microvm: "
 
 
 class TerminalProgress:
-    """Call it with what is being done now.
+    """Call it with what is being done now; inside ``with``, a terminal shows it on one line.
 
     Args:
         config: Its terminal reporter, if it has one, is written to.
     """
 
     def __init__(self, config: pytest.Config) -> None:
-        self._reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
-        self._quiet = config.option.verbose < 0 or hasattr(config, "workerinput")
-        self._wrote = False
+        reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+        self._reporter = reporter
+        self._quiet = config.option.verbose < 0 or hasattr(config, "workerinput") or reporter is None
+        self._line: Progress | None = None
+        if not self._quiet:
+            found = reporter.isatty  # a method since pytest 9, a property before
+            if found() if callable(found) else found:
+                self._line = Progress(reporter._tw._file, terminal=True, prefix=_PREFIX)  # noqa: SLF001
+        self._inside = 0
+
+    def __enter__(self) -> Self:
+        self._inside += 1
+        if self._line is not None:
+            self._line.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._inside -= 1
+        if self._line is not None:
+            self._line.__exit__(*error)
 
     def __call__(self, doing: str) -> None:
         """Show ``doing``."""
-        reporter = self._reporter
-        if reporter is None or self._quiet:
+        if self._quiet:
             return
-        text = "microvm: " + sanitize_line(doing)
-        terminal = reporter.isatty  # a method since pytest 9, a property before
-        if terminal() if callable(terminal) else terminal:
-            reporter.rewrite(text, erase=True)
-            self._wrote = True
+        if self._reporter._tw.width_of_current_line:  # noqa: SLF001 - pytest wrote "collecting ... ", or dots
+            self._reporter.line("")
+        if self._line is not None and self._inside:
+            self._line(sanitize_line(doing))
         else:
-            if reporter._tw.width_of_current_line:  # noqa: SLF001 - pytest wrote "collecting ... "
-                reporter.line("")
-            reporter.write_line(text)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        if self._wrote:
-            self._reporter.rewrite("", erase=True)
-            self._reporter.rewrite("")
+            self._reporter.write_line(_PREFIX + sanitize_line(doing))

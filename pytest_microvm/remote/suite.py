@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,10 @@ class RemoteSuite:
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         """Find out what runs the tests."""
         neutral.forget_unknown_keys(session.config)
-        with _as_pytest_errors():
+        with _as_pytest_errors(), self._progress as progress:
             settings = settings_from(session.config)
             backend = session.config.hook.pytest_microvm_backend(
-                config=session.config, settings=settings, progress=self._progress()
+                config=session.config, settings=settings, progress=progress
             )
             assert backend is not None
             self._backend = backend
@@ -190,7 +191,7 @@ class RemoteSuite:
     def _collect(self) -> Collected:
         assert self._backend is not None
         assert self._plan is not None
-        with _as_pytest_errors(), self._progress() as progress:
+        with _as_pytest_errors(), self._progress as progress:
             return Collected.parse(self._backend.collect(self._plan, progress))
 
     def _make_runner(self) -> TestRunner:
@@ -220,6 +221,7 @@ class RemoteSuite:
         directory = self._config.invocation_params.dir
         return [directory / word.partition("::")[0] for word in self._config.args]
 
+    @cached_property
     def _progress(self) -> TerminalProgress:
         return TerminalProgress(self._config)
 
