@@ -125,17 +125,22 @@ def test_a_reused_process_id_is_not_the_owner(budget, monkeypatch):
     assert budget.try_take("new", "base", 4, GIB)
 
 
-def _take_often(folder, number, limit, peaks):
+def _take_often(folder, number, limit, peaks, meeting):
     budget = HostBudget(folder, limit, 100 * GIB)
     for turn in range(20):
         budget.take(f"{number}-{turn}", "base", 1, GIB)
+        if turn == 0 and number < limit:
+            meeting.wait(60)  # so many hold one at the same time
         peaks.put(sum(record.cpus for record in budget.records()))
         budget.release(f"{number}-{turn}")
 
 
 def test_processes_together_keep_the_limit(tmp_path):
     peaks = FORK.SimpleQueue()
-    processes = [FORK.Process(target=_take_often, args=(tmp_path / "run", n, 2, peaks)) for n in range(4)]
+    meeting = FORK.Barrier(2)
+    processes = [
+        FORK.Process(target=_take_often, args=(tmp_path / "run", n, 2, peaks, meeting)) for n in range(4)
+    ]
     for process in processes:
         process.start()
     seen = [peaks.get() for _ in range(80)]
