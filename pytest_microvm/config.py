@@ -34,7 +34,7 @@ class Settings:
     Args:
         spec: What its machines are made of.
         isolation: How often a machine is new under ``--microvm``.
-        pool: How many machines to keep ready; ``None``: one less than there are cores, at least 1, at most 4.
+        pool: How many machines to keep ready; ``None``: as many as there are cores, at most 4.
         prepare: Shell commands run once in the machine, before the workspace is copied; the result is cached.
         prepare_inputs: Files and folders they need, which are copied first; the cache follows their content.
         args: More arguments for the guest's pytest.
@@ -56,7 +56,7 @@ class Settings:
     @property
     def pool_size(self) -> int:
         """How many machines to keep ready."""
-        return max(1, min(4, (os.cpu_count() or 2) - 1)) if self.pool is None else self.pool
+        return min(4, os.cpu_count() or 2) if self.pool is None else self.pool
 
 
 def load_settings(project: Path, options: Mapping[str, Any]) -> Settings:

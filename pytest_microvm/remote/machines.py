@@ -109,6 +109,9 @@ class MachineBackend:
         self._base = self._host.base(self._config.spec)
         self._template: Template | None = None
         self._keeping = self._config.keep == "failed"
+        self._pool_size = self._config.pool_size
+        if self._config.pool is None and settings.workers:
+            self._pool_size = max(1, self._pool_size // settings.workers)  # they share the cores
 
     @property
     def facts(self) -> BackendFacts:
@@ -159,7 +162,7 @@ class MachineBackend:
             return self._try_start(wait=False)
 
         def new() -> Pool[RunnerLease]:
-            return Pool(self._config.pool_size, make, RunnerLease.kill, lambda lease: lease.usable)
+            return Pool(self._pool_size, make, RunnerLease.kill, lambda lease: lease.usable)
 
         return self._host.pool(("runner", str(id(self))), new)
 

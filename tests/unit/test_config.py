@@ -117,7 +117,7 @@ def test_a_file_that_is_not_toml(tmp_path, data):
         load_settings(tmp_path, {})
 
 
-def test_the_pool_leaves_a_core_for_the_tests(tmp_path, monkeypatch):
-    for cores, size in ((None, 1), (1, 1), (2, 1), (4, 3), (64, 4)):
+def test_the_pool_is_as_large_as_there_are_cores(tmp_path, monkeypatch):
+    for cores, size in ((None, 2), (1, 1), (2, 2), (4, 4), (64, 4)):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
         assert load_settings(tmp_path, {}).pool_size == size
