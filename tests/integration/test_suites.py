@@ -1,0 +1,227 @@
+"""``pytest --microvm`` over real machines: what stays off the host, outcomes, ``prepare``, kept machines."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from junitparser import JUnitXml, Properties
+
+GUARD = 900  # seconds, on a slow machine
+
+MIXED = """
+    import os, subprocess, warnings
+    import pytest
+
+    def test_passes(tmp_path):
+        (tmp_path / "file").write_text("text")
+
+    def test_fails():
+        assert {"a": 1} == {"a": 2}
+
+    @pytest.mark.skip(reason="not now")
+    def test_is_skipped():
+        pass
+
+    @pytest.mark.xfail
+    def test_fails_as_expected():
+        assert False
+
+    @pytest.mark.parametrize("number", [1, 2, 3])
+    def test_numbers(number, once):
+        assert once + number != 3
+
+    class TestClass:
+        def test_method(self, once):
+            print("printed")
+            assert once == 1
+"""
+FIXTURES = """
+    import pytest
+
+    @pytest.fixture(scope="module")
+    def once():
+        yield 1
+"""
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder, with functions to write files and to run pytest in it."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    return Project(folder)
+
+
+class Project:
+    def __init__(self, folder):
+        self.folder = folder
+
+    def write(self, name, text):
+        (self.folder / name).write_text(textwrap.dedent(text))
+
+    def run(self, *arguments, status=0, **variables):
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+        environment = {**os.environ, **variables}
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=GUARD,
+        )
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout
+
+    def cases(self, report):
+        """Return each test's outcome and properties."""
+        found = {}
+        for suite in JUnitXml.fromfile(str(self.folder / report)):
+            for case in suite:
+                kind = case.result[0]._tag if case.result else "passed"
+                properties = {prop.name: prop.value for prop in case.child(Properties) or ()}
+                found[case.name] = (kind, properties, case.result[0].text if case.result else "")
+        return found
+
+
+def test_same_outcomes_and_nothing_imported_on_the_host(project):
+    mark = project.folder / "imported"
+    note = f"open({str(mark)!r}, 'a').write('imported')\n"
+    project.write("test_mixed.py", note + textwrap.dedent(MIXED))
+    project.write("conftest.py", note + textwrap.dedent(FIXTURES))
+    project.run("--microvm", "--junitxml=machines.xml", status=1)
+    assert not mark.exists()
+    project.run("--junitxml=native.xml", status=1)
+    assert mark.exists()  # what was looked for does happen where the project is imported
+    native, machines = project.cases("native.xml"), project.cases("machines.xml")
+    assert {name: kind for name, (kind, _, _) in machines.items()} == {
+        n: k for n, (k, _, _) in native.items()
+    }
+    assert len({properties["microvm.id"] for _, properties, _ in machines.values()}) == len(machines) == 8
+    assert machines["test_fails"][2] == native["test_fails"][2]  # the traceback, with pytest's explanation
+
+
+def test_every_way_a_machine_can_end(project):
+    project.write(
+        "test_ends.py",
+        """
+        import os, signal, subprocess, time
+
+        def test_powers_the_machine_off():
+            subprocess.run(["sh", "-c", "echo o > /proc/sysrq-trigger"])
+            time.sleep(300)
+
+        def test_panics_the_kernel():
+            open("/proc/sysrq-trigger", "w").write("c")
+
+        def test_kills_the_runner():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def test_hangs():
+            time.sleep(300)
+
+        def test_is_not_affected():
+            pass
+        """,
+    )
+    out = project.run("--microvm", "--microvm-timeout=20", "--junitxml=report.xml", status=1)
+    assert "4 failed, 1 passed" in out
+    cases = project.cases("report.xml")
+    outcomes = {name: properties["microvm.outcome"] for name, (_, properties, _) in cases.items()}
+    assert outcomes == {
+        "test_powers_the_machine_off": "crashed",
+        "test_panics_the_kernel": "crashed",
+        "test_kills_the_runner": "crashed",
+        "test_hangs": "quota",
+        "test_is_not_affected": "passed",
+    }
+    assert "panic" in cases["test_panics_the_kernel"][2]
+    assert "timeout: limit 20 s" in cases["test_hangs"][2]
+
+
+def test_prepare_runs_once_and_again_when_its_inputs_change(project):
+    (project.folder / "pytest.ini").unlink()
+    project.write(
+        "pyproject.toml",
+        """
+        [tool.pytest-microvm]
+        prepare = ["cp needed.txt /srv/prepared", "date +%s%N >> /srv/prepared"]
+        prepare_inputs = ["needed.txt"]
+        """,
+    )
+    project.write("needed.txt", "one\n")
+    project.write("test_prepared.py", "def test_it():\n    print(open('/srv/prepared').read())\n")
+
+    def prepared():
+        out = project.run("--microvm", "-rP")
+        return out[out.index("Captured stdout call") :].splitlines()[1:3]
+
+    first = prepared()
+    assert first[0] == "one"
+    project.write("test_prepared.py", "def test_it():\n    print(open('/srv/prepared').read())  # edited\n")
+    assert prepared() == first
+    project.write("needed.txt", "two\n")
+    second = prepared()
+    assert second[0] == "two"
+    assert second[1] != first[1]
+
+
+def test_a_failing_prepare_says_what_failed(project):
+    (project.folder / "pytest.ini").unlink()
+    project.write("pyproject.toml", '[tool.pytest-microvm]\nprepare = ["echo because >&2; exit 7"]\n')
+    project.write("test_it.py", "def test_it():\n    pass\n")
+    command = [sys.executable, "-m", "pytest", "--microvm"]
+    done = subprocess.run(
+        command, cwd=project.folder, capture_output=True, text=True, check=False, timeout=GUARD
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode not in {0, 1}
+    assert "ended with status 7" in said
+    assert "because" in said
+
+
+def test_the_machine_of_a_failed_test_can_be_entered(project):
+    project.write(
+        "test_it.py", "def test_it():\n    open('/srv/trace', 'w').write('left')\n    assert False\n"
+    )
+    out = project.run("--microvm", "--microvm-keep=failed", status=1)
+    command = [sys.executable, "-c", "from pytest_microvm.cli import main; raise SystemExit(main())"]
+
+    def cli(*arguments):
+        return subprocess.run(
+            [*command, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+        ).stdout
+
+    kept = next(row for row in json.loads(cli("ps", "--json")) if row["about"] == "test_it.py::test_it")
+    try:
+        assert f"pytest-microvm shell {kept['id']}" in out
+        assert cli("shell", kept["id"], "--", "cat", "/srv/trace") == "left"
+        assert cli("shell", kept["id"], "--", "cat", "/srv/trace") == "left"
+    finally:
+        cli("rm", kept["id"])
+    assert kept["id"] not in cli("ps")
+
+
+def test_a_shared_machine_sets_module_fixtures_up_once(project):
+    project.write("conftest.py", FIXTURES.replace("yield 1", "yield __import__('uuid').uuid4()"))
+    project.write(
+        "test_shared.py",
+        """
+        import pytest
+
+        @pytest.mark.parametrize("number", [1, 2])
+        def test_it(number, once, record_property):
+            record_property("once", str(once))
+        """,
+    )
+    project.run("--microvm", "--microvm-isolation=module", "--junitxml=shared.xml")
+    project.run("--microvm", "--junitxml=apart.xml")
+    shared = [properties["once"] for _, properties, _ in project.cases("shared.xml").values()]
+    apart = [properties["once"] for _, properties, _ in project.cases("apart.xml").values()]
+    assert len(set(shared)) == 1
+    assert len(set(apart)) == 2
