@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from pytest_microvm.templates.pool import Pool
 from pytest_microvm.templates.store import KEPT, Template, TemplateStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from pytest_microvm.images import Image
 
@@ -347,9 +348,20 @@ class Host:
     def _reclaim(self) -> bool:
         return any(pool.give_up_one() for pool in list(self._pools.values()))
 
+    @contextmanager
+    def _room(self, base: Base) -> Iterator[None]:
+        """Hold a place in the host budget for a machine in the making."""
+        name = f"template-{secrets.token_hex(4)}"
+        cpus, memory = base.resources.cpus, base.resources.memory
+        self.budget.take(name, base.image.name, cpus, memory, say=self.say, reclaim=self._reclaim)
+        try:
+            yield
+        finally:
+            self.release(name)
+
     def _chain(self, base: Base) -> Chain:
         hypervisor = self.hypervisor(base.image.architecture)
-        return Chain(hypervisor, self.templates, guest_code(), self.say)
+        return Chain(hypervisor, self.templates, guest_code(), self.say, self._room)
 
 
 def _warm(machine: MicroVM) -> None:

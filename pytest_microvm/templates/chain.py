@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -71,15 +72,22 @@ class Chain:
         store: Where templates are kept.
         guest_code: The package's own files for the guest (see :func:`guest_code_archive`).
         say: Told what is being made.
+        room: Holds a place in the host budget for the machine in which a template is made.
     """
 
     def __init__(
-        self, hypervisor: Hypervisor, store: TemplateStore, guest_code: bytes, say: Callable[[str], None]
+        self,
+        hypervisor: Hypervisor,
+        store: TemplateStore,
+        guest_code: bytes,
+        say: Callable[[str], None],
+        room: Callable[[Base], AbstractContextManager[None]] = lambda _base: nullcontext(),
     ) -> None:
         self._hypervisor = hypervisor
         self._store = store
         self._guest_code = guest_code
         self._say = say
+        self._room = room
 
     def key(self, base: Base, steps: Sequence[Step] = ()) -> str:
         """Return the key of the template that ``steps`` lead to."""
@@ -164,7 +172,7 @@ class Chain:
     def _boot(self, base: Base, key: str) -> None:
         for attempt in range(1, _BOOT_TRIES + 1):
             self._say(f"booting {base.image.name}" + (" again" if attempt > 1 else ""))
-            with self._store.draft() as draft:
+            with self._room(base), self._store.draft() as draft:
                 initramfs = draft / "initramfs"
                 initramfs.write_bytes(base.image.initramfs.read_bytes() + self._guest_code)
                 format_scratch(draft / "scratch", base.resources.disk)
@@ -186,7 +194,7 @@ class Chain:
 
     def _extend(self, parent: Template, base: Base, step: Step, key: str) -> None:
         self._say(step.title or step.kind)
-        with self._store.draft() as draft:
+        with self._room(base), self._store.draft() as draft:
             copy_sparse(parent.ram, draft / "ram")
             copy_sparse(parent.scratch, draft / "scratch")
             launch = self._launch(base, draft, share=True, state=parent.state)

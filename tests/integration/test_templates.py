@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import uuid
 
 import pytest
 
@@ -126,3 +127,18 @@ def test_a_chain_of_steps(host):
         parent = template.meta["parent"]
     for used in (key, parent):
         host.templates.remove(used)
+
+
+def test_a_machine_in_the_making_counts_for_the_budget(host):
+    seen = []
+
+    def work(_instance):
+        seen.extend(record for record in host.budget.records() if record.id.startswith("template-"))
+        return {}
+
+    base = host.base(MachineSpec(image="base"))
+    with host._chain(base).ensure(base, [Step("counted", (uuid.uuid4().hex,), work)]) as template:
+        key = template.key
+    host.templates.remove(key)
+    assert [(record.cpus, record.memory) for record in seen] == [(base.resources.cpus, base.resources.memory)]
+    assert not any(record.id.startswith("template-") for record in host.budget.records())
