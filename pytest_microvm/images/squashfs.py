@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from collections import deque
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 # zstd unpacks fast under emulation, and small blocks keep a read of one small file small.
 _OPTIONS = ["-noappend", "-no-progress", "-quiet", "-comp", "zstd", "-Xcompression-level", "6"]
 
-# mksquashfs does not take the root folder itself from a tar archive; it would be the builder's, mode 0777.
-_TAR_ROOT = ["-root-mode", "0755", "-root-uid", "0", "-root-gid", "0"]
+# mksquashfs does not take the root folder itself from a tar archive; its mode would be 0777.
+_TAR_ROOT = ["-root-mode", "0755"]
 
 _STAGES = {
     "I: running apt-get update": "fetching package lists",
@@ -61,7 +62,7 @@ def squash_mmdebstrap(command: list[str], target: Path, *, epoch: int, progress:
     environment = build_environment(SOURCE_DATE_EPOCH=str(epoch))
     with tempfile.TemporaryFile() as messages:
         packer = started(
-            ["mksquashfs", "-", str(target), "-tar", *_OPTIONS, *_TAR_ROOT],
+            [*_as_root(), "mksquashfs", "-", str(target), "-tar", *_OPTIONS, *_TAR_ROOT],
             environment=environment, stdin=subprocess.PIPE, stdout=messages, stderr=messages,
         )  # fmt: skip
         with packer as packing:
@@ -72,6 +73,15 @@ def squash_mmdebstrap(command: list[str], target: Path, *, epoch: int, progress:
                 messages.seek(0)
                 lines = messages.read().decode(errors="replace").splitlines()
                 raise build_error("mksquashfs", packing.returncode, deque(lines[-30:]))
+
+
+def _as_root() -> list[str]:
+    """Return what makes a program believe that root runs it.
+
+    The root folder of what mksquashfs 4.5 packs from a tar archive belongs to whoever runs it; it accepts
+    -root-uid, which changes nothing then.
+    """
+    return [] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--"]
 
 
 def squash_folder(folder: Path, target: Path, *, epoch: int) -> None:
