@@ -98,10 +98,20 @@ def reactor() -> _Reactor:
 
 
 class Drain:
-    """Read a socket for good and keep its last ``size`` bytes (a machine's console)."""
+    """Read a socket for good and keep its last ``size`` bytes (a machine's console).
 
-    def __init__(self, sock: socket.socket, size: int = 64 * 1024) -> None:
+    Args:
+        sock: A connected stream socket; owned from here on.
+        heard: Called with what came, in order, by the thread that read it.
+        size: How many bytes to keep.
+    """
+
+    def __init__(
+        self, sock: socket.socket, heard: Callable[[bytes], None] = lambda _data: None, size: int = 64 * 1024
+    ) -> None:
+        self.received = 0
         self._sock = sock
+        self._heard = heard
         self._size = size
         self._tail = bytearray()
         self._closed = False
@@ -136,8 +146,10 @@ class Drain:
                 return True
             except OSError:
                 return False
+            self.received += len(data)
             self._tail += data
             del self._tail[: -self._size]
+            self._heard(data)
             return bool(data)
 
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,6 +58,30 @@ class Vmm(Protocol):
     def end_reason(self) -> str:
         """Why it ended by itself, for people."""
 
+    def usage(self) -> Usage:
+        """What its process has used so far (all but the channel's bytes); the last known once it ended."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a machine has used so far, as the host saw it.
+
+    Args:
+        cpu_seconds: CPU time of the VMM's process, all its threads.
+        memory_bytes: Its resident memory now.
+        peak_memory_bytes: The most it was.
+        disk_bytes: What the machine has written to its scratch disk and still keeps there.
+        received_bytes: What came from the machine over its channel.
+        sent_bytes: What went to it.
+    """
+
+    cpu_seconds: float = 0.0
+    memory_bytes: int = 0
+    peak_memory_bytes: int = 0
+    disk_bytes: int = 0
+    received_bytes: int = 0
+    sent_bytes: int = 0
+
 
 @dataclass(frozen=True)
 class MachineFacts:
@@ -88,14 +112,6 @@ class MachineFacts:
     environment: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True)
-class Usage:
-    """What a machine has used so far, as the host saw it: bytes and seconds."""
-
-    peak_memory_bytes: int
-    cpu_seconds: float
-
-
 class Instance:
     """A running VM with its links: what templates hand to those who use machines.
 
@@ -108,7 +124,6 @@ class Instance:
         self.console = Drain(vmm.sockets["console"])
         self._links: dict[str, Link] = {}
         self._lock = threading.Lock()
-        self._last_usage = Usage(0, 0.0)
         self.resumed_with: dict[str, Any] = {}
 
     def link(self, port: str) -> Link:
@@ -155,15 +170,13 @@ class Instance:
         return reason
 
     def usage(self) -> Usage:
-        """Return what the VMM's process has used (Linux's /proc); the last known figures once it ended."""
-        with contextlib.suppress(OSError):  # it has ended
-            fields = Path(f"/proc/{self.vmm.pid}/stat").read_text().rpartition(")")[2].split()
-            status = Path(f"/proc/{self.vmm.pid}/status").read_text()
-            peaks = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")]
-            peak = peaks[0] * 1024 if peaks else self._last_usage.peak_memory_bytes  # a zombie has none
-            seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-            self._last_usage = Usage(peak, seconds)
-        return self._last_usage
+        """Return what it has used so far; the last known figures once it ended."""
+        links = list(self._links.values())
+        return replace(
+            self.vmm.usage(),
+            received_bytes=sum(link.bytes_received for link in links) + self.console.received,
+            sent_bytes=sum(link.bytes_sent for link in links),
+        )
 
     def close(self) -> None:
         """End the VM and let go of everything; a second call does nothing."""

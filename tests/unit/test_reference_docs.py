@@ -202,7 +202,7 @@ def test_every_kit_key():
 
 def test_every_junit_property():
     text = page("junit.md").split("\n## Outcomes\n")[0]
-    assert rows(text) == {name for name, _value in properties(FACTS, Usage(1, 1.0), "passed")}
+    assert rows(text) == {name for name, _value in properties(FACTS, Usage(), "passed")}
 
 
 def test_every_property_of_the_suite():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -9,15 +10,17 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.errors import BootError, HostError
 from pytest_microvm.hypervisors.qemu.command import qemu_command
 from pytest_microvm.hypervisors.qemu.qmp import Qmp, QmpError
+from pytest_microvm.machine import Usage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from pytest_microvm.hypervisors import Accelerator, Launch
 
@@ -53,6 +56,7 @@ class QemuProcess:
     def __init__(self, program: str, launch: Launch, accelerator: Accelerator) -> None:
         names = ("qmp", "console", *launch.ports)
         self.sockets: dict[str, socket.socket] = {}
+        self._last_usage = Usage()
         with ExitStack() as theirs, ExitStack() as on_failure:
             fds = {}
             for name in names:
@@ -128,6 +132,21 @@ class QemuProcess:
         if status < 0:
             return f"QEMU was killed by signal {-status}"
         return f"QEMU ended with status {status}"
+
+    def usage(self) -> Usage:
+        """Return what the process has used (Linux's /proc); the last known figures once it ended."""
+        with contextlib.suppress(OSError):  # it has ended
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            status = dict(
+                line.split(":", 1) for line in Path(f"/proc/{self.pid}/status").read_text().splitlines()
+            )
+            seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+            if "VmHWM" in status:  # a zombie has none
+                memory, peak = (int(status[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+                self._last_usage = Usage(seconds, memory, peak)
+            else:
+                self._last_usage = replace(self._last_usage, cpu_seconds=seconds)
+        return self._last_usage
 
     def stderr(self) -> str:
         """Return the end of what QEMU said on stderr."""
