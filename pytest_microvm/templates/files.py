@@ -1,38 +1,74 @@
-"""The files of a template: copied sparsely, formatted, kept on disk."""
+"""The files of a template: copied sparsely, told apart by their content, formatted, kept on disk."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
+from pytest_microvm.disk import explained, need_space
 from pytest_microvm.errors import HostError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 _SYSTEM_FOLDERS = "/usr/sbin:/sbin"
+_BLOCK = 64 * 1024
+_ZEROS = bytes(_BLOCK)
+_FORMATTED = 8 * 1024**2  # bytes; what an empty file system takes is less
 
 
 def copy_sparse(source: Path, target: Path) -> None:
     """Copy a file without filling its holes; file systems that can share blocks do (copy_file_range(2)).
 
     Raises:
-        OSError: The target cannot be written.
+        HostError: The target's disk is full.
+        OSError: The target cannot be written for another reason.
     """
-    with source.open("rb") as reading, target.open("wb") as writing:
+    with explained(target.parent), source.open("rb") as reading, target.open("wb") as writing:
         size = os.fstat(reading.fileno()).st_size
         os.ftruncate(writing.fileno(), size)
-        end = 0
-        while end < size:
-            try:
-                start = os.lseek(reading.fileno(), end, os.SEEK_DATA)
-            except OSError:  # nothing but a hole up to the end (ENXIO)
-                break
-            end = os.lseek(reading.fileno(), start, os.SEEK_HOLE)
+        for start, end in _data(reading.fileno(), size):
             _copy_range(reading.fileno(), writing.fileno(), start, end)
+
+
+def content_digest(path: Path) -> str:
+    """Return a digest of a file's content: the SHA-256 of its size and of its blocks with their places.
+
+    Blocks of zeros do not count, so holes cost nothing, and a copy that has its holes elsewhere, or none
+    at all, has the same digest.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(b"%d\n" % size)
+        done = 0
+        for start, end in _data(file.fileno(), size):
+            for place in range(max(done, start - start % _BLOCK), end, _BLOCK):
+                block = os.pread(file.fileno(), _BLOCK, place)
+                if block != _ZEROS[: len(block)]:
+                    digest.update(b"%d\n" % place)
+                    digest.update(block)
+                done = place + _BLOCK
+    return digest.hexdigest()
+
+
+def _data(file: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield where a file's data is, from and to, without its holes."""
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(file, end, os.SEEK_DATA)
+        except OSError:  # nothing but a hole up to the end (ENXIO)
+            return
+        end = os.lseek(file, start, os.SEEK_HOLE)
+        yield start, end
 
 
 def _copy_range(reading: int, writing: int, start: int, end: int) -> None:
@@ -47,15 +83,16 @@ def format_scratch(path: Path, size: int) -> None:
     """Make a sparse file of ``size`` bytes with an empty ext4 file system; no journal: it outlives no crash.
 
     Raises:
-        HostError: mke2fs is missing or failed.
+        HostError: mke2fs is missing or failed, or the disk is full.
     """
     program = find_mke2fs()
-    with path.open("wb") as file:
+    with explained(path.parent), path.open("wb") as file:
         file.truncate(size)
     command = [program, "-q", "-F", "-t", "ext4", "-O", "^has_journal,^resize_inode", "-m", "0"]
     command += ["-E", "lazy_itable_init=1,nodiscard,root_owner=0:0", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
+        need_space(path.parent, _FORMATTED)
         raise HostError("mke2fs could not format a scratch disk", details=done.stderr.strip())
 
 

@@ -1,40 +1,50 @@
 """Templates on disk: published whole by rename, checked before use, the least recently used go first.
 
 ``templates/<key>/``: ``ram``, ``scratch``, ``state`` (device state), attachments, and ``meta.json``,
-which lists every file's size and is what makes the folder a template. A process that uses a template
-holds a shared lock (flock(2)) on its ``meta.json``; removal takes the lock alone, so what is in use stays.
+which is what makes the folder a template (:mod:`pytest_microvm.templates.integrity`). A process that uses
+a template holds a shared lock (flock(2)) on its ``meta.json``; removal takes the lock alone, so what is in
+use stays. Whoever makes one holds a lock on the folder it is made in; the kernel lets go of it for the dead.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import hashlib
-import json
 import os
-import secrets
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_microvm.disk import explained, free_bytes, need_space
 from pytest_microvm.errors import HostError, UsageError
 from pytest_microvm.templates.files import disk_usage, sync
+from pytest_microvm.templates.folders import (
+    REMOVED,
+    discard,
+    hold,
+    in_use,
+    leads_to,
+    private,
+    publish_as,
+    remove_unused,
+)
+from pytest_microvm.templates.integrity import META, Damaged, Stamps, read_meta, seal, stamps, verified
 
 if TYPE_CHECKING:
     import builtins
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from typing_extensions import Self
 
 KEPT = "kept"
 """The kind of a template that is a machine somebody kept."""
 
-_META = "meta.json"
+UNUSABLE = "unusable"
+"""The kind of what is no template any more: it is damaged, or of another version."""
+
 _DRAFT = ".building-"
-_REMOVED = ".removed-"
 _SPACE_LEFT = 256 * 1024**2  # bytes that must stay free on the disk when a template is begun
 
 
@@ -47,10 +57,11 @@ class Template:
         meta: What is known of it: ``kind``, ``image``, ``parent``, ``created``, ``files``...
     """
 
-    def __init__(self, key: str, folder: Path, meta: dict[str, Any], lock: int) -> None:
+    def __init__(self, key: str, folder: Path, meta: dict[str, Any], lock: int, seen: Stamps) -> None:
         self.key = key
         self.folder = folder
         self.meta = meta
+        self._seen = seen
         self._lock: int | None = lock
 
     @property
@@ -71,6 +82,18 @@ class Template:
     def attachment(self, name: str) -> bytes:
         """Return what the step that made it left beside it."""
         return (self.folder / name).read_bytes()
+
+    def intact(self) -> bool:
+        """Tell whether its files are still the ones that were verified when it was opened; a stat each.
+
+        False does not mean that they are damaged: :meth:`TemplateStore.open` finds that out.
+        """
+        if self._lock is None:
+            return False
+        try:
+            return leads_to(self.folder, self._lock) and stamps(self.folder, self._seen) == self._seen
+        except Damaged:
+            return False
 
     def close(self) -> None:
         """Let it be removed again; a second call does nothing."""
@@ -105,92 +128,102 @@ class TemplateStore:
     Args:
         root: The cache folder.
         cap: Bytes that all templates may take on the disk together.
+        say: Told when a template is damaged, or has to go for want of space.
     """
 
-    def __init__(self, root: Path, cap: int) -> None:
+    def __init__(self, root: Path, cap: int, say: Callable[[str], None] = lambda _line: None) -> None:
         self.folder = root / "templates"
         self.cap = cap
+        self._say = say
+        self._drafts: dict[Path, int] = {}  # with the descriptors that hold their locks
 
     def open(self, key: str) -> Template | None:
-        """Return the template called ``key``, held, or ``None``; a damaged one is removed."""
+        """Return the template called ``key``, held, or ``None``; a damaged one is told of and removed.
+
+        Raises:
+            HostError: It is damaged and cannot be made again: somebody kept it, or the cache is read-only.
+        """
         folder = self.folder / key
-        lock = _hold(folder / _META)
-        if lock is None:
-            return None
-        meta = _read_meta(folder)
-        if meta is None:
-            os.close(lock)
-            _discard(folder)
-            return None
-        os.utime(lock)  # the time of use, for "least recently used"
-        return Template(key, folder, meta, lock)
+        with explained(self.folder):
+            while (lock := hold(folder / META)) is not None:
+                try:
+                    meta = read_meta(folder)
+                    seen = verified(folder, meta)
+                except Damaged as damage:
+                    if leads_to(folder, lock):  # else it was removed meanwhile, and perhaps made anew
+                        self._give_up(folder, damage)
+                        return None
+                else:
+                    with contextlib.suppress(OSError):  # a cache that cannot be written
+                        os.utime(lock)  # the time of use, for "least recently used"
+                    template = Template(key, folder, meta, lock, seen)
+                    lock = None
+                    return template
+                finally:
+                    if lock is not None:
+                        os.close(lock)
+        return None
 
     @contextlib.contextmanager
     def draft(self) -> Iterator[Path]:
         """Yield a new folder to make a template in; whatever is not published is removed.
 
         Raises:
-            HostError: The disk is full.
+            HostError: The disk is full, or becomes so, or the cache cannot be written.
         """
         folder = self.new_draft()
         try:
-            yield folder
+            with explained(folder):
+                yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            self.drop(folder)
 
     def new_draft(self) -> Path:
-        """Return a new folder like :meth:`draft`'s, for the caller to publish or remove.
+        """Return a new folder like :meth:`draft`'s, for the caller to publish or :meth:`drop`.
+
+        Raises:
+            HostError: The disk is full, or the cache cannot be written.
+        """
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            self._make_space()
+            while True:
+                folder = private(self.folder, _DRAFT)
+                folder.mkdir(mode=0o700)
+                with contextlib.suppress(FileNotFoundError):  # a sweep was quicker than our lock
+                    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                    if leads_to(folder, lock, ""):
+                        self._drafts[folder] = lock
+                        return folder
+                    os.close(lock)
+
+    def drop(self, draft: Path) -> None:
+        """Remove what :meth:`new_draft` returned; nothing happens to what was published."""
+        shutil.rmtree(draft, ignore_errors=True)
+        lock = self._drafts.pop(draft, None)
+        if lock is not None:
+            os.close(lock)
+
+    def publish(self, key: str, draft: Path, meta: dict[str, Any]) -> None:
+        """Make ``draft`` the template ``key``: everything on the disk first, then one rename.
 
         Raises:
             HostError: The disk is full.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
-        free = shutil.disk_usage(self.folder).free
-        if free < _SPACE_LEFT:
-            raise HostError(
-                f"only {free // 1024**2} MiB are free where the cache is ({self.folder})",
-                resolution="free some disk, run `pytest-microvm template prune`, or set PYTEST_MICROVM_CACHE",
-            )
-        folder = _private(self.folder, _DRAFT)
-        folder.mkdir(mode=0o700)
-        return folder
-
-    def publish(self, key: str, draft: Path, meta: dict[str, Any]) -> None:
-        """Make ``draft`` the template ``key``: everything on the disk first, then one rename."""
-        for path in draft.iterdir():
-            sync(path)
-        files = {path.name: path.stat().st_size for path in draft.iterdir()}
-        state = hashlib.sha256((draft / "state").read_bytes()).hexdigest()
-        meta = {**meta, "created": time.time(), "files": files, "state_sha256": state}
-        (draft / _META).write_text(json.dumps(meta, indent=1))
-        sync(draft / _META)
-        sync(draft)
-        _publish_as(draft, self.folder / key)
-        sync(self.folder)
+        with explained(draft):
+            seal(draft, {**meta, "created": time.time()})
+            for path in draft.iterdir():
+                sync(path)
+            sync(draft)
+            publish_as(draft, self.folder / key)
+            sync(self.folder)
         self.shrink(keep=key)
 
     def list(self) -> builtins.list[StoredTemplate]:
-        """Return all templates, the most recently used first."""
-        found = []
-        for folder in self._folders():
-            meta = _read_meta(folder)
-            if meta is None:
-                continue
-            with contextlib.suppress(OSError, KeyError):
-                found.append(
-                    StoredTemplate(
-                        folder.name,
-                        meta["kind"],
-                        meta["image"],
-                        meta["created"],
-                        (folder / _META).stat().st_mtime,
-                        disk_usage(folder),
-                        _in_use(folder),
-                        str(meta.get("about", "")),
-                    )
-                )
-        return sorted(found, key=lambda entry: -entry.used)
+        """Return all templates, the most recently used first; what is damaged is of kind ``unusable``."""
+        return sorted(filter(None, map(_stored, self._folders())), key=lambda entry: -entry.used)
 
     def remove(self, prefix: str) -> builtins.list[str]:
         """Remove the templates whose key begins with ``prefix``; return their keys.
@@ -203,7 +236,8 @@ class TemplateStore:
             raise UsageError(
                 f"there is no template {prefix!r}", resolution="see `pytest-microvm template list`"
             )
-        busy = [folder.name[:12] for folder in matching if not _remove(folder)]
+        with explained(self.folder):
+            busy = [folder.name[:12] for folder in matching if not remove_unused(folder)]
         if busy:
             raise UsageError(f"in use: {', '.join(busy)}", resolution="wait until its run has ended")
         return [folder.name for folder in matching]
@@ -213,16 +247,10 @@ class TemplateStore:
 
         Machines that somebody kept stay: no run can make them again.
         """
-        self._sweep()
-        kept = {entry.key for entry in self.list() if entry.kind == KEPT}
-        freed = 0
-        for folder in self._folders():
-            if folder.name in kept:
-                continue
-            size = disk_usage(folder)
-            if _remove(folder):
-                freed += size
-        return freed
+        with explained(self.folder):
+            self._sweep()
+            unused = [entry for entry in self.list() if entry.kind != KEPT]
+            return sum(entry.size for entry in unused if remove_unused(self.folder / entry.key))
 
     def shrink(self, keep: str = "") -> None:
         """Remove the least recently used until all together fit the cap; what somebody kept stays."""
@@ -231,7 +259,7 @@ class TemplateStore:
         for entry in reversed(entries):
             if total <= self.cap:
                 return
-            if entry.key != keep and entry.kind != KEPT and _remove(self.folder / entry.key):
+            if entry.key != keep and entry.kind != KEPT and remove_unused(self.folder / entry.key):
                 total -= entry.size
 
     def _folders(self) -> builtins.list[Path]:
@@ -239,86 +267,64 @@ class TemplateStore:
             return []
         return [path for path in self.folder.iterdir() if not path.name.startswith(".") and path.is_dir()]
 
+    def _give_up(self, folder: Path, damage: Damaged) -> None:
+        """Take a damaged template out of the way; say so."""
+        entry = _stored(folder)
+        if entry is not None and entry.kind == KEPT:
+            raise HostError(
+                f"the kept machine {folder.name} is damaged: {damage}",
+                resolution=f"it cannot be made again: `pytest-microvm rm {folder.name}`",
+            )
+        discard(folder)
+        self._say(f"a template in the cache is damaged ({folder.name[:12]}: {damage}): making it again")
+
+    def _make_space(self) -> None:
+        """Remove the least recently used until a template can be begun.
+
+        Raises:
+            HostError: There is still not enough space.
+        """
+        removed = 0
+        entries = self.list() if free_bytes(self.folder) < _SPACE_LEFT else []
+        for entry in reversed(entries):
+            if free_bytes(self.folder) >= _SPACE_LEFT:
+                break
+            removed += entry.kind != KEPT and remove_unused(self.folder / entry.key)
+        if removed:
+            self._say(f"the disk with the cache is nearly full: removed {removed} templates not in use")
+        need_space(self.folder, _SPACE_LEFT)
+
     def _sweep(self) -> None:
         """Remove what processes left behind that ended without tidying up (they were killed)."""
-        for left in (*self.folder.glob(_DRAFT + "*"), *self.folder.glob(_REMOVED + "*")):
-            pid = left.name.split("-")[1]
-            if not Path(f"/proc/{pid}").exists():
-                shutil.rmtree(left, ignore_errors=True)
+        for removed in self.folder.glob(REMOVED + "*"):
+            shutil.rmtree(removed, ignore_errors=True)
+        for draft in self.folder.glob(_DRAFT + "*"):
+            with contextlib.suppress(OSError):  # it is in the making, or gone
+                lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(draft, ignore_errors=True)
+                finally:
+                    os.close(lock)
 
 
-def _read_meta(folder: Path) -> dict[str, Any] | None:
-    """Return a template's facts, ``None`` if a file is missing or has another size than when it was made."""
+def _stored(folder: Path) -> StoredTemplate | None:
+    """Return a template's line in lists; ``None`` if it is gone."""
     try:
-        meta: dict[str, Any] = json.loads((folder / _META).read_text())
-        for name, size in meta["files"].items():
-            if (folder / name).stat().st_size != size:
-                return None
-        state = hashlib.sha256((folder / "state").read_bytes()).hexdigest()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        meta = read_meta(folder)
+    except Damaged:
+        meta = {}
+    try:
+        used = (folder / META).stat().st_mtime if meta else folder.stat().st_mtime
+        return StoredTemplate(
+            folder.name,
+            str(meta.get("kind", UNUSABLE)),
+            str(meta.get("image", "")),
+            float(meta.get("created", used)),
+            used,
+            disk_usage(folder),
+            bool(meta) and in_use(folder),
+            str(meta.get("about", "")),
+        )
+    except OSError:
         return None
-    return meta if state == meta["state_sha256"] else None
-
-
-def _hold(meta: Path) -> int | None:
-    """Return a descriptor that holds the template ``meta`` belongs to; ``None`` if there is none."""
-    while True:
-        try:
-            lock = os.open(meta, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), meta.stat()):
-                return lock
-        os.close(lock)  # while we waited it was removed, and perhaps made anew
-
-
-def _private(folder: Path, prefix: str) -> Path:
-    """Return a new name in ``folder`` that is this process's until it ends."""
-    return folder / f"{prefix}{os.getpid()}-{secrets.token_hex(6)}"
-
-
-def _discard(folder: Path) -> None:
-    """Take a folder away in one step, so that nobody meets half of it, then remove it."""
-    gone = _private(folder.parent, _REMOVED)
-    with contextlib.suppress(FileNotFoundError):
-        folder.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-
-def _publish_as(draft: Path, target: Path) -> None:
-    """Rename ``draft`` unless somebody published the same: theirs is as good. A damaged one makes way."""
-    while True:
-        try:
-            draft.rename(target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-        else:
-            return
-        if _read_meta(target) is not None:
-            return
-        _discard(target)
-
-
-def _in_use(folder: Path) -> bool:
-    with (folder / _META).open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def _remove(folder: Path) -> bool:
-    """Remove a template unless somebody uses it; return whether it is gone."""
-    try:
-        with (folder / _META).open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _discard(folder)
-    except BlockingIOError:
-        return False
-    except FileNotFoundError:  # somebody else was quicker, or it is no template at all
-        _discard(folder)
-    return True

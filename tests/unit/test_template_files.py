@@ -8,7 +8,13 @@ import pytest
 
 from pytest_microvm.errors import HostError
 from pytest_microvm.templates import files
-from pytest_microvm.templates.files import copy_sparse, disk_usage, find_mke2fs, format_scratch
+from pytest_microvm.templates.files import (
+    content_digest,
+    copy_sparse,
+    disk_usage,
+    find_mke2fs,
+    format_scratch,
+)
 
 MIB = 1024**2
 
@@ -39,6 +45,45 @@ def test_a_copy_has_the_same_content_and_holes(tmp_path, pieces):
     assert blocks(target) <= blocks(source) + MIB
     assert blocks(target) < 10 * MIB
     assert subprocess.run(["cmp", source, target], check=False).returncode == 0
+
+
+def test_the_same_content_has_the_same_digest_wherever_its_holes_are(tmp_path):
+    sparse, full = tmp_path / "sparse", tmp_path / "full"
+    with sparse.open("wb") as file:
+        for place in (0, 5 * MIB + 70_001, 9 * MIB):
+            file.seek(place)
+            file.write(b"data" * 20_000)
+        file.truncate(10 * MIB + 123)
+    full.write_bytes(sparse.read_bytes())
+    assert blocks(full) > blocks(sparse)
+    assert content_digest(full) == content_digest(sparse)
+
+
+@pytest.mark.parametrize("place", [0, 65_535, 65_536, 3 * MIB, 10 * MIB + 122])
+def test_every_bit_counts(tmp_path, place):
+    path = tmp_path / "file"
+    with path.open("wb") as file:
+        file.write(os.urandom(MIB))
+        file.truncate(10 * MIB + 123)
+    before = content_digest(path)
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+    assert content_digest(path) != before
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(bytes([byte]))
+    assert content_digest(path) == before
+
+
+def test_the_size_and_the_places_count(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(65_536))
+    (tmp_path / "b").write_bytes(bytes(65_537))
+    (tmp_path / "c").write_bytes(b"x" * 65_536 + bytes(65_536))
+    (tmp_path / "d").write_bytes(bytes(65_536) + b"x" * 65_536)
+    assert len({content_digest(tmp_path / name) for name in "abcd"}) == 4
 
 
 def test_an_empty_file(tmp_path):

@@ -3,14 +3,16 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 
 import pytest
 
 from pytest_microvm.errors import HostError, UsageError
+from pytest_microvm.templates import folders, integrity
 from pytest_microvm.templates import store as store_module
-from pytest_microvm.templates.store import TemplateStore
+from pytest_microvm.templates.store import UNUSABLE, TemplateStore
 
 FORK = multiprocessing.get_context("fork")
 META = {"kind": "boot", "image": "base"}
@@ -18,8 +20,13 @@ MIB = 1024**2
 
 
 @pytest.fixture
-def store(tmp_path):
-    return TemplateStore(tmp_path / "cache", cap=1024**3)
+def said():
+    return []
+
+
+@pytest.fixture
+def store(tmp_path, said):
+    return TemplateStore(tmp_path / "cache", cap=1024**3, say=said.append)
 
 
 def make(store, key, size=MIB, **meta):
@@ -29,6 +36,24 @@ def make(store, key, size=MIB, **meta):
         (draft / "state").write_bytes(b"state of " + key.encode())
         (draft / "collected").write_bytes(b"[]")
         store.publish(key, draft, {**META, **meta})
+
+
+def flip_a_bit(path, *, keep_time=False):
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(before.st_size // 2)
+        byte = file.read(1)[0]
+        file.seek(before.st_size // 2)
+        file.write(bytes([byte ^ 4]))
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replace(path, content):
+    before = path.stat()
+    path.unlink()
+    path.write_bytes(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def names(store):
@@ -66,6 +91,13 @@ def test_what_is_not_published_is_removed(store):
         lambda folder: os.truncate(folder / "ram", 10),
         lambda folder: os.truncate(folder / "scratch", 0),
         lambda folder: (folder / "state").write_bytes(b"STATE of k1"),
+        lambda folder: flip_a_bit(folder / "ram"),
+        lambda folder: flip_a_bit(folder / "scratch"),
+        lambda folder: flip_a_bit(folder / "state"),
+        lambda folder: flip_a_bit(folder / "collected"),
+        lambda folder: flip_a_bit(folder / "meta.json"),
+        lambda folder: flip_a_bit(folder / "ram", keep_time=True),
+        lambda folder: replace(folder / "scratch", b"SCRATCH"),
         lambda folder: (folder / "collected").unlink(),
         lambda folder: (folder / "meta.json").write_text("{"),
         lambda folder: (folder / "meta.json").write_text("[]"),
@@ -74,17 +106,94 @@ def test_what_is_not_published_is_removed(store):
         lambda folder: (folder / "meta.json").unlink(),
         lambda folder: [path.unlink() for path in folder.iterdir()],
     ],
-    ids=["no-ram", "short-ram", "empty-scratch", "other-state", "no-attachment", "meta-not-json", "meta-list",
-         "meta-empty", "meta-odd", "no-meta", "nothing"],
+    ids=[
+        "no-ram", "short-ram", "empty-scratch", "other-state", "flipped-ram", "flipped-scratch",
+        "flipped-state", "flipped-attachment", "flipped-meta", "hidden-flip", "replaced", "no-attachment",
+        "meta-not-json", "meta-list", "meta-empty", "meta-odd", "no-meta", "nothing",
+    ],
 )  # fmt: skip
-def test_a_damaged_template_is_none_and_can_be_made_anew(store, damage):
+def test_a_damaged_template_is_none_and_can_be_made_anew(store, said, damage):
     make(store, "k1")
+    held = store.open("k1")
+    assert held.intact()
     damage(store.folder / "k1")
     assert store.open("k1") is None
+    assert all("damaged (k1: " in line for line in said)
+    assert bool(said) != (store.folder / "k1").exists()
     make(store, "k1")
     with store.open("k1") as template:
         assert template.state.read_bytes() == b"state of k1"
+        assert template.intact()
+    assert not held.intact()  # whoever still holds the damaged one is told to ask again
+    held.close()
     assert names(store) == {"k1"}
+
+
+@pytest.mark.parametrize("name", ["ram", "scratch", "state", "collected"])
+def test_writing_the_same_again_is_no_damage(store, said, name):
+    """Restored from an archive, copied, linked, touched: the content decides, and is read once."""
+    make(store, "k1")
+    held = store.open("k1")
+    path = store.folder / "k1" / name
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    assert not held.intact()
+    with store.open("k1") as again:
+        assert again.intact()
+    held.close()
+    assert said == []
+
+
+def test_the_content_is_read_once(store, monkeypatch):
+    read = []
+    digest = integrity.content_digest
+    monkeypatch.setattr(integrity, "content_digest", lambda path: read.append(path.name) or digest(path))
+    make(store, "k1")
+    read.clear()
+    store.open("k1").close()
+    assert read == []  # the stamps are those of the publication
+    os.utime(store.folder / "k1" / "ram")
+    store.open("k1").close()
+    store.open("k1").close()
+    assert sorted(read) == ["collected", "ram", "scratch", "state"]
+    (store.folder / "k1" / "stamps.json").write_text("{")
+    store.open("k1").close()
+    (store.folder / "k1" / "stamps.json").unlink()
+    store.open("k1").close()
+    store.open("k1").close()
+    assert len(read) == 12
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda store: flip_a_bit(store.folder / "k1" / "ram"),
+        lambda store: os.truncate(store.folder / "k1" / "scratch", 1),
+        lambda store: (store.folder / "k1" / "state").unlink(),
+        lambda store: shutil.rmtree(store.folder / "k1"),
+        lambda store: shutil.rmtree(store.folder),
+    ],
+    ids=["written", "truncated", "one-file-gone", "gone", "cache-gone"],
+)
+def test_what_happens_to_a_held_template_is_noticed(store, change):
+    make(store, "k1")
+    with store.open("k1") as held:
+        assert held.intact()
+        change(store)
+        assert not held.intact()
+        assert store.open("k1") is None
+    assert not held.intact()
+
+
+def test_a_kept_machine_that_is_damaged_is_not_removed_behind_its_owners_back(store):
+    make(store, "vm-1", kind="kept")
+    os.truncate(store.folder / "vm-1" / "ram", 5)
+    with pytest.raises(HostError, match="vm-1 is damaged: ram has another size") as caught:
+        store.open("vm-1")
+    assert "rm vm-1" in caught.value.resolution
+    assert store.prune() == 0
+    assert names(store) == {"vm-1"}
 
 
 def test_a_folder_without_facts_is_pruned(store):
@@ -161,17 +270,17 @@ def test_whoever_waits_for_a_removal_gets_what_was_made_anew(store, monkeypatch)
     """The lock of a removed template must not pass for one of its successor."""
     make(store, "k1")
     entered, go_on = threading.Event(), threading.Event()
-    discard = store_module._discard
+    discard = folders.discard
     opened = []
 
     def slowly(folder):
         discard(folder)
-        monkeypatch.setattr(store_module, "_discard", discard)
+        monkeypatch.setattr(folders, "discard", discard)
         make(store, "k1")
         entered.set()
         go_on.wait()  # still holds the removed one's lock alone
 
-    monkeypatch.setattr(store_module, "_discard", slowly)
+    monkeypatch.setattr(folders, "discard", slowly)
     old = os.open(store.folder / "k1" / "meta.json", os.O_RDONLY)
     remover = threading.Thread(target=store.remove, args=("k1",))
     remover.start()
@@ -185,7 +294,7 @@ def test_whoever_waits_for_a_removal_gets_what_was_made_anew(store, monkeypatch)
             return os.dup(old)
         return real_open(path, flags, *rest, **options)
 
-    monkeypatch.setattr(store_module.os, "open", open_the_old_one_once)
+    monkeypatch.setattr(folders.os, "open", open_the_old_one_once)
     with store.open("k1"):
         assert opened
         assert store.list()[0].in_use
@@ -257,20 +366,27 @@ def test_what_killed_processes_left_is_swept(store):
     assert names(store) == set()
 
 
-def test_a_full_disk_is_told(store, monkeypatch):
+def test_a_full_disk_is_told(store, said, monkeypatch):
+    make(store, "vm-1", kind="kept")
+    make(store, "k1")
+    make(store, "k2")
     monkeypatch.setattr(store_module, "_SPACE_LEFT", 2**62)
-    with pytest.raises(HostError, match="MiB are free where the cache is") as caught, store.draft():
-        pass
+    with store.open("k2"), pytest.raises(HostError, match="MiB are free where the cache is") as caught:
+        store.new_draft()
     assert "prune" in caught.value.resolution
+    assert said == ["the disk with the cache is nearly full: removed 1 templates not in use"]
+    assert names(store) == {"vm-1", "k2"}
 
 
-def test_facts_that_lists_need_may_be_missing(store):
+def test_facts_that_somebody_changed_count_for_nothing(store):
     make(store, "k1")
     meta = store.folder / "k1" / "meta.json"
     facts = json.loads(meta.read_text())
-    del facts["kind"]
-    meta.write_text(json.dumps(facts))
-    assert store.list() == []
+    meta.write_text(json.dumps({**facts, "kind": "kept"}))
+    assert [(entry.key, entry.kind) for entry in store.list()] == [("k1", UNUSABLE)]
+    assert store.list()[0].size >= MIB
+    assert store.open("k1") is None
+    assert names(store) == set()
 
 
 def _publish_often(store, key, count):

@@ -1,0 +1,85 @@
+"""The disk under the cache: when it is full, read-only or gone, say so instead of quoting an error number."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pytest_microvm.errors import HostError, MachineError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_NOTHING_LEFT = 4 * 1024**2  # bytes; file systems call themselves full a little before the last block
+_FREE_SOME = (
+    "free some disk, run `pytest-microvm template prune` or `pytest-microvm image prune`, "
+    "or set PYTEST_MICROVM_CACHE to a folder on another disk"
+)
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Tell what is wrong with the disk under ``folder`` when that is why the work in the block failed.
+
+    A machine whose memory is a file dies of a full disk too: the kernel can only answer its write to a
+    page that has no block with SIGBUS (mmap(2)).
+
+    Raises:
+        HostError: The disk is full, or ``folder`` is read-only, or somebody removed it.
+    """
+    try:
+        yield
+    except (OSError, MachineError) as error:
+        told = _explanation(error, folder)
+        if told is None:
+            raise
+        raise told from error
+
+
+def need_space(folder: Path, size: int) -> None:
+    """Check that ``size`` bytes are free where ``folder`` is, or will be.
+
+    Raises:
+        HostError: They are not.
+    """
+    free = free_bytes(folder)
+    if free < size:
+        raise HostError(
+            f"only {free // 1024**2} MiB are free where the cache is ({folder})",
+            details=f"{size // 1024**2} MiB are needed",
+            resolution=_FREE_SOME,
+        )
+
+
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes this user may still write where ``folder`` is, or will be."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _explanation(error: OSError | MachineError, folder: Path) -> HostError | None:
+    number = error.errno if isinstance(error, OSError) else None
+    reason = str(error)
+    if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and free_bytes(folder) < _NOTHING_LEFT):
+        return HostError(
+            f"the disk with the cache is full ({folder.parent})", details=reason, resolution=_FREE_SOME
+        )
+    if not folder.exists() and (number in (None, errno.ENOENT)):
+        return HostError(
+            f"the cache was removed while it was in use ({folder.parent})",
+            details=reason,
+            resolution="run again: what is missing is made again",
+        )
+    denied = number in (errno.EACCES, errno.EPERM) and not os.access(folder, os.R_OK | os.W_OK | os.X_OK)
+    if number == errno.EROFS or denied:
+        return HostError(
+            f"something has to be made, but the cache cannot be written ({folder})",
+            details=reason,
+            resolution="make it writable, fill it in a run that may write to it, or set PYTEST_MICROVM_CACHE",
+        )
+    return None
