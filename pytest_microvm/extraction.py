@@ -24,6 +24,8 @@ MAX_BYTES = 64 * 1024**3
 
 _MAX_HEADER = 64 * 1024  # bytes of a long name or of extended attributes, which are read into memory
 _MAX_NAME = 4096
+_MAX_DEPTH = 256  # folders inside each other: what removes them again calls itself for each
+_MAX_HEADERS = 8  # headers in a row that say more about the next: attributes, a long name, a long link
 _PIECE = 256 * 1024
 _PADDING = 64 * 1024  # bytes; tar fills its last record up with zeros
 _LATEST = 2**33 - 1  # seconds since 1970: what tar's own field for it can hold
@@ -51,7 +53,27 @@ class _Header(tarfile.TarInfo):
             raise _refused(header, "a name or attributes that are too long")
         if header.type == tarfile.GNUTYPE_SPARSE:
             raise _refused(header, "a sparse file")
+        if header.type == tarfile.XGLTYPE:  # tarfile keeps them all, and copies them for every member
+            raise _refused(header, "attributes of all that follows")
         return header
+
+    @classmethod
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> tarfile.TarInfo:
+        """Return the next member, whose header may be behind others that are kept until it comes."""
+        depth = getattr(tarfile, "headers_in_a_row", 0)
+        if depth > _MAX_HEADERS:
+            raise TransferError("the machine sent a tar member with too many headers")
+        tarfile.headers_in_a_row = depth + 1  # type: ignore[attr-defined]  # this archive's alone
+        try:
+            return super().fromtarfile(tarfile)
+        finally:
+            tarfile.headers_in_a_row = depth  # type: ignore[attr-defined]
+
+    def _refuse_sparse(self, _next: tarfile.TarInfo, *_headers: object) -> None:
+        raise _refused(self, "a sparse file")
+
+    # Before it can be asked what a member is, tarfile reads a map of any length into memory.
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
 
 def extract(source: IO[bytes], folder: Path) -> None:
@@ -63,14 +85,15 @@ def extract(source: IO[bytes], folder: Path) -> None:
         TransferError: A member is refused, the archive is damaged, or the host cannot write it.
     """
     root = os.open(folder, _FOLDER)
-    total = 0
+    total = entries = 0
     try:
         with tarfile.open(fileobj=source, mode="r|", bufsize=65536, tarinfo=_Header) as archive:
-            for count, member in enumerate(archive, 1):
+            for member in archive:
                 total += max(0, member.size)
-                if count > MAX_ENTRIES or total > MAX_BYTES:
+                entries += 1
+                if entries > MAX_ENTRIES or total > MAX_BYTES:
                     raise _refused(member, f"more than {MAX_ENTRIES} entries or {MAX_BYTES} bytes")
-                _unpack(archive, member, root)
+                entries += _unpack(archive, member, root)
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all, in vain
         source.read(_PADDING)  # or the sender would find that nobody reads its last bytes
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
@@ -86,13 +109,18 @@ def extract(source: IO[bytes], folder: Path) -> None:
         os.close(root)
 
 
-def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int) -> None:
+def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int) -> int:
+    """Unpack one member; return how many folders were made for it on the way."""
     *above, name = _segments(member, member.name) or [""]
+    if any(key.startswith("GNU.sparse") for key in member.pax_headers):
+        raise _refused(member, "a sparse file")
+    if member.size < 0:
+        raise _refused(member, "a negative size")
     if not name:  # the folder itself
         if not member.isdir():
             raise _refused(member, "it takes the folder's own place")
-        return
-    with _folder(root, above, member, make=True) as parent:
+        return 0
+    with _folder(root, above, member, make=True) as (parent, made):
         if member.isdir():
             _make_folder(parent, name, member)
         elif member.isreg() and not member.issparse():
@@ -105,6 +133,7 @@ def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int) -> Non
             _make_hard_link(root, parent, name, member)
         else:
             raise _refused(member, "neither a file, a folder nor a link")
+    return made
 
 
 def _segments(member: tarfile.TarInfo, path: str) -> list[str]:
@@ -116,6 +145,8 @@ def _segments(member: tarfile.TarInfo, path: str) -> list[str]:
         raise _refused(member, "a path with ..")
     if "\0" in path or len(os.fsencode(path)) > _MAX_NAME:
         raise _refused(member, "an impossible name")
+    if len(segments) > _MAX_DEPTH:
+        raise _refused(member, f"more than {_MAX_DEPTH} folders inside each other")
     return segments
 
 
@@ -135,21 +166,28 @@ def _check_target(member: tarfile.TarInfo, depth: int) -> None:
 
 
 @contextlib.contextmanager
-def _folder(root: int, segments: list[str], member: tarfile.TarInfo, *, make: bool) -> Iterator[int]:
-    """Yield a descriptor of the folder ``segments`` below ``root``, reached without following links."""
-    here = os.dup(root)
+def _folder(
+    root: int, segments: list[str], member: tarfile.TarInfo, *, make: bool
+) -> Iterator[tuple[int, int]]:
+    """Open the folder ``segments`` below ``root``, reached without following links.
+
+    Yields:
+        Its descriptor, and how many folders had to be made.
+    """
+    here, made = os.dup(root), 0
     try:
         for segment in segments:
             try:
                 if make:
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(segment, 0o755, dir_fd=here)
+                        made += 1
                 below = os.open(segment, _FOLDER, dir_fd=here)
             except OSError as error:  # ENOTDIR, ELOOP: a file or a link is in the way
                 raise _refused(member, f"a path through {segment[:100]!r}, which is no folder") from error
             os.close(here)
             here = below
-        yield here
+        yield here, made
     finally:
         os.close(here)
 
@@ -181,7 +219,7 @@ def _make_file(archive: tarfile.TarFile, parent: int, name: str, member: tarfile
 
 def _make_hard_link(root: int, parent: int, name: str, member: tarfile.TarInfo) -> None:
     *above, source = _segments(member, member.linkname) or [""]
-    with _folder(root, above, member, make=False) as folder:
+    with _folder(root, above, member, make=False) as (folder, _made):
         if not source or not stat.S_ISREG(_mode(folder, source)):
             raise _refused(member, "a hard link to what is no file")
         _clear(parent, name, member)

@@ -20,6 +20,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation
+from pytest_microvm.sanitize import sanitize, sanitize_line
 from pytest_microvm.wire.channel import MAX_STREAMS, Channel, Closed, Data, Hello, Message
 from pytest_microvm.wire.frames import WireError
 
@@ -28,14 +29,15 @@ if TYPE_CHECKING:
 
 _READ_SIZE = 256 * 1024
 MAX_UNANSWERED = 4096
+_MAX_ERRNO = 4095  # of Linux: include/linux/err.h
 
 
 class GuestError(MachineError):
     """The guest answered a request with an error.
 
     Args:
-        kind: The guest's exception name, such as ``FileNotFoundError`` (untrusted text).
-        message: Its message (untrusted text).
+        kind: The guest's exception name, such as ``FileNotFoundError`` (untrusted, safe to show).
+        message: Its message (untrusted, safe to show).
         errno: Its error number, or 0.
     """
 
@@ -178,12 +180,7 @@ class Request:
                 raise TimeoutError(f"no answer to {self._op!r} within {timeout:g} s")
         error = self.reply.get("error")
         if isinstance(error, dict):
-            number = error.get("errno")
-            raise GuestError(
-                str(error.get("type", "Error"))[:200],
-                str(error.get("message", ""))[:10_000],
-                number if type(number) is int else 0,
-            )
+            raise _guest_error(error)
         result = self.reply.get("result")
         return result if isinstance(result, dict) else {}
 
@@ -191,6 +188,15 @@ class Request:
     def done(self) -> bool:
         """Whether an answer (or the machine's end) is there."""
         return self.reply is not None or self._link.failure is not None
+
+
+def _guest_error(error: dict[str, Any]) -> GuestError:
+    kind, message, number = error.get("type"), error.get("message"), error.get("errno")
+    return GuestError(
+        sanitize_line(kind, 200) if isinstance(kind, str) else "Error",
+        sanitize(message, 10_000) if isinstance(message, str) else "",
+        number if type(number) is int and 0 < number <= _MAX_ERRNO else 0,
+    )
 
 
 class Stream:

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
+from pytest_microvm.answers import Answer
 from pytest_microvm.errors import TransferError, UsageError
 from pytest_microvm.extraction import MAX_BYTES, extract
 from pytest_microvm.link import GuestError, Link, Stream
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 TIMEOUT = 600.0
 """Seconds a transfer may stand still before it is given up."""
 
+KINDS = frozenset(["file", "directory", "symlink", "other"])
+"""What a path in a machine can be."""
+
+_REFUSED_WAIT = 10.0  # seconds that a machine has to end what was refused, which it might go on sending
 _PIECE = 65536
 
 
@@ -116,9 +121,10 @@ def write_file(link: Link, path: str, data: bytes, *, append: bool = False) -> N
 def pull(link: Link, source: PurePosixPath, target: Path) -> Path:
     """Copy ``source`` in the machine to ``target`` on the host (see :meth:`MicroVM.pull`)."""
     try:
-        found = link.call("path", timeout=TIMEOUT, do="stat", path=str(source))
+        found = Answer(link, link.call("path", timeout=TIMEOUT, do="stat", path=str(source)))
     except GuestError as error:
         raise as_os_error(error, str(source)) from None
+    kind, mode = found.choice("kind", KINDS), found.whole("mode")
     final = target / source.name if target.is_dir() else target
     if not final.parent.is_dir():
         raise UsageError(
@@ -127,17 +133,23 @@ def pull(link: Link, source: PurePosixPath, target: Path) -> Path:
     # Received beside its place and renamed when whole, so that a broken transfer leaves nothing half done.
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".pull-") as folder:
         received = Path(folder) / "content"
-        if found["kind"] == "directory":
+        if kind == "directory":
             received.mkdir()
             with _receiving(link, "pack", str(source)) as stream:
                 extract(io.BufferedReader(_Reader(stream), _PIECE), received)
-        elif found["kind"] == "file":
+        elif kind == "file":
             with _receiving(link, "read", str(source)) as stream, received.open("wb") as file:
                 _receive_file(stream, file)
-            received.chmod(int(found["mode"]) & 0o755 | 0o600)
+            received.chmod(mode & 0o755 | 0o600)
         else:
             raise UsageError(f"{source} is neither a file nor a folder", resolution="read it with a command")
-        put(received, final)
+        try:
+            put(received, final)
+        except OSError as error:
+            raise TransferError(
+                f"cannot put what the machine sent in its place: {error}",
+                resolution="pull it into an empty folder",
+            ) from error
     return final
 
 
@@ -170,9 +182,8 @@ def put(received: Path, final: Path) -> None:
 
 def as_os_error(error: GuestError, path: str) -> Exception:
     """Return the guest's answer as the OSError it would be on the host, where it is one."""
-    code = error.errno or {"FileNotFoundError": errno.ENOENT, "PermissionError": errno.EACCES}.get(
-        error.kind, 0
-    )
+    known = {"FileNotFoundError": errno.ENOENT, "PermissionError": errno.EACCES}
+    code = error.errno or known.get(error.kind, 0)
     if code:
         return OSError(code, f"in the machine: {os.strerror(code)}", path)
     return TransferError(f"{path}: {error.brief}")
@@ -199,9 +210,8 @@ def _receiving(link: Link, op: str, path: str) -> Iterator[Stream]:
         yield stream
     except TransferError:
         stream.discard()
-        with contextlib.suppress(GuestError):
-            request.wait(TIMEOUT)
-            raise
+        with contextlib.suppress(GuestError, TimeoutError):
+            request.wait(_REFUSED_WAIT)
         raise
     stream.discard()
     try:

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from pytest_microvm.errors import ProtocolViolation
-from pytest_microvm.remote.sanitize import sanitize, sanitize_line
+from pytest_microvm.sanitize import sanitize, sanitize_line
 
 MAX_LINE = 32 * 1024 * 1024
 MAX_LIST = 1_000_000

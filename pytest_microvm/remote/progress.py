@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_microvm.progress import Progress
-from pytest_microvm.remote.sanitize import sanitize_line
+from pytest_microvm.sanitize import sanitize_line
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -10,7 +10,7 @@ from _pytest._io import TerminalWriter
 
 from pytest_microvm.remote import checks
 from pytest_microvm.remote.collected import CollectOutcome
-from pytest_microvm.remote.sanitize import sanitize
+from pytest_microvm.sanitize import sanitize
 
 _PHASES = frozenset(["setup", "call", "teardown"])
 _OUTCOMES = frozenset(["passed", "failed", "skipped", "rerun"])

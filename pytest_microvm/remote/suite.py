@@ -21,7 +21,7 @@ from pytest_microvm.remote.foreign_warnings import warning_message
 from pytest_microvm.remote.plan import guest_environment, settings_from, workspace_of
 from pytest_microvm.remote.progress import TerminalProgress
 from pytest_microvm.remote.running import Ran, TestRunner
-from pytest_microvm.remote.sanitize import sanitize
+from pytest_microvm.sanitize import sanitize
 from pytest_microvm.remote.summary import Tally, add_suite_properties, guest_lines, header_line
 from pytest_microvm.spec import MachineSpec
 

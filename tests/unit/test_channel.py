@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pytest_microvm.wire.channel import (
+    GRANT,
     MAX_STREAMS,
     VERSION,
     WINDOW,
@@ -105,9 +106,21 @@ def test_more_than_the_window_is_not_sent_until_it_is_granted():
     assert host.room(1) == 0
     received = sum(len(event.data) for event in guest.receive(host.take()))
     assert received == WINDOW
-    guest.consumed(1, 5)
+    guest.consumed(1, GRANT - 1)
+    assert guest.take() == b""
+    guest.consumed(1, 1)
     assert list(host.receive(guest.take())) == [Credit(1)]
-    assert host.write(1, bytes(10)) == 5
+    assert host.write(1, bytes(WINDOW)) == GRANT
+
+
+def test_single_bytes_do_not_make_this_end_queue_more_than_it_is_sent():
+    """A peer that reads nothing would have it grow without limit."""
+    host = greeted(1)
+    frame = encode(Kind.DATA, 1, b"x")
+    for _ in range(WINDOW * 2):
+        for event in host.receive(frame):
+            host.consumed(1, len(event.data))
+    assert len(host.take()) <= 2 * WINDOW // GRANT * 13
 
 
 def test_data_frames_respect_their_limit():

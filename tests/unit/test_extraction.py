@@ -317,3 +317,79 @@ def test_it_works_without_the_filters_of_newer_releases(inside, monkeypatch):
     assert sys.version_info >= (3, 10)
     unpack(archive_of(member("a", data=b"x")), inside)
     assert (inside / "a").read_bytes() == b"x"
+
+
+def pax(*records):
+    """An extended header with ``records`` as they are, and its size."""
+    body = b"".join(
+        next(
+            line
+            for length in range(len(record) + 3, len(record) + 9)
+            if len(line := b"%d %s\n" % (length, record)) == length
+        )
+        for record in records
+    )
+    return header(kind=b"x", size=b"%011o" % len(body)) + body.ljust(-(-len(body) // 512) * 512, b"\0")
+
+
+SPARSE = [
+    pax(b"GNU.sparse.major=1", b"GNU.sparse.minor=0", b"GNU.sparse.name=x"),
+    pax(b"GNU.sparse.map=0,1", b"GNU.sparse.size=1"),
+    pax(b"GNU.sparse.size=1", b"GNU.sparse.offset=0", b"GNU.sparse.numbytes=1"),
+    pax(b"GNU.sparse.realsize=9"),
+]
+
+
+@pytest.mark.parametrize("attributes", SPARSE)
+def test_sparse_members_are_refused_before_their_map_is_read(inside, attributes):
+    """tarfile would read a map as long as the machine likes: 10 GiB of ``0\\n`` as a list of numbers."""
+
+    class Endless(io.RawIOBase):
+        given = 0
+
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            Endless.given += len(buffer)
+            assert Endless.given < 10_000_000, "it goes on reading"
+            buffer[:] = (b"9" * 9 + b"\n" + b"0\n" * len(buffer))[: len(buffer)]
+            return len(buffer)
+
+    class Source:
+        first = io.BytesIO(attributes + header(size=b"77777777777"))
+        rest = Endless()
+
+        def read(self, size):
+            return self.first.read(size) or self.rest.read(size)
+
+    with pytest.raises(TransferError, match="a sparse file"):
+        extract(Source(), inside)
+
+
+@pytest.mark.parametrize("kind", [b"x", b"L", b"K"])
+def test_headers_about_the_next_do_not_pile_up(inside, kind):
+    """Each is kept until the member comes that they are about."""
+    more = header(kind=kind, size=b"00000001000") + b"9 path=y\n".ljust(512, b"\0")
+    with pytest.raises(TransferError, match="too many headers"):
+        unpack(more * 20 + header() + bytes(1024), inside)
+    unpack(more * 3 + header() + bytes(1024), inside)
+
+
+def test_attributes_of_all_that_follows_are_refused(inside):
+    """tarfile keeps them: a 64 KiB header before each of a million members would be 64 GiB."""
+    body = header(kind=b"g", size=b"00000001000") + b"9 note=y\n".ljust(512, b"\0")
+    with pytest.raises(TransferError, match="all that follows"):
+        unpack(body + header() + bytes(1024), inside)
+
+
+def test_a_long_path_does_not_make_folders_that_nothing_can_remove(inside):
+    with pytest.raises(TransferError, match="256 folders inside each other"):
+        unpack(archive_of(member("d/" * 2000 + "f", data=b"x")), inside)
+    unpack(archive_of(member("d/" * 200 + "f", data=b"x")), inside)
+
+
+def test_folders_that_a_path_implies_count(inside, monkeypatch):
+    monkeypatch.setattr(extraction, "MAX_ENTRIES", 10)
+    with pytest.raises(TransferError, match="more than 10 entries"):
+        unpack(archive_of(member("a/b/c/d/e/f", data=b"x"), member("1/2/3/4/5/6"), member("x")), inside)

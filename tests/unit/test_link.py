@@ -14,8 +14,9 @@ from pytest_microvm import link as link_module
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation
 from pytest_microvm.guest.port import Port
 from pytest_microvm.link import Drain, GuestError, Link, read_any
-from pytest_microvm.wire.channel import MAX_STREAMS, WINDOW, Closed, Credit, Data, Hello, Message
-from pytest_microvm.wire.frames import MAX_PAYLOAD, Kind
+from pytest_microvm.transfer import as_os_error
+from pytest_microvm.wire.channel import GRANT, MAX_STREAMS, WINDOW, Closed, Credit, Data, Hello, Message
+from pytest_microvm.wire.frames import MAX_PAYLOAD, Kind, encode
 
 GUARD = 20  # seconds; only a test that hangs takes so long
 SOON = 0.05
@@ -237,7 +238,7 @@ def test_a_guest_that_takes_nothing_stops_the_writer_at_the_window(link, guest):
     while received < WINDOW:
         received += len(guest.next(Data).data)
     assert received == WINDOW
-    guest.channel.consumed(number, 1)
+    guest.channel.consumed(number, GRANT)
     guest.port.flush()
     stream.write(b"x", GUARD)
     assert guest.next(Data).data == b"x"
@@ -532,3 +533,37 @@ def test_a_drain_reads_what_is_there_when_asked(sockets):
     sockets[1].sendall(b"panic")
     assert drain.tail() == b"panic"
     drain.close()
+
+
+# Hostile answers
+
+
+@pytest.mark.parametrize(
+    ("error", "brief", "number"),
+    [
+        ({"type": "OSError", "message": "\x1b[2Jgone", "errno": 2}, r"OSError: \x1b[2Jgone", 2),
+        ({"type": "\ud800\n::error::x", "message": "\u202e"}, r"\ud800\n::error::x: \u202e", 0),
+        ({"type": "x", "message": "::error::y"}, r"x: \::error::y", 0),
+        ({"type": ["x"], "message": {"a": 1}, "errno": "2"}, "Error: ", 0),
+        ({"type": "x", "message": "y", "errno": 10**30}, "x: y", 0),
+        ({"type": "x", "message": "y", "errno": True}, "x: y", 0),
+    ],
+)
+def test_an_error_of_the_guest_is_safe_to_show(link, guest, error, brief, number):
+    request = link.request("op")
+    guest.answer(guest.next(Message).body["id"], error=error)
+    with pytest.raises(GuestError) as caught:
+        request.wait(GUARD)
+    assert (caught.value.brief, caught.value.errno) == (brief, number)
+    assert isinstance(as_os_error(caught.value, "/x"), Exception)
+
+
+def test_a_guest_that_reads_nothing_does_not_make_the_host_queue(link, guest):
+    """Single bytes on a stream that is thrown away: each was answered with a longer grant."""
+    stream, number = streamed(link, guest)
+    stream.discard()
+    frame = encode(Kind.DATA, number, b"x")
+    for _ in range(4 * WINDOW // 1000):
+        guest.sock.sendall(frame * 1000)
+    assert link.failure is None
+    assert len(link._out) < 4096

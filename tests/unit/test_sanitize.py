@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_microvm.remote.sanitize import sanitize, sanitize_line
+from pytest_microvm.sanitize import sanitize, sanitize_line
 
 
 @pytest.mark.parametrize(

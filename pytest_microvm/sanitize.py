@@ -1,0 +1,55 @@
+"""Make text from a guest safe to show: no terminal control but colour, no CI workflow commands."""
+
+from __future__ import annotations
+
+import re
+
+MAX_TEXT = 4 * 1024 * 1024
+
+_COLOUR = r"\x1b\[[0-9;]{0,30}m"
+# Controls, what turns the direction of writing, what splitlines() takes for the end of a line, invisible
+# tags, lone surrogates (nothing can encode them), and what XML has no way to write.
+_CONTROLS = (
+    "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb"
+    "\ufffe\uffff\U000e0000-\U000e007f"
+)
+_UNSAFE = re.compile(f"({_COLOUR})|([{_CONTROLS}])")
+# In a name also what cannot be seen: it could pass for another.
+_UNSAFE_NAME = re.compile(f"[{_CONTROLS}\t\n\u200b-\u200d\u2060-\u2065\ufeff]")
+# GitHub takes "::" at the start of a line; it, Azure and TeamCity take "##[", "##vso[", ... anywhere.
+_COMMAND = re.compile(rf"^((?:[^\S\n]|{_COLOUR})*)(::)|(#)(#(?:vso|teamcity)?\[)", re.MULTILINE)
+
+
+def sanitize(text: str, limit: int = MAX_TEXT) -> str:
+    r"""Return ``text`` with control characters made visible and cut to ``limit`` characters.
+
+    Newlines, tabs and colours (SGR sequences) stay. Bidirectional overrides and lone surrogates count
+    as control characters. Commands that CI systems obey (``::name::`` at the start of a line, ``##[...]``)
+    get a visible ``\`` inside.
+    """
+    if len(text) > limit:
+        text = f"{text[:limit]}\n[{len(text) - limit} more characters were cut]"
+    text = _UNSAFE.sub(_visible, text.replace("\r\n", "\n"))
+    return _COMMAND.sub(_defused, text)
+
+
+def sanitize_line(text: str, limit: int = 4096) -> str:
+    """Return ``text`` as one line (a node id, a path): newlines, tabs and colours become visible too."""
+    return _COMMAND.sub(_defused, _UNSAFE_NAME.sub(lambda found: _escape(found[0]), text[:limit]))
+
+
+def _defused(command: re.Match[str]) -> str:
+    return f"{command[1] or command[3] or ''}\\{command[2] or command[4]}"
+
+
+def _visible(found: re.Match[str]) -> str:
+    return found[1] or _escape(found[2])
+
+
+def _escape(char: str) -> str:
+    if char in "\n\t":
+        return "\\n" if char == "\n" else "\\t"
+    code = ord(char)
+    if code > 0xFFFF:  # noqa: PLR2004 - as Python writes them
+        return f"\\U{code:08x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"  # noqa: PLR2004
