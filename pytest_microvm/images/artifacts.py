@@ -12,15 +12,17 @@ A blob appears by rename, then the artifact that names it: never half an artifac
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from pytest_microvm.disk import explained, need_space
 from pytest_microvm.images.blobs import Blobs, canonical_json, read_json, write_atomically
 
 if TYPE_CHECKING:
@@ -50,10 +52,12 @@ class Artifacts:
 
     Args:
         root: The folder; made when the first artifact is built.
+        space: Bytes that must be free when a build begins.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, space: int = 0) -> None:
         self._root = root
+        self._space = space
         self.blobs = Blobs(root / "blobs" / "sha256")
 
     def get(
@@ -67,19 +71,24 @@ class Artifacts:
             build: Makes it in the empty folder that it is given.
             tell: Told of waits and damage.
             force: Build even if it is there.
+
+        Raises:
+            HostError: The disk is full, or the cache cannot be written.
         """
         path = self._root / "artifacts" / f"{name}-{key[:32]}.json"
         if not force and (found := self._intact(path)):
             return found
         seen = _version(path)
-        with self._only_builder(name, tell) as folder:
+        with explained(self._root), self._only_builder(name, tell) as folder:
             # Another process may have built it while this one waited.
             if (not force or _version(path) != seen) and (found := self._intact(path, tell)):
                 return found
+            need_space(self._root, self._space)
             built = build(folder)
             with self.publishing():
                 files = {role: self.blobs.add(file) for role, file in built.files.items()}
-                write_atomically(path, canonical_json({"files": files, "facts": built.facts}))
+                entry: dict[str, Any] = {"files": files, "facts": built.facts}
+                write_atomically(path, canonical_json({**entry, "seal": _seal(entry)}))
             return Artifact(files, built.facts)
 
     def drop_all_but(self, needed: set[str]) -> int:
@@ -125,17 +134,17 @@ class Artifacts:
 
     def _intact(self, path: Path, tell: Progress | None = None) -> Artifact | None:
         """Return an artifact if all its files are what they were; else tell, and delete what is not."""
-        entry = read_json(path)
-        if entry is None:
+        artifact = _read(path)
+        if artifact is None:
             if tell and path.exists():
                 tell(f"the cache's {path.name} is damaged: building it again")
             return None
-        damaged = {role: digest for role, digest in entry["files"].items() if not self.blobs.intact(digest)}
+        damaged = {role: digest for role, digest in artifact.files.items() if not self.blobs.intact(digest)}
         if tell:
             for role, digest in damaged.items():
                 tell(f"the cache's {role} is damaged or gone: building it again")
                 self.blobs.remove(digest)
-        return None if damaged else Artifact(entry["files"], entry["facts"])
+        return None if damaged else artifact
 
     @contextmanager
     def _only_builder(self, name: str, tell: Progress) -> Iterator[Path]:
@@ -163,6 +172,20 @@ class Artifacts:
         folder = self._root / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         return FileLock(folder / f"{name}.lock")
+
+
+def _read(path: Path) -> Artifact | None:
+    """Return what a record says; ``None`` if it is missing or damaged."""
+    entry = read_json(path) or {}
+    seal = entry.pop("seal", None)
+    if seal not in (None, _seal(entry)):  # records that older versions wrote have none
+        return None
+    files, facts = entry.get("files"), entry.get("facts")
+    return Artifact(files, facts) if isinstance(files, dict) and isinstance(facts, dict) else None
+
+
+def _seal(entry: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(entry)).hexdigest()
 
 
 def _version(path: Path) -> tuple[int, int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -59,9 +60,10 @@ class Blobs:
         try:
             if sha256_file(path) != digest:
                 return False
-            self._remember(digest)
         except OSError:
             return False
+        with contextlib.suppress(OSError):  # a cache that cannot be written: it is hashed again next time
+            self._remember(digest)
         return True
 
     def remove(self, digest: str) -> int:
