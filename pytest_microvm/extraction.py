@@ -58,7 +58,7 @@ class _Header(tarfile.TarInfo):
         return header
 
     @classmethod
-    def fromtarfile(cls, tarfile: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, tarfile: tarfile.TarFile) -> _Header:
         """Return the next member, whose header may be behind others that are kept until it comes."""
         depth = getattr(tarfile, "headers_in_a_row", 0)
         if depth > _MAX_HEADERS:

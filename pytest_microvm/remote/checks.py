@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 from typing import Any
 
 from pytest_microvm.errors import ProtocolViolation
@@ -11,6 +11,13 @@ from pytest_microvm.sanitize import sanitize, sanitize_line
 
 MAX_LINE = 32 * 1024 * 1024
 MAX_LIST = 1_000_000
+MAX_VALUES = 2_000_000
+"""JSON values in the records about one test. Each costs some 64 bytes, in JSON it can be two or three."""
+MAX_COLLECTED_VALUES = 20_000_000
+"""JSON values in the records of a collection, few of which are kept."""
+
+_MAX_DIGITS = 1000  # Python before 3.10.7 needs time for the square of their number
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # no closing quote: up to the end, at once
 
 
 def violation(what: str) -> ProtocolViolation:
@@ -20,17 +27,50 @@ def violation(what: str) -> ProtocolViolation:
     )
 
 
-def json_object(line: bytes) -> dict[str, Any]:
-    """Return the JSON object in ``line``."""
-    if len(line) > MAX_LINE:
-        raise violation(f"a record of more than {MAX_LINE} bytes")
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        raise violation("a record that is not JSON") from None
-    if not isinstance(value, dict):
-        raise violation("a record that is not a JSON object")
-    return value
+class Records:
+    """The records of one answer, which together hold no more than ``limit`` values.
+
+    Without the limit ``[[],[],...]`` would grow to more than twenty times its size when it is parsed.
+    """
+
+    def __init__(self, limit: int = MAX_VALUES) -> None:
+        self._left = limit
+
+    def read(self, line: bytes) -> dict[str, Any]:
+        """Return the JSON object in ``line``.
+
+        Raises:
+            ProtocolViolation: It is none, too long, or one value too many.
+        """
+        if len(line) > MAX_LINE:
+            raise violation(f"a record of more than {MAX_LINE} bytes")
+        self._left -= _count_values(line, self._left)
+        if self._left < 0:
+            raise violation("too many values")
+        try:
+            value = _DECODER.decode(line.decode())
+        except (ValueError, RecursionError):
+            raise violation("a record that is not JSON") from None
+        if not isinstance(value, dict):
+            raise violation("a record that is not a JSON object")
+        return value
+
+
+def _count_values(line: bytes, enough: int) -> int:
+    """Return how many values ``line`` may hold: exactly where that matters, else no fewer than it has."""
+    roughly = sum(map(line.count, (b",", b"[", b"{"))) + 1
+    if roughly <= min(enough, len(line) // 100):
+        return roughly
+    return sum(map(_STRING.sub(b"", line).count, (b",", b"[", b"{"))) + 1
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError("a number with too many digits")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole)
 
 
 def text(value: object, what: str) -> str:
@@ -45,6 +85,12 @@ def line(value: object, what: str) -> str:
     if not isinstance(value, str):
         raise violation(f"a {what} that is not text")
     return sanitize_line(value)
+
+
+def path(value: object, what: str) -> str:
+    """Return ``value`` as a line to be followed by a colon, with which it makes no CI workflow command."""
+    shown = line(value, what)
+    return f"\\{shown}" if shown.lstrip().startswith(":") else shown
 
 
 def choice(value: object, allowed: frozenset[str], what: str) -> str:
@@ -62,11 +108,10 @@ def integer(value: object, what: str, low: int = 0, high: int = 2**53) -> int:
 
 
 def seconds(value: object) -> float:
-    """Return ``value`` as a finite number of seconds, 0 where it is none."""
+    """Return ``value`` as a finite number of seconds, not below 0; 0 where it is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return 0.0
-    number = float(value) if abs(value) < 2**53 else 0.0
-    return number if math.isfinite(number) else 0.0
+    return float(value) if 0 <= value < 2**53 else 0.0
 
 
 def array(value: object, what: str, limit: int = MAX_LIST) -> list[Any]:

@@ -11,6 +11,9 @@ from pytest_microvm.remote import checks
 
 _KINDS = frozenset(["directory", "file", "collector", "item"])
 _OUTCOMES = frozenset(["passed", "failed", "skipped"])
+MAX_NODES = 500_000
+"""Collectors and tests that one collection may have; pytest needs a few KiB for each."""
+_MAX_CLASSES = 1000
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,13 @@ class Collected:
             ProtocolViolation: They are not what a runner sends.
         """
         draft = _Draft()
+        records = checks.Records(checks.MAX_COLLECTED_VALUES)
         for line in _lines(data):
-            record = checks.json_object(line)
-            reader = _READERS.get(str(record.get("k")))
-            if reader is None:
+            record = records.read(line)
+            kind = record.get("k")
+            if not isinstance(kind, str) or kind not in _READERS:
                 raise checks.violation("a record of an unknown kind")
-            reader(draft, record)
+            _READERS[kind](draft, record)
         if not draft.complete:
             raise checks.violation("a collection without an end")
         return draft.finish()
@@ -133,6 +137,7 @@ class _Draft:
     reports: list[CollectOutcome] = field(default_factory=list)
     deselected: list[int] = field(default_factory=list)
     warnings: list[GuestWarning] = field(default_factory=list)
+    class_names: set[str] = field(default_factory=set)
     complete: bool = False
 
     def finish(self) -> Collected:
@@ -155,7 +160,13 @@ class _Draft:
 
 
 def _lines(data: bytes) -> Iterator[bytes]:
-    return (line for line in data.split(b"\n") if line)
+    start = 0
+    while start < len(data):  # one at a time: all at once would be the data once more
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        if end > start:
+            yield data[start:end]
+        start = end + 1
 
 
 def _guest(draft: _Draft, record: dict[str, Any]) -> None:
@@ -173,11 +184,13 @@ def _node(draft: _Draft, record: dict[str, Any]) -> None:
     parent = checks.integer(record.get("parent"), "parent", 0, len(draft.nodes))
     if parent and draft.nodes[parent - 1].kind == "item":
         raise checks.violation("a node below an item")
+    if len(draft.nodes) >= MAX_NODES:
+        raise checks.violation(f"more than {MAX_NODES} collectors and tests")
     draft.nodes.append(
         Node(
             parent=parent,
             kind=kind,
-            class_name=_class_name(record.get("class")),
+            class_name=_class_name(draft, record.get("class")),
             name=checks.line(record.get("name"), "node name"),
             nodeid=nodeid,
             raw_nodeid=raw,
@@ -192,9 +205,15 @@ def _node(draft: _Draft, record: dict[str, Any]) -> None:
     )
 
 
-def _class_name(value: object) -> str:
+def _class_name(draft: _Draft, value: object) -> str:
+    """Return a name for a class to be made; so there must not be many."""
     name = checks.line(value, "class name")
-    return name if name.isidentifier() and not keyword.iskeyword(name) else "Node"
+    if not name.isidentifier() or keyword.iskeyword(name):
+        return "Node"
+    if name not in draft.class_names and len(draft.class_names) >= _MAX_CLASSES:
+        return "Node"
+    draft.class_names.add(name)
+    return name
 
 
 def _names(value: object, what: str) -> tuple[str, ...]:
@@ -222,8 +241,14 @@ def _location(value: object) -> tuple[str, int | None, str]:
     return (
         checks.line(path, "path"),
         None if number is None else checks.integer(number, "line number", -1),
-        checks.line(domain, "test name"),
+        _domain(domain),
     )
+
+
+def _domain(value: object) -> str:
+    """Return a test's name in its file; pytest shows its dots as ``::``, which at the start CI obeys."""
+    name = checks.line(value, "test name")
+    return f"\\{name}" if name.lstrip().startswith((".", ":")) else name
 
 
 def _collected(draft: _Draft, record: dict[str, Any]) -> None:
@@ -260,7 +285,7 @@ def parse_warning(record: dict[str, Any]) -> GuestWarning:
         nodeid=checks.line(record.get("nodeid"), "node id"),
         message=checks.text(record.get("message"), "warning"),
         category=_names(record.get("category"), "warning category"),
-        filename=checks.line(record.get("filename"), "path"),
+        filename=checks.path(record.get("filename"), "path"),
         lineno=checks.integer(record.get("lineno"), "line number"),
         line=None if source is None else checks.line(source, "source line"),
     )

@@ -15,7 +15,8 @@ from pytest_microvm.remote.foreign_warnings import warning_message
 from pytest_microvm.remote.proxies import build_proxies
 from pytest_microvm.remote.replay import rebuild_collect_report
 
-_MAX_VISITS = 1_000_000
+_MAX_DEPTH = 200  # collectors inside each other; Python's own limit would be met soon after
+_SPARE_VISITS = 100_000  # of files that are named more than once
 
 
 class Replay:
@@ -51,7 +52,8 @@ class Replay:
             found = list(self._items())
             session.items = self._ordered(found)
             gone = [self._proxies[number] for number in self._collected.deselected]
-            deselected = [item for item in gone if item in set(found)]
+            known = {item.number for item in found}
+            deselected = [item for item in gone if item.number in known]
             if deselected:
                 hook.pytest_deselected(items=deselected)
             if self._collected.exit is None:
@@ -99,7 +101,9 @@ class Replay:
 
     def _below(self, node: Any, active: tuple[int, ...]) -> Iterator[Any]:
         self._visits += 1
-        if node.number in active or self._visits > _MAX_VISITS:
+        if self._visits > 2 * len(self._proxies) + _SPARE_VISITS:
+            raise checks.violation("a collection tree that never ends")
+        if len(active) > _MAX_DEPTH or node.number in active:
             raise checks.violation("a collection tree with a loop")
         if isinstance(node, pytest.Item):
             node.ihook.pytest_itemcollected(item=node)

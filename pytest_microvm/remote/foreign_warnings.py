@@ -42,9 +42,9 @@ def _known(name: str) -> type[Warning] | None:
     module, _, short = name.rpartition(".")
     found = None
     if not module:
-        found = getattr(builtins, short, None)
+        found = vars(builtins).get(short)
     elif module in {"pytest", "_pytest.warning_types"}:
-        found = getattr(pytest, short, None)
+        found = vars(pytest).get(short)  # as an attribute an old name would warn of itself
     return found if isinstance(found, type) and issubclass(found, Warning) else None
 
 

@@ -15,6 +15,7 @@ from pytest_microvm.sanitize import sanitize
 _PHASES = frozenset(["setup", "call", "teardown"])
 _OUTCOMES = frozenset(["passed", "failed", "skipped", "rerun"])
 _STYLES = frozenset(["long", "short", "line", "no", "native", "value", "auto"])
+_SEPARATORS = frozenset("-_=*~!+.")
 _MAX_ENTRIES = 10_000
 
 
@@ -186,7 +187,7 @@ def _longrepr(value: object, outcome: str) -> Any:
             raise checks.violation("a skip without its three parts")
         path, number, reason = value
         line_number = number if type(number) is int else 0
-        return (checks.line(path, "path"), line_number, checks.text(reason, "reason"))
+        return (checks.path(path, "path"), line_number, checks.text(reason, "reason"))
     if value is None and outcome == "passed":
         return None
     if value is None or isinstance(value, str):
@@ -210,7 +211,7 @@ def _failure_section(value: object) -> tuple[str, str, str]:
     if len(parts) != 3:  # noqa: PLR2004 - name, content, separator
         raise checks.violation("a section without its three parts")
     name, content, separator = parts
-    safe = checks.line(separator, "separator")[:1] or "-"
+    safe = separator if isinstance(separator, str) and separator in _SEPARATORS else "-"
     return checks.line(name, "title"), checks.text(content, "section"), safe
 
 
@@ -231,7 +232,7 @@ def _crash(value: object) -> dict[str, Any] | None:
         return None
     record = checks.mapping(value, "place")
     return {
-        "path": checks.line(record.get("path"), "path"),
+        "path": checks.path(record.get("path"), "path"),
         "lineno": checks.integer(record.get("lineno"), "line number", -1),
         "message": checks.text(record.get("message"), "message"),
     }
@@ -252,7 +253,7 @@ def _entry(value: object) -> dict[str, Any]:
     entry = checks.mapping(value, "traceback entry")
     data = checks.mapping(entry.get("data"), "traceback entry")
     if entry.get("type") == "ReprEntryNative":
-        return {"type": "ReprEntryNative", "data": {"lines": _text_lines(data.get("lines"))}}
+        return {"type": "ReprEntryNative", "data": {"lines": _joined(data.get("lines"))}}
     if entry.get("type") != "ReprEntry":
         raise checks.violation("an unknown traceback entry")
     arguments, local_names = data.get("reprfuncargs"), data.get("reprlocals")
@@ -272,10 +273,20 @@ def _text_lines(value: object) -> list[str]:
     return [checks.text(line, "line") for line in checks.array(value, "lines", 100_000)]
 
 
+def _joined(value: object) -> list[str]:
+    """Return pieces of text that pytest shows without anything between them: judged as one."""
+    pieces = checks.array(value, "lines", 100_000)
+    if not all(isinstance(piece, str) for piece in pieces):
+        raise checks.violation("a line that is not text")
+    return [sanitize("".join(pieces))]
+
+
 def _local_lines(value: object) -> list[str]:
     return _text_lines(checks.mapping(value, "local variables").get("lines"))
 
 
 def _arguments(value: object) -> list[tuple[str, str]]:
     pairs = _pairs(checks.mapping(value, "arguments").get("args"), "argument")
-    return [(checks.line(name, "name"), checks.text(str(shown), "value")) for name, shown in pairs]
+    return [
+        (checks.line(name, "name"), checks.text(str(checks.plain(shown)), "value")) for name, shown in pairs
+    ]

@@ -109,9 +109,10 @@ class RunnerSession:
 def _records(
     stream: Stream, request: Request, started: float, timeout: float | None
 ) -> Iterator[dict[str, Any]]:
+    records = checks.Records()
     try:
         for line in _lines(stream, started, timeout):
-            yield checks.json_object(line)
+            yield records.read(line)
         request.wait(_left(started, timeout))
     except TimeoutError:
         observed = time.monotonic() - started

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_microvm.errors import ProtocolViolation
+from pytest_microvm.remote import collected as collected_module
+from pytest_microvm.remote.checks import Records
 from pytest_microvm.remote.collected import Collected, Mark
 
 GUEST = {"k": "guest", "python": "3.11", "pytest": "7.2", "header": ["a line"]}
@@ -111,3 +113,74 @@ def test_any_value_anywhere_is_read_or_refused(index, data):
     records[index][data.draw(st.sampled_from(sorted(records[index])))] = data.draw(JSON)
     with contextlib.suppress(ProtocolViolation):
         Collected.parse(lines(*records))
+
+
+def test_values_are_counted_before_they_are_made():
+    assert Records(5).read(b'{"k":[1,2]}')
+    assert Records(3).read(b'{"k":",,,,[[[[{{{{\\",,,,"}') == {"k": ',,,,[[[[{{{{",,,,'}
+    with pytest.raises(ProtocolViolation, match="too many values"):
+        Records(5).read(b'{"k":[[],[],[]]}')
+    records = Records(10)
+    for _ in range(2):
+        records.read(b'{"k":[1,2,3]}')
+    with pytest.raises(ProtocolViolation, match="too many values"):
+        records.read(b'{"k":[1,2,3]}')
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"k":' + b"[" * 200_000,
+        b'{"k":' + b'{"a":' * 200_000,
+        b'{"k":' + b"9" * 5_000_000 + b"}",
+        b'{"k":"' + b'\\"' * 2_000_000,
+        b'"' * 2_000_001,
+        b"\\" * 2_000_000,
+        b'{"k":"\xff"}',
+        b'{"k":"\x00"}',
+        b"[]",
+        b"",
+    ],
+    ids=[
+        "lists",
+        "objects",
+        "digits",
+        "open text",
+        "quotes",
+        "backslashes",
+        "no utf-8",
+        "nul",
+        "list",
+        "none",
+    ],
+)
+def test_what_is_no_record_is_refused_soon(line):
+    """Quadratic work would need hours for these."""
+    with pytest.raises(ProtocolViolation):
+        Records(10_000_000).read(line)
+
+
+@pytest.mark.parametrize("kind", [["node"], {"node": 1}, None, 1, "toString"])
+def test_a_kind_that_is_none(kind):
+    with pytest.raises(ProtocolViolation, match="unknown kind"):
+        Collected.parse(lines({"k": kind}, END))
+
+
+def test_classes_are_made_for_a_bounded_number_of_names():
+    many = [{**ITEM, "parent": 0, "class": f"Class{number}"} for number in range(3000)]
+    collected = Collected.parse(lines(GUEST, *many, END))
+    assert len({node.class_name for node in collected.nodes}) == 1001
+
+
+def test_the_number_of_nodes_is_bounded(monkeypatch):
+    monkeypatch.setattr(collected_module, "MAX_NODES", 3)
+    with pytest.raises(ProtocolViolation, match="more than 3 collectors and tests"):
+        Collected.parse(lines(GUEST, *[{**ITEM, "parent": 0}] * 4, END))
+
+
+@pytest.mark.parametrize("domain", [".error..x", " .error..x", "::error::x"])
+def test_a_test_name_is_no_ci_command_when_pytest_has_put_colons_for_its_dots(domain):
+    """With the node id ``.error..x`` pytest would begin the test's line with ``::error::``."""
+    item = {**ITEM, "parent": 0, "nodeid": domain, "location": ["x", 1, domain]}
+    (node,) = Collected.parse(lines(GUEST, item, END)).nodes
+    assert node.location[2].startswith("\\")

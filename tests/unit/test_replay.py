@@ -1,5 +1,6 @@
 """Reports from a guest: rebuilt by pytest's own hook, or refused; never with anything unexpected in them."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,11 @@ DATA = {
     "toterminal": "x",
     "extra": "y",
 }
+
+
+def native(*lines):
+    entry = {"type": "ReprEntryNative", "data": {"lines": list(lines)}}
+    return {**FAILURE, "reprtraceback": {**TRACEBACK, "reprentries": [entry]}, "chain": None}
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +117,7 @@ def test_a_subtest(config):
         {"sections": [["a", "b", "c"]]},
         {"user_properties": [["a"]]},
         {"_report_type": "SubTestReport"},
+        {"longrepr": native("a", 1)},
     ],
 )
 def test_what_is_no_report_is_refused(config, change):
@@ -137,6 +144,45 @@ def test_any_failure_is_rebuilt_or_refused(config, path, value):
     except ProtocolViolation:
         return
     assert isinstance(report.longreprtext, str)
+
+
+@pytest.mark.parametrize("pieces", [(":", ":error::x\n"), ("a\n", ":", ":error::x"), ("#", "#[error]x")])
+def test_a_ci_command_cannot_come_in_pieces(config, pieces):
+    """pytest writes the lines of a native traceback with nothing between them."""
+    text = rebuild(config, longrepr=native(*pieces)).longreprtext
+    assert not re.search(r"^\s*::|##\[", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        {"reprcrash": {**CRASH, "path": ":"}},
+        {"sections": [["error::x", "content", ":"], ["[error]", "content", "#"]]},
+        {"reprtraceback": {**TRACEBACK, "reprentries": [{**ENTRY, "data": {**ENTRY["data"], "reprfileloc": {
+            "path": " ::error", "lineno": 1, "message": "::x"}}}]}},
+    ],
+)  # fmt: skip
+def test_a_ci_command_cannot_be_put_together_by_what_shows_it(config, failure):
+    text = rebuild(config, longrepr={**FAILURE, "chain": None, **failure}).longreprtext
+    assert not re.search(r"^\s*::|##\[", text, re.MULTILINE)
+
+
+def test_deep_values_are_cut_wherever_they_are(config):
+    deep = "x"
+    for _ in range(400):
+        deep = [deep]
+    entry = {**ENTRY, "data": {**ENTRY["data"], "reprfuncargs": {"args": [["x", deep]]}}}
+    traceback = {**TRACEBACK, "reprentries": [entry]}
+    report = rebuild(config, longrepr={**FAILURE, "reprtraceback": traceback, "chain": None})
+    assert "..." in str(report.longrepr.reprtraceback.reprentries[0].reprfuncargs.args)
+    assert "..." in str(rebuild(config, user_properties=[["own", deep]]).user_properties)
+
+
+@pytest.mark.parametrize(
+    "value", [-1, -0.5, float("nan"), float("inf"), -float("inf"), 10**400, True, "1", None, [1]]
+)
+def test_a_duration_is_no_nonsense(config, value):
+    assert rebuild(config, duration=value).duration == 0.0
 
 
 def test_our_own_error_is_safe_too():

@@ -1,6 +1,7 @@
 """Text from a guest: what stays, what becomes visible."""
 
 import re
+from xml.etree import ElementTree as ET
 
 import pytest
 from hypothesis import given
@@ -28,15 +29,30 @@ from pytest_microvm.sanitize import sanitize, sanitize_line
         ("## [heading]", "## [heading]"),
         ("\x1b[31m::error::x", "\x1b[31m\\::error::x"),
         ("test.py::test", "test.py::test"),
-        ("ünï 漢字 😀", "ünï 漢字 😀"),
+        ("ünï 漢字 😀 👩\u200d🔬", "ünï 漢字 😀 👩\u200d🔬"),
+        ("a\u2028::error::x", "a\\u2028::error::x"),
+        ("\ufffe\uffff\u061c", "\\ufffe\\uffff\\u061c"),
+        ("\U000e0041", "\\U000e0041"),
+        ("\x1b]8;;http://x\x1b\\", r"\x1b]8;;http://x\x1b\\"[:-1]),
     ],
 )
 def test_sanitize(text, safe):
     assert sanitize(text) == safe
 
 
-def test_a_line_stays_one_line():
-    assert sanitize_line("a\nb\tc\x1b[31md") == r"a\nb\tc\x1b[31md"
+@pytest.mark.parametrize(
+    ("text", "safe"),
+    [
+        ("a\nb\tc\x1b[31md", r"a\nb\tc\x1b[31md"),
+        ("::error::x", r"\::error::x"),
+        (" ::error::x", r" \::error::x"),
+        ("test.py::test[##[error]x]", r"test.py::test[#\#[error]x]"),
+        ("micro\u200bvm.id\ufeff", r"micro\u200bvm.id\ufeff"),
+        ("\ufffe\ud800", r"\ufffe\ud800"),
+    ],
+)
+def test_a_line_stays_one_line(text, safe):
+    assert sanitize_line(text) == safe
 
 
 def test_what_is_too_long_is_cut_and_said():
@@ -59,4 +75,16 @@ def test_nothing_but_colour_can_move_the_cursor(text):
 
 @given(st.text())
 def test_a_safe_line_has_no_control_character(text):
-    assert not re.search(r"[\x00-\x1f\x7f-\x9f\n]", sanitize_line(text))
+    safe = sanitize_line(text)
+    assert not re.search(r"[\x00-\x1f\x7f-\x9f\n]", safe)
+    assert len(safe.splitlines()) <= 1
+    assert not re.search(r"^\s*::|##\[", safe)
+
+
+@pytest.mark.parametrize("make", [sanitize, sanitize_line])
+@given(text=st.text(st.characters(blacklist_categories=())))
+def test_what_is_safe_can_be_encoded_and_written_as_xml(make, text):
+    safe = re.sub(r"\x1b\[[0-9;]*m", "", make(text))
+    safe.encode()
+    element = ET.Element("a", name=safe)
+    assert ET.fromstring(ET.tostring(element)).tag == "a"  # noqa: S314 - our own
