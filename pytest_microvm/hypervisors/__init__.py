@@ -57,6 +57,8 @@ class Launch:
         words: More words for the kernel's command line.
         state: Device state to continue from instead of booting.
         name: What the process is called in process lists.
+        throttle: How many CPUs the process may use together; ``None``: as many as it has vCPUs.
+        cpu_seconds: Seconds of CPU time after which the host's kernel ends it.
     """
 
     architecture: str
@@ -71,6 +73,8 @@ class Launch:
     state: Path | None = None
     name: str = "microvm"
     ports: tuple[str, ...] = field(default=PORTS)
+    throttle: float | None = None
+    cpu_seconds: float | None = None
 
 
 class Hypervisor(Protocol):

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 
 from pytest_microvm.hypervisors import Accelerator, Disk, Launch
-from pytest_microvm.hypervisors.qemu.command import qemu_command
+from pytest_microvm.hypervisors.qemu.command import memory_ceiling, qemu_command
 
-FDS = {"qmp": 10, "console": 11, "agent": 12, "runner": 13}
+FDS = {
+    "qmp": 10, "console": 11, "agent": 12, "runner": 13,
+    "kernel": 20, "initramfs": 21, "ram": 22, "disk0": 23, "disk1": 24, "disk2": 25,
+}  # fmt: skip
+COPY_FDS = {**FDS, "overlay2": 26}
 TCG = Accelerator("tcg", "no kvm", "microvm", 2_100_000)
 BOOT = Launch(
     architecture="x86_64",
@@ -44,11 +48,11 @@ def test_a_boot_under_emulation():
         "/usr/bin/qemu-system-x86_64",
         "-name", "microvm,process=microvm",
         "-machine", "microvm,memory-backend=mem",
-        "-accel", "tcg",
+        "-accel", "tcg,tb-size=256",
         "-cpu", "max",
         "-smp", "2",
         "-m", "536870912B",
-        "-object", "memory-backend-file,id=mem,size=536870912,mem-path=/t/ram,share=on",
+        "-object", "memory-backend-file,id=mem,size=536870912,mem-path=/proc/self/fd/22,share=on",
         "-nodefaults", "-no-user-config", "-no-reboot",
         "-display", "none",
         "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
@@ -61,33 +65,56 @@ def test_a_boot_under_emulation():
         "-device", "virtserialport,chardev=agent,name=agent",
         "-chardev", "socket,id=runner,fd=13",
         "-device", "virtserialport,chardev=runner,name=runner",
-        "-drive", "if=none,id=disk0,format=raw,file=/i/root,readonly=on",
+        "-add-fd", "fd=23,set=23",
+        "-drive", "if=none,id=disk0,format=raw,file=/dev/fdset/23,readonly=on",
         "-device", "virtio-blk-device,drive=disk0",
-        "-drive", "if=none,id=disk1,format=raw,file=/i/runtime,readonly=on",
+        "-add-fd", "fd=24,set=24",
+        "-drive", "if=none,id=disk1,format=raw,file=/dev/fdset/24,readonly=on",
         "-device", "virtio-blk-device,drive=disk1",
-        "-drive", "if=none,id=disk2,format=raw,file=/t/scratch,cache=unsafe",
+        "-add-fd", "fd=25,set=25",
+        "-drive", "if=none,id=disk2,format=raw,file=/dev/fdset/25,cache=unsafe,auto-read-only=off",
         "-device", "virtio-blk-device,drive=disk2",
-        "-kernel", "/i/kernel",
-        "-initrd", "/i/initramfs",
+        "-kernel", "/proc/self/fd/20",
+        "-initrd", "/proc/self/fd/21",
         "-append",
         "console=ttyS0 quiet panic=-1 random.trust_cpu=on mitigations=off reboot=t tsc_early_khz=2100000",
     ]  # fmt: skip
 
 
 def test_a_copy_differs_from_its_boot_in_this_alone():
-    boot, copy = qemu_command("qemu", BOOT, TCG, FDS), qemu_command("qemu", COPY, TCG, FDS)
-    assert copy[len(boot) :] == ["-incoming", "defer"]
+    boot, copy = qemu_command("qemu", BOOT, TCG, FDS), qemu_command("qemu", COPY, TCG, COPY_FDS)
+    overlay = copy.index("fd=26,set=26")
+    assert copy[overlay - 1] == "-add-fd"
+    assert copy[-2:] == ["-incoming", "defer"]
+    del copy[overlay - 1 : overlay + 1]
     assert [(old, new) for old, new in zip(boot, copy, strict=False) if old != new] == [
         ("microvm,process=microvm", "vm-1,process=vm-1"),
         (
-            "memory-backend-file,id=mem,size=536870912,mem-path=/t/ram,share=on",
-            "memory-backend-file,id=mem,size=536870912,mem-path=/t/ram,share=off",
+            "memory-backend-file,id=mem,size=536870912,mem-path=/proc/self/fd/22,share=on",
+            "memory-backend-file,id=mem,size=536870912,mem-path=/proc/self/fd/22,share=off",
         ),
         (
-            "if=none,id=disk2,format=raw,file=/t/scratch,cache=unsafe",
-            "if=none,id=disk2,format=raw,file=/t/scratch,snapshot=on",
+            "if=none,id=disk2,format=raw,file=/dev/fdset/25,cache=unsafe,auto-read-only=off",
+            (
+                "if=none,id=disk2,format=qcow2,file=/dev/fdset/26,cache=unsafe,auto-read-only=off,"
+                "backing.driver=raw,backing.file.driver=file,backing.file.filename=/dev/fdset/25"
+            ),
         ),
     ]
+
+
+def test_a_copy_by_a_newer_qemu_only_reads_its_template():
+    options = value_of(qemu_command("qemu", COPY, TCG, COPY_FDS, readonly_ram=True), "-object")[0]
+    assert options.endswith(",share=off,readonly=on,rom=off")
+    options = value_of(qemu_command("qemu", BOOT, TCG, FDS, readonly_ram=True), "-object")[0]
+    assert options.endswith(",share=on")
+
+
+def test_the_ceiling_is_the_sum_of_what_is_known():
+    for accelerator, translations in ((TCG, 256), (Accelerator("kvm", "", "microvm"), 0)):
+        more = memory_ceiling(replace(BOOT, memory=1024 * 1024**2), accelerator)
+        assert more - memory_ceiling(BOOT, accelerator) == 512 * 1024**2
+        assert memory_ceiling(BOOT, accelerator) > (512 + translations) * 1024**2
 
 
 @pytest.mark.parametrize(
@@ -96,7 +123,7 @@ def test_a_copy_differs_from_its_boot_in_this_alone():
 )
 def test_accelerators(accelerator, machine, cpu):
     command = qemu_command("qemu", BOOT, Accelerator(accelerator, "", machine), FDS)
-    assert value_of(command, "-accel") == [accelerator]
+    assert value_of(command, "-accel") == [accelerator + (",tb-size=256" if accelerator == "tcg" else "")]
     assert value_of(command, "-cpu") == [cpu]
     assert value_of(command, "-machine") == [f"{machine},memory-backend=mem"]
     assert "tsc_early_khz" not in value_of(command, "-append")[0]
@@ -128,21 +155,16 @@ def test_aarch64(accelerator):
     assert "reboot=t" not in words
 
 
-def test_commas_in_paths_do_not_become_options():
-    launch = replace(
-        BOOT, ram=Path("/a,share=off/ram"), disks=(Disk(Path("/b,readonly=off"), readonly=True),)
-    )
-    command = qemu_command("qemu", launch, TCG, FDS)
-    assert value_of(command, "-object") == [
-        "memory-backend-file,id=mem,size=536870912,mem-path=/a,,share=off/ram,share=on"
-    ]
-    assert value_of(command, "-drive") == ["if=none,id=disk0,format=raw,file=/b,,readonly=off,readonly=on"]
+@pytest.mark.parametrize("launch", [BOOT, COPY], ids=["boot", "copy"])
+def test_no_path_is_named_but_the_program(launch):
+    command = qemu_command("qemu", launch, TCG, COPY_FDS)
+    assert not [word for word in command if "/i/" in word or "/t/" in word]
 
 
 @pytest.mark.parametrize("launch", [BOOT, COPY], ids=["boot", "copy"])
 @pytest.mark.parametrize("machine", ["microvm", "q35", "virt"])
 def test_nothing_reaches_out(launch, machine):
-    command = qemu_command("qemu", launch, Accelerator("tcg", "", machine), FDS)
+    command = qemu_command("qemu", launch, Accelerator("tcg", "", machine), COPY_FDS)
     # -nodefaults leaves out the network card that every machine type would otherwise get (qemu(1)); the
     # integration tests look for one in the guest.
     assert {"-nodefaults", "-no-user-config"} <= set(command)

@@ -14,28 +14,55 @@ if TYPE_CHECKING:
 
 PROGRAMS = {"x86_64": "qemu-system-x86_64", "aarch64": "qemu-system-aarch64"}
 CONSOLES = {"x86_64": "ttyS0", "aarch64": "ttyAMA0"}
+TRANSLATIONS = 256 * 1024**2
+"""Bytes for translated guest code under TCG; QEMU would take up to 1 GiB of a large host."""
+
+_OVERHEAD = 192 * 1024**2
+"""Bytes for the rest: the program, device queues, the overlay's tables, the kernel's page tables and sockets.
+
+Measured: see ADR 0008."""
+
+# Unless told, QEMU opens a file for reading first and for writing once a device needs it: of a descriptor
+# that was opened for both it gets no other.
+_WRITTEN = "cache=unsafe,auto-read-only=off"
+
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
-def qemu_command(program: str, launch: Launch, accelerator: Accelerator, fds: Mapping[str, int]) -> list[str]:
-    """Return the argv that starts ``launch``.
+def memory_ceiling(launch: Launch, accelerator: Accelerator) -> int:
+    """Return the bytes that QEMU's process can need at most: guest RAM, translated code, itself."""
+    return launch.memory + (TRANSLATIONS if accelerator.name == "tcg" else 0) + _OVERHEAD
+
+
+def qemu_command(
+    program: str,
+    launch: Launch,
+    accelerator: Accelerator,
+    fds: Mapping[str, int],
+    *,
+    readonly_ram: bool = False,
+) -> list[str]:
+    """Return the argv that starts ``launch``; it names no path but the program's.
 
     Args:
         program: QEMU's program.
         launch: What to start.
         accelerator: What to run it with.
-        fds: Inherited, connected stream sockets: ``qmp``, ``console`` and one for each port.
+        fds: Inherited descriptors. Connected stream sockets: ``qmp``, ``console`` and one for each port.
+            Opened files: ``kernel``, ``initramfs``, ``ram``, ``disk0`` and so on, and ``overlay2`` for
+            the writes to an ephemeral disk 2 (an empty qcow2 file).
+        readonly_ram: Whether this QEMU (8.2 or later) can copy RAM from a file that it may only read.
     """
     bus = "pci" if accelerator.machine == "q35" else "device"
     command = [
         program,
         "-name", f"{launch.name},process={launch.name}",
         "-machine", f"{accelerator.machine},memory-backend=mem",
-        "-accel", accelerator.name,
+        "-accel", _accel(accelerator),
         "-cpu", "max" if accelerator.name == "tcg" else "host",
         "-smp", str(launch.cpus),
         "-m", f"{launch.memory}B",
-        "-object", _memory(launch),
+        "-object", _memory(launch, fds["ram"], readonly_ram=readonly_ram),
         "-nodefaults", "-no-user-config", "-no-reboot",
         "-display", "none",
         "-sandbox", SANDBOX,
@@ -49,17 +76,31 @@ def qemu_command(program: str, launch: Launch, accelerator: Accelerator, fds: Ma
         command += ["-chardev", f"socket,id={port},fd={fds[port]}"]
         command += ["-device", f"virtserialport,chardev={port},name={port}"]
     for number, disk in _plug_order(launch.disks, accelerator):
-        command += ["-drive", _drive(number, disk), "-device", f"virtio-blk-{bus},drive=disk{number}"]
-    command += ["-kernel", str(launch.kernel), "-initrd", str(launch.initramfs)]
+        for name in (f"disk{number}", f"overlay{number}"):
+            if name in fds:
+                command += ["-add-fd", f"fd={fds[name]},set={fds[name]}"]
+        command += ["-drive", _drive(number, disk, fds), "-device", f"virtio-blk-{bus},drive=disk{number}"]
+    command += ["-kernel", _again(fds["kernel"]), "-initrd", _again(fds["initramfs"])]
     command += ["-append", " ".join(_words(launch, accelerator))]
     if launch.state is not None:
         command += ["-incoming", "defer"]
     return command
 
 
-def _memory(launch: Launch) -> str:
-    share = "on" if launch.share else "off"
-    return f"memory-backend-file,id=mem,size={launch.memory},mem-path={_escape(launch.ram)},share={share}"
+def _accel(accelerator: Accelerator) -> str:
+    return f"tcg,tb-size={TRANSLATIONS // 1024**2}" if accelerator.name == "tcg" else accelerator.name
+
+
+def _memory(launch: Launch, fd: int, *, readonly_ram: bool) -> str:
+    options = f"memory-backend-file,id=mem,size={launch.memory},mem-path={_again(fd)}"
+    if launch.share:
+        return options + ",share=on"
+    return options + (",share=off,readonly=on,rom=off" if readonly_ram else ",share=off")
+
+
+def _again(fd: int) -> str:
+    """Return the path by which QEMU opens an inherited file once more, where it takes nothing but paths."""
+    return f"/proc/self/fd/{fd}"
 
 
 def _plug_order(disks: tuple[Disk, ...], accelerator: Accelerator) -> list[tuple[int, Disk]]:
@@ -68,11 +109,17 @@ def _plug_order(disks: tuple[Disk, ...], accelerator: Accelerator) -> list[tuple
     return numbered[::-1] if accelerator.machine == "virt" else numbered
 
 
-def _drive(number: int, disk: Disk) -> str:
-    options = f"if=none,id=disk{number},format=raw,file={_escape(disk.path)}"
+def _drive(number: int, disk: Disk, fds: Mapping[str, int]) -> str:
+    file = f"/dev/fdset/{fds[f'disk{number}']}"
     if disk.readonly:
-        return options + ",readonly=on"
-    return options + (",snapshot=on" if disk.ephemeral else ",cache=unsafe")
+        return f"if=none,id=disk{number},format=raw,file={file},readonly=on"
+    if disk.ephemeral:
+        overlay = f"/dev/fdset/{fds[f'overlay{number}']}"
+        return (
+            f"if=none,id=disk{number},format=qcow2,file={overlay},{_WRITTEN},"
+            f"backing.driver=raw,backing.file.driver=file,backing.file.filename={file}"
+        )
+    return f"if=none,id=disk{number},format=raw,file={file},{_WRITTEN}"
 
 
 def _words(launch: Launch, accelerator: Accelerator) -> tuple[str, ...]:
@@ -89,8 +136,3 @@ def _words(launch: Launch, accelerator: Accelerator) -> tuple[str, ...]:
     if accelerator.tsc_khz is not None:
         words += (f"tsc_early_khz={accelerator.tsc_khz}",)
     return words + launch.words
-
-
-def _escape(path: object) -> str:
-    """Return ``path`` as an option's value: QEMU reads a doubled comma as one."""
-    return str(path).replace(",", ",,")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _PACKAGES = {"x86_64": "qemu-system-x86", "aarch64": "qemu-system-arm"}
+_READONLY_RAM = (8, 2)
 _PROBE_MEMORY = 128 * 1024**2
 
 
@@ -98,7 +99,7 @@ class Qemu:
         Raises:
             BootError: QEMU did not start.
         """
-        return QemuProcess(self.program, launch, accelerator)
+        return QemuProcess(self.program, launch, accelerator, readonly_ram=self._copies_readonly_ram)
 
     def _accelerator(self, verdict: Verdict) -> Accelerator:
         if self._architecture == "aarch64":
@@ -108,6 +109,12 @@ class Qemu:
         khz = self._tsc_khz
         # Under TCG the microvm machine needs to be told the counter's rate; q35 calibrates it well.
         return Accelerator(verdict.name, verdict.reason, "microvm" if khz else "q35", khz)
+
+    @cached_property
+    def _copies_readonly_ram(self) -> bool:
+        """Whether RAM may be a private copy of a file that QEMU may only read (new in 8.2)."""
+        numbers = tuple(int(part) for part in self.version.split(".")[:2] if part.isdecimal())
+        return numbers >= _READONLY_RAM
 
     @cached_property
     def _tsc_khz(self) -> int | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
-import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,16 +16,24 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.errors import BootError, HostError
-from pytest_microvm.hypervisors.qemu.command import qemu_command
+from pytest_microvm.hypervisors.cgroups import Limits, find_cgroups
+from pytest_microvm.hypervisors.containment import Rlimits, find_walls, prefer_for_ending
+from pytest_microvm.hypervisors.probe import KVM_DEVICE
+from pytest_microvm.hypervisors.qemu.command import memory_ceiling, qemu_command
+from pytest_microvm.hypervisors.qemu.files import largest_file, open_files, written_file
 from pytest_microvm.hypervisors.qemu.qmp import Qmp, QmpError
 from pytest_microvm.machine import Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from pytest_microvm.hypervisors import Accelerator, Launch
 
 _CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
+_FILES = 256  # descriptors
+_THREADS = 160  # QEMU keeps at most 64 for its disks, and one for each vCPU
+_STACKS = 1024**3  # bytes of private memory that threads reserve and hardly touch (8 MiB each)
+_ADDRESSES = 8 * 1024**3  # bytes of address space for libraries, arenas and stacks
 # The kernel kills a machine when the *thread* that started it ends (PR_SET_PDEATHSIG, prctl(2)), so
 # every machine is started from this one thread, which lives as long as the process does.
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="microvm-spawn")
@@ -53,20 +62,41 @@ class QemuProcess:
         HostError: A program it needs is missing.
     """
 
-    def __init__(self, program: str, launch: Launch, accelerator: Accelerator) -> None:
-        names = ("qmp", "console", *launch.ports)
+    def __init__(
+        self, program: str, launch: Launch, accelerator: Accelerator, *, readonly_ram: bool = False
+    ) -> None:
         self.sockets: dict[str, socket.socket] = {}
         self._last_usage = Usage()
+        self._lock = threading.Lock()  # a watchdog asks for the usage while others end the machine
+        self._written: int | None = None
+        self._ceiling_hit: int | None = None
+        walls, cgroups = find_walls(), find_cgroups()
+        identity = walls.identity([KVM_DEVICE] if accelerator.name == "kvm" else [])
+        limits = Limits(memory_ceiling(launch, accelerator), launch.throttle)
+        self.not_enforced = cgroups.not_enforced(limits)
         with ExitStack() as theirs, ExitStack() as on_failure:
-            fds = {}
-            for name in names:
+            try:
+                fds = open_files(launch, identity, readonly_ram=readonly_ram, stack=theirs)
+                rlimits = _rlimits(launch, limits, own_user=identity is not None and walls.own_users)
+                self._group = cgroups.group(limits)
+                on_failure.callback(self._group.remove)
+                self._written = written_file(launch, fds)
+            except OSError as error:
+                raise BootError(
+                    f"QEMU cannot be started: {error}", resolution="run `pytest-microvm doctor`"
+                ) from error
+            on_failure.callback(self._forget_written)
+            self._written_before = self._written_bytes()
+            for name in ("qmp", "console", *launch.ports):
                 ours, other = socket.socketpair()
                 self.sockets[name] = on_failure.enter_context(ours)
                 fds[name] = theirs.enter_context(other).fileno()
             self._stderr = on_failure.enter_context(tempfile.TemporaryFile())
-            command = qemu_command(program, launch, accelerator, fds)
-            self._process = _spawn(command, tuple(fds.values()), self._stderr)
+            command = qemu_command(program, launch, accelerator, fds, readonly_ram=readonly_ram)
+            argv = [*cgroups.prefix(limits), *walls.command(identity, rlimits), *command]
+            self._process = _spawn(argv, tuple(fds.values()), self._stderr, cgroups.environment())
             on_failure.callback(self._end)
+            self._confine()
             theirs.close()
             self.qmp = Qmp(self.sockets.pop("qmp"))
             try:
@@ -116,6 +146,9 @@ class QemuProcess:
     def kill(self) -> None:
         """End the VM at once; a second call does nothing."""
         self._end()
+        self._ceiling_hit = self._group.ceiling_hit() or self._ceiling_hit
+        self._group.remove()
+        self._forget_written()
         self.qmp.close()
         self._stderr.close()
 
@@ -133,9 +166,15 @@ class QemuProcess:
             return f"QEMU was killed by signal {-status}"
         return f"QEMU ended with status {status}"
 
+    def ceiling_hit(self) -> int | None:
+        """Return the ceiling of the process's memory in bytes, if the host's kernel killed it there."""
+        return self._ceiling_hit or self._group.ceiling_hit()
+
     def usage(self) -> Usage:
         """Return what the process has used (Linux's /proc); the last known figures once it ended."""
-        with contextlib.suppress(OSError):  # it has ended
+        with self._lock, contextlib.suppress(OSError):  # it has ended
+            if self._process.returncode is not None:  # its number may be another's by now
+                return self._last_usage
             fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
             status = dict(
                 line.split(":", 1) for line in Path(f"/proc/{self.pid}/status").read_text().splitlines()
@@ -143,7 +182,7 @@ class QemuProcess:
             seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
             if "VmHWM" in status:  # a zombie has none
                 memory, peak = (int(status[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-                self._last_usage = Usage(seconds, memory, peak)
+                self._last_usage = Usage(seconds, memory, peak, self._disk_bytes())
             else:
                 self._last_usage = replace(self._last_usage, cpu_seconds=seconds)
         return self._last_usage
@@ -169,6 +208,30 @@ class QemuProcess:
         if data["status"] == "failed":
             raise QmpError("QEMU could not save or load the machine's state")
 
+    def _confine(self) -> None:
+        """Put the process into its group; QEMU itself is hardly loaded yet."""
+        prefer_for_ending(self.pid)
+        try:
+            self._group.add(self.pid)
+        except ProcessLookupError:  # it has ended: greeting it tells why
+            return
+        except OSError as error:
+            raise BootError(
+                f"QEMU could not be put into its cgroup: {error}", resolution="run `pytest-microvm doctor`"
+            ) from error
+
+    def _written_bytes(self) -> int:
+        return 0 if self._written is None else os.fstat(self._written).st_blocks * 512
+
+    def _disk_bytes(self) -> int:
+        return max(0, self._written_bytes() - self._written_before)
+
+    def _forget_written(self) -> None:
+        with self._lock:
+            if self._written is not None:
+                os.close(self._written)
+                self._written = None
+
     def _end(self) -> None:
         self._process.kill()
         self._process.wait()
@@ -181,17 +244,28 @@ _SHUTDOWN_WORDS = {
 }
 
 
-def _spawn(command: Sequence[str], fds: tuple[int, ...], stderr: IO[bytes]) -> subprocess.Popen[bytes]:
-    setpriv = shutil.which("setpriv")
-    if setpriv is None:
-        raise HostError("setpriv is missing", resolution="install util-linux")
-    argv = [setpriv, "--pdeathsig", "KILL", "--no-new-privs", *command]
+def _rlimits(launch: Launch, limits: Limits, *, own_user: bool) -> Rlimits:
+    """Return the kernel's limits: loose ones, for what no well-behaved QEMU comes near."""
+    return Rlimits(
+        files=_FILES,
+        file_bytes=largest_file(launch),
+        address_bytes=limits.memory + _ADDRESSES,
+        data_bytes=limits.memory + _STACKS,
+        cpu_seconds=None if launch.cpu_seconds is None else math.ceil(launch.cpu_seconds) + 2,
+        threads=_THREADS if own_user else None,
+    )
+
+
+def _spawn(
+    argv: Sequence[str], fds: tuple[int, ...], stderr: IO[bytes], environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     options: dict[str, Any] = {
         "stdin": subprocess.DEVNULL,
         "stdout": stderr,
         "stderr": stderr,
         "pass_fds": fds,
-        "env": {"TMPDIR": tempfile.gettempdir(), "PATH": os.environ.get("PATH", os.defpath)},
+        "cwd": "/",
+        "env": environment,
         "start_new_session": True,  # a Ctrl-C of the terminal is for us; we end the machines
     }
     try:

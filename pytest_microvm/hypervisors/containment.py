@@ -1,0 +1,282 @@
+"""The walls around a VMM's process: what a guest that breaks out of it meets.
+
+Started as root, the process gets a user of its own that owns nothing; in any case no new privileges, an
+empty network namespace where the host allows one, and limits of the kernel. What holds on this host is
+found out by doing it, and told by the same object that does it (:meth:`Walls.told`).
+
+Sources: setpriv(1), unshare(1), setrlimit(2), user_namespaces(7); systemd's UIDS-GIDS document for the ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import resource
+import secrets
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pytest_microvm.errors import HostError
+
+FILES_GROUP = 1879048192
+"""The group of files that QEMU opens itself: the first id of the range that no system gives to anybody."""
+
+_LAST_ID = 2147483646
+_NOBODY = 65534
+_GROUP_MAY, _OTHERS_MAY = 0o060, 0o006  # read and write
+_TIMEOUT = 10.0
+
+OOM_SCORE = 500
+"""Added to a machine's badness, of 1000: when the host runs out of memory, machines go first."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whom a process runs as, by number."""
+
+    user: int
+    group: int
+    groups: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Rlimits:
+    """Limits that the kernel itself keeps (setrlimit(2)).
+
+    Args:
+        files: Open descriptors.
+        file_bytes: The largest file it may write.
+        address_bytes: Address space.
+        data_bytes: Private writable memory, touched or not.
+        cpu_seconds: CPU time, in whole seconds; ``None``: no limit.
+        threads: Threads of its user; ``None`` where others run as the same user.
+    """
+
+    files: int
+    file_bytes: int
+    address_bytes: int
+    data_bytes: int
+    cpu_seconds: int | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Wall:
+    """One wall, and whether it stands here; ``fix`` is the next step where it does not."""
+
+    name: str
+    stands: bool
+    detail: str
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class Walls:
+    """What can be done here, and the doing of it.
+
+    Args:
+        setpriv: The program that sheds privileges.
+        prlimit: The program that sets limits.
+        network: The argv that gives an empty network namespace; empty where that does not work.
+        users: The user ids to choose from; ``None``: machines run as our own user.
+        files_group: The group that files get which such a user must open itself.
+        reason: Why machines run as our own user.
+    """
+
+    setpriv: str
+    prlimit: str
+    network: tuple[str, ...] = ()
+    users: range | None = None
+    files_group: int | None = None
+    reason: str = ""
+
+    def identity(self, devices: Sequence[Path] = ()) -> Identity | None:
+        """Return a new user for a machine that may use ``devices``; ``None``: it keeps our own.
+
+        Ids are drawn, so two of a host's machines have the same one once in 268 million pairs.
+        """
+        if self.users is None or self.files_group is None:
+            return None
+        groups = _device_groups(devices)
+        if groups is None:
+            return None
+        number = secrets.choice(self.users)
+        return Identity(number, number, (self.files_group, *groups))
+
+    @property
+    def own_users(self) -> bool:
+        """Whether every machine has a user that nothing else has."""
+        return self.users is not None and len(self.users) > 1
+
+    def command(self, identity: Identity | None, limits: Rlimits) -> list[str]:
+        """Return what comes before a command's argv; it keeps the process id.
+
+        The parent-death signal is asked for last: a change of user clears it (prctl(2)). The limits are not
+        set from outside: the user may have changed by then, and root without CAP_SYS_RESOURCE may no longer.
+        """
+        command = [*self.network, self.prlimit, *_rlimit_options(limits), self.setpriv]
+        if identity is not None:
+            command += [f"--reuid={identity.user}", f"--regid={identity.group}"]
+            command += [f"--groups={','.join(map(str, identity.groups))}"]
+            command += ["--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"]
+        return [*command, "--no-new-privs", "--pdeathsig=KILL", "--"]
+
+    def told(self, devices: Sequence[Path] = ()) -> tuple[Wall, ...]:
+        """Return which walls stand around a machine that uses ``devices``, for people."""
+        if self.users is not None and self.identity(devices) is None:
+            closed = " and ".join(map(str, devices))
+            fix = f"chgrp kvm {closed} && chmod 660 {closed}"
+            user = Wall("user", False, f"machines run as root: no group may use {closed}", fix)
+        elif self.own_users:
+            user = Wall("user", True, "each machine has a user of its own")
+        elif self.users is not None:
+            user = Wall(
+                "user", True, "machines run as nobody: this user namespace has too few ids for one each"
+            )
+        elif os.geteuid() == 0:
+            user = Wall("user", False, f"machines run as root ({self.reason})", "run as an ordinary user")
+        else:
+            user = Wall("user", True, "machines run as this user")
+        network = Wall("network namespace", True, "empty")
+        if not self.network:
+            why = "this user may not make one" if os.geteuid() else "root may not make one here"
+            fix = "allow unprivileged user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0)"
+            network = Wall("network namespace", False, why, fix)
+        return user, Wall("no_new_privs", True, "set"), network, Wall("rlimits", True, "set")
+
+
+_TRIED = Rlimits(files=256, file_bytes=2**30, address_bytes=2**33, data_bytes=2**31)
+
+
+@functools.cache
+def find_walls() -> Walls:
+    """Return what can be done on this host, tried once.
+
+    Raises:
+        HostError: ``setpriv`` is missing.
+    """
+    setpriv, prlimit, unshare = (shutil.which(name) for name in ("setpriv", "prlimit", "unshare"))
+    if setpriv is None or prlimit is None:
+        missing = "prlimit" if setpriv else "setpriv"
+        raise HostError(f"{missing} is missing", resolution="install util-linux")
+    network: tuple[str, ...] = ()
+    if unshare is not None:
+        root = os.geteuid() == 0
+        network = (
+            (unshare, "--net", "--") if root else (unshare, "--user", "--map-current-user", "--net", "--")
+        )
+    bare = Walls(setpriv, prlimit)
+    users, reason = _users()
+    candidates = [replace(bare, network=network, reason=reason), bare]
+    if users is not None:
+        reason = "it may not change to another user"
+        group = FILES_GROUP if len(users) > 1 else _NOBODY
+        candidates = [replace(one, users=users, files_group=group) for one in candidates] + [
+            replace(one, reason=reason) for one in candidates
+        ]
+    return next((walls for walls in candidates if _works(walls)), replace(bare, reason=reason))
+
+
+def prefer_for_ending(pid: int) -> None:
+    """Have the host's kernel end this process before others when the host runs out of memory."""
+    with contextlib.suppress(OSError):  # it has ended; or this system has no such preference
+        Path(f"/proc/{pid}/oom_score_adj").write_text(str(OOM_SCORE))
+
+
+def grant(descriptor: int, identity: Identity | None, *, write: bool) -> None:
+    """Let a machine's user open the file behind a descriptor again, which takes rights on the file itself.
+
+    Its folders stay closed: the user comes to the file through the descriptor that it inherits alone. Nothing
+    is touched if it is right already: a published file's time of change is part of what is known of it.
+
+    Raises:
+        HostError: The file's rights cannot be changed.
+    """
+    if identity is None:
+        return
+    group, bits = identity.groups[0], _GROUP_MAY if write else 0o040
+    found = os.fstat(descriptor)
+    if (not write and found.st_mode & 0o004) or (found.st_gid == group and found.st_mode & bits == bits):
+        return
+    try:
+        os.fchown(descriptor, -1, group)
+        os.fchmod(descriptor, found.st_mode & 0o700 | bits)
+    except OSError as error:
+        name = Path(f"/proc/self/fd/{descriptor}").readlink()
+        raise HostError(
+            f"QEMU's own user cannot be given {name}: {error.strerror}",
+            resolution="put the cache on a disk of this computer (PYTEST_MICROVM_CACHE)",
+        ) from error
+
+
+def _device_groups(devices: Sequence[Path]) -> tuple[int, ...] | None:
+    """Return the groups that may use ``devices``; ``None`` if root alone may use one of them."""
+    groups = []
+    for device in devices:
+        found = device.stat()
+        if found.st_mode & _OTHERS_MAY == _OTHERS_MAY:
+            continue
+        if found.st_gid == 0 or found.st_mode & _GROUP_MAY != _GROUP_MAY:
+            return None
+        groups.append(found.st_gid)
+    return tuple(groups)
+
+
+def _users() -> tuple[range | None, str]:
+    """Return the user ids that machines can have, if we are root; else why there are none."""
+    if os.geteuid() != 0:
+        return None, ""
+    maps = [Path("/proc/self", name) for name in ("uid_map", "gid_map")]
+    tables = [parse_id_map(path.read_text()) if path.exists() else [] for path in maps]
+    if all(_covers(table, FILES_GROUP, _LAST_ID) for table in tables):
+        return range(FILES_GROUP + 1, _LAST_ID + 1), ""
+    if all(_covers(table, _NOBODY, _NOBODY) for table in tables):
+        return range(_NOBODY, _NOBODY + 1), ""
+    return None, "this user namespace has no other user"
+
+
+def parse_id_map(text: str) -> list[range]:
+    """Return the ids that exist in a user namespace, from its ``uid_map`` (user_namespaces(7))."""
+    rows = [[int(word) for word in line.split()] for line in text.splitlines()]
+    return [range(first, first + count) for first, _outside, count in rows]
+
+
+def _covers(table: list[range], first: int, last: int) -> bool:
+    return any(first in ids and last in ids for ids in table)
+
+
+def _rlimit_options(limits: Rlimits) -> list[str]:
+    wanted = {
+        "core": (resource.RLIMIT_CORE, 0),
+        "nofile": (resource.RLIMIT_NOFILE, limits.files),
+        "fsize": (resource.RLIMIT_FSIZE, limits.file_bytes),
+        "as": (resource.RLIMIT_AS, limits.address_bytes),
+        "data": (resource.RLIMIT_DATA, limits.data_bytes),
+        "cpu": (resource.RLIMIT_CPU, limits.cpu_seconds),
+        "nproc": (resource.RLIMIT_NPROC, limits.threads),
+    }
+    options = []
+    for name, (number, limit) in wanted.items():
+        if limit is None:
+            continue
+        hard = resource.getrlimit(number)[1]  # an ordinary user cannot have more than that
+        soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        # At the soft limit of CPU time the kernel sends SIGXCPU, which tells it from other ends.
+        options.append(f"--{name}={soft}:{soft + 1 if name == 'cpu' and soft != hard else soft}")
+    return options
+
+
+def _works(walls: Walls) -> bool:
+    """Whether a program starts behind these walls."""
+    command = [*walls.command(walls.identity(), _TRIED), walls.setpriv, "--version"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=_TIMEOUT
+        )
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return done.returncode == 0

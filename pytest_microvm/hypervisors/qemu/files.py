@@ -1,0 +1,88 @@
+"""The files of a launch as descriptors: QEMU inherits them and needs no path, and no right to any folder."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from pytest_microvm.hypervisors.containment import grant
+from pytest_microvm.hypervisors.qemu.overlay import write_overlay
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_microvm.hypervisors import Launch
+    from pytest_microvm.hypervisors.containment import Identity
+
+_SLACK = 16 * 1024**2  # bytes: an overlay's tables, what QEMU says on stderr
+
+
+def open_files(
+    launch: Launch, identity: Identity | None, *, readonly_ram: bool, stack: ExitStack
+) -> dict[str, int]:
+    """Open what QEMU needs, as :func:`qemu_command` names it; ``stack`` closes it.
+
+    Args:
+        launch: What to start.
+        identity: Whom QEMU runs as: it opens kernel, initramfs and RAM once more, and must be able to.
+        readonly_ram: Whether a copy's RAM file need only be readable.
+        stack: Closes the descriptors.
+
+    Raises:
+        OSError: A file cannot be opened.
+        HostError: QEMU's user cannot be given a file.
+    """
+
+    def opened(path: Path, flags: int) -> int:
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        stack.callback(os.close, descriptor)
+        return descriptor
+
+    writes_ram = launch.share or launch.state is None or not readonly_ram
+    fds = {}
+    for name, path in (("kernel", launch.kernel), ("initramfs", launch.initramfs)):
+        fds[name] = opened(path, os.O_RDONLY)
+        grant(fds[name], identity, write=False)
+    boots = launch.state is None
+    fds["ram"] = opened(launch.ram, (os.O_RDWR if writes_ram else os.O_RDONLY) | (os.O_CREAT if boots else 0))
+    if boots:
+        os.ftruncate(fds["ram"], launch.memory)
+    grant(fds["ram"], identity, write=writes_ram)
+    for number, disk in enumerate(launch.disks):
+        reads = disk.readonly or disk.ephemeral
+        fds[f"disk{number}"] = opened(disk.path, os.O_RDONLY if reads else os.O_RDWR)
+        if disk.ephemeral:
+            overlay = stack.enter_context(tempfile.TemporaryFile(dir=_overlays()))  # noqa: SIM115 - the stack does
+            write_overlay(overlay, os.fstat(fds[f"disk{number}"]).st_size)
+            fds[f"overlay{number}"] = overlay.fileno()
+    return fds
+
+
+def written_file(launch: Launch, fds: dict[str, int]) -> int | None:
+    """Return a new descriptor of the file that takes what the machine writes to its disk, to see its size.
+
+    It holds no lock of the file and gives no right to it; the caller closes it.
+    """
+    for number, disk in enumerate(launch.disks):
+        if not disk.readonly:
+            name = f"overlay{number}" if disk.ephemeral else f"disk{number}"
+            return os.open(f"/proc/self/fd/{fds[name]}", os.O_PATH | os.O_CLOEXEC)
+    return None
+
+
+def largest_file(launch: Launch) -> int:
+    """Return the bytes of the largest file that QEMU may write: a disk or its overlay.
+
+    RAM is mapped, not written; an overlay's tables take one part in 8,000 (docs/interop/qcow2 of QEMU).
+    """
+    sizes = [disk.path.stat().st_size for disk in launch.disks if not disk.readonly]
+    largest = max(sizes, default=0)
+    return largest + largest // 1024 + _SLACK
+
+
+def _overlays() -> str:
+    """Return where overlays are: on a disk, which /tmp often is not."""
+    folder = tempfile.gettempdir()
+    return "/var/tmp" if folder == "/tmp" and os.access("/var/tmp", os.W_OK) else folder  # noqa: S108
