@@ -1,0 +1,108 @@
+"""Reports and collections with anything anywhere: refused, or shown by a real pytest run without harm."""
+
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from .replayed import HOSTILE_TEXT, assert_harmless, changed, mutated, places, real_reports, show_collection
+from .replayed import show_reports as show
+from .test_collected import GOOD, lines
+
+REPORTS = real_reports()
+FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+
+def test_real_reports_are_shown():
+    shown = show(REPORTS)
+    assert_harmless(shown)
+    assert not shown.refused
+    assert [case.get("name") for case in shown.xml.iter("testcase")] == [
+        f"test_{number}" for number in range(len(REPORTS))
+    ]
+    assert "boom 1 two" in shown.text
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXT, ids=ascii)
+def test_hostile_text_in_every_place_of_a_failure(text):
+    """Each text of a failure with a chain, and of one without a traceback, replaced in turn."""
+    richest = max(REPORTS, key=lambda report: len(list(places(report))))
+    native = next(report for report in REPORTS if isinstance(report["longrepr"], str))
+    rich = next(report for report in REPORTS if report["user_properties"] and len(report["sections"]) > 1)
+    records = []
+    for report in (richest, native, rich):
+        texts = [path for path in places(report) if isinstance(at(report, path), str)]
+        records += [changed(report, path, text) for path in texts]
+    shown = show(records)
+    assert_harmless(shown)
+    assert shown.shown
+
+
+def at(value, path):
+    for key in path:
+        value = value[key]
+    return value
+
+
+@FEW
+@given(records=st.lists(mutated(REPORTS), min_size=8, max_size=8), colour=st.sampled_from(["yes", "no"]))
+def test_mutated_reports(records, colour):
+    shown = show(records, f"--color={colour}")
+    assert_harmless(shown)
+    assert len(shown.shown) + len(shown.refused) == len(records)
+
+
+@FEW
+@given(records=mutated([GOOD]))
+def test_mutated_collections(records):
+    data = (
+        b"".join(json.dumps(record).encode() + b"\n" for record in records)
+        if isinstance(records, list)
+        else b"x"
+    )
+    assert_harmless(show_collection(data))
+
+
+def test_a_collection_is_replayed():
+    shown = show_collection(lines(*GOOD))
+    assert_harmless(shown)
+    assert shown.shown == ["test_a.py::test_a"]
+
+
+def test_a_tree_too_deep_to_walk():
+    nodes = [
+        {**GOOD[1], "parent": number, "kind": "collector", "nodeid": f"n{number}"} for number in range(3000)
+    ]
+    reports = [{"k": "collected", "node": n, "outcome": "passed", "result": [n + 1]} for n in range(3000)]
+    shown = show_collection(
+        lines(GOOD[0], *nodes, *reports, {"k": "items", "order": [], "markers": []}, {"k": "end"})
+    )
+    assert "a collection tree with a loop" in shown.refused[0]
+
+
+def test_a_tree_that_names_one_file_forever():
+    reports = [
+        {"k": "collected", "node": 0, "outcome": "passed", "result": [1] * 300_000},
+        {"k": "collected", "node": 1, "outcome": "passed", "result": []},
+    ]
+    end = [{"k": "items", "order": [], "markers": []}, {"k": "end"}]
+    shown = show_collection(lines(*GOOD[:2], *reports, *end))
+    assert "a collection tree that never ends" in shown.refused[0]
+
+
+def test_many_deselected_tests_take_no_longer_than_their_number():
+    """Quadratic work would need hours for these."""
+    nodes = [{**GOOD[2], "parent": 0, "nodeid": f"a.py::t{n}", "marks": [], "extra": []} for n in range(5000)]
+    numbers = list(range(1, 5001))
+    shown = show_collection(
+        lines(
+            GOOD[0],
+            *nodes,
+            {"k": "collected", "node": 0, "outcome": "passed", "result": numbers},
+            {"k": "deselected", "items": numbers * 40},
+            {"k": "items", "order": [], "markers": []},
+            {"k": "end"},
+        )
+    )
+    assert not shown.refused
