@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -22,9 +23,12 @@ ISOLATIONS = ("test", "class", "module", "session")
 KEEPS = ("never", "failed")
 ACCELERATORS = ("kvm", "hvf", "whpx", "tcg")
 DEFAULT_TIMEOUT = 300.0
-"""Seconds one test or command may take unless something else is said."""
+"""Seconds one test or command may take where neither project nor kit say."""
+DEFAULT_RETRIES = 2
+"""How often a test whose machine never reached it is tried again in a fresh one."""
 
 _MAX_POOL = 64
+_MAX_RETRIES = 100
 
 
 @dataclass(frozen=True)
@@ -39,17 +43,21 @@ class Settings:
         prepare_inputs: Files and folders they need, which are copied first; the cache follows their content.
         args: More arguments for the guest's pytest.
         keep: Which machines to keep for a look: ``never``, ``failed``.
+        retries: How often a test whose machine never reached it (``infra``) is tried again.
+        artifacts: The folder for what is known of machines that crashed or exceeded a quota.
         require_accel: The only accelerator that will do.
         project: The folder of the configuration file.
     """
 
-    spec: MachineSpec = field(default_factory=lambda: MachineSpec(timeout=DEFAULT_TIMEOUT))
+    spec: MachineSpec = field(default_factory=MachineSpec)
     isolation: str = "test"
     pool: int | None = None
     prepare: tuple[str, ...] = ()
     prepare_inputs: tuple[str, ...] = ()
     args: tuple[str, ...] = ()
     keep: str = "never"
+    retries: int = DEFAULT_RETRIES
+    artifacts: Path | None = None
     require_accel: str | None = None
     project: Path = field(default_factory=Path.cwd)
 
@@ -115,13 +123,20 @@ def _choice(*allowed: str) -> Callable[[object, str], str]:
     return parse
 
 
-def _pool(value: object, name: str) -> int:
-    text = str(value)
-    if isinstance(value, bool) or not text.isdecimal() or int(text) > _MAX_POOL:
-        raise UsageError(
-            f"{name}: {value!r} is not a number of machines", resolution=f"write 0 to {_MAX_POOL}"
-        )
-    return int(text)
+def _count(most: int, what: str) -> Callable[[object, str], int]:
+    def parse(value: object, name: str) -> int:
+        text = str(value)
+        if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,6}", text, re.ASCII) or int(text) > most:
+            raise UsageError(f"{name}: {value!r} is not a number of {what}", resolution=f"write 0 to {most}")
+        return int(text)
+
+    return parse
+
+
+def _folder(value: object, name: str) -> Path:
+    if not isinstance(value, (str, Path)) or not str(value).strip() or "\0" in str(value):
+        raise UsageError(f"{name}: {value!r} is not a folder", resolution="write its path")
+    return Path(value).expanduser()
 
 
 def _strings(value: object, name: str) -> tuple[str, ...]:
@@ -141,7 +156,9 @@ def _arguments(value: object, name: str) -> tuple[str, ...]:
 
 _PARSERS: dict[str, Callable[[object, str], Any]] = {
     "isolation": _choice(*ISOLATIONS),
-    "pool": _pool,
+    "pool": _count(_MAX_POOL, "machines"),
+    "retries": _count(_MAX_RETRIES, "tries"),
+    "artifacts": _folder,
     "prepare": _strings,
     "prepare_inputs": _strings,
     "args": _arguments,

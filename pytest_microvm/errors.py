@@ -96,22 +96,39 @@ class TransferError(MachineError):
     """Files could not be moved in or out of a machine."""
 
 
+_BYTES = frozenset({"memory", "disk", "output"})
+_SECONDS = frozenset({"timeout", "cpu_seconds", "lifetime"})
+
+
 class QuotaExceeded(MachineError):
-    """A limit the host enforces was reached (outcome ``quota``).
+    """A limit was reached, and the machine has been ended (outcome ``quota``).
 
     Args:
-        quota: The name of the limit, such as ``timeout``.
-        limit: What was allowed, in the quota's unit (bytes or seconds).
-        observed: What the host saw, in the same unit.
+        quota: Its name: ``memory``, ``disk``, ``pids``, ``timeout``, ``cpu_seconds``, ``output`` or
+            ``lifetime``.
+        limit: What was allowed, in the quota's unit (bytes, seconds, processes).
+        observed: What was seen, in the same unit.
+        details: How it was noticed, or by what it was exceeded.
     """
 
     def __init__(self, quota: str, limit: float, observed: float, *, details: str = "") -> None:
-        unit = " s" if quota in {"timeout", "cpu_seconds", "lifetime"} else ""
         super().__init__(
-            f"{quota}: limit {limit:g}{unit}, observed {observed:.4g}{unit}",
+            f"{quota}: limit {_amount(quota, limit)}, observed {_amount(quota, observed)}",
             details=details,
-            resolution=f"raise the quota ({quota}=...) or make the work smaller",
+            resolution=f"raise the quota ({quota} = ...) or make the work smaller",
         )
         self.quota = quota
         self.limit = limit
         self.observed = observed
+
+
+def _amount(quota: str, value: float) -> str:
+    """Return an amount with its unit: ``256 MiB``, ``1.5 s``, ``64``."""
+    if quota in _SECONDS:
+        return f"{value:.4g} s"
+    if quota not in _BYTES:
+        return f"{value:g}"
+    for unit, size in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
+        if value >= size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value:g} bytes"

@@ -28,13 +28,17 @@ class Machines:
     """
 
     def __init__(self, config: pytest.Config) -> None:
-        from pytest_microvm.config import load_settings  # noqa: PLC0415 - only runs that use a fixture
+        from pytest_microvm.config import DEFAULT_TIMEOUT, load_settings  # noqa: PLC0415 - only when used
         from pytest_microvm.host import Host  # noqa: PLC0415
 
         self._config = config
         self.settings: Settings = load_settings(config.rootpath, options(config))
         self.host: Host = Host(
-            project=config.rootpath, require_accel=self.settings.require_accel, say=self._say
+            project=config.rootpath,
+            require_accel=self.settings.require_accel,
+            timeout=DEFAULT_TIMEOUT,
+            retries=self.settings.retries,
+            say=self._say,
         )
         self.kept: list[str] = []
 
@@ -74,6 +78,20 @@ class Machines:
             config=self._config, facts=machine.facts, usage=machine.usage()
         )
 
+    def save(self, machine: MicroVM, error: BaseException | None, about: str) -> str | None:
+        """Save what is known of a machine that crashed or exceeded a quota, if asked; return where."""
+        from pytest_microvm import evidence  # noqa: PLC0415 - only when a test failed
+        from pytest_microvm.errors import MachineCrashed, QuotaExceeded  # noqa: PLC0415
+
+        if self.settings.artifacts is None or not isinstance(error, (MachineCrashed, QuotaExceeded)):
+            return None
+        folder = evidence.folder_for(self.settings.artifacts.absolute(), about, machine.id)
+        try:
+            evidence.save(folder, machine.instance, machine.facts, error, about)
+        except OSError as failure:
+            return f"could not be saved: {failure}"
+        return str(folder)
+
     def _say(self, line: str) -> None:
         reporter: Any = self._config.pluginmanager.get_plugin("terminalreporter")
         capture: Any = self._config.pluginmanager.get_plugin("capturemanager")
@@ -87,7 +105,9 @@ class Machines:
 
 def options(config: pytest.Config) -> dict[str, Any]:
     """Return the command line's settings; ``None`` where an option was not given."""
-    keys = ("image", "cpus", "memory", "disk", "timeout", "pool", "keep", "require_accel")
+    from pytest_microvm.spec import PARSERS  # noqa: PLC0415 - only runs that use a fixture
+
+    keys = (*PARSERS, "pool", "keep", "retries", "artifacts", "require_accel")
     return {key: config.getoption(f"microvm_{key}") for key in keys}
 
 
@@ -151,7 +171,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the marker known."""
     config.addinivalue_line(
         "markers",
-        "microvm(image, cpus, memory, disk, timeout): what the machine of the microvm fixtures is made of.",
+        "microvm(image, cpus, memory, disk, pids, timeout, cpu_seconds, output, lifetime): "
+        "what the machine of the microvm fixtures is made of and may use.",
     )
 
 
@@ -170,7 +191,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Any:
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """Add the machines' properties to the test, and to a failure what its machines said last."""
     report = yield
     wanted = getattr(item, "fixturenames", ())
@@ -187,11 +208,19 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
             report.sections.append((f"console of {machine.id}", machine.console_tail()))
             report.sections.append((f"last commands in {machine.id}", "\n".join(machine.last_commands)))
     if report.when == "call" or (report.when == "setup" and report.failed):
-        outcome = _outcome_of(report)
-        item.user_properties += properties(found[-1].facts, found[-1].usage(), outcome)
+        error = call.excinfo.value if call.excinfo is not None and report.failed else None
+        outcome = _outcome_of(report, error)
+        machine = _ended_by(error, found)
+        saved = machines(item.config).save(machine, error, item.nodeid)
+        if saved:
+            report.sections.append(("Machine artifacts", saved))
+        quota: Any = error if outcome == "quota" else None
+        item.user_properties += properties(
+            machine.facts, machine.usage(), outcome, quota=quota, artifacts=saved
+        )
         report.user_properties = list(item.user_properties)
         item.config.hook.pytest_microvm_outcome(
-            config=item.config, facts=found[-1].facts, nodeid=item.nodeid, outcome=outcome
+            config=item.config, facts=machine.facts, nodeid=item.nodeid, outcome=outcome
         )
     return report
 
@@ -218,8 +247,18 @@ def _has_failed(node: Any) -> bool:
     return bool(node.stash.get(_failed, False))
 
 
-def _outcome_of(report: pytest.TestReport) -> str:
-    return "crashed" if report.failed and "MachineCrashed" in str(report.longrepr) else report.outcome
+def _outcome_of(report: pytest.TestReport, error: BaseException | None) -> str:
+    from pytest_microvm.errors import BootError, MachineCrashed, QuotaExceeded  # noqa: PLC0415 - with a machine
+
+    outcomes = {QuotaExceeded: "quota", MachineCrashed: "crashed", BootError: "infra"}
+    found = [outcome for kind, outcome in outcomes.items() if isinstance(error, kind)]
+    return found[0] if found else report.outcome
+
+
+def _ended_by(error: BaseException | None, used: list[MicroVM]) -> MicroVM:
+    """Return the machine that ``error`` is about, as far as that shows; the last one otherwise."""
+    ended = [machine for machine in used if not machine.instance.vmm.alive]
+    return ended[-1] if error is not None and ended else used[-1]
 
 
 class _usage_errors:  # noqa: N801 - used like a function

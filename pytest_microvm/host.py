@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import os
 import secrets
-import shutil
 import subprocess
 import threading
 import time
@@ -15,12 +14,12 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_microvm.errors import BootError, HostError, UsageError
+from pytest_microvm.errors import BootError, HostError, ImageError, UsageError
 from pytest_microvm.hypervisors import Accelerator, Launch
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
 from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.machine import BOOT_TIMEOUT, Instance, MachineFacts, MicroVM
-from pytest_microvm.spec import MachineSpec, Resources, parse_size
+from pytest_microvm.spec import RESOURCE_PARSERS, Limits, MachineSpec, Resources, parse_size
 from pytest_microvm.templates.budget import HostBudget, default_limits, runtime_folder
 from pytest_microvm.templates.chain import Base, Chain, Step, guest_code_archive
 from pytest_microvm.templates.pool import Pool
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 CACHE_SIZE_VARIABLE = "PYTEST_MICROVM_CACHE_SIZE"
 _DEFAULT_CACHE_SIZE = 10 * 1024**3
-_TRIES = 2
+_RETRIES = 2
 _PACKAGE = Path(__file__).parent
 
 
@@ -65,6 +64,8 @@ class Host:
         cache: The cache folder; see :func:`pytest_microvm.images.store.cache_root`.
         project: The user's project, which may have kits of its own.
         require_accel: The only accelerator that will do.
+        timeout: Seconds that a test or command may take where neither spec nor kit say.
+        retries: How often a machine that does not wake up is replaced by another.
         say: Told what takes long, a line at a time.
     """
 
@@ -74,14 +75,20 @@ class Host:
         cache: Path | None = None,
         project: Path | None = None,
         require_accel: str | None = None,
+        timeout: float | None = None,
+        retries: int = _RETRIES,
         say: Callable[[str], None] = _silent,
     ) -> None:
         self.cache = cache or cache_root()
         self.say = say
         self._project = project
         self._require_accel = require_accel
+        self._timeout = timeout
+        self._retries = retries
+        self._told: set[str] = set()
         self._bases: dict[MachineSpec, Base] = {}
         self._held: dict[str, Template] = {}
+        self._steps: dict[str, Sequence[Step]] = {}
         self._pools: dict[tuple[str, str], Pool[Any]] = {}
         self._lock = threading.RLock()
         self._pid = os.getpid()
@@ -96,7 +103,7 @@ class Host:
         """The template store."""
         size = os.environ.get(CACHE_SIZE_VARIABLE)
         return TemplateStore(
-            self.cache, parse_size(size, CACHE_SIZE_VARIABLE) if size else _DEFAULT_CACHE_SIZE
+            self.cache, parse_size(size, CACHE_SIZE_VARIABLE) if size else _DEFAULT_CACHE_SIZE, self.say
         )
 
     @cached_property
@@ -129,13 +136,9 @@ class Host:
         with self._lock:
             if spec not in self._bases:
                 image = self.images.get(spec.image, project=self._project, progress=self.say)
-                resources = Resources(
-                    cpus=spec.cpus or image.cpus,
-                    memory=spec.memory or image.memory_bytes,
-                    disk=spec.disk or image.disk_bytes,
-                    environment=image.environment,
-                )
-                self._bases[spec] = Base(image, resources, self.accelerator(image))
+                limits = _limits(spec, image, self._timeout)
+                resources = Resources(limits.vcpus, limits.memory, limits.disk, image.environment)
+                self._bases[spec] = Base(image, resources, self.accelerator(image), limits)
             return self._bases[spec]
 
     def template(self, base: Base, steps: Sequence[Step] = ()) -> Template:
@@ -144,6 +147,7 @@ class Host:
         key = chain.key(base, steps)
         with self._lock:
             if key not in self._held:
+                self._steps[key] = steps
                 self._held[key] = chain.ensure(base, steps)
             return self._held[key]
 
@@ -164,17 +168,18 @@ class Host:
             ``wait`` is off.
 
         Raises:
-            BootError: It did not wake up, twice.
+            BootError: It did not wake up, nor did those that replaced it.
             BudgetExhausted: There can never be room for it.
         """
         begin = time.monotonic()
+        template = self._sound(template, base)  # before a place is taken: making it again takes one
         name = f"vm-{secrets.token_hex(4)}"
-        resources = base.resources
+        limits = base.limits
         if wait:
             self.budget.take(
-                name, base.image.name, resources.cpus, resources.memory, say=self.say, reclaim=self._reclaim
+                name, base.image.name, limits.cpus, limits.memory, say=self.say, reclaim=self._reclaim
             )
-        elif not self.budget.try_take(name, base.image.name, resources.cpus, resources.memory):
+        elif not self.budget.try_take(name, base.image.name, limits.cpus, limits.memory):
             return None
         own: Path | None = None
         try:
@@ -183,7 +188,11 @@ class Host:
         except BaseException:
             self.release(name, own)
             raise
-        return instance, self.facts(base, name, time.monotonic() - begin), own
+        self.budget.started(name, instance.vmm.pid)
+        self._tell_once(instance.vmm.not_enforced)
+        facts = self.facts(base, name, time.monotonic() - begin)
+        instance.events.add("started", f"{name} from image {facts.image}", accelerator=facts.accelerator)
+        return instance, facts, own
 
     def facts(self, base: Base, name: str, ready_seconds: float) -> MachineFacts:
         """Return what is known of a machine made from ``base``."""
@@ -194,16 +203,14 @@ class Host:
             accelerator=base.accelerator.name,
             accelerator_reason=base.accelerator.reason,
             ready_seconds=ready_seconds,
-            cpus=base.resources.cpus,
-            memory=base.resources.memory,
-            disk=base.resources.disk,
+            limits=base.limits,
             environment=base.resources.environment,
         )
 
     def release(self, name: str, own: Path | None = None) -> None:
         """Give a machine's place in the host budget back, and remove its own folder."""
         if own is not None:
-            shutil.rmtree(own, ignore_errors=True)
+            self.templates.drop(own)
         self.budget.release(name)
 
     def keep(self, instance: Instance, base: Base, facts: MachineFacts, own: Path, about: str) -> KeptMachine:
@@ -244,11 +251,13 @@ class Host:
         meta = template.meta
         image = self.images.inspect(meta["image_digest"]).image
         resources = Resources(meta["cpus"], meta["memory"], meta["disk"], image.environment)
-        base = Base(image, resources, self.accelerator(image))
+        limits = Limits(resources.cpus, resources.memory, resources.disk)
+        base = Base(image, resources, self.accelerator(image), limits)
         self._held[kept] = template
-        machine = self._machine(template, base, MachineSpec())
+        machine = self._machine(template, base)
         if machine is None:
             raise HostError("the host budget gave no place")
+        machine.instance.watch(limits)
         return machine
 
     def start(
@@ -265,11 +274,12 @@ class Host:
         spec = (spec or MachineSpec()).with_changes(changes, "MicroVM.start()")
         base = self.base(spec)
         template = self.template(base)
-        machine = self._pool(template, base, spec, pool).take() if pool else None
+        machine = self._pool(template, base, pool).take() if pool else None
         if machine is None:
-            machine = self._machine(template, base, spec, keepable=keepable)
+            machine = self._machine(template, base, keepable=keepable)
         if machine is None:
             raise HostError("the host budget gave no place")
+        machine.instance.watch(base.limits)
         return machine
 
     def pool(self, key: tuple[str, str], make: Callable[[], Pool[Any]]) -> Pool[Any]:
@@ -296,9 +306,49 @@ class Host:
         for template in held:
             template.close()
 
+    def _sound(self, template: Template, base: Base) -> Template:
+        """Return ``template``, or what takes its place if somebody changed or removed it, or its image.
+
+        Raises:
+            ImageError: The image had to be built again and is another one now.
+            HostError: It cannot be made again.
+        """
+        if template.intact() and self.images.intact(base.image):
+            return template
+        with self._lock:
+            if not self.images.intact(base.image):
+                self._build_again(base)
+            held = self._held.get(template.key)
+            if held is None or not held.intact():
+                if held is not None:
+                    held.close()
+                    del self._held[template.key]
+                self._held[template.key] = self._found_again(template.key, base)
+            return self._held[template.key]
+
+    def _found_again(self, key: str, base: Base) -> Template:
+        if key in self._steps:
+            return self._chain(base).ensure(base, self._steps[key])
+        kept = self.templates.open(key)
+        if kept is None:
+            raise HostError(f"machine {key} is not kept any more", resolution="see `pytest-microvm ps`")
+        return kept
+
+    def _build_again(self, base: Base) -> None:
+        """Build the image of ``base`` again, whose files are damaged or gone."""
+        name = next((spec.image for spec, known in self._bases.items() if known == base), base.image.name)
+        image = self.images.get(name, project=self._project, progress=self.say)
+        if image.digest != base.image.digest:
+            raise ImageError(
+                f"image {image.name} was damaged or removed, and is another one since it was built again",
+                resolution="run again",
+            )
+
     def _awake(self, template: Template, base: Base, port: str, name: str, own: Path | None) -> Instance:
-        identity = {"hostname": name, "machine_id": secrets.token_hex(16)}
-        for attempt in range(1, _TRIES + 1):
+        identity: dict[str, Any] = {"hostname": name, "machine_id": secrets.token_hex(16)}
+        if base.limits.pids is not None:
+            identity["pids"] = base.limits.pids
+        for retry in range(self._retries + 1):
             try:
                 instance = self._chain(base).copy(template, base, name, own=own)
                 try:
@@ -306,15 +356,16 @@ class Host:
                 except BaseException:
                     instance.close()
                     raise
-            except BootError:
-                if attempt == _TRIES:
+            except BootError as error:
+                if retry == self._retries:
                     raise
+                self.say(f"infra: {error.brief}; starting another machine ({retry + 1} of {self._retries})")
             else:
                 return instance
         raise AssertionError("unreachable: the last try returns or raises")
 
     def _machine(
-        self, template: Template, base: Base, spec: MachineSpec, *, wait: bool = True, keepable: bool = False
+        self, template: Template, base: Base, *, wait: bool = True, keepable: bool = False
     ) -> MicroVM | None:
         copied = self.copy(template, base, "agent", wait=wait, keepable=keepable)
         if copied is None:
@@ -328,14 +379,13 @@ class Host:
         return MicroVM(
             instance,
             facts,
-            timeout=spec.timeout,
             on_close=lambda: self.release(facts.id, own),
             on_keep=keep if keepable else None,
         )
 
-    def _pool(self, template: Template, base: Base, spec: MachineSpec, size: int) -> Pool[MicroVM]:
+    def _pool(self, template: Template, base: Base, size: int) -> Pool[MicroVM]:
         def make() -> MicroVM | None:
-            machine = self._machine(template, base, spec, wait=False)
+            machine = self._machine(template, base, wait=False)
             if machine is not None:
                 _warm(machine)
             return machine
@@ -343,7 +393,7 @@ class Host:
         def new() -> Pool[MicroVM]:
             return Pool(size, make, MicroVM.close, lambda machine: machine.instance.vmm.alive)
 
-        return self.pool(("agent", f"{template.key} {spec.timeout}"), new)
+        return self.pool(("agent", f"{template.key} {base.limits}"), new)
 
     def _reclaim(self) -> bool:
         return any(pool.give_up_one() for pool in list(self._pools.values()))
@@ -352,16 +402,30 @@ class Host:
     def _room(self, base: Base) -> Iterator[None]:
         """Hold a place in the host budget for a machine in the making."""
         name = f"template-{secrets.token_hex(4)}"
-        cpus, memory = base.resources.cpus, base.resources.memory
+        cpus, memory = base.limits.cpus, base.limits.memory
         self.budget.take(name, base.image.name, cpus, memory, say=self.say, reclaim=self._reclaim)
         try:
             yield
         finally:
             self.release(name)
 
+    def _tell_once(self, lines: Sequence[str]) -> None:
+        """Say what this host cannot enforce; once is enough."""
+        with self._lock:
+            new = [line for line in lines if line not in self._told]
+            self._told.update(new)
+        for line in new:
+            self.say(line)
+
     def _chain(self, base: Base) -> Chain:
         hypervisor = self.hypervisor(base.image.architecture)
         return Chain(hypervisor, self.templates, guest_code(), self.say, self._room)
+
+
+def _limits(spec: MachineSpec, image: Image, timeout: float | None) -> Limits:
+    """Return what a machine may use: what the spec says, else the image's kit, else the defaults."""
+    given = {name: getattr(spec, name) for name in RESOURCE_PARSERS if getattr(spec, name) is not None}
+    return Limits(**{"timeout": timeout, **image.resources, **given})
 
 
 def _warm(machine: MicroVM) -> None:

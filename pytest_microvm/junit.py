@@ -5,16 +5,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pytest_microvm.errors import QuotaExceeded
     from pytest_microvm.machine import MachineFacts, Usage
 
 
-def properties(facts: MachineFacts | None, usage: Usage | None, outcome: str) -> list[tuple[str, str]]:
+def properties(
+    facts: MachineFacts | None,
+    usage: Usage | None,
+    outcome: str,
+    *,
+    quota: QuotaExceeded | None = None,
+    retries: int = 0,
+    artifacts: str | None = None,
+) -> list[tuple[str, str]]:
     """Return a test's user properties, which JUnit and other reporters show.
 
     Args:
         facts: The machine it ran in, if it reached one.
         usage: What the host saw that machine use so far.
         outcome: ``passed``, ``failed``, ``skipped``, ``infra``, ``crashed`` or ``quota``.
+        quota: The quota that was exceeded, if one was.
+        retries: How many machines before this one never reached the test.
+        artifacts: The folder with what is known of a machine that crashed or exceeded a quota.
     """
     found: dict[str, object] = {}
     if facts is not None:
@@ -24,11 +36,21 @@ def properties(facts: MachineFacts | None, usage: Usage | None, outcome: str) ->
             "microvm.accelerator": facts.accelerator,
             "microvm.id": facts.id,
             "microvm.ready_ms": round(facts.ready_seconds * 1000),
-            "microvm.cpus": facts.cpus,
-            "microvm.memory": facts.memory,
+            "microvm.cpus": f"{facts.limits.cpus:g}",
+            "microvm.memory": facts.limits.memory,
         }
     if usage is not None:
         found["microvm.peak_memory_bytes"] = usage.peak_memory_bytes
         found["microvm.cpu_seconds"] = round(usage.cpu_seconds, 3)
+        found["microvm.disk_bytes"] = usage.disk_bytes
+        found["microvm.channel_bytes"] = usage.received_bytes + usage.sent_bytes
+    if quota is not None:
+        found["microvm.quota"] = quota.quota
+        found["microvm.quota_limit"] = f"{quota.limit:.12g}"
+        found["microvm.quota_observed"] = f"{quota.observed:.12g}"
+    if retries:
+        found["microvm.retries"] = retries
+    if artifacts is not None:
+        found["microvm.artifacts"] = artifacts
     found["microvm.outcome"] = outcome
     return [(name, str(value)) for name, value in found.items()]

@@ -9,13 +9,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_microvm.errors import BootError, MachineCrashed, UsageError
+from pytest_microvm.console import ConsoleReader, Finding
+from pytest_microvm.errors import BootError, MachineCrashed, MachineError, QuotaExceeded, UsageError
+from pytest_microvm.events import EventLog
 from pytest_microvm.link import Drain, Link
 from pytest_microvm.process import GuestProcess, command_arguments
+from pytest_microvm.quotas import Guard, watchdog
+from pytest_microvm.sanitize import sanitize
 from pytest_microvm.transfer import pull, push
 from pytest_microvm.vmpath import GuestPath
 
@@ -24,7 +29,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from pytest_microvm.spec import MachineSpec
+    from pytest_microvm.spec import Limits, MachineSpec
 
 BOOT_TIMEOUT = 60.0
 """Seconds a boot may take before its machine is given up (about 3 under emulation)."""
@@ -61,6 +66,13 @@ class Vmm(Protocol):
     def usage(self) -> Usage:
         """What its process has used so far (all but the channel's bytes); the last known once it ended."""
 
+    def ceiling_hit(self) -> int | None:
+        """The memory ceiling of its process in bytes, if the host's kernel ended it there."""
+
+    @property
+    def not_enforced(self) -> tuple[str, ...]:
+        """What was asked for and cannot be enforced on this host, a line each."""
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -94,9 +106,7 @@ class MachineFacts:
         accelerator: What runs it: ``kvm``, ``tcg``...
         accelerator_reason: Why that one, for people.
         ready_seconds: From asking for it to its first answer.
-        cpus: Virtual CPUs.
-        memory: Bytes of RAM.
-        disk: Bytes it may write.
+        limits: What it may use.
         environment: Variables that every command gets.
     """
 
@@ -106,9 +116,7 @@ class MachineFacts:
     accelerator: str
     accelerator_reason: str
     ready_seconds: float
-    cpus: int
-    memory: int
-    disk: int
+    limits: Limits
     environment: tuple[tuple[str, str], ...] = ()
 
 
@@ -121,10 +129,23 @@ class Instance:
 
     def __init__(self, vmm: Vmm) -> None:
         self.vmm = vmm
-        self.console = Drain(vmm.sockets["console"])
+        self.events = EventLog()
+        self.guard: Guard | None = None
+        self.resumed_with: dict[str, Any] = {}
         self._links: dict[str, Link] = {}
         self._lock = threading.Lock()
-        self.resumed_with: dict[str, Any] = {}
+        self._reader = ConsoleReader()
+        self.console = Drain(vmm.sockets["console"], self._heard)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What the guest's kernel reported on the console."""
+        return self._reader.findings
+
+    def watch(self, limits: Limits) -> None:
+        """Enforce ``limits`` from now on: the machine has been handed out."""
+        self.guard = Guard(limits, self.usage, self.vmm.kill)
+        watchdog().add(self.guard)
 
     def link(self, port: str) -> Link:
         """Return the link to ``port``, made when first asked for."""
@@ -160,14 +181,61 @@ class Instance:
 
     def console_text(self, lines: int = 30) -> str:
         """Return the console's last lines, made safe to print."""
-        return printable(self.console.tail().decode(errors="replace"), lines)
+        text = self.console.tail().decode(errors="replace").replace("\r\n", "\n")
+        return sanitize("\n".join(text.split("\n")[-lines:]).strip())
 
-    def end_reason(self) -> str:
+    def end_error(self, name: str) -> MachineError:
+        """Return why the machine, which has ended, did: a quota, or a crash with the console's tail.
+
+        Args:
+            name: What it is called.
+        """
+        self.console.tail()  # what is still unread may say why
+        exceeded = self._exceeded()
+        if exceeded is not None:
+            self.events.add("quota", exceeded.brief, quota=exceeded.quota, limit=exceeded.limit)
+            return exceeded
+        reason = self._end_reason()
+        self.events.add("crashed", reason)
+        said = [f"the guest's console: {finding.text}" for finding in self.findings]
+        return MachineCrashed(
+            f"machine {name} ended: {reason}",
+            details="\n".join([*said, self.console_text(_END_LINES)]),
+            resolution="the console above is the machine's own; its last command is the likely cause",
+        )
+
+    def _exceeded(self) -> QuotaExceeded | None:
+        """Return the quota that ended it, if one did: a new exception for each who asks."""
+        usage, ceiling = self.usage(), self.vmm.ceiling_hit()
+        guard = self.guard
+        if guard is not None and guard.verdict is not None:
+            verdict = guard.verdict
+            return QuotaExceeded(verdict.quota, verdict.limit, verdict.observed, details=verdict.details)
+        if ceiling is not None:
+            details = "the machine's process on the host, not the guest, reached its ceiling"
+            return QuotaExceeded("memory", ceiling, max(ceiling, usage.peak_memory_bytes), details=details)
+        if guard is not None and guard.limits.cpu_seconds and usage.cpu_seconds > guard.limits.cpu_seconds:
+            return QuotaExceeded("cpu_seconds", guard.limits.cpu_seconds, usage.cpu_seconds)
+        return None
+
+    def _end_reason(self) -> str:
         """Return why it ended by itself, for people; the console tells a panic from a reboot."""
         reason = self.vmm.end_reason()
-        if reason.startswith("the guest rebooted") and b"Kernel panic - not syncing" in self.console.tail():
+        panicked = any(finding.kind == "panic" for finding in self.findings)
+        if panicked and reason.startswith("the guest rebooted"):
             return "the guest's kernel panicked"
         return reason
+
+    def _heard(self, data: bytes) -> None:
+        """Look at what came from the console; the guest's kernel may report what the host cannot see."""
+        for finding in self._reader.feed(data):
+            self.events.add("finding", finding.text, seen_by="guest", kind_of_finding=finding.kind)
+            guard = self.guard
+            if guard is not None and finding.kind == "memory":
+                seen = max(guard.limits.memory, self.usage().memory_bytes)
+                guard.exceed("memory", guard.limits.memory, seen, finding.text)
+            elif guard is not None and finding.kind == "pids" and guard.limits.pids is not None:
+                guard.exceed("pids", guard.limits.pids, guard.limits.pids + 1, finding.text)
 
     def usage(self) -> Usage:
         """Return what it has used so far; the last known figures once it ended."""
@@ -180,6 +248,8 @@ class Instance:
 
     def close(self) -> None:
         """End the VM and let go of everything; a second call does nothing."""
+        if self.guard is not None:
+            watchdog().remove(self.guard)
         self.usage()
         self.vmm.kill()
         self.console.tail()
@@ -188,15 +258,6 @@ class Instance:
         self.console.close()
         for sock in self.vmm.sockets.values():
             sock.close()
-
-
-def printable(text: str, lines: int) -> str:
-    """Return the last ``lines`` of untrusted text with control characters made visible."""
-    kept = [line.rstrip("\r") for line in text.split("\n")][-lines:]
-    return "\n".join(
-        "".join(char if char.isprintable() or char == "\t" else f"\\x{ord(char):02x}" for char in line)
-        for line in kept
-    ).strip()
 
 
 class MicroVM:
@@ -208,8 +269,7 @@ class MicroVM:
             vm.run(["python3", "--version"], check=True)
 
     Attributes:
-        facts: What is known of it from its start.
-        timeout: Seconds one command may take unless it says otherwise; ``None``: no limit.
+        facts: What is known of it from its start, its limits too.
         last_commands: What was asked of it, the last 20.
     """
 
@@ -218,13 +278,11 @@ class MicroVM:
         instance: Instance,
         facts: MachineFacts,
         *,
-        timeout: float | None = None,
         on_close: Callable[[], None] = lambda: None,
         on_keep: Callable[[str], None] | None = None,
     ) -> None:
         self.facts = facts
         self.instance = instance
-        self.timeout = timeout
         self.last_commands: deque[str] = deque(maxlen=_LAST_COMMANDS)
         self.closed = False
         self._on_close = on_close
@@ -283,7 +341,8 @@ class MicroVM:
         Args:
             args: A list of arguments, or a string for the machine's ``/bin/sh``.
             check: Raise when the command fails.
-            timeout: Seconds after which it is killed; the machine's own timeout if omitted.
+            timeout: Seconds after which it is killed. If omitted the machine's quota applies, and the machine
+                ends with it.
             input: What it reads from stdin.
             env: Variables on top of the machine's usual ones.
             cwd: Where it runs; ``/`` if omitted.
@@ -294,11 +353,11 @@ class MicroVM:
             subprocess.CalledProcessError: It failed and ``check`` was set.
             subprocess.TimeoutExpired: It took longer than ``timeout``.
             FileNotFoundError: The machine has no such program or folder.
+            QuotaExceeded: The machine used more than it may, and was ended.
             MachineCrashed: The machine ended.
         """
-        limit = self.timeout if timeout is None else timeout
         with self.popen(args, stdin=input is not None, env=env, cwd=cwd, user=user, text=text) as process:
-            stdout, stderr = process.communicate(input, timeout=limit)
+            stdout, stderr = process.communicate(input, timeout=timeout)
         done = subprocess.CompletedProcess(process.args, process.returncode or 0, stdout, stderr)
         if check:
             done.check_returncode()
@@ -317,6 +376,9 @@ class MicroVM:
     ) -> GuestProcess:
         """Start a command and return while it runs; like :class:`subprocess.Popen` with pipes.
 
+        The machine's ``timeout`` counts while somebody waits for the command, not while it runs beside
+        others.
+
         Args:
             args: A list of arguments, or a string for the machine's ``/bin/sh``.
             stdin: Whether ``process.stdin`` is wanted; otherwise it reads nothing.
@@ -331,11 +393,9 @@ class MicroVM:
             MachineCrashed: The machine ended.
         """
         request = command_arguments(args, {**dict(self.facts.environment), **(env or {})}, cwd, user)
-        self.last_commands.append(args if isinstance(args, str) else " ".join(map(str, args)))
+        self._asked("command", args if isinstance(args, str) else " ".join(map(str, args)))
         with self.explained():
-            return GuestProcess(
-                self.link(), args, request, stdin=stdin, text=text, pty=pty, explained=self.explained
-            )
+            return GuestProcess(self.link(), args, request, stdin=stdin, text=text, pty=pty, owner=self)
 
     def wait_until_succeeds(
         self,
@@ -385,8 +445,8 @@ class MicroVM:
             UsageError: There is no ``source``.
             TransferError: The machine could not take it (its disk is full, say).
         """
-        self.last_commands.append(f"push {source} {target}")
-        with self.explained():
+        self._asked("push", f"push {source} {target}")
+        with self.explained(), self.limited("push"):
             push(self.link(), Path(source), PurePosixPath(target))
 
     def pull(self, source: str | PurePosixPath, target: str | os.PathLike[str]) -> Path:
@@ -405,8 +465,8 @@ class MicroVM:
             FileNotFoundError: The machine has no ``source``.
             TransferError: What came was refused, or could not be written.
         """
-        self.last_commands.append(f"pull {source} {target}")
-        with self.explained():
+        self._asked("pull", f"pull {source} {target}")
+        with self.explained(), self.limited("pull"):
             return pull(self.link(), PurePosixPath(source), Path(target))
 
     # The machine
@@ -441,20 +501,31 @@ class MicroVM:
             self.instance.close()
             self._on_close()
 
+    @property
+    def output_limit(self) -> int | None:
+        """How many bytes a command may say; ``None``: as many as somebody reads."""
+        return self.facts.limits.output
+
+    def output_exceeded(self, observed: int, limit: int) -> QuotaExceeded:
+        """End the machine because a command said too much; return the error to raise."""
+        if self.instance.guard is None:
+            return QuotaExceeded("output", limit, observed)
+        return self.instance.guard.exceed("output", limit, observed)
+
+    def limited(self, what: str) -> AbstractContextManager[None]:
+        """Let what happens inside take no longer than the machine's timeout."""
+        guard = self.instance.guard
+        return contextlib.nullcontext() if guard is None else guard.limited(what)
+
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn "the machine ended" into why it did, with the console's tail."""
+        """Turn "the machine ended" into why it did: the quota, or a crash with the console's tail."""
         try:
             yield
         except MachineCrashed as error:
             if self.closed or error.details:
                 raise
-            reason = self.instance.end_reason()
-            raise MachineCrashed(
-                f"machine {self.id} ended: {reason}",
-                details=self.console_tail(_END_LINES),
-                resolution="the console above is the machine's own; its last command is the likely cause",
-            ) from error
+            raise self.instance.end_error(self.id) from error
 
     def link(self) -> Link:
         """Return the link to the agent.
@@ -465,3 +536,7 @@ class MicroVM:
         if self.closed:
             raise UsageError(f"machine {self.id} has been closed", resolution="start another one")
         return self.instance.link("agent")
+
+    def _asked(self, kind: str, text: str) -> None:
+        self.last_commands.append(text)
+        self.instance.events.add(kind, text)

@@ -43,10 +43,26 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     group.addoption(
         "--microvm-image", metavar="KIT", help="the image: a kit's name or path (default: python)"
     )
-    group.addoption("--microvm-cpus", metavar="N", help="virtual CPUs of a machine")
+    group.addoption("--microvm-cpus", metavar="N", help="CPUs of a machine; 0.5 is one vCPU, throttled")
     group.addoption("--microvm-memory", metavar="SIZE", help="memory of a machine, such as 512M")
     group.addoption("--microvm-disk", metavar="SIZE", help="what a machine may write to its disk, such as 2G")
-    group.addoption("--microvm-timeout", metavar="SECONDS", help="how long one test may take")
+    group.addoption("--microvm-pids", metavar="N", help="processes and threads in a machine at the same time")
+    group.addoption("--microvm-timeout", metavar="SECONDS", help="how long one test or command may take")
+    group.addoption("--microvm-cpu-seconds", metavar="SECONDS", help="CPU time a machine may use in total")
+    group.addoption(
+        "--microvm-output", metavar="SIZE", help="what one test or command may print, such as 10M"
+    )
+    group.addoption("--microvm-lifetime", metavar="SECONDS", help="how long a machine may exist")
+    group.addoption(
+        "--microvm-retries",
+        metavar="N",
+        help="how often a test whose machine never reached it is tried in a fresh one (default: 2)",
+    )
+    group.addoption(
+        "--microvm-artifacts",
+        metavar="DIR",
+        help="save console, commands, usage and events of machines that crash or exceed a quota",
+    )
     group.addoption("--microvm-pool", metavar="N", help="how many machines are kept ready ahead of the tests")
     group.addoption(
         "--microvm-require-accel",

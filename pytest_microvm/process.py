@@ -11,17 +11,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import PurePosixPath
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from pytest_microvm.errors import MachineError, QuotaExceeded, UsageError
 from pytest_microvm.link import GuestError, Link, Stream, read_any
+from pytest_microvm.spec import DEFAULT_OUTPUT
 from pytest_microvm.wire.channel import WINDOW
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-MAX_OUTPUT = 256 * 1024**2
-"""Bytes of output that :meth:`GuestProcess.communicate` keeps at most; read the files yourself for more."""
 
 _ANSWER = 60.0  # seconds the agent may take to start or signal a process; only a dead machine takes longer
 
@@ -54,6 +52,41 @@ def command_arguments(
     return request
 
 
+class Owner(Protocol):
+    """The machine that a command runs in, as far as its rules for commands go."""
+
+    @property
+    def output_limit(self) -> int | None:
+        """Bytes that a command may say."""
+
+    def output_exceeded(self, observed: int, limit: int) -> QuotaExceeded:
+        """End the machine; return the error to raise."""
+
+    def limited(self, what: str) -> AbstractContextManager[None]:
+        """Let what happens inside take no longer than the machine's timeout."""
+
+    def explained(self) -> AbstractContextManager[None]:
+        """Say why the machine ended, if it does inside."""
+
+
+class Nobody:
+    """The owner of a command that has no rules."""
+
+    output_limit: int | None = None
+
+    def output_exceeded(self, observed: int, limit: int) -> QuotaExceeded:
+        """Return the error."""
+        return QuotaExceeded("output", limit, observed)
+
+    def limited(self, _what: str) -> AbstractContextManager[None]:
+        """Set no limit."""
+        return contextlib.nullcontext()
+
+    def explained(self) -> AbstractContextManager[None]:
+        """Leave errors as they are."""
+        return contextlib.nullcontext()
+
+
 class GuestProcess:
     """A running command.
 
@@ -75,9 +108,11 @@ class GuestProcess:
         stdin: bool,
         text: bool,
         pty: tuple[int, int] | None,
-        explained: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+        owner: Owner | None = None,
     ) -> None:
-        self._explained = explained
+        self._owner: Owner = owner or Nobody()
+        self._explained = self._owner.explained
+        self._said = 0
         self.args = args
         self.returncode: int | None = None
         self._link = link
@@ -133,7 +168,7 @@ class GuestProcess:
         """
         if self.returncode is None:
             try:
-                with self._explained():
+                with self._explained(), self._limited(timeout):
                     result = self._exit.wait(timeout)
             except TimeoutError:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
@@ -152,9 +187,14 @@ class GuestProcess:
 
         Raises:
             subprocess.TimeoutExpired: It took longer than ``timeout`` seconds; it has been killed.
-            QuotaExceeded: It said more than :data:`MAX_OUTPUT` bytes; it has been killed.
+            QuotaExceeded: It said more than it may (64 MiB where nothing else is said), or took longer than
+                its machine allows; the machine has been ended.
             MachineCrashed: The machine ended.
         """
+        with self._limited(timeout):
+            return self._communicate(input, timeout)
+
+    def _communicate(self, input: str | bytes | None, timeout: float | None) -> tuple[Any, Any]:  # noqa: A002
         deadline = None if timeout is None else time.monotonic() + timeout
         streams = [self._out, *([self._err] if self._err else [])]
         parts: dict[int, bytearray] = {stream.number: bytearray() for stream in streams}
@@ -167,10 +207,7 @@ class GuestProcess:
                     if not data:
                         streams.remove(stream)
                     parts[stream.number] += data
-                total = sum(map(len, parts.values()))
-                if total > MAX_OUTPUT:
-                    self.kill()
-                    raise QuotaExceeded("output", MAX_OUTPUT, total)
+                    self._count(data, DEFAULT_OUTPUT)
             self.wait(_left(deadline))
         except (TimeoutError, subprocess.TimeoutExpired):
             with contextlib.suppress(TimeoutError):  # the machine may hang as a whole
@@ -199,6 +236,23 @@ class GuestProcess:
         with self._explained():
             self._link.call("resize", timeout=_ANSWER, handle=self._handle, size=[rows, columns])
 
+    def _limited(self, timeout: float | None) -> AbstractContextManager[None]:
+        """Apply the machine's timeout where the caller gave none."""
+        if timeout is not None:
+            return contextlib.nullcontext()
+        return self._owner.limited(self.args if isinstance(self.args, str) else " ".join(map(str, self.args)))
+
+    def _count(self, data: bytes, default: int | None = None) -> None:
+        """Count what the command said.
+
+        Raises:
+            QuotaExceeded: It was more than it may say.
+        """
+        self._said += len(data)
+        limit = self._owner.output_limit or default
+        if limit is not None and self._said > limit:
+            raise self._owner.output_exceeded(self._said, limit)
+
     def _send_input(self, data: str | bytes | None) -> None:
         stream = self._in or (self._out if self._err is None else None)
         if stream is None:
@@ -219,7 +273,7 @@ class GuestProcess:
     def _open(self, stream: Stream | None, mode: str, *, ends: bool = True) -> IO[Any] | None:
         if stream is None:
             return None
-        raw = StreamFile(stream, mode, ends=ends, explained=self._explained)
+        raw = StreamFile(stream, mode, ends=ends, explained=self._explained, count=self._count)
         if mode == "r":
             buffered: IO[bytes] = io.BufferedReader(raw, 65536)
         else:
@@ -235,6 +289,7 @@ class StreamFile(io.RawIOBase):
         mode: ``r`` or ``w``.
         ends: Whether closing a file opened for writing ends the stream's direction.
         explained: What to read and write within.
+        count: Told what was read.
     """
 
     def __init__(
@@ -243,9 +298,11 @@ class StreamFile(io.RawIOBase):
         mode: str,
         *,
         ends: bool = True,
-        explained: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+        explained: Callable[[], AbstractContextManager[Any]],
+        count: Callable[[bytes], None],
     ) -> None:
         super().__init__()
+        self._count = count
         self._stream = stream
         self._mode = mode
         self._ends = ends
@@ -263,6 +320,7 @@ class StreamFile(io.RawIOBase):
         """Wait for bytes and put them into ``buffer``; 0 at the end."""
         with self._explained():
             data = self._stream.read(len(buffer))
+            self._count(data)
         buffer[: len(data)] = data
         return len(data)
 

@@ -1,9 +1,10 @@
-"""What a machine is made of: sizes and :class:`MachineSpec`."""
+"""What a machine is made of and may use: sizes, :class:`MachineSpec`, :class:`Limits`."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,10 @@ _SIZE = re.compile(r"(\d{1,18})\s*(?:([KMGT])i?)?B?", re.IGNORECASE | re.ASCII)
 MIN_MEMORY = 128 * 1024**2
 MIN_DISK = 16 * 1024**2
 MAX_CPUS = 64
+MIN_THROTTLE = 0.05
+MAX_PIDS = 4 * 1024**2  # Linux's own limit (PID_MAX_LIMIT)
+DEFAULT_OUTPUT = 64 * 1024**2
+"""Bytes of output that one command or test may produce where nothing else is said."""
 
 
 def parse_size(value: object, name: str) -> int:
@@ -46,16 +51,41 @@ def format_size(size: int) -> str:
     return str(size)
 
 
-def parse_cpus(value: object, name: str) -> int:
-    """Return a number of vCPUs between 1 and 64.
+def parse_cpus(value: object, name: str) -> float:
+    """Return how many CPUs a machine may use: 1 to 64, or a fraction from 0.05 that is throttled.
+
+    Raises:
+        UsageError: It is no such number.
+    """
+    text = str(value).strip()
+    number = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text, re.ASCII) else 0.0
+    if isinstance(value, bool) or not MIN_THROTTLE <= number <= MAX_CPUS:
+        raise UsageError(
+            f"{name}: {value!r} is not a number of vCPUs",
+            resolution=f"write a number from {MIN_THROTTLE} to {MAX_CPUS}; 0.5 is one vCPU half of the time",
+        )
+    return int(number) if number.is_integer() else number
+
+
+def format_cpus(cpus: float) -> str:
+    """Return a number of CPUs as people write it: ``2``, ``0.5``."""
+    return f"{cpus:g}"
+
+
+def parse_pids(value: object, name: str) -> int:
+    """Return a number of processes and threads, at least 1.
 
     Raises:
         UsageError: It is not one.
     """
     text = str(value).strip()
-    if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= MAX_CPUS:
+    if (
+        isinstance(value, bool)
+        or not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII)
+        or not 1 <= int(text) <= MAX_PIDS
+    ):
         raise UsageError(
-            f"{name}: {value!r} is not a number of vCPUs", resolution=f"write a whole number, 1 to {MAX_CPUS}"
+            f"{name}: {value!r} is not a number of processes", resolution="write a whole number, such as 100"
         )
     return int(text)
 
@@ -81,33 +111,33 @@ def parse_seconds(value: object, name: str) -> float:
 
 @dataclass(frozen=True)
 class MachineSpec:
-    """What a machine is made of. ``None`` means: what the image's kit says.
+    """What a machine is made of and what it may use. ``None`` means: what the image's kit says.
 
     Args:
         image: A kit's name, or a path to one.
-        cpus: Virtual CPUs.
+        cpus: CPUs; a fraction is rounded up to whole vCPUs, which are throttled.
         memory: Bytes of RAM.
         disk: Bytes the machine may write to its root file system.
+        pids: Processes and threads that may run in it at the same time.
         timeout: Seconds one test or command may take.
+        cpu_seconds: Seconds of CPU time the machine may use in total.
+        output: Bytes of stdout and stderr one command or test may produce.
+        lifetime: Seconds the machine may exist, from when it is handed out.
     """
 
     image: str = "python"
-    cpus: int | None = None
+    cpus: float | None = None
     memory: int | None = None
     disk: int | None = None
+    pids: int | None = None
     timeout: float | None = None
+    cpu_seconds: float | None = None
+    output: int | None = None
+    lifetime: float | None = None
 
     def __post_init__(self) -> None:
-        if self.memory is not None and self.memory < MIN_MEMORY:
-            raise UsageError(
-                f"memory: {format_size(self.memory)} is too little to boot",
-                resolution=f"give at least {format_size(MIN_MEMORY)}",
-            )
-        if self.disk is not None and self.disk < MIN_DISK:
-            raise UsageError(
-                f"disk: {format_size(self.disk)} is too little for a file system",
-                resolution=f"give at least {format_size(MIN_DISK)}",
-            )
+        check_minimum("memory", "memory", self.memory)
+        check_minimum("disk", "disk", self.disk)
 
     def with_changes(self, values: Mapping[str, Any], where: str) -> MachineSpec:
         """Return a spec with ``values`` (as people write them) put in.
@@ -130,24 +160,83 @@ class MachineSpec:
         return replace(self, **parsed)
 
 
+def check_minimum(where: str, name: str, size: int | None) -> None:
+    """Refuse a ``memory`` or ``disk`` that no machine can start with.
+
+    Raises:
+        UsageError: It is too small.
+    """
+    least, purpose = _LEAST[name]
+    if size is not None and size < least:
+        raise UsageError(
+            f"{where}: {format_size(size)} is too little {purpose}",
+            resolution=f"give at least {format_size(least)}",
+        )
+
+
+_LEAST = {"memory": (MIN_MEMORY, "to boot"), "disk": (MIN_DISK, "for a file system")}
+
+
 def _parse_image(value: object, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UsageError(f"{name}: {value!r} is not an image", resolution="write a kit's name or its path")
     return value
 
 
-PARSERS = {
-    "image": _parse_image,
+RESOURCE_PARSERS: dict[str, Callable[[object, str], Any]] = {
     "cpus": parse_cpus,
     "memory": parse_size,
     "disk": parse_size,
+    "pids": parse_pids,
     "timeout": parse_seconds,
+    "cpu_seconds": parse_seconds,
+    "output": parse_size,
+    "lifetime": parse_seconds,
 }
+"""How each quota is read: the keys that configuration, marker, fixture, command line and kit all take."""
+
+PARSERS: dict[str, Callable[[object, str], Any]] = {"image": _parse_image, **RESOURCE_PARSERS}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a running machine may use, nothing left open; its memory and disk are what it is made of.
+
+    Args:
+        cpus: CPUs; see :attr:`throttle`.
+        memory: Bytes of RAM.
+        disk: Bytes it may write.
+        pids: Processes and threads at the same time; ``None`` here and below: as many as it can.
+        timeout: Seconds one test or command may take.
+        cpu_seconds: Seconds of CPU time.
+        output: Bytes of stdout and stderr of one command or test; ``None``: what is collected is limited
+            to :data:`DEFAULT_OUTPUT`, what is read as it comes is not.
+        lifetime: Seconds it may exist.
+    """
+
+    cpus: float
+    memory: int
+    disk: int
+    pids: int | None = None
+    timeout: float | None = None
+    cpu_seconds: float | None = None
+    output: int | None = None
+    lifetime: float | None = None
+
+    @property
+    def vcpus(self) -> int:
+        """How many vCPUs it has."""
+        return max(1, math.ceil(self.cpus))
+
+    @property
+    def throttle(self) -> float | None:
+        """How many CPUs its process may use where that is not a whole number, else ``None``."""
+        return None if self.cpus == self.vcpus else self.cpus
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a machine really gets, nothing left open: vCPUs, bytes of memory, bytes of disk."""
+    """What shapes a template: vCPUs, bytes of memory, bytes of disk, and every command's environment."""
 
     cpus: int
     memory: int

@@ -6,9 +6,10 @@ import contextlib
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from pytest_microvm.answers import Answer
 from pytest_microvm.errors import MachineError
 from pytest_microvm.link import GuestError
-from pytest_microvm.transfer import TIMEOUT, as_os_error, read_file, write_file
+from pytest_microvm.transfer import KINDS, TIMEOUT, as_os_error, read_file, write_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,16 +106,21 @@ class GuestPath:
 
     def stat(self) -> dict[str, Any]:
         """Return ``mode``, ``size`` (bytes), ``uid``, ``gid``, ``mtime`` (seconds since 1970), ``kind``."""
-        return self._ask("stat")
+        answer = self._ask("stat")
+        return {
+            **{name: answer.whole(name) for name in ("mode", "size", "uid", "gid")},
+            "mtime": answer.number("mtime"),
+            "kind": answer.choice("kind", KINDS),
+        }
 
     def iterdir(self) -> Iterator[GuestPath]:
         """Yield what is in the folder, sorted by name."""
-        for name in self._ask("list")["names"]:
-            yield self / str(name)
+        for name in self._ask("list").names("names"):
+            yield self / name
 
     def readlink(self) -> PurePosixPath:
         """Return where the symbolic link points."""
-        return PurePosixPath(str(self._ask("readlink")["target"]))
+        return PurePosixPath(self._ask("readlink").path("target"))
 
     # Changes
 
@@ -149,13 +155,14 @@ class GuestPath:
 
     def _kind(self, *, follow: bool = True) -> str | None:
         with contextlib.suppress(OSError):
-            return str(self._ask("stat", follow=follow)["kind"])
+            return self._ask("stat", follow=follow).choice("kind", KINDS)
         return None
 
-    def _ask(self, do: str, **options: Any) -> dict[str, Any]:
+    def _ask(self, do: str, **options: Any) -> Answer:
         try:
-            with self._vm.explained():
-                return self._vm.link().call("path", timeout=TIMEOUT, do=do, path=str(self.pure), **options)
+            with self._vm.explained(), self._vm.limited(f"{do} {self.pure}"):
+                link = self._vm.link()
+                return Answer(link, link.call("path", timeout=TIMEOUT, do=do, path=str(self.pure), **options))
         except TimeoutError as error:  # an OSError to Python, but not one of the path's
             raise MachineError(f"{self.pure}: {error}") from error
         except GuestError as error:

@@ -128,9 +128,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     print(f"architecture  {image.architecture}")
     print(f"kit           {entry.kit}{'' if entry.current else ' (changed since)'}")
     print(f"size          {_megabytes(entry.size_bytes)}")
-    print(f"cpus          {image.cpus}")
-    print(f"memory        {format_size(image.memory_bytes)}")
-    print(f"disk          {format_size(image.disk_bytes)}")
+    for name, amount in image.resources.items():
+        shown = format_size(int(amount)) if name in ("memory", "disk", "output") else f"{amount:g}"
+        print(f"{name:<13} {shown}")
     for role, path in image.files().items():
         print(f"{role:<13} {path}")
     for name, value in image.environment:
@@ -162,9 +162,7 @@ def _as_json(entry: StoredImage) -> dict[str, Any]:
         "kit": str(entry.kit),
         "current": entry.current,
         "size_bytes": entry.size_bytes,
-        "cpus": image.cpus,
-        "memory_bytes": image.memory_bytes,
-        "disk_bytes": image.disk_bytes,
+        "resources": dict(image.resources),
         "environment": dict(image.environment),
         "files": {role: str(path) for role, path in image.files().items()},
     }

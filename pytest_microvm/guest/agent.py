@@ -19,6 +19,7 @@ from typing import Any
 
 from pytest_microvm.guest import resume
 from pytest_microvm.guest.files import StreamReader, StreamWriter, pack, path_operation, unpack
+from pytest_microvm.guest.limits import enter_group, forbid_thrashing
 from pytest_microvm.guest.port import Port, open_port
 from pytest_microvm.guest.process import READ_SIZE, Child, reap, set_window_size
 from pytest_microvm.wire.channel import Closed, Credit, Data, Message
@@ -100,12 +101,20 @@ class Agent:
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         self._selector.register(wake_read, selectors.EVENT_READ, lambda: self._reap(wake_read))
         self._selector.register(self.port.fd, selectors.EVENT_READ, self._receive)
+        if os.getpid() == 1:  # not as a process of the host, in tests
+            self._begin_machine()
         self.port.flush()
         while True:
             for key, _mask in self._selector.select():
                 # One before it may have dropped it, and the number may already be another file's.
                 if self._selector.get_map().get(key.fd) is key:
                     key.data()
+
+    def _begin_machine(self) -> None:
+        forbid_thrashing()
+        refusals = enter_group()
+        if refusals is not None:
+            self._selector.register(refusals, selectors.EVENT_READ, refusals.tell)
 
     # The port
 

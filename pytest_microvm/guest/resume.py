@@ -12,6 +12,8 @@ import struct
 import time
 from typing import Any
 
+from pytest_microvm.guest import limits
+
 RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
 _MAX_ENTROPY = 512
@@ -21,13 +23,17 @@ def apply(message: dict[str, Any]) -> dict[str, Any]:
     """Make this machine its own: fresh kernel entropy, the host's time, a name, a machine id.
 
     Args:
-        message: ``entropy`` (hex), ``time`` (seconds since 1970), ``hostname``, ``machine_id``.
+        message: ``entropy`` (hex), ``time`` (seconds since 1970), ``hostname``, ``machine_id``, and ``pids``
+            if the number of its processes is limited.
 
     Returns:
-        ``skipped``: the steps this guest does not allow (not root, no /etc).
+        ``skipped``: the steps this guest does not allow (not root, no /etc, no control groups).
     """
     skipped = []
-    for step in (_entropy, _clock, _hostname, _machine_id):
+    steps = [_entropy, _clock, _hostname, _machine_id]
+    if "pids" in message:
+        steps.append(_pids)
+    for step in steps:
         try:
             step(message)
         except OSError as error:
@@ -51,6 +57,10 @@ def _clock(message: dict[str, Any]) -> None:
 
 def _hostname(message: dict[str, Any]) -> None:
     socket.sethostname(message["hostname"])
+
+
+def _pids(message: dict[str, Any]) -> None:
+    limits.limit_processes(int(message["pids"]))
 
 
 def _machine_id(message: dict[str, Any]) -> None:

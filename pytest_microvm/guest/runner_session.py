@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import traceback
@@ -228,6 +230,7 @@ class _Session:
 
     def _run(self, session: pytest.Session, request: dict[str, Any]) -> None:
         self._records = records = []
+        self._output_limit, self._output = int(request.get("output", 0)), 0
         stream = self._runner.open_stream(request)
         following = request.get("next")
         item = session.items[request["item"]]
@@ -241,10 +244,39 @@ class _Session:
         except BaseException:  # noqa: BLE001 - a broken hook of the project: pytest calls it INTERNALERROR
             records.append({"k": "exit", "code": 3, "reason": "internal", "text": traceback.format_exc()})
         self._runner.leave_if_forked()
+        if self._output > self._output_limit:
+            records.append({"k": "excess", "printed": self._output})
         stop = session.shouldstop or session.shouldfail
         records.append({"k": "end", "stop": str(stop) if stop else None, "printed": self._printed()})
         self._runner.send_lines(stream, records)
         self._runner.reply(request, {})
+
+    # Inside pytest's capturing, around each phase of a test: what it printed is in two files until then.
+
+    @pytest.hookimpl(hookwrapper=True, trylast=True)
+    def pytest_runtest_setup(self) -> Generator[None, Any, None]:
+        yield
+        self._measure_output()
+
+    @pytest.hookimpl(hookwrapper=True, trylast=True)
+    def pytest_runtest_call(self) -> Generator[None, Any, None]:
+        yield
+        self._measure_output()
+
+    @pytest.hookimpl(hookwrapper=True, trylast=True)
+    def pytest_runtest_teardown(self) -> Generator[None, Any, None]:
+        yield
+        self._measure_output()
+
+    def _measure_output(self) -> None:
+        """Count what a phase printed; drop what is too much before pytest reads it into memory."""
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):  # the test closed it
+                found = os.fstat(descriptor)
+                if stat.S_ISREG(found.st_mode):
+                    self._output += found.st_size
+                    if self._output > self._output_limit:
+                        os.ftruncate(descriptor, 0)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self._records.append(report_record(self._config, report))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 
@@ -22,9 +23,8 @@ class Image:
         runtime: The agent's own Python, as squashfs.
         rootfs: Root file system, as squashfs.
         environment: Variables that every command in a machine gets.
-        cpus: Default number of vCPUs.
-        memory_bytes: Default memory.
-        disk_bytes: Default size of the scratch disk.
+        resources: What a machine of it may use by default, by the names of
+            :class:`pytest_microvm.spec.Limits`: at least ``cpus``, ``memory`` and ``disk``.
     """
 
     name: str
@@ -35,9 +35,7 @@ class Image:
     runtime: Path
     rootfs: Path
     environment: tuple[tuple[str, str], ...]
-    cpus: int
-    memory_bytes: int
-    disk_bytes: int
+    resources: Mapping[str, float] = field(hash=False)
 
     def files(self) -> dict[str, Path]:
         """Return the files by the part they play."""

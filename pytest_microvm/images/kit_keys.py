@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import KitError, UsageError
-from pytest_microvm.spec import MIN_DISK, MIN_MEMORY, format_size, parse_cpus, parse_size
+from pytest_microvm.spec import RESOURCE_PARSERS, check_minimum
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -101,8 +101,8 @@ def _file_table(path: Path, key: str, value: object) -> None:
             )
 
 
-def parse_resources(path: Path, key: str, value: object) -> dict[str, int]:
-    """Return the table ``resources`` with sizes in bytes.
+def parse_resources(path: Path, key: str, value: object) -> dict[str, float]:
+    """Return the table ``resources``: sizes in bytes, times in seconds.
 
     Raises:
         KitError: A key is unknown, or a value impossible.
@@ -111,21 +111,18 @@ def parse_resources(path: Path, key: str, value: object) -> dict[str, int]:
         raise bad_value(
             path, key, f"{value!r} is not a table", f'write [{key}] and lines such as memory = "512M"'
         )
-    parsers = {"cpus": parse_cpus, "memory": parse_size, "disk": parse_size}
-    least = {"cpus": 1, "memory": MIN_MEMORY, "disk": MIN_DISK}
     parsed = {}
     for name, item in value.items():
-        where = f"{key}.{name}"
-        if name not in parsers:
-            raise bad_value(path, where, "unknown key", "known keys: " + ", ".join(sorted(parsers)))
+        where = f"{path}: {key}.{name}"
+        if name not in RESOURCE_PARSERS:
+            known = ", ".join(sorted(RESOURCE_PARSERS))
+            raise bad_value(path, f"{key}.{name}", "unknown key", f"known keys: {known}")
         try:
-            parsed[name] = parsers[name](item, f"{path}: {where}")
+            parsed[name] = RESOURCE_PARSERS[name](item, where)
+            if name in ("memory", "disk"):
+                check_minimum(where, name, parsed[name])
         except UsageError as error:
             raise KitError(error.brief, details=error.details, resolution=error.resolution) from error
-        if parsed[name] < least[name]:
-            raise bad_value(
-                path, where, f"{item!r} is too little", f"give at least {format_size(least[name])}"
-            )
     return parsed
 
 

@@ -7,6 +7,7 @@ import platform
 import re
 import stat
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,7 @@ class Kit:
         mirror: Address of a Debian mirror, or one ``deb ...`` line; empty: this computer's own choice.
         wheels: Pinned pip requirements.
         setup: Shell commands that run as root in the new root file system.
-        memory_bytes: Default memory of a machine.
-        disk_bytes: Default disk of a machine.
+        resources: What a machine may use by default, by the names of :class:`pytest_microvm.spec.Limits`.
     """
 
     name: str
@@ -71,9 +71,7 @@ class Kit:
     files: tuple[KitFile, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     setup: tuple[str, ...] = ()
-    cpus: int = 1
-    memory_bytes: int = _DEFAULT_RESOURCES["memory"]
-    disk_bytes: int = _DEFAULT_RESOURCES["disk"]
+    resources: Mapping[str, float] = field(default_factory=lambda: dict(_DEFAULT_RESOURCES), hash=False)
 
     @property
     def debian_architecture(self) -> str:
@@ -221,7 +219,7 @@ def _merge(layers: list[_Layer]) -> Kit:
     root, last = layers[0], layers[-1]
     environment: dict[str, str] = {}
     files: dict[str, KitFile] = {}
-    resources: dict[str, Any] = dict(_DEFAULT_RESOURCES)
+    resources: dict[str, float] = dict(_DEFAULT_RESOURCES)
     for layer in layers:
         environment |= layer.values.get("environment", {})
         files |= {file.target: file for file in layer.files}
@@ -242,9 +240,7 @@ def _merge(layers: list[_Layer]) -> Kit:
         files=tuple(files[target] for target in sorted(files)),
         environment=tuple(sorted(environment.items())),
         setup=joined("setup"),
-        cpus=resources["cpus"],
-        memory_bytes=resources["memory"],
-        disk_bytes=resources["disk"],
+        resources=resources,
     )
 
 

@@ -10,6 +10,7 @@ each written by rename once everything that it refers to is there.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -40,6 +41,7 @@ BUILDER_VERSION = 1
 """Raise it when the builder's own work changes what an image holds."""
 
 _EPOCH = 1735689600  # 2025-01-01: the newest time stamp in an image, unless SOURCE_DATE_EPOCH says otherwise
+_BUILD_SPACE = 512 * 1024**2  # bytes; packages unpacked, beside what is made of them
 _FILES = ("kernel", "initramfs", "runtime", "rootfs")
 _NAME_KEYS = {"name", "key", "digest", "kit", "project"}
 _LEAST_DIGEST_PREFIX = 6
@@ -80,7 +82,7 @@ class ImageStore:
     def __init__(self, root: Path, *, mode: str | None = None) -> None:
         self._root = root / "images"
         self._mode = mode
-        self._artifacts = Artifacts(self._root)
+        self._artifacts = Artifacts(self._root, space=_BUILD_SPACE)
 
     def get(
         self,
@@ -100,7 +102,7 @@ class ImageStore:
 
         Raises:
             KitError: There is no such kit, or it cannot be used.
-            HostError: This computer lacks a program that builds images.
+            HostError: This computer lacks a program that builds images, or disk space.
             BuildError: A step of the build failed; nothing of it is left.
         """
         kit = load_kit(name_or_path, project=project)
@@ -113,6 +115,10 @@ class ImageStore:
                 return image
             # A prune came between: while the second artifact was built, no name led to the first.
             force = False
+
+    def intact(self, image: Image) -> bool:
+        """Tell whether an image's files are still what its digest stands for; a stat each, mostly."""
+        return all(self._artifacts.blobs.intact(path.name) for path in image.files().values())
 
     def list(self) -> builtins.list[StoredImage]:
         """Return the images that names stand for, by name."""
@@ -221,7 +227,7 @@ class ImageStore:
             "architecture": kit.architecture,
             "environment": dict(kit.environment),
             "files": files,
-            "resources": {"cpus": kit.cpus, "memory": kit.memory_bytes, "disk": kit.disk_bytes},
+            "resources": dict(kit.resources),
         }
         data = canonical_json(manifest)
         digest = hashlib.sha256(data).hexdigest()
@@ -230,22 +236,20 @@ class ImageStore:
         entry["project"] = str(project.resolve()) if project else ""
         name_path = self._root / "names" / f"{kit.name}-{key[:32]}.json"
         if self._manifest(digest) is None or read_json(name_path) != entry:
-            with self._artifacts.publishing():
+            # A name serves lists and prunes: where the cache cannot be written, the image is as good without.
+            with contextlib.suppress(OSError), self._artifacts.publishing():
                 write_atomically(self._manifest_path(digest), data)
                 write_atomically(name_path, canonical_json(entry))
         return self._image(kit.name, digest, manifest)
 
     def _image(self, name: str, digest: str, manifest: dict[str, Any]) -> Image:
         paths = {role: self._artifacts.blobs.path(manifest["files"][role]) for role in _FILES}
-        resources = manifest["resources"]
         return Image(
             name=name,
             digest=digest,
             architecture=manifest["architecture"],
             environment=tuple(sorted(manifest["environment"].items())),
-            cpus=resources["cpus"],
-            memory_bytes=resources["memory"],
-            disk_bytes=resources["disk"],
+            resources=manifest["resources"],
             **paths,
         )
 
@@ -294,9 +298,8 @@ def _key(recipe: dict[str, Any]) -> str:
 
 
 def _kit_key(kit: Kit) -> str:
-    resources = {"cpus": kit.cpus, "memory": kit.memory_bytes, "disk": kit.disk_bytes}
     platform = platform_recipe(kit.suite, kit.architecture, kit.mirror)
-    return _key({"kit": kit.recipe(), "resources": resources, "platform": platform})
+    return _key({"kit": kit.recipe(), "resources": dict(kit.resources), "platform": platform})
 
 
 def _is_current(entry: dict[str, str]) -> bool:

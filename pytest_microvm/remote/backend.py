@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pytest_microvm.config import DEFAULT_RETRIES
+from pytest_microvm.errors import MachineError
 from pytest_microvm.link import Link
 from pytest_microvm.machine import MachineFacts, Usage
+from pytest_microvm.spec import DEFAULT_OUTPUT
 
 Progress = Callable[[str], None]
 
@@ -39,12 +42,18 @@ class RunOptions:
     Args:
         isolation: How often a machine is new: ``test``, ``class``, ``module`` or ``session``.
         timeout: Seconds one test may take, ``None`` for no limit.
+        output: Bytes one test may print.
+        retries: How often a test whose machine never reached it is tried again.
+        artifacts: The folder for what is known of machines that crashed or exceeded a quota.
         collect_timeout: Seconds the runner may take to collect.
         arguments: Arguments for the guest's pytest from the configuration.
     """
 
     isolation: str = "test"
     timeout: float | None = None
+    output: int = DEFAULT_OUTPUT
+    retries: int = DEFAULT_RETRIES
+    artifacts: Path | None = None
     collect_timeout: float = 600.0
     arguments: tuple[str, ...] = ()
 
@@ -99,14 +108,14 @@ class RunnerMachine(Protocol):
     def facts(self) -> MachineFacts:
         """What it is."""
 
-    def console_tail(self) -> str:
-        """Return the last lines of its console (untrusted text)."""
-
     def usage(self) -> Usage:
         """Return what it has used so far."""
 
-    def end_reason(self) -> str:
-        """Return why it ended by itself, as far as the host knows."""
+    def end_error(self) -> MachineError:
+        """Return why it ended by itself: a quota, or a crash with what it said last (untrusted text)."""
+
+    def save(self, folder: Path, error: MachineError, about: str) -> None:
+        """Write what is known of it, after it ended because of ``error``, into ``folder``."""
 
     def keep(self, about: str) -> Kept | None:
         """Keep it for a person instead of ending it; ``None`` if that is not wanted or not possible."""

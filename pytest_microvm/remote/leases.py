@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import pytest
 
-from pytest_microvm.errors import BootError, MachineError
+from pytest_microvm.errors import MachineError
 from pytest_microvm.machine import MachineFacts, Usage
 from pytest_microvm.remote.backend import Backend, Kept, Lease
 from pytest_microvm.remote.session import RunnerSession
-
-ATTEMPTS = 3
 
 
 def sharing_key(item: pytest.Item, isolation: str) -> object:
@@ -40,6 +37,9 @@ class Watcher(Protocol):
     def stopped(self, facts: MachineFacts, usage: Usage) -> None:
         """A machine has been ended."""
 
+    def retried(self, nodeid: str, error: MachineError, retry: int, most: int) -> None:
+        """A machine never reached the test ``nodeid``, which is tried again in a fresh one."""
+
 
 class Leases:
     """Hand out machines, one at a time, and take them back.
@@ -57,17 +57,17 @@ class Leases:
         self._current: Lease | None = None
 
     def take(self, item: pytest.Item) -> Lease:
-        """Return the machine for ``item``; retried on a fresh one when it does not come up.
+        """Return the machine for ``item``.
 
         Raises:
-            BootError: It did not, three times.
+            BootError: It did not come up.
         """
         key = sharing_key(item, self._isolation)
         lease = self._current
         if lease is not None and lease.key == key and not lease.ended:
             return lease
         self.release()
-        lease = self._current = Lease(retried(self._backend.lease, BootError), key)
+        lease = self._current = Lease(self._backend.lease(), key)
         self._watcher.started(lease.machine.facts, item.nodeid)
         return lease
 
@@ -101,11 +101,3 @@ class Leases:
             with contextlib.suppress(MachineError, TimeoutError):
                 RunnerSession(lease.machine.link).finish()
         self.discard(lease)
-
-
-def retried(start: Callable[[], Any], error: type[Exception]) -> Any:
-    """Return what ``start`` returns, after up to three attempts."""
-    for _attempt in range(ATTEMPTS - 1):
-        with contextlib.suppress(error):
-            return start()
-    return start()

@@ -11,13 +11,15 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
-from pytest_microvm.config import load_settings
-from pytest_microvm.errors import MachineCrashed, MachineError, UsageError
+from pytest_microvm import evidence
+from pytest_microvm.config import DEFAULT_TIMEOUT, load_settings
+from pytest_microvm.errors import MachineCrashed, MachineError, QuotaExceeded, UsageError
 from pytest_microvm.host import Host, KeptMachine
 from pytest_microvm.machine import Instance, MachineFacts, MicroVM, Usage
 from pytest_microvm.remote.backend import BackendFacts, CollectPlan, Progress, RunOptions, Settings
 from pytest_microvm.remote.session import RunnerSession, runner_command
 from pytest_microvm.remote.workspace import Workspace, scan
+from pytest_microvm.spec import DEFAULT_OUTPUT
 from pytest_microvm.templates.chain import Base, Step
 from pytest_microvm.templates.pool import Pool
 from pytest_microvm.transfer import send_file
@@ -56,17 +58,21 @@ class RunnerLease:
         """Whether it still runs."""
         return self._instance.vmm.alive
 
-    def console_tail(self) -> str:
-        """Return the console's last lines."""
-        return self._instance.console_text()
-
     def usage(self) -> Usage:
         """Return what it has used so far."""
         return self._instance.usage()
 
-    def end_reason(self) -> str:
-        """Return why it ended by itself."""
-        return self._instance.end_reason()
+    def end_error(self) -> MachineError:
+        """Return why it ended by itself: a quota, or a crash with the console's tail."""
+        return self._instance.end_error(self.facts.id)
+
+    def save(self, folder: Path, error: MachineError, about: str) -> None:
+        """Write what is known of it into ``folder``."""
+        evidence.save(folder, self._instance, self.facts, error, about)
+
+    def watch(self) -> None:
+        """Enforce its limits from now on."""
+        self._instance.watch(self.facts.limits)
 
     def kill(self) -> None:
         """End it; a second call does nothing."""
@@ -105,7 +111,13 @@ class MachineBackend:
     ) -> None:
         config = load_settings(settings.rootdir, settings.values)
         self._config = replace(config, spec=change(config.spec))
-        self._host = Host(project=settings.rootdir, require_accel=self._config.require_accel, say=progress)
+        self._host = Host(
+            project=settings.rootdir,
+            require_accel=self._config.require_accel,
+            timeout=DEFAULT_TIMEOUT,
+            retries=0,  # the suite tries again, and says so with the test
+            say=progress,
+        )
         self._base = self._host.base(self._config.spec)
         self._template: Template | None = None
         self._keeping = self._config.keep == "failed"
@@ -122,8 +134,14 @@ class MachineBackend:
     @property
     def options(self) -> RunOptions:
         """The merged configuration, as far as the suite needs it."""
+        limits = self._base.limits
         return RunOptions(
-            isolation=self._config.isolation, timeout=self._config.spec.timeout, arguments=self._config.args
+            isolation=self._config.isolation,
+            timeout=limits.timeout,
+            output=limits.output or DEFAULT_OUTPUT,
+            retries=self._config.retries,
+            artifacts=self._config.artifacts and self._config.artifacts.absolute(),
+            arguments=self._config.args,
         )
 
     def collect(self, plan: CollectPlan, progress: Progress) -> bytes:
@@ -150,7 +168,9 @@ class MachineBackend:
         Raises:
             BootError: It did not wake up.
         """
-        return self._pool.take() or self._start()
+        lease = self._pool.take() or self._start()
+        lease.watch()
+        return lease
 
     def close(self) -> None:
         """End what is ready."""
@@ -224,14 +244,22 @@ class MachineBackend:
             try:
                 link.wait_hello(_HELLO_TIMEOUT)
                 return {_COLLECTED: RunnerSession(link).collect(replace(plan, environment=()))}
-            except (MachineCrashed, TimeoutError) as error:
-                raise MachineError(
-                    f"collecting the tests failed: {error}",
-                    details=instance.console_text(),
-                    resolution=f"does the image have Python and pytest? (image: {self._base.image.name})",
-                ) from error
+            except MachineCrashed as error:
+                why = instance.end_error("template")
+                if isinstance(why, QuotaExceeded):
+                    raise why from error
+                raise self._not_collected(why.brief, why.details) from error
+            except TimeoutError as error:
+                raise self._not_collected(str(error), instance.console_text()) from error
 
         return Step("collected", inputs, work, "collecting")
+
+    def _not_collected(self, why: str, details: str) -> MachineError:
+        return MachineError(
+            f"collecting the tests failed: {why}",
+            details=details,
+            resolution=f"does the image have Python and pytest? (image: {self._base.image.name})",
+        )
 
     def _machine(self, instance: Instance) -> MicroVM:
         """Return a machine in the making as users have it; it belongs to its template's maker."""

@@ -10,10 +10,11 @@ import pytest
 
 from pytest_microvm.errors import UsageError
 from pytest_microvm.remote.backend import Settings
+from pytest_microvm.spec import PARSERS
 
 # Variables that change what pytest itself does or shows, and say nothing about this host.
 _PASSED = ("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "TZ", "LANG", "LC_ALL", "NO_COLOR", "FORCE_COLOR", "PY_COLORS")
-_OPTIONS = ("image", "cpus", "memory", "disk", "timeout", "isolation", "pool", "require_accel", "keep")
+_OPTIONS = (*PARSERS, "isolation", "pool", "retries", "artifacts", "require_accel", "keep")
 
 
 def settings_from(config: pytest.Config) -> Settings:

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 
 from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded
+from pytest_microvm.evidence import folder_for
 from pytest_microvm.junit import properties
 from pytest_microvm.machine import MachineFacts, Usage
 from pytest_microvm.remote.backend import Backend, Lease, RunnerMachine, RunOptions
 from pytest_microvm.remote.checks import line, text, violation
 from pytest_microvm.remote.collected import GuestExit, GuestWarning, parse_exit, parse_warning
-from pytest_microvm.remote.leases import ATTEMPTS, Leases, Watcher
+from pytest_microvm.remote.leases import Leases, Watcher
 from pytest_microvm.remote.replay import error_report, passed_report, rebuild_test_report
 from pytest_microvm.remote.session import RunnerSession
 
 _MAX_RECORDS = 100_000
-_CONSOLE_LINES = 40
 
 
 @dataclass
@@ -58,44 +58,47 @@ class TestRunner:
 
     def __init__(self, backend: Backend, options: RunOptions, watcher: Watcher) -> None:
         self._options = options
+        self._watcher = watcher
         self._leases = Leases(backend, options.isolation, watcher)
 
     def run(self, item: Any, nextitem: Any) -> Ran:
         """Run ``item``; whatever goes wrong becomes its outcome."""
-        failure: MicroVMError | None = None
-        for _attempt in range(ATTEMPTS):
+        most = self._options.retries
+        for retry in range(most + 1):
             try:
                 lease = self._leases.take(item)
-                session = RunnerSession(lease.machine.link)
                 following = nextitem.position if self._leases.next_in_same(lease, nextitem) else None
-                records = session.run(item.position, following, self._options.timeout)
+                records = RunnerSession(lease.machine.link).run(
+                    item.position, following, self._options.timeout, self._options.output
+                )
             except MachineError as error:  # it never reached the test: another machine may
-                failure = error
                 self.release()
-                continue
+                if retry == most:
+                    return _never_reached(item, error, retry)
+                self._watcher.retried(item.nodeid, error, retry + 1, most)
             except MicroVMError as error:  # this computer cannot: another attempt would not help
-                failure = error
-                break
-            return self._run_in(lease, records, item, following is not None)
-        assert failure is not None
-        return Ran([*_failed(item, "setup", f"infra: {failure}", properties(None, None, "infra"))])
+                return _never_reached(item, error, retry)
+            else:
+                return self._run_in(lease, records, item, following is not None, retry)
+        raise AssertionError("unreachable: the last try returns")
 
     def release(self) -> None:
         """End the machine in use."""
         self._leases.release()
 
-    def _run_in(self, lease: Lease, records: Iterator[dict[str, Any]], item: Any, again: bool) -> Ran:
+    def _run_in(
+        self, lease: Lease, records: Iterator[dict[str, Any]], item: Any, again: bool, retries: int
+    ) -> Ran:
         facts = lease.machine.facts
         lease.tests += 1
         try:
             received = list(_bounded(records))
-            usage = lease.machine.usage()
-            ran = _read(item, received, facts, usage)
+            ran = _read(item, received, facts, lease.machine.usage(), retries)
         except MachineError as error:
-            reports = _machine_failed(item, error, lease.machine, facts)
-            self._keep(lease, item, reports)
+            ran = self._failed_machine(lease, item, error, retries)
+            self._keep(lease, item, ran.reports)
             self._leases.discard(lease)
-            return Ran(reports, facts=facts, outcome=_machine_outcome(error))
+            return ran
         except BaseException:  # Ctrl-C: nobody waits for this machine any more
             self._leases.discard(lease)
             raise
@@ -104,6 +107,32 @@ class TestRunner:
         if self._options.isolation == "test" or not again:
             self._end(lease)
         return ran
+
+    def _failed_machine(self, lease: Lease, item: Any, error: MachineError, retries: int) -> Ran:
+        """Return the outcome of a test whose machine did not bring it to its end."""
+        machine = lease.machine
+        if isinstance(error, MachineCrashed):
+            error = machine.end_error()
+        quota = error if isinstance(error, QuotaExceeded) else None
+        outcome = "quota" if quota else "crashed"
+        saved = self._save(machine, error, item.nodeid)
+        ours = properties(
+            machine.facts, machine.usage(), outcome, quota=quota, retries=retries, artifacts=saved
+        )
+        sections = (("Machine artifacts", saved),) if saved else ()
+        reports = _failed(item, "call", f"{outcome}: {error}", ours, sections)
+        return Ran(reports, facts=machine.facts, outcome=outcome)
+
+    def _save(self, machine: RunnerMachine, error: MachineError, nodeid: str) -> str | None:
+        """Save what is known of a machine, if that was asked for; return where."""
+        if self._options.artifacts is None:
+            return None
+        folder = folder_for(self._options.artifacts, nodeid, machine.facts.id)
+        try:
+            machine.save(folder, error, nodeid)
+        except OSError as failure:
+            return f"could not be saved: {failure}"
+        return str(folder)
 
     def _keep(self, lease: Lease, item: Any, reports: list[pytest.TestReport]) -> None:
         """Keep the machine of a test that failed, if that was asked for, and say how to enter it."""
@@ -127,7 +156,7 @@ def _bounded(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _read(item: Any, records: list[dict[str, Any]], facts: MachineFacts, usage: Usage) -> Ran:
+def _read(item: Any, records: list[dict[str, Any]], facts: MachineFacts, usage: Usage, retries: int) -> Ran:
     """Return what ``records`` say.
 
     Raises:
@@ -137,7 +166,7 @@ def _read(item: Any, records: list[dict[str, Any]], facts: MachineFacts, usage: 
     if not records or records[-1].get("k") != "end":
         raise violation("a test's reports without an end")
     ran.outcome = _outcome(records)
-    ours = properties(facts, usage, ran.outcome)
+    ours = properties(facts, usage, ran.outcome, retries=retries)
     for record in records:
         kind = record.get("k")
         if kind == "report":
@@ -166,21 +195,10 @@ def _outcome(records: list[dict[str, Any]]) -> str:
     return "passed"
 
 
-def _machine_failed(
-    item: Any, error: MachineError, machine: RunnerMachine, facts: MachineFacts
-) -> list[pytest.TestReport]:
-    """Return the reports of a test whose machine did not bring it to its end."""
-    message = str(error)
-    if isinstance(error, MachineCrashed):
-        message = f"crashed: the machine ended during the test\n{machine.end_reason() or error}"
-    lines = machine.console_tail().strip().splitlines()[-_CONSOLE_LINES:]
-    sections = (("Machine console (last lines)", "\n".join(lines)),) if lines else ()
-    ours = properties(facts, machine.usage(), _machine_outcome(error))
-    return _failed(item, "call", message, ours, sections)
-
-
-def _machine_outcome(error: MachineError) -> str:
-    return "quota" if isinstance(error, QuotaExceeded) else "crashed"
+def _never_reached(item: Any, error: MicroVMError, retries: int) -> Ran:
+    """Return the outcome of a test that no machine got to."""
+    ours = properties(None, None, "infra", retries=retries)
+    return Ran(_failed(item, "setup", f"infra: {error}", ours))
 
 
 def _failed(

@@ -10,9 +10,10 @@ from pytest_microvm.errors import MachineError, ProtocolViolation, QuotaExceeded
 from pytest_microvm.link import GuestError, Link, Request, Stream
 from pytest_microvm.remote import checks
 from pytest_microvm.remote.backend import CollectPlan
+from pytest_microvm.spec import DEFAULT_OUTPUT
 
 MAX_COLLECTION = 1024 * 1024 * 1024
-MAX_REPORTS = 128 * 1024 * 1024  # of one test
+_REPORT_OVERHEAD = 64 * 1024 * 1024  # what a test's reports may hold besides its output
 _FINISH_TIMEOUT = 30.0
 
 BOOTSTRAP = (
@@ -70,22 +71,25 @@ class RunnerSession:
             raise _refused(error) from None
         return data
 
-    def run(self, item: int, following: int | None, timeout: float | None) -> Iterator[dict[str, Any]]:
+    def run(
+        self, item: int, following: int | None, timeout: float | None, output: int = DEFAULT_OUTPUT
+    ) -> Iterator[dict[str, Any]]:
         """Let the runner run a test and return its records, which come as they are read.
 
         Args:
             item: The test's position in the guest's list.
             following: The position of the test that this machine runs next, if any.
             timeout: Seconds it may take.
+            output: Bytes it may print.
 
         Raises:
-            QuotaExceeded: It took longer.
+            QuotaExceeded: It took longer, or printed more.
             MachineError: The machine ended, or broke the protocol.
         """
         started = time.monotonic()
         stream = self._link.open_stream()
-        request = self._link.request("run", stream=stream.number, item=item, next=following)
-        return _records(stream, request, started, timeout)
+        request = self._link.request("run", stream=stream.number, item=item, next=following, output=output)
+        return _records(stream, request, started, timeout, output)
 
     def resume(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
         """Tell a clone who it is now (see ``guest/resume.py``).
@@ -107,12 +111,15 @@ class RunnerSession:
 
 
 def _records(
-    stream: Stream, request: Request, started: float, timeout: float | None
+    stream: Stream, request: Request, started: float, timeout: float | None, output: int
 ) -> Iterator[dict[str, Any]]:
     records = checks.Records()
     try:
-        for line in _lines(stream, started, timeout):
-            yield records.read(line)
+        for line in _lines(stream, started, timeout, output):
+            record = records.read(line)
+            if record.get("k") == "excess":  # the runner has measured what it did not send
+                raise QuotaExceeded("output", output, checks.integer(record.get("printed"), "output", output))
+            yield record
         request.wait(_left(started, timeout))
     except TimeoutError:
         observed = time.monotonic() - started
@@ -125,7 +132,7 @@ def _left(started: float, timeout: float | None) -> float | None:
     return None if timeout is None else max(0.001, started + timeout - time.monotonic())
 
 
-def _lines(stream: Stream, started: float, timeout: float | None) -> Iterator[bytes]:
+def _lines(stream: Stream, started: float, timeout: float | None, output: int) -> Iterator[bytes]:
     buffer = bytearray()
     total = 0
     while True:
@@ -133,11 +140,8 @@ def _lines(stream: Stream, started: float, timeout: float | None) -> Iterator[by
         if not data:
             break
         total += len(data)
-        if total > MAX_REPORTS:
-            raise ProtocolViolation(
-                f"the guest's pytest sent more than {MAX_REPORTS} bytes about one test",
-                resolution="print less in the test, or write to a file",
-            )
+        if total > output + _REPORT_OVERHEAD:
+            raise QuotaExceeded("output", output, total, details="counted in the reports about the test")
         buffer += data
         if b"\n" in data:  # else one long line would be searched again with every piece
             *whole, rest = buffer.split(b"\n")

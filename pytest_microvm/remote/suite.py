@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pytest_microvm.errors import MicroVMError
+from pytest_microvm.errors import MachineError, MicroVMError
 from pytest_microvm.machine import MachineFacts, Usage
 from pytest_microvm.remote import neutral
 from pytest_microvm.remote.arguments import option_arity, split_arguments, tokens
@@ -21,8 +21,15 @@ from pytest_microvm.remote.foreign_warnings import warning_message
 from pytest_microvm.remote.plan import guest_environment, settings_from, workspace_of
 from pytest_microvm.remote.progress import TerminalProgress
 from pytest_microvm.remote.running import Ran, TestRunner
+from pytest_microvm.remote.summary import (
+    EXIT_INFRA,
+    Tally,
+    add_suite_properties,
+    guest_lines,
+    header_line,
+    machine_outcome,
+)
 from pytest_microvm.sanitize import sanitize
-from pytest_microvm.remote.summary import Tally, add_suite_properties, guest_lines, header_line
 from pytest_microvm.spec import MachineSpec
 
 _HOST_PLUGINS = frozenset(["microvm", "pytest_microvm.plugin", "xdist", "xdist.plugin", "xdist.looponfail"])
@@ -170,10 +177,20 @@ class RemoteSuite:
         self._tally.add(report)
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self) -> None:
-        """End the machine in use."""
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """End the machine in use; tell a run whose only trouble was the infrastructure by its exit status."""
         if self._runner is not None:
             self._runner.release()
+        if exitstatus == pytest.ExitCode.TESTS_FAILED and self._tally.only_infra_failed:
+            session.exitstatus = EXIT_INFRA
+
+    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, Any] | None:
+        """Give tests whose machine failed a letter and a word of their own; they count as failed."""
+        outcome = machine_outcome(report)
+        if outcome is None:
+            return None
+        category = "failed" if report.when == "call" else "error"
+        return category, outcome[0].upper(), (outcome.upper(), {"red": True})
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Say how many tests ran in how many machines."""
@@ -196,7 +213,7 @@ class RemoteSuite:
 
     def _make_runner(self) -> TestRunner:
         assert self._backend is not None
-        return TestRunner(self._backend, self._backend.options, _Hooks(self._config))
+        return TestRunner(self._backend, self._backend.options, _Hooks(self._config, self._progress))
 
     def _make_plan(self, backend: Backend) -> CollectPlan:
         config, option = self._config, self._config.option
@@ -243,10 +260,11 @@ class RemoteSuite:
 
 
 class _Hooks:
-    """Tell our own hooks of machines that come and go."""
+    """Tell our own hooks of machines that come and go, and people of those that do not come."""
 
-    def __init__(self, config: pytest.Config) -> None:
+    def __init__(self, config: pytest.Config, progress: TerminalProgress) -> None:
         self._config = config
+        self._progress = progress
 
     def started(self, facts: MachineFacts, nodeid: str) -> None:
         """A machine answers."""
@@ -255,6 +273,10 @@ class _Hooks:
     def stopped(self, facts: MachineFacts, usage: Usage) -> None:
         """A machine has been ended."""
         self._config.hook.pytest_microvm_stopped(config=self._config, facts=facts, usage=usage)
+
+    def retried(self, nodeid: str, error: MachineError, retry: int, most: int) -> None:
+        """Say at once that a machine never reached a test."""
+        self._progress(f"{nodeid}: infra: {error.brief}; trying a fresh machine ({retry} of {most})")
 
 
 class _as_pytest_errors:  # noqa: N801 - reads as the statement it is

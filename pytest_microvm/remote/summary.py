@@ -14,33 +14,57 @@ _DIGEST_LENGTH = 12
 _USUAL = ("rootdir:", "configfile:", "testpaths:", "plugins:", "cachedir:", "hypothesis profile")
 
 
+EXIT_INFRA = 75
+"""Exit status of a run in which no test failed but some were never reached (EX_TEMPFAIL of sysexits.h)."""
+
+_TROUBLE = ("infra", "crashed", "quota")
+
+
+def machine_outcome(report: pytest.TestReport) -> str | None:
+    """Return ``infra``, ``crashed`` or ``quota`` if that is why the report is a failure."""
+    if not report.failed:
+        return None
+    outcome = dict(report.user_properties).get("microvm.outcome")
+    return str(outcome) if outcome in _TROUBLE else None
+
+
 class Tally:
     """Count tests and machines from the properties of their reports, wherever they ran."""
 
     def __init__(self) -> None:
         self.tests: set[str] = set()
+        self.retries = 0
+        self._failed: set[str] = set()
         self.ready: dict[str, float] = {}
         self.outcomes: dict[str, int] = {}
 
     def add(self, report: pytest.TestReport) -> None:
         """Take in a test's last report."""
         found = {name: value for name, value in report.user_properties if name.startswith("microvm.")}
+        if report.failed:
+            self._failed.add(str(found.get("microvm.outcome", "failed")))
         if report.when != "teardown" or "microvm.outcome" not in found:
             return
         self.tests.add(report.nodeid)
         outcome = str(found["microvm.outcome"])
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+        self.retries += int(str(found.get("microvm.retries", 0)))
         if "microvm.id" in found:
             self.ready[str(found["microvm.id"])] = float(str(found["microvm.ready_ms"])) / 1000
+
+    @property
+    def only_infra_failed(self) -> bool:
+        """Whether every failure is a test that no machine reached."""
+        return self._failed == {"infra"}
 
     def line(self) -> str:
         """Return the summary, such as ``12 tests in 12 machines, ready in 0.11 s (median)``."""
         text = f"{_count(len(self.tests), 'test')} in {_count(len(self.ready), 'machine')}"
         if self.ready:
             text += f", ready in {statistics.median(self.ready.values()):.2f} s (median)"
-        trouble = [
-            f"{self.outcomes[name]} {name}" for name in ("infra", "crashed", "quota") if name in self.outcomes
-        ]
+        trouble = [f"{self.outcomes[name]} {name}" for name in _TROUBLE if name in self.outcomes]
+        if self.retries:
+            trouble.append(f"{self.retries} retried")
         return ", ".join([text, *trouble])
 
 

@@ -12,14 +12,14 @@ import os
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from pytest_microvm.errors import BudgetExhausted, HostError, UsageError
-from pytest_microvm.spec import format_size, parse_cpus, parse_size
+from pytest_microvm.spec import format_cpus, format_size, parse_cpus, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,15 +32,19 @@ _HOPE = 10.0  # seconds in which another thread of this process may still end a 
 
 @dataclass(frozen=True)
 class Record:
-    """One machine that runs, or is about to: memory in bytes, ``since`` in seconds since 1970."""
+    """One machine that runs, or is about to: memory in bytes, ``since`` in seconds since 1970.
+
+    ``pid`` is its VMM's process, 0 until that has started.
+    """
 
     id: str
     image: str
-    cpus: int
+    cpus: float
     memory: int
     owner: int
     owner_started: str
     since: float
+    pid: int = 0
 
 
 def runtime_folder() -> Path:
@@ -51,23 +55,23 @@ def runtime_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"pytest-microvm-{os.getuid()}"
 
 
-def default_limits() -> tuple[int, int]:
+def default_limits() -> tuple[float, int]:
     """Return vCPUs and bytes: four per core, and four fifths of the memory; PYTEST_MICROVM_BUDGET overrides.
 
     Raises:
         UsageError: The variable is not like ``cpus=8,memory=16G``.
     """
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 4 // 5
-    limits = {"cpus": 4 * (os.cpu_count() or 1), "memory": memory}
+    cpus = 4.0 * (os.cpu_count() or 1)
     for part in filter(None, os.environ.get(VARIABLE, "").split(",")):
         name, _, value = part.partition("=")
         if name.strip() == "cpus":
-            limits["cpus"] = parse_cpus(value, f"{VARIABLE}: cpus")
+            cpus = parse_cpus(value, f"{VARIABLE}: cpus")
         elif name.strip() == "memory":
-            limits["memory"] = parse_size(value, f"{VARIABLE}: memory")
+            memory = parse_size(value, f"{VARIABLE}: memory")
         else:
             raise UsageError(f"{VARIABLE}: unknown key {name!r}", resolution="write cpus=8,memory=16G")
-    return limits["cpus"], limits["memory"]
+    return cpus, memory
 
 
 class HostBudget:
@@ -79,7 +83,7 @@ class HostBudget:
         memory: Bytes of memory of all machines together.
     """
 
-    def __init__(self, folder: Path, cpus: int, memory: int) -> None:
+    def __init__(self, folder: Path, cpus: float, memory: int) -> None:
         self._folder = folder / "machines"
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_owner(folder)
@@ -92,7 +96,7 @@ class HostBudget:
         self,
         machine: str,
         image: str,
-        cpus: int,
+        cpus: float,
         memory: int,
         *,
         say: Callable[[str], None] = lambda _line: None,
@@ -124,7 +128,7 @@ class HostBudget:
             with self._released:
                 self._released.wait(_PAUSE)
 
-    def try_take(self, machine: str, image: str, cpus: int, memory: int) -> bool:
+    def try_take(self, machine: str, image: str, cpus: float, memory: int) -> bool:
         """Record a machine if it fits now; return whether it did."""
         with FileLock(self._lock_file):  # a new one each time: a fork may not use its parent's
             records = self.records()
@@ -133,8 +137,20 @@ class HostBudget:
             if sum(record.memory for record in records) + memory > self.memory:
                 return False
             record = Record(machine, image, cpus, memory, os.getpid(), _started(os.getpid()), time.time())
-            (self._folder / f"{machine}.json").write_text(json.dumps(asdict(record)))
+            self._write(record)
         return True
+
+    def started(self, machine: str, pid: int) -> None:
+        """Take note of the process that runs a machine."""
+        for record in self.records():
+            if record.id == machine:
+                self._write(replace(record, pid=pid))
+
+    def _write(self, record: Record) -> None:
+        """Write a record in one step: others read them without the lock."""
+        draft = self._folder / f"{record.id}.new"
+        draft.write_text(json.dumps(asdict(record)))
+        draft.replace(self._folder / f"{record.id}.json")
 
     def release(self, machine: str) -> None:
         """Strike a machine that has ended."""
@@ -155,16 +171,17 @@ class HostBudget:
         return living
 
     def __str__(self) -> str:
-        return f"{self.cpus} vCPUs, {format_size(self.memory // 1024**2 * 1024**2)}"
+        return f"{format_cpus(self.cpus)} vCPUs, {format_size(self.memory // 1024**2 * 1024**2)}"
 
-    def _check_hope(self, cpus: int, memory: int, waited: float) -> None:
+    def _check_hope(self, cpus: float, memory: int, waited: float) -> None:
         records = self.records()
         mine = [record for record in records if record.owner == os.getpid()]
         too_large = cpus > self.cpus or memory > self.memory
         if too_large or (waited > _HOPE and len(mine) == len(records)):
             holding = f"; this process already holds {len(mine)} machines" if mine and not too_large else ""
+            wanted = f"{format_cpus(cpus)} vCPUs and {format_size(memory)}"
             raise BudgetExhausted(
-                f"{cpus} vCPUs and {format_size(memory)} do not fit into the host budget ({self}){holding}",
+                f"{wanted} do not fit into the host budget ({self}){holding}",
                 resolution=f"end a machine first, ask for less, or set {VARIABLE} (cpus=8,memory=16G)",
             )
 

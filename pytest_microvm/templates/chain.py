@@ -11,11 +11,12 @@ import contextlib
 import hashlib
 import json
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from pytest_microvm.disk import explained
 from pytest_microvm.errors import BootError, MachineCrashed
 from pytest_microvm.hypervisors import Accelerator, Disk, Hypervisor, Launch
 from pytest_microvm.images.cpio import CpioEntry, cpio_archive
@@ -29,13 +30,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_microvm.images import Image
-    from pytest_microvm.spec import Resources
+    from pytest_microvm.spec import Limits, Resources
     from pytest_microvm.templates.store import Template, TemplateStore
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key; raise it when templates made before can no longer be used."""
 
 _BOOT_TRIES = 2
+_LEAST_SLACK = 256 * 1024**2  # more than a machine writes between two looks at it
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Base:
-    """What the chain begins with: an image on given resources, run by a given accelerator."""
+    """What the chain begins with: an image on given resources, run by a given accelerator.
+
+    ``limits`` shape no template: they are enforced on the machines that come of it.
+    """
 
     image: Image
     resources: Resources
     accelerator: Accelerator
+    limits: Limits
 
 
 class Chain:
@@ -146,14 +152,21 @@ class Chain:
         Raises:
             BootError: The hypervisor could not continue it.
         """
-        if own is not None:
-            copy_sparse(template.ram, own / "ram")
-            copy_sparse(template.scratch, own / "scratch")
-            launch = self._launch(base, own, share=True, state=template.state, name=name)
-            return Instance(self._hypervisor.start(launch, base.accelerator))
         scratch = Disk(template.scratch, ephemeral=True)
-        launch = self._launch(base, template.folder, scratch, state=template.state, name=name)
-        return Instance(self._hypervisor.start(launch, base.accelerator))
+        try:
+            if own is not None:
+                copy_sparse(template.ram, own / "ram")
+                copy_sparse(template.scratch, own / "scratch")
+                launch = self._launch(base, own, share=True, state=template.state, name=name)
+            else:
+                launch = self._launch(
+                    base, template.folder, scratch, ram=template.ram, state=template.state, name=name
+                )
+            return Instance(self._hypervisor.start(launch, base.accelerator))
+        except FileNotFoundError as error:
+            raise BootError(
+                f"the cache lost {error.filename} just now", resolution="run again: it is made again"
+            ) from error
 
     def keep(self, instance: Instance, base: Base, key: str, own: Path, facts: dict[str, Any]) -> None:
         """Freeze a machine that was copied with folders of its own, as the template ``key``; it ends.
@@ -175,7 +188,7 @@ class Chain:
             with self._room(base), self._store.draft() as draft:
                 initramfs = draft / "initramfs"
                 initramfs.write_bytes(base.image.initramfs.read_bytes() + self._guest_code)
-                format_scratch(draft / "scratch", base.resources.disk)
+                format_scratch(draft / "scratch", base.resources.disk + _disk_slack(base.resources.disk))
                 launch = self._launch(base, draft, share=True, initramfs=initramfs)
                 instance = Instance(self._hypervisor.start(launch, base.accelerator))
                 try:
@@ -199,6 +212,7 @@ class Chain:
             copy_sparse(parent.scratch, draft / "scratch")
             launch = self._launch(base, draft, share=True, state=parent.state)
             instance = Instance(self._hypervisor.start(launch, base.accelerator))
+            instance.watch(replace(base.limits, timeout=None, cpu_seconds=None, lifetime=None))
             try:
                 attachments = step.work(instance)
                 for name, content in attachments.items():
@@ -219,6 +233,7 @@ class Chain:
         folder: Path,
         scratch: Disk | None = None,
         *,
+        ram: Path | None = None,
         share: bool = False,
         state: Path | None = None,
         initramfs: Path | None = None,
@@ -230,7 +245,7 @@ class Chain:
             initramfs=initramfs or base.image.initramfs,
             cpus=base.resources.cpus,
             memory=base.resources.memory,
-            ram=folder / "ram",
+            ram=ram or folder / "ram",
             share=share,
             disks=(
                 Disk(base.image.rootfs, readonly=True),
@@ -239,19 +254,22 @@ class Chain:
             ),
             state=state,
             name=name,
+            throttle=base.limits.throttle,
+            cpu_seconds=None if share else base.limits.cpu_seconds,
         )
 
     @contextlib.contextmanager
     def _alone(self, key: str, title: str) -> Iterator[None]:
         """Make this the only process, and thread, that makes ``key``."""
         folder = self._store.folder / ".locks"
-        folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / key)
-        try:
-            lock.acquire(timeout=0.5)
-        except Timeout:
-            self._say(f"waiting for another run: {title}")
-            lock.acquire()
+        with explained(self._store.folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0.5)
+            except Timeout:
+                self._say(f"waiting for another run: {title}")
+                lock.acquire()
         try:
             yield
         finally:
@@ -280,7 +298,8 @@ def _await_hello(instance: Instance) -> None:
     except TimeoutError as error:
         raise instance.boot_error(f"no hello from the machine within {BOOT_TIMEOUT:.0f} s") from error
     except MachineCrashed as error:
-        raise instance.boot_error(f"the machine ended while it booted: {instance.end_reason()}") from error
+        reason = instance.end_error("template").brief.partition(": ")[2]
+        raise instance.boot_error(f"the machine ended while it booted: {reason}") from error
 
 
 def _warm_up(instance: Instance) -> None:
@@ -291,6 +310,11 @@ def _warm_up(instance: Instance) -> None:
         request = command_arguments(["true"], {}, None, None)
         with GuestProcess(link, ["true"], request, stdin=False, text=False, pty=None) as process:
             process.communicate(timeout=BOOT_TIMEOUT)
+
+
+def _disk_slack(quota: int) -> int:
+    """Return how much larger than its quota a disk is: an excess must show before the disk is full."""
+    return quota // 4 + _LEAST_SLACK
 
 
 def _digest(*parts: str) -> str:

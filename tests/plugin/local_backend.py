@@ -12,10 +12,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from pytest_microvm.config import load_settings
+from pytest_microvm.errors import MachineCrashed
 from pytest_microvm.link import Link
 from pytest_microvm.machine import MachineFacts, Usage
 from pytest_microvm.remote.backend import BackendFacts, RunOptions
 from pytest_microvm.remote.session import RunnerSession
+from pytest_microvm.spec import DEFAULT_OUTPUT, Limits
 
 microvm_host_only = True
 HERE = Path(__file__).parent
@@ -33,9 +36,13 @@ class LocalBackend:
     facts = BackendFacts("none", "local processes, for tests", "local", "sha256:" + "0" * 64)
 
     def __init__(self, settings):
-        timeout = settings.values.get("timeout")
+        config = load_settings(settings.rootdir, settings.values)
         self.options = RunOptions(
-            isolation=settings.values.get("isolation") or "test", timeout=float(timeout) if timeout else None
+            isolation=config.isolation,
+            timeout=config.spec.timeout,
+            output=config.spec.output or DEFAULT_OUTPUT,
+            retries=config.retries,
+            artifacts=config.artifacts,
         )
         self._template = None
         self._numbers = itertools.count(1)
@@ -91,9 +98,7 @@ class LocalBackend:
             accelerator=self.facts.accelerator,
             accelerator_reason=self.facts.accelerator_reason,
             ready_seconds=time.monotonic() - started,
-            cpus=1,
-            memory=128 * 1024**2,
-            disk=1024**3,
+            limits=Limits(1, 128 * 1024**2, 1024**3),
         )
         machine = LocalMachine(link, facts, pid)
         self._machines.append(machine)
@@ -115,11 +120,12 @@ class LocalMachine:
         self.facts = facts
         self._pid = pid
 
-    def console_tail(self):
-        return "local process: no console"
+    def end_error(self):
+        return MachineCrashed("the machine ended", details="local process: no console")
 
-    def end_reason(self):
-        return ""
+    def save(self, folder, error, about):
+        folder.mkdir(parents=True)
+        (folder / "report.txt").write_text(str(error))
 
     def keep(self, about):
         return None

@@ -1,10 +1,11 @@
 """[tool.pytest-microvm] and the command line: precedence, unknown keys, every kind of bad value."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from pytest_microvm.config import DEFAULT_TIMEOUT, load_settings
+from pytest_microvm.config import load_settings
 from pytest_microvm.errors import UsageError
 
 MIB = 1024**2
@@ -25,7 +26,7 @@ def table(text):
 
 def test_defaults(tmp_path):
     settings = load_settings(tmp_path, {})
-    assert (settings.spec.image, settings.spec.timeout) == ("python", DEFAULT_TIMEOUT)
+    assert (settings.spec.image, settings.spec.timeout) == ("python", None)
     assert (settings.isolation, settings.keep, settings.require_accel) == ("test", "never", None)
     assert settings.project == tmp_path
     assert 1 <= settings.pool_size <= 4
@@ -38,7 +39,13 @@ image = "microvm/kits/db"
 cpus = 2
 memory = "1G"
 disk = "512M"
+pids = 64
 timeout = 12.5
+cpu_seconds = 30
+output = "10M"
+lifetime = 60
+retries = 0
+artifacts = "crashes"
 isolation = "module"
 pool = 0
 prepare = ["pip install .", "make"]
@@ -52,6 +59,8 @@ require_accel = "kvm"
     assert (spec.image, spec.cpus, spec.memory, spec.disk, spec.timeout) == (
         "microvm/kits/db", 2, 1024 * MIB, 512 * MIB, 12.5,
     )  # fmt: skip
+    assert (spec.pids, spec.cpu_seconds, spec.output, spec.lifetime) == (64, 30, 10 * MIB, 60)
+    assert (settings.retries, settings.artifacts) == (0, Path("crashes"))
     assert (settings.isolation, settings.pool, settings.pool_size, settings.keep) == (
         "module",
         0,
@@ -78,7 +87,7 @@ def test_an_unknown_key_names_file_and_known_keys(project, tmp_path):
     with pytest.raises(UsageError, match="unknown key 'cpu'") as caught:
         project(table("cpu = 2"))
     assert str(tmp_path / "pyproject.toml") in str(caught.value)
-    assert "known keys: args, cpus, disk, image, isolation" in caught.value.resolution
+    assert "known keys: args, artifacts, cpu_seconds, cpus, disk, image, isolation" in caught.value.resolution
 
 
 def test_an_unknown_option(tmp_path):
@@ -89,10 +98,12 @@ def test_an_unknown_option(tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        "image = 7", 'image = ""', "cpus = 0", "cpus = 65", "cpus = 1.5", "cpus = true", 'cpus = "two"',
+        "image = 7", 'image = ""', "cpus = 0", "cpus = 65", "cpus = 0.01", "cpus = true", 'cpus = "two"',
         'memory = "lots"', "memory = 0", "memory = -1", "memory = true", 'memory = "64M"', "memory = [1]",
         'disk = "1M"', 'disk = "1X"', "timeout = 0", "timeout = -1", "timeout = inf", "timeout = nan",
-        'timeout = "soon"', "timeout = true", 'isolation = "none"', "isolation = 1", "isolation = []",
+        'timeout = "soon"', "timeout = true", "pids = 0", "pids = 1.5",
+        "cpu_seconds = 0", "lifetime = -1", 'output = "much"', "retries = -1", "retries = 101",
+        "artifacts = 7", 'isolation = "none"', "isolation = 1", "isolation = []",
         "pool = -1", "pool = 65", "pool = 1.5", "pool = true", 'pool = "many"', 'prepare = "pip install ."',
         "prepare = [1]", 'prepare = [""]', "prepare_inputs = {}", 'args = "unclosed \'"', "args = 7",
         'keep = "always"', "keep = true", 'require_accel = "xen"', "require_accel = false",

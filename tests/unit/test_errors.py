@@ -34,7 +34,9 @@ def test_what_why_and_what_next():
     ("error", "brief"),
     [
         (QuotaExceeded("timeout", 1.5, 2.0), "timeout: limit 1.5 s, observed 2 s"),
-        (QuotaExceeded("output", 1000, 1001), "output: limit 1000, observed 1001"),
+        (QuotaExceeded("output", 1000, 1025), "output: limit 1000 bytes, observed 1.001 KiB"),
+        (QuotaExceeded("memory", 2**28, 2**30), "memory: limit 256 MiB, observed 1 GiB"),
+        (QuotaExceeded("pids", 64, 65), "pids: limit 64, observed 65"),
     ],
 )
 def test_a_quota_names_limit_and_observation(error, brief):

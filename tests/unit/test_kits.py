@@ -37,7 +37,7 @@ def test_the_python_kit_stands_on_base():
     assert set(base.packages) < set(python.packages)
     assert dict(base.environment).items() <= dict(python.environment).items()
     assert any(wheel.startswith("pytest==9.") for wheel in python.wheels)
-    assert (python.cpus, python.memory_bytes, python.disk_bytes) == (1, 512 * 1024**2, 2 * 1024**3)
+    assert python.resources == {"cpus": 1, "memory": 512 * 1024**2, "disk": 2 * 1024**3}
     assert python.architecture == host_architecture()
 
 
@@ -57,6 +57,7 @@ def test_a_child_adds_to_and_replaces_what_its_parent_says(project):
         REPLACED = "parent"
         [resources]
         cpus = 2
+        pids = 64
         memory = "1G"
         """,
         kept="kept",
@@ -86,7 +87,7 @@ def test_a_child_adds_to_and_replaces_what_its_parent_says(project):
         "/etc/replaced": ("new", 0o600),
     }
     assert dict(kit.environment) == {"KEPT": "1", "REPLACED": "child"}
-    assert (kit.cpus, kit.memory_bytes) == (2, 300 * 1024**2)
+    assert kit.resources == {"cpus": 2, "memory": 300 * 1024**2, "disk": 2 * 1024**3, "pids": 64}
 
 
 def test_a_projects_kit_comes_before_a_shipped_one(project):
@@ -116,10 +117,10 @@ def test_an_executable_file_stays_executable(project):
 
 BAD = {
     "pakages = []": ("pakages", "packages"),
-    "[resources]\nram = '1G'": ("resources.ram", "cpus, disk, memory"),
+    "[resources]\nram = '1G'": ("resources.ram", "cpu_seconds, cpus, disk, lifetime, memory"),
     "[resources]\nmemory = '1 pound'": ("resources.memory", "512M"),
     "[resources]\nmemory = '1M'": ("resources.memory", "128M"),
-    "[resources]\ncpus = 0": ("resources.cpus", "1 to 64"),
+    "[resources]\ncpus = 0": ("resources.cpus", "0.05 to 64"),
     "packages = 'procps'": ("packages", "["),
     "packages = ['Bad Name']": ("packages[0]", "Debian package"),
     "packages = ['--option']": ("packages[0]", "Debian package"),

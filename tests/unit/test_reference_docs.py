@@ -21,14 +21,21 @@ from pytest_microvm.remote.arguments import REFUSED
 from pytest_microvm.remote.backend import BackendFacts
 from pytest_microvm.remote.plan import _PASSED
 from pytest_microvm.remote.summary import add_suite_properties
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.spec import Limits, MachineSpec
 from pytest_microvm.vmpath import GuestPath
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 PACKAGE = REPOSITORY / "pytest_microvm"
-FACTS = MachineFacts("vm-1a2b3c4d", "python", "0" * 64, "tcg", "no kvm", 0.25, 1, 512 * 1024**2, 2 * 1024**3)
-NOT_DOCUMENTED = {"link", "explained"}  # of MicroVM: for this package's own modules; the page says so
+LIMITS = Limits(1, 512 * 1024**2, 2 * 1024**3)
+FACTS = MachineFacts("vm-1a2b3c4d", "python", "0" * 64, "tcg", "no kvm", 0.25, LIMITS)
+NOT_DOCUMENTED = {
+    "link",
+    "explained",
+    "limited",
+    "output_limit",
+    "output_exceeded",
+}  # of MicroVM: for this package's own modules; the page says so
 
 
 def page(name):
@@ -97,7 +104,7 @@ def test_defaults():
     for option, default in {
         "--microvm-isolation": settings.isolation,
         "--microvm-image": settings.spec.image,
-        "--microvm-timeout": f"{settings.spec.timeout:g}",
+        "--microvm-timeout": f"{config.DEFAULT_TIMEOUT:g}",
         "--microvm-keep": settings.keep,
     }.items():
         row = next(line for line in text.splitlines() if line.startswith(f"| `{option}` |"))
@@ -202,7 +209,9 @@ def test_every_kit_key():
 
 def test_every_junit_property():
     text = page("junit.md").split("\n## Outcomes\n")[0]
-    assert rows(text) == {name for name, _value in properties(FACTS, Usage(), "passed")}
+    quota = errors.QuotaExceeded("memory", 1, 2)
+    every = properties(FACTS, Usage(), "quota", quota=quota, retries=1, artifacts="folder")
+    assert rows(text) == {name for name, _value in every}
 
 
 def test_every_property_of_the_suite():

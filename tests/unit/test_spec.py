@@ -7,12 +7,15 @@ from hypothesis import strategies as st
 from pytest_microvm.errors import UsageError
 from pytest_microvm.spec import (
     MAX_CPUS,
+    MAX_PIDS,
     MIN_DISK,
     MIN_MEMORY,
     PARSERS,
+    Limits,
     MachineSpec,
     format_size,
     parse_cpus,
+    parse_pids,
     parse_seconds,
     parse_size,
 )
@@ -67,17 +70,38 @@ def test_sizes_are_written_with_the_largest_unit_that_fits():
     ]
 
 
-@pytest.mark.parametrize("written", [1, "2", " 4 ", MAX_CPUS])
+@pytest.mark.parametrize("written", [1, "2", " 4 ", MAX_CPUS, 0.5, "1.25", 2.0])
 def test_cpus(written):
-    assert parse_cpus(written, "cpus") == int(written)
+    assert parse_cpus(written, "cpus") == float(written)
 
 
-@pytest.mark.parametrize("written", [0, -1, True, None, 1.0, "two", "", MAX_CPUS + 1, "²", MANY_DIGITS])
+@pytest.mark.parametrize(
+    ("cpus", "vcpus", "throttle"), [(1, 1, None), (2, 2, None), (0.5, 1, 0.5), (1.5, 2, 1.5)]
+)
+def test_a_fraction_is_rounded_up_to_whole_vcpus_that_are_throttled(cpus, vcpus, throttle):
+    limits = Limits(cpus, 1, 1)
+    assert (limits.vcpus, limits.throttle) == (vcpus, throttle)
+
+
+@pytest.mark.parametrize("written", [1, "64", MAX_PIDS])
+def test_pids(written):
+    assert parse_pids(written, "pids") == int(written)
+
+
+@pytest.mark.parametrize("written", [0, -1, True, None, 1.5, "many", "", MAX_PIDS + 1, MANY_DIGITS])
+def test_what_is_not_a_number_of_processes(written):
+    with pytest.raises(UsageError, match=r"pids: .* is not a number of processes"):
+        parse_pids(written, "pids")
+
+
+@pytest.mark.parametrize(
+    "written", [0, -1, True, None, 0.01, "1e1", "two", "", MAX_CPUS + 1, "²", MANY_DIGITS]
+)
 def test_what_is_not_a_number_of_cpus(written):
     with pytest.raises(UsageError) as caught:
         parse_cpus(written, "cpus")
     assert caught.value.brief == f"cpus: {written!r} is not a number of vCPUs"
-    assert caught.value.resolution == "write a whole number, 1 to 64"
+    assert "a number from 0.05 to 64" in caught.value.resolution
 
 
 @pytest.mark.parametrize(("written", "seconds"), [(1, 1.0), (0.5, 0.5), ("30", 30.0), ("1e1", 10.0)])
@@ -95,9 +119,9 @@ def test_what_is_not_a_time(written):
 def test_changes_are_parsed_and_the_original_stays():
     spec = MachineSpec(image="base", cpus=1)
     changed = spec.with_changes({"cpus": "2", "memory": "1G", "disk": 2**30, "timeout": "5"}, "marker")
-    assert changed == MachineSpec("base", 2, 2**30, 2**30, 5.0)
+    assert changed == MachineSpec("base", 2, 2**30, 2**30, timeout=5.0)
     assert spec == MachineSpec(image="base", cpus=1)
-    assert hash(changed) == hash(MachineSpec("base", 2, 2**30, 2**30, 5.0))
+    assert hash(changed) == hash(MachineSpec("base", 2, 2**30, 2**30, timeout=5.0))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +148,8 @@ def test_changes_that_cannot_be(changes, brief):
 def test_an_unknown_key_is_answered_with_the_known_ones():
     with pytest.raises(UsageError) as caught:
         MachineSpec().with_changes({"ram": 1}, "pyproject.toml")
-    assert caught.value.resolution == "known keys: cpus, disk, image, memory, timeout"
+    known = "cpu_seconds, cpus, disk, image, lifetime, memory, output, pids, timeout"
+    assert caught.value.resolution == f"known keys: {known}"
 
 
 def test_the_smallest_machine_is_allowed():

@@ -1,0 +1,58 @@
+"""What happened to a machine, in order: a bounded list that can be written down as JSON lines.
+
+``seen_by`` tells evidence from hearsay: what the host saw itself, and what a guest's kernel said, whose root
+may lie.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+MAX_EVENTS = 1000
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened.
+
+    Args:
+        kind: ``started``, ``command``, ``push``, ``pull``, ``finding``, ``quota``, ``crashed`` or ``ended``.
+        about: What, for people.
+        at: When, in seconds since 1970.
+        seen_by: ``host`` or ``guest``.
+        data: More of it, as JSON values.
+    """
+
+    kind: str
+    about: str
+    at: float
+    seen_by: Literal["host", "guest"] = "host"
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class EventLog:
+    """The last 1000 events of a machine; threads may add to it at the same time."""
+
+    def __init__(self) -> None:
+        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self._lock = threading.Lock()
+
+    def add(self, kind: str, about: str, *, seen_by: Literal["host", "guest"] = "host", **data: Any) -> None:
+        """Take note of something that happens now."""
+        event = Event(kind, about, time.time(), seen_by, data)
+        with self._lock:
+            self._events.append(event)
+
+    def list(self) -> list[Event]:
+        """Return the events so far, the oldest first."""
+        with self._lock:
+            return [*self._events]
+
+    def lines(self) -> str:
+        """Return them as JSON, one a line."""
+        return "".join(json.dumps(asdict(event)) + "\n" for event in self.list())

@@ -1,0 +1,66 @@
+"""What is saved of a machine that crashed or exceeded a quota: ``--microvm-artifacts DIR``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from pytest_microvm.errors import QuotaExceeded
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_microvm.errors import MachineError
+    from pytest_microvm.machine import Instance, MachineFacts
+
+_CONSOLE_LINES = 10_000
+_NAME_LENGTH = 100
+
+
+def folder_for(artifacts: Path, about: str, machine: str) -> Path:
+    """Return where the files about ``machine`` go, named after what it was used for.
+
+    Args:
+        artifacts: The folder of all of them.
+        about: A test's node id, which may hold any character.
+        machine: The machine's id.
+    """
+    readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", about).strip("-.")[:_NAME_LENGTH]
+    digest = hashlib.sha256(about.encode(errors="surrogatepass")).hexdigest()[:8]
+    return artifacts / f"{readable or 'test'}-{digest}-{machine}"
+
+
+def save(folder: Path, instance: Instance, facts: MachineFacts, error: MachineError, about: str) -> None:
+    """Write what is known of a machine that has ended.
+
+    ``report.txt`` says why it ended, ``console.txt`` what it said, ``machine.json`` what it was and used,
+    ``events.jsonl`` what happened, its last commands among it.
+
+    Args:
+        folder: Where to; made if needed.
+        instance: The machine.
+        facts: What was known of it from its start.
+        error: Why it ended.
+        about: What it was used for.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    known = {
+        "about": about,
+        "machine": asdict(facts),
+        "usage": asdict(instance.usage()),
+        "outcome": "quota" if isinstance(error, QuotaExceeded) else "crashed",
+        "findings": [asdict(finding) for finding in instance.findings],
+    }
+    if isinstance(error, QuotaExceeded):
+        known["quota"] = {"name": error.quota, "limit": error.limit, "observed": error.observed}
+    (folder / "report.txt").write_text(f"{error}\n", encoding="utf-8", errors="backslashreplace")
+    console = instance.console_text(_CONSOLE_LINES)
+    (folder / "console.txt").write_text(f"{console}\n", encoding="utf-8", errors="backslashreplace")
+    (folder / "machine.json").write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    (folder / "events.jsonl").write_text(instance.events.lines(), encoding="utf-8")
