@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-_NOTHING_LEFT = 4 * 1024**2  # bytes; file systems call themselves full a little before the last block
+NOTHING_LEFT = 4 * 1024**2
+"""Bytes; file systems call themselves full a little before the last block."""
+
 _FREE_SOME = (
     "free some disk, run `pytest-microvm template prune` or `pytest-microvm image prune`, "
     "or set PYTEST_MICROVM_CACHE to a folder on another disk"
@@ -49,7 +51,7 @@ def need_space(folder: Path, size: int) -> None:
     free = free_bytes(folder)
     if free < size:
         raise HostError(
-            f"only {free // 1024**2} MiB are free where the cache is ({folder})",
+            f"the disk with the cache is full: only {free // 1024**2} MiB are free ({folder})",
             details=f"{size // 1024**2} MiB are needed",
             resolution=_FREE_SOME,
         )
@@ -65,7 +67,7 @@ def free_bytes(folder: Path) -> int:
 def _explanation(error: OSError | MachineError, folder: Path) -> HostError | None:
     number = error.errno if isinstance(error, OSError) else None
     reason = str(error)
-    if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and free_bytes(folder) < _NOTHING_LEFT):
+    if number in (errno.ENOSPC, errno.EDQUOT) or (number is None and free_bytes(folder) < NOTHING_LEFT):
         return HostError(
             f"the disk with the cache is full ({folder.parent})", details=reason, resolution=_FREE_SOME
         )

@@ -7,16 +7,18 @@ import hashlib
 import os
 import shutil
 import subprocess
-from typing import TYPE_CHECKING
+import tempfile
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 from pytest_microvm.disk import explained, need_space
 from pytest_microvm.errors import HostError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 _SYSTEM_FOLDERS = "/usr/sbin:/sbin"
+_TEMPORARY = "/var/tmp"  # noqa: S108 - on a disk, which /tmp often is not
 _BLOCK = 64 * 1024
 _ZEROS = bytes(_BLOCK)
 _FORMATTED = 8 * 1024**2  # bytes; what an empty file system takes is less
@@ -69,6 +71,21 @@ def _data(file: int, size: int) -> Iterator[tuple[int, int]]:
             return
         end = os.lseek(file, start, os.SEEK_HOLE)
         yield start, end
+
+
+def unnamed_copy(source: Path) -> IO[bytes]:
+    """Return a sparse copy of a file that has no name: it is gone once it is closed.
+
+    Raises:
+        HostError: The disk for temporary files is full.
+    """
+    copy = tempfile.TemporaryFile(dir=_TEMPORARY if os.access(_TEMPORARY, os.W_OK) else None)  # noqa: SIM115
+    try:
+        copy_sparse(source, Path(f"/proc/self/fd/{copy.fileno()}"))
+    except BaseException:
+        copy.close()
+        raise
+    return copy
 
 
 def _copy_range(reading: int, writing: int, start: int, end: int) -> None:

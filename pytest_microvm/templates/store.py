@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_microvm.disk import explained, free_bytes, need_space
+from pytest_microvm.disk import NOTHING_LEFT, explained, free_bytes, need_space
 from pytest_microvm.errors import HostError, UsageError
-from pytest_microvm.templates.files import disk_usage, sync
+from pytest_microvm.templates.files import disk_usage, sync, unnamed_copy
 from pytest_microvm.templates.folders import (
     REMOVED,
     discard,
@@ -62,11 +62,16 @@ class Template:
         self.folder = folder
         self.meta = meta
         self._seen = seen
+        # Hypervisors want to open the memory for writing, although a copy writes nothing to it (before
+        # QEMU 8.2 there is no other way), which a file system that is read-only refuses.
+        self._writable = None if os.access(folder / "ram", os.W_OK) else unnamed_copy(folder / "ram")
         self._lock: int | None = lock
 
     @property
     def ram(self) -> Path:
         """The guest's memory."""
+        if self._writable is not None:
+            return Path(f"/proc/{os.getpid()}/fd/{self._writable.fileno()}")
         return self.folder / "ram"
 
     @property
@@ -100,6 +105,8 @@ class Template:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+        if self._writable is not None:
+            self._writable.close()
 
     def __enter__(self) -> Self:
         return self
@@ -213,6 +220,7 @@ class TemplateStore:
             HostError: The disk is full.
         """
         with explained(draft):
+            need_space(draft, NOTHING_LEFT)  # else what the machine wrote last may have been lost
             seal(draft, {**meta, "created": time.time()})
             for path in draft.iterdir():
                 sync(path)

@@ -72,7 +72,7 @@ def test_a_boot_under_emulation():
         "-drive", "if=none,id=disk1,format=raw,file=/dev/fdset/24,readonly=on",
         "-device", "virtio-blk-device,drive=disk1",
         "-add-fd", "fd=25,set=25",
-        "-drive", "if=none,id=disk2,format=raw,file=/dev/fdset/25,cache=unsafe,auto-read-only=off",
+        "-drive", "if=none,id=disk2,format=raw,file=/dev/fdset/25,cache=unsafe,auto-read-only=off,werror=report",
         "-device", "virtio-blk-device,drive=disk2",
         "-kernel", "/proc/self/fd/20",
         "-initrd", "/proc/self/fd/21",
@@ -94,9 +94,9 @@ def test_a_copy_differs_from_its_boot_in_this_alone():
             "memory-backend-file,id=mem,size=536870912,mem-path=/proc/self/fd/22,share=off",
         ),
         (
-            "if=none,id=disk2,format=raw,file=/dev/fdset/25,cache=unsafe,auto-read-only=off",
+            "if=none,id=disk2,format=raw,file=/dev/fdset/25,cache=unsafe,auto-read-only=off,werror=report",
             (
-                "if=none,id=disk2,format=qcow2,file=/dev/fdset/26,cache=unsafe,auto-read-only=off,"
+                "if=none,id=disk2,format=qcow2,file=/dev/fdset/26,cache=unsafe,auto-read-only=off,werror=report,"
                 "backing.driver=raw,backing.file.driver=file,backing.file.filename=/dev/fdset/25"
             ),
         ),

@@ -371,7 +371,7 @@ def test_a_full_disk_is_told(store, said, monkeypatch):
     make(store, "k1")
     make(store, "k2")
     monkeypatch.setattr(store_module, "_SPACE_LEFT", 2**62)
-    with store.open("k2"), pytest.raises(HostError, match="MiB are free where the cache is") as caught:
+    with store.open("k2"), pytest.raises(HostError, match="MiB are free") as caught:
         store.new_draft()
     assert "prune" in caught.value.resolution
     assert said == ["the disk with the cache is nearly full: removed 1 templates not in use"]

@@ -24,7 +24,8 @@ Measured: see ADR 0008."""
 
 # Unless told, QEMU opens a file for reading first and for writing once a device needs it: of a descriptor
 # that was opened for both it gets no other.
-_WRITTEN = "cache=unsafe,auto-read-only=off"
+# A full disk is an error that the guest sees; unless told, QEMU stops the guest, and its test hangs.
+_WRITTEN = "cache=unsafe,auto-read-only=off,werror=report"
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 

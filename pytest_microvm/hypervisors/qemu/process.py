@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import socket
 import subprocess
 import tempfile
@@ -33,7 +34,7 @@ _CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability"
 _FILES = 256  # descriptors
 _THREADS = 160  # QEMU keeps at most 64 for its disks, and one for each vCPU
 _STACKS = 1024**3  # bytes of private memory that threads reserve and hardly touch (8 MiB each)
-_ADDRESSES = 8 * 1024**3  # bytes of address space for libraries, arenas and stacks
+_ADDRESSES = 16 * 1024**3  # bytes of address space for libraries, arenas and stacks
 # The kernel kills a machine when the *thread* that started it ends (PR_SET_PDEATHSIG, prctl(2)), so
 # every machine is started from this one thread, which lives as long as the process does.
 _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="microvm-spawn")
@@ -163,7 +164,7 @@ class QemuProcess:
                 reason = event.get("data", {}).get("reason", "unknown")
                 return _SHUTDOWN_WORDS.get(reason, f"QEMU ended: {reason}")
         if status < 0:
-            return f"QEMU was killed by signal {-status}"
+            return f"QEMU was killed by signal {-status}" + _SIGNAL_WORDS.get(-status, "")
         return f"QEMU ended with status {status}"
 
     def ceiling_hit(self) -> int | None:
@@ -237,6 +238,7 @@ class QemuProcess:
         self._process.wait()
 
 
+_SIGNAL_WORDS = {signal.SIGBUS: ": its memory file was cut off, or the disk under it is full"}  # mmap(2)
 _SHUTDOWN_WORDS = {
     "guest-shutdown": "the guest powered itself off",
     "guest-reset": "the guest rebooted itself, or its kernel panicked",
