@@ -127,6 +127,27 @@ def test_a_damaged_record_is_built_again(artifacts, build, tmp_path, text):
     assert "is damaged: building it again" in said[0]
 
 
+@pytest.mark.parametrize("place", [3, 40, 120, 200])
+def test_a_record_with_a_flipped_bit_is_built_again(artifacts, build, tmp_path, place):
+    artifact = artifacts.get("thing", "k" * 64, build, _silent)
+    (record,) = (tmp_path / "images" / "artifacts").iterdir()
+    data = bytearray(record.read_bytes())
+    data[place] ^= 1
+    record.write_bytes(data)
+    assert artifacts.get("thing", "k" * 64, build, _silent) == artifact
+    assert build.count == 2
+
+
+def test_a_record_of_an_older_version_has_no_seal(artifacts, build, tmp_path):
+    artifact = artifacts.get("thing", "k" * 64, build, _silent)
+    (record,) = (tmp_path / "images" / "artifacts").iterdir()
+    entry = json.loads(record.read_text())
+    del entry["seal"]
+    record.write_text(json.dumps(entry))
+    assert artifacts.get("thing", "k" * 64, build, _silent) == artifact
+    assert build.count == 1
+
+
 def test_a_touched_file_is_hashed_again_and_kept(artifacts, build):
     artifact = artifacts.get("thing", "k" * 64, build, _silent)
     os.utime(artifacts.blobs.path(artifact.files["one"]))
