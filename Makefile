@@ -4,10 +4,11 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 ARGS ?=
+FUZZ_SECONDS ?= 60
 
 STAGES := lint types imports unit contract plugin integration
 
-.PHONY: help setup demo test images bench $(STAGES)
+.PHONY: help setup demo test images bench fuzz $(STAGES)
 
 help: ## say what there is
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -48,12 +49,17 @@ plugin: images ## the plug-in's options, fixtures and reports
 
 integration: images ## everything together, and every command and snippet of the documentation
 	@printf '\n### %s\n' "$@"
-	@$(BIN)/python -m pytest tests/integration $(ARGS)
+	@$(BIN)/python -m pytest tests/integration tests/faults $(ARGS)
 
 images: setup
 	@printf '\n### %s\n' "$@"
 	@$(BIN)/pytest-microvm image build base
 	@$(BIN)/pytest-microvm image build python
+
+fuzz: setup ## fuzz what takes a guest's bytes, for FUZZ_SECONDS (60) in all
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --group fuzz || \
+		echo 'atheris cannot be installed here: hypothesis makes up the inputs instead'
+	@$(BIN)/python tests/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 bench: images ## measure, and compare with the promises
 	@$(BIN)/python benchmarks/run.py $(ARGS)

@@ -17,7 +17,10 @@ _UNSAFE = re.compile(f"({_COLOUR})|([{_CONTROLS}])")
 # In a name also what cannot be seen: it could pass for another.
 _UNSAFE_NAME = re.compile(f"[{_CONTROLS}\t\n\u200b-\u200d\u2060-\u2065\ufeff]")
 # GitHub takes "::" at the start of a line; it, Azure and TeamCity take "##[", "##vso[", ... anywhere.
-_COMMAND = re.compile(rf"^((?:[^\S\n]|{_COLOUR})*)(::)|(#)(#(?:vso|teamcity)?\[)", re.MULTILINE)
+# Colours inside count as nothing: what shows the text may drop them.
+_ANY = f"(?:{_COLOUR})*"
+_WORD = "|".join(_ANY.join([*word, r"\["]) for word in ("", "vso", "teamcity"))
+_COMMAND = re.compile(rf"^((?:[^\S\n]|{_COLOUR})*:{_ANY})(:)|(#{_ANY})(#{_ANY}(?:{_WORD}))", re.MULTILINE)
 
 
 def sanitize(text: str, limit: int = MAX_TEXT) -> str:
@@ -39,7 +42,7 @@ def sanitize_line(text: str, limit: int = 4096) -> str:
 
 
 def _defused(command: re.Match[str]) -> str:
-    return f"{command[1] or command[3] or ''}\\{command[2] or command[4]}"
+    return f"{command[1] or command[3]}\\{command[2] or command[4]}"
 
 
 def _visible(found: re.Match[str]) -> str:

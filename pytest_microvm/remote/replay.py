@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 from _pytest._code.code import TerminalRepr
@@ -45,7 +45,6 @@ def rebuild_test_report(
         "keywords": dict.fromkeys(_keywords(record.get("keywords")), 1),
         "when": when,
         "outcome": outcome,
-        "longrepr": _longrepr(record.get("longrepr"), outcome),
         "sections": _sections(record.get("sections", [])),
         "user_properties": [*_properties(record.get("user_properties", [])), *properties],
         "duration": checks.seconds(record.get("duration")),
@@ -57,11 +56,8 @@ def rebuild_test_report(
     if record.get("_report_type") == "SubTestReport":
         clean["_report_type"] = "SubTestReport"
         clean["_subtest.context"] = _subtest(record.get("_subtest.context"))
-    report = config.hook.pytest_report_from_serializable(config=config, data=clean)
-    assert isinstance(report, pytest.TestReport)
-    if line.get("shown") is True and isinstance(report.longrepr, str):
-        report.longrepr = Shown(report.longrepr)
-    return report
+    longrepr = _longrepr(record.get("longrepr"), outcome)
+    return cast("pytest.TestReport", _rebuilt(config, clean, longrepr, shown=line.get("shown") is True))
 
 
 def rebuild_collect_report(
@@ -77,15 +73,25 @@ def rebuild_collect_report(
         "$report_type": "CollectReport",
         "nodeid": nodeid,
         "outcome": collected.outcome,
-        "longrepr": _longrepr(record.get("longrepr"), collected.outcome),
         "sections": _sections(record.get("sections", [])),
         "result": None,
     }
-    report = config.hook.pytest_report_from_serializable(config=config, data=clean)
-    assert isinstance(report, pytest.CollectReport)
+    longrepr = _longrepr(record.get("longrepr"), collected.outcome)
+    report = cast("pytest.CollectReport", _rebuilt(config, clean, longrepr, shown=collected.shown))
     report.result = result
-    if collected.shown and isinstance(report.longrepr, str):
-        report.longrepr = Shown(report.longrepr)
+    return report
+
+
+def _rebuilt(
+    config: pytest.Config, clean: dict[str, Any], longrepr: Any, *, shown: bool
+) -> pytest.TestReport | pytest.CollectReport:
+    """Return the report that pytest makes of ``clean``, with the failure ``longrepr``."""
+    # pytest looks for its keys with ``in``, and would find them in a text as well.
+    data = {**clean, "longrepr": longrepr if isinstance(longrepr, dict) else None}
+    report = config.hook.pytest_report_from_serializable(config=config, data=data)
+    assert isinstance(report, (pytest.TestReport, pytest.CollectReport))
+    if not isinstance(longrepr, dict):
+        report.longrepr = Shown(longrepr) if shown and isinstance(longrepr, str) else longrepr
     return report
 
 

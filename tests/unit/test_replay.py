@@ -167,6 +167,19 @@ def test_a_ci_command_cannot_be_put_together_by_what_shows_it(config, failure):
     assert not re.search(r"^\s*::|##\[", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("outcome", "longrepr"),
+    [
+        ("failed", "reprcrash and reprtraceback, as pytest calls them"),
+        ("skipped", ["reprcrash", 1, "reprtraceback"]),
+    ],
+)
+def test_a_text_may_hold_the_names_of_a_failures_parts(config, outcome, longrepr):
+    """pytest takes it for a failure with these parts; found by fuzzing."""
+    report = rebuild(config, outcome=outcome, longrepr=longrepr)
+    assert report.longrepr == (longrepr if outcome == "failed" else tuple(longrepr))
+
+
 def test_deep_values_are_cut_wherever_they_are(config):
     deep = "x"
     for _ in range(400):

@@ -22,12 +22,14 @@ from pytest_microvm.sanitize import sanitize, sanitize_line
         ("\x00\x7f", r"\x00\x7f"),
         ("\u202eabc\u2066", "\\u202eabc\\u2066"),
         ("\ud800", r"\ud800"),
-        ("::error::x", r"\::error::x"),
+        ("::error::x", r":\:error::x"),
         ("a ::error::x", "a ::error::x"),
         ("x\n  y ##[group]y", "x\n  y #\\#[group]y"),
         ("##vso[task] ##teamcity[x]", r"#\#vso[task] #\#teamcity[x]"),
         ("## [heading]", "## [heading]"),
-        ("\x1b[31m::error::x", "\x1b[31m\\::error::x"),
+        ("\x1b[31m::error::x", "\x1b[31m:\\:error::x"),
+        (":\x1b[m:error::x", ":\x1b[m\\:error::x"),
+        ("#\x1b[1m#\x1b[m[x] ##v\x1b[ms\x1b[mo[x]", "#\x1b[1m\\#\x1b[m[x] #\\#v\x1b[ms\x1b[mo[x]"),
         ("test.py::test", "test.py::test"),
         ("ünï 漢字 😀 👩\u200d🔬", "ünï 漢字 😀 👩\u200d🔬"),
         ("a\u2028::error::x", "a\\u2028::error::x"),
@@ -44,8 +46,8 @@ def test_sanitize(text, safe):
     ("text", "safe"),
     [
         ("a\nb\tc\x1b[31md", r"a\nb\tc\x1b[31md"),
-        ("::error::x", r"\::error::x"),
-        (" ::error::x", r" \::error::x"),
+        ("::error::x", r":\:error::x"),
+        (" ::error::x", r" :\:error::x"),
         ("test.py::test[##[error]x]", r"test.py::test[#\#[error]x]"),
         ("micro\u200bvm.id\ufeff", r"micro\u200bvm.id\ufeff"),
         ("\ufffe\ud800", r"\ufffe\ud800"),
@@ -59,7 +61,9 @@ def test_what_is_too_long_is_cut_and_said():
     assert sanitize("x" * 100, 10) == "x" * 10 + "\n[90 more characters were cut]"
 
 
-@pytest.mark.parametrize("piece", ["\n", " ", "\x1b[", "\x1b[0m", "#", ":", "\t::"])
+@pytest.mark.parametrize(
+    "piece", ["\n", " ", "\x1b[", "\x1b[0m", "#", ":", "\t::", "#\x1b[m", "\n:\x1b[m", "##vs"]
+)
 def test_no_text_takes_longer_than_its_length(piece):
     """A quadratic pattern would need hours for this."""
     assert sanitize(piece * 500_000)

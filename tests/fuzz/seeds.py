@@ -1,0 +1,116 @@
+"""Write the committed corpus anew: good values, from which a fuzzer goes on."""
+
+import io
+import json
+import re
+import sys
+import tarfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from replayed import real_reports
+
+from pytest_microvm.wire.channel import Channel
+from pytest_microvm.wire.frames import Kind, encode
+
+ROOT = Path(__file__).parents[2]
+CORPUS = Path(__file__).parent / "corpus"
+
+
+def conversation(*, hello):
+    guest = Channel("agent")
+    if not hello:
+        guest.take()
+    for stream in (1, 2):
+        guest.open(stream)
+    guest.send({"id": 1, "result": {"size": 3, "names": ["a"], "target": "b"}})
+    guest.write(1, b"output")
+    guest.write(2, b"more")
+    guest.send({"id": 2, "error": {"type": "OSError", "message": "no", "errno": 2}})
+    guest.close(1)
+    return guest.take() + encode(Kind.CREDIT, 2, b"\0\0\0\1") + encode(Kind.CLOSE, 2)
+
+
+def archive(form):
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as made:
+        for name, kind, target in (
+            ("d", tarfile.DIRTYPE, ""),
+            ("d/f", tarfile.REGTYPE, ""),
+            ("d/l", tarfile.SYMTYPE, "f"),
+            ("h", tarfile.LNKTYPE, "d/f"),
+            ("long" * 40, tarfile.REGTYPE, ""),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname, info.mtime = kind, target, 1.5 if form == tarfile.PAX_FORMAT else 1
+            info.size = 3 if kind == tarfile.REGTYPE else 0
+            made.addfile(info, io.BytesIO(b"abc"))
+    return out.getvalue().rstrip(b"\0") + bytes(1024)
+
+
+def collection():
+    node = {
+        "k": "node",
+        "marks": [["slow", [1], {"level": 2}]],
+        "extra": ["word"],
+        "path": "/p/a.py",
+        "attributes": ["x"],
+    }
+    return [
+        {"k": "guest", "python": "3.11", "pytest": "8.2", "header": ["a line"]},
+        {**node, "parent": 0, "kind": "file", "class": "Module", "name": "a.py", "nodeid": "a.py"},
+        {**node, "parent": 1, "kind": "item", "class": "Function", "name": "t", "nodeid": "a.py::t",
+         "doc": "d", "repr": "<r>", "location": ["a.py", 3, "t"]},
+        {"k": "collected", "node": 0, "outcome": "passed", "result": [1]},
+        {"k": "collected", "node": 1, "outcome": "failed", "result": [],
+         "data": {"longrepr": "no"}, "shown": True},
+        {"k": "deselected", "items": [2]},
+        warning(),
+        {"k": "items", "order": [2], "markers": ["slow: takes long"]},
+        {"k": "end"},
+    ]  # fmt: skip
+
+
+def warning():
+    return {"k": "warning", "when": "runtest", "nodeid": "a.py::test_a", "message": "old", "filename": "a.py",
+            "category": ["own.Late", "DeprecationWarning"], "lineno": 3, "line": "x()"}  # fmt: skip
+
+
+def write(name, content):
+    path = CORPUS / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def main():
+    write("frames/conversation", conversation(hello=True))
+    write("channel/conversation", conversation(hello=True))
+    write("link/conversation", conversation(hello=False))
+    write("tar/pax", archive(tarfile.PAX_FORMAT))
+    write("tar/gnu", archive(tarfile.GNU_FORMAT))
+    write("collection/good.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in collection()))
+    write("text/hostile", "plain \x1b[31mred\x1b[0m \x1b[2J\u202e\n ::error::x\n##[group]y \ufffe".encode())
+    kinds = {}
+    for report in real_reports(("long", "native")):
+        longrepr = report["longrepr"]
+        style = longrepr["reprtraceback"]["style"] if isinstance(longrepr, dict) else type(longrepr).__name__
+        chained = isinstance(longrepr, dict) and len(longrepr["chain"] or [])
+        kind = (
+            report["outcome"],
+            report["when"],
+            style,
+            chained,
+            "wasxfail" in report,
+            bool(report["sections"]),
+        )
+        kinds.setdefault(kind, {**report, "nodeid": "a.py::test_a", "keywords": {"test_a": 1}})
+    for number, report in enumerate(kinds.values()):
+        text = json.dumps({"k": "report", "data": report}, indent=1)
+        text = re.sub(r"/tmp/tmp\w+", "/p", text.replace(sys.prefix, "/usr").replace(str(ROOT), "/p"))
+        write(f"report/{number:02}.json", text.encode())
+    write("report/warning.json", json.dumps(warning(), indent=1).encode())
+
+
+if __name__ == "__main__":
+    main()
