@@ -133,6 +133,8 @@ def _accelerator(host: Host) -> tuple[Accelerator | None, Check]:
         found = host.accelerator(stored[0])
     except MicroVMError as error:
         return None, Check("accelerator", FAIL, error.brief, error.resolution)
+    except OSError as error:
+        return None, Check("accelerator", FAIL, str(error), "see the error")
     detail = f"{found.name}: {found.reason}"
     if found.name == "tcg":
         advice = (
@@ -184,6 +186,15 @@ def _setpriv(_host: Host) -> Check:
             "setpriv", FAIL, "not found; it ends machines with their owner", "apt-get install util-linux"
         )
     return Check("setpriv", OK, program)
+
+
+def _containment(host: Host) -> Check:
+    """Tell what a guest that breaks out of QEMU meets."""
+    accelerator, _finding = _accelerator(host)
+    walls = host.hypervisor(host_architecture()).walls(accelerator)
+    detail = "; ".join(f"{wall.name}: {wall.detail}" for wall in walls)
+    fixes = [wall.fix for wall in walls if not wall.stands]
+    return Check("containment", WARN if fixes else OK, detail, "; ".join(fixes))
 
 
 def _mke2fs(_host: Host) -> Check:
@@ -256,6 +267,7 @@ def _templates(host: Host) -> Check:
 _CHECKS: dict[str, Callable[[Host], Check]] = {
     "kvm": _kvm,
     "setpriv": _setpriv,
+    "containment": _containment,
     "mke2fs": _mke2fs,
     "image tools": _image_tools,
     "disk": _disk,

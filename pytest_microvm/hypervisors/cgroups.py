@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pytest_microvm.hypervisors.containment import Wall
+
 VARIABLE = "PYTEST_MICROVM_CGROUP"
 """Names a delegated group of cgroup v2 (a folder) below which machines get theirs."""
 
@@ -73,6 +75,18 @@ class Cgroups:
             self.kind, f"cgroup {'+'.join(versions)}"
         )
         return f"{words} ({', '.join(sorted(self.controllers))})" if self.controllers else words
+
+    def told(self) -> Wall:
+        """Return whether machines are held in groups here, for people."""
+        missing = self.not_enforced(Limits(2**30, throttle=0.5))
+        if not missing:
+            return Wall("cgroup", True, str(self))
+        detail = (
+            f"{self}, so neither a memory ceiling nor a throttle holds" if self.kind == NONE else str(self)
+        )
+        if self.reason:
+            detail += f" ({self.reason})"
+        return Wall("cgroup", False, detail, f"delegate a cgroup v2 to this user and name it in {VARIABLE}")
 
     def prefix(self, limits: Limits) -> list[str]:
         """Return what comes before a command's argv so that it runs under ``limits``; often nothing."""

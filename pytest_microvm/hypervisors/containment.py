@@ -84,6 +84,7 @@ class Walls:
         network: The argv that gives an empty network namespace; empty where that does not work.
         users: The user ids to choose from; ``None``: machines run as our own user.
         files_group: The group that files get which such a user must open itself.
+        capabilities: Whether root's capabilities can be taken away.
         reason: Why machines run as our own user.
     """
 
@@ -92,6 +93,7 @@ class Walls:
     network: tuple[str, ...] = ()
     users: range | None = None
     files_group: int | None = None
+    capabilities: bool = False
     reason: str = ""
 
     def identity(self, devices: Sequence[Path] = ()) -> Identity | None:
@@ -122,23 +124,24 @@ class Walls:
         if identity is not None:
             command += [f"--reuid={identity.user}", f"--regid={identity.group}"]
             command += [f"--groups={','.join(map(str, identity.groups))}"]
+        if self.capabilities:
             command += ["--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"]
         return [*command, "--no-new-privs", "--pdeathsig=KILL", "--"]
 
     def told(self, devices: Sequence[Path] = ()) -> tuple[Wall, ...]:
         """Return which walls stand around a machine that uses ``devices``, for people."""
+        powers = "without capabilities" if self.capabilities else "with all capabilities"
         if self.users is not None and self.identity(devices) is None:
             closed = " and ".join(map(str, devices))
-            fix = f"chgrp kvm {closed} && chmod 660 {closed}"
-            user = Wall("user", False, f"machines run as root: no group may use {closed}", fix)
+            detail = f"machines run as root, {powers}: no group may use {closed}"
+            user = Wall("user", False, detail, f"chgrp kvm {closed} && chmod 660 {closed}")
         elif self.own_users:
             user = Wall("user", True, "each machine has a user of its own")
         elif self.users is not None:
-            user = Wall(
-                "user", True, "machines run as nobody: this user namespace has too few ids for one each"
-            )
+            user = Wall("user", True, "machines run as nobody: too few users are mapped here for one each")
         elif os.geteuid() == 0:
-            user = Wall("user", False, f"machines run as root ({self.reason})", "run as an ordinary user")
+            detail = f"machines run as root, {powers}: {self.reason}"
+            user = Wall("user", False, detail, "run as an ordinary user")
         else:
             user = Wall("user", True, "machines run as this user")
         network = Wall("network namespace", True, "empty")
@@ -169,7 +172,7 @@ def find_walls() -> Walls:
         network = (
             (unshare, "--net", "--") if root else (unshare, "--user", "--map-current-user", "--net", "--")
         )
-    bare = Walls(setpriv, prlimit)
+    bare = Walls(setpriv, prlimit, capabilities=os.geteuid() == 0)
     users, reason = _users()
     candidates = [replace(bare, network=network, reason=reason), bare]
     if users is not None:
@@ -178,7 +181,8 @@ def find_walls() -> Walls:
         candidates = [replace(one, users=users, files_group=group) for one in candidates] + [
             replace(one, reason=reason) for one in candidates
         ]
-    return next((walls for walls in candidates if _works(walls)), replace(bare, reason=reason))
+    least = Walls(setpriv, prlimit, reason=reason or "it may not even shed capabilities")
+    return next((walls for walls in candidates if _works(walls)), least)
 
 
 def prefer_for_ending(pid: int) -> None:

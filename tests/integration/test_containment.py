@@ -316,7 +316,13 @@ def with_version_2(host):
     """A machine with cgroup v2 and our module: Debian's kernel has every controller."""
     with host.start(MachineSpec(image="python", memory=512 * MIB, timeout=240)) as vm:
         package = Path(pytest_microvm.__file__).parent
-        for name in ("__init__.py", "errors.py", "hypervisors/__init__.py", "hypervisors/cgroups.py"):
+        for name in (
+            "__init__.py",
+            "errors.py",
+            "hypervisors/__init__.py",
+            "hypervisors/containment.py",
+            "hypervisors/cgroups.py",
+        ):
             vm.path("/code/pytest_microvm", name).parent.mkdir(parents=True, exist_ok=True)
             vm.push(package / name, f"/code/pytest_microvm/{name}")
         vm.path("/code/at_work.py").write_text(AT_WORK)

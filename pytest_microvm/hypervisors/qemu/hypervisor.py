@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import BootError, HypervisorMissing
 from pytest_microvm.hypervisors import Accelerator, Launch
+from pytest_microvm.hypervisors.cgroups import find_cgroups
+from pytest_microvm.hypervisors.containment import Wall, find_walls
 from pytest_microvm.hypervisors.probe import Verdict, check_required, probe
-from pytest_microvm.hypervisors.qemu.command import PROGRAMS
-from pytest_microvm.hypervisors.qemu.process import QemuProcess
+from pytest_microvm.hypervisors.qemu.command import PROGRAMS, SANDBOX
+from pytest_microvm.hypervisors.qemu.process import QemuProcess, accelerator_devices
 from pytest_microvm.hypervisors.tsc import measure_tsc_khz
 
 if TYPE_CHECKING:
@@ -100,6 +102,22 @@ class Qemu:
             BootError: QEMU did not start.
         """
         return QemuProcess(self.program, launch, accelerator, readonly_ram=self._copies_readonly_ram)
+
+    def walls(self, accelerator: Accelerator | None) -> tuple[Wall, ...]:
+        """Return what stands on this host between a guest that breaks out and everything else.
+
+        Args:
+            accelerator: What runs machines here; ``None`` if that is not known yet.
+
+        Raises:
+            HostError: A program that raises them is missing.
+        """
+        devices = accelerator_devices(accelerator) if accelerator is not None else []
+        return (
+            *find_walls().told(devices),
+            Wall("seccomp", True, SANDBOX.partition(",")[0]),
+            find_cgroups().told(),
+        )
 
     def _accelerator(self, verdict: Verdict) -> Accelerator:
         if self._architecture == "aarch64":

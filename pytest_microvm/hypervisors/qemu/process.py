@@ -72,7 +72,7 @@ class QemuProcess:
         self._written: int | None = None
         self._ceiling_hit: int | None = None
         walls, cgroups = find_walls(), find_cgroups()
-        identity = walls.identity([KVM_DEVICE] if accelerator.name == "kvm" else [])
+        identity = walls.identity(accelerator_devices(accelerator))
         limits = Limits(memory_ceiling(launch, accelerator), launch.throttle)
         self.not_enforced = cgroups.not_enforced(limits)
         with ExitStack() as theirs, ExitStack() as on_failure:
@@ -238,12 +238,17 @@ class QemuProcess:
         self._process.wait()
 
 
-_SIGNAL_WORDS = {signal.SIGBUS: ": its memory file was cut off, or the disk under it is full"}  # mmap(2)
+_SIGNAL_WORDS: dict[int, str] = {signal.SIGBUS: ": its memory file was cut off, or the disk under it is full"}  # mmap(2)
 _SHUTDOWN_WORDS = {
     "guest-shutdown": "the guest powered itself off",
     "guest-reset": "the guest rebooted itself, or its kernel panicked",
     "guest-panic": "the guest's kernel panicked",
 }
+
+
+def accelerator_devices(accelerator: Accelerator) -> list[Path]:
+    """Return the devices that QEMU's process must be able to open."""
+    return [KVM_DEVICE] if accelerator.name == "kvm" else []
 
 
 def _rlimits(launch: Launch, limits: Limits, *, own_user: bool) -> Rlimits:
