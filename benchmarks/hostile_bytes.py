@@ -36,6 +36,7 @@ KEPT = 64 * MIB
 
 
 def drained(sock: socket.socket) -> str:
+    """Take a console."""
     ended = threading.Event()
     drain = Drain(sock, lambda data: None if data else ended.set())
     ended.wait()
@@ -43,6 +44,7 @@ def drained(sock: socket.socket) -> str:
 
 
 def unread(sock: socket.socket, *, discard: bool = False) -> str:
+    """Open a stream and read nothing of it."""
     link = Link(sock)
     stream = link.open_stream()
     request = link.request("anything", stream=stream.number)
@@ -54,10 +56,13 @@ def unread(sock: socket.socket, *, discard: bool = False) -> str:
 
 
 def discarded(sock: socket.socket) -> str:
+    """Throw a stream away."""
     return unread(sock, discard=True)
 
 
 def answered(work: Callable[[Link], object]) -> Callable[[socket.socket], str]:
+    """Do ``work`` over a link."""
+
     def host(sock: socket.socket) -> str:
         link = Link(sock)
         try:
@@ -70,14 +75,17 @@ def answered(work: Callable[[Link], object]) -> Callable[[socket.socket], str]:
 
 
 def reports(link: Link) -> str:
+    """Keep the records about a test."""
     return f"{len(list(RunnerSession(link).run(0, None, None)))} records"
 
 
 def read_some(link: Link) -> str:
+    """Read a file into memory."""
     return f"{len(read_file(link, '/x', KEPT))} bytes"
 
 
 def unpacked(link: Link) -> str:
+    """Pull a folder."""
     with tempfile.TemporaryDirectory() as folder:
         pull(link, PurePosixPath("/x"), Path(folder, "x"))
     return "unpacked"
@@ -102,7 +110,7 @@ def flood(piece: bytes, first: bytes = b"") -> Callable[[socket.socket, int], No
 
 
 def stream(piece: bytes, first: bytes = b"") -> Callable[[socket.socket, int], None]:
-    """Answer requests as an honest guest does, and send ``piece`` again and again on the stream named last."""
+    """Answer requests as an honest guest does, and send ``piece`` again and again on the last stream."""
     block = piece * max(1, PIECE // len(piece))
 
     def guest(sock: socket.socket, amount: int) -> None:
@@ -233,6 +241,7 @@ def in_own_process(name: str, amount: int) -> Measured:
 
 
 def main() -> int:
+    """Measure what was asked for; return 1 if the host grew by more than it may."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=1024, help="what each guest sends, at most")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -246,7 +255,7 @@ def main() -> int:
         found = in_own_process(name, options.mib * MIB)
         worst |= found.grown > found.bound
         print(
-            f"{name:26}{found.grown:7.1f} MiB of {found.bound:4} {found.seconds:6.1f} s  {found.outcome[:110]}"
+            f"{name:25}{found.grown:7.1f} MiB of {found.bound:3} {found.seconds:6.1f} s  {found.outcome[:99]}"
         )
     return worst
 

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
+from pytest_microvm.answers import Answer
 from pytest_microvm.errors import MachineError, QuotaExceeded, UsageError
 from pytest_microvm.link import GuestError, Link, Stream, read_any
 from pytest_microvm.spec import DEFAULT_OUTPUT
@@ -137,7 +138,7 @@ class GuestProcess:
             for stream in filter(None, (self._out, self._err, self._in)):
                 link.forget(stream)
             raise _as_os_error(error, request) from None
-        self.pid = int(started["pid"])
+        self.pid = Answer(link, started).whole("pid", 1)
         self.stdin = self._open(self._out, "w", ends=False) if pty else self._open(self._in, "w")
         self.stdout = self._open(self._out, "r")
         self.stderr = self._open(self._err, "r")
@@ -172,7 +173,7 @@ class GuestProcess:
                     result = self._exit.wait(timeout)
             except TimeoutError:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
-            self.returncode = int(result["returncode"])
+            self.returncode = Answer(self._link, result).whole("returncode", -255, 255)
         return self.returncode
 
     def communicate(

@@ -1,0 +1,35 @@
+"""What a guest sends does not make the host grow: some of the ways of ``benchmarks/hostile_bytes.py``."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "hostile_bytes.py"
+MIB = 300  # each would show in the host's memory if it were kept
+
+
+@pytest.mark.parametrize(
+    ("way", "takes_all"),
+    [
+        ("console", True),
+        ("console-one-line", True),
+        ("stream-nobody-reads", False),
+        ("stream-thrown-away", True),
+        ("answers-nobody-asked-for", False),
+        ("file-too-long", True),
+        ("report-of-one-line", False),
+        ("report-of-values", False),
+        ("tar-large-members", True),
+    ],
+)
+def test_the_host_stays_small(way, takes_all):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--one", way, "--mib", str(MIB)], check=True, capture_output=True
+    )
+    found = json.loads(done.stdout)
+    assert found["grown"] < found["bound"], found
+    taken = int(found["outcome"].split()[0])
+    assert (taken >= MIB * 1024**2) is takes_all, found
