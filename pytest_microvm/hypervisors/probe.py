@@ -6,6 +6,7 @@ The verdict is remembered until the computer, its kernel, the hypervisor or the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -126,7 +127,11 @@ def _remembered(memory: Path, key: str, candidate: str) -> Verdict | None:
 
 def _remember(memory: Path, key: str, verdict: Verdict) -> None:
     """Keep only the newest verdict: the others are of another boot, or of another build."""
-    memory.parent.mkdir(parents=True, exist_ok=True)
     draft = memory.with_name(f".{memory.name}.{os.getpid()}")
-    draft.write_text(json.dumps({key: asdict(verdict)}))
-    draft.replace(memory)
+    with contextlib.suppress(OSError):  # a cache that is full or read-only: it is tried again next time
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            draft.write_text(json.dumps({key: asdict(verdict)}))
+            draft.replace(memory)
+        finally:
+            draft.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
+from pytest_microvm.disk import explained
 from pytest_microvm.errors import ImageError, KitError
 from pytest_microvm.images.artifacts import Artifact, Artifacts, Built
 from pytest_microvm.images.blobs import canonical_json, read_json, write_atomically
@@ -168,7 +169,7 @@ class ImageStore:
             ImageError: There is no such image.
         """
         digest = self.inspect(name_or_digest).image.digest
-        with self._artifacts.publishing():
+        with explained(self._root), self._artifacts.publishing():
             for path, entry in self._names():
                 if entry["digest"] == digest:
                     path.unlink()
@@ -180,7 +181,7 @@ class ImageStore:
         Returns:
             Bytes freed.
         """
-        with self._artifacts.publishing():
+        with explained(self._root), self._artifacts.publishing():
             current = {path for path, entry in self._names() if _is_current(entry)}
             for path in set((self._root / "names").glob("*.json")) - current:
                 path.unlink()

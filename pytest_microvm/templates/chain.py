@@ -261,10 +261,9 @@ class Chain:
     @contextlib.contextmanager
     def _alone(self, key: str, title: str) -> Iterator[None]:
         """Make this the only process, and thread, that makes ``key``."""
-        folder = self._store.folder / ".locks"
-        lock = FileLock(folder / key)
+        lock = FileLock(self._store.locks / key)
         with explained(self._store.folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            self._store.locks.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(timeout=0.5)
             except Timeout:

@@ -81,6 +81,20 @@ def in_use(folder: Path) -> bool:
     return False
 
 
+def remove_unheld(path: Path) -> None:
+    """Remove a file or a folder unless somebody holds a lock on it."""
+    with contextlib.suppress(OSError):  # it is held, or gone
+        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        finally:
+            os.close(lock)
+
+
 def remove_unused(folder: Path) -> bool:
     """Remove a template unless somebody uses it; return whether it is gone."""
     try:

@@ -28,6 +28,7 @@ from pytest_microvm.templates.folders import (
     leads_to,
     private,
     publish_as,
+    remove_unheld,
     remove_unused,
 )
 from pytest_microvm.templates.integrity import META, Damaged, Stamps, read_meta, seal, stamps, verified
@@ -140,6 +141,7 @@ class TemplateStore:
 
     def __init__(self, root: Path, cap: int, say: Callable[[str], None] = lambda _line: None) -> None:
         self.folder = root / "templates"
+        self.locks = self.folder / ".locks"  # of those who make a template, by key
         self.cap = cap
         self._say = say
         self._drafts: dict[Path, int] = {}  # with the descriptors that hold their locks
@@ -155,15 +157,14 @@ class TemplateStore:
             while (lock := hold(folder / META)) is not None:
                 try:
                     meta = read_meta(folder)
-                    seen = verified(folder, meta)
-                except Damaged as damage:
+                    template = Template(key, folder, meta, lock, verified(folder, meta))
+                except (Damaged, FileNotFoundError) as damage:
                     if leads_to(folder, lock):  # else it was removed meanwhile, and perhaps made anew
                         self._give_up(folder, damage)
                         return None
                 else:
                     with contextlib.suppress(OSError):  # a cache that cannot be written
                         os.utime(lock)  # the time of use, for "least recently used"
-                    template = Template(key, folder, meta, lock, seen)
                     lock = None
                     return template
                 finally:
@@ -257,6 +258,8 @@ class TemplateStore:
         """
         with explained(self.folder):
             self._sweep()
+            for lock in self.locks.glob("*"):
+                remove_unheld(lock)
             unused = [entry for entry in self.list() if entry.kind != KEPT]
             return sum(entry.size for entry in unused if remove_unused(self.folder / entry.key))
 
@@ -275,7 +278,7 @@ class TemplateStore:
             return []
         return [path for path in self.folder.iterdir() if not path.name.startswith(".") and path.is_dir()]
 
-    def _give_up(self, folder: Path, damage: Damaged) -> None:
+    def _give_up(self, folder: Path, damage: Damaged | FileNotFoundError) -> None:
         """Take a damaged template out of the way; say so."""
         entry = _stored(folder)
         if entry is not None and entry.kind == KEPT:
@@ -307,13 +310,7 @@ class TemplateStore:
         for removed in self.folder.glob(REMOVED + "*"):
             shutil.rmtree(removed, ignore_errors=True)
         for draft in self.folder.glob(_DRAFT + "*"):
-            with contextlib.suppress(OSError):  # it is in the making, or gone
-                lock = os.open(draft, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(draft, ignore_errors=True)
-                finally:
-                    os.close(lock)
+            remove_unheld(draft)
 
 
 def _stored(folder: Path) -> StoredTemplate | None:

@@ -87,6 +87,12 @@ def test_a_damaged_memory_is_as_good_as_none(look, tmp_path, content):
     assert look().name == "kvm"
 
 
+def test_a_verdict_that_cannot_be_remembered_is_found_out_again(look, tmp_path):
+    (tmp_path / "cache").touch()  # nothing can be written below it
+    assert look().name == look().name == "kvm"
+    assert len(look.asked) == 2
+
+
 def test_no_device(look, tmp_path):
     verdict = look(device=tmp_path / "missing")
     assert verdict.name == "tcg"

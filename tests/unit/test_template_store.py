@@ -1,13 +1,16 @@
 """Templates on disk: whole or not there, held while in use, the least recently used go first."""
 
+import contextlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
+import time
 
 import pytest
+from filelock import FileLock
 
 from pytest_microvm.errors import HostError, UsageError
 from pytest_microvm.templates import folders, integrity
@@ -29,9 +32,9 @@ def store(tmp_path, said):
     return TemplateStore(tmp_path / "cache", cap=1024**3, say=said.append)
 
 
-def make(store, key, size=MIB, **meta):
+def make(store, key, size=MIB, content=None, **meta):
     with store.draft() as draft:
-        (draft / "ram").write_bytes(os.urandom(size))
+        (draft / "ram").write_bytes(content or os.urandom(size))
         (draft / "scratch").write_bytes(b"scratch")
         (draft / "state").write_bytes(b"state of " + key.encode())
         (draft / "collected").write_bytes(b"[]")
@@ -209,6 +212,15 @@ def test_publishing_twice_keeps_the_first(store):
     make(store, "k1")
     assert (store.folder / "k1" / "ram").read_bytes() == first
     assert names(store) == {"k1"}
+
+
+def test_locks_that_nobody_holds_are_pruned(store):
+    make(store, "k1")
+    store.locks.mkdir()
+    (store.locks / "k1").touch()
+    with FileLock(store.locks / "k2"):
+        store.prune()
+        assert [path.name for path in store.locks.iterdir()] == ["k2"]
 
 
 def test_in_use_is_not_removed(store):
@@ -396,6 +408,42 @@ def _publish_often(store, key, count):
         if template is not None:  # somebody may have removed it since
             assert template.state.read_bytes() == b"state of " + key.encode()
             template.close()
+
+
+def _use_often(store, key, rounds):
+    """Whoever finds a template wrong must be able to know it from the template."""
+    for _ in range(rounds):
+        template = store.open(key)
+        if template is None:
+            make(store, key, size=1000, content=b"r" * 1000)
+            continue
+        with template:
+            try:
+                sound = template.ram.read_bytes() == b"r" * 1000
+            except FileNotFoundError:
+                sound = False
+            assert sound or not template.intact()
+
+
+def test_processes_use_what_is_damaged_again_and_again(store):
+    store.folder.mkdir(parents=True)
+    processes = [FORK.Process(target=_use_often, args=(store, "k1", 500)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    ram = store.folder / "k1" / "ram"
+    damaged = 0
+    while any(process.is_alive() for process in processes):
+        with contextlib.suppress(FileNotFoundError):
+            # The kernel's time stamps are some milliseconds apart (CONFIG_HZ): two writes may share one.
+            if time.time() - ram.stat().st_ctime > 0.02:
+                flip_a_bit(ram)
+                damaged += 1
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert damaged > 0
+    store.prune()
+    assert names(store) == set()
 
 
 def test_processes_publish_open_and_remove_the_same_at_once(store):
