@@ -77,6 +77,14 @@ def warning():
             "category": ["own.Late", "DeprecationWarning"], "lineno": 3, "line": "x()"}  # fmt: skip
 
 
+CONSOLE = b"""[    1.0] Out of memory: Killed process 77 (py\x1b[2Jthon) anon-rss:900kB, shmem-rss:8kB
+Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009
+BUG: unable to handle page fault\r
+Oops: 0002 [#1]
+microvm: too many processes
+"""
+
+
 def write(name, content):
     path = CORPUS / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +98,7 @@ def main():
     write("tar/pax", archive(tarfile.PAX_FORMAT))
     write("tar/gnu", archive(tarfile.GNU_FORMAT))
     write("collection/good.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in collection()))
+    write("console/lines", CONSOLE)
     write("text/hostile", "plain \x1b[31mred\x1b[0m \x1b[2J\u202e\n ::error::x\n##[group]y \ufffe".encode())
     kinds = {}
     for report in real_reports(("long", "native")):

@@ -19,6 +19,7 @@ from _pytest.config import get_config
 from _pytest.junitxml import LogXML
 
 from pytest_microvm.answers import Answer
+from pytest_microvm.console import ConsoleReader
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation, TransferError
 from pytest_microvm.extraction import extract
 from pytest_microvm.link import GuestError, Link
@@ -228,6 +229,17 @@ def text(data):
     assert len(sanitize_line(shown)) < 50_000
 
 
+def console(data):
+    """What a console's lines are taken for is safe to show, and little is kept of them."""
+    reader = ConsoleReader()
+    for start in range(0, len(data), 100):
+        for finding in reader.feed(data[start : start + 100]):
+            _is_safe(finding.text)
+            assert len(finding.text) < 5000
+    assert len(reader.findings) <= 20
+    assert len(reader._line) <= 1024
+
+
 def _is_safe(shown):
     shown.encode()
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
@@ -241,4 +253,7 @@ def _seeds(name):
     return [path.read_bytes() for path in sorted((CORPUS / name).glob("*.json*"))]
 
 
-TARGETS = {function.__name__: function for function in (frames, channel, link, tar, report, collection, text)}
+TARGETS = {
+    function.__name__: function
+    for function in (frames, channel, link, tar, report, collection, text, console)
+}

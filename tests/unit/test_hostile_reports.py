@@ -6,7 +6,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from .replayed import HOSTILE_TEXT, assert_harmless, changed, mutated, places, real_reports, show_collection
+from pytest_microvm.errors import ProtocolViolation
+from pytest_microvm.remote import running
+
+from .replayed import (
+    HOSTILE_TEXT,
+    assert_harmless,
+    changed,
+    item,
+    mutated,
+    places,
+    real_reports,
+    show_collection,
+)
 from .replayed import show_reports as show
 from .test_collected import GOOD, lines
 
@@ -51,6 +63,18 @@ def test_mutated_reports(records, colour):
     shown = show(records, f"--color={colour}")
     assert_harmless(shown)
     assert len(shown.shown) + len(shown.refused) == len(records)
+
+
+@pytest.mark.parametrize("outcomes", [[], ["rerun"], ["rerun", "rerun"]], ids=str)
+def test_a_test_cannot_vanish_from_the_results(request, outcomes):
+    test = item(0)
+    test.config = request.config
+    passed = next(report for report in REPORTS if report["outcome"] == "passed")
+    reports = [
+        {"k": "report", "data": {**passed, "nodeid": test.nodeid, "outcome": outcome}} for outcome in outcomes
+    ]
+    with pytest.raises(ProtocolViolation, match="nothing about the test"):
+        running._read(test, [*reports, {"k": "end"}], None, None, 0)
 
 
 @FEW

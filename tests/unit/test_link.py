@@ -1,20 +1,23 @@
 """The host's link over a socket, with the guest's own port code on the other end."""
 
+import io
 import os
 import resource
 import socket
 import struct
+import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
 from pytest_microvm import link as link_module
-from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation
+from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation, TransferError
 from pytest_microvm.guest.port import Port
 from pytest_microvm.link import Drain, GuestError, Link, read_any
-from pytest_microvm.transfer import as_os_error
+from pytest_microvm.process import GuestProcess, command_arguments
+from pytest_microvm.transfer import as_os_error, pull
 from pytest_microvm.wire.channel import GRANT, MAX_STREAMS, WINDOW, Closed, Credit, Data, Hello, Message
 from pytest_microvm.wire.frames import MAX_PAYLOAD, Kind, encode
 
@@ -567,3 +570,61 @@ def test_a_guest_that_reads_nothing_does_not_make_the_host_queue(link, guest):
         guest.sock.sendall(frame * 1000)
     assert link.failure is None
     assert len(link._out) < 4096
+
+
+def answering(link, guest, background, result, work):
+    """Do ``work`` in a thread while the guest answers its first request with ``result``."""
+    doing = background(work)
+    guest.answer(guest.next(Message).body["id"], result=result)
+    return doing
+
+
+@pytest.mark.parametrize(
+    "result", [{}, {"pid": "1"}, {"pid": None}, {"pid": -1}, {"pid": 10**30}, {"pid": [1]}, "text"], ids=str
+)
+def test_a_command_started_with_a_wrong_answer_ends_the_machine(link, guest, background, result):
+    request = command_arguments(["true"], {}, None, None)
+    doing = answering(
+        link,
+        guest,
+        background,
+        result,
+        lambda: GuestProcess(link, ["true"], request, stdin=False, text=True, pty=None),
+    )
+    with pytest.raises(ProtocolViolation, match="'pid' that is no whole number"):
+        doing.result(GUARD)
+    assert isinstance(link.failure, ProtocolViolation)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [{}, {"kind": "device"}, {"kind": ["file"], "mode": 0}, {"kind": "file"}, {"kind": "file", "mode": "0"}],
+    ids=str,
+)
+def test_a_pull_with_a_wrong_answer_ends_the_machine_and_leaves_nothing(
+    link, guest, background, result, tmp_path
+):
+    doing = answering(
+        link, guest, background, result, lambda: pull(link, PurePosixPath("/x"), tmp_path / "x")
+    )
+    with pytest.raises(ProtocolViolation):
+        doing.result(GUARD)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pull_onto_a_folder_of_another_kind_is_a_transfer_error(link, guest, background, tmp_path):
+    """What is where, in the archive, is the guest's choice: it must not be able to raise what it likes."""
+    (tmp_path / "x" / "f").mkdir(parents=True)
+    (tmp_path / "x" / "f" / "precious").touch()
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as made:
+        made.addfile(tarfile.TarInfo("f"))
+    found = {"kind": "directory", "mode": 0o755}
+    doing = answering(link, guest, background, found, lambda: pull(link, PurePosixPath("/x"), tmp_path))
+    number, stream = guest.open_with("stream")
+    guest.write_all(stream, archive.getvalue())
+    guest.channel.close(stream)
+    guest.answer(number, result={})
+    with pytest.raises(TransferError, match="cannot put what the machine sent in its place"):
+        doing.result(GUARD)
+    assert [path.name for path in (tmp_path / "x").rglob("*")] == ["f", "precious"]
