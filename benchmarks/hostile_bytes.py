@@ -22,6 +22,8 @@ from pathlib import Path, PurePosixPath
 from pytest_microvm.errors import MachineError
 from pytest_microvm.guest.port import Port
 from pytest_microvm.link import Drain, Link
+from pytest_microvm.remote.backend import CollectPlan
+from pytest_microvm.remote.collected import Collected
 from pytest_microvm.remote.session import RunnerSession
 from pytest_microvm.transfer import pull, read_file
 from pytest_microvm.wire.channel import Credit, Message
@@ -77,6 +79,13 @@ def answered(work: Callable[[Link], object]) -> Callable[[socket.socket], str]:
 def reports(link: Link) -> str:
     """Keep the records about a test."""
     return f"{len(list(RunnerSession(link).run(0, None, None)))} records"
+
+
+def collected(link: Link) -> str:
+    """Read a collection."""
+    here = Path("/")
+    plan = CollectPlan(arguments=(), directory=here, rootdir=here, workspace=here)
+    return f"{len(Collected.parse(RunnerSession(link).collect(plan)).nodes)} nodes"
 
 
 def read_some(link: Link) -> str:
@@ -145,6 +154,10 @@ HELLO = encode(Kind.HELLO, 0, b'{"version":1,"role":"runner"}')
 REPORT = (
     json.dumps({"k": "report", "data": {"sections": [["Captured stdout call", "x" * 900]]}}).encode() + b"\n"
 )
+NODE = (
+    b'{"k":"node","parent":0,"kind":"item","class":"F","name":"","nodeid":"","path":"","marks":[],"extra":[],'
+)
+NODE += b'"location":["",0,""]}\n'
 VALUES = b'{"k":[' + b"[]," * 300_000 + b"[]]}\n"
 
 
@@ -171,12 +184,14 @@ class Way:
         guest: What sends.
         bound: MiB by which the host may grow.
         share: The part of the bytes that is sent, where Python needs long for each.
+        most: Bytes that are sent at most.
     """
 
     host: Callable[[socket.socket], str]
     guest: Callable[[socket.socket, int], None]
     bound: int = 64
     share: float = 1.0
+    most: int = 2**63
 
 
 WAYS = {
@@ -191,6 +206,8 @@ WAYS = {
     "reports": Way(answered(reports), stream(REPORT), bound=512),
     "report-of-one-line": Way(answered(reports), stream(b"x" * PIECE), bound=512),
     "report-of-values": Way(answered(reports), stream(VALUES), bound=512),
+    "collection": Way(answered(collected), stream(NODE), bound=512),
+    "collection-in-its-limit": Way(answered(collected), stream(NODE), bound=1536, most=250 * MIB),
     "tar-member": Way(answered(unpacked), stream(b"x" * PIECE, member(b"big", 2**35)), share=0.2),
     "tar-members": Way(answered(unpacked), stream(member(b"again", 0)), share=0.2),
     "tar-large-members": Way(answered(unpacked), stream(member(b"again", MIB) + b"x" * MIB)),
@@ -211,7 +228,7 @@ def measure(name: str, amount: int) -> dict[str, object]:
     if not pid:
         ours.close()
         with contextlib.suppress(OSError, EOFError):
-            way.guest(theirs, int(amount * way.share))
+            way.guest(theirs, min(way.most, int(amount * way.share)))
         os._exit(0)
     theirs.close()
     before, started = peak(), time.monotonic()

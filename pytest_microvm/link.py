@@ -11,6 +11,7 @@ written only under their owner's lock, after a look at whether they are closed.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import selectors
 import socket
@@ -248,16 +249,14 @@ class Stream:
             MachineCrashed: The machine ended before the stream did.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        parts: list[bytes] = []
-        total = 0
+        received = io.BytesIO()  # which gives its bytes away without a copy
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             data = self.read(timeout=left)
             if not data:
-                return b"".join(parts)
-            parts.append(data)
-            total += len(data)
-            if total > limit:
+                return received.getvalue()
+            received.write(data)
+            if received.tell() > limit:
                 violation = ProtocolViolation(f"the guest sent more than the {limit} bytes allowed here")
                 self._link.end_for(violation)
                 raise violation

@@ -181,7 +181,7 @@ def _read(item: Any, records: list[dict[str, Any]], facts: MachineFacts, usage: 
             ran.stop = None if stop is None else line(stop, "reason to stop")
         else:
             raise violation("a record of an unknown kind")
-    if ran.exit is None and all(report.outcome == "rerun" for report in ran.reports):
+    if ran.exit is None and all(str(report.outcome) == "rerun" for report in ran.reports):
         raise violation("nothing about the test")  # it would be missing from the results, unseen
     if ran.exit is not None and ran.exit.reason == "internal":
         ran.reports += _failed(item, "call", f"INTERNALERROR in the guest's pytest\n{ran.exit.text}", ours)

@@ -12,7 +12,7 @@ from pytest_microvm.remote import checks
 from pytest_microvm.remote.backend import CollectPlan
 from pytest_microvm.spec import DEFAULT_OUTPUT
 
-MAX_COLLECTION = 1024 * 1024 * 1024
+MAX_COLLECTION = 256 * 1024 * 1024
 _REPORT_OVERHEAD = 64 * 1024 * 1024  # what a test's reports may hold besides its output
 _FINISH_TIMEOUT = 30.0
 
