@@ -23,6 +23,7 @@ _EXAMPLES = f"""examples:
 
 The cap is 10G; {CACHE_SIZE_VARIABLE}=20G sets another.
 Kind "kept" is a machine that --microvm-keep kept: see `pytest-microvm ps`.
+Kind "unusable" is what is damaged, or of another version of pytest-microvm: nothing uses it.
 """
 
 
