@@ -20,6 +20,7 @@ PIDS_WORD = "microvm: too many processes"
 
 _MAX_LINE = 1024
 _MAX_FINDINGS = 20
+_MAX_MARKED = 10_000  # lines that are looked at closely, of one machine
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,25 @@ class ConsoleReader:
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
-        self._line = bytearray()
+        self._line = b""
+        self._patience = _MAX_MARKED
 
     def feed(self, data: bytes) -> Iterator[Finding]:
         """Take what came and yield what was found in it; at most the first 20 of a machine are kept."""
-        *whole, rest = data.split(b"\n")
-        for part in whole:
-            self._line += part[: _MAX_LINE - len(self._line)]
-            finding = find(self._line.decode("ascii", errors="replace"))
-            self._line.clear()
+        text = self._line + data
+        position, end = 0, text.rfind(b"\n") + 1
+        # One search for all of it: all machines share this thread, and a guest can write newlines alone.
+        while self._patience and (marked := _MARKED.search(text, position, end)):
+            start = max(position, text.rfind(b"\n", position, marked.start()) + 1)
+            position = text.find(b"\n", marked.end()) + 1
+            self._patience -= 1
+            finding = find(
+                text[start : min(position - 1, start + _MAX_LINE)].decode("ascii", errors="replace")
+            )
             if finding is not None and len(self.findings) < _MAX_FINDINGS:
                 self.findings.append(finding)
                 yield finding
-        self._line += rest[: _MAX_LINE - len(self._line)]
+        self._line = text[end : end + _MAX_LINE]
 
 
 def find(line: str) -> Finding | None:
@@ -91,3 +98,4 @@ _PATTERNS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
     ("blocked for more than", "hang", re.compile(r"INFO: task .{0,80} blocked for more than .{0,40}")),
     ("-fs error", "file system", re.compile(r"\w{2,8}-fs error .{0,200}")),
 )
+_MARKED = re.compile(b"|".join(re.escape(marker).encode() for marker, _kind, _pattern in _PATTERNS))

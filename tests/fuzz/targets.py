@@ -102,7 +102,7 @@ def _ask(connection, result):
 
 def tar(data):
     """Nothing is made or changed outside the folder, and nothing in it leads out."""
-    memory = Path("/dev/shm")  # noqa: S108 - hundreds of folders a second
+    memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as top:
         outside, inside = Path(top, "outside"), Path(top, "inside")
         outside.write_text("precious")

@@ -1,9 +1,12 @@
 """What a guest's kernel says on its console: recognised, bounded, in whatever pieces it comes."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_microvm import console
 from pytest_microvm.console import ConsoleReader, find
 
 OOM = (
@@ -88,3 +91,34 @@ def test_a_long_line_is_cut_not_collected():
 def test_control_characters_are_made_visible():
     (found,) = ConsoleReader().feed(b"Kernel panic - not syncing: \x1b[2Jhello\n")
     assert found.text == "Kernel panic - not syncing: \\x1b[2Jhello"
+
+
+@pytest.mark.parametrize(
+    ("line", "most"), [(b"\n", 0), (b"an ordinary line\n", 0), (b"BUG: \n", console._MAX_MARKED)], ids=ascii
+)
+def test_a_flood_is_not_looked_at_line_by_line(monkeypatch, line, most):
+    """All machines' bytes pass through one thread: a second for 256 KiB of one of them starved the others."""
+    looked_at = []
+    monkeypatch.setattr(console, "find", looked_at.append)
+    reader = console.ConsoleReader()
+    for _ in range(10):
+        assert list(reader.feed(line * 20_000)) == []
+    assert len(looked_at) == most
+
+
+@given(
+    lines=st.lists(
+        st.sampled_from([b"BUG: bad\n", b"\n", b"x" * 2000, b"BUG: ", b"Oops: 1\n", b"\r\n"]), max_size=12
+    ),
+    sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=8),
+)
+def test_findings_do_not_depend_on_how_the_bytes_come(lines, sizes):
+    data = b"".join(lines)
+    whole, pieces = console.ConsoleReader(), console.ConsoleReader()
+    list(whole.feed(data))
+    sizes = itertools.cycle(sizes)
+    while data:
+        size = next(sizes)
+        list(pieces.feed(data[:size]))
+        data = data[size:]
+    assert pieces.findings == whole.findings
