@@ -28,7 +28,8 @@ from pytest_microvm.wire.frames import WireError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_READ_SIZE = 256 * 1024
+_TAIL_SIZE = 256 * 1024  # of a console at a time: more than a socket holds, so that one look sees the end
+_READ_SIZE = 64 * 1024  # at a time: no link keeps the I/O thread from the others for long
 MAX_UNANSWERED = 4096
 _MAX_ERRNO = 4095  # of Linux: include/linux/err.h
 
@@ -144,7 +145,7 @@ class Drain:
             if self._closed:
                 return False
             try:
-                data = self._sock.recv(_READ_SIZE)
+                data = self._sock.recv(_TAIL_SIZE)
             except BlockingIOError:
                 return True
             except OSError:

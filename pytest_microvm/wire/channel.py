@@ -209,6 +209,8 @@ class Channel:
 
     def _data(self, frame: Frame) -> Event:
         state = self._receiving(frame)
+        if not frame.payload:
+            raise WireError(f"stream {frame.stream}: DATA without data")
         if len(frame.payload) > state.may_receive:
             raise WireError(f"stream {frame.stream}: more bytes than were granted")
         state.may_receive -= len(frame.payload)
@@ -217,9 +219,11 @@ class Channel:
     def _credit(self, frame: Frame) -> Event:
         if len(frame.payload) != _CREDIT.size:
             raise WireError("a CREDIT frame of the wrong size")
+        (size,) = _CREDIT.unpack(frame.payload)
+        if not size:
+            raise WireError(f"stream {frame.stream}: CREDIT without credit")
         state = self._streams.get(frame.stream)
         if state is not None:  # it may have been closed here while the grant was under way
-            (size,) = _CREDIT.unpack(frame.payload)
             if state.may_send + size > WINDOW:
                 raise WireError(f"stream {frame.stream}: credit beyond the window")
             state.may_send += size

@@ -172,6 +172,8 @@ def test_misuse_on_this_end_is_a_value_error():
 
 
 VIOLATIONS = {
+    "data of nothing": (HELLO, encode(Kind.DATA, 1), "DATA without data"),
+    "credit of nothing": (HELLO, encode(Kind.CREDIT, 1, credit(0)), "CREDIT without credit"),
     "message before hello": (b"", encode(Kind.MESSAGE, 0, b"{}"), "MESSAGE frame before hello"),
     "data before hello": (b"", encode(Kind.DATA, 1, b""), "DATA frame before hello"),
     "second hello": (HELLO, HELLO, "a second hello"),
