@@ -37,6 +37,7 @@ missing_packages() {
     command -v mksquashfs >/dev/null || echo squashfs-tools
     command -v mkfs.ext4 >/dev/null || echo e2fsprogs
     command -v setpriv >/dev/null || echo util-linux
+    command -v bwrap >/dev/null || echo bubblewrap # machines can do without, their test cannot
     command -v cpio >/dev/null || echo cpio # a test has it unpack what we pack
     [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
     [ "$(id -u)" = 0 ] || command -v newuidmap >/dev/null || echo uidmap

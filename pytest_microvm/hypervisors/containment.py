@@ -25,6 +25,9 @@ from pytest_microvm.errors import HostError
 FILES_GROUP = 1879048192
 """The group of files that QEMU opens itself: the first id of the range that no system gives to anybody."""
 
+VARIABLE = "PYTEST_MICROVM_BWRAP"
+"""Asks for bubblewrap, when it is ``1``."""
+
 _LAST_ID = 2147483646
 _NOBODY = 65534
 _GROUP_MAY, _OTHERS_MAY = 0o060, 0o006  # read and write
@@ -85,6 +88,8 @@ class Walls:
         users: The user ids to choose from; ``None``: machines run as our own user.
         files_group: The group that files get which such a user must open itself.
         capabilities: Whether root's capabilities can be taken away.
+        bubblewrap: The program that leaves nothing of the file system but programs and libraries; empty
+            where that was not asked for. It stays beside the command, which gets a process id of its own.
         reason: Why machines run as our own user.
     """
 
@@ -94,6 +99,7 @@ class Walls:
     users: range | None = None
     files_group: int | None = None
     capabilities: bool = False
+    bubblewrap: str = ""
     reason: str = ""
 
     def identity(self, devices: Sequence[Path] = ()) -> Identity | None:
@@ -114,13 +120,28 @@ class Walls:
         """Whether every machine has a user that nothing else has."""
         return self.users is not None and len(self.users) > 1
 
-    def command(self, identity: Identity | None, limits: Rlimits) -> list[str]:
-        """Return what comes before a command's argv; it keeps the process id.
+    def command(
+        self,
+        identity: Identity | None,
+        limits: Rlimits,
+        devices: Sequence[Path] = (),
+        report: int | None = None,
+    ) -> list[str]:
+        """Return what comes before a command's argv; it keeps the process id, unless bubblewrap is in it.
+
+        Args:
+            identity: Whom the command runs as.
+            limits: What the kernel holds it to.
+            devices: What it must find in /dev.
+            report: The descriptor on which bubblewrap tells the command's process id, as JSON.
 
         The parent-death signal is asked for last: a change of user clears it (prctl(2)). The limits are not
         set from outside: the user may have changed by then, and root without CAP_SYS_RESOURCE may no longer.
         """
-        command = [*self.network, self.prlimit, *_rlimit_options(limits), self.setpriv]
+        command = [*self.network]
+        if self.bubblewrap:
+            command += _bubblewrap(self.bubblewrap, devices, report, capabilities=self.capabilities)
+        command += [self.prlimit, *_rlimit_options(limits), self.setpriv]
         if identity is not None:
             command += [f"--reuid={identity.user}", f"--regid={identity.group}"]
             command += [f"--groups={','.join(map(str, identity.groups))}"]
@@ -149,7 +170,11 @@ class Walls:
             why = "this user may not make one" if os.geteuid() else "root may not make one here"
             fix = "allow unprivileged user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0)"
             network = Wall("network namespace", False, why, fix)
-        return user, Wall("no_new_privs", True, "set"), network, Wall("rlimits", True, "set")
+        detail = (
+            "programs and libraries are all it sees" if self.bubblewrap else f"not asked for ({VARIABLE}=1)"
+        )
+        bubblewrap = Wall("bubblewrap", True, detail)
+        return user, Wall("no_new_privs", True, "set"), network, Wall("rlimits", True, "set"), bubblewrap
 
 
 _TRIED = Rlimits(files=256, file_bytes=2**30, address_bytes=2**33, data_bytes=2**31)
@@ -160,7 +185,7 @@ def find_walls() -> Walls:
     """Return what can be done on this host, tried once.
 
     Raises:
-        HostError: ``setpriv`` is missing.
+        HostError: A program is missing, or bubblewrap was asked for and does not work.
     """
     setpriv, prlimit, unshare = (shutil.which(name) for name in ("setpriv", "prlimit", "unshare"))
     if setpriv is None or prlimit is None:
@@ -172,7 +197,7 @@ def find_walls() -> Walls:
         network = (
             (unshare, "--net", "--") if root else (unshare, "--user", "--map-current-user", "--net", "--")
         )
-    bare = Walls(setpriv, prlimit, capabilities=os.geteuid() == 0)
+    bare = Walls(setpriv, prlimit, capabilities=os.geteuid() == 0, bubblewrap=_wanted_bubblewrap())
     users, reason = _users()
     candidates = [replace(bare, network=network, reason=reason), bare]
     if users is not None:
@@ -181,6 +206,8 @@ def find_walls() -> Walls:
         candidates = [replace(one, users=users, files_group=group) for one in candidates] + [
             replace(one, reason=reason) for one in candidates
         ]
+    if bare.bubblewrap and not any(_works(walls) for walls in candidates):
+        raise HostError("bubblewrap does not work here", resolution=f"run without {VARIABLE}")
     least = Walls(setpriv, prlimit, reason=reason or "it may not even shed capabilities")
     return next((walls for walls in candidates if _works(walls)), least)
 
@@ -251,6 +278,38 @@ def parse_id_map(text: str) -> list[range]:
 
 def _covers(table: list[range], first: int, last: int) -> bool:
     return any(first in ids and last in ids for ids in table)
+
+
+def _wanted_bubblewrap() -> str:
+    if os.environ.get(VARIABLE) != "1":
+        return ""
+    program = shutil.which("bwrap")
+    if program is None:
+        raise HostError("bwrap is missing", resolution=f"apt-get install bubblewrap, or unset {VARIABLE}")
+    return program
+
+
+def _bubblewrap(
+    program: str, devices: Sequence[Path], report: int | None, *, capabilities: bool
+) -> list[str]:
+    """Return bubblewrap's argv (bwrap(1)): a file system of programs and libraries, and a process tree."""
+    command = [program, "--ro-bind", "/usr", "/usr"]
+    for folder in map(Path, ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")):
+        if folder.is_symlink():
+            command += ["--symlink", str(folder.readlink()), str(folder)]
+        elif folder.is_dir():
+            command += ["--ro-bind", str(folder), str(folder)]
+    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--proc", "/proc", "--dev", "/dev"]
+    for device in devices:
+        command += ["--dev-bind", str(device), str(device)]
+    command += ["--unshare-pid", "--as-pid-1", "--unshare-ipc", "--unshare-uts", "--chdir", "/"]
+    if capabilities:  # what it takes to become another user
+        command += ["--cap-drop", "ALL"]
+        for name in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
+            command += ["--cap-add", name]
+    if report is not None:
+        command += ["--info-fd", str(report)]
+    return [*command, "--die-with-parent", "--"]
 
 
 def _rlimit_options(limits: Rlimits) -> list[str]:

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import select
+import shutil
 import signal
 import socket
 import stat
@@ -14,10 +16,11 @@ from pathlib import Path
 import pytest
 
 import pytest_microvm
-from pytest_microvm.errors import BootError
+from pytest_microvm.errors import BootError, HostError
 from pytest_microvm.hypervisors import cgroups
 from pytest_microvm.hypervisors.cgroups import find_cgroups, sweep
 from pytest_microvm.hypervisors.containment import FILES_GROUP, OOM_SCORE, find_walls
+from pytest_microvm.hypervisors.containment import VARIABLE as BWRAP_VARIABLE
 from pytest_microvm.hypervisors.qemu.command import memory_ceiling
 from pytest_microvm.spec import MachineSpec
 
@@ -130,7 +133,8 @@ def test_cpu_time_ends_at_the_kernels_limit_too(host):
 
 
 def test_nothing_of_the_environment(vm, monkeypatch):
-    assert Path(f"/proc/{vm.instance.vmm.pid}/environ").read_bytes() == b""
+    # bubblewrap sets the working folder's variable
+    assert Path(f"/proc/{vm.instance.vmm.pid}/environ").read_bytes() in (b"", b"PWD=/\0")
     assert Path(f"/proc/{vm.instance.vmm.pid}/cwd").readlink() == Path("/")
 
 
@@ -248,6 +252,77 @@ def test_a_machine_that_cannot_be_started_leaves_nothing(host, monkeypatch):
     for controller in find_cgroups().controllers.values():
         if controller is not None:
             assert not list(controller.parent.glob(f"pytest-microvm-{os.getpid()}-*"))
+
+
+@pytest.fixture
+def wrapped(monkeypatch):
+    """Machines start within bubblewrap."""
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed")
+    monkeypatch.setenv(BWRAP_VARIABLE, "1")
+    find_walls.cache_clear()
+    yield
+    find_walls.cache_clear()
+
+
+@pytest.mark.usefixtures("wrapped")
+def test_bubblewrap_leaves_programs_and_libraries(host):
+    with host.start(SPEC) as vm:
+        pid = vm.instance.vmm.pid
+        assert vm.run(["echo", "alive"], check=True).stdout == "alive\n"
+        root = Path(f"/proc/{pid}/root")
+        assert {path.name for path in root.iterdir()} <= {
+            "bin", "dev", "etc", "lib", "lib32", "lib64", "libx32", "proc", "sbin", "usr",
+        }  # fmt: skip
+        assert [path.name for path in (root / "etc").iterdir()] == ["ld.so.cache"]
+        found = status(pid)
+        assert found["NSpid"][-1] == "1"  # no other process is in its sight
+        assert [found[name] for name in ("NoNewPrivs", "Seccomp")] == [["1"], ["2"]]
+        assert int(found["CapEff"][0], 16) == 0
+        if os.geteuid() == 0:
+            assert int(found["Uid"][0]) in find_walls().users
+        assert vm.usage().cpu_seconds > 0.01
+        if find_cgroups().kind == cgroups.FOLDERS:
+            assert group_names(find_cgroups().controllers["memory"].parent, pid)
+        outer = int(found["PPid"][0])
+    assert not Path(f"/proc/{pid}").exists()
+    assert not Path(f"/proc/{outer}").exists()
+
+
+@pytest.mark.usefixtures("wrapped")
+def test_an_end_within_bubblewrap_is_told(host):
+    with host.start(SPEC) as vm:
+        os.kill(vm.instance.vmm.pid, signal.SIGKILL)
+        with pytest.raises(pytest_microvm.MachineCrashed, match="QEMU was killed by signal 9"):
+            vm.run(["true"])
+    with host.start(SPEC) as vm, pytest.raises(pytest_microvm.MachineCrashed, match="powered itself off"):
+        vm.run("echo o > /proc/sysrq-trigger; sleep 600")
+
+
+@pytest.mark.usefixtures("wrapped")
+def test_machines_within_bubblewrap_end_with_their_owner(host):
+    code = (
+        "import sys; from pytest_microvm.host import Host\n"
+        "vm = Host().start(image='base'); print(vm.instance.vmm.pid, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        machine = os.pidfd_open(int(owner.stdout.readline()))
+        owner.kill()
+    try:
+        assert select.select([machine], [], [], 60)[0], "QEMU still runs"
+    finally:
+        os.close(machine)
+
+
+@pytest.mark.usefixtures("wrapped")
+def test_bubblewrap_that_is_missing_is_an_error(monkeypatch, tmp_path):
+    for name in ("setpriv", "prlimit", "unshare"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HostError, match="bwrap is missing"):
+        find_walls()
 
 
 AT_WORK = textwrap.dedent("""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from pytest_microvm.hypervisors import Accelerator, Launch
 
 _CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
+_SIGNALLED = 128
 _FILES = 256  # descriptors
 _THREADS = 160  # QEMU keeps at most 64 for its disks, and one for each vCPU
 _STACKS = 1024**3  # bytes of private memory that threads reserve and hardly touch (8 MiB each)
@@ -53,6 +56,11 @@ if hasattr(os, "register_at_fork"):
 class QemuProcess:
     """A running QEMU (a :class:`pytest_microvm.machine.Vmm`).
 
+    Attributes:
+        pid: QEMU's process id.
+        sockets: Our ends of its console and ports.
+        not_enforced: What was asked for and does not hold on this host, a line each.
+
     Args:
         program: QEMU's program.
         launch: What to start. With ``state`` the VM runs on from there, else it boots.
@@ -71,8 +79,10 @@ class QemuProcess:
         self._lock = threading.Lock()  # a watchdog asks for the usage while others end the machine
         self._written: int | None = None
         self._ceiling_hit: int | None = None
+        self._inner: int | None = None  # a descriptor of QEMU's process where bubblewrap is its parent
         walls, cgroups = find_walls(), find_cgroups()
-        identity = walls.identity(accelerator_devices(accelerator))
+        devices = accelerator_devices(accelerator)
+        identity = walls.identity(devices)
         limits = Limits(memory_ceiling(launch, accelerator), launch.throttle)
         self.not_enforced = cgroups.not_enforced(limits)
         with ExitStack() as theirs, ExitStack() as on_failure:
@@ -94,11 +104,17 @@ class QemuProcess:
                 fds[name] = theirs.enter_context(other).fileno()
             self._stderr = on_failure.enter_context(tempfile.TemporaryFile())
             command = qemu_command(program, launch, accelerator, fds, readonly_ram=readonly_ram)
-            argv = [*cgroups.prefix(limits), *walls.command(identity, rlimits), *command]
-            self._process = _spawn(argv, tuple(fds.values()), self._stderr, cgroups.environment())
+            told: IO[bytes] | None = None
+            if walls.bubblewrap:
+                told, fds["told"] = _pipe(on_failure, theirs)
+            argv = cgroups.prefix(limits) + walls.command(identity, rlimits, devices, fds.get("told"))
+            self._process = _spawn(
+                [*argv, *command], tuple(fds.values()), self._stderr, cgroups.environment()
+            )
             on_failure.callback(self._end)
-            self._confine()
             theirs.close()
+            self.pid = self._process.pid if told is None else self._inner_pid(told)
+            self._confine()
             self.qmp = Qmp(self.sockets.pop("qmp"))
             try:
                 self.qmp.greet()
@@ -111,11 +127,6 @@ class QemuProcess:
                     resolution="run `pytest-microvm doctor`",
                 ) from error
             on_failure.pop_all()
-
-    @property
-    def pid(self) -> int:
-        """The process's id."""
-        return self._process.pid
 
     @property
     def alive(self) -> bool:
@@ -163,6 +174,8 @@ class QemuProcess:
             if event.get("event") == "SHUTDOWN":
                 reason = event.get("data", {}).get("reason", "unknown")
                 return _SHUTDOWN_WORDS.get(reason, f"QEMU ended: {reason}")
+        if self.pid != self._process.pid and status > _SIGNALLED:  # bubblewrap tells it like a shell
+            status = _SIGNALLED - status
         if status < 0:
             return f"QEMU was killed by signal {-status}" + _SIGNAL_WORDS.get(-status, "")
         return f"QEMU ended with status {status}"
@@ -233,17 +246,45 @@ class QemuProcess:
                 os.close(self._written)
                 self._written = None
 
+    def _inner_pid(self, told: IO[bytes]) -> int:
+        """Return QEMU's process id, which bubblewrap tells; bubblewrap's own if it could not start it."""
+        with told, contextlib.suppress(ValueError, KeyError, ProcessLookupError):
+            said = b""
+            while b"}" not in said and (data := os.read(told.fileno(), 4096)):
+                said += data
+            pid = int(json.loads(said)["child-pid"])
+            self._inner = os.pidfd_open(pid)
+            return pid
+        return self._process.pid
+
     def _end(self) -> None:
+        with self._lock:
+            if self._inner is not None:  # QEMU itself first: bubblewrap's end would only ask for its own
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._inner, signal.SIGKILL)
+                select.select([self._inner], [], [])
+                os.close(self._inner)
+                self._inner = None
+                self._process.wait()
         self._process.kill()
         self._process.wait()
 
 
-_SIGNAL_WORDS: dict[int, str] = {signal.SIGBUS: ": its memory file was cut off, or the disk under it is full"}  # mmap(2)
+_SIGNAL_WORDS: dict[int, str] = {
+    signal.SIGBUS: ": its memory file was cut off, or the disk under it is full"
+}  # mmap(2)
 _SHUTDOWN_WORDS = {
     "guest-shutdown": "the guest powered itself off",
     "guest-reset": "the guest rebooted itself, or its kernel panicked",
     "guest-panic": "the guest's kernel panicked",
 }
+
+
+def _pipe(ours: ExitStack, theirs: ExitStack) -> tuple[IO[bytes], int]:
+    """Return a pipe: what we read from, and the descriptor that the process writes to."""
+    reading, writing = os.pipe()
+    theirs.callback(os.close, writing)
+    return ours.enter_context(os.fdopen(reading, "rb", buffering=0)), writing
 
 
 def accelerator_devices(accelerator: Accelerator) -> list[Path]:
