@@ -65,13 +65,18 @@ def test_mutated_reports(records, colour):
     assert len(shown.shown) + len(shown.refused) == len(records)
 
 
-@pytest.mark.parametrize("outcomes", [[], ["rerun"], ["rerun", "rerun"]], ids=str)
-def test_a_test_cannot_vanish_from_the_results(request, outcomes):
+@pytest.mark.parametrize(
+    "told",
+    [[], [("setup", "passed")], [("setup", "passed"), ("call", "rerun"), ("teardown", "passed")]],
+    ids=str,
+)
+def test_a_test_cannot_vanish_from_the_results(request, told):
     test = item(0)
     test.config = request.config
     passed = next(report for report in REPORTS if report["outcome"] == "passed")
     reports = [
-        {"k": "report", "data": {**passed, "nodeid": test.nodeid, "outcome": outcome}} for outcome in outcomes
+        {"k": "report", "data": {**passed, "nodeid": test.nodeid, "when": when, "outcome": outcome}}
+        for when, outcome in told
     ]
     with pytest.raises(ProtocolViolation, match="nothing about the test"):
         running._read(test, [*reports, {"k": "end"}], None, None, 0)
