@@ -1,11 +1,16 @@
 """``pytest-microvm doctor`` on computers that lack things."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from pytest_microvm.cli import doctor, main
+from pytest_microvm.hypervisors.cgroups import FOLDERS, Cgroups, Controller
+from pytest_microvm.hypervisors.containment import Walls
+from pytest_microvm.hypervisors.qemu import hypervisor
 from pytest_microvm.hypervisors.qemu.command import PROGRAMS
 from pytest_microvm.images.kits import host_architecture
 
@@ -81,6 +86,36 @@ def test_what_is_missing_fails_with_the_package_to_install(report, programs):
     failed = {check["name"]: check["fix"] for check in found["checks"] if check["status"] == "fail"}
     assert "apt-get install qemu-system" in failed["hypervisor"]
     assert "util-linux" in failed["setpriv"]
+
+
+def test_the_walls_are_told_as_they_are_found(report, monkeypatch):
+    walls = Walls("/usr/bin/setpriv", "/usr/bin/prlimit", reason="it may not change to another user")
+    monkeypatch.setattr(hypervisor, "find_walls", lambda: walls)
+    monkeypatch.setattr(hypervisor, "find_cgroups", lambda: Cgroups(reason="read-only"))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    check = report()["by_name"]["containment"]
+    assert check["status"] == "warn"
+    for part in (
+        "user: machines run as root, with all capabilities: it may not change to another user",
+        "no_new_privs: set", "seccomp: on", "network namespace: root may not make one here", "rlimits: set",
+        "bubblewrap: not asked for",
+        "cgroup: no cgroup, so neither a memory ceiling nor a throttle holds (read-only)",
+    ):  # fmt: skip
+        assert part in check["detail"]
+    assert "run as an ordinary user" in check["fix"]
+    assert "PYTEST_MICROVM_CGROUP" in check["fix"]
+
+
+def test_walls_that_all_stand(report, monkeypatch):
+    walls = Walls("/s", "/p", ("/u", "--net", "--"), range(70, 99), 69, capabilities=True)
+    monkeypatch.setattr(hypervisor, "find_walls", lambda: walls)
+    controller = Controller(2, Path("/sys/fs/cgroup"))
+    found = Cgroups(FOLDERS, {"memory": controller, "cpu": controller})
+    monkeypatch.setattr(hypervisor, "find_cgroups", lambda: found)
+    check = report()["by_name"]["containment"]
+    assert (check["status"], check["fix"]) == ("ok", "")
+    assert "user: each machine has a user of its own" in check["detail"]
+    assert "cgroup: cgroup v2 (cpu, memory)" in check["detail"]
 
 
 def test_an_old_qemu_fails(report, programs):

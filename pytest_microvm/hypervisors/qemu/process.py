@@ -157,10 +157,10 @@ class QemuProcess:
 
     def kill(self) -> None:
         """End the VM at once; a second call does nothing."""
+        self._forget_written()  # before QEMU ends: whoever closes the file last waits until it is deleted
         self._end()
         self._ceiling_hit = self._group.ceiling_hit() or self._ceiling_hit
         self._group.remove()
-        self._forget_written()
         self.qmp.close()
         self._stderr.close()
 
@@ -196,7 +196,8 @@ class QemuProcess:
             seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
             if "VmHWM" in status:  # a zombie has none
                 memory, peak = (int(status[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-                self._last_usage = Usage(seconds, memory, peak, self._disk_bytes())
+                disk = self._last_usage.disk_bytes if self._written is None else self._disk_bytes()
+                self._last_usage = Usage(seconds, memory, peak, disk)
             else:
                 self._last_usage = replace(self._last_usage, cpu_seconds=seconds)
         return self._last_usage
@@ -243,6 +244,7 @@ class QemuProcess:
     def _forget_written(self) -> None:
         with self._lock:
             if self._written is not None:
+                self._last_usage = replace(self._last_usage, disk_bytes=self._disk_bytes())
                 os.close(self._written)
                 self._written = None
 
