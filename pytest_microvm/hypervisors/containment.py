@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import resource
 import secrets
 import shutil
 import subprocess
@@ -21,12 +20,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pytest_microvm.errors import HostError
+from pytest_microvm.hypervisors.bubblewrap import VARIABLE as BUBBLEWRAP_VARIABLE
+from pytest_microvm.hypervisors.bubblewrap import bubblewrap_command, wanted_bubblewrap
+from pytest_microvm.hypervisors.rlimits import Rlimits, prlimit_options
 
 FILES_GROUP = 1879048192
 """The group of files that QEMU opens itself: the first id of the range that no system gives to anybody."""
-
-VARIABLE = "PYTEST_MICROVM_BWRAP"
-"""Asks for bubblewrap, when it is ``1``."""
 
 _LAST_ID = 2147483646
 _NOBODY = 65534
@@ -44,27 +43,6 @@ class Identity:
     user: int
     group: int
     groups: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Rlimits:
-    """Limits that the kernel itself keeps (setrlimit(2)).
-
-    Args:
-        files: Open descriptors.
-        file_bytes: The largest file it may write.
-        address_bytes: Address space.
-        data_bytes: Private writable memory, touched or not.
-        cpu_seconds: CPU time, in whole seconds; ``None``: no limit.
-        threads: Threads of its user; ``None`` where others run as the same user.
-    """
-
-    files: int
-    file_bytes: int
-    address_bytes: int
-    data_bytes: int
-    cpu_seconds: int | None = None
-    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,8 +118,8 @@ class Walls:
         """
         command = [*self.network]
         if self.bubblewrap:
-            command += _bubblewrap(self.bubblewrap, devices, report, capabilities=self.capabilities)
-        command += [self.prlimit, *_rlimit_options(limits), self.setpriv]
+            command += bubblewrap_command(self.bubblewrap, devices, report, capabilities=self.capabilities)
+        command += [self.prlimit, *prlimit_options(limits), self.setpriv]
         if identity is not None:
             command += [f"--reuid={identity.user}", f"--regid={identity.group}"]
             command += [f"--groups={','.join(map(str, identity.groups))}"]
@@ -170,9 +148,9 @@ class Walls:
             why = "this user may not make one" if os.geteuid() else "root may not make one here"
             fix = "allow unprivileged user namespaces (sysctl kernel.apparmor_restrict_unprivileged_userns=0)"
             network = Wall("network namespace", False, why, fix)
-        detail = (
-            "programs and libraries are all it sees" if self.bubblewrap else f"not asked for ({VARIABLE}=1)"
-        )
+        detail = f"not asked for ({BUBBLEWRAP_VARIABLE}=1)"
+        if self.bubblewrap:
+            detail = "programs and libraries are all it sees"
         bubblewrap = Wall("bubblewrap", True, detail)
         return user, Wall("no_new_privs", True, "set"), network, Wall("rlimits", True, "set"), bubblewrap
 
@@ -197,7 +175,7 @@ def find_walls() -> Walls:
         network = (
             (unshare, "--net", "--") if root else (unshare, "--user", "--map-current-user", "--net", "--")
         )
-    bare = Walls(setpriv, prlimit, capabilities=os.geteuid() == 0, bubblewrap=_wanted_bubblewrap())
+    bare = Walls(setpriv, prlimit, capabilities=os.geteuid() == 0, bubblewrap=wanted_bubblewrap())
     users, reason = _users()
     candidates = [replace(bare, network=network, reason=reason), bare]
     if users is not None:
@@ -207,7 +185,7 @@ def find_walls() -> Walls:
             replace(one, reason=reason) for one in candidates
         ]
     if bare.bubblewrap and not any(_works(walls) for walls in candidates):
-        raise HostError("bubblewrap does not work here", resolution=f"run without {VARIABLE}")
+        raise HostError("bubblewrap does not work here", resolution=f"run without {BUBBLEWRAP_VARIABLE}")
     least = Walls(setpriv, prlimit, reason=reason or "it may not even shed capabilities")
     return next((walls for walls in candidates if _works(walls)), least)
 
@@ -278,59 +256,6 @@ def parse_id_map(text: str) -> list[range]:
 
 def _covers(table: list[range], first: int, last: int) -> bool:
     return any(first in ids and last in ids for ids in table)
-
-
-def _wanted_bubblewrap() -> str:
-    if os.environ.get(VARIABLE) != "1":
-        return ""
-    program = shutil.which("bwrap")
-    if program is None:
-        raise HostError("bwrap is missing", resolution=f"apt-get install bubblewrap, or unset {VARIABLE}")
-    return program
-
-
-def _bubblewrap(
-    program: str, devices: Sequence[Path], report: int | None, *, capabilities: bool
-) -> list[str]:
-    """Return bubblewrap's argv (bwrap(1)): a file system of programs and libraries, and a process tree."""
-    command = [program, "--ro-bind", "/usr", "/usr"]
-    for folder in map(Path, ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")):
-        if folder.is_symlink():
-            command += ["--symlink", str(folder.readlink()), str(folder)]
-        elif folder.is_dir():
-            command += ["--ro-bind", str(folder), str(folder)]
-    command += ["--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache", "--proc", "/proc", "--dev", "/dev"]
-    for device in devices:
-        command += ["--dev-bind", str(device), str(device)]
-    command += ["--unshare-pid", "--as-pid-1", "--unshare-ipc", "--unshare-uts", "--chdir", "/"]
-    if capabilities:  # what it takes to become another user
-        command += ["--cap-drop", "ALL"]
-        for name in ("CAP_SETUID", "CAP_SETGID", "CAP_SETPCAP"):
-            command += ["--cap-add", name]
-    if report is not None:
-        command += ["--info-fd", str(report)]
-    return [*command, "--die-with-parent", "--"]
-
-
-def _rlimit_options(limits: Rlimits) -> list[str]:
-    wanted = {
-        "core": (resource.RLIMIT_CORE, 0),
-        "nofile": (resource.RLIMIT_NOFILE, limits.files),
-        "fsize": (resource.RLIMIT_FSIZE, limits.file_bytes),
-        "as": (resource.RLIMIT_AS, limits.address_bytes),
-        "data": (resource.RLIMIT_DATA, limits.data_bytes),
-        "cpu": (resource.RLIMIT_CPU, limits.cpu_seconds),
-        "nproc": (resource.RLIMIT_NPROC, limits.threads),
-    }
-    options = []
-    for name, (number, limit) in wanted.items():
-        if limit is None:
-            continue
-        hard = resource.getrlimit(number)[1]  # an ordinary user cannot have more than that
-        soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        # At the soft limit of CPU time the kernel sends SIGXCPU, which tells it from other ends.
-        options.append(f"--{name}={soft}:{soft + 1 if name == 'cpu' and soft != hard else soft}")
-    return options
 
 
 def _works(walls: Walls) -> bool:

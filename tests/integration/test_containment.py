@@ -17,15 +17,19 @@ import pytest
 
 import pytest_microvm
 from pytest_microvm.errors import BootError, HostError
-from pytest_microvm.hypervisors import cgroups
+from pytest_microvm.hypervisors import bubblewrap, cgroups
 from pytest_microvm.hypervisors.cgroups import find_cgroups, sweep
 from pytest_microvm.hypervisors.containment import FILES_GROUP, OOM_SCORE, find_walls
-from pytest_microvm.hypervisors.containment import VARIABLE as BWRAP_VARIABLE
 from pytest_microvm.hypervisors.qemu.command import memory_ceiling
 from pytest_microvm.spec import MachineSpec
 
 MIB = 1024**2
 SPEC = MachineSpec(image="base", timeout=120)
+
+MODULES = (
+    "__init__.py", "errors.py", "hypervisors/__init__.py", "hypervisors/bubblewrap.py",
+    "hypervisors/rlimits.py", "hypervisors/containment.py", "hypervisors/cgroups.py",
+)  # fmt: skip
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 needs_groups = pytest.mark.skipif(
@@ -259,7 +263,7 @@ def wrapped(monkeypatch):
     """Machines start within bubblewrap."""
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed")
-    monkeypatch.setenv(BWRAP_VARIABLE, "1")
+    monkeypatch.setenv(bubblewrap.VARIABLE, "1")
     find_walls.cache_clear()
     yield
     find_walls.cache_clear()
@@ -391,13 +395,7 @@ def with_version_2(host):
     """A machine with cgroup v2 and our module: Debian's kernel has every controller."""
     with host.start(MachineSpec(image="python", memory=512 * MIB, timeout=240)) as vm:
         package = Path(pytest_microvm.__file__).parent
-        for name in (
-            "__init__.py",
-            "errors.py",
-            "hypervisors/__init__.py",
-            "hypervisors/containment.py",
-            "hypervisors/cgroups.py",
-        ):
+        for name in MODULES:
             vm.path("/code/pytest_microvm", name).parent.mkdir(parents=True, exist_ok=True)
             vm.push(package / name, f"/code/pytest_microvm/{name}")
         vm.path("/code/at_work.py").write_text(AT_WORK)

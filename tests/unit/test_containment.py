@@ -8,8 +8,9 @@ import pytest
 
 from pytest_microvm.errors import HostError
 from pytest_microvm.hypervisors import containment
-from pytest_microvm.hypervisors.containment import Identity, Rlimits, Walls, grant, parse_id_map
+from pytest_microvm.hypervisors.containment import Identity, Walls, grant, parse_id_map
 from pytest_microvm.hypervisors.qemu.overlay import write_overlay
+from pytest_microvm.hypervisors.rlimits import Rlimits
 
 CLUSTER = 64 * 1024
 GIB = 1024**3

@@ -20,11 +20,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.errors import BootError, HostError
 from pytest_microvm.hypervisors.cgroups import Limits, find_cgroups
-from pytest_microvm.hypervisors.containment import Rlimits, find_walls, prefer_for_ending
+from pytest_microvm.hypervisors.containment import find_walls, prefer_for_ending
 from pytest_microvm.hypervisors.probe import KVM_DEVICE
 from pytest_microvm.hypervisors.qemu.command import memory_ceiling, qemu_command
 from pytest_microvm.hypervisors.qemu.files import largest_file, open_files, written_file
 from pytest_microvm.hypervisors.qemu.qmp import Qmp, QmpError
+from pytest_microvm.hypervisors.rlimits import Rlimits
 from pytest_microvm.machine import Usage
 
 if TYPE_CHECKING:
