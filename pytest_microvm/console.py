@@ -28,7 +28,7 @@ class Finding:
     """Something the guest's kernel (or the agent) reported.
 
     Args:
-        kind: ``memory``, ``pids``, ``panic``, ``oops``, ``hang`` or ``file system``.
+        kind: ``memory``, ``pids``, ``runner``, ``panic``, ``oops``, ``hang`` or ``file system``.
         text: What happened, for people, from the guest's own words.
         size: Bytes that the killed process had, 0 of other kinds.
     """
@@ -91,6 +91,7 @@ _PATTERNS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
         ),
     ),
     (PIDS_WORD, "pids", re.compile(re.escape(PIDS_WORD))),
+    ("a vital process ended", "runner", re.compile(r"a vital process ended \(wait status \d{1,6}\)")),
     ("Kernel panic", "panic", re.compile(r"Kernel panic - not syncing: .{0,200}")),
     ("BUG: ", "oops", re.compile(r"(?<!\w)BUG: .{0,200}")),
     ("Oops: ", "oops", re.compile(r"Oops: .{0,200}")),

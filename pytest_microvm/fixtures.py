@@ -30,6 +30,7 @@ class Machines:
     def __init__(self, config: pytest.Config) -> None:
         from pytest_microvm.config import DEFAULT_TIMEOUT, load_settings  # noqa: PLC0415 - only when used
         from pytest_microvm.host import Host  # noqa: PLC0415
+        from pytest_microvm.termination import interrupt_on_sigterm  # noqa: PLC0415
 
         self._config = config
         self.settings: Settings = load_settings(config.rootpath, options(config))
@@ -41,6 +42,7 @@ class Machines:
             say=self._say,
         )
         self.kept: list[str] = []
+        self.leave_sigterm = interrupt_on_sigterm()
 
     def spec(self, node: pytest.Item | pytest.Collector, changes: dict[str, Any]) -> MachineSpec:
         """Return what a machine for ``node`` is made of: call, then marker, then settings.
@@ -236,6 +238,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """End what is left."""
     if _runs in config.stash:
         config.stash[_runs].host.close()
+        config.stash[_runs].leave_sigterm()
 
 
 def _used(node: Any) -> list[tuple[str, MicroVM]]:

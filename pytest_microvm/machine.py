@@ -38,6 +38,13 @@ _LAST_COMMANDS = 20
 _END_LINES = 60  # of the console, where a machine ended: a kernel panic with its headline
 
 
+_ENDS = {
+    "panic": "the guest's kernel panicked",
+    "runner": "the pytest process in the guest ended",
+}
+"""Why a guest rebooted, by what was found on its console."""
+
+
 class Vmm(Protocol):
     """What a hypervisor hands out: one running VM."""
 
@@ -221,15 +228,17 @@ class Instance:
     def _end_reason(self) -> str:
         """Return why it ended by itself, for people; the console tells a panic from a reboot."""
         reason = self.vmm.end_reason()
-        panicked = any(finding.kind == "panic" for finding in self.findings)
-        if panicked and reason.startswith("the guest rebooted"):
-            return "the guest's kernel panicked"
+        if reason.startswith("the guest rebooted"):  # the console knows better why
+            kinds = {finding.kind for finding in self.findings}
+            for kind, why in _ENDS.items():
+                if kind in kinds:
+                    return why
         return reason
 
     def _heard(self, data: bytes) -> None:
         """Look at what came from the console; the guest's kernel may report what the host cannot see."""
         for finding in self._reader.feed(data):
-            self.events.add("finding", finding.text, seen_by="guest", kind_of_finding=finding.kind)
+            self.events.add("finding", finding.text, seen_by="guest", finding=finding.kind)
             guard = self.guard
             if guard is not None and finding.kind == "memory":
                 seen = max(guard.limits.memory, self.usage().memory_bytes)
@@ -393,8 +402,9 @@ class MicroVM:
             MachineCrashed: The machine ended.
         """
         request = command_arguments(args, {**dict(self.facts.environment), **(env or {})}, cwd, user)
-        self._asked("command", args if isinstance(args, str) else " ".join(map(str, args)))
-        with self.explained():
+        shown = args if isinstance(args, str) else " ".join(map(str, args))
+        self._asked("command", shown)
+        with self.explained(), self.limited(f"start of {shown}"):
             return GuestProcess(self.link(), args, request, stdin=stdin, text=text, pty=pty, owner=self)
 
     def wait_until_succeeds(

@@ -138,6 +138,10 @@ class GuestProcess:
             for stream in filter(None, (self._out, self._err, self._in)):
                 link.forget(stream)
             raise _as_os_error(error, request) from None
+        except TimeoutError as error:
+            raise MachineError(
+                f"the agent does not answer: {error}", resolution="the machine hangs: start another one"
+            ) from None
         self.pid = Answer(link, started).whole("pid", 1)
         self.stdin = self._open(self._out, "w", ends=False) if pty else self._open(self._in, "w")
         self.stdout = self._open(self._out, "r")

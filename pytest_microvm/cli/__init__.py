@@ -9,6 +9,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import MicroVMError, UsageError
+from pytest_microvm.termination import interrupt_on_sigterm
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,6 +22,7 @@ EXIT_USAGE = 4  # pytest's number for a usage error
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = _parser().parse_args(argv)
+    leave_sigterm = interrupt_on_sigterm()
     try:
         status: int = arguments.run(arguments)
     except MicroVMError as error:
@@ -32,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
+    finally:
+        leave_sigterm()
     return status
 
 

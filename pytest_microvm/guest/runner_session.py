@@ -189,6 +189,7 @@ class _Session:
         lines.append({"k": "items", "order": order, "markers": self._config.getini("markers")})
         self._reported.clear()
         self._printed()
+        self._limit_output(self._config)
         self._make_base_folder()
         gc.collect()
         gc.freeze()  # a clone shares these pages; a collection must not touch them
@@ -232,6 +233,7 @@ class _Session:
         self._records = records = []
         self._output_limit, self._output = int(request.get("output", 0)), 0
         stream = self._runner.open_stream(request)
+        self._runner.reply(request, {})  # from here on whatever happens is the test's doing
         following = request.get("next")
         item = session.items[request["item"]]
         nextitem = session.items[following] if following is not None else None
@@ -249,27 +251,25 @@ class _Session:
         stop = session.shouldstop or session.shouldfail
         records.append({"k": "end", "stop": str(stop) if stop else None, "printed": self._printed()})
         self._runner.send_lines(stream, records)
-        self._runner.reply(request, {})
 
-    # Inside pytest's capturing, around each phase of a test: what it printed is in two files until then.
+    def _limit_output(self, config: pytest.Config) -> None:
+        """Measure what a phase of a test printed before pytest reads it into memory.
 
-    @pytest.hookimpl(hookwrapper=True, trylast=True)
-    def pytest_runtest_setup(self) -> Generator[None, Any, None]:
-        yield
-        self._measure_output()
+        Not in a hook around the phase: it would stand in the tracebacks of ``--tb=native``.
+        """
+        capture: Any = config.pluginmanager.getplugin("capturemanager")
+        if capture is None:  # -p no:capture: what a test prints goes to the console
+            return
+        read = capture.read_global_capture
 
-    @pytest.hookimpl(hookwrapper=True, trylast=True)
-    def pytest_runtest_call(self) -> Generator[None, Any, None]:
-        yield
-        self._measure_output()
+        def measured() -> Any:
+            self._measure_output()
+            return read()
 
-    @pytest.hookimpl(hookwrapper=True, trylast=True)
-    def pytest_runtest_teardown(self) -> Generator[None, Any, None]:
-        yield
-        self._measure_output()
+        capture.read_global_capture = measured
 
     def _measure_output(self) -> None:
-        """Count what a phase printed; drop what is too much before pytest reads it into memory."""
+        """Count what was printed into the files that stand for stdout and stderr; drop what is too much."""
         for descriptor in (1, 2):
             with contextlib.suppress(OSError):  # the test closed it
                 found = os.fstat(descriptor)

@@ -143,7 +143,8 @@ def raise_exit(ended: GuestExit) -> None:
     Raises:
         pytest.UsageError: For bad input.
         KeyboardInterrupt: The guest's session was interrupted.
-        pytest.exit.Exception: In every other case, with the guest's exit code.
+        pytest.exit.Exception: In every other case, with the guest's exit code; but no test can make a run
+            that it ends look as if all had passed.
     """
     text = ended.text.strip().removeprefix("ERROR: ")
     if ended.reason == "no pytest":
@@ -156,4 +157,5 @@ def raise_exit(ended: GuestExit) -> None:
         raise pytest.UsageError(text)
     if ended.reason == "interrupt" and not text:
         raise KeyboardInterrupt
-    pytest.exit(text or "the guest's pytest ended", returncode=ended.code)
+    code = ended.code or pytest.ExitCode.INTERRUPTED
+    pytest.exit(text or "the guest's pytest ended", returncode=code)

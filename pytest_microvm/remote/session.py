@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pytest_microvm.errors import MachineError, ProtocolViolation, QuotaExceeded
-from pytest_microvm.link import GuestError, Link, Request, Stream
+from pytest_microvm.link import GuestError, Link, Stream
 from pytest_microvm.remote import checks
 from pytest_microvm.remote.backend import CollectPlan
 from pytest_microvm.spec import DEFAULT_OUTPUT
@@ -15,6 +15,7 @@ from pytest_microvm.spec import DEFAULT_OUTPUT
 MAX_COLLECTION = 256 * 1024 * 1024
 _REPORT_OVERHEAD = 64 * 1024 * 1024  # what a test's reports may hold besides its output
 _FINISH_TIMEOUT = 30.0
+_BEGIN_TIMEOUT = 60.0  # seconds in which a runner takes note of a test; about 0.01 under emulation
 
 BOOTSTRAP = (
     "import sys; sys.path[0] = sys.argv.pop(1); import pytest_microvm.guest.runner as runner; "
@@ -74,7 +75,9 @@ class RunnerSession:
     def run(
         self, item: int, following: int | None, timeout: float | None, output: int = DEFAULT_OUTPUT
     ) -> Iterator[dict[str, Any]]:
-        """Let the runner run a test and return its records, which come as they are read.
+        """Let the runner begin a test and return its records, which come as they are read.
+
+        Once this has returned, the machine has reached the test: what happens from then on is the test's.
 
         Args:
             item: The test's position in the guest's list.
@@ -83,13 +86,24 @@ class RunnerSession:
             output: Bytes it may print.
 
         Raises:
-            QuotaExceeded: It took longer, or printed more.
+            QuotaExceeded: While reading: it took longer, or printed more.
             MachineError: The machine ended, or broke the protocol.
         """
-        started = time.monotonic()
         stream = self._link.open_stream()
-        request = self._link.request("run", stream=stream.number, item=item, next=following, output=output)
-        return _records(stream, request, started, timeout, output)
+        try:
+            self._link.call(
+                "run",
+                timeout=_BEGIN_TIMEOUT,
+                stream=stream.number,
+                item=item,
+                next=following,
+                output=output,
+            )
+        except GuestError as error:
+            raise _refused(error) from None
+        except TimeoutError:
+            raise MachineError(f"the machine did not begin the test within {_BEGIN_TIMEOUT:.0f} s") from None
+        return _records(stream, timeout, output)
 
     def resume(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
         """Tell a clone who it is now (see ``guest/resume.py``).
@@ -110,9 +124,8 @@ class RunnerSession:
         return self._link.call("finish", timeout=_FINISH_TIMEOUT)
 
 
-def _records(
-    stream: Stream, request: Request, started: float, timeout: float | None, output: int
-) -> Iterator[dict[str, Any]]:
+def _records(stream: Stream, timeout: float | None, output: int) -> Iterator[dict[str, Any]]:
+    started = time.monotonic()
     records = checks.Records()
     try:
         for line in _lines(stream, started, timeout, output):
@@ -120,12 +133,9 @@ def _records(
             if record.get("k") == "excess":  # the runner has measured what it did not send
                 raise QuotaExceeded("output", output, checks.integer(record.get("printed"), "output", output))
             yield record
-        request.wait(_left(started, timeout))
     except TimeoutError:
         observed = time.monotonic() - started
         raise QuotaExceeded("timeout", timeout or observed, observed) from None
-    except GuestError as error:
-        raise _refused(error) from None
 
 
 def _left(started: float, timeout: float | None) -> float | None:

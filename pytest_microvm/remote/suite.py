@@ -31,6 +31,7 @@ from pytest_microvm.remote.summary import (
 )
 from pytest_microvm.sanitize import sanitize
 from pytest_microvm.spec import MachineSpec
+from pytest_microvm.termination import interrupt_on_sigterm
 
 _HOST_PLUGINS = frozenset(["microvm", "pytest_microvm.plugin", "xdist", "xdist.plugin", "xdist.looponfail"])
 
@@ -54,6 +55,7 @@ class RemoteSuite:
         self._replay: Replay | None = None
         self._runner: TestRunner | None = None
         self._tally = Tally()
+        self._leave_sigterm = interrupt_on_sigterm()
         self._guest_plugins = os.environ.pop("PYTEST_PLUGINS", None)  # pytest would import them here
         neutral.neutralise(config)
 
@@ -184,7 +186,9 @@ class RemoteSuite:
         if exitstatus == pytest.ExitCode.TESTS_FAILED and self._tally.only_infra_failed:
             session.exitstatus = EXIT_INFRA
 
-    def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, Any] | None:
+    def pytest_report_teststatus(
+        self, report: pytest.TestReport | pytest.CollectReport
+    ) -> tuple[str, str, Any] | None:
         """Give tests whose machine failed a letter and a word of their own; they count as failed."""
         outcome = machine_outcome(report)
         if outcome is None:
@@ -202,6 +206,7 @@ class RemoteSuite:
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()
+        self._leave_sigterm()
 
     # Parts
 
@@ -255,7 +260,8 @@ class RemoteSuite:
                 ]
         text = "".join(shown)
         if text:
-            sys.stdout.write(text)
+            encoding = sys.stdout.encoding or "utf-8"
+            sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
             sys.stdout.flush()
 
 

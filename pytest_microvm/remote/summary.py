@@ -20,9 +20,9 @@ EXIT_INFRA = 75
 _TROUBLE = ("infra", "crashed", "quota")
 
 
-def machine_outcome(report: pytest.TestReport) -> str | None:
+def machine_outcome(report: pytest.TestReport | pytest.CollectReport) -> str | None:
     """Return ``infra``, ``crashed`` or ``quota`` if that is why the report is a failure."""
-    if not report.failed:
+    if not isinstance(report, pytest.TestReport) or not report.failed:
         return None
     outcome = dict(report.user_properties).get("microvm.outcome")
     return str(outcome) if outcome in _TROUBLE else None

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_microvm.machine import Instance, MachineFacts, MicroVM
+from pytest_microvm.machine import Instance, MachineFacts, MicroVM, Usage
+from pytest_microvm.spec import Limits
 
 AGENT = Path(__file__).with_name("local_agent.py")
 
@@ -37,13 +38,25 @@ class LocalVmm:
         self._process.kill()
         self._process.wait()
 
+    def usage(self):
+        return Usage()
+
+    def ceiling_hit(self):
+        return None
+
+    not_enforced = ()
+
     def end_reason(self):
         return f"the agent's process ended with status {self._process.wait()}"
 
 
 def local_machine(folder):
-    facts = MachineFacts("local", "none", "", "none", "", 0.0, 1, 0, 0)
-    return MicroVM(Instance(LocalVmm(folder / "agent.log")), facts, timeout=120)
+    limits = Limits(1, 0, 2**40, timeout=120)
+    machine = MicroVM(
+        Instance(LocalVmm(folder / "agent.log")), MachineFacts("local", "none", "", "none", "", 0.0, limits)
+    )
+    machine.instance.watch(limits)
+    return machine
 
 
 @pytest.fixture(scope="module", params=["vm", "local"])
