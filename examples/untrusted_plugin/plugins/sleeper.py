@@ -1,0 +1,5 @@
+"""Takes no CPU time, and never ends."""
+
+import time
+
+time.sleep(100_000)
