@@ -10,8 +10,8 @@ import contextlib
 import os
 import threading
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from pytest_microvm.errors import QuotaExceeded
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pytest_microvm.spec import Limits
+
+_Limit = TypeVar("_Limit", int, float)
 
 TICK = 0.25
 """Seconds between two looks at a machine; an excess is noticed at most this much later."""
@@ -62,6 +64,16 @@ class Guard:
         self._lock = threading.Lock()
         self._begin = time.monotonic()
         self._deadlines: list[Deadline] = []
+
+    def tighten(self, *, pids: int | None, cpu_seconds: float | None, lifetime: float | None) -> None:
+        """Lower what the machine may use; ``None`` and what is higher change nothing."""
+        mine = self.limits
+        self.limits = replace(
+            mine,
+            pids=_least(mine.pids, pids),
+            cpu_seconds=_least(mine.cpu_seconds, cpu_seconds),
+            lifetime=_least(mine.lifetime, lifetime),
+        )
 
     def exceed(self, quota: str, limit: float, observed: float, details: str = "") -> QuotaExceeded:
         """End the machine because of a quota; the first reason stays."""
@@ -110,6 +122,10 @@ class Guard:
         finally:
             with self._lock:
                 self._deadlines.remove(deadline)
+
+
+def _least(*limits: _Limit | None) -> _Limit | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 class Watchdog:

@@ -133,6 +133,12 @@ def reseed() -> None:
     own = getattr(getattr(hypothesis, "threadlocal", None), "_hypothesis_global_random", None)
     if own is not None:
         own.seed(_urandom(32))
+    names = getattr(sys.modules.get("tempfile"), "_name_sequence", None)
+    if names is not None:
+        names.rng.seed(_urandom(32))
+    openssl = sys.modules.get("_ssl")
+    if openssl is not None:  # OpenSSL's own generator lives in the process, and so do its copies' keys
+        openssl.RAND_add(_urandom(32), 32.0)
 
 
 def main(arguments: list[str]) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_microvm.guest.limits import limit_processes
 from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from pytest_microvm.guest.runner import Runner
 
+_MARKER = "microvm(**limits): what this test may use (timeout, output, pids, cpu_seconds, lifetime)"
 _WARM_UP = """
 import pytest
 
@@ -142,6 +144,7 @@ class _Session:
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self, config: pytest.Config) -> None:
         self._config = config
+        config.addinivalue_line("markers", _MARKER)
         terminal = config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None:  # the host has the terminal
             terminal._tw._file = _Nowhere()
@@ -232,6 +235,8 @@ class _Session:
     def _run(self, session: pytest.Session, request: dict[str, Any]) -> None:
         self._records = records = []
         self._output_limit, self._output = int(request.get("output", 0)), 0
+        if request.get("pids") is not None:
+            limit_processes(int(request["pids"]))
         stream = self._runner.open_stream(request)
         self._runner.reply(request, {})  # from here on whatever happens is the test's doing
         following = request.get("next")

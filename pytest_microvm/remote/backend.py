@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_microvm.config import DEFAULT_RETRIES
 from pytest_microvm.errors import MachineError
 from pytest_microvm.link import Link
 from pytest_microvm.machine import MachineFacts, Usage
 from pytest_microvm.spec import DEFAULT_OUTPUT
+
+if TYPE_CHECKING:
+    from pytest_microvm.remote.limits import TestLimits
 
 Progress = Callable[[str], None]
 
@@ -113,6 +116,9 @@ class RunnerMachine(Protocol):
 
     def end_error(self) -> MachineError:
         """Return why it ended by itself: a quota, or a crash with what it said last (untrusted text)."""
+
+    def tighten(self, limits: TestLimits) -> None:
+        """Lower what it may use."""
 
     def save(self, folder: Path, error: MachineError, about: str) -> None:
         """Write what is known of it, after it ended because of ``error``, into ``folder``."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_microvm.link import Link
+    from pytest_microvm.remote.limits import TestLimits
     from pytest_microvm.spec import MachineSpec
     from pytest_microvm.templates.store import Template
 
@@ -69,6 +70,12 @@ class RunnerLease:
     def save(self, folder: Path, error: MachineError, about: str) -> None:
         """Write what is known of it into ``folder``."""
         evidence.save(folder, self._instance, self.facts, error, about)
+
+    def tighten(self, limits: TestLimits) -> None:
+        """Lower what it may use."""
+        guard = self._instance.guard
+        if guard is not None:
+            guard.tighten(pids=limits.pids, cpu_seconds=limits.cpu_seconds, lifetime=limits.lifetime)
 
     def watch(self) -> None:
         """Enforce its limits from now on."""

@@ -16,6 +16,7 @@ from pytest_microvm.remote.backend import Backend, Lease, RunnerMachine, RunOpti
 from pytest_microvm.remote.checks import line, text, violation
 from pytest_microvm.remote.collected import GuestExit, GuestWarning, parse_exit, parse_warning
 from pytest_microvm.remote.leases import Leases, Watcher
+from pytest_microvm.remote.limits import limits_of
 from pytest_microvm.remote.replay import error_report, passed_report, rebuild_test_report
 from pytest_microvm.remote.session import RunnerSession
 
@@ -64,13 +65,13 @@ class TestRunner:
     def run(self, item: Any, nextitem: Any) -> Ran:
         """Run ``item``; whatever goes wrong becomes its outcome."""
         most = self._options.retries
+        limits = limits_of(item, self._options)
         for retry in range(most + 1):
             try:
                 lease = self._leases.take(item)
                 following = nextitem.position if self._leases.next_in_same(lease, nextitem) else None
-                records = RunnerSession(lease.machine.link).run(
-                    item.position, following, self._options.timeout, self._options.output
-                )
+                lease.machine.tighten(limits)
+                records = RunnerSession(lease.machine.link).run(item.position, following, limits)
             except MachineError as error:  # it never reached the test: another machine may
                 self.release()
                 if retry == most:

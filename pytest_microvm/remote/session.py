@@ -10,7 +10,7 @@ from pytest_microvm.errors import MachineError, ProtocolViolation, QuotaExceeded
 from pytest_microvm.link import GuestError, Link, Stream
 from pytest_microvm.remote import checks
 from pytest_microvm.remote.backend import CollectPlan
-from pytest_microvm.spec import DEFAULT_OUTPUT
+from pytest_microvm.remote.limits import TestLimits
 
 MAX_COLLECTION = 256 * 1024 * 1024
 _REPORT_OVERHEAD = 64 * 1024 * 1024  # what a test's reports may hold besides its output
@@ -72,9 +72,7 @@ class RunnerSession:
             raise _refused(error) from None
         return data
 
-    def run(
-        self, item: int, following: int | None, timeout: float | None, output: int = DEFAULT_OUTPUT
-    ) -> Iterator[dict[str, Any]]:
+    def run(self, item: int, following: int | None, limits: TestLimits) -> Iterator[dict[str, Any]]:
         """Let the runner begin a test and return its records, which come as they are read.
 
         Once this has returned, the machine has reached the test: what happens from then on is the test's.
@@ -82,8 +80,7 @@ class RunnerSession:
         Args:
             item: The test's position in the guest's list.
             following: The position of the test that this machine runs next, if any.
-            timeout: Seconds it may take.
-            output: Bytes it may print.
+            limits: How long it may take, how much it may print, how many processes it may have.
 
         Raises:
             QuotaExceeded: While reading: it took longer, or printed more.
@@ -97,13 +94,14 @@ class RunnerSession:
                 stream=stream.number,
                 item=item,
                 next=following,
-                output=output,
+                output=limits.output,
+                pids=limits.pids,
             )
         except GuestError as error:
             raise _refused(error) from None
         except TimeoutError:
             raise MachineError(f"the machine did not begin the test within {_BEGIN_TIMEOUT:.0f} s") from None
-        return _records(stream, timeout, output)
+        return _records(stream, limits.timeout, limits.output)
 
     def resume(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
         """Tell a clone who it is now (see ``guest/resume.py``).

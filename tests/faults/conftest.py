@@ -49,7 +49,7 @@ def inventory(host):
         except OSError:
             continue
         if not target.endswith("meta.json"):  # a template that the host holds on purpose
-            kinds[target.split(":")[0] if ":[" in target else "file " + target] += 1
+            kinds[target.partition(":")[0] if ":[" in target else "file " + target] += 1
     return {
         "processes": len(children()),
         "sockets": kinds["socket"],

@@ -269,3 +269,106 @@ def test_only_infra_has_an_exit_status_of_its_own(project):
     assert "infra: QEMU did not start" in output
     assert "1 infra, 1 retried" in output
     assert re.search(r"^(test_victim.py )?I +\[100%\]", output, re.MULTILINE)
+
+
+MARKED = """
+    import os, subprocess, time
+    import pytest
+
+    @pytest.mark.microvm(timeout=2)
+    def test_slow():
+        time.sleep(100)
+
+    @pytest.mark.microvm(timeout=10_000)
+    def test_no_marker_widens():
+        time.sleep(100)
+
+    @pytest.mark.microvm(pids=20)
+    def test_pids():
+        for _ in range(100):
+            subprocess.Popen(["sleep", "100"])
+
+    @pytest.mark.microvm(lifetime=3)
+    def test_lifetime():
+        time.sleep(100)
+
+    @pytest.mark.microvm(cpu_seconds=4)
+    def test_cpu():
+        while True:
+            pass
+
+    @pytest.mark.microvm(output="1K")
+    def test_output():
+        print("x" * 2000)
+
+    def test_without():
+        assert subprocess.run(["true"]).returncode == 0
+"""
+
+
+def test_a_marker_tightens_and_never_widens(project):
+    project.write("test_marked.py", MARKED)
+    project.run(
+        "--microvm", "--strict-markers", "--microvm-timeout=12", "--junitxml=report.xml", status=1
+    )
+    found = {
+        name: (case["microvm.outcome"], case.get("microvm.quota"), case.get("microvm.quota_limit"))
+        for name, case in project.outcomes().items()
+    }
+    assert found == {
+        "test_slow": ("quota", "timeout", "2"),
+        "test_no_marker_widens": ("quota", "timeout", "12"),
+        "test_pids": ("quota", "pids", "20"),
+        "test_lifetime": ("quota", "lifetime", "3"),
+        "test_cpu": ("quota", "cpu_seconds", "4"),
+        "test_output": ("quota", "output", "1024"),
+        "test_without": ("passed", None, None),
+    }
+    project.write("test_nonsense.py", MARKED.replace("timeout=2", "timeout='soon'"))
+    refused = project.run("--microvm", "test_nonsense.py", status=4)
+    assert "@pytest.mark.microvm: timeout: 'soon' is not a time" in refused
+
+
+FIXTURES = """
+    import pytest
+    from pytest_microvm import QuotaExceeded
+
+    pytestmark = pytest.mark.microvm(image="base", disk="64M")
+
+    def test_too_much(microvm):
+        microvm.run("cat /dev/zero > /big")
+
+    def test_expected(microvm):
+        with pytest.raises(QuotaExceeded):
+            microvm.run("cat /dev/zero > /big")
+
+    def test_crash(microvm):
+        microvm.run("echo c > /proc/sysrq-trigger; sleep 100")
+
+    def test_two(microvm, microvm_factory):
+        other = microvm_factory()
+        microvm.run("echo c > /proc/sysrq-trigger; sleep 100")
+
+    def test_fine(microvm):
+        assert microvm.run("echo fine").stdout == "fine\\n"
+"""
+
+
+def test_fixtures_have_the_same_outcomes(project):
+    project.write("test_fixtures.py", FIXTURES)
+    project.run("--junitxml=report.xml", "--microvm-artifacts=saved", status=1)
+    cases = project.outcomes()
+    found = {name: (case["microvm.outcome"], case.get("microvm.quota")) for name, case in cases.items()}
+    assert found == {
+        "test_too_much": ("quota", "disk"),
+        "test_expected": ("passed", None),
+        "test_crash": ("crashed", None),
+        "test_two": ("crashed", None),
+        "test_fine": ("passed", None),
+    }
+    saved = {name for name, case in cases.items() if "microvm.artifacts" in case}
+    assert saved == {"test_too_much", "test_crash", "test_two"}
+    folder = Path(cases["test_crash"]["microvm.artifacts"])
+    commands = [json.loads(line)["about"] for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert "echo c > /proc/sysrq-trigger; sleep 100" in commands
+    assert "Kernel panic" in (folder / "console.txt").read_text()

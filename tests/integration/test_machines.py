@@ -3,12 +3,14 @@
 import gc
 import json
 import os
+import subprocess
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from pytest_microvm.errors import QuotaExceeded
 from pytest_microvm.hypervisors import probe
 from pytest_microvm.spec import MachineSpec
 
@@ -61,10 +63,36 @@ def test_its_disk_and_memory_are_what_was_asked_for(host):
     with host.start(image="base", memory="192M", disk="64M", timeout=120) as machine:
         total = int(machine.run("grep MemTotal /proc/meminfo | tr -dc 0-9").stdout) * 1024
         assert 120 * 1024**2 < total <= 192 * 1024**2
-        full = machine.run("head -c 100M /dev/zero > /big")
-        assert full.returncode != 0
-        assert "No space left" in full.stderr
-        assert machine.path("/big").stat()["size"] < 64 * 1024**2
+        machine.run("head -c 40M /dev/zero > /big && sync", check=True)
+        assert 40 * 1024**2 < machine.usage().disk_bytes < 64 * 1024**2
+        with pytest.raises(QuotaExceeded, match="disk: limit 64 MiB"):
+            machine.run("head -c 100M /dev/zero > /more")
+
+
+def test_inodes_run_out_before_the_bytes_do(host):
+    """What the guest's file system refuses is the command's failure, not the machine's."""
+    with host.start(image="base", disk="256M", timeout=300) as machine:
+        done = machine.run("mkdir /srv/many && cd /srv/many && seq 1000000 | xargs touch 2>&1 | head -n 1")
+        assert "No space left on device" in done.stdout
+        assert machine.run(["echo", "alive"]).stdout == "alive\n"
+
+
+def test_a_fraction_of_a_cpu_is_throttled(host):
+    """The same work at a quarter of a CPU gets about a quarter of the time."""
+    shares = []
+    for cpus in ("1", "0.25"):
+        with host.start(image="base", cpus=cpus, timeout=120) as machine:
+            assert machine.run(["nproc"]).stdout == "1\n"
+            before, begin = machine.usage().cpu_seconds, time.monotonic()
+            with pytest.raises(subprocess.TimeoutExpired):
+                machine.run("while :; do :; done", timeout=4)
+            shares.append((machine.usage().cpu_seconds - before) / (time.monotonic() - begin))
+            not_enforced = machine.instance.vmm.not_enforced
+    if not not_enforced:
+        assert shares[1] < 0.35
+        assert shares[1] < shares[0]
+    else:
+        assert "0.25" in not_enforced[0]
 
 
 def test_the_vmm_is_confined(vm):

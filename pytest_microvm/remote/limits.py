@@ -1,0 +1,58 @@
+"""What a test's own ``microvm`` marker says about its limits: it may tighten those of the run, no more.
+
+The marker comes from the guest, which may be hostile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
+
+from pytest_microvm.spec import RESOURCE_PARSERS
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_microvm.remote.backend import RunOptions
+
+MARKER = "microvm"
+
+
+@dataclass(frozen=True)
+class TestLimits:
+    """What one test may use of its machine; ``None``: what the machine may.
+
+    Args:
+        timeout: Seconds it may take.
+        output: Bytes it may print.
+        pids: Processes and threads it may start at the same time.
+        cpu_seconds: Seconds of CPU time of its machine.
+        lifetime: Seconds its machine may exist.
+    """
+
+    __test__ = False
+
+    timeout: float | None
+    output: int
+    pids: int | None = None
+    cpu_seconds: float | None = None
+    lifetime: float | None = None
+
+
+def limits_of(item: pytest.Item, options: RunOptions) -> TestLimits:
+    """Return the limits of ``item``.
+
+    A machine that tests share has limits of its own: of their markers only ``timeout`` and ``output`` count.
+
+    Impossible values were refused when the tests were collected.
+    """
+    limits = TestLimits(options.timeout, options.output)
+    names = {field.name for field in fields(limits)}
+    if options.isolation != "test":
+        names = {"timeout", "output"}
+    for marker in item.iter_markers(MARKER):
+        for name in sorted(names & set(marker.kwargs)):
+            value = RESOURCE_PARSERS[name](marker.kwargs[name], f"@pytest.mark.{MARKER}: {name}")
+            limit = getattr(limits, name)
+            limits = replace(limits, **{name: value if limit is None else min(limit, value)})
+    return limits
