@@ -7,7 +7,6 @@ import gc
 import io
 import os
 import shutil
-import stat
 import sys
 import tempfile
 import traceback
@@ -262,26 +261,27 @@ class _Session:
 
         Not in a hook around the phase: it would stand in the tracebacks of ``--tb=native``.
         """
-        capture: Any = config.pluginmanager.getplugin("capturemanager")
+        manager: Any = config.pluginmanager.getplugin("capturemanager")
+        capture = getattr(manager, "_global_capturing", None)
         if capture is None:  # -p no:capture: what a test prints goes to the console
             return
-        read = capture.read_global_capture
+        files = [getattr(each, "tmpfile", None) for each in (capture.out, capture.err)]
+        read = manager.read_global_capture
 
         def measured() -> Any:
-            self._measure_output()
+            for file in files:
+                if file is not None:
+                    self._measure(file)
             return read()
 
-        capture.read_global_capture = measured
+        manager.read_global_capture = measured
 
-    def _measure_output(self) -> None:
-        """Count what was printed into the files that stand for stdout and stderr; drop what is too much."""
-        for descriptor in (1, 2):
-            with contextlib.suppress(OSError):  # the test closed it
-                found = os.fstat(descriptor)
-                if stat.S_ISREG(found.st_mode):
-                    self._output += found.st_size
-                    if self._output > self._output_limit:
-                        os.ftruncate(descriptor, 0)
+    def _measure(self, file: Any) -> None:
+        """Count what was printed into ``file``; drop it if it is too much."""
+        with contextlib.suppress(OSError, ValueError):  # it is none of the system's (--capture=sys)
+            self._output += os.fstat(file.fileno()).st_size
+            if self._output > self._output_limit:
+                os.ftruncate(file.fileno(), 0)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         self._records.append(report_record(self._config, report))

@@ -8,8 +8,7 @@ import pytest
 
 WORST = """
     import ctypes, os, signal, subprocess, sys, time
-    import re
-from pathlib import Path
+    from pathlib import Path
     import pytest
 
     if not Path("/run/microvm").exists():
