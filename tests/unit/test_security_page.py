@@ -1,4 +1,4 @@
-"""What SECURITY.md names as shown by a test is there."""
+"""What SECURITY.md and the page on trust boundaries name as shown by a test is there."""
 
 import ast
 import re
@@ -9,7 +9,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = (REPOSITORY / "SECURITY.md").read_text()
-NAMED = sorted(set(re.findall(r"`((?:tests|examples|benchmarks)/[^`]+)`", PAGE)))
+BOUNDARIES = (REPOSITORY / "docs" / "explanation" / "trust-boundaries.md").read_text()
+NAMED = sorted(set(re.findall(r"`((?:tests|examples|benchmarks)/[^`]+)`", PAGE + BOUNDARIES)))
 
 
 @cache
