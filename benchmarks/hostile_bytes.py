@@ -24,13 +24,16 @@ from pytest_microvm.guest.port import Port
 from pytest_microvm.link import Drain, Link
 from pytest_microvm.remote.backend import CollectPlan
 from pytest_microvm.remote.collected import Collected
+from pytest_microvm.remote.limits import TestLimits
 from pytest_microvm.remote.session import RunnerSession
+from pytest_microvm.spec import DEFAULT_OUTPUT
 from pytest_microvm.transfer import pull, read_file
 from pytest_microvm.wire.channel import Credit, Message
 from pytest_microvm.wire.frames import Kind, encode
 
 MIB = 1024**2
 PIECE = 65536
+LIMITS = TestLimits(None, DEFAULT_OUTPUT)
 KEPT = 64 * MIB
 """Bytes that are asked to be kept, where some are."""
 
@@ -78,7 +81,7 @@ def answered(work: Callable[[Link], object]) -> Callable[[socket.socket], str]:
 
 def reports(link: Link) -> str:
     """Keep the records about a test."""
-    return f"{len(list(RunnerSession(link).run(0, None, None)))} records"
+    return f"{len(list(RunnerSession(link).run(0, None, LIMITS)))} records"
 
 
 def collected(link: Link) -> str:
@@ -131,6 +134,9 @@ def stream(piece: bytes, first: bytes = b"") -> Callable[[socket.socket, int], N
                 if isinstance(event, Message) and "stream" in event.body:
                     number, request = event.body["stream"], event.body["id"]
                     port.channel.open(number)
+                    if event.body.get("op") == "run":  # a runner answers first, the reports follow
+                        port.channel.send({"id": request, "result": {}})
+                        request = None
                 elif isinstance(event, Message):
                     port.channel.send(
                         {"id": event.body["id"], "result": {"kind": "directory", "mode": 0o755}}
@@ -143,7 +149,8 @@ def stream(piece: bytes, first: bytes = b"") -> Callable[[socket.socket, int], N
                     port.flush()
                     if left <= 0:
                         port.channel.close(number)
-                        port.channel.send({"id": request, "result": {}})
+                        if request is not None:
+                            port.channel.send({"id": request, "result": {}})
                         number = 0
                 port.flush()
 
