@@ -1,5 +1,6 @@
 """The QMP client against a peer that plays a script on the other end of a socket pair."""
 
+import contextlib
 import json
 import os
 import socket
@@ -166,3 +167,41 @@ def test_draining_does_not_wait(talk):
     ours, theirs = socket.socketpair()
     with ours, theirs:
         assert Qmp(ours).drain_events() == []
+
+
+@pytest.mark.parametrize("wait", ["execute", "wait_event"])
+def test_a_flood_of_events_is_given_up(wait):
+    """What a VMM can do that was taken over: always one event more."""
+    ours, theirs = socket.socketpair()
+    flood = json.dumps(event("RESUME")).encode() + b"\n"
+
+    def pour():
+        with contextlib.suppress(OSError):
+            while True:
+                theirs.sendall(flood * 100)
+
+    pouring = threading.Thread(target=pour)
+    pouring.start()
+    qmp = Qmp(ours, 0.5)
+    try:
+        with pytest.raises(QmpError, match="did not answer"):
+            getattr(qmp, wait)("MIGRATION")
+        assert len(qmp.drain_events()) <= 256
+    finally:
+        qmp.close()
+        pouring.join()
+        theirs.close()
+
+
+@pytest.mark.parametrize("line", [{"event": 5}, {"event": "STOP", "data": []}, {"event": ["STOP"]}])
+def test_what_is_no_event(talk, line):
+    qmp, _peer = talk([GREETING], [line])
+    with pytest.raises(QmpError, match="no event"):
+        qmp.greet()
+
+
+def test_a_refusal_is_safe_to_show(talk):
+    qmp, _peer = talk([GREETING], [{"error": {"desc": "no\x1b]0;owned\x07\n::error::x"}}])
+    with pytest.raises(QmpError) as caught:
+        qmp.greet()
+    assert not set(str(caught.value)) & set("\x1b\x07\n")

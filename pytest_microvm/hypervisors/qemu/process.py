@@ -27,6 +27,7 @@ from pytest_microvm.hypervisors.qemu.files import largest_file, open_files, writ
 from pytest_microvm.hypervisors.qemu.qmp import Qmp, QmpError
 from pytest_microvm.hypervisors.rlimits import Rlimits
 from pytest_microvm.machine import Usage
+from pytest_microvm.sanitize import sanitize_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -173,7 +174,7 @@ class QemuProcess:
             return "its sockets closed while QEMU still runs"
         for event in self.qmp.drain_events():
             if event.get("event") == "SHUTDOWN":
-                reason = event.get("data", {}).get("reason", "unknown")
+                reason = sanitize_line(str(event["data"].get("reason", "unknown")))
                 return _SHUTDOWN_WORDS.get(reason, f"QEMU ended: {reason}")
         if self.pid != self._process.pid and status > _SIGNALLED:  # bubblewrap tells it like a shell
             status = _SIGNALLED - status
