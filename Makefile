@@ -8,7 +8,7 @@ FUZZ_SECONDS ?= 60
 
 STAGES := lint types imports unit contract plugin integration
 
-.PHONY: help setup demo test images bench fuzz $(STAGES)
+.PHONY: help setup demo test images bench soak fuzz $(STAGES)
 
 help: ## say what there is
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -63,3 +63,7 @@ fuzz: setup ## fuzz what takes a guest's bytes, for FUZZ_SECONDS (60) in all
 
 bench: images ## measure, and compare with the promises
 	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+soak: images ## 1,000 machines through one pytest process, 300 through two workers: what grows?
+	@$(BIN)/python benchmarks/soak.py
+	@$(BIN)/python benchmarks/soak.py --count 300 --workers 2
