@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -462,6 +463,22 @@ def test_copies_differ(here):
             drawn.append(python(machine, FRESH))
             assert begin - 0.2 <= drawn[-1]["time"] <= time.time() + 0.2
     assert all_differ(drawn) == []
+
+
+def test_a_clock_is_right_although_the_machine_was_slow_to_hear_the_time(vm):
+    """It is told again: what it heard first is three seconds old when it can act on it."""
+    identity = {"hostname": vm.id, "machine_id": vm.path("/etc/machine-id").read_text().strip()}
+    qmp = vm.instance.vmm.qmp
+    qmp.execute("stop")
+    later = threading.Timer(3, qmp.execute, ["cont"])
+    later.start()
+    begin = time.monotonic()
+    vm.instance.adopt("agent", identity)
+    assert time.monotonic() - begin > 2.5  # it was slow indeed
+    later.join()
+    begin = time.time()
+    told = float(vm.run(["date", "+%s.%N"], check=True).stdout)
+    assert begin - 0.2 <= told <= time.time() + 0.2
 
 
 def test_copies_of_one_interpreter_differ(tmp_path):
