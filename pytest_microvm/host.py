@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import secrets
 import subprocess
@@ -34,6 +35,7 @@ CACHE_SIZE_VARIABLE = "PYTEST_MICROVM_CACHE_SIZE"
 _DEFAULT_CACHE_SIZE = 10 * 1024**3
 _RETRIES = 2
 _PACKAGE = Path(__file__).parent
+_log = logging.getLogger("pytest_microvm")  # of machines that are started without pytest
 
 
 def _silent(_line: str) -> None:
@@ -415,7 +417,7 @@ class Host:
             new = [line for line in lines if line not in self._told]
             self._told.update(new)
         for line in new:
-            self.say(line)
+            (_log.warning if self.say == _log.info else self.say)(line)
 
     def _chain(self, base: Base) -> Chain:
         hypervisor = self.hypervisor(base.image.architecture)
@@ -456,6 +458,6 @@ def default_host() -> Host:
     """Return the host that :meth:`MicroVM.start` uses, made at first use and closed when Python ends."""
     global _default  # noqa: PLW0603 - one per process
     if _default is None:
-        _default = Host()
+        _default = Host(say=_log.info)
         atexit.register(_default.close)
     return _default

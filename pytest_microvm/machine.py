@@ -203,10 +203,8 @@ class Instance:
         Args:
             name: What it is called.
         """
-        self.console.tail()  # what is still unread may say why
-        exceeded = self._exceeded()
+        exceeded = self.exceeded()
         if exceeded is not None:
-            self.events.add("quota", exceeded.brief, quota=exceeded.quota, limit=exceeded.limit)
             return exceeded
         reason = self._end_reason()
         self.events.add("crashed", reason)
@@ -217,13 +215,17 @@ class Instance:
             resolution="the console above is the machine's own; its last command is the likely cause",
         )
 
-    def _exceeded(self) -> QuotaExceeded | None:
-        """Return the quota that ended it, if one did: a new exception for each who asks."""
-        usage, ceiling = self.usage(), self.vmm.ceiling_hit()
+    def exceeded(self) -> QuotaExceeded | None:
+        """Return the quota that ended it, or is about to: a new exception for each who asks."""
+        self.console.tail()  # what is still unread may say so
         guard = self.guard
         if guard is not None and guard.verdict is not None:
             verdict = guard.verdict
+            self.events.add("quota", verdict.brief, quota=verdict.quota, limit=verdict.limit)
             return QuotaExceeded(verdict.quota, verdict.limit, verdict.observed, details=verdict.details)
+        if self.vmm.alive:
+            return None
+        usage, ceiling = self.usage(), self.vmm.ceiling_hit()
         if ceiling is not None:
             details = "the machine's process on the host, not the guest, reached its ceiling"
             return QuotaExceeded("memory", ceiling, max(ceiling, usage.peak_memory_bytes), details=details)
@@ -304,11 +306,14 @@ class MicroVM:
         self._on_keep = on_keep
 
     @classmethod
-    def start(cls, spec: MachineSpec | None = None, **changes: Any) -> MicroVM:
+    def start(cls, spec: MachineSpec | None = None, *, pool: int = 0, **changes: Any) -> MicroVM:
         """Start a machine (a copy of a cached template; the first one of its kind boots).
+
+        What takes long, and what this host cannot enforce, is logged by the logger ``pytest_microvm``.
 
         Args:
             spec: What it is made of; the defaults of :class:`MachineSpec` if omitted.
+            pool: How many more of the same kind to keep ready from now on, for those who ask next.
             **changes: Fields of the spec as people write them, such as ``memory="1G"``.
 
         Returns:
@@ -321,7 +326,7 @@ class MicroVM:
         """
         from pytest_microvm.host import default_host  # noqa: PLC0415 - upwards on purpose: see ADR 0001
 
-        return default_host().start(spec, **changes)
+        return default_host().start(spec, pool=pool, **changes)
 
     def __enter__(self) -> Self:
         return self
@@ -521,6 +526,16 @@ class MicroVM:
     def output_limit(self) -> int | None:
         """How many bytes a command may say; ``None``: as many as somebody reads."""
         return self.facts.limits.output
+
+    def check_quotas(self) -> None:
+        """Raise what the machine has exceeded, if it has.
+
+        Raises:
+            QuotaExceeded: Its kernel said so, perhaps only just now.
+        """
+        exceeded = self.instance.exceeded()
+        if exceeded is not None:
+            raise exceeded
 
     def output_exceeded(self, observed: int, limit: int) -> QuotaExceeded:
         """End the machine because a command said too much; return the error to raise."""

@@ -63,6 +63,9 @@ class Owner(Protocol):
     def output_exceeded(self, observed: int, limit: int) -> QuotaExceeded:
         """End the machine; return the error to raise."""
 
+    def check_quotas(self) -> None:
+        """Raise what the machine has exceeded, if it has."""
+
     def limited(self, what: str) -> AbstractContextManager[None]:
         """Let what happens inside take no longer than the machine's timeout."""
 
@@ -78,6 +81,9 @@ class Nobody:
     def output_exceeded(self, observed: int, limit: int) -> QuotaExceeded:
         """Return the error."""
         return QuotaExceeded("output", limit, observed)
+
+    def check_quotas(self) -> None:
+        """Know of none."""
 
     def limited(self, _what: str) -> AbstractContextManager[None]:
         """Set no limit."""
@@ -169,6 +175,7 @@ class GuestProcess:
 
         Raises:
             subprocess.TimeoutExpired: It still runs after ``timeout`` seconds.
+            QuotaExceeded: The machine used more than it may, and was ended.
             MachineCrashed: The machine ended.
         """
         if self.returncode is None:
@@ -178,6 +185,7 @@ class GuestProcess:
             except TimeoutError:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
             self.returncode = Answer(self._link, result).whole("returncode", -255, 255)
+            self._owner.check_quotas()
         return self.returncode
 
     def communicate(

@@ -19,7 +19,7 @@ from typing import Any
 
 from pytest_microvm.guest import resume
 from pytest_microvm.guest.files import StreamReader, StreamWriter, pack, path_operation, unpack
-from pytest_microvm.guest.limits import enter_group, forbid_thrashing
+from pytest_microvm.guest.limits import Refusals, enter_group, forbid_thrashing
 from pytest_microvm.guest.port import Port, open_port
 from pytest_microvm.guest.process import READ_SIZE, Child, reap, set_window_size
 from pytest_microvm.wire.channel import Closed, Credit, Data, Message
@@ -90,6 +90,7 @@ class Agent:
         self._inputs: dict[int, Child] = {}
         self._stalled: dict[int, tuple[int, Child]] = {}  # stream -> pipe that waits for credit
         self._leftover: dict[int, bytes] = {}  # stream -> bytes read from the pipe, not yet sent
+        self._refusals: Refusals | None = None
         self._vital: set[int] = set()  # processes without which the machine is of no use
 
     def serve(self) -> None:
@@ -112,9 +113,9 @@ class Agent:
 
     def _begin_machine(self) -> None:
         forbid_thrashing()
-        refusals = enter_group()
-        if refusals is not None:
-            self._selector.register(refusals, selectors.EVENT_READ, refusals.tell)
+        self._refusals = enter_group()
+        if self._refusals is not None:
+            self._selector.register(self._refusals, selectors.EVENT_READ, self._refusals.tell)
 
     # The port
 
@@ -251,6 +252,8 @@ class Agent:
                     break
             except BlockingIOError:
                 break
+        if self._refusals is not None:
+            self._refusals.tell()  # before the host hears that a command has ended
         by_pid = {child.pid: handle for handle, child in self._children.items() if child.returncode is None}
         for pid, status, usage in reap():
             if pid in self._vital:

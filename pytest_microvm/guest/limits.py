@@ -1,10 +1,10 @@
 """What the guest's own kernel enforces: a number of processes, and an end to thrashing.
 
 The agent and everything it starts are in one control group; a fork beyond its limit is refused by the
-kernel, which the agent notices and tells on the console. A machine whose memory is full would read its
-programs from the disk again and again, for minutes, before the kernel kills anything: it is told to kill
-once the pages of the last second no longer fit. Sources: cgroup-v2 and multigen_lru of the kernel's admin
-guide, mount(2).
+kernel, which is told on the console, before the host hears how the command or test ended. A machine whose
+memory is full would read its programs from the disk again and again, for minutes, before the kernel kills
+anything: it is told to kill once the pages of the last tenth of a second no longer fit. Sources: cgroup-v2
+and multigen_lru of the kernel's admin guide, mount(2).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import select
 _ROOT = "/sys/fs/cgroup"
 _GROUP = _ROOT + "/machine"
 _LRU = "/sys/kernel/mm/lru_gen"
-_KEEP_MILLISECONDS = "1000"
+_KEEP_MILLISECONDS = "100"  # a second could also end a machine that only writes large files
 _TOLD = b"\nmicrovm: too many processes\n"  # the host looks for it: pytest_microvm/console.py
 
 
@@ -35,12 +35,17 @@ class Refusals:
         return self._watch.fileno()
 
     def tell(self) -> None:
-        """Say so on the console."""
-        self._watch.poll(0)
-        os.pread(self._events, 256, 0)  # only once it is read, the next change is told
-        console = os.open("/dev/console", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
-        os.write(console, _TOLD)
-        os.close(console)
+        """Say on the console if a fork was refused since it was last asked."""
+        if self._watch.poll(0):
+            os.pread(self._events, 256, 0)  # only once it is read, the next change is told
+            tell_of_refusal()
+
+
+def tell_of_refusal() -> None:
+    """Say on the console that a fork was refused."""
+    console = os.open("/dev/console", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
+    os.write(console, _TOLD)
+    os.close(console)
 
 
 def enter_group() -> Refusals | None:
@@ -66,9 +71,17 @@ def forbid_thrashing() -> None:
 
 def limit_processes(processes: int) -> None:
     """Let ``processes`` more run than do now (the agent's and the runner's own)."""
-    with open(_GROUP + "/pids.current") as file:
-        running = int(file.read())
-    _write(_GROUP + "/pids.max", str(processes + running))
+    _write(_GROUP + "/pids.max", str(processes + int(_read("pids.current"))))
+
+
+def refused_forks() -> int:
+    """Return how many forks were refused so far."""
+    return int(_read("pids.events").split()[1])
+
+
+def _read(name: str) -> str:
+    with open(_GROUP + "/" + name) as file:
+        return file.read()
 
 
 def _write(path: str, text: str) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_microvm.guest.limits import limit_processes
+from pytest_microvm.guest import limits
 from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ class _Session:
         self._records = records = []
         self._output_limit, self._output = int(request.get("output", 0)), 0
         if request.get("pids") is not None:
-            limit_processes(int(request["pids"]))
+            limits.limit_processes(int(request["pids"]))
         stream = self._runner.open_stream(request)
         self._runner.reply(request, {})  # from here on whatever happens is the test's doing
         following = request.get("next")
@@ -250,6 +250,8 @@ class _Session:
         except BaseException:  # noqa: BLE001 - a broken hook of the project: pytest calls it INTERNALERROR
             records.append({"k": "exit", "code": 3, "reason": "internal", "text": traceback.format_exc()})
         self._runner.leave_if_forked()
+        if request.get("limited") and limits.refused_forks():
+            limits.tell_of_refusal()  # before the host hears that the test has ended
         if self._output > self._output_limit:
             records.append({"k": "excess", "printed": self._output})
         stop = session.shouldstop or session.shouldfail

@@ -156,7 +156,7 @@ def find_kit(name_or_path: str | Path, *, project: Path | None = None, asked_by:
         if path.is_file():
             return path
         raise KitError(f"no kit at {path}", resolution=f"name a folder that holds a {_KIT_FILE}")
-    known = dict(reversed(_kits(project)))
+    known = _kits(project)
     if text in known:
         return known[text]
     where = f"{asked_by}: parent: " if asked_by else ""
@@ -174,13 +174,25 @@ def shipped_kits() -> Path:
     return inside if inside.is_dir() else package.parent / "images"
 
 
-def _kits(project: Path | None) -> list[tuple[str, Path]]:
-    folders = [*([project / _PROJECT_KITS] if project else []), shipped_kits()]
-    return [
-        (path.parent.name, path.resolve())
-        for folder in folders
-        for path in sorted(folder.glob(f"*/{_KIT_FILE}"))
-    ]
+def _kits(project: Path | None) -> dict[str, Path]:
+    """Return the kits that can be named: the project's, and those that ship.
+
+    Raises:
+        KitError: One of the project's has the name of one that ships. A branch must not change what a name
+            means that somebody else chose: a kit's commands run on this computer when it is built.
+    """
+    shipped = _kits_in(shipped_kits())
+    own = _kits_in(project / _PROJECT_KITS) if project else {}
+    for name in own:
+        if name in shipped and own[name] != shipped[name]:
+            raise KitError(
+                f"{own[name]}: a kit that ships is called {name!r}, too", resolution="give it another name"
+            )
+    return {**shipped, **own}
+
+
+def _kits_in(folder: Path) -> dict[str, Path]:
+    return {path.parent.name: path.resolve() for path in folder.glob(f"*/{_KIT_FILE}")}
 
 
 def _read(path: Path) -> _Layer:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_microvm.config import DEFAULT_RETRIES
-from pytest_microvm.errors import MachineError
+from pytest_microvm.errors import MachineError, QuotaExceeded
 from pytest_microvm.link import Link
 from pytest_microvm.machine import MachineFacts, Usage
 from pytest_microvm.spec import DEFAULT_OUTPUT
@@ -46,6 +46,7 @@ class RunOptions:
         isolation: How often a machine is new: ``test``, ``class``, ``module`` or ``session``.
         timeout: Seconds one test may take, ``None`` for no limit.
         output: Bytes one test may print.
+        counted: Whether the number of a machine's processes is limited.
         retries: How often a test whose machine never reached it is tried again.
         artifacts: The folder for what is known of machines that crashed or exceeded a quota.
         collect_timeout: Seconds the runner may take to collect.
@@ -55,6 +56,7 @@ class RunOptions:
     isolation: str = "test"
     timeout: float | None = None
     output: int = DEFAULT_OUTPUT
+    counted: bool = False
     retries: int = DEFAULT_RETRIES
     artifacts: Path | None = None
     collect_timeout: float = 600.0
@@ -113,6 +115,9 @@ class RunnerMachine(Protocol):
 
     def usage(self) -> Usage:
         """Return what it has used so far."""
+
+    def exceeded(self) -> QuotaExceeded | None:
+        """Return the quota that it exceeded, if it did; its console may have said so only just now."""
 
     def end_error(self) -> MachineError:
         """Return why it ended by itself: a quota, or a crash with what it said last (untrusted text)."""

@@ -28,6 +28,7 @@ class TestLimits:
         pids: Processes and threads it may start at the same time.
         cpu_seconds: Seconds of CPU time of its machine.
         lifetime: Seconds its machine may exist.
+        counted: Whether the number of its processes is limited, by ``pids`` or for the machine.
     """
 
     __test__ = False
@@ -37,6 +38,7 @@ class TestLimits:
     pids: int | None = None
     cpu_seconds: float | None = None
     lifetime: float | None = None
+    counted: bool = False
 
 
 def limits_of(item: pytest.Item, options: RunOptions) -> TestLimits:
@@ -47,7 +49,7 @@ def limits_of(item: pytest.Item, options: RunOptions) -> TestLimits:
     Impossible values were refused when the tests were collected.
     """
     limits = TestLimits(options.timeout, options.output)
-    names = {field.name for field in fields(limits)}
+    names = {field.name for field in fields(limits)} - {"counted"}
     if options.isolation != "test":
         names = {"timeout", "output"}
     for marker in item.iter_markers(MARKER):
@@ -55,4 +57,4 @@ def limits_of(item: pytest.Item, options: RunOptions) -> TestLimits:
             value = RESOURCE_PARSERS[name](marker.kwargs[name], f"@pytest.mark.{MARKER}: {name}")
             limit = getattr(limits, name)
             limits = replace(limits, **{name: value if limit is None else min(limit, value)})
-    return limits
+    return replace(limits, counted=options.counted or limits.pids is not None)

@@ -63,6 +63,10 @@ class RunnerLease:
         """Return what it has used so far."""
         return self._instance.usage()
 
+    def exceeded(self) -> QuotaExceeded | None:
+        """Return the quota that it exceeded, if it did."""
+        return self._instance.exceeded()
+
     def end_error(self) -> MachineError:
         """Return why it ended by itself: a quota, or a crash with the console's tail."""
         return self._instance.end_error(self.facts.id)
@@ -146,6 +150,7 @@ class MachineBackend:
             isolation=self._config.isolation,
             timeout=limits.timeout,
             output=limits.output or DEFAULT_OUTPUT,
+            counted=limits.pids is not None,
             retries=self._config.retries,
             artifacts=self._config.artifacts and self._config.artifacts.absolute(),
             arguments=self._config.args,

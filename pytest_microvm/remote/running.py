@@ -94,6 +94,9 @@ class TestRunner:
         lease.tests += 1
         try:
             received = list(_bounded(records))
+            exceeded = lease.machine.exceeded()
+            if exceeded is not None:
+                raise exceeded  # noqa: TRY301 - as if it had been noticed while the test ran
             ran = _read(item, received, facts, lease.machine.usage(), retries)
         except MachineError as error:
             ran = self._failed_machine(lease, item, error, retries)

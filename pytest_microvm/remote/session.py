@@ -96,6 +96,7 @@ class RunnerSession:
                 next=following,
                 output=limits.output,
                 pids=limits.pids,
+                limited=limits.counted,
             )
         except GuestError as error:
             raise _refused(error) from None

@@ -120,6 +120,9 @@ class LocalMachine:
         self.facts = facts
         self._pid = pid
 
+    def exceeded(self):
+        return None
+
     def end_error(self):
         return MachineCrashed("the machine ended", details="local process: no console")
 

@@ -90,10 +90,15 @@ def test_a_child_adds_to_and_replaces_what_its_parent_says(project):
     assert kit.resources == {"cpus": 2, "memory": 300 * 1024**2, "disk": 2 * 1024**3, "pids": 64}
 
 
-def test_a_projects_kit_comes_before_a_shipped_one(project):
+def test_a_projects_kit_cannot_take_the_name_of_a_shipped_one(project):
+    """A branch could change what a name means that somebody else chose; its commands run on the host."""
     path = project("python", 'suite = "trixie"')
-    assert load_kit("python", project=project.root).path == path
+    project("child", 'parent = "python"')
+    for name in ("python", "child"):
+        with pytest.raises(KitError, match=f"{path}: a kit that ships is called 'python', too"):
+            load_kit(name, project=project.root)
     assert load_kit("python").path != path
+    assert load_kit(path).path == path
 
 
 @pytest.mark.parametrize("how", ["folder", "file", "relative"])

@@ -35,6 +35,7 @@ NOT_DOCUMENTED = {
     "limited",
     "output_limit",
     "output_exceeded",
+    "check_quotas",
 }  # of MicroVM: for this package's own modules; the page says so
 
 

@@ -26,6 +26,7 @@ from pytest_microvm.hypervisors.qemu.command import memory_ceiling, qemu_command
 from pytest_microvm.hypervisors.qemu.files import largest_file, open_files, written_file
 from pytest_microvm.hypervisors.qemu.qmp import Qmp, QmpError
 from pytest_microvm.hypervisors.rlimits import Rlimits
+from pytest_microvm.hypervisors.usage import process_usage
 from pytest_microvm.machine import Usage
 from pytest_microvm.sanitize import sanitize_line
 
@@ -188,20 +189,14 @@ class QemuProcess:
 
     def usage(self) -> Usage:
         """Return what the process has used (Linux's /proc); the last known figures once it ended."""
-        with self._lock, contextlib.suppress(OSError):  # it has ended
-            if self._process.returncode is not None:  # its number may be another's by now
-                return self._last_usage
-            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-            status = dict(
-                line.split(":", 1) for line in Path(f"/proc/{self.pid}/status").read_text().splitlines()
-            )
-            seconds = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-            if "VmHWM" in status:  # a zombie has none
-                memory, peak = (int(status[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
-                disk = self._last_usage.disk_bytes if self._written is None else self._disk_bytes()
-                self._last_usage = Usage(seconds, memory, peak, disk)
-            else:
-                self._last_usage = replace(self._last_usage, cpu_seconds=seconds)
+        with self._lock:
+            if self._process.returncode is None:  # else its number may be another's by now
+                used = process_usage(self.pid)
+                if used is not None:
+                    last = self._last_usage
+                    disk = last.disk_bytes if self._written is None else self._disk_bytes()
+                    peak = max(used.peak_memory_bytes, last.peak_memory_bytes)  # a zombie has none
+                    self._last_usage = replace(used, peak_memory_bytes=peak, disk_bytes=disk)
         return self._last_usage
 
     def stderr(self) -> str:
