@@ -199,6 +199,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     wanted = getattr(item, "fixturenames", ())
     used = [pair for node in item.listchain() for pair in node.stash.get(_machines, [])]
     found = [machine for fixture, machine in used if fixture in wanted]
+    if report.when == "teardown":
+        _forget_ended(item)
     if not found:
         return report
     from pytest_microvm.junit import properties  # noqa: PLC0415 - only tests with a machine
@@ -244,6 +246,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def _used(node: Any) -> list[tuple[str, MicroVM]]:
     found: list[tuple[str, MicroVM]] = node.stash.setdefault(_machines, [])
     return found
+
+
+def _forget_ended(item: pytest.Item) -> None:
+    """Drop machines that have ended: pytest keeps its items, and these would stay with them until the end."""
+    for node in item.listchain():
+        if _machines in node.stash:
+            node.stash[_machines] = [pair for pair in node.stash[_machines] if not pair[1].closed]
 
 
 def _has_failed(node: Any) -> bool:
