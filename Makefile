@@ -64,6 +64,7 @@ fuzz: setup ## fuzz what takes a guest's bytes, for FUZZ_SECONDS (60) in all
 bench: images ## measure, and compare with the promises
 	@$(BIN)/python benchmarks/run.py $(ARGS)
 
-soak: images ## 1,000 machines through one pytest process, 300 through two workers: what grows?
+soak: images ## 1,000 machines through one pytest process, 300 through two workers, 300 fixtures: what grows?
 	@$(BIN)/python benchmarks/soak.py
 	@$(BIN)/python benchmarks/soak.py --count 300 --workers 2
+	@$(BIN)/python benchmarks/soak.py --count 300 --fixture
