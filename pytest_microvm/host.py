@@ -88,6 +88,7 @@ class Host:
         self._timeout = timeout
         self._retries = retries
         self._told: set[str] = set()
+        self._hypervisors: dict[str, Qemu] = {}
         self._bases: dict[MachineSpec, Base] = {}
         self._held: dict[str, Template] = {}
         self._steps: dict[str, Sequence[Step]] = {}
@@ -114,8 +115,11 @@ class Host:
         return HostBudget(runtime_folder(), *default_limits())
 
     def hypervisor(self, architecture: str) -> Qemu:
-        """Return what runs guests of ``architecture``."""
-        return Qemu(architecture, self.cache)
+        """Return what runs guests of ``architecture``; one that has asked the program for its version."""
+        with self._lock:
+            if architecture not in self._hypervisors:
+                self._hypervisors[architecture] = Qemu(architecture, self.cache)
+            return self._hypervisors[architecture]
 
     def accelerator(self, image: Image) -> Accelerator:
         """Return what runs ``image`` here, tried at first use.

@@ -9,6 +9,7 @@ import fcntl
 import os
 import socket
 import struct
+import sys
 import time
 from typing import Any
 
@@ -17,6 +18,7 @@ from pytest_microvm.guest import limits
 RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
 _MAX_ENTROPY = 512
+_FUTURE = 20 * 365 * 24 * 3600  # seconds; longer than any template is kept
 
 
 def apply(message: dict[str, Any]) -> dict[str, Any]:
@@ -39,6 +41,28 @@ def apply(message: dict[str, Any]) -> dict[str, Any]:
         except OSError as error:
             skipped.append(f"{step.__name__.strip('_')}: {error.strerror}")
     return {"skipped": skipped}
+
+
+def outdate_openssl() -> None:
+    """Let OpenSSL take fresh entropy in each copy, when it first needs any.
+
+    Its generator lives in the process, so copies would go on with the same numbers. To add entropy in each
+    would cost a tenth of a small test under emulation. It seeds itself anew when its last seed lies in the
+    future (``ossl_prov_drbg_generate``), so that seed is made there, with the clock put forward for a moment.
+    """
+    openssl: Any = sys.modules.get("_ssl")
+    if openssl is None:  # whoever loads it later, in a copy, has entropy of that copy
+        return
+    begin, now = time.monotonic(), time.time()
+    try:
+        time.clock_settime(time.CLOCK_REALTIME, now + _FUTURE)
+    except OSError:  # not allowed: in a container, say
+        openssl.RAND_add(os.urandom(32), 32.0)
+        return
+    try:
+        openssl.RAND_bytes(1)
+    finally:
+        time.clock_settime(time.CLOCK_REALTIME, now + time.monotonic() - begin)
 
 
 def _entropy(message: dict[str, Any]) -> None:

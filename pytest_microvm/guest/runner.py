@@ -36,11 +36,18 @@ class Runner:
     Args:
         port: The connection to the host.
         resume: Called with a ``resume`` message before anything else runs in a clone.
+        settle: Called once the machine holds what its clones shall have, before it is frozen.
     """
 
-    def __init__(self, port: Port, resume: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        port: Port,
+        resume: Callable[[dict[str, Any]], dict[str, Any]],
+        settle: Callable[[], None] = lambda: None,
+    ) -> None:
         self.port = port
         self.pid = _getpid()
+        self.settle = settle
         self._resume = resume
         self._queue: collections.deque[dict[str, Any]] = collections.deque()
 
@@ -136,9 +143,6 @@ def reseed() -> None:
     names = getattr(sys.modules.get("tempfile"), "_name_sequence", None)
     if names is not None:
         names.rng.seed(_urandom(32))
-    openssl = sys.modules.get("_ssl")
-    if openssl is not None:  # OpenSSL's own generator lives in the process, and so do its copies' keys
-        openssl.RAND_add(_urandom(32), 32.0)
 
 
 def main(arguments: list[str]) -> int:
@@ -148,7 +152,9 @@ def main(arguments: list[str]) -> int:
         arguments: What follows the code folder on the command line.
     """
     fd = int(arguments[1]) if arguments[:1] == ["--fd"] else open_port("runner")
-    start(Runner(Port(_out_of_the_way(fd), "runner"), _find_resume()))
+    from pytest_microvm.guest import resume  # noqa: PLC0415 - must be loaded before the code folder is left
+
+    start(Runner(Port(_out_of_the_way(fd), "runner"), resume.apply, resume.outdate_openssl))
     return 0
 
 
@@ -170,12 +176,6 @@ def _out_of_the_way(fd: int) -> int:
         return fd
     os.close(fd)
     return high
-
-
-def _find_resume() -> Callable[[dict[str, Any]], dict[str, Any]]:
-    from pytest_microvm.guest import resume  # noqa: PLC0415 - must be loaded before the code folder is left
-
-    return resume.apply
 
 
 def _import_session() -> Callable[[Runner], None]:

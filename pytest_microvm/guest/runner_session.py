@@ -193,6 +193,7 @@ class _Session:
         self._printed()
         self._limit_output(self._config)
         self._make_base_folder()
+        self._runner.settle()
         gc.collect()
         gc.freeze()  # a clone shares these pages; a collection must not touch them
         request, self._request = self._request, None
