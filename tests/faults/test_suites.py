@@ -307,9 +307,7 @@ MARKED = """
 
 def test_a_marker_tightens_and_never_widens(project):
     project.write("test_marked.py", MARKED)
-    project.run(
-        "--microvm", "--strict-markers", "--microvm-timeout=12", "--junitxml=report.xml", status=1
-    )
+    project.run("--microvm", "--strict-markers", "--microvm-timeout=12", "--junitxml=report.xml", status=1)
     found = {
         name: (case["microvm.outcome"], case.get("microvm.quota"), case.get("microvm.quota_limit"))
         for name, case in project.outcomes().items()
