@@ -21,7 +21,7 @@ class Event:
     """One thing that happened.
 
     Args:
-        kind: ``started``, ``command``, ``push``, ``pull``, ``finding``, ``quota``, ``crashed`` or ``ended``.
+        kind: ``started``, ``command``, ``push``, ``pull``, ``finding``, ``quota`` or ``crashed``.
         about: What, for people.
         at: When, in seconds since 1970.
         seen_by: ``host`` or ``guest``.

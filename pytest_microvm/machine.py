@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_microvm.console import ConsoleReader, Finding
 from pytest_microvm.errors import BootError, MachineCrashed, MachineError, QuotaExceeded, UsageError
-from pytest_microvm.events import EventLog
+from pytest_microvm.events import Event, EventLog
 from pytest_microvm.link import Drain, Link
 from pytest_microvm.process import GuestProcess, command_arguments
 from pytest_microvm.quotas import Guard, watchdog
@@ -153,7 +153,7 @@ class Instance:
 
     def watch(self, limits: Limits) -> None:
         """Enforce ``limits`` from now on: the machine has been handed out."""
-        self.guard = Guard(limits, self.usage, self.vmm.kill)
+        self.guard = Guard(limits, self.usage, self._end_for)
         watchdog().add(self.guard)
 
     def link(self, port: str) -> Link:
@@ -221,7 +221,6 @@ class Instance:
         guard = self.guard
         if guard is not None and guard.verdict is not None:
             verdict = guard.verdict
-            self.events.add("quota", verdict.brief, quota=verdict.quota, limit=verdict.limit)
             return QuotaExceeded(verdict.quota, verdict.limit, verdict.observed, details=verdict.details)
         if self.vmm.alive:
             return None
@@ -232,6 +231,12 @@ class Instance:
         if guard is not None and guard.limits.cpu_seconds and usage.cpu_seconds > guard.limits.cpu_seconds:
             return QuotaExceeded("cpu_seconds", guard.limits.cpu_seconds, usage.cpu_seconds)
         return None
+
+    def _end_for(self, verdict: QuotaExceeded) -> None:
+        self.events.add(
+            "quota", verdict.brief, quota=verdict.quota, limit=verdict.limit, observed=verdict.observed
+        )
+        self.vmm.kill()
 
     def _end_reason(self) -> str:
         """Return why it ended by itself, for people; the console tells a panic from a reboot."""
@@ -495,6 +500,11 @@ class MicroVM:
     def usage(self) -> Usage:
         """Return what the machine has used so far, as the host sees it."""
         return self.instance.usage()
+
+    @property
+    def events(self) -> list[Event]:
+        """What happened to it, in order: the last 1000 events."""
+        return self.instance.events.list()
 
     def console_tail(self, lines: int = 30) -> str:
         """Return the last lines of the console, with control characters made visible."""

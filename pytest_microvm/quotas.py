@@ -53,10 +53,12 @@ class Guard:
     Args:
         limits: What it may use.
         used: Tells what it has used.
-        end: Ends it at once; called at most once, by whichever thread notices.
+        end: Ends it at once, and is told why; called at most once, by whichever thread notices.
     """
 
-    def __init__(self, limits: Limits, used: Callable[[], Used], end: Callable[[], None]) -> None:
+    def __init__(
+        self, limits: Limits, used: Callable[[], Used], end: Callable[[QuotaExceeded], None]
+    ) -> None:
         self.limits = limits
         self.verdict: QuotaExceeded | None = None
         self._used = used
@@ -81,7 +83,7 @@ class Guard:
             first = self.verdict is None
             self.verdict = verdict = self.verdict or QuotaExceeded(quota, limit, observed, details=details)
         if first:
-            self._end()
+            self._end(verdict)
         return verdict
 
     def check(self) -> float:

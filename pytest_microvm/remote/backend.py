@@ -119,6 +119,9 @@ class RunnerMachine(Protocol):
     def exceeded(self) -> QuotaExceeded | None:
         """Return the quota that it exceeded, if it did; its console may have said so only just now."""
 
+    def end_for(self, quota: QuotaExceeded) -> None:
+        """End it because its test exceeded a quota that was counted by whoever asks."""
+
     def end_error(self) -> MachineError:
         """Return why it ended by itself: a quota, or a crash with what it said last (untrusted text)."""
 

@@ -67,6 +67,12 @@ class RunnerLease:
         """Return the quota that it exceeded, if it did."""
         return self._instance.exceeded()
 
+    def end_for(self, quota: QuotaExceeded) -> None:
+        """End it because its test exceeded a quota that was counted by whoever asks."""
+        guard = self._instance.guard
+        if guard is not None:
+            guard.exceed(quota.quota, quota.limit, quota.observed, quota.details)
+
     def end_error(self) -> MachineError:
         """Return why it ended by itself: a quota, or a crash with the console's tail."""
         return self._instance.end_error(self.facts.id)

@@ -118,6 +118,8 @@ class TestRunner:
         if isinstance(error, MachineCrashed):
             error = machine.end_error()
         quota = error if isinstance(error, QuotaExceeded) else None
+        if quota is not None:
+            machine.end_for(quota)
         outcome = "quota" if quota else "crashed"
         saved = self._save(machine, error, item.nodeid)
         ours = properties(

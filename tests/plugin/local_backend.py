@@ -123,6 +123,9 @@ class LocalMachine:
     def exceeded(self):
         return None
 
+    def end_for(self, quota):
+        self.kill()
+
     def end_error(self):
         return MachineCrashed("the machine ended", details="local process: no console")
 

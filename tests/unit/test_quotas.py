@@ -24,7 +24,8 @@ class Machine:
     def used(self):
         return self
 
-    def end(self):
+    def end(self, verdict):
+        self.verdict = verdict
         self.ends += 1
         self.ended.set()
 
@@ -65,8 +66,18 @@ def test_exactly_what_is_allowed_is_allowed():
 def test_the_first_reason_stays_and_ends_it_once():
     machine, guard = guarded()
     assert guard.exceed("memory", 1, 2).quota == "memory"
+    assert machine.verdict is guard.verdict
     assert guard.exceed("disk", 3, 4).quota == "memory"
     assert machine.ends == 1
+
+
+def test_limits_can_be_lowered_not_raised():
+    machine, guard = guarded(cpu_seconds=2.0, pids=10)
+    guard.tighten(pids=20, cpu_seconds=1.0, lifetime=None)
+    assert (guard.limits.pids, guard.limits.cpu_seconds, guard.limits.lifetime) == (10, 1.0, None)
+    machine.cpu_seconds = 1.5
+    guard.check()
+    assert guard.verdict.limit == 1.0
 
 
 def test_nothing_is_looked_at_more_often_than_needed():

@@ -13,6 +13,7 @@ from _pytest.junitxml import xml_key
 import pytest_microvm
 from pytest_microvm import config, errors, fixtures, hookspecs, spec
 from pytest_microvm.cli import _parser
+from pytest_microvm.events import Event
 from pytest_microvm.images import kit_keys
 from pytest_microvm.junit import properties
 from pytest_microvm.machine import MachineFacts, MicroVM, Usage
@@ -148,7 +149,7 @@ def test_every_argument_of_run():
     assert parameters <= rows(section(page("fixture-api.md"), "MicroVM"))
 
 
-@pytest.mark.parametrize("kind", [MachineSpec, MachineFacts, Usage], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [MachineSpec, MachineFacts, Usage, Event], ids=lambda kind: kind.__name__)
 def test_every_field(kind):
     fields = set(kind.__dataclass_fields__)
     assert fields <= rows(section(page("fixture-api.md"), "Values"))
