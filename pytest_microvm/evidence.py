@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_microvm.errors import MachineError
-    from pytest_microvm.machine import Instance, MachineFacts
+    from pytest_microvm.instance import Instance, MachineFacts
 
 _CONSOLE_LINES = 10_000
 _NAME_LENGTH = 100

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from pytest_microvm.machine import MachineFacts, Usage
+    from pytest_microvm.instance import MachineFacts, Usage
     from pytest_microvm.remote.backend import Backend, Progress
     from pytest_microvm.remote.backend import Settings as RemoteSettings
     from pytest_microvm.spec import MachineSpec

@@ -19,7 +19,8 @@ from pytest_microvm.errors import BootError, HostError, ImageError, UsageError
 from pytest_microvm.hypervisors import Accelerator, Launch
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
 from pytest_microvm.images.store import ImageStore, cache_root
-from pytest_microvm.machine import BOOT_TIMEOUT, Instance, MachineFacts, MicroVM
+from pytest_microvm.instance import BOOT_TIMEOUT, Instance, MachineFacts
+from pytest_microvm.machine import MicroVM
 from pytest_microvm.spec import RESOURCE_PARSERS, Limits, MachineSpec, Resources, parse_size
 from pytest_microvm.templates.budget import HostBudget, default_limits, runtime_folder
 from pytest_microvm.templates.chain import Base, Chain, Step, guest_code_archive

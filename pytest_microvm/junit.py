@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pytest_microvm.errors import QuotaExceeded
-    from pytest_microvm.machine import MachineFacts, Usage
+    from pytest_microvm.instance import MachineFacts, Usage
 
 
 def properties(

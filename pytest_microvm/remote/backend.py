@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_microvm.config import DEFAULT_RETRIES
 from pytest_microvm.errors import MachineError, QuotaExceeded
+from pytest_microvm.instance import MachineFacts, Usage
 from pytest_microvm.link import Link
-from pytest_microvm.machine import MachineFacts, Usage
 from pytest_microvm.spec import DEFAULT_OUTPUT
 
 if TYPE_CHECKING:

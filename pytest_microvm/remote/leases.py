@@ -8,7 +8,7 @@ from typing import Protocol
 import pytest
 
 from pytest_microvm.errors import MachineError
-from pytest_microvm.machine import MachineFacts, Usage
+from pytest_microvm.instance import MachineFacts, Usage
 from pytest_microvm.remote.backend import Backend, Kept, Lease
 from pytest_microvm.remote.session import RunnerSession
 

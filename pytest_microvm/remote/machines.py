@@ -15,7 +15,8 @@ from pytest_microvm import evidence
 from pytest_microvm.config import DEFAULT_TIMEOUT, load_settings
 from pytest_microvm.errors import MachineCrashed, MachineError, QuotaExceeded, UsageError
 from pytest_microvm.host import Host, KeptMachine
-from pytest_microvm.machine import Instance, MachineFacts, MicroVM, Usage
+from pytest_microvm.instance import Instance, MachineFacts, Usage
+from pytest_microvm.machine import MicroVM
 from pytest_microvm.remote.backend import BackendFacts, CollectPlan, Progress, RunOptions, Settings
 from pytest_microvm.remote.session import RunnerSession, runner_command
 from pytest_microvm.remote.workspace import Workspace, scan

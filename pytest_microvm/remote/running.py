@@ -10,8 +10,8 @@ import pytest
 
 from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded
 from pytest_microvm.evidence import folder_for
+from pytest_microvm.instance import MachineFacts, Usage
 from pytest_microvm.junit import properties
-from pytest_microvm.machine import MachineFacts, Usage
 from pytest_microvm.remote.backend import Backend, Lease, RunnerMachine, RunOptions
 from pytest_microvm.remote.checks import line, text, violation
 from pytest_microvm.remote.collected import GuestExit, GuestWarning, parse_exit, parse_warning

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pytest_microvm.errors import MachineError, MicroVMError
-from pytest_microvm.machine import MachineFacts, Usage
+from pytest_microvm.instance import MachineFacts, Usage
 from pytest_microvm.remote import neutral
 from pytest_microvm.remote.arguments import option_arity, split_arguments, tokens
 from pytest_microvm.remote.backend import Backend, CollectPlan, Progress, Settings

@@ -20,7 +20,7 @@ from pytest_microvm.disk import explained
 from pytest_microvm.errors import BootError, MachineCrashed
 from pytest_microvm.hypervisors import Accelerator, Disk, Hypervisor, Launch
 from pytest_microvm.images.cpio import CpioEntry, cpio_archive
-from pytest_microvm.machine import BOOT_TIMEOUT, Instance
+from pytest_microvm.instance import BOOT_TIMEOUT, Instance
 from pytest_microvm.process import GuestProcess, command_arguments
 from pytest_microvm.templates.files import copy_sparse, format_scratch
 from pytest_microvm.templates.store import KEPT

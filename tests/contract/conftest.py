@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from pytest_microvm.machine import Instance, MachineFacts, MicroVM, Usage
+from pytest_microvm.instance import Instance, MachineFacts, Usage
+from pytest_microvm.machine import MicroVM
 from pytest_microvm.spec import Limits
 
 AGENT = Path(__file__).with_name("local_agent.py")
 
 
 class LocalVmm:
-    """A process with the agent in it (a :class:`pytest_microvm.machine.Vmm`)."""
+    """A process with the agent in it (a :class:`pytest_microvm.instance.Vmm`)."""
 
     def __init__(self, log):
         ours, theirs = socket.socketpair()

@@ -71,12 +71,16 @@ def nothing_left(host):
     assert inventory(host) == before
 
 
-@pytest.fixture
-def project(tmp_path):
-    folder = tmp_path / "project"
+def new_project(parent):
+    folder = parent / "project"
     folder.mkdir()
     (folder / "pytest.ini").write_text("[pytest]\n")
     return Project(folder)
+
+
+@pytest.fixture
+def project(tmp_path):
+    return new_project(tmp_path)
 
 
 class Project:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import GUARD, children
+from .conftest import GUARD, children, new_project
 
 SUITE = """
     import time, pytest
@@ -35,12 +35,7 @@ _SEED = 20261121  # the moments are random, but the same in every run
 @pytest.fixture(scope="module")
 def warm(tmp_path_factory):
     """Make the templates once, so that the moments fall into all phases of a run."""
-    from .conftest import Project  # noqa: PLC0415 - the fixture of that name is made for each test
-
-    folder = tmp_path_factory.mktemp("ends") / "project"
-    folder.mkdir()
-    (folder / "pytest.ini").write_text("[pytest]\n")
-    project = Project(folder)
+    project = new_project(tmp_path_factory.mktemp("ends"))
     project.write("test_suite.py", SUITE)
     project.write("test_fixtures.py", FIXTURES)
     project.run("--microvm", "-q", "test_suite.py", "-k", "3]")

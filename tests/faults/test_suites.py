@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import new_project
+
 WORST = """
     import ctypes, os, signal, subprocess, sys, time
     from pathlib import Path
@@ -100,12 +102,7 @@ WORDS = {
 @pytest.fixture(scope="module")
 def worst(tmp_path_factory):
     """One run of all of them, and after each a test that looks whether it left anything."""
-    from .conftest import Project  # noqa: PLC0415 - the fixture of that name is made for each test
-
-    folder = tmp_path_factory.mktemp("worst") / "project"
-    folder.mkdir()
-    (folder / "pytest.ini").write_text("[pytest]\n")
-    project = Project(folder)
+    project = new_project(tmp_path_factory.mktemp("worst"))
     order = [name for test in EXPECTED for name in (test, f"test_after_{test}")]
     project.write(
         "test_worst.py", WORST + "".join(AFTER.format(name=f"test_after_{test}") for test in EXPECTED)

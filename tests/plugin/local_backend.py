@@ -14,8 +14,8 @@ from pathlib import Path
 
 from pytest_microvm.config import load_settings
 from pytest_microvm.errors import MachineCrashed
+from pytest_microvm.instance import MachineFacts, Usage
 from pytest_microvm.link import Link
-from pytest_microvm.machine import MachineFacts, Usage
 from pytest_microvm.remote.backend import BackendFacts, RunOptions
 from pytest_microvm.remote.session import RunnerSession
 from pytest_microvm.spec import DEFAULT_OUTPUT, Limits

@@ -15,8 +15,9 @@ from pytest_microvm import config, errors, fixtures, hookspecs, spec
 from pytest_microvm.cli import _parser
 from pytest_microvm.events import Event
 from pytest_microvm.images import kit_keys
+from pytest_microvm.instance import MachineFacts, Usage
 from pytest_microvm.junit import properties
-from pytest_microvm.machine import MachineFacts, MicroVM, Usage
+from pytest_microvm.machine import MicroVM
 from pytest_microvm.process import GuestProcess
 from pytest_microvm.remote.arguments import REFUSED
 from pytest_microvm.remote.backend import BackendFacts
