@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_microvm.images.debian import MODES
 from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.progress import Progress
-from pytest_microvm.spec import format_size
+from pytest_microvm.spec import RESOURCE_PARSERS, format_size
 
 if TYPE_CHECKING:
     import argparse
@@ -128,7 +128,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     print(f"architecture  {image.architecture}")
     print(f"kit           {entry.kit}{'' if entry.current else ' (changed since)'}")
     print(f"size          {_megabytes(entry.size_bytes)}")
-    for name, amount in image.resources.items():
+    for name in (name for name in RESOURCE_PARSERS if name in image.resources):
+        amount = image.resources[name]
         shown = format_size(int(amount)) if name in ("memory", "disk", "output") else f"{amount:g}"
         print(f"{name:<13} {shown}")
     for role, path in image.files().items():

@@ -160,7 +160,7 @@ def test_what_the_kit_said_is_in_the_image(image):
     assert _list(image)["/srv/page"] == ("-rw-r-----", "0/0")
     assert _list(image)[""] == ("drwxr-xr-x", "0/0")  # the root folder itself
     assert image.environment == (("GREETING", "good morning"),)
-    assert (image.name, image.memory_bytes, image.architecture) == (
+    assert (image.name, image.resources["memory"], image.architecture) == (
         "tiny",
         256 * 1024**2,
         host_architecture(),
