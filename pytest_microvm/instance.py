@@ -143,6 +143,7 @@ class Instance:
 
     def watch(self, limits: Limits) -> None:
         """Enforce ``limits`` from now on: the machine has been handed out."""
+        self.usage()  # of one that ends before the watchdog's first look this is all that is known
         self.guard = Guard(limits, self.usage, self._end_for)
         watchdog().add(self.guard)
 
