@@ -101,6 +101,13 @@ def test_a_session_that_ends_runs_the_projects_last_hooks(project):
     assert where.read_text() == "finished"
 
 
+def test_no_test_can_end_a_run_as_if_all_had_passed(project):
+    project.write(
+        test_it="import pytest\ndef test_ends(): pytest.exit('done', returncode=0)\ndef test_b(): assert 0"
+    )
+    assert project.microvm().ret == pytest.ExitCode.INTERRUPTED
+
+
 def test_pytest_exit_in_a_test(project):
     project.write(
         test_it="import pytest\ndef test_it(): pytest.exit('enough', returncode=9)\ndef test_b(): pass"
