@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pytest_microvm.errors import QuotaExceeded
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from pytest_microvm.errors import MachineError
@@ -31,6 +32,21 @@ def folder_for(artifacts: Path, about: str, machine: str) -> Path:
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", about).strip("-.")[:_NAME_LENGTH]
     digest = hashlib.sha256(about.encode(errors="surrogatepass")).hexdigest()[:8]
     return artifacts / f"{readable or 'test'}-{digest}-{machine}"
+
+
+def saved(artifacts: Path | None, about: str, machine: str, write: Callable[[Path], None]) -> str | None:
+    """Let ``write`` fill the folder about ``machine``, if there shall be one; return where, or why not.
+
+    A folder that cannot be written costs no test its report.
+    """
+    if artifacts is None:
+        return None
+    folder = folder_for(artifacts, about, machine)
+    try:
+        write(folder)
+    except OSError as failure:
+        return f"could not be saved: {failure}"
+    return str(folder)
 
 
 def save(folder: Path, instance: Instance, facts: MachineFacts, error: MachineError, about: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from pytest_microvm.config import Settings
     from pytest_microvm.host import Host
@@ -85,14 +86,14 @@ class Machines:
         from pytest_microvm import evidence  # noqa: PLC0415 - only when a test failed
         from pytest_microvm.errors import MachineCrashed, QuotaExceeded  # noqa: PLC0415
 
-        if self.settings.artifacts is None or not isinstance(error, (MachineCrashed, QuotaExceeded)):
+        if not isinstance(error, (MachineCrashed, QuotaExceeded)):
             return None
-        folder = evidence.folder_for(self.settings.artifacts.absolute(), about, machine.id)
-        try:
+
+        def write(folder: Path) -> None:
             evidence.save(folder, machine.instance, machine.facts, error, about)
-        except OSError as failure:
-            return f"could not be saved: {failure}"
-        return str(folder)
+
+        artifacts = self.settings.artifacts
+        return evidence.saved(artifacts and artifacts.absolute(), about, machine.id, write)
 
     def _say(self, line: str) -> None:
         reporter: Any = self._config.pluginmanager.get_plugin("terminalreporter")

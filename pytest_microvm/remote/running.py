@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
 
 from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded
-from pytest_microvm.evidence import folder_for
+from pytest_microvm.evidence import saved
 from pytest_microvm.instance import MachineFacts, Usage
 from pytest_microvm.junit import properties
-from pytest_microvm.remote.backend import Backend, Lease, RunnerMachine, RunOptions
+from pytest_microvm.remote.backend import Backend, Lease, RunOptions
 from pytest_microvm.remote.checks import line, text, violation
 from pytest_microvm.remote.collected import GuestExit, GuestWarning, parse_exit, parse_warning
 from pytest_microvm.remote.leases import Leases, Watcher
@@ -121,24 +122,14 @@ class TestRunner:
         if quota is not None:
             machine.end_for(quota)
         outcome = "quota" if quota else "crashed"
-        saved = self._save(machine, error, item.nodeid)
+        write = partial(machine.save, error=error, about=item.nodeid)
+        where = saved(self._options.artifacts, item.nodeid, machine.facts.id, write)
         ours = properties(
-            machine.facts, machine.usage(), outcome, quota=quota, retries=retries, artifacts=saved
+            machine.facts, machine.usage(), outcome, quota=quota, retries=retries, artifacts=where
         )
-        sections = (("Machine artifacts", saved),) if saved else ()
+        sections = (("Machine artifacts", where),) if where else ()
         reports = _failed(item, "call", f"{outcome}: {error}", ours, sections)
         return Ran(reports, facts=machine.facts, outcome=outcome)
-
-    def _save(self, machine: RunnerMachine, error: MachineError, nodeid: str) -> str | None:
-        """Save what is known of a machine, if that was asked for; return where."""
-        if self._options.artifacts is None:
-            return None
-        folder = folder_for(self._options.artifacts, nodeid, machine.facts.id)
-        try:
-            machine.save(folder, error, nodeid)
-        except OSError as failure:
-            return f"could not be saved: {failure}"
-        return str(folder)
 
     def _keep(self, lease: Lease, item: Any, reports: list[pytest.TestReport]) -> None:
         """Keep the machine of a test that failed, if that was asked for, and say how to enter it."""
