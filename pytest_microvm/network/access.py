@@ -1,0 +1,26 @@
+"""What one machine may reach, and with whose credentials: what its proxy is made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_microvm.network.authority import Authority
+    from pytest_microvm.network.credentials import Credential
+    from pytest_microvm.network.rules import Policy
+
+
+@dataclass(frozen=True)
+class Access:
+    """What one machine may reach.
+
+    Args:
+        policy: The rules.
+        credentials: What the proxy adds on the way out.
+        authority: The machine's own certificate authority; ``None`` where no request has to be looked into.
+    """
+
+    policy: Policy
+    credentials: tuple[Credential, ...] = ()
+    authority: Authority | None = None

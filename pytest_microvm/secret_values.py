@@ -1,0 +1,183 @@
+"""Values that must not be seen: where they come from, and how they are held on the host.
+
+A :class:`Source` says where a value is; it is part of a spec, can be shown and compared. What it gives is a
+:class:`SecretValue`, which shows itself to nobody: not in a repr, a log, a pickle or an f-string.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn, get_args
+
+from pytest_microvm.errors import UsageError
+
+Kind = Literal["env", "file", "command", "keyring"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+MAX_BYTES = 64 * 1024
+"""The longest value; a key, a token or a certificate is shorter."""
+
+_COMMAND_TIMEOUT = 120.0  # seconds; a password manager may ask its user
+
+
+class SecretValue:
+    """A value that shows itself to nobody who does not ask for it.
+
+    Args:
+        value: What is secret.
+        name: What it is called, for people.
+    """
+
+    __slots__ = ("_value", "name")
+
+    def __init__(self, value: str, name: str) -> None:
+        self._value = value
+        self.name = name
+
+    def reveal(self) -> str:
+        """Return the value itself."""
+        return self._value
+
+    def __repr__(self) -> str:
+        return f"<secret {self.name}>"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SecretValue) and (self._value, self.name) == (other._value, other.name)
+
+    def __hash__(self) -> int:
+        return hash((self._value, self.name))
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self!r} is not to be copied or stored")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a value is found on the host.
+
+    Args:
+        kind: ``env``: a variable; ``file``: a file's content without the line's end; ``command``: what a
+            command prints, the same way; ``keyring``: ``SERVICE/USER`` in the system's keyring.
+        where: The variable, path, command or entry.
+    """
+
+    kind: Kind
+    where: str
+
+    def read(self, name: str) -> SecretValue:
+        """Return the value.
+
+        Args:
+            name: What it is for, for errors and for the value's own name.
+
+        Raises:
+            UsageError: There is none, or it is no text that could be one.
+        """
+        value = _READERS[self.kind](self.where, name)
+        if self.kind in ("file", "command"):
+            value = value.removesuffix("\n").removesuffix("\r")
+        if not value:
+            raise UsageError(f"{name}: {self} is empty", resolution="a secret must have a value")
+        if len(value.encode(errors="surrogateescape")) > MAX_BYTES or "\0" in value:
+            raise UsageError(
+                f"{name}: {self} is no secret: it is longer than {MAX_BYTES} bytes, or has a NUL character",
+                resolution="hand files over with a mount",
+            )
+        return SecretValue(value, name)
+
+    def __str__(self) -> str:
+        shown = f"{_program(self.where)} ..." if self.kind == "command" else self.where
+        return f"{self.kind} {shown}"
+
+
+def parse_source(value: object, where: str) -> Source:
+    """Return the source that ``{env = "TOKEN"}`` or ``"env:TOKEN"`` stands for.
+
+    Args:
+        value: What was written.
+        where: What it was written in, for errors.
+
+    Raises:
+        UsageError: It names no source.
+    """
+    if isinstance(value, str) and ":" in value:
+        kind, _, name = value.partition(":")
+        value = {kind: name}
+    if isinstance(value, Mapping) and len(value) == 1:
+        kind, name = next(iter(value.items()))
+        if kind in KINDS and isinstance(name, str) and name.strip():
+            return Source(kind, name)
+    # What was written is not shown: it may be the secret itself.
+    raise UsageError(
+        f"{where}: this is not where a value is found",
+        details="the value itself does not belong into configuration or onto a command line",
+        resolution="write one of "
+        + ", ".join(f'{{{kind} = "..."}}' for kind in KINDS)
+        + " (on the command line env:NAME and so on)",
+    )
+
+
+def _from_environment(where: str, name: str) -> str:
+    try:
+        return os.environ[where]
+    except KeyError:
+        raise UsageError(
+            f"{name}: the variable {where} is not set", resolution="set it, then run again"
+        ) from None
+
+
+def _from_file(where: str, name: str) -> str:
+    path = Path(where).expanduser()
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 2)
+    except OSError as error:
+        raise UsageError(f"{name}: {path} cannot be read: {error.strerror}") from error
+    return data.decode(errors="surrogateescape")
+
+
+def _from_command(where: str, name: str) -> str:
+    try:
+        done = subprocess.run(  # the user's own command, as a list: no shell
+            shlex.split(where), stdout=subprocess.PIPE, timeout=_COMMAND_TIMEOUT, check=False
+        )
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        kind = type(error).__name__  # its text may hold output
+        raise UsageError(
+            f"{name}: the command {where.split(maxsplit=1)[0]!r} could not be run ({kind})"
+        ) from None
+    if done.returncode != 0:
+        raise UsageError(
+            f"{name}: the command {_program(where)!r} ended with status {done.returncode}",
+            resolution="run it by hand; it must print the value alone",
+        )
+    return done.stdout.decode(errors="surrogateescape")
+
+
+def _program(command: str) -> str:
+    """Return a command's first word: its arguments may say too much."""
+    return command.split(maxsplit=1)[0]
+
+
+def _from_keyring(where: str, name: str) -> str:
+    service, _, user = where.rpartition("/")
+    try:
+        import keyring  # noqa: PLC0415 - only where it is used
+    except ImportError:
+        raise UsageError(
+            f"{name}: reading the keyring needs the package keyring",
+            resolution="pip install 'pytest-microvm[keyring]', or use another source",
+        ) from None
+    found: str | None = keyring.get_password(service, user) if service and user else None
+    if found is None:
+        raise UsageError(
+            f"{name}: the keyring has no entry {where!r}", resolution="write SERVICE/USER, as it was stored"
+        )
+    return found
+
+
+_READERS = {"env": _from_environment, "file": _from_file, "command": _from_command, "keyring": _from_keyring}
