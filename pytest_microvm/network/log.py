@@ -1,0 +1,134 @@
+"""What a machine asked of the network: each request, what was decided, and what became of it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pytest_microvm.events import EventLog
+from pytest_microvm.sanitize import sanitize_line
+
+MAX_REQUESTS = 1000
+_TEXT = 1000  # characters of a path or a reason
+_NAME = 300  # characters of a host; a name has 253
+_WORD = 40  # characters of a method
+
+
+@dataclass(frozen=True)
+class NetworkRequest:
+    """One request of a guest, or one attempt to get past the proxy.
+
+    Args:
+        at: When, in seconds since 1970.
+        allowed: What was decided.
+        method: ``GET``, ...; ``CONNECT`` for a tunnel nobody looks into; of direct packets ``TCP``, ``UDP``,
+            ``ICMP`` or ``DNS``.
+        host: The name or address that was asked for.
+        port: The port that was asked for; 0 where there is none.
+        path: The path without its query; empty for tunnels and packets.
+        rule: The rule that decided; ``None`` if there was none.
+        reason: Why, for people.
+        status: The response's status, once there is one.
+        sent_bytes: Bytes that went from the guest to the server.
+        received_bytes: Bytes that came from the server.
+        seen_by: ``host``, or ``guest`` for what only the guest's kernel saw, whose root may lie.
+    """
+
+    at: float
+    allowed: bool
+    method: str
+    host: str
+    port: int
+    path: str
+    rule: str | None
+    reason: str
+    status: int | None = None
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    seen_by: Literal["host", "guest"] = "host"
+
+    def __str__(self) -> str:
+        verdict = "allowed" if self.allowed else "denied"
+        return f"{verdict} {self.method} {self.host}:{self.port}{self.path} ({self.reason})"
+
+
+class NetworkLog:
+    """The last 1000 requests of a machine, and how many there were; threads may use it at the same time.
+
+    Args:
+        events: Where each request is also noted, as an event of kind ``network``.
+        redact: Takes out of a text what nobody may see.
+    """
+
+    def __init__(self, events: EventLog | None = None, redact: Callable[[str], str] = str) -> None:
+        self._events = events
+        self._redact = redact
+        self._lock = threading.Lock()
+        self._requests: dict[int, NetworkRequest] = {}
+        self._added = 0
+        self._denied = 0
+
+    def add(self, request: NetworkRequest) -> int:
+        """Take note of a request that has been decided; return its number, for :meth:`update`."""
+        request = replace(
+            request,
+            method=self._safe(request.method, _WORD),
+            host=self._safe(request.host, _NAME),
+            path=self._safe(request.path, _TEXT),
+            rule=None if request.rule is None else self._safe(request.rule, _TEXT),
+            reason=self._safe(request.reason, _TEXT),
+        )
+        with self._lock:
+            number = self._added
+            self._added += 1
+            self._denied += not request.allowed
+            self._requests[number] = request
+            self._requests.pop(number - MAX_REQUESTS, None)
+        if self._events is not None:
+            shown = {"allowed": request.allowed, "method": request.method, "host": request.host}
+            shown |= {"port": request.port, "path": request.path, "rule": request.rule}
+            self._events.add("network", str(request), seen_by=request.seen_by, **shown)
+        return number
+
+    def update(
+        self, number: int, *, status: int | None = None, sent_bytes: int = 0, received_bytes: int = 0
+    ) -> None:
+        """Add what has become of a request; nothing happens if it is no longer among the last.
+
+        Args:
+            number: What :meth:`add` returned.
+            status: The response's status.
+            sent_bytes: Bytes that went to the server since the last update.
+            received_bytes: Bytes that came from it since the last update.
+        """
+        with self._lock:
+            known = self._requests.get(number)
+            if known is not None:
+                self._requests[number] = replace(
+                    known,
+                    status=known.status if status is None else status,
+                    sent_bytes=known.sent_bytes + sent_bytes,
+                    received_bytes=known.received_bytes + received_bytes,
+                )
+
+    def list(self) -> list[NetworkRequest]:
+        """Return the last requests, the oldest first."""
+        with self._lock:
+            return [*self._requests.values()]
+
+    @property
+    def allowed(self) -> int:
+        """How many requests have been allowed, those included that the list no longer holds."""
+        with self._lock:
+            return self._added - self._denied
+
+    @property
+    def denied(self) -> int:
+        """How many requests have been denied, those included that the list no longer holds."""
+        with self._lock:
+            return self._denied
+
+    def _safe(self, text: str, limit: int) -> str:
+        return sanitize_line(self._redact(text), limit)
