@@ -1,0 +1,147 @@
+"""What a mount is: a directory (or file) of the host that a machine is handed, and how it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal, cast
+
+from pytest_microvm.errors import UsageError
+
+Access = Literal["ro", "rw"]
+Kind = Literal["copy", "live", "git"]
+
+ACCESSES = ("ro", "rw")
+KINDS = ("copy", "live", "git")
+
+_FORM = 'write it as "SOURCE:/TARGET", with ":ro" or ":rw", ":copy", ":live" or ":git" behind'
+_KERNELS_OWN = tuple(PurePosixPath(path) for path in ("/proc", "/sys", "/dev"))
+_MAX_PATH = 4096  # bytes: what Linux takes as a path
+
+
+@dataclass(frozen=True)
+class Mount:
+    """A directory of the host at a place in a machine.
+
+    Args:
+        source: On the host, absolute: a directory or a file, or a git working tree.
+        target: In the machine, absolute.
+        access: ``ro``: nothing comes back; ``rw``: what the machine changes comes back.
+        kind: ``copy``: its content is copied in, and changes back; ``live``: shared while the machine
+            runs; ``git``: handed over as a clone, whose commits come back as a branch.
+    """
+
+    source: Path
+    target: PurePosixPath
+    access: Access = "rw"
+    kind: Kind = "copy"
+
+    def __post_init__(self) -> None:
+        _check_target(self.target, str(self))
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.target}:{self.access}:{self.kind}"
+
+
+def parse_mount(value: object, where: str, folder: Path) -> Mount:
+    """Return the mount that was written as ``SOURCE:/TARGET[:ro|rw][:copy|live|git]``.
+
+    What is not said is ``rw`` and ``copy``. A path with a colon in it can only be given to
+    :meth:`pytest_microvm.MicroVM.mount`.
+
+    Args:
+        value: What was written.
+        where: What it was written in, for errors.
+        folder: What a relative source is relative to; ``~`` is the user's home.
+
+    Raises:
+        UsageError: It is no such text, or names a target that no machine can offer.
+    """
+    parts = value.split(":") if isinstance(value, str) else []
+    if not 2 <= len(parts) <= 4:  # noqa: PLR2004 - source, target, access, kind
+        raise UsageError(f"{where}: {value!r} is not a mount", resolution=_FORM)
+    source, target, *words = parts
+    _check_source(source, f"{where}: {value!r}")
+    if not target.startswith("/"):
+        raise UsageError(f"{where}: {value!r}: {target!r} is no absolute path", resolution=_FORM)
+    access, kind = _words(words, f"{where}: {value!r}")
+    place = PurePosixPath("/" + target.lstrip("/"))  # POSIX leaves open what // at the start means
+    _check_target(place, f"{where}: {value!r}")
+    return Mount(absolute(source, folder), place, access, kind)
+
+
+def parse_mounts(value: object, where: str, folder: Path) -> tuple[Mount, ...]:
+    """Return the mounts of a list; see :func:`parse_mount`.
+
+    Raises:
+        UsageError: It is no list of mounts, or two of them are at the same place or within each other.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise UsageError(
+            f"{where}: {value!r} is not a list of mounts", resolution='write it like ["data:/data:ro"]'
+        )
+    mounts = tuple(
+        entry if isinstance(entry, Mount) else parse_mount(entry, where, folder) for entry in value
+    )
+    check_apart(mounts, where)
+    return mounts
+
+
+def check_apart(mounts: Sequence[Mount], where: str) -> None:
+    """Refuse mounts whose places in the machine are the same, or within each other.
+
+    Raises:
+        UsageError: There are such.
+    """
+    for number, mount in enumerate(mounts):
+        for other in mounts[:number]:
+            if mount.target.is_relative_to(other.target) or other.target.is_relative_to(mount.target):
+                raise UsageError(
+                    f"{where}: {mount.target} and {other.target} are within each other",
+                    resolution="mount them at places of their own",
+                )
+
+
+def absolute(source: str | Path, folder: Path) -> Path:
+    """Return ``source`` as an absolute path; links stay as they are."""
+    try:
+        expanded = Path(source).expanduser()
+    except RuntimeError as error:  # ~user of somebody this computer does not know
+        raise UsageError(f"{source}: {error}", resolution="write the path out") from error
+    return (folder / expanded).absolute()
+
+
+def _words(words: list[str], what: str) -> tuple[Access, Kind]:
+    accesses = [word for word in words if word in ACCESSES]
+    kinds = [word for word in words if word in KINDS]
+    unknown = [word for word in words if word not in (*ACCESSES, *KINDS)]
+    if unknown:
+        raise UsageError(
+            f"{what}: unknown word {unknown[0]!r}", resolution="known: " + ", ".join((*ACCESSES, *KINDS))
+        )
+    if len(accesses) > 1 or len(kinds) > 1:
+        raise UsageError(f"{what} says the same thing twice", resolution=_FORM)
+    return cast(Access, accesses[0] if accesses else "rw"), cast(Kind, kinds[0] if kinds else "copy")
+
+
+def _check_source(source: str, what: str) -> None:
+    if not source.strip() or not source.isprintable():
+        raise UsageError(f"{what}: {source!r} is no path", resolution=_FORM)
+    if "\\" in source:
+        raise UsageError(f"{what}: {source!r} has a backslash", resolution="write paths with /")
+
+
+def _check_target(target: PurePosixPath, what: str) -> None:
+    text = str(target)
+    if target.root != "/" or ".." in target.parts or not text.isprintable():
+        raise UsageError(
+            f"{what}: {text!r} cannot be a place in a machine", resolution="write an absolute path without .."
+        )
+    if len(text.encode("utf-8", "surrogateescape")) >= _MAX_PATH:
+        raise UsageError(f"{what}: the place in the machine has too long a name")
+    if len(target.parts) == 1 or any(target.is_relative_to(own) for own in _KERNELS_OWN):
+        raise UsageError(
+            f"{what}: nothing can be mounted at {text}",
+            resolution="choose a directory of its own, such as /data",
+        )
