@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.spec import PARSERS, MachineSpec
+from pytest_microvm.mounts import parse_mounts
+from pytest_microvm.spec import PARSERS, MachineSpec, parse_network
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,6 +42,8 @@ class Settings:
         pool: How many machines to keep ready; ``None``: as many as there are cores, at most 4.
         prepare: Shell commands run once in the machine, before the workspace is copied; the result is cached.
         prepare_inputs: Files and folders they need, which are copied first; the cache follows their content.
+        prepare_network: Rules of what they may reach; the tests' own grant does not count for them.
+        fail_on_denied: Whether a test fails that tried to reach what it may not.
         args: More arguments for the guest's pytest.
         keep: Which machines to keep for a look: ``never``, ``failed``.
         retries: How often a test whose machine never reached it (``infra``) is tried again.
@@ -54,6 +57,8 @@ class Settings:
     pool: int | None = None
     prepare: tuple[str, ...] = ()
     prepare_inputs: tuple[str, ...] = ()
+    prepare_network: tuple[str, ...] = ()
+    fail_on_denied: bool = False
     args: tuple[str, ...] = ()
     keep: str = "never"
     retries: int = DEFAULT_RETRIES
@@ -109,7 +114,10 @@ def merged(settings: Settings, values: Mapping[str, Any], where: str) -> Setting
             raise UsageError(
                 f"{where}: unknown key {key!r}", resolution="known keys: " + ", ".join(sorted(known))
             )
-    spec = settings.spec.with_changes({k: v for k, v in values.items() if k in PARSERS}, where)
+    grants = {k: v for k, v in values.items() if k in PARSERS}
+    if "mounts" in grants:  # relative to the project, wherever pytest was started
+        grants["mounts"] = parse_mounts(grants["mounts"], f"{where}: mounts", settings.project)
+    spec = settings.spec.with_changes(grants, where)
     changes = {k: _PARSERS[k](v, f"{where}: {k}") for k, v in values.items() if k in _PARSERS}
     return replace(settings, spec=spec, **changes)
 
@@ -131,6 +139,12 @@ def _count(most: int, what: str) -> Callable[[object, str], int]:
         return int(text)
 
     return parse
+
+
+def _flag(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{name}: {value!r} is neither true nor false", resolution="write true or false")
+    return value
 
 
 def _folder(value: object, name: str) -> Path:
@@ -161,6 +175,8 @@ _PARSERS: dict[str, Callable[[object, str], Any]] = {
     "artifacts": _folder,
     "prepare": _strings,
     "prepare_inputs": _strings,
+    "prepare_network": parse_network,
+    "fail_on_denied": _flag,
     "args": _arguments,
     "keep": _choice(*KEEPS),
     "require_accel": _choice(*ACCELERATORS),

@@ -96,7 +96,7 @@ class TransferError(MachineError):
     """Files could not be moved in or out of a machine."""
 
 
-_BYTES = frozenset({"memory", "disk", "output"})
+_BYTES = frozenset({"memory", "disk", "output", "network_bytes"})
 _SECONDS = frozenset({"timeout", "cpu_seconds", "lifetime"})
 
 
@@ -104,8 +104,8 @@ class QuotaExceeded(MachineError):
     """A limit was reached, and the machine has been ended (outcome ``quota``).
 
     Args:
-        quota: Its name: ``memory``, ``disk``, ``pids``, ``timeout``, ``cpu_seconds``, ``output`` or
-            ``lifetime``.
+        quota: Its name: ``memory``, ``disk``, ``pids``, ``timeout``, ``cpu_seconds``, ``output``,
+            ``lifetime``, ``network_bytes`` or ``connections``.
         limit: What was allowed, in the quota's unit (bytes, seconds, processes).
         observed: What was seen, in the same unit.
         details: How it was noticed, or by what it was exceeded.

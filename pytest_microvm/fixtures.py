@@ -110,7 +110,7 @@ def options(config: pytest.Config) -> dict[str, Any]:
     """Return the command line's settings; ``None`` where an option was not given."""
     from pytest_microvm.spec import PARSERS  # noqa: PLC0415 - only runs that use a fixture
 
-    keys = (*PARSERS, "pool", "keep", "retries", "artifacts", "require_accel")
+    keys = (*PARSERS, "pool", "keep", "retries", "artifacts", "fail_on_denied", "require_accel")
     return {key: config.getoption(f"microvm_{key}") for key in keys}
 
 
@@ -174,8 +174,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the marker known."""
     config.addinivalue_line(
         "markers",
-        "microvm(image, cpus, memory, disk, pids, timeout, cpu_seconds, output, lifetime): "
-        "what the machine of the microvm fixtures is made of and may use.",
+        "microvm(image, cpus, memory, disk, pids, timeout, cpu_seconds, output, lifetime, network, "
+        "network_bytes, connections, bandwidth, credentials, secrets, mounts): what the machine of the "
+        "microvm fixtures is made of, and what it may use, reach and hold.",
     )
 
 

@@ -54,6 +54,45 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
     )
     group.addoption("--microvm-lifetime", metavar="SECONDS", help="how long a machine may exist")
     group.addoption(
+        "--microvm-network",
+        action="append",
+        metavar="RULE",
+        help="what a machine may reach: a host, *.host, host:port, an address range, https://host/path/*, "
+        "pip, npm, apt, git or all; deny: in front forbids; may be repeated (default: nothing)",
+    )
+    group.addoption(
+        "--microvm-network-bytes", metavar="SIZE", help="what a machine may send and receive, such as 100M"
+    )
+    group.addoption("--microvm-connections", metavar="N", help="how many connections a machine may make")
+    group.addoption("--microvm-bandwidth", metavar="SIZE", help="bytes a second for a machine, such as 1M")
+    group.addoption(
+        "--microvm-fail-on-denied",
+        action="store_true",
+        default=None,
+        help="fail a test that tried to reach what it may not",
+    )
+    group.addoption(
+        "--microvm-credential",
+        dest="microvm_credentials",
+        action="append",
+        metavar="SPEC",
+        help="what is added to requests on the way out, such as host=api.example.com,env=TOKEN",
+    )
+    group.addoption(
+        "--microvm-secret",
+        dest="microvm_secrets",
+        action="append",
+        metavar="NAME=SOURCE",
+        help="a value for the machine, such as TOKEN=env:TOKEN (or file:, command:, keyring:)",
+    )
+    group.addoption(
+        "--microvm-mount",
+        dest="microvm_mounts",
+        action="append",
+        metavar="SOURCE:/TARGET[:ro]",
+        help="a directory of the host to copy in, and back unless it is :ro",
+    )
+    group.addoption(
         "--microvm-retries",
         metavar="N",
         help="how often a test whose machine never reached it is tried in a fresh one (default: 2)",

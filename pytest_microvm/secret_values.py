@@ -7,6 +7,7 @@ A :class:`Source` says where a value is; it is part of a spec, can be shown and 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Mapping
@@ -21,6 +22,12 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 MAX_BYTES = 64 * 1024
 """The longest value; a key, a token or a certificate is shorter."""
 
+FOLDER = "/run/secrets"
+"""Where a machine finds the secrets that are delivered as files."""
+
+Delivery = Literal["env", "file"]
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}", re.ASCII)
 _COMMAND_TIMEOUT = 120.0  # seconds; a password manager may ask its user
 
 
@@ -118,6 +125,80 @@ def parse_source(value: object, where: str) -> Source:
         resolution="write one of "
         + ", ".join(f'{{{kind} = "..."}}' for kind in KINDS)
         + " (on the command line env:NAME and so on)",
+    )
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A value that a machine is given at run time.
+
+    Args:
+        name: The variable's name, and the file's.
+        source: Where it is found on the host.
+        delivery: ``env``: a variable of every command; ``file``: ``/run/secrets/NAME``, mode 0400, in memory.
+    """
+
+    name: str
+    source: Source
+    delivery: Delivery = "env"
+
+    @property
+    def path(self) -> str:
+        """Where it is in the machine if it is delivered as a file."""
+        return f"{FOLDER}/{self.name}"
+
+
+def parse_secrets(value: object, where: str) -> tuple[Secret, ...]:
+    """Return the secrets that a table ``{NAME = {env = "TOKEN"}}`` or a list of ``NAME=env:TOKEN`` names.
+
+    Args:
+        value: What was written.
+        where: What it was written in, for errors.
+
+    Raises:
+        UsageError: It names none, or one twice.
+    """
+    if isinstance(value, (list, tuple)) and all(isinstance(item, Secret) for item in value):
+        return tuple(value)
+    if isinstance(value, Mapping):
+        pairs = list(value.items())
+    elif isinstance(value, (list, tuple)) and all(isinstance(item, str) and "=" in item for item in value):
+        pairs = [(name, _written(text)) for name, _, text in (item.partition("=") for item in value)]
+    else:
+        raise UsageError(
+            f"{where}: these are no secrets",
+            resolution='write {NAME = {env = "VARIABLE"}}, or on the command line NAME=env:VARIABLE',
+        )
+    found = tuple(_secret(name, text, where) for name, text in pairs)
+    names = [secret.name for secret in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"{where}: {name} is named twice", resolution="name it once")
+    return found
+
+
+def _written(text: str) -> object:
+    """Return ``env:VARIABLE[,as=file]`` as a table."""
+    source, _, delivery = text.partition(",as=")
+    kind, _, name = source.partition(":")
+    return {kind: name, "as": delivery} if delivery else {kind: name}
+
+
+def _secret(name: object, value: object, where: str) -> Secret:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{where}: {name!r} is no name of a variable", resolution="use letters, digits and underscores"
+        )
+    delivery: object = "env"
+    if isinstance(value, Mapping):
+        delivery = value.get("as", "env")
+        value = {key: item for key, item in value.items() if key != "as"}
+    for known in get_args(Delivery):
+        if known == delivery:
+            return Secret(name, parse_source(value, f"{where}: {name}"), known)
+    raise UsageError(
+        f"{where}: {name}: as = {delivery!r} is not allowed",
+        resolution="allowed: " + ", ".join(get_args(Delivery)),
     )
 
 

@@ -6,9 +6,12 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from pytest_microvm.errors import UsageError
+from pytest_microvm.mounts import Mount, parse_mounts
+from pytest_microvm.secret_values import Secret, parse_secrets
 
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 _SIZE = re.compile(r"(\d{1,18})\s*(?:([KMGT])i?)?B?", re.IGNORECASE | re.ASCII)
@@ -78,14 +81,41 @@ def parse_pids(value: object, name: str) -> int:
     Raises:
         UsageError: It is not one.
     """
+    return _parse_count(value, name, "processes", MAX_PIDS)
+
+
+def parse_connections(value: object, name: str) -> int:
+    """Return a number of connections, at least 1.
+
+    Raises:
+        UsageError: It is not one.
+    """
+    return _parse_count(value, name, "connections", 10**9 - 1)
+
+
+def parse_network(value: object, name: str) -> tuple[str, ...]:
+    """Return rules from a list of them, or from one rule; what they say is judged where they are used.
+
+    Raises:
+        UsageError: It is no list of texts.
+    """
+    rules = [value] if isinstance(value, str) else value
+    if not isinstance(rules, (list, tuple)) or not all(isinstance(r, str) and r.strip() for r in rules):
+        raise UsageError(
+            f"{name}: {value!r} is not a list of rules", resolution='write it like ["pip", "example.com"]'
+        )
+    return tuple(rule.strip() for rule in rules)
+
+
+def _parse_count(value: object, name: str, what: str, most: int) -> int:
     text = str(value).strip()
     if (
         isinstance(value, bool)
         or not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII)
-        or not 1 <= int(text) <= MAX_PIDS
+        or not 1 <= int(text) <= most
     ):
         raise UsageError(
-            f"{name}: {value!r} is not a number of processes", resolution="write a whole number, such as 100"
+            f"{name}: {value!r} is not a number of {what}", resolution="write a whole number, such as 100"
         )
     return int(text)
 
@@ -123,6 +153,12 @@ class MachineSpec:
         cpu_seconds: Seconds of CPU time the machine may use in total.
         output: Bytes of stdout and stderr one command or test may produce.
         lifetime: Seconds the machine may exist, from when it is handed out.
+        network_bytes: Bytes it may send to and receive from the network.
+        connections: Connections it may make in total.
+        bandwidth: Bytes a second, both directions together; a limit that slows down and ends nothing.
+        network: Rules of what it may reach; an empty list: nothing.
+        secrets: Values it is given at run time.
+        mounts: Directories of the host it is given.
     """
 
     image: str = "python"
@@ -134,6 +170,12 @@ class MachineSpec:
     cpu_seconds: float | None = None
     output: int | None = None
     lifetime: float | None = None
+    network_bytes: int | None = None
+    connections: int | None = None
+    bandwidth: int | None = None
+    network: tuple[str, ...] | None = None
+    secrets: tuple[Secret, ...] = ()
+    mounts: tuple[Mount, ...] = ()
 
     def __post_init__(self) -> None:
         check_minimum("memory", "memory", self.memory)
@@ -192,10 +234,24 @@ RESOURCE_PARSERS: dict[str, Callable[[object, str], Any]] = {
     "cpu_seconds": parse_seconds,
     "output": parse_size,
     "lifetime": parse_seconds,
+    "network_bytes": parse_size,
+    "connections": parse_connections,
+    "bandwidth": parse_size,
 }
 """How each quota is read: the keys that configuration, marker, fixture, command line and kit all take."""
 
-PARSERS: dict[str, Callable[[object, str], Any]] = {"image": _parse_image, **RESOURCE_PARSERS}
+GRANT_PARSERS: dict[str, Callable[[object, str], Any]] = {
+    "network": parse_network,
+    "secrets": parse_secrets,
+    "mounts": lambda value, name: parse_mounts(value, name, Path.cwd()),
+}
+"""How what a machine may reach and hold is read."""
+
+PARSERS: dict[str, Callable[[object, str], Any]] = {
+    "image": _parse_image,
+    **RESOURCE_PARSERS,
+    **GRANT_PARSERS,
+}
 
 
 @dataclass(frozen=True)
@@ -212,6 +268,9 @@ class Limits:
         output: Bytes of stdout and stderr of one command or test; ``None``: what is collected is limited
             to :data:`DEFAULT_OUTPUT`, what is read as it comes is not.
         lifetime: Seconds it may exist.
+        network_bytes: Bytes it may send to and receive from the network.
+        connections: Connections it may make in total.
+        bandwidth: Bytes a second, both directions together.
     """
 
     cpus: float
@@ -222,6 +281,9 @@ class Limits:
     cpu_seconds: float | None = None
     output: int | None = None
     lifetime: float | None = None
+    network_bytes: int | None = None
+    connections: int | None = None
+    bandwidth: int | None = None
 
     @property
     def vcpus(self) -> int:

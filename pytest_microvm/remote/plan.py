@@ -14,7 +14,7 @@ from pytest_microvm.spec import PARSERS
 
 # Variables that change what pytest itself does or shows, and say nothing about this host.
 _PASSED = ("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "TZ", "LANG", "LC_ALL", "NO_COLOR", "FORCE_COLOR", "PY_COLORS")
-_OPTIONS = (*PARSERS, "isolation", "pool", "retries", "artifacts", "require_accel", "keep")
+_OPTIONS = (*PARSERS, "isolation", "pool", "retries", "artifacts", "fail_on_denied", "require_accel", "keep")
 
 
 def settings_from(config: pytest.Config) -> Settings:

@@ -1,0 +1,124 @@
+"""Take secret values out of text and bytes, as they are and as programs commonly encode them.
+
+A value is found as it is, escaped as in JSON, URL-encoded, and inside of base64 (both alphabets, at any
+offset, as in ``user:token`` of basic authentication). It is not found where a program changed it otherwise:
+redaction keeps accidents out of logs, it does not keep a secret from code that wants to tell it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterable
+from urllib.parse import quote, quote_plus
+
+MASK = "***"
+MIN_LENGTH = 4
+"""Characters a value must have to be looked for: shorter ones are part of ordinary words."""
+
+_MIN_LINE = 16  # characters of a line of a longer value (a key in PEM) that is looked for by itself
+_MIN_ENCODED = 8  # characters of base64 that cannot be there by chance
+
+
+class Redactor:
+    """Replaces secret values by ``***``.
+
+    Args:
+        values: What is secret.
+    """
+
+    def __init__(self, values: Iterable[str] = ()) -> None:
+        shown = {variant for value in values if len(value) >= MIN_LENGTH for variant in variants(value)}
+        self._variants = sorted(
+            {v.encode(errors="surrogateescape") for v in shown}, key=lambda variant: (-len(variant), variant)
+        )
+        self._pattern = re.compile(b"|".join(map(re.escape, self._variants))) if self._variants else None
+        self._longest = len(self._variants[0]) if self._variants else 0
+        texts = sorted(shown, key=lambda text: (-len(text), text))
+        self._text = re.compile("|".join(map(re.escape, texts))) if texts else None
+
+    def __bool__(self) -> bool:
+        return self._pattern is not None
+
+    def text(self, text: str) -> str:
+        """Return ``text`` without the values."""
+        return self._text.sub(MASK, text) if self._text is not None else text
+
+    def raw(self, data: bytes) -> bytes:
+        """Return ``data`` without the values."""
+        return self._pattern.sub(MASK.encode(), data) if self._pattern is not None else data
+
+    def tree(self, value: object) -> object:
+        """Return a value of JSON with every text in it, keys too, redacted."""
+        if self._text is None:
+            return value
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, dict):
+            return {self.text(str(key)): self.tree(item) for key, item in value.items()}
+        return [self.tree(item) for item in value] if isinstance(value, list) else value
+
+    def undecided(self, data: bytes) -> int:
+        """Return how many bytes at the end of ``data`` may be the beginning of a value."""
+        start = max(0, len(data) - self._longest + 1)
+        tail = data[start:]
+        return max((_overlap(tail, variant) for variant in self._variants), default=0)
+
+
+class RedactedStream:
+    """Redacts bytes that come in pieces: what may be the beginning of a value waits for the next piece.
+
+    Args:
+        redactor: What is looked for.
+    """
+
+    def __init__(self, redactor: Redactor) -> None:
+        self._redactor = redactor
+        self._held = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take what came; return what can be shown by now."""
+        data = self._redactor.raw(self._held + data)
+        keep = self._redactor.undecided(data)
+        self._held = data[len(data) - keep :]
+        return data[: len(data) - keep]
+
+    def end(self) -> bytes:
+        """Return what was still held: no more will come."""
+        held, self._held = self._held, b""
+        return held
+
+
+def variants(value: str) -> set[str]:
+    """Return how ``value`` may appear, the longer ones of its lines included."""
+    lines = [line for line in value.splitlines() if len(line) >= _MIN_LINE]
+    found: set[str] = set()
+    for text in {value, value.strip(), *lines}:
+        raw = text.encode(errors="surrogateescape")
+        found |= {text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]}
+        found |= {quote(raw, safe=""), quote(raw), quote_plus(raw)}
+        found |= {re.sub("%[0-9A-F]{2}", lambda code: code[0].lower(), quote(raw, safe=""))}
+        for encode in (base64.standard_b64encode, base64.urlsafe_b64encode):
+            found |= {_inner(encode, raw, offset) for offset in range(3)}
+    return {text for text in found if len(text) >= MIN_LENGTH}
+
+
+def _inner(encode: object, raw: bytes, offset: int) -> str:
+    """Return the base64 of ``raw``, ``offset`` bytes into a group, without what neighbours decide."""
+    assert callable(encode)
+    encoded = encode(b"\0" * offset + raw).decode()
+    first = -(-offset * 8 // 6)
+    last = (offset + len(raw)) * 8 // 6
+    fragment = str(encoded[first:last])
+    return fragment if len(fragment) >= _MIN_ENCODED else ""
+
+
+def _overlap(tail: bytes, variant: bytes) -> int:
+    """Return the length of the longest end of ``tail`` with which ``variant`` begins, but for all of it."""
+    start = max(0, len(tail) - len(variant) + 1)
+    while (start := tail.find(variant[:1], start)) >= 0:
+        if variant.startswith(tail[start:]):
+            return len(tail) - start
+        start += 1
+    return 0

@@ -1,0 +1,109 @@
+"""Where secret values come from, and that their holder shows them to nobody."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+
+import pytest
+
+from pytest_microvm.errors import UsageError
+from pytest_microvm.secret_values import MAX_BYTES, Secret, SecretValue, Source, parse_secrets, parse_source
+
+
+def test_each_source(monkeypatch, tmp_path):
+    monkeypatch.setenv("A_TOKEN", "from-env")
+    (tmp_path / "key").write_text("from-file\n")
+    assert Source("env", "A_TOKEN").read("x").reveal() == "from-env"
+    assert Source("file", str(tmp_path / "key")).read("x").reveal() == "from-file"
+    command = f"{sys.executable} -c 'print(\"from-command\")'"
+    assert Source("command", command).read("x").reveal() == "from-command"
+
+
+def test_the_keyring(monkeypatch):
+    keyring = pytest.importorskip("keyring")
+    from keyring.backend import KeyringBackend  # noqa: PLC0415
+
+    class InMemory(KeyringBackend):
+        priority = 1
+
+        def get_password(self, service, username):
+            return {("shop", "me"): "from-keyring"}.get((service, username))
+
+        def set_password(self, service, username, password):
+            raise NotImplementedError
+
+    before = keyring.get_keyring()
+    keyring.set_keyring(InMemory())
+    try:
+        assert Source("keyring", "shop/me").read("x").reveal() == "from-keyring"
+        with pytest.raises(UsageError, match="no entry 'shop/you'"):
+            Source("keyring", "shop/you").read("x")
+    finally:
+        keyring.set_keyring(before)
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        (Source("env", "PYTEST_MICROVM_NO_SUCH"), "is not set"),
+        (Source("file", "/no/such/file"), "cannot be read"),
+        (Source("command", "false"), "ended with status 1"),
+        (Source("command", "no-such-program --token abc"), "could not be run"),
+        (Source("command", "true"), "is empty"),
+        (Source("command", f"head -c {MAX_BYTES + 1} /dev/zero"), "no secret"),
+    ],
+)
+def test_what_gives_no_value(source, why):
+    with pytest.raises(UsageError, match=why):
+        source.read("secrets: TOKEN")
+
+
+def test_the_holder_shows_nothing():
+    value = SecretValue("hunter22", "TOKEN")
+    assert "hunter22" not in f"{value!r} {value} {[value]}"
+    for store in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="not to be copied"):
+            store(value)
+    assert value == SecretValue("hunter22", "TOKEN")
+    assert value != SecretValue("hunter23", "TOKEN")
+
+
+def test_a_commands_arguments_are_not_shown():
+    assert str(Source("command", "vault read -token=abc path")) == "command vault ..."
+
+
+def test_both_ways_to_write_secrets():
+    table = {"A": {"env": "X"}, "B": {"file": "~/key", "as": "file"}}
+    texts = ["A=env:X", "B=file:~/key,as=file"]
+    assert parse_secrets(table, "here") == parse_secrets(texts, "here")
+    assert parse_secrets(table, "here") == (
+        Secret("A", Source("env", "X")),
+        Secret("B", Source("file", "~/key"), "file"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        ({"A": "hunter22"}, "not where a value is found"),
+        ({"A": {"env": "X", "file": "y"}}, "not where a value is found"),
+        ({"A": {"env": "X", "as": "pipe"}}, "as = 'pipe' is not allowed"),
+        ({"A-B": {"env": "X"}}, "no name of a variable"),
+        (["A=env:X", "A=env:Y"], "named twice"),
+        (["A"], "are no secrets"),
+        ("A=env:X", "are no secrets"),
+    ],
+)
+def test_what_is_no_secret(value, why):
+    with pytest.raises(UsageError, match=why) as caught:
+        parse_secrets(value, "pyproject.toml: secrets")
+    assert str(caught.value).startswith("pyproject.toml: secrets")
+    assert "hunter22" not in str(caught.value)
+
+
+def test_a_value_in_place_of_its_source_is_not_repeated():
+    with pytest.raises(UsageError) as caught:
+        parse_source("hunter22", "secrets: TOKEN")
+    assert "hunter22" not in str(caught.value)
