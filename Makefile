@@ -55,6 +55,7 @@ images: setup
 	@printf '\n### %s\n' "$@"
 	@$(BIN)/pytest-microvm image build base
 	@$(BIN)/pytest-microvm image build python
+	@$(BIN)/pytest-microvm image build agent
 
 fuzz: setup ## fuzz what takes a guest's bytes, for FUZZ_SECONDS (60) in all
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --group fuzz || \
