@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -21,7 +22,8 @@ class Event:
     """One thing that happened.
 
     Args:
-        kind: ``started``, ``command``, ``push``, ``pull``, ``finding``, ``quota`` or ``crashed``.
+        kind: ``started``, ``command``, ``push``, ``pull``, ``mount``, ``network``, ``finding``, ``quota`` or
+            ``crashed``.
         about: What, for people.
         at: When, in seconds since 1970.
         seen_by: ``host`` or ``guest``.
@@ -36,15 +38,20 @@ class Event:
 
 
 class EventLog:
-    """The last 1000 events of a machine; threads may add to it at the same time."""
+    """The last 1000 events of a machine; threads may add to it at the same time.
+
+    Attributes:
+        redact: Takes secrets out of what an event is about.
+    """
 
     def __init__(self) -> None:
+        self.redact: Callable[[str], str] = str
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self._lock = threading.Lock()
 
     def add(self, kind: str, about: str, *, seen_by: Literal["host", "guest"] = "host", **data: Any) -> None:
         """Take note of something that happens now."""
-        event = Event(kind, about, time.time(), seen_by, data)
+        event = Event(kind, self.redact(about), time.time(), seen_by, data)
         with self._lock:
             self._events.append(event)
 

@@ -15,7 +15,8 @@ from pytest_microvm.errors import BootError, MachineCrashed, MachineError, Quota
 from pytest_microvm.events import EventLog
 from pytest_microvm.link import Drain, Link
 from pytest_microvm.quotas import Guard, watchdog
-from pytest_microvm.sanitize import sanitize
+from pytest_microvm.redaction import Redactor
+from pytest_microvm.sanitize import sanitize, sanitize_line
 
 if TYPE_CHECKING:
     import socket
@@ -131,6 +132,7 @@ class Instance:
         self.events = EventLog()
         self.guard: Guard | None = None
         self.resumed_with: dict[str, Any] = {}
+        self.redactor = Redactor()
         self._links: dict[str, Link] = {}
         self._lock = threading.Lock()
         self._reader = ConsoleReader()
@@ -139,7 +141,7 @@ class Instance:
     @property
     def findings(self) -> list[Finding]:
         """What the guest's kernel reported on the console."""
-        return self._reader.findings
+        return [replace(found, text=self.redactor.text(found.text)) for found in self._reader.findings]
 
     def watch(self, limits: Limits) -> None:
         """Enforce ``limits`` from now on: the machine has been handed out."""
@@ -151,28 +153,42 @@ class Instance:
         """Return the link to ``port``, made when first asked for."""
         with self._lock:
             if port not in self._links:
-                self._links[port] = Link(self.vmm.sockets[port], on_violation=self.vmm.kill)
+                self._links[port] = link = Link(self.vmm.sockets[port], on_violation=self.vmm.kill)
+                link.redactor = self.redactor
             return self._links[port]
 
-    def adopt(self, port: str, identity: Mapping[str, Any], timeout: float = BOOT_TIMEOUT) -> Link:
+    def adopt(
+        self,
+        port: str,
+        identity: Mapping[str, Any],
+        given: Mapping[str, Any] | None = None,
+        timeout: float = BOOT_TIMEOUT,
+    ) -> Link:
         """Greet a copy on ``port`` and make it its own before anything else happens in it.
 
         Args:
             port: The port whose guest end does it.
             identity: ``hostname`` and ``machine_id``; entropy and time are added here.
+            given: What the machine is given, once (see ``guest/resume.py``).
             timeout: Seconds to wait.
 
         Raises:
-            BootError: The guest did not answer.
+            BootError: The guest did not answer, or did not take what it is given.
         """
         link = self.link(port)
-        for _attempt in range(_CLOCK_ATTEMPTS):
+        given = given or {}
+        for attempt in range(_CLOCK_ATTEMPTS):
             begin = time.monotonic()
             self.resumed_with = {"entropy": os.urandom(64).hex(), "time": time.time(), **identity}
             try:
-                link.call("resume", timeout=timeout, **self.resumed_with)
+                result = link.call(
+                    "resume", timeout=timeout, **self.resumed_with, **({} if attempt else given)
+                )
             except (TimeoutError, MachineCrashed) as error:
                 raise self.boot_error(f"a machine did not wake up: {error}") from error
+            refused = [] if attempt else _not_taken(result, given)
+            if refused:
+                raise self.boot_error(f"a machine did not take what it was given: {refused[0]}")
             if time.monotonic() - begin < _CLOCK_ERROR:  # its clock is late by less than this took
                 break
         return link
@@ -185,7 +201,7 @@ class Instance:
 
     def console_text(self, lines: int = 30) -> str:
         """Return the console's last lines, made safe to print."""
-        text = self.console.tail().decode(errors="replace").replace("\r\n", "\n")
+        text = self.redactor.text(self.console.tail().decode(errors="replace").replace("\r\n", "\n"))
         return sanitize("\n".join(text.split("\n")[-lines:]).strip())
 
     def end_error(self, name: str) -> MachineError:
@@ -241,7 +257,8 @@ class Instance:
 
     def _heard(self, data: bytes) -> None:
         """Look at what came from the console; the guest's kernel may report what the host cannot see."""
-        for finding in self._reader.feed(data):
+        for found in self._reader.feed(data):
+            finding = replace(found, text=self.redactor.text(found.text))
             self.events.add("finding", finding.text, seen_by="guest", finding=finding.kind)
             guard = self.guard
             if guard is not None and finding.kind == "memory":
@@ -271,3 +288,12 @@ class Instance:
         self.console.close()
         for sock in self.vmm.sockets.values():
             sock.close()
+
+
+def _not_taken(result: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Return which of ``given`` the guest says it could not take, with why."""
+    skipped = result.get("skipped")
+    if not isinstance(skipped, list):
+        return []
+    lines = [sanitize_line(line, 200) for line in skipped if isinstance(line, str)]
+    return [line for line in lines if line.partition(":")[0] in given]

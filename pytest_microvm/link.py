@@ -21,6 +21,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation
+from pytest_microvm.redaction import Redactor
 from pytest_microvm.sanitize import sanitize, sanitize_line
 from pytest_microvm.wire.channel import MAX_STREAMS, Channel, Closed, Data, Hello, Message
 from pytest_microvm.wire.frames import WireError
@@ -182,7 +183,7 @@ class Request:
                 raise TimeoutError(f"no answer to {self._op!r} within {timeout:g} s")
         error = self.reply.get("error")
         if isinstance(error, dict):
-            raise _guest_error(error)
+            raise _guest_error(error, link.redactor)
         result = self.reply.get("result")
         return result if isinstance(result, dict) else {}
 
@@ -192,11 +193,11 @@ class Request:
         return self.reply is not None or self._link.failure is not None
 
 
-def _guest_error(error: dict[str, Any]) -> GuestError:
+def _guest_error(error: dict[str, Any], redactor: Redactor) -> GuestError:
     kind, message, number = error.get("type"), error.get("message"), error.get("errno")
     return GuestError(
-        sanitize_line(kind, 200) if isinstance(kind, str) else "Error",
-        sanitize(message, 10_000) if isinstance(message, str) else "",
+        sanitize_line(redactor.text(kind), 200) if isinstance(kind, str) else "Error",
+        sanitize(redactor.text(message), 10_000) if isinstance(message, str) else "",
         number if type(number) is int and 0 < number <= _MAX_ERRNO else 0,
     )
 
@@ -344,6 +345,7 @@ class Link:
         self.channel = Channel("host")
         self.changed = threading.Condition()
         self.failure: MachineError | None = None
+        self.redactor = Redactor()
         self.bytes_received = 0
         self.bytes_sent = 0
         self._sock = sock

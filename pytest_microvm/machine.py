@@ -18,6 +18,7 @@ from pytest_microvm.events import Event
 from pytest_microvm.instance import Instance, MachineFacts, Usage
 from pytest_microvm.link import Link
 from pytest_microvm.process import GuestProcess, command_arguments
+from pytest_microvm.redaction import Redactor
 from pytest_microvm.transfer import pull, push
 from pytest_microvm.vmpath import GuestPath
 
@@ -280,6 +281,11 @@ class MicroVM:
             self._on_close()
 
     @property
+    def redactor(self) -> Redactor:
+        """What takes the machine's secrets out of what is shown."""
+        return self.instance.redactor
+
+    @property
     def output_limit(self) -> int | None:
         """How many bytes a command may say; ``None``: as many as somebody reads."""
         return self.facts.limits.output
@@ -326,5 +332,5 @@ class MicroVM:
         return self.instance.link("agent")
 
     def _asked(self, kind: str, text: str) -> None:
-        self.last_commands.append(text)
+        self.last_commands.append(self.redactor.text(text))
         self.instance.events.add(kind, text)

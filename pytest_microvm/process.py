@@ -16,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 from pytest_microvm.answers import Answer
 from pytest_microvm.errors import MachineError, QuotaExceeded, UsageError
 from pytest_microvm.link import GuestError, Link, Stream, read_any
+from pytest_microvm.redaction import RedactedStream, Redactor
 from pytest_microvm.spec import DEFAULT_OUTPUT
 from pytest_microvm.wire.channel import WINDOW
 
@@ -60,6 +61,10 @@ class Owner(Protocol):
     def output_limit(self) -> int | None:
         """Bytes that a command may say."""
 
+    @property
+    def redactor(self) -> Redactor:
+        """What takes its secrets out of what a command says."""
+
     def output_exceeded(self, observed: int, limit: int) -> QuotaExceeded:
         """End the machine; return the error to raise."""
 
@@ -77,6 +82,7 @@ class Nobody:
     """The owner of a command that has no rules."""
 
     output_limit: int | None = None
+    redactor = Redactor()
 
     def output_exceeded(self, observed: int, limit: int) -> QuotaExceeded:
         """Return the error."""
@@ -281,12 +287,16 @@ class GuestProcess:
             feeder.start()
 
     def _decode(self, data: bytes) -> str | bytes:
+        data = self._owner.redactor.raw(data)
         return data.decode(errors="replace").replace("\r\n", "\n") if self._text else data
 
     def _open(self, stream: Stream | None, mode: str, *, ends: bool = True) -> IO[Any] | None:
         if stream is None:
             return None
-        raw = StreamFile(stream, mode, ends=ends, explained=self._explained, count=self._count)
+        redactor = self._owner.redactor
+        raw = StreamFile(
+            stream, mode, ends=ends, explained=self._explained, count=self._count, redactor=redactor
+        )
         if mode == "r":
             buffered: IO[bytes] = io.BufferedReader(raw, 65536)
         else:
@@ -303,6 +313,7 @@ class StreamFile(io.RawIOBase):
         ends: Whether closing a file opened for writing ends the stream's direction.
         explained: What to read and write within.
         count: Told what was read.
+        redactor: Takes secrets out of what is read.
     """
 
     def __init__(
@@ -313,9 +324,12 @@ class StreamFile(io.RawIOBase):
         ends: bool = True,
         explained: Callable[[], AbstractContextManager[Any]],
         count: Callable[[bytes], None],
+        redactor: Redactor,
     ) -> None:
         super().__init__()
         self._count = count
+        self._redacted = RedactedStream(redactor) if redactor else None
+        self._shown = b""
         self._stream = stream
         self._mode = mode
         self._ends = ends
@@ -331,11 +345,25 @@ class StreamFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Wait for bytes and put them into ``buffer``; 0 at the end."""
-        with self._explained():
-            data = self._stream.read(len(buffer))
-            self._count(data)
+        data = self._read(len(buffer)) if self._redacted is None else self._read_redacted(len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+    def _read(self, size: int) -> bytes:
+        with self._explained():
+            data = self._stream.read(size)
+            self._count(data)
+        return data
+
+    def _read_redacted(self, size: int) -> bytes:
+        assert self._redacted is not None
+        while not self._shown:
+            data = self._read(size)
+            self._shown = self._redacted.feed(data) if data else self._redacted.end()
+            if not data:
+                break
+        shown, self._shown = self._shown[:size], self._shown[size:]
+        return shown
 
     def write(self, data: Any) -> int:
         """Send all of ``data``."""

@@ -5,6 +5,8 @@ Sources: random(4) for the ioctls, machine-id(5).
 
 from __future__ import annotations
 
+import binascii
+import errno
 import fcntl
 import os
 import socket
@@ -18,6 +20,8 @@ from pytest_microvm.guest import limits
 RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
 _MAX_ENTROPY = 512
+_TRUST = "/etc/ssl/certs/ca-certificates.crt"
+_MEMORY = "/run"  # a tmpfs: what is written there is on no disk
 _FUTURE = 20 * 365 * 24 * 3600  # seconds; longer than any template is kept
 
 
@@ -25,16 +29,18 @@ def apply(message: dict[str, Any]) -> dict[str, Any]:
     """Make this machine its own: fresh kernel entropy, the host's time, a name, a machine id.
 
     Args:
-        message: ``entropy`` (hex), ``time`` (seconds since 1970), ``hostname``, ``machine_id``, and ``pids``
-            if the number of its processes is limited.
+        message: ``entropy`` (hex), ``time`` (seconds since 1970), ``hostname``, ``machine_id``; ``pids`` if
+            the number of its processes is limited; ``trust`` (certificates in PEM) and ``files`` (lists of
+            path, mode and base64) if it is given such.
 
     Returns:
         ``skipped``: the steps this guest does not allow (not root, no /etc, no control groups).
     """
     skipped = []
     steps = [_entropy, _clock, _hostname, _machine_id]
-    if "pids" in message:
-        steps.append(_pids)
+    for name, step in (("pids", _pids), ("trust", _trust), ("files", _files)):
+        if name in message:
+            steps.append(step)
     for step in steps:
         try:
             step(message)
@@ -85,6 +91,26 @@ def _hostname(message: dict[str, Any]) -> None:
 
 def _pids(message: dict[str, Any]) -> None:
     limits.limit_processes(int(message["pids"]))
+
+
+def _trust(message: dict[str, Any]) -> None:
+    """Add certificates to those that the machine's programs trust; root alone can, as everywhere."""
+    os.makedirs(os.path.dirname(_TRUST), exist_ok=True)
+    with open(_TRUST, "a") as file:
+        file.write("\n" + message["trust"])
+
+
+def _files(message: dict[str, Any]) -> None:
+    for path, mode, data in message["files"]:
+        if not path.startswith(_MEMORY + "/"):
+            raise OSError(errno.EINVAL, "outside " + _MEMORY)
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.fchmod(fd, mode)
+            os.write(fd, binascii.a2b_base64(data))
+        finally:
+            os.close(fd)
 
 
 def _machine_id(message: dict[str, Any]) -> None:

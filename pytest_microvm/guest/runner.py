@@ -90,8 +90,9 @@ class Runner:
         self.port.flush()
 
     def answer_resume(self, request: dict[str, Any]) -> None:
-        """Make this clone differ from its siblings: kernel entropy, clock, names, random numbers."""
+        """Make this clone its own: kernel entropy, clock, names, random numbers, what it is given."""
         result = self._resume(request)
+        os.environ.update(request.get("environment", {}))
         reseed()
         self.reply(request, result)
 

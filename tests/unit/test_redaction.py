@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pytest_microvm.redaction import MASK, RedactedStream, Redactor
 
-TOKEN = "s3cr3t/Tok+en=42&x y"
+TOKEN = "s3cr3t/Tok+en=42&x y"  # noqa: S105 - no real one
 
 encodings = {
     "plain": lambda value: value,
