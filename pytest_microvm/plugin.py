@@ -61,6 +61,13 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         "pip, npm, apt, git or all; deny: in front forbids; may be repeated (default: nothing)",
     )
     group.addoption(
+        "--microvm-host",
+        dest="microvm_hosts",
+        action="append",
+        metavar="NAME=ADDRESS[:PORT]",
+        help="where a name leads for the machine's requests, such as api.example.com=127.0.0.1:8443",
+    )
+    group.addoption(
         "--microvm-network-bytes", metavar="SIZE", help="what a machine may send and receive, such as 100M"
     )
     group.addoption("--microvm-connections", metavar="N", help="how many connections a machine may make")

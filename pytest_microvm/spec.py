@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pytest_microvm.mounts import Mount, parse_mounts
 from pytest_microvm.secret_values import Secret, parse_secrets
 
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+_PLACE = re.compile(r"(?:\[([0-9a-fA-F:.]{2,45})\]|([0-9.]{7,15}))(?::([0-9]{1,5}))?", re.ASCII)
 _SIZE = re.compile(r"(\d{1,18})\s*(?:([KMGT])i?)?B?", re.IGNORECASE | re.ASCII)
 
 MIN_MEMORY = 128 * 1024**2
@@ -107,6 +109,46 @@ def parse_network(value: object, name: str) -> tuple[str, ...]:
     return tuple(rule.strip() for rule in rules)
 
 
+def parse_hosts(value: object, name: str) -> tuple[tuple[str, tuple[str, int | None]], ...]:
+    """Return where names lead, from a table or a list of ``NAME=ADDRESS[:PORT]``.
+
+    Raises:
+        UsageError: It is neither, or a value is no address.
+    """
+    pairs: Any = None
+    if isinstance(value, Mapping):
+        pairs = value.items()
+    elif isinstance(value, (list, tuple)) and all(isinstance(item, str) and "=" in item for item in value):
+        pairs = (item.split("=", 1) for item in value)
+    elif isinstance(value, tuple):  # parsed before
+        pairs = ((host, place) for host, place in value)
+    if pairs is None:
+        raise UsageError(
+            f"{name}: {value!r} does not say where names lead",
+            resolution='write {"api.example.com" = "127.0.0.1:8443"}',
+        )
+    return tuple(
+        sorted((str(host).strip().lower().rstrip("."), _place(place, name)) for host, place in pairs)
+    )
+
+
+def _place(value: object, name: str) -> tuple[str, int | None]:
+    if isinstance(value, tuple):
+        return value
+    text = value.strip() if isinstance(value, str) else ""
+    match = _PLACE.fullmatch(text)
+    try:
+        address = ip_address(match[1] or match[2]) if match else ip_address(text)
+        port = int(match[3]) if match and match[3] else None
+    except ValueError:
+        address, port = None, None
+    if address is None or (port is not None and not 0 < port < 65536):  # noqa: PLR2004 - the ports there are
+        raise UsageError(
+            f"{name}: {value!r} is not an address", resolution="write ADDRESS or ADDRESS:PORT, [::1]:8443 too"
+        )
+    return str(address), port
+
+
 def _parse_count(value: object, name: str, what: str, most: int) -> int:
     text = str(value).strip()
     if (
@@ -157,6 +199,8 @@ class MachineSpec:
         connections: Connections it may make in total.
         bandwidth: Bytes a second, both directions together; a limit that slows down and ends nothing.
         network: Rules of what it may reach; an empty list: nothing.
+        hosts: Where names lead on this computer, such as ``{"api.example.com": "127.0.0.1:8443"}``: an address,
+            and a port if it is another one. A rule still has to allow the name.
         secrets: Values it is given at run time.
         mounts: Directories of the host it is given.
     """
@@ -174,6 +218,7 @@ class MachineSpec:
     connections: int | None = None
     bandwidth: int | None = None
     network: tuple[str, ...] | None = None
+    hosts: tuple[tuple[str, tuple[str, int | None]], ...] = ()
     secrets: tuple[Secret, ...] = ()
     mounts: tuple[Mount, ...] = ()
 
@@ -242,6 +287,7 @@ RESOURCE_PARSERS: dict[str, Callable[[object, str], Any]] = {
 
 GRANT_PARSERS: dict[str, Callable[[object, str], Any]] = {
     "network": parse_network,
+    "hosts": parse_hosts,
     "secrets": parse_secrets,
     "mounts": lambda value, name: parse_mounts(value, name, Path.cwd()),
 }

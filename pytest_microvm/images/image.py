@@ -25,6 +25,7 @@ class Image:
         environment: Variables that every command in a machine gets.
         resources: What a machine of it may use by default, by the names of
             :class:`pytest_microvm.spec.Limits`: at least ``cpus``, ``memory`` and ``disk``.
+        network: Rules of what its machines may reach where nothing else is said.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Image:
     rootfs: Path
     environment: tuple[tuple[str, str], ...]
     resources: Mapping[str, float] = field(hash=False)
+    network: tuple[str, ...] = ()
 
     def files(self) -> dict[str, Path]:
         """Return the files by the part they play."""

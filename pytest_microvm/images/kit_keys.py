@@ -9,7 +9,8 @@ import re
 from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import KitError, UsageError
-from pytest_microvm.spec import RESOURCE_PARSERS, check_minimum
+from pytest_microvm.network.rules import parse_rules
+from pytest_microvm.spec import RESOURCE_PARSERS, check_minimum, parse_network
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -126,6 +127,13 @@ def parse_resources(path: Path, key: str, value: object) -> dict[str, float]:
     return parsed
 
 
+def _check_network(path: Path, key: str, value: object) -> None:
+    try:
+        parse_rules(parse_network(value, f"{path}: {key}"), f"{path}: {key}")
+    except UsageError as error:
+        raise KitError(error.brief, details=error.details, resolution=error.resolution) from error
+
+
 def _check_resources(path: Path, key: str, value: object) -> None:
     parse_resources(path, key, value)
 
@@ -142,4 +150,5 @@ CHECKS: dict[str, Callable[[Path, str, object], None]] = {
     "environment": _environment,
     "setup": _each(_command),
     "resources": _check_resources,
+    "network": _check_network,
 }

@@ -58,6 +58,7 @@ class Kit:
         wheels: Pinned pip requirements.
         setup: Shell commands that run as root in the new root file system.
         resources: What a machine may use by default, by the names of :class:`pytest_microvm.spec.Limits`.
+        network: Rules of what a machine may reach where nothing else is said.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Kit:
     environment: tuple[tuple[str, str], ...] = ()
     setup: tuple[str, ...] = ()
     resources: Mapping[str, float] = field(default_factory=lambda: dict(_DEFAULT_RESOURCES), hash=False)
+    network: tuple[str, ...] = ()
 
     @property
     def debian_architecture(self) -> str:
@@ -253,6 +255,9 @@ def _merge(layers: list[_Layer]) -> Kit:
         environment=tuple(sorted(environment.items())),
         setup=joined("setup"),
         resources=resources,
+        network=next(
+            (tuple(layer.values["network"]) for layer in layers[::-1] if "network" in layer.values), ()
+        ),
     )
 
 

@@ -229,6 +229,7 @@ class ImageStore:
             "environment": dict(kit.environment),
             "files": files,
             "resources": dict(kit.resources),
+            **({"network": list(kit.network)} if kit.network else {}),
         }
         data = canonical_json(manifest)
         digest = hashlib.sha256(data).hexdigest()
@@ -251,6 +252,7 @@ class ImageStore:
             architecture=manifest["architecture"],
             environment=tuple(sorted(manifest["environment"].items())),
             resources=manifest["resources"],
+            network=tuple(manifest.get("network", ())),
             **paths,
         )
 
@@ -300,7 +302,9 @@ def _key(recipe: dict[str, Any]) -> str:
 
 def _kit_key(kit: Kit) -> str:
     platform = platform_recipe(kit.suite, kit.architecture, kit.mirror)
-    return _key({"kit": kit.recipe(), "resources": dict(kit.resources), "platform": platform})
+    return _key(
+        {"kit": kit.recipe(), "resources": dict(kit.resources), "network": kit.network, "platform": platform}
+    )
 
 
 def _is_current(entry: dict[str, str]) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,8 +20,11 @@ class Access:
         policy: The rules.
         credentials: What the proxy adds on the way out.
         authority: The machine's own certificate authority; ``None`` where no request has to be looked into.
+        hosts: Names that lead to an address (and a port, if it is another one) that the user chose; they are
+            not looked up.
     """
 
     policy: Policy
     credentials: tuple[Credential, ...] = ()
     authority: Authority | None = None
+    hosts: Mapping[str, tuple[str, int | None]] = field(default_factory=dict)
