@@ -1,0 +1,185 @@
+"""What machines are given at run time: read once on this computer, made ready for each machine.
+
+Nothing of it is in an image or a template: it arrives with the message by which a copy wakes up.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_microvm.errors import UsageError
+from pytest_microvm.network.access import Access
+from pytest_microvm.network.rules import Policy, parse_rules
+from pytest_microvm.network.trust import company_certificates
+from pytest_microvm.redaction import Redactor
+from pytest_microvm.secret_values import Secret, SecretValue
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_microvm.credentials import CredentialSpec
+    from pytest_microvm.network.credentials import Credential
+    from pytest_microvm.spec import MachineSpec
+
+PROXY = "http://127.0.0.1:3128"
+"""Where programs in a machine find the way out."""
+
+TRUST = "/etc/ssl/certs/ca-certificates.crt"
+"""The certificates that programs in a machine trust, the company's and the machine's own added."""
+
+_PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+_DIRECT_VARIABLES = ("NO_PROXY", "no_proxy")
+_DIRECT = "localhost,127.0.0.1,::1"
+# Node's fetch asks for the proxy's variables only when told to (since Node 22.21 and 24.0).
+_OTHER = {"NODE_USE_ENV_PROXY": "1"}
+# Programs that bring certificates of their own have a variable each for others.
+_TRUST_VARIABLES = (
+    "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT", "GIT_SSL_CAINFO", "NODE_EXTRA_CA_CERTS",
+    "NPM_CONFIG_CAFILE", "AWS_CA_BUNDLE",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Given:
+    """What one machine is given.
+
+    Args:
+        access: What its proxy lets it reach, and adds to its requests.
+        environment: Variables of its commands and tests.
+        files: Path, mode and content of each file in its memory.
+        trust: Certificates in PEM that it trusts besides its image's.
+        redactor: Takes out of what it says what nobody shall see.
+        secret: Whether it holds a value that must be on no disk.
+    """
+
+    access: Access = field(default_factory=lambda: Access(Policy()))
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    files: tuple[tuple[str, int, bytes], ...] = field(default=(), repr=False)
+    trust: str = field(default="", repr=False)
+    redactor: Redactor = field(default_factory=Redactor, repr=False)
+    secret: bool = False
+
+    def message(self) -> dict[str, Any]:
+        """Return what a copy is told when it wakes up; see ``guest/resume.py``."""
+        told: dict[str, Any] = {}
+        if self.environment:
+            told["environment"] = dict(self.environment)
+        if self.trust:
+            told["trust"] = self.trust
+        if self.files:
+            told["files"] = [[path, mode, base64.b64encode(data).decode()] for path, mode, data in self.files]
+        return told
+
+
+NOTHING = Given()
+
+
+@dataclass(frozen=True)
+class Grants:
+    """What every machine of a spec is given.
+
+    Args:
+        policy: What it may reach.
+        environment: Variables by which its tools find what the policy's presets allow.
+        credentials: What is added to its requests.
+        secrets: Its secrets with their values.
+        hosts: Where names lead on this computer: an address, and a port if it is another one.
+        trust: Certificates in PEM of the company's authorities.
+    """
+
+    policy: Policy
+    environment: Mapping[str, str] = field(default_factory=dict)
+    credentials: tuple[Credential, ...] = ()
+    secrets: tuple[tuple[Secret, SecretValue], ...] = ()
+    hosts: Mapping[str, tuple[str, int | None]] = field(default_factory=dict)
+    trust: str = ""
+
+    def for_machine(self, name: str) -> Given:
+        """Return what the machine ``name`` is given: an authority and placeholders of its own among it.
+
+        Raises:
+            UsageError: Requests have to be looked into, and what that needs is not installed.
+        """
+        if not self.policy.rules and not self.secrets:
+            return NOTHING
+        environment = {variable: value.reveal() for (secret, value), variable in self._variables()}
+        files = tuple(
+            (secret.path, 0o400, value.reveal().encode(errors="surrogateescape"))
+            for secret, value in self.secrets
+            if secret.delivery == "file"
+        )
+        redactor = Redactor(
+            [value.reveal() for _secret, value in self.secrets]
+            + [credential.value.reveal() for credential in self.credentials]
+        )
+        if not self.policy.rules:
+            return Given(environment=environment, files=files, redactor=redactor, secret=True)
+        credentials = tuple(credential.for_machine() for credential in self.credentials)
+        authority = None
+        trust = self.trust
+        if credentials or self.policy.needs_inspection:
+            from pytest_microvm.network.authority import new_authority  # noqa: PLC0415 - where it is needed
+
+            authority = new_authority(name)
+            trust += authority.certificate_pem
+        return Given(
+            access=Access(self.policy, credentials, authority, self.hosts),
+            environment={
+                **network_environment(trusted=bool(trust)),
+                **self.environment,
+                **{each.variable: each.placeholder for each in credentials if each.variable},
+                **environment,
+            },
+            files=files,
+            trust=trust,
+            redactor=redactor,
+            secret=bool(self.secrets),
+        )
+
+    def _variables(self) -> list[tuple[tuple[Secret, SecretValue], str]]:
+        return [(pair, pair[0].name) for pair in self.secrets if pair[0].delivery == "env"]
+
+
+def network_environment(*, trusted: bool) -> dict[str, str]:
+    """Return the variables by which programs find the proxy, and the certificates they have to trust."""
+    found = dict.fromkeys(_PROXY_VARIABLES, PROXY) | dict.fromkeys(_DIRECT_VARIABLES, _DIRECT) | _OTHER
+    return found | (dict.fromkeys(_TRUST_VARIABLES, TRUST) if trusted else {})
+
+
+def resolve(spec: MachineSpec, rules: Sequence[str], where: str, project: Path | None, cache: Path) -> Grants:
+    """Return what machines of ``spec`` are given; its secrets and credentials are read here, once.
+
+    Args:
+        spec: What is asked for.
+        rules: What its network key says, or its image's kit.
+        where: What that was written in, for errors.
+        project: The user's project, whose git remotes the preset ``git`` stands for.
+        cache: The cache folder.
+
+    Raises:
+        UsageError: A rule, a secret or a credential cannot be used.
+    """
+    environment: dict[str, str] = {}
+
+    def preset(name: str) -> Sequence[Any]:
+        from pytest_microvm.network.presets import load_preset  # noqa: PLC0415 - asks the tools: seconds
+
+        found = load_preset(name, project=project, cache=cache)
+        environment.update(found.environment)
+        return found.rules
+
+    policy = parse_rules(rules, where, preset)
+    credentials = tuple(each.resolve() for each in spec.credentials)
+    _check_reachable(spec.credentials, policy)
+    secrets = tuple((secret, secret.source.read(f"secret {secret.name}")) for secret in spec.secrets)
+    return Grants(
+        policy,
+        environment,
+        credentials,
+        secrets,
+        dict(spec.hosts),
+        company_certificates() if policy.rules else "",
+    )
