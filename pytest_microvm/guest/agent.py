@@ -112,7 +112,10 @@ class Agent:
                     key.data()
 
     def _begin_machine(self) -> None:
+        from pytest_microvm.guest import network  # noqa: PLC0415 - a process of a computer, in tests, has its own
+
         forbid_thrashing()
+        network.start()  # outside the group: none of the machine's processes, whose number is limited
         self._refusals = enter_group()
         if self._refusals is not None:
             self._selector.register(self._refusals, selectors.EVENT_READ, self._refusals.tell)

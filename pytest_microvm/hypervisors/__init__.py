@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
     from pytest_microvm.instance import Vmm
 
-PORTS = ("agent", "runner")
-"""The virtio-serial ports of every machine: commands and files; the pytest runner."""
+PORTS = ("agent", "runner", "network")
+"""The virtio-serial ports of every machine: commands and files; the pytest runner; connections."""
 
 
 @dataclass(frozen=True)

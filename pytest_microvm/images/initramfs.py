@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 INIT = Path(__file__).with_name("init.sh")
 
-# What a machine needs to reach its disks and its host, whichever machine type the hypervisor chose.
-BOOT_MODULES = ("virtio_mmio", "virtio_pci", "virtio_console", "virtio_blk", "squashfs", "overlay", "ext4")
+# What a machine needs to reach its disks and its host, whichever machine type the hypervisor chose; and where
+# packets lead that go nowhere.
+BOOT_MODULES = (
+    "virtio_mmio", "virtio_pci", "virtio_console", "virtio_blk", "squashfs", "overlay", "ext4", "tun"
+)  # fmt: skip
 
 _FOLDERS = (
     "bin", "dev", "mnt", "mnt/root", "mnt/scratch", "mods", "newroot", "proc", "sys",

@@ -69,9 +69,9 @@ class _Stream:
 
     __slots__ = ("closed_here", "closed_there", "may_receive", "may_send", "used")
 
-    def __init__(self) -> None:
-        self.may_send = WINDOW
-        self.may_receive = WINDOW
+    def __init__(self, window: int) -> None:
+        self.may_send = window
+        self.may_receive = window
         self.used = 0
         self.closed_here = False
         self.closed_there = False
@@ -81,10 +81,13 @@ class Channel:
     """The state of one end.
 
     Args:
-        role: What this end calls itself in its hello: ``host``, ``agent`` or ``runner``.
+        role: What this end calls itself in its hello: ``host``, ``agent``, ``runner`` or ``network``.
+        window: Bytes that may be under way on a stream; both ends must mean the same.
     """
 
-    def __init__(self, role: str) -> None:
+    def __init__(self, role: str, window: int = WINDOW) -> None:
+        self._window = window
+        self._grant = window * GRANT // WINDOW
         self._reader = FrameReader()
         self._out: list[bytes] = []
         self._streams: dict[int, _Stream] = {}
@@ -111,7 +114,7 @@ class Channel:
             raise ValueError(f"stream {stream} is open already")
         if len(self._streams) >= MAX_STREAMS:
             raise ValueError(f"more than {MAX_STREAMS} streams at once")
-        self._streams[stream] = _Stream()
+        self._streams[stream] = _Stream(self._window)
 
     def write(self, stream: int, data: bytes) -> int:
         """Queue as much of ``data`` as the peer's credit allows; return how many bytes that was."""
@@ -131,7 +134,7 @@ class Channel:
         if state is None or state.closed_there:
             return
         state.used += size
-        if state.used >= GRANT:
+        if state.used >= self._grant:
             state.may_receive += state.used
             self._emit(Kind.CREDIT, stream, _CREDIT.pack(state.used))
             state.used = 0
@@ -224,7 +227,7 @@ class Channel:
             raise WireError(f"stream {frame.stream}: CREDIT without credit")
         state = self._streams.get(frame.stream)
         if state is not None:  # it may have been closed here while the grant was under way
-            if state.may_send + size > WINDOW:
+            if state.may_send + size > self._window:
                 raise WireError(f"stream {frame.stream}: credit beyond the window")
             state.may_send += size
         return Credit(frame.stream)
