@@ -1,4 +1,4 @@
-"""What is saved of a machine that crashed or exceeded a quota: ``--microvm-artifacts DIR``."""
+"""What is saved of a machine: of one that crashed or exceeded a quota, or of what a command did."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pytest_microvm.errors import QuotaExceeded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from pytest_microvm.errors import MachineError
@@ -52,8 +52,7 @@ def saved(artifacts: Path | None, about: str, machine: str, write: Callable[[Pat
 def save(folder: Path, instance: Instance, facts: MachineFacts, error: MachineError, about: str) -> None:
     """Write what is known of a machine that has ended.
 
-    ``report.txt`` says why it ended, ``console.txt`` what it said, ``machine.json`` what it was and used,
-    ``events.jsonl`` what happened, its last commands among it.
+    ``report.txt`` says why it ended; the other files are those of :func:`record`.
 
     Args:
         folder: Where to; made if needed.
@@ -65,18 +64,48 @@ def save(folder: Path, instance: Instance, facts: MachineFacts, error: MachineEr
     Raises:
         OSError: The folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    known = {
-        "about": about,
-        "machine": asdict(facts),
-        "usage": asdict(instance.usage()),
-        "outcome": "quota" if isinstance(error, QuotaExceeded) else "crashed",
-        "findings": [asdict(finding) for finding in instance.findings],
-    }
+    outcome = "quota" if isinstance(error, QuotaExceeded) else "crashed"
+    known: dict[str, object] = {"outcome": outcome}
     if isinstance(error, QuotaExceeded):
         known["quota"] = {"name": error.quota, "limit": error.limit, "observed": error.observed}
-    (folder / "report.txt").write_text(f"{error}\n", encoding="utf-8", errors="backslashreplace")
+    record(folder, instance, facts, about, known)
+    text = instance.redactor.text(f"{error}\n")
+    (folder / "report.txt").write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def record(
+    folder: Path,
+    instance: Instance,
+    facts: MachineFacts,
+    about: str,
+    known: Mapping[str, object] | None = None,
+) -> None:
+    """Write what a machine was, used, said, did and asked of the network.
+
+    ``machine.json`` says what it was and used, ``console.txt`` what it said, ``events.jsonl`` what happened,
+    its last commands among it, ``network.jsonl`` what it asked of the network.
+
+    Args:
+        folder: Where to; made if needed.
+        instance: The machine.
+        facts: What was known of it from its start.
+        about: What it was used for.
+        known: More about it, as JSON values.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    described = {
+        "about": instance.redactor.text(about),
+        "machine": asdict(facts),
+        "usage": asdict(instance.usage()),
+        "findings": [asdict(finding) for finding in instance.findings],
+        **(known or {}),
+    }
     console = instance.console_text(_CONSOLE_LINES)
     (folder / "console.txt").write_text(f"{console}\n", encoding="utf-8", errors="backslashreplace")
-    (folder / "machine.json").write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    (folder / "machine.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
     (folder / "events.jsonl").write_text(instance.events.lines(), encoding="utf-8")
+    requests = "".join(json.dumps(asdict(request)) + "\n" for request in instance.requests.list())
+    (folder / "network.jsonl").write_text(requests, encoding="utf-8")

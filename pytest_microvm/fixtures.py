@@ -175,8 +175,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
         "microvm(image, cpus, memory, disk, pids, timeout, cpu_seconds, output, lifetime, network, "
-        "network_bytes, connections, bandwidth, hosts, credentials, secrets, mounts): what the machine of the "
-        "microvm fixtures is made of, and what it may use, reach and hold.",
+        "network_bytes, connections, bandwidth, hosts, credentials, secrets, mounts): what the machine of "
+        "the microvm fixtures is made of, and what it may use, reach and hold.",
     )
 
 

@@ -6,11 +6,10 @@ Nothing of it is in an image or a template: it arrives with the message by which
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pytest_microvm.errors import UsageError
 from pytest_microvm.network.access import Access
 from pytest_microvm.network.rules import Policy, parse_rules
 from pytest_microvm.network.trust import company_certificates
@@ -20,8 +19,8 @@ from pytest_microvm.secret_values import Secret, SecretValue
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pytest_microvm.credentials import CredentialSpec
     from pytest_microvm.network.credentials import Credential
+    from pytest_microvm.network.rules import Rule
     from pytest_microvm.spec import MachineSpec
 
 PROXY = "http://127.0.0.1:3128"
@@ -37,8 +36,8 @@ _DIRECT = "localhost,127.0.0.1,::1"
 _OTHER = {"NODE_USE_ENV_PROXY": "1"}
 # Programs that bring certificates of their own have a variable each for others.
 _TRUST_VARIABLES = (
-    "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT", "GIT_SSL_CAINFO", "NODE_EXTRA_CA_CERTS",
-    "NPM_CONFIG_CAFILE", "AWS_CA_BUNDLE",
+    "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT", "GIT_SSL_CAINFO",
+    "NODE_EXTRA_CA_CERTS", "NPM_CONFIG_CAFILE", "AWS_CA_BUNDLE",
 )  # fmt: skip
 
 
@@ -143,13 +142,24 @@ class Grants:
         return [(pair, pair[0].name) for pair in self.secrets if pair[0].delivery == "env"]
 
 
+NO_GRANTS = Grants(Policy())
+
+
 def network_environment(*, trusted: bool) -> dict[str, str]:
     """Return the variables by which programs find the proxy, and the certificates they have to trust."""
     found = dict.fromkeys(_PROXY_VARIABLES, PROXY) | dict.fromkeys(_DIRECT_VARIABLES, _DIRECT) | _OTHER
     return found | (dict.fromkeys(_TRUST_VARIABLES, TRUST) if trusted else {})
 
 
-def resolve(spec: MachineSpec, rules: Sequence[str], where: str, project: Path | None, cache: Path) -> Grants:
+def resolve(
+    spec: MachineSpec,
+    rules: Sequence[str],
+    where: str,
+    *,
+    project: Path,
+    rootfs: Path | None = None,
+    say: Callable[[str], None] = lambda _line: None,
+) -> Grants:
     """Return what machines of ``spec`` are given; its secrets and credentials are read here, once.
 
     Args:
@@ -157,29 +167,39 @@ def resolve(spec: MachineSpec, rules: Sequence[str], where: str, project: Path |
         rules: What its network key says, or its image's kit.
         where: What that was written in, for errors.
         project: The user's project, whose git remotes the preset ``git`` stands for.
-        cache: The cache folder.
+        rootfs: The image's root file system, whose sources apt uses.
+        say: Told what the user may want to know.
 
     Raises:
         UsageError: A rule, a secret or a credential cannot be used.
+        HostError: A tool's index did not answer.
     """
     environment: dict[str, str] = {}
 
-    def preset(name: str) -> Sequence[Any]:
-        from pytest_microvm.network.presets import load_preset  # noqa: PLC0415 - asks the tools: seconds
+    def preset(name: str) -> Sequence[Rule]:
+        from pytest_microvm.network.presets import read_preset  # noqa: PLC0415 - asks the tools: seconds
 
-        found = load_preset(name, project=project, cache=cache)
+        found = read_preset(name, project, rootfs)
         environment.update(found.environment)
+        for hint in found.hints:
+            say(hint)
         return found.rules
 
     policy = parse_rules(rules, where, preset)
-    credentials = tuple(each.resolve() for each in spec.credentials)
-    _check_reachable(spec.credentials, policy)
     secrets = tuple((secret, secret.source.read(f"secret {secret.name}")) for secret in spec.secrets)
     return Grants(
-        policy,
-        environment,
-        credentials,
-        secrets,
-        dict(spec.hosts),
-        company_certificates() if policy.rules else "",
+        policy=policy,
+        environment=environment,
+        credentials=_resolved(spec),
+        secrets=secrets,
+        hosts=dict(spec.hosts),
+        trust=company_certificates() if policy.rules else "",
     )
+
+
+def _resolved(spec: MachineSpec) -> tuple[Credential, ...]:
+    if not spec.credentials:
+        return ()
+    from pytest_microvm.network.credentials import resolve_credential  # noqa: PLC0415 - where there are any
+
+    return tuple(resolve_credential(each) for each in spec.credentials)

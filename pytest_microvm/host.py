@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import BootError, HostError, ImageError, UsageError
+from pytest_microvm.grants import Grants, resolve
 from pytest_microvm.hypervisors import Accelerator, Launch
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
 from pytest_microvm.images.store import ImageStore, cache_root
@@ -145,8 +146,23 @@ class Host:
                 image = self.images.get(spec.image, project=self._project, progress=self.say)
                 limits = _limits(spec, image, self._timeout)
                 resources = Resources(limits.vcpus, limits.memory, limits.disk, image.environment)
-                self._bases[spec] = Base(image, resources, self.accelerator(image), limits)
+                grants = self.grants(spec, image)
+                self._bases[spec] = Base(image, resources, self.accelerator(image), limits, grants)
             return self._bases[spec]
+
+    def grants(self, spec: MachineSpec, image: Image) -> Grants:
+        """Return what machines of ``spec`` are given, read now.
+
+        Raises:
+            UsageError: A rule, a secret or a credential cannot be used.
+        """
+        kits = spec.network is None
+        rules = image.network if spec.network is None else spec.network
+        if "all" in rules:
+            self._tell_once(["WARNING: network = all: these machines may reach every public address"])
+        where = f"kit {image.name}: network" if kits else "network"
+        project = self._project or Path.cwd()
+        return resolve(spec, rules, where, project=project, rootfs=image.rootfs, say=self._tell)
 
     def template(self, base: Base, steps: Sequence[Step] = ()) -> Template:
         """Return the template that ``steps`` lead to, made if missing; held until the host is closed."""
@@ -182,6 +198,9 @@ class Host:
         template = self._sound(template, base)  # before a place is taken: making it again takes one
         name = f"vm-{secrets.token_hex(4)}"
         limits = base.limits
+        if keepable and base.grants.secrets:
+            keepable = False
+            self._tell_once(["machines that hold secrets are not kept: their memory would be on disk"])
         if wait:
             self.budget.take(
                 name, base.image.name, limits.cpus, limits.memory, say=self.say, reclaim=self._reclaim
@@ -355,11 +374,13 @@ class Host:
         identity: dict[str, Any] = {"hostname": name, "machine_id": secrets.token_hex(16)}
         if base.limits.pids is not None:
             identity["pids"] = base.limits.pids
+        given = base.grants.for_machine(name)
         for retry in range(self._retries + 1):
             try:
                 instance = self._chain(base).copy(template, base, name, own=own)
                 try:
-                    instance.adopt(port, identity)
+                    instance.give(given)
+                    instance.adopt(port, identity, given.message())
                 except BaseException:
                     instance.close()
                     raise
@@ -400,7 +421,7 @@ class Host:
         def new() -> Pool[MicroVM]:
             return Pool(size, make, MicroVM.close, lambda machine: machine.instance.vmm.alive)
 
-        return self.pool(("agent", f"{template.key} {base.limits}"), new)
+        return self.pool(("agent", f"{template.key} {id(base)}"), new)
 
     def _reclaim(self) -> bool:
         return any(pool.give_up_one() for pool in list(self._pools.values()))
@@ -415,6 +436,9 @@ class Host:
             yield
         finally:
             self.release(name)
+
+    def _tell(self, line: str) -> None:
+        self._tell_once([line])
 
     def _tell_once(self, lines: Sequence[str]) -> None:
         """Say what this host cannot enforce; once is enough."""

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pytest_microvm.console import ConsoleReader, Finding
 from pytest_microvm.errors import BootError, MachineCrashed, MachineError, QuotaExceeded
 from pytest_microvm.events import EventLog
+from pytest_microvm.grants import NOTHING, Given
 from pytest_microvm.link import Drain, Link
+from pytest_microvm.network.log import NetworkLog
 from pytest_microvm.quotas import Guard, watchdog
 from pytest_microvm.redaction import Redactor
 from pytest_microvm.sanitize import sanitize, sanitize_line
@@ -21,6 +23,7 @@ from pytest_microvm.sanitize import sanitize, sanitize_line
 if TYPE_CHECKING:
     import socket
 
+    from pytest_microvm.network.proxy import Proxy
     from pytest_microvm.spec import Limits
 
 BOOT_TIMEOUT = 60.0
@@ -130,9 +133,10 @@ class Instance:
     def __init__(self, vmm: Vmm) -> None:
         self.vmm = vmm
         self.events = EventLog()
+        self.requests = NetworkLog(self.events)
         self.guard: Guard | None = None
         self.resumed_with: dict[str, Any] = {}
-        self.redactor = Redactor()
+        self.given = NOTHING
         self._links: dict[str, Link] = {}
         self._lock = threading.Lock()
         self._reader = ConsoleReader()
@@ -142,6 +146,34 @@ class Instance:
     def findings(self) -> list[Finding]:
         """What the guest's kernel reported on the console."""
         return [replace(found, text=self.redactor.text(found.text)) for found in self._reader.findings]
+
+    @property
+    def redactor(self) -> Redactor:
+        """What takes its secrets out of what is shown."""
+        return self.given.redactor
+
+    def give(self, given: Given) -> None:
+        """Let the machine have what it is given, before it is adopted."""
+        self.given = given
+        self.events.redact = given.redactor.text
+
+    def proxy(self, limits: Limits | None = None) -> Proxy:
+        """Return what its connections to the network are served by, made when the first one comes."""
+        from pytest_microvm.network.meter import Meter  # noqa: PLC0415 - a machine may never ask
+        from pytest_microvm.network.proxy import Proxy  # noqa: PLC0415
+
+        limits = self.guard.limits if self.guard is not None else limits
+        quotas = (limits.network_bytes, limits.connections, limits.bandwidth) if limits else (None,) * 3
+        return Proxy(
+            self.given.access,
+            self.requests,
+            Meter(*quotas, self._exceeded_network),
+            redact=self.redactor.text,
+        )
+
+    def _exceeded_network(self, quota: str, limit: float, observed: float) -> None:
+        if self.guard is not None:
+            self.guard.exceed(quota, limit, observed)
 
     def watch(self, limits: Limits) -> None:
         """Enforce ``limits`` from now on: the machine has been handed out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import subprocess
 import threading
@@ -13,10 +14,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pytest_microvm.errors import MachineCrashed, QuotaExceeded, UsageError
+from pytest_microvm.errors import MachineCrashed, MicroVMError, QuotaExceeded, UsageError
 from pytest_microvm.events import Event
 from pytest_microvm.instance import Instance, MachineFacts, Usage
 from pytest_microvm.link import Link
+from pytest_microvm.mounting import Changes, Mounted, copy_all_back, mount
+from pytest_microvm.mounts import Access, Kind, Mount, absolute, check_apart
 from pytest_microvm.process import GuestProcess, command_arguments
 from pytest_microvm.redaction import Redactor
 from pytest_microvm.transfer import pull, push
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from pytest_microvm.spec import MachineSpec
 
 _LAST_COMMANDS = 20
+_log = logging.getLogger("pytest_microvm")
 
 
 class MicroVM:
@@ -55,6 +59,7 @@ class MicroVM:
         self.instance = instance
         self.last_commands: deque[str] = deque(maxlen=_LAST_COMMANDS)
         self.closed = False
+        self.mounts: list[Mounted] = []
         self._on_close = on_close
         self._on_keep = on_keep
 
@@ -84,8 +89,13 @@ class MicroVM:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_exc: object) -> None:
+        try:
+            self.close()
+        except MicroVMError as error:
+            if kind is None:
+                raise
+            _log.warning("%s", error)  # what ended the block is more to the point
 
     def __repr__(self) -> str:
         return f"<MicroVM {self.facts.id} {self.facts.image}{' (ended)' if self.closed else ''}>"
@@ -165,7 +175,8 @@ class MicroVM:
             FileNotFoundError: The machine has no such program or folder.
             MachineCrashed: The machine ended.
         """
-        request = command_arguments(args, {**dict(self.facts.environment), **(env or {})}, cwd, user)
+        usual = {**dict(self.facts.environment), **self.instance.given.environment}
+        request = command_arguments(args, {**usual, **(env or {})}, cwd, user)
         shown = args if isinstance(args, str) else " ".join(map(str, args))
         self._asked("command", shown)
         with self.explained(), self.limited(f"start of {shown}"):
@@ -243,6 +254,44 @@ class MicroVM:
         with self.explained(), self.limited("pull"):
             return pull(self.link(), PurePosixPath(source), Path(target))
 
+    def mount(
+        self,
+        source: str | os.PathLike[str],
+        target: str | PurePosixPath,
+        mode: Access = "rw",
+        kind: Kind = "copy",
+    ) -> Mounted:
+        """Hand a directory or a file of the host to the machine.
+
+        Args:
+            source: On the host; relative to the current folder. Made if it is missing and ``mode`` is ``rw``.
+            target: In the machine: a place where it has nothing.
+            mode: ``ro``: nothing comes back; ``rw``: what the machine changes comes back.
+            kind: ``copy``, ``git`` or ``live``; see :class:`Mount`.
+
+        Returns:
+            What copies the changes back: when asked, at the end of a ``with`` block, or when the machine is
+            closed.
+
+        Raises:
+            UsageError: It cannot be mounted.
+            TransferError: The machine could not take it.
+        """
+        where = absolute(os.fspath(source), Path.cwd())
+        return self.hand_over(Mount(where, PurePosixPath(target), mode, kind))
+
+    def hand_over(self, what: Mount) -> Mounted:
+        """Hand over what a spec's mount says; see :meth:`mount`."""
+        check_apart([*(mounted.mount for mounted in self.mounts), what], "mount")
+        self._asked("mount", f"mount {what}")
+        mounted = mount(self, what)
+        self.mounts.append(mounted)
+        return mounted
+
+    def copy_back(self) -> list[Changes]:
+        """Copy back what the machine changed in its mounts; see :meth:`Mounted.copy_back`."""
+        return copy_all_back(self.mounts)
+
     # The machine
 
     def usage(self) -> Usage:
@@ -269,16 +318,35 @@ class MicroVM:
         """
         if self._on_keep is None or self.closed or not self.instance.vmm.alive:
             return False
-        self.closed = True
-        self._on_keep(about)
+        try:
+            self._give_back()
+        finally:
+            self.closed = True
+            self._on_keep(about)
         return True
 
     def close(self) -> None:
-        """End the machine and forget everything in it; a second call does nothing."""
+        """End the machine and forget everything in it; a second call does nothing.
+
+        What it changed in its mounts is copied back first, if it still runs.
+
+        Raises:
+            MicroVMError: Not all of that was taken over. The machine has ended all the same.
+        """
         if not self.closed:
-            self.closed = True
-            self.instance.close()
-            self._on_close()
+            try:
+                self._give_back()
+            finally:
+                self.closed = True
+                self.instance.close()
+                self._on_close()
+
+    def _give_back(self) -> None:
+        if self.mounts and not self.instance.vmm.alive:
+            places = ", ".join(str(mounted.mount.target) for mounted in self.mounts)
+            _log.warning("machine %s has ended: nothing came back of %s", self.id, places)
+        elif self.mounts:
+            self.copy_back()
 
     @property
     def redactor(self) -> Redactor:

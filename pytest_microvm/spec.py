@@ -10,6 +10,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+from pytest_microvm.credentials import CredentialSpec, parse_credentials
 from pytest_microvm.errors import UsageError
 from pytest_microvm.mounts import Mount, parse_mounts
 from pytest_microvm.secret_values import Secret, parse_secrets
@@ -199,8 +200,9 @@ class MachineSpec:
         connections: Connections it may make in total.
         bandwidth: Bytes a second, both directions together; a limit that slows down and ends nothing.
         network: Rules of what it may reach; an empty list: nothing.
-        hosts: Where names lead on this computer, such as ``{"api.example.com": "127.0.0.1:8443"}``: an address,
-            and a port if it is another one. A rule still has to allow the name.
+        hosts: Where names lead, such as ``{"api.example.com": "127.0.0.1:8443"}``: an address, and a port if
+            it is another one. A rule still has to allow the name.
+        credentials: What is added to its requests on the way out, so that it never holds it.
         secrets: Values it is given at run time.
         mounts: Directories of the host it is given.
     """
@@ -219,6 +221,7 @@ class MachineSpec:
     bandwidth: int | None = None
     network: tuple[str, ...] | None = None
     hosts: tuple[tuple[str, tuple[str, int | None]], ...] = ()
+    credentials: tuple[CredentialSpec, ...] = ()
     secrets: tuple[Secret, ...] = ()
     mounts: tuple[Mount, ...] = ()
 
@@ -288,6 +291,7 @@ RESOURCE_PARSERS: dict[str, Callable[[object, str], Any]] = {
 GRANT_PARSERS: dict[str, Callable[[object, str], Any]] = {
     "network": parse_network,
     "hosts": parse_hosts,
+    "credentials": parse_credentials,
     "secrets": parse_secrets,
     "mounts": lambda value, name: parse_mounts(value, name, Path.cwd()),
 }

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import signal
 import sys
-import termios
-import threading
 import time
-import tty
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pytest_microvm.cli.relay import on_terminal, plainly, shell_status
 from pytest_microvm.errors import UsageError
 from pytest_microvm.host import Host
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from pytest_microvm.process import GuestProcess
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -86,14 +75,9 @@ def _shell(arguments: argparse.Namespace) -> int:
         with host.enter(arguments.id) as machine:
             command = arguments.command or ["/bin/sh", "-c", "exec $(command -v bash || echo sh) -l"]
             if not sys.stdin.isatty():
-                return _run_plainly(machine, command)
-            size = shutil.get_terminal_size()
+                return shell_status(plainly(machine, command, raw=True))
             print(f"in a copy of {arguments.id}; leave with exit or Ctrl-D", file=sys.stderr)
-            environment = {"TERM": os.environ.get("TERM", "dumb")}
-            with machine.popen(
-                command, pty=(size.lines, size.columns), env=environment, text=False
-            ) as process:
-                return _relay(process)
+            return shell_status(on_terminal(machine, command))
     finally:
         host.close()
 
@@ -110,52 +94,6 @@ def _rm(arguments: argparse.Namespace) -> int:
         host.templates.remove(name)
         print(f"removed {name}")
     return 0
-
-
-def _run_plainly(machine: Any, command: list[str]) -> int:
-    data = sys.stdin.buffer.read()
-    done = machine.run(command, input=data, text=False)
-    sys.stdout.buffer.write(done.stdout)
-    sys.stderr.buffer.write(done.stderr)
-    return int(done.returncode) if done.returncode >= 0 else 128 - int(done.returncode)
-
-
-def _relay(process: GuestProcess) -> int:
-    """Connect this terminal and the machine's until the command ends.
-
-    The machine's output reaches the terminal as it is: that is what entering it means.
-    """
-    stdin, stdout = process.stdin, process.stdout
-    assert stdin is not None
-    assert stdout is not None
-
-    def send() -> None:
-        while data := os.read(sys.stdin.fileno(), 65536):
-            stdin.write(data)
-
-    def resize(_number: int, _frame: object) -> None:
-        size = shutil.get_terminal_size()
-        process.resize(size.lines, size.columns)
-
-    previous = signal.signal(signal.SIGWINCH, resize)
-    try:
-        with _raw_terminal():
-            threading.Thread(target=send, daemon=True).start()  # ends with this process
-            while data := stdout.read1(65536):  # type: ignore[attr-defined]
-                os.write(sys.stdout.fileno(), data)
-        return process.wait()
-    finally:
-        signal.signal(signal.SIGWINCH, previous)
-
-
-@contextmanager
-def _raw_terminal() -> Iterator[None]:
-    before = termios.tcgetattr(sys.stdin)
-    tty.setraw(sys.stdin)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def _age(seconds: float) -> str:

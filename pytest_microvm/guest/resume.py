@@ -21,6 +21,7 @@ RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
 _MAX_ENTROPY = 512
 _TRUST = "/etc/ssl/certs/ca-certificates.crt"
+_IMAGES_TRUST = "/run/microvm/trust.pem"  # as they were in the image
 _MEMORY = "/run"  # a tmpfs: what is written there is on no disk
 _FUTURE = 20 * 365 * 24 * 3600  # seconds; longer than any template is kept
 
@@ -94,10 +95,21 @@ def _pids(message: dict[str, Any]) -> None:
 
 
 def _trust(message: dict[str, Any]) -> None:
-    """Add certificates to those that the machine's programs trust; root alone can, as everywhere."""
-    os.makedirs(os.path.dirname(_TRUST), exist_ok=True)
-    with open(_TRUST, "a") as file:
-        file.write("\n" + message["trust"])
+    """Let the machine's programs trust certificates besides those of its image, in place of earlier ones."""
+    try:
+        with open(_IMAGES_TRUST) as file:
+            images = file.read()
+    except FileNotFoundError:
+        try:
+            with open(_TRUST) as file:
+                images = file.read()
+        except FileNotFoundError:
+            images = ""
+            os.makedirs(os.path.dirname(_TRUST), exist_ok=True)
+        with open(_IMAGES_TRUST, "w") as file:
+            file.write(images)
+    with open(_TRUST, "w") as file:
+        file.write(images + message["trust"])
 
 
 def _files(message: dict[str, Any]) -> None:

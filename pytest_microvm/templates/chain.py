@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 
 from pytest_microvm.disk import explained
 from pytest_microvm.errors import BootError, MachineCrashed
+from pytest_microvm.grants import NO_GRANTS, Grants
 from pytest_microvm.hypervisors import Accelerator, Disk, Hypervisor, Launch
 from pytest_microvm.images.cpio import CpioEntry, cpio_archive
 from pytest_microvm.instance import BOOT_TIMEOUT, Instance
@@ -61,13 +62,14 @@ class Step:
 class Base:
     """What the chain begins with: an image on given resources, run by a given accelerator.
 
-    ``limits`` shape no template: they are enforced on the machines that come of it.
+    ``limits`` and ``grants`` shape no template: they are for the machines that come of it.
     """
 
     image: Image
     resources: Resources
     accelerator: Accelerator
     limits: Limits
+    grants: Grants = NO_GRANTS
 
 
 class Chain:

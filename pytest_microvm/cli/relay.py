@@ -1,0 +1,168 @@
+"""Connect a command in a machine with this process's terminal, or with its stdin, stdout and stderr."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import shutil
+import signal
+import sys
+import termios
+import threading
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any
+
+from pytest_microvm.errors import MachineError
+from pytest_microvm.sanitize import sanitize
+
+if TYPE_CHECKING:
+    from pytest_microvm.machine import MicroVM
+    from pytest_microvm.process import GuestProcess
+
+_PIECE = 65536
+_MAX_LINE = 64 * 1024  # characters without a newline that are held back
+
+
+def on_terminal(machine: MicroVM, command: list[str], **options: Any) -> int:
+    """Run ``command`` on a terminal that is this one, and return its exit status.
+
+    The machine's output reaches the terminal as it is: that is what entering it means.
+    """
+    size = shutil.get_terminal_size()
+    environment = {"TERM": os.environ.get("TERM", "dumb"), **options.pop("env", {})}
+    with (
+        machine.limited("the command"),
+        machine.popen(
+            command, pty=(size.lines, size.columns), env=environment, text=False, **options
+        ) as process,
+    ):
+        return _on_terminal(process)
+
+
+def plainly(machine: MicroVM, command: list[str], *, raw: bool, **options: Any) -> int:
+    """Run ``command`` with this process's stdin, stdout and stderr, and return its exit status.
+
+    The first Ctrl-C goes to the command, the second one ends this process's wait.
+
+    Args:
+        machine: Where.
+        command: What.
+        raw: Whether its output is passed on byte by byte. Else it is text, line by line, in which nothing
+            can act on a terminal or a CI system.
+        **options: As for :meth:`MicroVM.popen`.
+    """
+    with (
+        machine.limited("the command"),
+        machine.popen(command, stdin=True, text=False, **options) as process,
+        _interrupts_go_to(process),
+    ):
+        assert process.stderr is not None
+        threading.Thread(target=_send, args=(process,), daemon=True).start()  # it may wait for our stdin
+        errors = threading.Thread(target=_pass_on, args=(process.stderr, sys.stderr.buffer, raw), daemon=True)
+        errors.start()
+        _pass_on(process.stdout, sys.stdout.buffer, raw)
+        errors.join()
+        return process.wait()
+
+
+def shell_status(returncode: int) -> int:
+    """Return an exit status as shells give it: 128 and the signal's number for a command that was killed."""
+    return returncode if returncode >= 0 else 128 - returncode
+
+
+def _on_terminal(process: GuestProcess) -> int:
+    stdin, stdout = process.stdin, process.stdout
+    assert stdin is not None
+    assert stdout is not None
+
+    def send() -> None:
+        while data := os.read(sys.stdin.fileno(), _PIECE):
+            stdin.write(data)
+
+    def resize(_number: int, _frame: object) -> None:
+        size = shutil.get_terminal_size()
+        process.resize(size.lines, size.columns)
+
+    previous = signal.signal(signal.SIGWINCH, resize)
+    try:
+        with _raw_terminal():
+            threading.Thread(target=send, daemon=True).start()  # ends with this process
+            while data := stdout.read1(_PIECE):  # type: ignore[attr-defined]
+                os.write(sys.stdout.fileno(), data)
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGWINCH, previous)
+
+
+def _send(process: GuestProcess) -> None:
+    assert process.stdin is not None
+    with suppress(OSError, ValueError, MachineError):  # it need not read, and may have ended
+        while data := os.read(sys.stdin.fileno(), _PIECE):
+            process.stdin.write(data)
+        process.stdin.close()
+
+
+def _pass_on(source: IO[bytes] | None, target: IO[bytes], raw: bool) -> None:
+    assert source is not None
+    try:
+        for data in _pieces(source) if raw else _lines(source):
+            target.write(data)
+            target.flush()
+    except MachineError:
+        if threading.current_thread() is threading.main_thread():
+            raise  # another thread leaves it to whoever waits for the command, who is told the same
+
+
+def _pieces(source: Any) -> Iterator[bytes]:
+    while data := source.read1(_PIECE):
+        yield data
+
+
+def _lines(source: Any) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    held = ""
+    for data in _pieces(source):
+        held += decoder.decode(data)
+        whole, newline, held = held.rpartition("\n")
+        if len(held) > _MAX_LINE:
+            whole, newline, held = whole + newline + held, "", ""
+        if whole or newline:
+            yield sanitize(whole + newline).encode()
+    held += decoder.decode(b"", final=True)
+    if held:
+        yield sanitize(held).encode()
+
+
+@contextmanager
+def _interrupts_go_to(process: GuestProcess) -> Iterator[None]:
+    """Send the first Ctrl-C to the command; whoever repeats it wants to leave."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        # Not here: the handler may have interrupted a thread that holds the link's lock.
+        threading.Thread(target=forward, daemon=True).start()
+
+    def forward() -> None:
+        with suppress(MachineError, TimeoutError):
+            process.send_signal(signal.SIGINT)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def _raw_terminal() -> Iterator[None]:
+    before = termios.tcgetattr(sys.stdin)
+    tty.setraw(sys.stdin)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

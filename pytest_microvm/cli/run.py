@@ -1,0 +1,275 @@
+"""``pytest-microvm run``: any command, an AI agent too, in a machine of its own."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_microvm import evidence
+from pytest_microvm.cli.relay import on_terminal, plainly, shell_status
+from pytest_microvm.errors import (
+    BootError,
+    HostError,
+    MachineCrashed,
+    MicroVMError,
+    QuotaExceeded,
+    UsageError,
+)
+from pytest_microvm.host import Host
+from pytest_microvm.mounts import parse_mounts
+from pytest_microvm.sanitize import sanitize
+from pytest_microvm.spec import PARSERS, MachineSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_microvm.machine import MicroVM
+
+EXIT_INFRA = 75
+"""The machine never reached the command: trying again may help (EX_TEMPFAIL of sysexits.h)."""
+EXIT_DENIED = 77
+"""The command was content, but something it tried to reach was denied (EX_NOPERM)."""
+EXIT_QUOTA = 124
+"""A quota was exceeded and the machine was ended; timeout(1) gives it for a time limit."""
+EXIT_CRASHED = 125
+"""The machine ended by itself, or what came back could not be taken."""
+EXIT_NOT_EXECUTABLE = 126
+EXIT_NOT_FOUND = 127
+
+_DESCRIPTION = """\
+Run a command in a machine of its own, which is gone afterwards. It has what it is given here and nothing
+else: no network, no directory, no secret, no variable of yours. Settings of a project are not read.
+"""
+_EPILOG = """\
+exit status:
+  the command's own; 128 + N if signal N ended it; 126, 127 if it cannot be started or does not exist
+  124  a quota was exceeded        75   the machine never reached the command
+  125  the machine ended by itself, or what came back could not be taken
+  77   with --fail-on-denied: something was denied        4   bad input
+
+examples:
+  pytest-microvm run -- python3 -c 'print("hello")'
+  pytest-microvm run --network pip --mount out:/out -- sh -c 'pip download six -d /out'
+  pytest-microvm run --image agent --mount .:/work:git --workdir /work \\
+      --network api.example.com --credential host=api.example.com,env=API_KEY,variable=API_KEY -- my-agent
+"""
+_QUOTAS = {
+    "cpus": ("N", "CPUs; 0.5 is one vCPU, throttled"),
+    "memory": ("SIZE", "memory, such as 512M"),
+    "disk": ("SIZE", "what it may write to its disk"),
+    "pids": ("N", "processes and threads at the same time"),
+    "timeout": ("SECONDS", "how long the command may take"),
+    "cpu_seconds": ("SECONDS", "CPU time in total"),
+    "output": ("SIZE", "what the command may print"),
+    "lifetime": ("SECONDS", "how long the machine may exist"),
+    "network_bytes": ("SIZE", "what it may send and receive"),
+    "connections": ("N", "how many connections it may make"),
+    "bandwidth": ("SIZE", "bytes a second over the network"),
+}
+_GRANTS = {
+    "network": ("RULE", "what it may reach: a host, host:port, https://host/path/*, pip, npm, apt, git, all"),
+    "host": ("NAME=ADDRESS[:PORT]", "where a name leads"),
+    "credential": ("SPEC", "added to its requests on the way out, such as host=api.example.com,env=TOKEN"),
+    "secret": (
+        "NAME=SOURCE",
+        "a value for it, such as TOKEN=env:TOKEN[,as=file]; file:, command:, keyring: too",
+    ),
+    "mount": (
+        "SOURCE:/TARGET[:ro][:git]",
+        "a directory, copied in, and back unless :ro; :git hands a clone over",
+    ),
+}
+_KEYS = {"network": "network", "host": "hosts", "credential": "credentials", "secret": "secrets"}
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb to the command line."""
+    parser = verbs.add_parser(
+        "run",
+        help="run a command in a machine of its own",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "command", nargs="+", metavar="COMMAND", help="the command and its arguments, after --"
+    )
+    parser.add_argument("--image", metavar="KIT", help="a kit's name or path (default: python)")
+    for key, (metavar, text) in _QUOTAS.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", metavar=metavar, help=text)
+    for key, (metavar, text) in _GRANTS.items():
+        parser.add_argument(
+            f"--{key}", action="append", default=[], metavar=metavar, help=f"{text}; repeatable"
+        )
+    parser.add_argument(
+        "--push",
+        action="append",
+        default=[],
+        metavar="SOURCE:/TARGET",
+        help="copy a file or folder in, before",
+    )
+    parser.add_argument(
+        "--pull",
+        action="append",
+        default=[],
+        metavar="/SOURCE:TARGET",
+        help="copy a file or folder out, after",
+    )
+    parser.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="a variable; without a value: yours",
+    )
+    parser.add_argument("--workdir", metavar="PATH", help="where the command runs (default: /)")
+    parser.add_argument("--user", metavar="NAME", help="who runs it (default: root)")
+    parser.add_argument(
+        "--record", metavar="DIR", type=Path, help="write what it did: events, requests, console, usage"
+    )
+    parser.add_argument("--fail-on-denied", action="store_true", help="exit with 77 if anything was denied")
+    parser.add_argument(
+        "--raw", action="store_true", help="pass its output on byte by byte, not as safe text"
+    )
+    parser.add_argument(
+        "--no-tty", dest="tty", action="store_false", help="no terminal for it, though this is one"
+    )
+    parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
+    end = parser.add_mutually_exclusive_group()
+    end.add_argument("--rm", action="store_true", help="forget the machine afterwards (the default)")
+    end.add_argument(
+        "--keep", action="store_true", help="freeze it afterwards; `pytest-microvm shell` enters it"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    spec = _spec(arguments)
+    pushes, pulls = [_push(text) for text in arguments.push], [_pull(text) for text in arguments.pull]
+    environment = dict(_variable(text) for text in arguments.env)
+    host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line))
+    try:
+        with _exit_statuses() as status:
+            machine = host.start(spec, keepable=arguments.keep)
+            try:
+                for source, target in pushes:
+                    machine.push(source, target)
+                status.code = _command(machine, arguments, environment)
+            finally:
+                _after(machine, arguments, pulls, status)
+        return status.code
+    finally:
+        host.close()
+
+
+def _spec(arguments: argparse.Namespace) -> MachineSpec:
+    """Return what the machine is made of and given.
+
+    Raises:
+        UsageError: An option cannot be used.
+    """
+    written = {key: getattr(arguments, key) for key in ("image", *_QUOTAS)}
+    given: dict[str, Any] = {key: value for key, value in written.items() if value is not None}
+    for option, key in _KEYS.items():
+        if getattr(arguments, option):
+            given[key] = getattr(arguments, option)
+    if arguments.mount:
+        given["mounts"] = parse_mounts(arguments.mount, "--mount", Path.cwd())
+    if arguments.keep and arguments.secret:
+        raise UsageError(
+            "--keep and --secret exclude each other",
+            details="a kept machine's memory is a file, and the secret would be in it",
+            resolution="use --credential, which the machine never holds, or leave --keep out",
+        )
+    assert set(given) <= set(PARSERS)
+    return MachineSpec().with_changes(given, "pytest-microvm run")
+
+
+def _command(machine: MicroVM, arguments: argparse.Namespace, environment: dict[str, str]) -> int:
+    options = {"env": environment, "cwd": arguments.workdir, "user": arguments.user}
+    try:
+        if arguments.tty and sys.stdin.isatty() and sys.stdout.isatty():
+            return shell_status(on_terminal(machine, arguments.command, **options))
+        return shell_status(plainly(machine, arguments.command, raw=arguments.raw, **options))
+    except (FileNotFoundError, PermissionError) as error:
+        print(f"pytest-microvm: {sanitize(str(error))}", file=sys.stderr)
+        return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_NOT_EXECUTABLE
+
+
+def _after(
+    machine: MicroVM, arguments: argparse.Namespace, pulls: list[tuple[str, str]], status: _Status
+) -> None:
+    """Take out what was asked for, say what was denied, and end the machine, whatever happened before."""
+    try:
+        if machine.instance.vmm.alive:
+            for source, target in pulls:
+                machine.pull(source, target)
+            for line in machine.take_back():
+                _say(arguments, line)
+    finally:
+        denied = machine.network.denied
+        for request in denied:
+            _say(arguments, str(request))
+        if denied and arguments.fail_on_denied and status.code == 0:
+            status.code = EXIT_DENIED
+        if arguments.record:
+            evidence.record(arguments.record, machine.instance, machine.facts, " ".join(arguments.command))
+        if arguments.keep and machine.keep(" ".join(arguments.command)):
+            _say(arguments, f"kept: pytest-microvm shell {machine.id}")
+        machine.close()
+
+
+class _Status:
+    """The exit status so far."""
+
+    code = 0
+
+
+@contextmanager
+def _exit_statuses() -> Iterator[_Status]:
+    """Give each way in which a machine can fail its exit status; bad input stays what it is."""
+    status = _Status()
+    try:
+        yield status
+    except UsageError:
+        raise
+    except MicroVMError as error:
+        print(f"pytest-microvm: {error}", file=sys.stderr)
+        kinds = (
+            (QuotaExceeded, EXIT_QUOTA),
+            (MachineCrashed, EXIT_CRASHED),
+            ((BootError, HostError), EXIT_INFRA),
+        )
+        status.code = next((code for kind, code in kinds if isinstance(error, kind)), EXIT_CRASHED)
+
+
+def _push(text: str) -> tuple[str, str]:
+    source, colon, target = text.rpartition(":/")
+    if not colon or not source:
+        raise UsageError(f"--push: {text!r} cannot be used", resolution="write SOURCE:/TARGET")
+    return source, "/" + target
+
+
+def _pull(text: str) -> tuple[str, str]:
+    source, colon, target = text.partition(":")
+    if not colon or not source.startswith("/") or not target:
+        raise UsageError(f"--pull: {text!r} cannot be used", resolution="write /SOURCE:TARGET")
+    return source, target
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        with suppress(KeyError):
+            return name, os.environ[name]
+        raise UsageError(f"--env: {name} is not set here", resolution=f"write --env {name}=VALUE")
+    return name, value
+
+
+def _say(arguments: argparse.Namespace, line: str) -> None:
+    if not arguments.quiet:
+        print(f"pytest-microvm: {sanitize(line)}", file=sys.stderr)
