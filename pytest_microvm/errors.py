@@ -14,6 +14,7 @@ MicroVMError
     ├── MachineCrashed      the machine ended while it was in use: outcome ``crashed``
     ├── ProtocolViolation   the guest sent what the protocol forbids; the machine is ended
     ├── TransferError       files could not be moved
+    ├── MountConflict       changes to a mounted directory that were not taken over; the others were
     └── QuotaExceeded       a limit the host enforces was reached: outcome ``quota``
 """
 
@@ -94,6 +95,21 @@ class ProtocolViolation(MachineError):
 
 class TransferError(MachineError):
     """Files could not be moved in or out of a machine."""
+
+
+class MountConflict(MachineError):
+    """Changes of a machine to a mounted directory that were not taken over; all others were.
+
+    Args:
+        brief: How many, and where.
+        paths: Which, relative to the directory (a machine chose these names).
+        details: Why, a line each.
+        resolution: What to do next.
+    """
+
+    def __init__(self, brief: str, paths: tuple[str, ...], *, details: str, resolution: str) -> None:
+        super().__init__(brief, details=details, resolution=resolution)
+        self.paths = paths
 
 
 _BYTES = frozenset({"memory", "disk", "output", "network_bytes"})

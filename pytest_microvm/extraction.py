@@ -12,7 +12,8 @@ import os
 import shutil
 import stat
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -22,6 +23,8 @@ MAX_ENTRIES = 1_000_000
 MAX_BYTES = 64 * 1024**3
 """Bytes of files that one archive may hold."""
 
+_MAX_LEFT_OUT = 1000  # members: each costs memory
+_LONG_NAME = 512  # bytes: what counts as one more entry, for names are kept in memory
 _MAX_HEADER = 64 * 1024  # bytes of a long name or of extended attributes, which are read into memory
 _MAX_NAME = 4096
 _MAX_DEPTH = 256  # folders inside each other: what removes them again calls itself for each
@@ -76,7 +79,25 @@ class _Header(tarfile.TarInfo):
     _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
 
-def extract(source: IO[bytes], folder: Path) -> None:
+@dataclass(frozen=True)
+class Terms:
+    """What an archive may hold.
+
+    Args:
+        max_bytes: Bytes of files.
+        max_entries: Members; one with a long name counts as several.
+        links: Where links may point though that leads out, by their paths: the host handed them over itself.
+        left_out: If given: links that lead out, devices and the like are left out and noted here, by their
+            paths with the reason; else one of them has the whole archive refused.
+    """
+
+    max_bytes: int = MAX_BYTES
+    max_entries: int = MAX_ENTRIES
+    links: Mapping[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] | None = None
+
+
+def extract(source: IO[bytes], folder: Path, terms: Terms | None = None) -> None:
     """Unpack an untrusted tar stream into ``folder``: files, folders, and links that stay inside.
 
     Set-user-id bits, rights of group and others to write, owners and devices are not taken over.
@@ -84,16 +105,18 @@ def extract(source: IO[bytes], folder: Path) -> None:
     Raises:
         TransferError: A member is refused, the archive is damaged, or the host cannot write it.
     """
+    terms = terms or Terms(MAX_BYTES, MAX_ENTRIES)
     root = os.open(folder, _FOLDER)
     total = entries = 0
     try:
         with tarfile.open(fileobj=source, mode="r|", bufsize=65536, tarinfo=_Header) as archive:
             for member in archive:
                 total += max(0, member.size)
-                entries += 1
-                if entries > MAX_ENTRIES or total > MAX_BYTES:
-                    raise _refused(member, f"more than {MAX_ENTRIES} entries or {MAX_BYTES} bytes")
-                entries += _unpack(archive, member, root)
+                entries += 1 + len(member.name) // _LONG_NAME
+                if entries > terms.max_entries or total > terms.max_bytes:
+                    most = f"{terms.max_entries} entries or {terms.max_bytes} bytes"
+                    raise _refused(member, f"more than {most}")
+                entries += _unpack(archive, member, root, terms)
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all, in vain
         source.read(_PADDING)  # or the sender would find that nobody reads its last bytes
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
@@ -109,8 +132,10 @@ def extract(source: IO[bytes], folder: Path) -> None:
         os.close(root)
 
 
-def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int) -> int:
+def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int, terms: Terms) -> int:
     """Unpack one member; return how many folders were made for it on the way."""
+    if _left_out(member, terms):
+        return 0
     *above, name = _segments(member, member.name) or [""]
     if any(key.startswith("GNU.sparse") for key in member.pax_headers):
         raise _refused(member, "a sparse file")
@@ -126,7 +151,8 @@ def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int) -> int
         elif member.isreg() and not member.issparse():
             _make_file(archive, parent, name, member)
         elif member.issym():
-            _check_target(member, len(above))
+            if not _handed_over(member, terms):
+                _check_target(member, len(above))
             _clear(parent, name, member)
             os.symlink(member.linkname, name, dir_fd=parent)
         elif member.islnk():
@@ -134,6 +160,29 @@ def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int) -> int
         else:
             raise _refused(member, "neither a file, a folder nor a link")
     return made
+
+
+def _left_out(member: tarfile.TarInfo, terms: Terms) -> bool:
+    """Take note of a member that is left out, if that is wanted."""
+    if terms.left_out is None:
+        return False
+    path = "/".join(_segments(member, member.name))
+    try:
+        if member.issym() and not _handed_over(member, terms):
+            _check_target(member, path.count("/"))
+        elif not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
+            raise _refused(member, "neither a file, a folder nor a link")
+    except TransferError as error:
+        if len(terms.left_out) >= _MAX_LEFT_OUT:
+            raise
+        terms.left_out[path] = error.brief.rpartition(": ")[2]
+        return True
+    return False
+
+
+def _handed_over(member: tarfile.TarInfo, terms: Terms) -> bool:
+    """Whether a link is as the host handed it over."""
+    return terms.links.get("/".join(_segments(member, member.name))) == member.linkname
 
 
 def _segments(member: tarfile.TarInfo, path: str) -> list[str]:

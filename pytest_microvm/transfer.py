@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.answers import Answer
 from pytest_microvm.errors import TransferError, UsageError
-from pytest_microvm.extraction import MAX_BYTES, extract
+from pytest_microvm.extraction import MAX_BYTES, Terms, extract
 from pytest_microvm.link import GuestError, Link, Stream
 
 if TYPE_CHECKING:
@@ -69,13 +69,21 @@ def push(link: Link, source: Path, target: PurePosixPath) -> None:
             f"{source} does not exist", resolution="check the path; it is relative to the current folder"
         )
     if source.is_dir():
-        send_tar(link, target, lambda archive: archive.add(source, arcname="."))
+        send_tar(link, target, lambda archive: archive.add(source, arcname=".", filter=_forgetting(archive)))
     else:
         with source.open("rb") as file:
             _send(
                 link, "write", str(target), lambda stream: shutil.copyfileobj(file, _Writer(stream), _PIECE)
             )
         link.call("path", timeout=TIMEOUT, do="chmod", path=str(target), mode=source.stat().st_mode & 0o7777)
+
+
+def _forgetting(archive: tarfile.TarFile) -> Callable[[tarfile.TarInfo], tarfile.TarInfo]:
+    def pass_on(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all, in vain
+        return member
+
+    return pass_on
 
 
 def send_tar(link: Link, target: PurePosixPath, fill: Callable[[tarfile.TarFile], None]) -> None:
@@ -153,12 +161,34 @@ def pull(link: Link, source: PurePosixPath, target: Path) -> Path:
     return final
 
 
-def _receive_file(stream: Stream, file: IO[bytes]) -> None:
+def receive_tree(link: Link, source: PurePosixPath, folder: Path, terms: Terms) -> None:
+    """Unpack what is below ``source`` in the machine into a folder of the host, as ``terms`` allow.
+
+    Raises:
+        OSError: The machine could not read it.
+        TransferError: What came was refused, or could not be written.
+    """
+    with _receiving(link, "pack", str(source)) as stream:
+        extract(io.BufferedReader(_Reader(stream), _PIECE), folder, terms)
+
+
+def receive_file(link: Link, source: PurePosixPath, file: IO[bytes], limit: int) -> None:
+    """Write a machine's file, at most ``limit`` bytes, into a file of the host.
+
+    Raises:
+        OSError: The machine could not read it.
+        TransferError: It is longer.
+    """
+    with _receiving(link, "read", str(source)) as stream:
+        _receive_file(stream, file, limit)
+
+
+def _receive_file(stream: Stream, file: IO[bytes], limit: int = MAX_BYTES) -> None:
     total = 0
     while data := stream.read(_PIECE, TIMEOUT):
         total += len(data)
-        if total > MAX_BYTES:
-            raise TransferError(f"the machine sent more than {MAX_BYTES} bytes")
+        if total > limit:
+            raise TransferError(f"the machine sent more than {limit} bytes")
         file.write(data)
 
 

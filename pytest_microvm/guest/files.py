@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MAX_ENTRIES = 10_000
+_MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MNT_DETACH = 1, 32, 4096, 2  # include/uapi/linux/mount.h
 
 
 class StreamReader:
@@ -59,6 +60,7 @@ def unpack(reader: StreamReader, target: str) -> None:
                 archive.extract(member, target, filter="fully_trusted")
             else:
                 archive.extract(member, target)
+            archive.members.clear()  # tarfile keeps them all, in vain
     while reader.read(65536):  # tar's padding, up to the stream's end
         pass
 
@@ -66,9 +68,14 @@ def unpack(reader: StreamReader, target: str) -> None:
 def pack(path: str, writer: StreamWriter) -> None:
     """Write ``path`` as a tar stream: a folder's contents, or the one file under its own name."""
     with tarfile.open(fileobj=writer, mode="w|", bufsize=65536) as archive:  # type: ignore[call-overload]
+
+        def forget(member: tarfile.TarInfo) -> tarfile.TarInfo:
+            archive.members.clear()  # tarfile keeps them all, in vain
+            return member
+
         if os.path.isdir(path):
             for name in sorted(os.listdir(path)):
-                archive.add(os.path.join(path, name), arcname=name)
+                archive.add(os.path.join(path, name), arcname=name, filter=forget)
         else:
             archive.add(os.path.realpath(path), arcname=os.path.basename(path))
 
@@ -147,12 +154,36 @@ def _rename(path: str, request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _freeze(path: str, _request: dict[str, Any]) -> dict[str, Any]:
+    """Make what is at a path read-only: for those who mean well, since root can undo it."""
+    _mount(path, path, _MS_BIND)
+    _mount(None, path, _MS_BIND | _MS_REMOUNT | _MS_RDONLY)
+    return {}
+
+
+def _thaw(path: str, _request: dict[str, Any]) -> dict[str, Any]:
+    import ctypes  # noqa: PLC0415
+
+    if ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(path), _MNT_DETACH):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+    return {}
+
+
+def _mount(source: str | None, target: str, flags: int) -> None:
+    import ctypes  # noqa: PLC0415 - not before it is needed
+
+    what = None if source is None else os.fsencode(source)
+    if ctypes.CDLL(None, use_errno=True).mount(what, os.fsencode(target), None, ctypes.c_ulong(flags), None):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), target)
+
+
 def _rmdir(path: str, _request: dict[str, Any]) -> dict[str, Any]:
     os.rmdir(path)
     return {}
 
 
 OPERATIONS: dict[str, Callable[[str, dict[str, Any]], dict[str, Any]]] = {
-    "chmod": _chmod, "list": _list, "mkdir": _mkdir, "readlink": _readlink, "rename": _rename,
-    "rmdir": _rmdir, "rmtree": _rmtree, "stat": _stat, "symlink": _symlink, "unlink": _unlink,
+    "chmod": _chmod, "freeze": _freeze, "list": _list, "mkdir": _mkdir, "readlink": _readlink,
+    "rename": _rename, "rmdir": _rmdir, "rmtree": _rmtree, "stat": _stat, "symlink": _symlink,
+    "thaw": _thaw, "unlink": _unlink,
 }  # fmt: skip
