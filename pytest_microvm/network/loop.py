@@ -1,0 +1,43 @@
+"""The process's one thread for connections of machines: an asyncio loop, begun at first use."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+_Result = TypeVar("_Result")
+
+_loop: asyncio.AbstractEventLoop | None = None
+_loop_pid = 0
+_loop_lock = threading.Lock()
+
+
+def network_loop() -> asyncio.AbstractEventLoop:
+    """Return this process's loop; its thread is started at first use, and again after a fork."""
+    global _loop, _loop_pid
+    with _loop_lock:
+        if _loop is None or _loop_pid != os.getpid():
+            _loop, _loop_pid = asyncio.new_event_loop(), os.getpid()
+            threading.Thread(target=_loop.run_forever, name="microvm-network", daemon=True).start()
+        return _loop
+
+
+def run(work: Coroutine[Any, Any, _Result], timeout: float | None = None) -> _Result:
+    """Run ``work`` on the loop and return its result; not to be called on the loop's own thread.
+
+    Raises:
+        TimeoutError: It took longer than ``timeout`` seconds; it has been cancelled.
+    """
+    future = asyncio.run_coroutine_threadsafe(work, network_loop())
+    try:
+        return future.result(timeout)
+    except concurrent.futures.TimeoutError as error:  # before Python 3.11 not the built-in one
+        future.cancel()
+        raise TimeoutError(str(error) or f"not done within {timeout:g} s") from error
+    except BaseException:
+        future.cancel()
+        raise

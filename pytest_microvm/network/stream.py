@@ -1,0 +1,206 @@
+"""A stream of a guest's port ``network`` as an asyncio transport, with backpressure both ways."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from pytest_microvm.network.port import NetworkPort
+
+HIGH = 64 * 1024
+"""Bytes that wait to be written to a guest before the writer is paused."""
+
+_LOW = HIGH // 4
+_PIECE = 64 * 1024
+
+
+class Stream(asyncio.Transport):
+    """One connection of a guest.
+
+    The guest may send a window of bytes; it gets more credit as they are handed to the protocol, so a paused
+    reader stops the guest's program. What the writer says waits here until the guest has granted credit and
+    the port has room.
+    """
+
+    _start_tls_compatible = True  # for loop.start_tls
+
+    def __init__(self, port: NetworkPort, number: int) -> None:
+        super().__init__({"peername": ("guest", number)})
+        self.number = number
+        self._port = port
+        self._protocol: asyncio.BaseProtocol = asyncio.Protocol()
+        self._buffer = bytearray()
+        self._held = bytearray()  # came while reading was paused
+        self._ended = False  # the guest sends no more
+        self._paused = True  # until somebody is there to be told
+        self._writer_paused = False
+        self._eof = False
+        self._closing = False
+        self._lost = False
+        self._high, self._low = HIGH, _LOW
+
+    # Of a transport
+
+    def get_protocol(self) -> asyncio.BaseProtocol:
+        """Return who is told what comes."""
+        return self._protocol
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        """Tell ``protocol`` what comes from now on."""
+        self._protocol = protocol
+
+    def is_closing(self) -> bool:
+        """Whether it is closed, or will be once everything is written."""
+        return self._closing
+
+    def is_reading(self) -> bool:
+        """Whether the protocol is told what comes."""
+        return not self._paused and not self._closing
+
+    def pause_reading(self) -> None:
+        """Tell the protocol nothing more; the guest gets no more credit."""
+        self._paused = True
+
+    def resume_reading(self) -> None:
+        """Go on telling the protocol what comes."""
+        if self._paused:
+            self._paused = False
+            self._port.loop.call_soon(self._hand_over)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send ``data``, as the guest takes it."""
+        if self._lost or self._closing:
+            return
+        if self._eof:
+            raise RuntimeError("cannot write after write_eof()")
+        self._buffer += data
+        self.pump()
+        if len(self._buffer) > self._high and not self._writer_paused:
+            self._writer_paused = True
+            self._protocol.pause_writing()
+
+    def write_eof(self) -> None:
+        """Send no more after what was written."""
+        self._eof = True
+        self.pump()
+
+    def can_write_eof(self) -> bool:
+        """Whether :meth:`write_eof` works: always."""
+        return True
+
+    def close(self) -> None:
+        """Write what is left, then read and write no more."""
+        if not self._closing:
+            self._closing = self._eof = True
+            self._held.clear()
+            self.pump()
+
+    def abort(self) -> None:
+        """Drop the connection at once, on the guest's side too."""
+        self._force_close(None)
+
+    def get_write_buffer_size(self) -> int:
+        """Return how many bytes wait to be written."""
+        return len(self._buffer)
+
+    def get_write_buffer_limits(self) -> tuple[int, int]:
+        """Return (low, high): where writers go on, and where they are paused."""
+        return self._low, self._high
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        """Say where writers are paused and where they go on."""
+        self._high = HIGH if high is None else high
+        self._low = self._high // 4 if low is None else low
+
+    def _force_close(self, error: Exception | None) -> None:
+        """Drop the connection; asyncio's TLS calls it so."""
+        if not self._lost:
+            self._port.drop(self.number)
+            self.lose(error)
+
+    # Of the port
+
+    def pump(self) -> None:
+        """Send what credit and the port's room allow."""
+        if self._lost:
+            return
+        while self._buffer and not self._port.full:
+            sent = self._port.write(self.number, bytes(self._buffer[:_PIECE]))
+            if not sent:
+                break
+            del self._buffer[:sent]
+        if self._writer_paused and len(self._buffer) <= self._low:
+            self._writer_paused = False
+            self._protocol.resume_writing()
+        if self._eof and not self._buffer and not self._lost:
+            self._port.close_stream(self.number, end=self._closing)
+            if self._closing:
+                self.lose(None)
+
+    @property
+    def waits(self) -> bool:
+        """Whether something waits to be sent."""
+        return bool(self._buffer)
+
+    def came(self, data: bytes) -> None:
+        """Take bytes of the guest."""
+        if self._closing:
+            return
+        self._held += data
+        self._hand_over()
+
+    def end(self) -> None:
+        """Take note that the guest sends no more."""
+        self._ended = True
+        self._hand_over()
+
+    def lose(self, error: Exception | None) -> None:
+        """Tell the protocol that the connection is no more."""
+        if not self._lost:
+            self._lost = self._closing = True
+            self._buffer.clear()
+            self._held.clear()
+            self._port.loop.call_soon(self._protocol.connection_lost, error)
+
+    def _hand_over(self) -> None:
+        while self._held and not self._paused and not self._closing:
+            data = bytes(self._held)
+            self._held.clear()
+            self._tell(data)
+            self._port.consumed(self.number, len(data))
+        if self._ended and not self._paused and not self._closing:
+            self._ended = False  # it is told once
+            if not cast("Any", self._protocol).eof_received():
+                self.close()
+
+    def _tell(self, data: bytes) -> None:
+        protocol = self._protocol
+        if not isinstance(protocol, asyncio.BufferedProtocol):
+            cast("asyncio.Protocol", protocol).data_received(data)
+            return
+        view = memoryview(data)
+        while view:
+            buffer = memoryview(cast("Any", protocol.get_buffer(len(view))))
+            size = min(len(buffer), len(view))
+            buffer[:size] = view[:size]
+            protocol.buffer_updated(size)
+            view = view[size:]
+
+
+def connect_streams(
+    stream: Stream, loop: asyncio.AbstractEventLoop, limit: int
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Return reader and writer of ``stream``, as :func:`asyncio.open_connection` does.
+
+    Args:
+        stream: A new stream.
+        loop: Its loop.
+        limit: Twice as many bytes wait in the reader before the guest's program is paused.
+    """
+    reader = asyncio.StreamReader(limit=limit, loop=loop)
+    protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+    stream.set_protocol(protocol)
+    protocol.connection_made(stream)
+    stream.resume_reading()
+    return reader, asyncio.StreamWriter(stream, protocol, reader, loop)
