@@ -389,7 +389,7 @@ def test_what_is_no_request_is_refused_whatever_the_rules(request_):
     ::ffff:127.0.0.1 ::127.0.0.1 ::ffff:0:127.0.0.1 64:ff9b::7f00:1 64:ff9b:1::1 2002:7f00:1::
     2002:a9fe:a9fe::1 2001:0:7f00:1:: 2001:0:808:808:0:0:f5ff:fffe 2600::5efe:10.0.0.1 4000::1
     no-address
-    """.split(),
+    """.split(),  # noqa: SIM905 - forty lines otherwise
 )
 @pytest.mark.parametrize("rules", [["all"], ["a.example"], ["0.0.0.0/0", "::/0", "*.example"]])
 def test_a_name_that_leads_where_it_must_not(rules, address):

@@ -1,0 +1,68 @@
+"""Ask a package client of this computer about its configuration: one program, bounded in time and output."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from threading import Timer
+
+from pytest_microvm.errors import HostError
+from pytest_microvm.sanitize import sanitize
+
+TIMEOUT = 90.0  # seconds; an index may be slow, and is asked about more than one project
+_MAX_ANSWER = 4 * 1024 * 1024
+_TAIL = 1500  # characters of what a client said when it failed
+_LOGIN = re.compile(r"(://)[^/\s@]*@")
+
+
+def answer(
+    command: list[str], *, what: str, folder: Path = Path("/"), program: str = "", may_find_none: bool = False
+) -> tuple[str, str]:  # fmt: skip
+    """Return what a program prints, and what it says beside that, without user names and passwords.
+
+    Args:
+        command: The program and its arguments; it gets the user's whole environment, like the client it is.
+        what: What it is asked for, for errors.
+        folder: Where it runs. The root folder is nobody's project: nothing there is read as configuration.
+        program: Text for its standard input.
+        may_find_none: Status 1 is no failure.
+
+    Raises:
+        HostError: It could not be run, failed, took too long or said too much.
+    """
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as source:
+        source.write(program.encode())
+        source.seek(0)
+        try:
+            process = subprocess.Popen(
+                command, cwd=folder, stdin=source, stdout=subprocess.PIPE, stderr=said, start_new_session=True
+            )
+        except OSError as error:
+            raise HostError(f"{what}: {command[0]} could not be run: {error.strerror}") from error
+        late = Timer(TIMEOUT, process.kill)
+        late.start()
+        with process:
+            assert process.stdout is not None
+            printed = process.stdout.read(_MAX_ANSWER + 1)
+            if len(printed) > _MAX_ANSWER:
+                process.kill()
+        late.cancel()
+        said.seek(0)
+        beside = without_login(said.read(_MAX_ANSWER).decode(errors="replace").strip())
+    if process.returncode not in ((0, 1) if may_find_none else (0,)):
+        why = (
+            f"it took longer than {TIMEOUT:g} s" if late.finished.is_set() and process.returncode < 0 else ""
+        )
+        raise HostError(
+            f"{what}: {Path(command[0]).name} failed ({why or f'status {process.returncode}'})",
+            details=sanitize(beside[-_TAIL:]),
+            resolution="run it by hand, or write the hosts themselves as rules",
+        )
+    return printed.decode(errors="replace"), beside
+
+
+def without_login(text: str) -> str:
+    """Return text without the user names and passwords in its URLs."""
+    return _LOGIN.sub(r"\1", text)

@@ -1,0 +1,314 @@
+"""Presets: hosts as the clients of this computer tell them. The clients are real, what they ask is local."""
+
+import base64
+import json
+import shutil
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from pytest_microvm.errors import HostError, UsageError
+from pytest_microvm.network import presets
+from pytest_microvm.network.presets import named_presets, preset_rules, read_preset
+from pytest_microvm.network.rules import Request, parse_rules
+
+WHEEL = "pip-99.0-py3-none-any.whl"
+JSON = "application/vnd.pypi.simple.v1+json"
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew():
+    presets._read.cache_clear()
+    yield
+    presets._read.cache_clear()
+
+
+@pytest.fixture
+def index():
+    """Run a server of given pages; it remembers the logins it was given."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            logins.append(self.headers["Authorization"])
+            kind, body = pages.get(self.path, ("text/plain", None))
+            self.send_response(404 if body is None else 200)
+            self.send_header("Content-Type", kind)
+            self.end_headers()
+            self.wfile.write((body or "").encode())
+
+        def log_message(self, *_):
+            pass
+
+    pages, logins = {}, []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.pages, server.logins = pages, logins
+        server.where = f"127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def pip_uses(monkeypatch, tmp_path):
+    """Return a function that configures pip by a file, as a user does."""
+
+    def configure(text):
+        (tmp_path / "pip.conf").write_text("[global]\n" + text)
+        for name in ("INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS", "NO_INDEX", "CERT"):
+            monkeypatch.delenv(f"PIP_{name}", raising=False)
+        monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+        presets._read.cache_clear()
+
+    return configure
+
+
+def texts(preset):
+    return [str(rule) for rule in preset.rules]
+
+
+def serves_pip_from(index, url, kind=JSON):
+    if kind == JSON:
+        file = {"filename": WHEEL, "url": url, "hashes": {}}
+        body = json.dumps({"meta": {"api-version": "1.0"}, "name": "pip", "files": [file]})
+    else:
+        body = f'<!DOCTYPE html><html><body><a href="{url}">{WHEEL}</a></body></html>'
+    index.pages["/simple/pip/"] = (kind, body)
+
+
+@pytest.mark.parametrize("kind", [JSON, "text/html"])
+def test_pip_is_sent_to_its_index_and_to_where_that_has_its_files(index, pip_uses, tmp_path, kind):
+    serves_pip_from(index, f"https://files.example:8443/{WHEEL}", kind)
+    pip_uses(f"index-url = http://{index.where}/simple\nextra-index-url = file:///nowhere")
+    preset = read_preset("pip", tmp_path)
+    assert texts(preset) == [f"http://{index.where}", "https://files.example:8443"]
+    assert dict(preset.environment) == {"PIP_INDEX_URL": f"http://{index.where}/simple"}
+    assert preset.hints == ()
+    policy = parse_rules(["pip"], "network", preset_rules(tmp_path))
+    assert policy.decide_address(Request("files.example", 8443, "https", "GET", "/"), "10.0.0.1").allowed
+
+
+def test_files_beside_the_index_and_one_index_that_has_none(index, pip_uses, tmp_path):
+    serves_pip_from(index, f"../../packages/{WHEEL}")
+    pip_uses(
+        f"index-url = http://{index.where}/simple\nextra-index-url = http://{index.where}/empty\n"
+        f"find-links = http://{index.where}/links /opt/wheels\ntrusted-host = files.example"
+    )
+    preset = read_preset("pip", tmp_path)
+    assert texts(preset) == [f"http://{index.where}"]
+    assert dict(preset.environment) == {
+        "PIP_INDEX_URL": f"http://{index.where}/simple",
+        "PIP_EXTRA_INDEX_URL": f"http://{index.where}/empty",
+        "PIP_FIND_LINKS": f"http://{index.where}/links",
+        "PIP_TRUSTED_HOST": "files.example",
+    }
+    assert [hint.split(" told no files")[0] for hint in preset.hints] == [
+        f"preset pip: http://{index.where}/empty",
+        f"preset pip: http://{index.where}/links",
+    ]
+
+
+def test_a_login_is_used_by_pip_and_told_to_nobody(index, pip_uses, tmp_path):
+    serves_pip_from(index, f"http://{index.where}/{WHEEL}")
+    pip_uses(f"index-url = http://me:hunter2@{index.where}/simple")
+    preset = read_preset("pip", tmp_path)
+    assert "Basic " + base64.b64encode(b"me:hunter2").decode() in index.logins
+    assert "hunter2" not in repr(preset)
+    assert "credential" in preset.hints[0]
+
+
+def test_an_index_that_does_not_answer(pip_uses, tmp_path):
+    pip_uses("index-url = http://me:hunter2@127.0.0.1:9/simple")
+    with pytest.raises(HostError) as caught:
+        read_preset("pip", tmp_path)
+    assert "http://127.0.0.1:9/simple" in caught.value.brief
+    assert "127.0.0.1" in caught.value.details
+    assert "hunter2" not in str(caught.value)
+
+
+def test_pip_without_an_index(pip_uses, tmp_path):
+    pip_uses("no-index = true\nfind-links = /opt/wheels")
+    with pytest.raises(UsageError, match="no index that is reached over http"):
+        read_preset("pip", tmp_path)
+
+
+def test_an_index_is_asked_once(index, pip_uses, tmp_path):
+    serves_pip_from(index, f"http://{index.where}/{WHEEL}")
+    pip_uses(f"index-url = http://{index.where}/simple")
+    assert read_preset("pip", tmp_path) is read_preset("pip", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("index_url", "file", "may"),
+    [
+        ("https://index.example/simple", "https://files.example/x", True),
+        ("https://index.example/simple", "http://127.0.0.1/x", False),
+        ("https://index.example/simple", "http://169.254.169.254/x", False),
+        ("https://index.example/simple", "http://10.0.0.1/x", False),
+        ("https://index.example/simple", "http://a.localhost/x", False),
+        ("https://index.example/simple", "http://2130706433/x", False),
+        ("http://127.0.0.1:3141/simple", "http://localhost:3141/x", True),
+    ],
+)
+def test_an_index_opens_no_way_into_the_network_it_is_not_in(index_url, file, may):
+    assert presets._may_lead(index_url, file) is may
+
+
+@pytest.mark.parametrize("name", ["pip", "npm", "apt", "git"])
+def test_a_client_that_is_not_installed(monkeypatch, tmp_path, name):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError) as caught:
+        read_preset(name, tmp_path)
+    assert caught.value.brief.startswith(f"preset {name}: ")
+    assert "write the hosts themselves as rules" in caught.value.resolution
+
+
+def test_an_unknown_preset(tmp_path):
+    with pytest.raises(UsageError, match="no preset"):
+        read_preset("cargo", tmp_path)
+
+
+def test_which_presets_rules_allow():
+    assert named_presets(["npm", "deny:git", "files.example", "pip", "npm"]) == ["npm", "pip"]
+
+
+needs_npm = pytest.mark.skipif(not shutil.which("npm"), reason="needs npm")
+
+
+@pytest.fixture
+def npm_uses(monkeypatch, tmp_path):
+    def configure(text):
+        (tmp_path / "npmrc").write_text(text)
+        monkeypatch.setenv("npm_config_userconfig", str(tmp_path / "npmrc"))
+        monkeypatch.setenv("npm_config_cache", str(tmp_path / "cache"))
+
+    return configure
+
+
+@needs_npm
+def test_npm_is_sent_to_its_registries_and_to_where_the_first_has_its_files(index, npm_uses, tmp_path):
+    dist = {"tarball": "https://tarballs.example/npm/-/npm-9.0.0.tgz"}
+    version = {"name": "npm", "version": "9.0.0", "dist": dist}
+    packument = {"name": "npm", "dist-tags": {"latest": "9.0.0"}, "versions": {"9.0.0": version}}
+    index.pages["/npm"] = ("application/json", json.dumps(packument))
+    npm_uses(f"registry=http://{index.where}/\n@acme:registry=https://npm.acme.example/x/\n")
+    preset = read_preset("npm", tmp_path)
+    assert texts(preset) == [f"http://{index.where}", "https://npm.acme.example", "https://tarballs.example"]
+    assert dict(preset.environment) == {"NPM_CONFIG_REGISTRY": f"http://{index.where}/"}
+
+
+@needs_npm
+def test_npm_does_not_tell_a_registry_with_a_login(npm_uses, tmp_path):
+    npm_uses("registry=https://me:hunter2@npm.example/\n")
+    with pytest.raises(UsageError) as caught:
+        read_preset("npm", tmp_path)
+    assert "_authToken" in caught.value.resolution
+    assert "hunter2" not in str(caught.value)
+
+
+@needs_npm
+def test_a_registry_that_does_not_answer(npm_uses, tmp_path):
+    npm_uses("registry=http://127.0.0.1:9/\n")
+    with pytest.raises(HostError) as caught:
+        read_preset("npm", tmp_path)
+    assert caught.value.brief == "preset npm: http://127.0.0.1:9/: npm failed (status 1)"
+    assert "127.0.0.1:9" in caught.value.details
+
+
+needs_apt = pytest.mark.skipif(not shutil.which("apt-get"), reason="needs apt")
+needs_squashfs = pytest.mark.skipif(not shutil.which("mksquashfs"), reason="needs squashfs-tools")
+
+
+@pytest.fixture
+def apt_uses(monkeypatch, tmp_path):
+    def configure(text):
+        (tmp_path / "sources.list").write_text(text)
+        (tmp_path / "apt.conf").write_text(
+            f'Dir::Etc::SourceList "{tmp_path}/sources.list"; Dir::Etc::SourceParts "-";'
+        )
+        monkeypatch.setenv("APT_CONFIG", str(tmp_path / "apt.conf"))
+
+    return configure
+
+
+@needs_apt
+def test_apt_is_sent_to_its_sources(apt_uses, tmp_path):
+    apt_uses(
+        "deb http://me:hunter2@deb.example/debian bookworm main\n"
+        "deb [trusted=yes] https://deb.example:8443/debian bookworm main\ndeb file:///srv/debian ./\n"
+    )
+    preset = read_preset("apt", tmp_path)
+    assert sorted(texts(preset)) == ["http://deb.example", "https://deb.example:8443"]
+    assert "hunter2" not in repr(preset)
+
+
+@needs_apt
+@needs_squashfs
+def test_apt_in_the_guest_uses_the_sources_of_its_image(apt_uses, tmp_path):
+    apt_uses("")
+    parts = tmp_path / "root" / "etc" / "apt" / "sources.list.d"
+    parts.mkdir(parents=True)
+    (parts.parent / "sources.list").write_text(
+        "# deb http://old.example/ a b\ndeb http://one.example/debian a b\n"
+    )
+    (parts / "two.sources").write_text("Types: deb\nURIs: https://two.example/debian\nSuites: a\n")
+    rootfs = tmp_path / "rootfs"
+    subprocess.run(
+        ["mksquashfs", str(tmp_path / "root"), str(rootfs), "-quiet"], check=True, capture_output=True
+    )
+    assert sorted(texts(read_preset("apt", tmp_path, rootfs))) == [
+        "http://one.example",
+        "https://two.example",
+    ]
+    with pytest.raises(UsageError, match="neither this computer's apt nor the image"):
+        read_preset("apt", tmp_path)
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """Return a repository's folder, and a function that runs git in it with a configuration of its own."""
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    monkeypatch.setenv("GIT_CONFIG_SYSTEM", "/dev/null")
+    folder = tmp_path / "repository"
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    return folder, lambda *words: subprocess.run(["git", "-C", str(folder), *words], check=True)
+
+
+def test_git_is_sent_to_the_remotes_of_the_project(repository):
+    folder, git = repository
+    git("remote", "add", "origin", "https://me:hunter2@git.example/a b.git")
+    git("remote", "add", "other", "forge:them/a.git")
+    git("remote", "add", "shell", "ssh://git@ssh.example/a.git")
+    git("config", "--global", "url.https://mirror.example:8443/.insteadOf", "forge:")
+    preset = read_preset("git", folder)
+    assert texts(preset) == ["https://git.example", "https://mirror.example:8443"]
+    assert dict(preset.environment) == {
+        "GIT_CONFIG_COUNT": "1",
+        "GIT_CONFIG_KEY_0": "url.https://mirror.example:8443/.insteadOf",
+        "GIT_CONFIG_VALUE_0": "forge:",
+    }
+    assert "credential" in preset.hints[0]
+    assert "hunter2" not in repr(preset)
+
+
+def test_git_without_a_remote_over_http(repository):
+    folder, git = repository
+    git("remote", "add", "shell", "ssh://git:hunter2@ssh.example/a.git")
+    with pytest.raises(UsageError) as caught:
+        read_preset("git", folder)
+    assert "ssh://ssh.example/a.git" in caught.value.brief
+    assert "hunter2" not in str(caught.value)
+
+
+def test_git_where_there_is_no_repository(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    with pytest.raises(HostError) as caught:
+        read_preset("git", tmp_path)
+    assert "not a git repository" in caught.value.details
