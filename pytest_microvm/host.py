@@ -22,6 +22,7 @@ from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
 from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.instance import BOOT_TIMEOUT, Instance, MachineFacts
 from pytest_microvm.machine import MicroVM
+from pytest_microvm.network.rules import Policy, parse_rules
 from pytest_microvm.spec import RESOURCE_PARSERS, Limits, MachineSpec, Resources, parse_size
 from pytest_microvm.templates.budget import HostBudget, default_limits, runtime_folder
 from pytest_microvm.templates.chain import Base, Chain, Step, guest_code_archive
@@ -163,6 +164,16 @@ class Host:
         where = f"kit {image.name}: network" if kits else "network"
         project = self._project or Path.cwd()
         return resolve(spec, rules, where, project=project, rootfs=image.rootfs, say=self._tell)
+
+    def policy(self, rules: Sequence[str], image: Image) -> Policy:
+        """Return what rules come to on this computer.
+
+        Raises:
+            UsageError: One of them is no rule.
+        """
+        from pytest_microvm.network.presets import preset_rules  # noqa: PLC0415 - asks the tools: seconds
+
+        return parse_rules(rules, "network", preset_rules(self._project or Path.cwd(), image.rootfs))
 
     def template(self, base: Base, steps: Sequence[Step] = ()) -> Template:
         """Return the template that ``steps`` lead to, made if missing; held until the host is closed."""
@@ -306,6 +317,13 @@ class Host:
         if machine is None:
             raise HostError("the host budget gave no place")
         machine.instance.watch(base.limits)
+        try:
+            for mount in spec.mounts:
+                machine.hand_over(mount)
+        except BaseException:
+            machine.mounts.clear()  # nothing is to come back
+            machine.close()
+            raise
         return machine
 
     def pool(self, key: tuple[str, str], make: Callable[[], Pool[Any]]) -> Pool[Any]:

@@ -16,6 +16,7 @@ from pytest_microvm.events import EventLog
 from pytest_microvm.grants import NOTHING, Given
 from pytest_microvm.link import Drain, Link
 from pytest_microvm.network.log import NetworkLog
+from pytest_microvm.network.service import MachineNetwork
 from pytest_microvm.quotas import Guard, watchdog
 from pytest_microvm.redaction import Redactor
 from pytest_microvm.sanitize import sanitize, sanitize_line
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import socket
 
     from pytest_microvm.network.proxy import Proxy
+    from pytest_microvm.network.rules import Policy
     from pytest_microvm.spec import Limits
 
 BOOT_TIMEOUT = 60.0
@@ -141,6 +143,7 @@ class Instance:
         self._lock = threading.Lock()
         self._reader = ConsoleReader()
         self.console = Drain(vmm.sockets["console"], self._heard)
+        self.network = MachineNetwork(vmm.sockets["network"], self.proxy, self.requests, vmm.kill)
 
     @property
     def findings(self) -> list[Finding]:
@@ -156,6 +159,10 @@ class Instance:
         """Let the machine have what it is given, before it is adopted."""
         self.given = given
         self.events.redact = given.redactor.text
+
+    def narrow(self, policy: Policy) -> None:
+        """Lower what it may reach, before it has asked for anything."""
+        self.given = replace(self.given, access=replace(self.given.access, policy=policy))
 
     def proxy(self, limits: Limits | None = None) -> Proxy:
         """Return what its connections to the network are served by, made when the first one comes."""
@@ -301,11 +308,11 @@ class Instance:
 
     def usage(self) -> Usage:
         """Return what it has used so far; the last known figures once it ended."""
-        links = list(self._links.values())
+        ends = [*self._links.values(), self.network]
         return replace(
             self.vmm.usage(),
-            received_bytes=sum(link.bytes_received for link in links) + self.console.received,
-            sent_bytes=sum(link.bytes_sent for link in links),
+            received_bytes=sum(each.bytes_received for each in ends) + self.console.received,
+            sent_bytes=sum(each.bytes_sent for each in ends),
         )
 
     def close(self) -> None:
@@ -315,6 +322,7 @@ class Instance:
         self.usage()
         self.vmm.kill()
         self.console.tail()
+        self.network.close()
         for link in self._links.values():
             link.close()
         self.console.close()

@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pytest_microvm.errors import QuotaExceeded
     from pytest_microvm.instance import MachineFacts, Usage
+    from pytest_microvm.network.log import NetworkRequest
+
+_DENIED_SHOWN = 20
 
 
 def properties(
@@ -17,6 +22,7 @@ def properties(
     quota: QuotaExceeded | None = None,
     retries: int = 0,
     artifacts: str | None = None,
+    requests: Sequence[NetworkRequest] = (),
 ) -> list[tuple[str, str]]:
     """Return a test's user properties, which JUnit and other reporters show.
 
@@ -27,6 +33,7 @@ def properties(
         quota: The quota that was exceeded, if one was.
         retries: How many machines before this one never reached the test.
         artifacts: The folder with what is known of a machine that crashed or exceeded a quota.
+        requests: What the test asked of the network.
     """
     found: dict[str, object] = {}
     if facts is not None:
@@ -52,5 +59,10 @@ def properties(
         found["microvm.retries"] = retries
     if artifacts is not None:
         found["microvm.artifacts"] = artifacts
+    denied = [request for request in requests if not request.allowed]
+    if requests:
+        found["microvm.requests"] = len(requests)
+    if denied:
+        found["microvm.denied"] = "; ".join(map(str, denied[:_DENIED_SHOWN]))
     found["microvm.outcome"] = outcome
     return [(name, str(value)) for name, value in found.items()]

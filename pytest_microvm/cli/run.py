@@ -208,8 +208,8 @@ def _after(
         if machine.instance.vmm.alive:
             for source, target in pulls:
                 machine.pull(source, target)
-            for line in machine.take_back():
-                _say(arguments, line)
+            for changes in machine.copy_back():
+                _say(arguments, f"copied back: {changes}")
     finally:
         denied = machine.network.denied
         for request in denied:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pytest_microvm.guest.runner import Runner
 
-_MARKER = "microvm(**limits): what this test may use (timeout, output, pids, cpu_seconds, lifetime)"
+_MARKER = "microvm(**limits): what this test may use (timeout, output, pids, cpu_seconds, lifetime, network)"
 _WARM_UP = """
 import pytest
 

@@ -113,6 +113,17 @@ class NetworkLog:
                     received_bytes=known.received_bytes + received_bytes,
                 )
 
+    @property
+    def added(self) -> int:
+        """How many requests there have been."""
+        with self._lock:
+            return self._added
+
+    def since(self, number: int) -> list[NetworkRequest]:
+        """Return those of the last requests that came after the first ``number``, the oldest first."""
+        with self._lock:
+            return [request for key, request in self._requests.items() if key >= number]
+
     def list(self) -> list[NetworkRequest]:
         """Return the last requests, the oldest first."""
         with self._lock:

@@ -11,6 +11,8 @@ from pytest_microvm.config import DEFAULT_RETRIES
 from pytest_microvm.errors import MachineError, QuotaExceeded
 from pytest_microvm.instance import MachineFacts, Usage
 from pytest_microvm.link import Link
+from pytest_microvm.network.log import NetworkLog
+from pytest_microvm.redaction import Redactor
 from pytest_microvm.spec import DEFAULT_OUTPUT
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ class RunOptions:
         artifacts: The folder for what is known of machines that crashed or exceeded a quota.
         collect_timeout: Seconds the runner may take to collect.
         arguments: Arguments for the guest's pytest from the configuration.
+        fail_on_denied: Whether a test fails that tried to reach what it may not.
+        network: The rules of what tests may reach, as they were written.
     """
 
     isolation: str = "test"
@@ -61,6 +65,8 @@ class RunOptions:
     artifacts: Path | None = None
     collect_timeout: float = 600.0
     arguments: tuple[str, ...] = ()
+    fail_on_denied: bool = False
+    network: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,17 @@ class RunnerMachine(Protocol):
     @property
     def facts(self) -> MachineFacts:
         """What it is."""
+
+    @property
+    def redactor(self) -> Redactor:
+        """What takes its secrets out of what its tests report."""
+
+    @property
+    def requests(self) -> NetworkLog:
+        """What it asked of the network."""
+
+    def take_back(self) -> list[str]:
+        """Copy back what its tests changed in what it was handed; return what there is to say about it."""
 
     def usage(self) -> Usage:
         """Return what it has used so far."""
@@ -169,9 +186,10 @@ class Backend(Protocol):
 
 @dataclass
 class Lease:
-    """A machine in use, and what has happened in it."""
+    """A machine in use, what has happened in it, and how often it had asked the network before its test."""
 
     machine: RunnerMachine
     key: object = None
     tests: int = 0
+    asked: int = 0
     ended: bool = field(default=False)

@@ -40,6 +40,9 @@ class Watcher(Protocol):
     def retried(self, nodeid: str, error: MachineError, retry: int, most: int) -> None:
         """A machine never reached the test ``nodeid``, which is tried again in a fresh one."""
 
+    def told(self, nodeid: str, line: str) -> None:
+        """There is something to say about what the machine of the test ``nodeid`` gave back."""
+
 
 class Leases:
     """Hand out machines, one at a time, and take them back.

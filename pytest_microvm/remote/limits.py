@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from pytest_microvm.spec import RESOURCE_PARSERS
+from pytest_microvm.spec import RESOURCE_PARSERS, parse_network
 
 if TYPE_CHECKING:
     import pytest
@@ -28,6 +28,7 @@ class TestLimits:
         pids: Processes and threads it may start at the same time.
         cpu_seconds: Seconds of CPU time of its machine.
         lifetime: Seconds its machine may exist.
+        network: Rules of what it may reach.
         counted: Whether the number of its processes is limited, by ``pids`` or for the machine.
     """
 
@@ -38,6 +39,7 @@ class TestLimits:
     pids: int | None = None
     cpu_seconds: float | None = None
     lifetime: float | None = None
+    network: tuple[str, ...] | None = None
     counted: bool = False
 
 
@@ -45,11 +47,12 @@ def limits_of(item: pytest.Item, options: RunOptions) -> TestLimits:
     """Return the limits of ``item``.
 
     A machine that tests share has limits of its own: of their markers only ``timeout`` and ``output`` count.
+    Of the run's network rules a marker leaves those that it names, and those that forbid.
 
     Impossible values were refused when the tests were collected.
     """
     limits = TestLimits(options.timeout, options.output)
-    names = {field.name for field in fields(limits)} - {"counted"}
+    names = {field.name for field in fields(limits)} - {"counted", "network"}
     if options.isolation != "test":
         names = {"timeout", "output"}
     for marker in item.iter_markers(MARKER):
@@ -57,4 +60,9 @@ def limits_of(item: pytest.Item, options: RunOptions) -> TestLimits:
             value = RESOURCE_PARSERS[name](marker.kwargs[name], f"@pytest.mark.{MARKER}: {name}")
             limit = getattr(limits, name)
             limits = replace(limits, **{name: value if limit is None else min(limit, value)})
+        if options.isolation == "test" and "network" in marker.kwargs:
+            wanted = parse_network(marker.kwargs["network"], f"@pytest.mark.{MARKER}: network")
+            granted = options.network if limits.network is None else limits.network
+            network = tuple(rule for rule in granted if rule in wanted or rule.startswith("deny:"))
+            limits = replace(limits, network=network)
     return replace(limits, counted=options.counted or limits.pids is not None)

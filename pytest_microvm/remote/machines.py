@@ -13,10 +13,13 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm import evidence
 from pytest_microvm.config import DEFAULT_TIMEOUT, load_settings
-from pytest_microvm.errors import MachineCrashed, MachineError, QuotaExceeded, UsageError
+from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded, UsageError
 from pytest_microvm.host import Host, KeptMachine
 from pytest_microvm.instance import Instance, MachineFacts, Usage
 from pytest_microvm.machine import MicroVM
+from pytest_microvm.mounts import Mount
+from pytest_microvm.network.log import NetworkLog
+from pytest_microvm.redaction import Redactor
 from pytest_microvm.remote.backend import BackendFacts, CollectPlan, Progress, RunOptions, Settings
 from pytest_microvm.remote.session import RunnerSession, runner_command
 from pytest_microvm.remote.workspace import Workspace, scan
@@ -52,8 +55,19 @@ class RunnerLease:
         self._instance = instance
         self._own = own
         self._ended = False
+        self._machine = MicroVM(instance, facts)  # for what goes through the agent
         self.facts = facts
         self.link: Link = instance.link("runner")
+
+    @property
+    def redactor(self) -> Redactor:
+        """What takes its secrets out of what its tests report."""
+        return self._instance.redactor
+
+    @property
+    def requests(self) -> NetworkLog:
+        """What it asked of the network."""
+        return self._instance.requests
 
     @property
     def usable(self) -> bool:
@@ -87,10 +101,27 @@ class RunnerLease:
         guard = self._instance.guard
         if guard is not None:
             guard.tighten(pids=limits.pids, cpu_seconds=limits.cpu_seconds, lifetime=limits.lifetime)
+        if limits.network is not None:
+            self._instance.narrow(self._host.policy(limits.network, self._base.image))
 
     def watch(self) -> None:
         """Enforce its limits from now on."""
         self._instance.watch(self.facts.limits)
+
+    def hand_over(self, mounts: tuple[Mount, ...]) -> None:
+        """Copy in what its test is given."""
+        for mount in mounts:
+            self._machine.hand_over(mount)
+
+    def take_back(self) -> list[str]:
+        """Copy back what its test changed in that; return what there is to say about it."""
+        lines = []
+        for mounted in self._machine.mounts:
+            try:
+                lines.append(f"{mounted.mount.target}: {mounted.copy_back()}")
+            except MicroVMError as error:
+                lines.append(str(error))
+        return lines
 
     def kill(self) -> None:
         """End it; a second call does nothing."""
@@ -161,6 +192,8 @@ class MachineBackend:
             retries=self._config.retries,
             artifacts=self._config.artifacts and self._config.artifacts.absolute(),
             arguments=self._config.args,
+            fail_on_denied=self._config.fail_on_denied,
+            network=self._config.spec.network or self._base.image.network,
         )
 
     def collect(self, plan: CollectPlan, progress: Progress) -> bytes:
@@ -189,6 +222,11 @@ class MachineBackend:
         """
         lease = self._pool.take() or self._start()
         lease.watch()
+        try:
+            lease.hand_over(self._config.spec.mounts)
+        except BaseException:
+            lease.kill()
+            raise
         return lease
 
     def close(self) -> None:

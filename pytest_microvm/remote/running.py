@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -13,6 +13,7 @@ from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, Qu
 from pytest_microvm.evidence import saved
 from pytest_microvm.instance import MachineFacts, Usage
 from pytest_microvm.junit import properties
+from pytest_microvm.network.log import NetworkRequest
 from pytest_microvm.remote.backend import Backend, Lease, RunOptions
 from pytest_microvm.remote.checks import line, text, violation
 from pytest_microvm.remote.collected import GuestExit, GuestWarning, parse_exit, parse_warning
@@ -72,6 +73,7 @@ class TestRunner:
                 lease = self._leases.take(item)
                 following = nextitem.position if self._leases.next_in_same(lease, nextitem) else None
                 lease.machine.tighten(limits)
+                lease.asked = lease.machine.requests.added
                 records = RunnerSession(lease.machine.link).run(item.position, following, limits)
             except MachineError as error:  # it never reached the test: another machine may
                 self.release()
@@ -94,11 +96,16 @@ class TestRunner:
         facts = lease.machine.facts
         lease.tests += 1
         try:
-            received = list(_bounded(records))
+            redactor = lease.machine.redactor
+            received = [cast("dict[str, Any]", redactor.tree(record)) for record in _bounded(records)]
             exceeded = lease.machine.exceeded()
             if exceeded is not None:
                 raise exceeded  # noqa: TRY301 - as if it had been noticed while the test ran
-            ran = _read(item, received, facts, lease.machine.usage(), retries)
+            asked = lease.machine.requests.since(lease.asked)
+            ran = _read(item, received, facts, lease.machine.usage(), retries=retries, asked=asked)
+            _tell_denied(ran, item, asked, fail=self._options.fail_on_denied)
+            for line in lease.machine.take_back():
+                self._watcher.told(item.nodeid, line)
         except MachineError as error:
             ran = self._failed_machine(lease, item, error, retries)
             self._keep(lease, item, ran.reports)
@@ -125,7 +132,13 @@ class TestRunner:
         write = partial(machine.save, error=error, about=item.nodeid)
         where = saved(self._options.artifacts, item.nodeid, machine.facts.id, write)
         ours = properties(
-            machine.facts, machine.usage(), outcome, quota=quota, retries=retries, artifacts=where
+            machine.facts,
+            machine.usage(),
+            outcome,
+            quota=quota,
+            retries=retries,
+            artifacts=where,
+            requests=machine.requests.since(lease.asked),
         )
         sections = (("Machine artifacts", where),) if where else ()
         reports = _failed(item, "call", f"{outcome}: {error}", ours, sections)
@@ -153,7 +166,15 @@ def _bounded(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _read(item: Any, records: list[dict[str, Any]], facts: MachineFacts, usage: Usage, retries: int) -> Ran:
+def _read(
+    item: Any,
+    records: list[dict[str, Any]],
+    facts: MachineFacts,
+    usage: Usage,
+    *,
+    retries: int,
+    asked: list[NetworkRequest],
+) -> Ran:
     """Return what ``records`` say.
 
     Raises:
@@ -163,7 +184,7 @@ def _read(item: Any, records: list[dict[str, Any]], facts: MachineFacts, usage: 
     if not records or records[-1].get("k") != "end":
         raise violation("a test's reports without an end")
     ran.outcome = _outcome(records)
-    ours = properties(facts, usage, ran.outcome, retries=retries)
+    ours = properties(facts, usage, ran.outcome, retries=retries, requests=asked)
     for record in records:
         kind = record.get("k")
         if kind == "report":
@@ -188,6 +209,21 @@ def _read(item: Any, records: list[dict[str, Any]], facts: MachineFacts, usage: 
         ran.reports += _failed(item, "call", f"INTERNALERROR in the guest's pytest\n{ran.exit.text}", ours)
         ran.exit = None
     return ran
+
+
+def _tell_denied(ran: Ran, item: Any, asked: list[NetworkRequest], *, fail: bool) -> None:
+    """Add what was denied to the test's reports; let a test that passed fail for it, if that is wanted."""
+    denied = "\n".join(str(request) for request in asked if not request.allowed)
+    if not denied:
+        return
+    for number, report in enumerate(ran.reports):
+        if report.when == "call" and fail and report.passed:
+            ours = [(name, str(value)) for name, value in report.user_properties]
+            shown = tuple(report.sections)
+            ran.reports[number] = error_report(item, "call", f"denied network access\n{denied}", ours, shown)
+            ran.outcome = "failed"
+        elif report.when == "call" or report.failed:
+            report.sections.append(("Denied network access", denied))
 
 
 def _tells(report: pytest.TestReport) -> bool:

@@ -284,6 +284,10 @@ class _Hooks:
         """Say at once that a machine never reached a test."""
         self._progress(f"{nodeid}: infra: {error.brief}; trying a fresh machine ({retry} of {most})")
 
+    def told(self, nodeid: str, line: str) -> None:
+        """Say what came of what a machine was handed."""
+        self._progress(f"{nodeid}: {line}")
+
 
 class _as_pytest_errors:  # noqa: N801 - reads as the statement it is
     """Show this package's errors as pytest shows bad input: the text, and exit code 4."""

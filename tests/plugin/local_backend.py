@@ -16,6 +16,8 @@ from pytest_microvm.config import load_settings
 from pytest_microvm.errors import MachineCrashed
 from pytest_microvm.instance import MachineFacts, Usage
 from pytest_microvm.link import Link
+from pytest_microvm.network.log import NetworkLog
+from pytest_microvm.redaction import Redactor
 from pytest_microvm.remote.backend import BackendFacts, RunOptions
 from pytest_microvm.remote.session import RunnerSession
 from pytest_microvm.spec import DEFAULT_OUTPUT, Limits
@@ -119,6 +121,15 @@ class LocalMachine:
         self.link = link
         self.facts = facts
         self._pid = pid
+
+    redactor = Redactor()
+
+    @property
+    def requests(self):
+        return NetworkLog()
+
+    def take_back(self):
+        return []
 
     def exceeded(self):
         return None
