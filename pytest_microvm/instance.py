@@ -308,7 +308,7 @@ class Instance:
 
     def usage(self) -> Usage:
         """Return what it has used so far; the last known figures once it ended."""
-        ends = [*self._links.values(), self.network]
+        ends: list[Link | MachineNetwork] = [*self._links.values(), self.network]
         return replace(
             self.vmm.usage(),
             received_bytes=sum(each.bytes_received for each in ends) + self.console.received,

@@ -28,9 +28,13 @@ from pytest_microvm.vmpath import GuestPath
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from pytest_microvm.network.forwarding import Address
+    from pytest_microvm.network.service import MachineNetwork
     from pytest_microvm.spec import MachineSpec
 
 _LAST_COMMANDS = 20
+_LAST_PORT = 65535
+_LONGEST_PATH = 107  # unix(7)
 _log = logging.getLogger("pytest_microvm")
 
 
@@ -292,6 +296,58 @@ class MicroVM:
         """Copy back what the machine changed in its mounts; see :meth:`Mounted.copy_back`."""
         return copy_all_back(self.mounts)
 
+    # Connections
+
+    @property
+    def network(self) -> MachineNetwork:
+        """What it asked of the network: ``network.requests``, and of these ``network.denied``."""
+        return self.instance.network
+
+    @contextlib.contextmanager
+    def forward(self, target: int | str | PurePosixPath, *, unix: bool = False) -> Iterator[Address]:
+        """Let clients on this computer reach a server in the machine, inside a ``with`` block.
+
+        Many may be connected at once, 500 at most; others wait. Nothing has to listen yet: clients that come
+        too early are refused, see :meth:`wait_for_port`. Clients are dropped when the block or the machine
+        ends.
+
+        Args:
+            target: A TCP port on which something in the machine listens, on its loopback or everywhere; or
+                the path of a Unix socket in the machine.
+            unix: Whether to offer a Unix socket, which only this user can connect to, instead of a TCP port,
+                which any user of this computer can.
+
+        Returns:
+            Where it is: ``host`` and ``port``, or ``path``; and ``url``.
+
+        Raises:
+            UsageError: The machine has been closed, or ``target`` is no port.
+            MachineCrashed: The machine has ended.
+        """
+        self._asked("forward", f"forward {target}")
+        with contextlib.ExitStack() as stack:
+            with self.explained():
+                address = stack.enter_context(self._open_network().forward(_served(target), unix=unix))
+            yield address
+
+    def wait_for_port(self, target: int | str | PurePosixPath, *, timeout: float) -> None:
+        """Wait until something in the machine listens on a TCP port or Unix socket; it is connected to once.
+
+        Args:
+            target: As for :meth:`forward`.
+            timeout: Seconds after which to give up.
+
+        Raises:
+            TimeoutError: Nothing listened in time.
+            UsageError: The machine has been closed, or ``target`` is no port.
+            MachineCrashed: The machine ended.
+        """
+        with self.explained(), self.limited(f"wait for {target}"):
+            try:
+                self._open_network().wait_for(_served(target), timeout)
+            except TimeoutError as error:
+                raise TimeoutError(f"machine {self.id}, waiting for {target}: {error}") from error
+
     # The machine
 
     def usage(self) -> Usage:
@@ -395,10 +451,36 @@ class MicroVM:
         Raises:
             UsageError: The machine has been closed.
         """
+        self._check_open()
+        return self.instance.link("agent")
+
+    def _open_network(self) -> MachineNetwork:
+        self._check_open()
+        return self.instance.network
+
+    def _check_open(self) -> None:
         if self.closed:
             raise UsageError(f"machine {self.id} has been closed", resolution="start another one")
-        return self.instance.link("agent")
 
     def _asked(self, kind: str, text: str) -> None:
         self.last_commands.append(self.redactor.text(text))
         self.instance.events.add(kind, text)
+
+
+def _served(target: int | str | PurePosixPath) -> int | str:
+    """Return a port, or the path of a Unix socket.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if isinstance(target, int):
+        if not 0 < target <= _LAST_PORT:
+            raise UsageError(f"{target} is no port", resolution=f"name one from 1 to {_LAST_PORT}")
+        return target
+    path = str(target)
+    if not path.startswith("/") or len(os.fsencode(path)) > _LONGEST_PATH:
+        raise UsageError(
+            f"{path!r} cannot be the path of a Unix socket",
+            resolution=f"give an absolute one of at most {_LONGEST_PATH} bytes",
+        )
+    return path

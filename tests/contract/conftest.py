@@ -21,7 +21,8 @@ class LocalVmm:
     def __init__(self, log):
         ours, theirs = socket.socketpair()
         console, other = socket.socketpair()
-        self.sockets = {"agent": ours, "console": console}
+        network, self._unused = socket.socketpair()
+        self.sockets = {"agent": ours, "console": console, "network": network}
         with theirs, other, log.open("wb") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, str(AGENT), str(theirs.fileno())], pass_fds=[theirs.fileno()], stderr=stderr
