@@ -1,0 +1,75 @@
+"""Keep a guest from reading its credentials in what servers send back: the values are blanked out.
+
+What replaces a value is as long as it is, so that lengths that were announced stay true.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterable
+
+from pytest_microvm.network.credentials import Credential
+from pytest_microvm.network.refusal import Refused
+from pytest_microvm.redaction import Redactor, variants
+
+_BLANK = b"*"
+_PLAIN = (b"", b"identity")
+
+
+class Echoes:
+    """Blanks credentials out of one response.
+
+    Args:
+        credentials: Those that went with the request.
+    """
+
+    def __init__(self, credentials: Iterable[Credential]) -> None:
+        values = {value for credential in credentials for value in _values(credential)}
+        known = sorted({v.encode() for value in values for v in variants(value)}, key=len, reverse=True)
+        self._pattern = re.compile(b"|".join(map(re.escape, known))) if known else None
+        self._redactor = Redactor(values)
+        self._held = b""
+
+    def __bool__(self) -> bool:
+        return self._pattern is not None
+
+    def blanked(self, text: bytes) -> bytes:
+        """Return a text that is all there (a header's value) without the values."""
+        if self._pattern is None:
+            return text
+        return self._pattern.sub(lambda found: _BLANK * len(found[0]), text)
+
+    def feed(self, data: bytes) -> bytes:
+        """Return what can be sent on now that ``data`` came; at the end (none) what was held back."""
+        if self._pattern is None:
+            return data
+        if not data:
+            data, self._held = self._held, b""
+            return data
+        data = self.blanked(self._held + data)
+        sure = len(data) - self._redactor.undecided(data)
+        self._held = data[sure:]
+        return data[:sure]
+
+    def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Refuse a response that cannot be searched.
+
+        Raises:
+            Refused: It is compressed, although that was not asked for.
+        """
+        if self:
+            for name, value in headers:
+                if name.lower() in (b"content-encoding", b"transfer-encoding") and value.lower() not in (
+                    *_PLAIN,
+                    b"chunked",
+                ):
+                    raise Refused(502, "the response is compressed, so its credential could be hidden in it")
+
+
+def _values(credential: Credential) -> set[str]:
+    value = credential.value.reveal()
+    found = {value, credential.sent}
+    if credential.scheme == "basic":
+        found |= {value.partition(":")[2], base64.b64encode(value.encode()).decode()}
+    return found

@@ -1,0 +1,311 @@
+"""What the network tests share: servers that remember, and a guest whose connections a proxy serves."""
+
+import asyncio
+import contextlib
+import socket
+import socketserver
+import ssl
+import threading
+from hashlib import sha1
+
+import h11
+import trustme
+
+from pytest_microvm.network.access import Access
+from pytest_microvm.network.log import NetworkLog
+from pytest_microvm.network.meter import Meter
+from pytest_microvm.network.proxy import Proxy
+from pytest_microvm.network.rules import parse_rules
+from pytest_microvm.network.upstream import system_resolver
+
+GUARD = 30  # seconds
+PUBLIC = trustme.CA()
+"""The authority that vouches for the servers here."""
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """An HTTP/1.1 server on loopback that keeps what reached it.
+
+    Args:
+        names: Those of its certificate; without any it speaks no TLS.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = True
+    request_queue_size = 256
+
+    def __init__(self, *names, handler=None):
+        super().__init__(("127.0.0.1", 0), handler or _Handler)
+        self.heads = []
+        self.bodies = []
+        self.connections = 0
+        self.port = self.server_address[1]
+        self.tls = None
+        if names:
+            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            PUBLIC.issue_cert(*names).configure_cert(self.tls)
+
+    def __enter__(self):
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+    def finish_request(self, request, client_address):
+        self.connections += 1
+        with contextlib.suppress(OSError):
+            request.settimeout(GUARD)
+            if self.tls:
+                request = self.tls.wrap_socket(request, server_side=True)
+            with request:
+                super().finish_request(request, client_address)
+
+    def handle_error(self, *_):
+        pass  # a client that goes away is none
+
+
+class _Handler(socketserver.StreamRequestHandler):
+    def handle(self):
+        while head := self._head():
+            self.server.heads.append(head)
+            self.server.bodies.append(self._body(head))
+            _method, target, _version = head.split(b"\r\n")[0].split(b" ")
+            name = target.decode().partition("?")[0].strip("/").replace("-", "_") or "index"
+            if getattr(self, f"do_{name}", self.do_index)(head) == "close":
+                return
+
+    def _head(self):
+        lines = []
+        while (line := self.rfile.readline(70000)) not in (b"\r\n", b""):
+            lines.append(line)
+        return b"".join(lines)
+
+    def _body(self, head):
+        fields = headers_of(head)
+        if fields.get("transfer-encoding") == "chunked":
+            body = b""
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return body
+        if head.startswith((b"POST /early", b"GET /early")):
+            return b""
+        return self.rfile.read(int(fields.get("content-length", 0)))
+
+    def answer(self, body, *lines, status="200 OK"):
+        head = [f"HTTP/1.1 {status}", f"Content-Length: {len(body)}", *lines, "", ""]
+        self.wfile.write("\r\n".join(head).encode("latin-1") + body)
+
+    def do_index(self, _head):
+        self.answer(b"hello")
+
+    def do_head_echo(self, head):
+        value = headers_of(head).get("authorization", "")
+        self.answer(head, f"X-Echo: {value}")
+
+    def do_body_echo(self, _head):
+        self.answer(self.server.bodies[-1])
+
+    def do_chunks(self, _head):
+        self.wfile.write(
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nX-Hop: 1\r\nConnection: X-Hop\r\n\r\n"
+        )
+        for piece in (b"one ", b"two ", b"three"):
+            self.wfile.write(b"%x;ext=1\r\n%s\r\n" % (len(piece), piece))
+        self.wfile.write(b"0\r\nX-Trailer: 1\r\n\r\n")
+
+    def do_until_closed(self, _head):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n\r\nuntil the end")
+        return "close"
+
+    def do_big(self, _head):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
+        for _ in range(100):
+            self.wfile.write(b"x" * 10000)
+
+    def do_cut(self, _head):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nonly this")
+        return "close"
+
+    def do_silence(self, _head):
+        return "close"
+
+    def do_nonsense(self, _head):
+        self.wfile.write(b"SSH-2.0-server\r\n\r\n")
+        return "close"
+
+    def do_two_responses(self, _head):
+        self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok" * 2)
+
+    def do_early(self, _head):
+        self.answer(b"no need for the body", "Connection: close")
+        return "close"
+
+    def do_early_hints(self, _head):
+        self.wfile.write(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n")
+        self.answer(b"after hints")
+
+    def do_gzip(self, _head):
+        self.answer(b"\x1f\x8b...", "Content-Encoding: gzip")
+
+    def do_redirect(self, head):
+        self.answer(b"", f"Location: {head.split(b' ')[1].decode().partition('?to=')[2]}", status="302 Found")
+
+    def do_forced_switch(self, _head):
+        self.wfile.write(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: raw\r\nConnection: Upgrade\r\n\r\n")
+        return "close"
+
+    def do_socket(self, head):
+        """A WebSocket that sends back what it gets, byte by byte of its frames, and its first header."""
+        key = headers_of(head)["sec-websocket-key"].encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+        self.wfile.write(
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Accept: " + sha1(key).hexdigest().encode() + b"\r\n\r\n"  # noqa: S324
+        )
+        self.wfile.write(headers_of(head).get("authorization", "none").encode() + b"\n")
+        while data := self.request.recv(4096):
+            self.wfile.write(data)
+        return "close"
+
+
+class Speaker(socketserver.StreamRequestHandler):
+    """A server that speaks first, as those of mail do, and says back what it is told until the end."""
+
+    def handle(self):
+        self.wfile.write(b"220 welcome\r\n")
+        told = self.rfile.read()
+        self.wfile.write(b"you said " + told)
+
+
+def headers_of(head):
+    pairs = (line.split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line)
+    return {name.decode().lower(): value.strip().decode("latin-1") for name, value in pairs}
+
+
+class World:
+    """A guest, its policy proxy, and what is decided there.
+
+    Args:
+        rules: What it may reach.
+        servers: Where names lead.
+        quotas: Of the meter.
+    """
+
+    def __init__(
+        self, rules, servers=None, *, credentials=(), authority=None, resolve=system_resolver, **quotas
+    ):
+        self.log = NetworkLog()
+        self.exceeded = []
+        hosts = {
+            name: ("127.0.0.1", getattr(server, "port", server)) for name, server in (servers or {}).items()
+        }
+        quotas = {"network_bytes": None, "connections": None, "bandwidth": None} | quotas
+        self.meter = Meter(**quotas, exceed=lambda *told: self.exceeded.append(told))
+        access = Access(parse_rules(rules, "test"), tuple(credentials), authority, hosts)
+        self.authority = authority
+        self.proxy = Proxy(access, self.log, self.meter, resolve=resolve)
+        self.errors = []
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(lambda _loop, context: self.errors.append(context))
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._sockets = []
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        for sock in self._sockets:
+            sock.close()
+        self.wait(self.proxy.close())
+        self.wait(self._settled())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        assert self.errors == []
+
+    def wait(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(GUARD)
+
+    async def _settled(self):
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:
+            await asyncio.wait(others, timeout=GUARD)
+
+    def connect(self):
+        """Return a new connection of the guest to its proxy."""
+        ours, theirs = socket.socketpair()
+        ours.settimeout(GUARD)
+        self._sockets.append(ours)
+        self.served = asyncio.run_coroutine_threadsafe(self._serve(theirs), self._loop)
+        return ours
+
+    async def _serve(self, sock):
+        await self.proxy.serve(*await asyncio.open_connection(sock=sock))
+
+    def send(self, raw):
+        """Send bytes over a connection of their own; return the status, headers and body that come back."""
+        sock = self.connect()
+        sock.sendall(raw)
+        return receive(sock)
+
+    def get(self, url, *headers, method="GET", body=b""):
+        """Ask as clients of proxies do, over a connection of its own."""
+        host = url.split("/")[2]
+        lines = [f"{method} {url} HTTP/1.1", f"Host: {host}", "Connection: close", *headers, "", ""]
+        sock = self.connect()
+        sock.sendall("\r\n".join(lines).encode("latin-1") + body)
+        return receive(sock, method)
+
+    def tunnel(self, target):
+        """Return a connection after CONNECT, and the status that came."""
+        sock = self.connect()
+        sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
+        head = b""
+        while b"\r\n\r\n" not in head:
+            piece = sock.recv(1)
+            if not piece:
+                break
+            head += piece
+        return sock, int(head.split(b" ")[1])
+
+    def secure(self, target, *, name=None, trusted=None):
+        """Return TLS through a tunnel; ``name`` is whom it asks for and expects, as a rule the target."""
+        sock, status = self.tunnel(target)
+        assert status == 200
+        context = ssl.create_default_context(cadata=trusted or PUBLIC.cert_pem.bytes().decode())
+        return context.wrap_socket(sock, server_hostname=name or target.rpartition(":")[0])
+
+    @property
+    def denied(self):
+        return [entry for entry in self.log.list() if not entry.allowed]
+
+
+def receive(sock, method="GET"):
+    """Return the status, headers and body of one response."""
+    http = h11.Connection(h11.CLIENT)
+    http.send(h11.Request(method=method, target="/", headers=[("Host", "x")]))
+    if method != "CONNECT":
+        http.send(h11.EndOfMessage())
+    response, body = None, b""
+    while True:
+        event = http.next_event()
+        if event is h11.NEED_DATA:
+            http.receive_data(sock.recv(65536))
+        elif isinstance(event, h11.Response):
+            response = event
+        elif isinstance(event, h11.Data):
+            body += bytes(event.data)
+        elif isinstance(event, (h11.EndOfMessage, h11.ConnectionClosed)) or event is h11.PAUSED:
+            assert response is not None, "no response came"
+            return response.status_code, {k.decode(): v.decode() for k, v in response.headers}, body
+
+
+def request(target, *headers, method="GET", host="a.example"):
+    """Return a request's head."""
+    return "\r\n".join([f"{method} {target} HTTP/1.1", f"Host: {host}", *headers, "", ""]).encode("latin-1")
