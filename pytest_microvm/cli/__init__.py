@@ -40,7 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from pytest_microvm.cli import doctor, image, machines, run, template, top  # noqa: PLC0415 - only for the command
+    from pytest_microvm.cli import (  # noqa: PLC0415 - only for the command
+        doctor,
+        image,
+        machines,
+        network,
+        run,
+        template,
+        top,
+    )
 
     parser = argparse.ArgumentParser(
         prog="pytest-microvm",
@@ -49,6 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('pytest-microvm')}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (run, doctor, image, template, machines, top):
+    for module in (run, doctor, image, template, machines, top, network):
         module.add_parser(verbs)
     return parser

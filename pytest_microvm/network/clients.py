@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from threading import Timer
 
@@ -18,7 +19,8 @@ _LOGIN = re.compile(r"(://)[^/\s@]*@")
 
 
 def answer(
-    command: list[str], *, what: str, folder: Path = Path("/"), program: str = "", may_find_none: bool = False
+    command: list[str], *, what: str, folder: Path = Path("/"), program: str = "",
+    statuses: Collection[int] = (0,),
 ) -> tuple[str, str]:  # fmt: skip
     """Return what a program prints, and what it says beside that, without user names and passwords.
 
@@ -27,7 +29,7 @@ def answer(
         what: What it is asked for, for errors.
         folder: Where it runs. The root folder is nobody's project: nothing there is read as configuration.
         program: Text for its standard input.
-        may_find_none: Status 1 is no failure.
+        statuses: The exit statuses that are no failure.
 
     Raises:
         HostError: It could not be run, failed, took too long or said too much.
@@ -51,7 +53,7 @@ def answer(
         late.cancel()
         said.seek(0)
         beside = without_login(said.read(_MAX_ANSWER).decode(errors="replace").strip())
-    if process.returncode not in ((0, 1) if may_find_none else (0,)):
+    if process.returncode not in statuses:
         why = (
             f"it took longer than {TIMEOUT:g} s" if late.finished.is_set() and process.returncode < 0 else ""
         )

@@ -184,8 +184,9 @@ def _sources_in(rootfs: Path) -> list[str]:
     """Return the sources that an image's own apt uses."""
     wanted = ["etc/apt/sources.list", "etc/apt/sources.list.d/*"]
     told, _said = answer(
-        [_installed("unsquashfs", "apt"), "-cat", str(rootfs.absolute()), *wanted], what="preset apt"
-    )
+        [_installed("unsquashfs", "apt"), "-cat", str(rootfs.absolute()), *wanted],
+        what="preset apt", statuses=(0, 2),  # 2: one of them is not there
+    )  # fmt: skip
     lines = [line for line in told.splitlines() if not line.lstrip().startswith("#")]
     return _SOURCE.findall("\n".join(lines))
 
@@ -218,7 +219,7 @@ def _rewriting(git: str, project: Path) -> dict[str, str]:
     """Return what makes git in the guest replace URLs as the user's git does."""
     told, _said = answer(
         [git, "config", "--get-regexp", r"^url\..*\.insteadof$"],
-        what="preset git", folder=project, may_find_none=True,
+        what="preset git", folder=project, statuses=(0, 1),
     )  # fmt: skip
     pairs = [match.groups() for line in told.splitlines() if (match := _INSTEAD.fullmatch(line))]
     pairs = [(new, old) for new, old in pairs if new == without_login(new)]
