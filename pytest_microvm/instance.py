@@ -33,6 +33,7 @@ BOOT_TIMEOUT = 60.0
 
 _CLOCK_ERROR = 0.2  # seconds that a guest's clock may be late; on a busy host its first answer takes longer
 _CLOCK_ATTEMPTS = 3
+_RESTS = 5
 _END_LINES = 60  # of the console, where a machine ended: a kernel panic with its headline
 
 
@@ -231,6 +232,32 @@ class Instance:
             if time.monotonic() - begin < _CLOCK_ERROR:  # its clock is late by less than this took
                 break
         return link
+
+    def checkpoint(self, state: Path) -> None:
+        """Stop the guest and write its device state; its network's end is at rest then.
+
+        A copy has another host, to which its network process must not go on with a conversation. One that is
+        at rest keeps quiet for a second, in which the machine stops; if it took longer, it rests once more.
+
+        Raises:
+            MachineError: It cannot be saved, or does not come to rest.
+        """
+        for _ in range(_RESTS):
+            try:
+                self.network.rest()
+            except TimeoutError as error:
+                raise MachineError(
+                    f"a machine cannot be frozen: {error}",
+                    resolution="was its process microvm-network ended?",
+                ) from error
+            self.vmm.checkpoint(state)
+            if self.network.silent:
+                return
+            self.vmm.resume()
+        raise MachineError(
+            "a machine cannot be frozen: it used its network all the time",
+            resolution="end what it runs in the background",
+        )
 
     def boot_error(self, brief: str) -> BootError:
         """Return an error that quotes the console."""

@@ -66,12 +66,22 @@ class MachineNetwork:
     @property
     def requests(self) -> list[NetworkRequest]:
         """What the machine asked for, in order: the last 1000."""
+        self.settle()
         return self.log.list()
 
     @property
     def denied(self) -> list[NetworkRequest]:
         """Those of :attr:`requests` that were denied."""
-        return [request for request in self.log.list() if not request.allowed]
+        return [request for request in self.requests if not request.allowed]
+
+    def settle(self) -> None:
+        """Take in what the guest has said by now: what it just tried is in the log afterwards."""
+        if self.silent:
+            return
+        from pytest_microvm.network.loop import run  # noqa: PLC0415 - asyncio, once it is needed
+
+        with contextlib.suppress(MachineError, TimeoutError):
+            run(self._open().hear(), _ANSWER)
 
     @property
     def bytes_received(self) -> int:
@@ -127,7 +137,10 @@ class MachineNetwork:
         from pytest_microvm.network.loop import run  # noqa: PLC0415 - asyncio, once it is needed
 
         port = self._open()
-        run(port.rest(), timeout)
+        try:
+            run(port.rest(), timeout)
+        except TimeoutError:
+            raise TimeoutError(f"its network process did not answer within {timeout:g} s") from None
         with self._lock:
             self._before = (self.bytes_received, self.bytes_sent)
             self._port = None

@@ -225,7 +225,7 @@ class Chain:
                 instance.close()
 
     def _freeze(self, instance: Instance, key: str, draft: Path, meta: dict[str, Any]) -> None:
-        instance.vmm.checkpoint(draft / "state")
+        instance.checkpoint(draft / "state")
         instance.close()  # its RAM file is only whole once nobody writes to it any more
         self._store.publish(key, draft, meta)
 
