@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from pytest_microvm.config import Settings
     from pytest_microvm.host import Host
     from pytest_microvm.machine import MicroVM
+    from pytest_microvm.network.log import NetworkRequest
     from pytest_microvm.spec import MachineSpec
 
 MARKER = "microvm"
 _machines = pytest.StashKey["list[tuple[str, MicroVM]]"]()  # the fixture's name, the machine
 _failed = pytest.StashKey[bool]()
+_before = pytest.StashKey["dict[str, int]"]()  # how often each machine had asked the network, by its id
 _runs = pytest.StashKey["Machines"]()
 
 
@@ -207,6 +209,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         return report
     from pytest_microvm.junit import properties  # noqa: PLC0415 - only tests with a machine
 
+    asked = _asked(item, found)
+    _tell_denied(report, asked, fail=machines(item.config).settings.fail_on_denied)
+    _redact(report, found)
     if report.failed:
         for node in item.listchain():
             node.stash[_failed] = True
@@ -222,7 +227,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             report.sections.append(("Machine artifacts", saved))
         quota: Any = error if outcome == "quota" else None
         item.user_properties += properties(
-            machine.facts, machine.usage(), outcome, quota=quota, artifacts=saved
+            machine.facts, machine.usage(), outcome, quota=quota, artifacts=saved, requests=asked
         )
         report.user_properties = list(item.user_properties)
         item.config.hook.pytest_microvm_outcome(
@@ -243,6 +248,41 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     if _runs in config.stash:
         config.stash[_runs].host.close()
         config.stash[_runs].leave_sigterm()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Take note of what the machines that this test shares with others have asked of the network before."""
+    shared = [machine for node in item.listchain() for _fixture, machine in node.stash.get(_machines, [])]
+    item.stash[_before] = {machine.id: machine.network.log.added for machine in shared}
+
+
+def _asked(item: pytest.Item, found: list[MicroVM]) -> list[NetworkRequest]:
+    """Return what a test's machines asked of the network since it began."""
+    before = item.stash.get(_before, {})
+    for machine in found:
+        machine.network.settle()
+    return [one for machine in found for one in machine.network.log.since(before.get(machine.id, 0))]
+
+
+def _tell_denied(report: pytest.TestReport, asked: list[NetworkRequest], *, fail: bool) -> None:
+    """Add what was denied to the report; let a test that passed fail for it, if that is wanted."""
+    denied = "\n".join(str(request) for request in asked if not request.allowed)
+    if not denied or report.when != "call":
+        return
+    if fail and report.passed:
+        report.outcome = "failed"
+        report.longrepr = f"denied network access\n{denied}"
+    else:
+        report.sections.append(("Denied network access", denied))
+
+
+def _redact(report: pytest.TestReport, found: list[MicroVM]) -> None:
+    """Take the machines' secrets out of what the report shows."""
+    for redactor in (machine.redactor for machine in found if machine.redactor):
+        report.sections = [(title, redactor.text(text)) for title, text in report.sections]
+        if report.longrepr is not None and redactor.text(report.longreprtext) != report.longreprtext:
+            report.longrepr = redactor.text(report.longreprtext)
 
 
 def _used(node: Any) -> list[tuple[str, MicroVM]]:

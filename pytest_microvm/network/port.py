@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _READ_SIZE = 64 * 1024
 _HIGH = 512 * 1024  # bytes that wait for the socket; above it streams wait, and the guest is not heard
 _LOW = 128 * 1024
+_HEARD_AT_ONCE = 64  # reads, of which the guest can fill each
 _READER = 32 * 1024
 _MAX_PACKETS = 10_000  # reports of packets; a guest that behaves sends a tenth
 _MAX_ADDRESS = 64
@@ -118,6 +119,16 @@ class NetworkPort:
             MachineError: The machine has ended.
         """
         await self._ask(op="wait", timeout=timeout, **_target(target))
+
+    async def hear(self) -> None:
+        """Take in what the guest has said by now."""
+        for _ in range(_HEARD_AT_ONCE):
+            before = self.bytes_received
+            if self.failure is None:
+                self._readable()
+            if self.bytes_received == before:
+                return
+            await asyncio.sleep(0)
 
     async def rest(self) -> None:
         """Bring the guest's end back to where it began; this end is of no use any more.

@@ -66,7 +66,8 @@ class RunnerLease:
 
     @property
     def requests(self) -> NetworkLog:
-        """What it asked of the network."""
+        """What it asked of the network up to now."""
+        self._instance.network.settle()
         return self._instance.requests
 
     @property
