@@ -18,8 +18,8 @@ from pytest_microvm.errors import MachineCrashed, MicroVMError, QuotaExceeded, U
 from pytest_microvm.events import Event
 from pytest_microvm.instance import Instance, MachineFacts, Usage
 from pytest_microvm.link import Link
-from pytest_microvm.mounting import Changes, Mounted, copy_all_back, mount
-from pytest_microvm.mounts import Access, Kind, Mount, absolute, check_apart
+from pytest_microvm.mounting import Mounted, copy_all_back, mount
+from pytest_microvm.mounts import Access, Changes, Kind, Mount, absolute, check_apart
 from pytest_microvm.process import GuestProcess, command_arguments
 from pytest_microvm.redaction import Redactor
 from pytest_microvm.transfer import pull, push

@@ -44,6 +44,40 @@ class Mount:
         return f"{self.source}:{self.target}:{self.access}:{self.kind}"
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What came back of a mount. A machine chose the names in it.
+
+    Args:
+        created: New files, directories and links, relative to the mounted directory.
+        changed: Those that were replaced, or got other rights.
+        deleted: Those that were removed.
+        left: Changes to git's own files, which are never copied back.
+        branch: The host's branch that has the machine's commits; ``None``: it made none.
+        commits: How many it made.
+        subjects: First lines of the newest of them, made safe to show.
+        uncommitted: How many changes it had not committed; they were lost.
+    """
+
+    created: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    deleted: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
+    branch: str | None = None
+    commits: int = 0
+    subjects: tuple[str, ...] = ()
+    uncommitted: int = 0
+
+    def __str__(self) -> str:
+        counts = {"created": self.created, "changed": self.changed, "deleted": self.deleted}
+        parts = [f"{len(paths)} {what}" for what, paths in counts.items() if paths]
+        if self.branch:
+            parts.append(f"branch {self.branch} ({self.commits} commit{'' if self.commits == 1 else 's'})")
+        if self.uncommitted:
+            parts.append(f"{self.uncommitted} not committed in the machine, and not copied back")
+        return ", ".join(parts) or "no changes"
+
+
 def parse_mount(value: object, where: str, folder: Path) -> Mount:
     """Return the mount that was written as ``SOURCE:/TARGET[:ro|rw][:copy|live|git]``.
 

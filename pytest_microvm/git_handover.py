@@ -1,0 +1,228 @@
+"""A repository handed to a machine as a clone; its commits come back as a branch.
+
+The host sends what is reachable from HEAD, in a clone without remotes, hooks or the user's configuration.
+What comes back is one bundle. Of the host's repository only the objects grow, and one branch; work tree,
+index and HEAD are not touched, and nothing is checked out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_microvm.copying import size_limit
+from pytest_microvm.errors import TransferError, UsageError
+from pytest_microvm.git_bundle import BadBundle, Repository, import_commits
+from pytest_microvm.git_commands import GitError, git
+from pytest_microvm.manifest import Handover, open_folder
+from pytest_microvm.mounts import Changes, Mount
+from pytest_microvm.sanitize import sanitize
+from pytest_microvm.transfer import receive_file, send_tar
+
+if TYPE_CHECKING:
+    from pytest_microvm.machine import MicroVM
+
+_OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_MAX_BRANCHES = 100
+_MAX_UNCOMMITTED = 10**6
+_MAX_SAID = 2000  # characters of what the machine's git said
+
+
+class Clone:
+    """A repository's clone in a machine.
+
+    Args:
+        machine: The machine.
+        mount: What is where; its source is the top of a working tree, or a bare repository.
+
+    Raises:
+        UsageError: It is no repository with a commit.
+        HostError: git is missing.
+    """
+
+    single = False
+
+    def __init__(self, machine: MicroVM, mount: Mount) -> None:
+        self._machine = machine
+        self._mount = mount
+        self._source = mount.source.resolve()
+        self._repository = _repository(self._source)
+        self._base = self._tip = _head(self._source)
+        self._branch: str | None = None  # the last that was made here, at ``_tip``
+        self._last = Changes()
+
+    def hand_over(self) -> None:
+        """Clone it into the machine, and check its branch out there.
+
+        Raises:
+            UsageError: The machine has no git.
+            TransferError: The machine could not take it.
+        """
+        if self._machine.run("command -v git").returncode:
+            raise UsageError(
+                f"image {self._machine.facts.image} has no git",
+                resolution="take the image agent, or a kit with the package git",
+            )
+        with tempfile.TemporaryDirectory(prefix="microvm-clone-") as folder:
+            clone = Path(folder).resolve() / "clone"
+            self._make_clone(clone)
+            root = open_folder(clone)
+            try:
+                handed = Handover()
+                send_tar(
+                    self._machine.link(), self._mount.target, lambda archive: handed.write(archive, root)
+                )
+            finally:
+                os.close(root)
+        self._guest_git("reset", "--hard", "--quiet")
+
+    def bring_back(self) -> Changes:
+        """Import what the machine committed; see :meth:`pytest_microvm.mounting.Mounted.copy_back`."""
+        tip = self._guest_git("rev-parse", "--verify", "HEAD^{commit}").strip()
+        if not _OBJECT.fullmatch(tip):
+            raise self._refused("its git names no commit")
+        uncommitted = self._uncommitted()
+        if tip in (self._base, self._tip):
+            return replace(self._last, uncommitted=uncommitted)
+        with tempfile.TemporaryDirectory(prefix="microvm-bundle-") as folder:
+            bundle = Path(folder) / "bundle"
+            self._fetch_bundle(bundle)
+            try:
+                new = import_commits(bundle, self._repository, self._base, tip, Path(folder) / "looking")
+            except BadBundle as error:
+                raise self._refused(error.brief, error.details) from error
+        branch = self._named(tip)
+        self._last = Changes(branch=branch, commits=new.count, subjects=new.subjects, uncommitted=uncommitted)
+        return self._last
+
+    # Into the machine
+
+    def _make_clone(self, clone: Path) -> None:
+        """Clone what is reachable from HEAD, and nothing else that may lie in the repository."""
+        git("init", "--quiet", "--template=", f"--object-format={self._repository.format}", clone)
+        made = Repository(clone / ".git", self._repository.format)
+        shallow = ["--update-shallow"] if (self._repository.directory / "shallow").exists() else []
+        git(
+            "--git-dir", made.directory, "fetch", "--quiet", "--no-tags", "--no-write-fetch-head", *shallow,
+            self._source, "HEAD:refs/handed/over", local=True,
+        )  # fmt: skip
+        branch = _branch(self._source)
+        if branch:
+            made.git("update-ref", branch, self._base)
+            made.git("symbolic-ref", "HEAD", branch)
+        else:
+            made.git("update-ref", "--no-deref", "HEAD", self._base)
+        made.git("update-ref", "-d", "refs/handed/over")
+        made.git("config", "user.name", f"microvm {self._machine.id}")
+        made.git("config", "user.email", f"{self._machine.id}@microvm.invalid")
+
+    # Out of the machine
+
+    def _uncommitted(self) -> int:
+        """Return how many changes the machine says it has not committed."""
+        script = 'git -C "$1" status --porcelain | wc -l'
+        done = self._machine.run(["/bin/sh", "-c", script, "sh", str(self._mount.target)])
+        said = done.stdout.strip()
+        return min(int(said), _MAX_UNCOMMITTED) if re.fullmatch(r"[0-9]{1,9}", said, re.ASCII) else 0
+
+    def _fetch_bundle(self, bundle: Path) -> None:
+        place = self._mount.target / ".git" / "microvm.bundle"
+        self._guest_git("bundle", "create", "--quiet", str(place), "HEAD", f"^{self._base}")
+        try:
+            with bundle.open("wb") as file:
+                receive_file(self._machine.link(), place, file, size_limit(self._machine))
+        except (OSError, TransferError) as error:
+            raise self._refused("its bundle cannot be read", str(error)) from error
+        self._machine.run(["rm", "-rf", str(place)])
+
+    def _named(self, tip: str) -> str:
+        """Make a branch for ``tip``, or move the one made before if that loses nothing; return its name."""
+        if self._branch and self._moved(self._branch, tip):
+            return self._branch
+        for number in range(1, _MAX_BRANCHES):
+            branch = f"microvm/{self._machine.id}" + (f"-{number}" if number > 1 else "")
+            if self._repository.git("for-each-ref", "--format=%(refname)", f"refs/heads/{branch}").strip():
+                continue
+            try:  # zeros: there must be none
+                self._update(branch, tip, "0" * len(tip))
+            except GitError as error:
+                raise self._refused(f"branch {branch} cannot be made", error.details) from error
+            self._branch, self._tip = branch, tip
+            return branch
+        raise self._refused(f"there are {_MAX_BRANCHES} branches of this machine already")
+
+    def _moved(self, branch: str, tip: str) -> bool:
+        """Move a branch if it is where it was left, and ``tip`` comes after that."""
+        try:
+            self._repository.git("merge-base", "--is-ancestor", self._tip, tip)
+            self._update(branch, tip, self._tip)
+        except GitError:
+            return False
+        self._tip = tip
+        return True
+
+    def _update(self, branch: str, new: str, old: str) -> None:
+        self._repository.git(
+            "update-ref", "--no-deref", "-m", "microvm: copied back", f"refs/heads/{branch}", new, old
+        )
+
+    def _guest_git(self, *arguments: str) -> str:
+        """Run the machine's git and return what it printed, which may be anything."""
+        done = self._machine.run(["git", "-C", str(self._mount.target), *arguments])
+        if done.returncode:
+            raise self._refused(f"its git {arguments[0]} failed", sanitize(done.stderr, _MAX_SAID))
+        return str(done.stdout)
+
+    def _refused(self, why: str, details: str = "") -> TransferError:
+        return TransferError(
+            f"{self._mount.target} of machine {self._machine.id}: {why}",
+            details=details,
+            resolution="the host's repository has no new branch; look into the machine's",
+        )
+
+
+def _repository(source: Path) -> Repository:
+    """Return the repository that has ``source`` as the top of a working tree, or is there.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if not source.is_dir():
+        raise UsageError(f"{source} is no directory", resolution="check the path of the mount")
+    try:
+        prefix = git("-C", source, "rev-parse", "--show-prefix").strip("\n")
+        common = git("-C", source, "rev-parse", "--path-format=absolute", "--git-common-dir").strip("\n")
+        kind = git("-C", source, "rev-parse", "--show-object-format").strip()
+    except GitError as error:
+        raise UsageError(
+            f"{source} is no git repository", details=error.details, resolution="mount it as copy"
+        ) from error
+    if prefix:
+        raise UsageError(f"{source} is within a repository", resolution="hand over the directory at its top")
+    return Repository(Path(common), kind)
+
+
+def _head(source: Path) -> str:
+    """Return the commit that is checked out.
+
+    Raises:
+        UsageError: There is none.
+    """
+    try:
+        return git("-C", source, "rev-parse", "--verify", "HEAD^{commit}").strip()
+    except GitError as error:
+        raise UsageError(
+            f"{source} has no commit yet", details=error.details, resolution="commit something first"
+        ) from error
+
+
+def _branch(source: Path) -> str | None:
+    """Return the branch that is checked out, such as ``refs/heads/main``, if one is."""
+    try:
+        return git("-C", source, "symbolic-ref", "--quiet", "HEAD").strip() or None
+    except GitError:
+        return None
