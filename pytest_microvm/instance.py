@@ -161,6 +161,12 @@ class Instance:
         self.given = given
         self.events.redact = given.redactor.text
 
+    def take_away(self) -> None:
+        """Take back what the machine was given to be prepared with; its template shall not trust it."""
+        if self.given.trust:
+            self.link("agent").call("resume", timeout=BOOT_TIMEOUT, **{**self.resumed_with, "trust": ""})
+        self.give(NOTHING)
+
     def narrow(self, policy: Policy) -> None:
         """Lower what it may reach, before it has asked for anything."""
         self.given = replace(self.given, access=replace(self.given.access, policy=policy))

@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pytest_microvm import evidence
 from pytest_microvm.config import DEFAULT_TIMEOUT, load_settings
 from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded, UsageError
+from pytest_microvm.grants import NOTHING, Given, Grants
 from pytest_microvm.host import Host, KeptMachine
 from pytest_microvm.instance import Instance, MachineFacts, Usage
 from pytest_microvm.machine import MicroVM
@@ -23,7 +24,7 @@ from pytest_microvm.redaction import Redactor
 from pytest_microvm.remote.backend import BackendFacts, CollectPlan, Progress, RunOptions, Settings
 from pytest_microvm.remote.session import RunnerSession, runner_command
 from pytest_microvm.remote.workspace import Workspace, scan
-from pytest_microvm.spec import DEFAULT_OUTPUT
+from pytest_microvm.spec import DEFAULT_OUTPUT, MachineSpec
 from pytest_microvm.templates.chain import Base, Step
 from pytest_microvm.templates.pool import Pool
 from pytest_microvm.transfer import send_file
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from pytest_microvm.link import Link
     from pytest_microvm.remote.limits import TestLimits
-    from pytest_microvm.spec import MachineSpec
     from pytest_microvm.templates.store import Template
 
 CODE_FOLDER = "/run/microvm/code"
@@ -264,22 +264,30 @@ class MachineBackend:
         inputs = _chosen(scan(top), self._config.project, self._config.prepare_inputs)
 
         def work(instance: Instance) -> dict[str, bytes]:
-            machine = self._machine(instance)
+            machine = self._machine(instance, self._prepare_grants().for_machine("template"))
             _unpack(machine, inputs)
             for command in commands:
                 self._host.say(f"preparing: {command}")
                 done = machine.run(command, cwd=str(top), timeout=_PREPARE_TIMEOUT)
                 if done.returncode != 0:
                     tail = "\n".join((done.stdout + done.stderr).splitlines()[-_OUTPUT_SHOWN:])
+                    denied = "".join(f"\n{request}" for request in machine.network.denied)
                     raise MachineError(
                         f"prepare: {command!r} ended with status {done.returncode}",
-                        details=tail,
-                        resolution="mend the command, or name what it needs in prepare_inputs",
+                        details=tail + denied,
+                        resolution="mend the command, or name what it needs in prepare_inputs "
+                        "or prepare_network",
                     )
+            instance.take_away()
             return {}
 
-        step_inputs = (json.dumps(commands), str(top), inputs.digest())
+        step_inputs = (json.dumps(commands), str(top), inputs.digest(), *self._config.prepare_network)
         return [Step("prepared", step_inputs, work, f"preparing ({len(commands)} commands)")]
+
+    def _prepare_grants(self) -> Grants:
+        """Return what the prepare commands may reach: their own rules, and nothing of the tests' grants."""
+        spec = MachineSpec(network=self._config.prepare_network, hosts=self._config.spec.hosts)
+        return self._host.grants(spec, self._base.image)
 
     def _collected_step(self, plan: CollectPlan) -> Step:
         environment = dict(plan.environment)
@@ -319,9 +327,10 @@ class MachineBackend:
             resolution=f"does the image have Python and pytest? (image: {self._base.image.name})",
         )
 
-    def _machine(self, instance: Instance) -> MicroVM:
+    def _machine(self, instance: Instance, given: Given = NOTHING) -> MicroVM:
         """Return a machine in the making as users have it; it belongs to its template's maker."""
-        instance.adopt("agent", {"hostname": "template", "machine_id": "0" * 32})
+        instance.give(given)
+        instance.adopt("agent", {"hostname": "template", "machine_id": "0" * 32}, given.message())
         return MicroVM(instance, self._host.facts(self._base, "template", 0.0))
 
 
