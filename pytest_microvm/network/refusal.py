@@ -13,7 +13,7 @@ class Refused(Exception):
     """A request is not passed on, or what it asks for cannot be reached.
 
     Args:
-        status: The HTTP status to answer with: 4xx is the policy's or the guest's fault, 5xx the server's.
+        status: The HTTP status to answer with; 502 if it was allowed, and the server is at fault.
         reason: Why, for people, in one line.
         rule: The rule that decided.
         allow: The host to write into ``network`` to allow it; empty where that would not help.
@@ -29,7 +29,7 @@ class Refused(Exception):
     @property
     def denied(self) -> bool:
         """Whether it is refused here; otherwise it was allowed, and failed."""
-        return self.status < HTTPStatus.INTERNAL_SERVER_ERROR
+        return self.status != HTTPStatus.BAD_GATEWAY
 
     def response(self) -> bytes:
         """Return the whole response, after which the connection ends."""

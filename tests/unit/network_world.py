@@ -309,3 +309,20 @@ def receive(sock, method="GET"):
 def request(target, *headers, method="GET", host="a.example"):
     """Return a request's head."""
     return "\r\n".join([f"{method} {target} HTTP/1.1", f"Host: {host}", *headers, "", ""]).encode("latin-1")
+
+
+def client_hello(name):
+    """Return what a client of today begins with."""
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    outgoing = ssl.MemoryBIO()
+    tls = context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=name)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    return outgoing.read()
+
+
+def in_records(hello, size):
+    """Return the same hello in records of ``size`` bytes."""
+    pieces = [hello[start : start + size] for start in range(5, len(hello), size)]
+    return b"".join(hello[:3] + len(piece).to_bytes(2, "big") + piece for piece in pieces)
