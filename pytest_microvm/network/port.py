@@ -197,9 +197,11 @@ class NetworkPort:
 
     def drop(self, number: int) -> None:
         """Drop a connection on both sides."""
-        self._channel.close(number)
-        if self._channel.is_open(number):
+        if self._channel.is_open(
+            number
+        ):  # said first: after CLOSE the guest's program would see a proper end
             self._channel.send({"op": "reset", "stream": number})
+        self._channel.close(number)
         self._streams.pop(number, None)
         self._retire(number)
         self._flush_soon()
