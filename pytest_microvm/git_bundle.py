@@ -111,7 +111,7 @@ def _borrowing(repository: Repository, folder: Path) -> Repository:
 
 @contextmanager
 def _pack(bundle: Path, tip: str) -> Iterator[IO[bytes]]:
-    """Open a bundle at its pack, if its header (gitformat-bundle(5)) names ``tip`` as HEAD and nothing else."""
+    """Open a bundle at its pack, if its header, see gitformat-bundle(5), names HEAD alone."""
     with bundle.open("rb", buffering=0) as file:
         header, end, _rest = file.read(_MAX_HEADER).partition(b"\n\n")
         signature, _newline, rest = header.partition(b"\n")

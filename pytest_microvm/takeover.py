@@ -129,7 +129,8 @@ class TakeOver:
         with folder_below(self._root, segments[:-1]) as parent:
             there, status = _see(parent, segments[-1])
             if there is None:
-                self._removed(difference)
+                if difference.after is not None:
+                    self._conflict(difference, _GONE_HERE)
             elif parent is None or there != difference.before:
                 self._conflict(difference, _CHANGED_HERE)
             elif there.kind == "folder":

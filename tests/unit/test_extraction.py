@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pytest_microvm import extraction
 from pytest_microvm.errors import TransferError
-from pytest_microvm.extraction import extract
+from pytest_microvm.extraction import Terms, extract
 from pytest_microvm.transfer import put
 
 
@@ -393,3 +393,63 @@ def test_folders_that_a_path_implies_count(inside, monkeypatch):
     monkeypatch.setattr(extraction, "MAX_ENTRIES", 10)
     with pytest.raises(TransferError, match="more than 10 entries"):
         unpack(archive_of(member("a/b/c/d/e/f", data=b"x"), member("1/2/3/4/5/6"), member("x")), inside)
+
+
+# Terms
+
+
+def received(*members):
+    return io.BytesIO(archive_of(*members))
+
+
+def test_what_leads_out_can_be_left_out(inside):
+    left_out = {}
+    members = [
+        member("good", data=b"1"), link("bad", "/etc/passwd"), link("d/up", "../../x"),
+        member("pipe", tarfile.FIFOTYPE), member("disk", tarfile.BLKTYPE), link("d/fine", "../good"),
+        member("last", data=b"2"),
+    ]  # fmt: skip
+    extract(received(*members), inside, Terms(left_out=left_out))
+    assert sorted(path.name for path in inside.rglob("*")) == ["d", "fine", "good", "last"]
+    assert left_out == {
+        "bad": "a link that may lead out",
+        "d/up": "a link that may lead out",
+        "pipe": "neither a file, a folder nor a link",
+        "disk": "neither a file, a folder nor a link",
+    }
+
+
+def test_what_is_left_out_costs_memory(inside):
+    members = [link(f"bad{number}", "/x") for number in range(extraction._MAX_LEFT_OUT + 1)]
+    with pytest.raises(TransferError, match="may lead out"):
+        extract(received(*members), inside, Terms(left_out={}))
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/../../x"])
+def test_names_that_lead_out_are_never_left_out(inside, name):
+    with pytest.raises(TransferError):
+        extract(received(link(name, "/x")), inside, Terms(left_out={}))
+
+
+def test_a_link_that_the_host_handed_over_may_come_back(inside):
+    terms = Terms(links={"venv/python": "/usr/bin/python3"})
+    extract(received(link("venv/python", "/usr/bin/python3")), inside, terms)
+    assert str((inside / "venv" / "python").readlink()) == "/usr/bin/python3"
+    (inside / "venv" / "python").unlink()
+    for other in (link("venv/python", "/etc/passwd"), link("python", "/usr/bin/python3")):
+        with pytest.raises(TransferError, match="may lead out"):
+            extract(received(other), inside, terms)
+
+
+def test_long_names_count_as_more(inside):
+    members = [
+        member(f"{number}/" + "n" * 200 + "/" + "m" * 200 + "/" + "o" * 200, data=b"") for number in range(3)
+    ]
+    with pytest.raises(TransferError, match="more than 5 entries"):
+        extract(received(*members), inside, Terms(max_entries=5))
+
+
+def test_bytes_are_limited(inside):
+    extract(received(member("a", data=b"12"), member("b", data=b"34")), inside, Terms(max_bytes=4))
+    with pytest.raises(TransferError, match="4 bytes"):
+        extract(received(member("a", data=b"12"), member("b", data=b"345")), inside, Terms(max_bytes=4))
