@@ -172,7 +172,7 @@ class Exchange:
         if not isinstance(event, h11.Response):
             raise ConnectionResetError
         self._echoes.check(event.headers)
-        framing = [(name, value) for name, value in event.headers if name in _FRAMING]
+        framing = [pair for pair in event.headers.raw_items() if pair[0].lower() in _FRAMING]
         await self._answer(
             h11.Response(
                 status_code=event.status_code,

@@ -26,9 +26,7 @@ class Patience:
         head: Seconds for the head of a request.
     """
 
-    def __init__(
-        self, guest: GuestStream, work: asyncio.Task[Any], *, idle: float = IDLE, head: float = HEAD
-    ) -> None:
+    def __init__(self, guest: GuestStream, work: asyncio.Task[Any], *, idle: float, head: float) -> None:
         self._guest = guest
         self._work = work
         self._idle = idle

@@ -10,7 +10,7 @@ from pytest_microvm.network.exchange import Broken
 from pytest_microvm.network.http import Conversation
 from pytest_microvm.network.log import NetworkLog
 from pytest_microvm.network.meter import Meter, QuotaReached
-from pytest_microvm.network.patience import Patience
+from pytest_microvm.network.patience import HEAD, IDLE, Patience
 from pytest_microvm.network.relaying import GuestGone, GuestStream
 from pytest_microvm.network.tunnels import Tunnel
 from pytest_microvm.network.upstream import Outbound, Resolver, system_resolver
@@ -80,7 +80,7 @@ class Proxy:
     async def _work(self, guest: GuestStream) -> None:
         work = asyncio.current_task()
         assert work is not None
-        patience = Patience(guest, work)
+        patience = Patience(guest, work, idle=IDLE, head=HEAD)
         try:
             asked = await Conversation(guest, self._outbound, patience).run()
             if asked:

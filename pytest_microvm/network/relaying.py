@@ -108,13 +108,11 @@ class GuestStream:
         try:
             await asyncio.wait_for(self._writer.wait_closed(), _FLUSH)
         except (OSError, asyncio.TimeoutError):
-            pass
-        finally:
-            self._writer.transport.abort()
+            self.cut()
 
     def cut(self) -> None:
-        """Close it at once, so that what was sent is not taken for whole."""
-        self._writer.transport.abort()
+        """Close it at once, so that what was sent is not taken for whole; nothing happens if it is closed."""
+        _abort(self._writer)
 
 
 class ServerStream:
@@ -171,7 +169,7 @@ class ServerStream:
 
     def close(self) -> None:
         """Close it at once."""
-        self._writer.transport.abort()
+        _abort(self._writer)
 
 
 class GuestTls:
@@ -253,6 +251,12 @@ class GuestTls:
         # the stream below takes it before it waits.
         if data := self._outgoing.read():
             await self._below.write(data)
+
+
+def _abort(writer: asyncio.StreamWriter) -> None:
+    # One that has sent the last of its buffer after close() must not be aborted: CPython's fails then.
+    if not writer.is_closing() or writer.transport.get_write_buffer_size():
+        writer.transport.abort()
 
 
 async def copy(source: Stream, sink: Stream, change: Callable[[bytes], bytes] | None = None) -> None:

@@ -197,7 +197,15 @@ class World:
     """
 
     def __init__(
-        self, rules, servers=None, *, credentials=(), authority=None, resolve=system_resolver, **quotas
+        self,
+        rules,
+        servers=None,
+        *,
+        credentials=(),
+        authority=None,
+        resolve=system_resolver,
+        redact=str,
+        **quotas,
     ):
         self.log = NetworkLog()
         self.exceeded = []
@@ -208,7 +216,7 @@ class World:
         self.meter = Meter(**quotas, exceed=lambda *told: self.exceeded.append(told))
         access = Access(parse_rules(rules, "test"), tuple(credentials), authority, hosts)
         self.authority = authority
-        self.proxy = Proxy(access, self.log, self.meter, resolve=resolve)
+        self.proxy = Proxy(access, self.log, self.meter, resolve=resolve, redact=redact)
         self.errors = []
         self._loop = asyncio.new_event_loop()
         self._loop.set_exception_handler(lambda _loop, context: self.errors.append(context))
@@ -224,10 +232,11 @@ class World:
             sock.close()
         self.wait(self.proxy.close())
         self.wait(self._settled())
+        self.wait(self._loop.shutdown_default_executor())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-        assert self.errors == []
+        assert not self.errors, self.errors
 
     def wait(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(GUARD)
@@ -279,7 +288,9 @@ class World:
         sock, status = self.tunnel(target)
         assert status == 200
         context = ssl.create_default_context(cadata=trusted or PUBLIC.cert_pem.bytes().decode())
-        return context.wrap_socket(sock, server_hostname=name or target.rpartition(":")[0])
+        tls = context.wrap_socket(sock, server_hostname=name or target.rpartition(":")[0])
+        self._sockets.append(tls)
+        return tls
 
     @property
     def denied(self):
