@@ -10,7 +10,7 @@ import h11
 
 from pytest_microvm.network.credentials import Credential, with_credentials
 from pytest_microvm.network.echoes import Echoes
-from pytest_microvm.network.heads import MAX_HEAD, Asked, Origin, kept
+from pytest_microvm.network.heads import MAX_HEAD, Asked, Origin, in_short, kept
 from pytest_microvm.network.refusal import Refused
 from pytest_microvm.network.relaying import ServerStream, Stream, relay
 
@@ -159,7 +159,7 @@ class Exchange:
             while (event := self._http.next_event()) is h11.NEED_DATA:
                 self._http.receive_data(await self._guest.read())
         except h11.RemoteProtocolError as error:
-            raise Refused(400, f"malformed request: {error}") from None
+            raise Refused(400, f"malformed request: {in_short(error)}") from None
         return event
 
     async def _respond(self, line: Line) -> None:

@@ -147,7 +147,7 @@ def parse_head(raw: bytes, fixed: Origin | None = None) -> tuple[Asked, h11.Conn
     try:
         head = connection.next_event()
     except h11.RemoteProtocolError as error:
-        raise Refused(error.error_status_hint, f"malformed request: {error}") from None
+        raise Refused(error.error_status_hint, f"malformed request: {in_short(error)}") from None
     if not isinstance(head, h11.Request) or head.http_version not in (b"1.0", b"1.1"):
         raise Refused(505, "malformed request: this is not HTTP/1.0 or HTTP/1.1")
     return _asked(head, fixed), connection
@@ -160,6 +160,11 @@ def attempted(raw: bytes) -> tuple[str, str]:
         return "?", ""
     authority = re.split(rb"[/?# ]", found[2], maxsplit=1)[0].rpartition(b"@")[2]
     return found[1].decode("ascii"), authority.decode("ascii")
+
+
+def in_short(error: h11.RemoteProtocolError) -> str:
+    """Return what is wrong, without the bytes that are: they may be anybody's secret."""
+    return str(error).partition(": b")[0]
 
 
 def kept(headers: Iterable[tuple[bytes, bytes]]) -> tuple[tuple[bytes, bytes], ...]:
