@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import struct
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _BACKLOG = 512
 _PIECE = 64 * 1024
+_RESET = struct.pack("ii", 1, 0)  # struct linger
 _PATIENCE = 10.0  # seconds for tasks that were cancelled
 
 
@@ -116,13 +118,18 @@ class Forwarding:
         try:
             async with self._port.connect(self._target) as (guest_reader, guest_writer):
                 await _carry((reader, guest_writer), (guest_reader, writer))
-        except (MachineError, OSError):
-            writer.transport.abort()  # as a closed port does
-        except asyncio.CancelledError:
-            writer.transport.abort()
+        except (MachineError, OSError, asyncio.CancelledError):
+            _reset(writer)
         finally:
             self._tasks.discard(task)
             writer.close()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Drop a client so that it cannot take what it got for the whole: close(2) then sends RST."""
+    with contextlib.suppress(OSError):  # it has gone already
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    writer.transport.abort()
 
 
 async def _carry(*ways: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:

@@ -139,7 +139,8 @@ class NetworkPort:
         self._resting = True
         await self._end_tasks()
         for stream in list(self._streams.values()):
-            stream.abort()
+            self.drop(stream.number)
+            stream.lose(ConnectionResetError("the machine is being frozen"))
         for request in self._requests.values():
             if not request.done():
                 request.set_exception(MachineError("the machine is being frozen"))
