@@ -12,6 +12,7 @@ MAX_BYTES = 32 * 1024
 """The longest beginning of a connection that is looked at; hellos have two kilobytes."""
 
 _RECORD_HEADER = 5
+_MESSAGE_HEADER = 4
 _MAX_RECORD = 2**14
 _CLIENT_HELLO = 1
 _SERVER_NAME = 0
@@ -33,55 +34,67 @@ class ClientHello:
     server_name: str | None
 
 
-def read_client_hello(data: bytes) -> ClientHello | None:
-    """Return the ClientHello that ``data`` begins with; ``None`` if it is not all there yet.
+class HelloReader:
+    """Reads the ClientHello that a connection begins with, in time that grows with its bytes alone."""
 
-    Args:
-        data: The first bytes of a connection.
+    def __init__(self) -> None:
+        self.data = bytearray()
+        """All that came."""
+        self._record = 0  # where the record begins that is not all there yet
+        self._message = bytearray()  # what the records before it hold
 
-    Raises:
-        BadHello: It does not begin with one, it is too long, or it is ambiguous.
-    """
-    message = bytearray()
-    at = 0
-    while at < len(data):
-        length = _record_length(data[at : at + _RECORD_HEADER])
-        if length is None:
-            break
-        at += _RECORD_HEADER
-        message += data[at : at + length]
-        if found := _message(message):
-            return _hello(_Fields(found))
-        if len(data) < at + length:
-            break
-        at += length
-    if len(data) > MAX_BYTES:
-        raise BadHello(f"it is longer than {MAX_BYTES} bytes")
-    return None
+    def feed(self, data: bytes) -> ClientHello | None:
+        """Return the ClientHello once it is all there.
 
+        Args:
+            data: What came next.
 
-def _record_length(header: bytes) -> int | None:
-    """Return how long a record is; judge as much of its header as there is."""
-    if header[0] != HANDSHAKE:
-        raise BadHello("it does not begin with a handshake")
-    if header[1:2] not in (b"", b"\x03"):
-        raise BadHello("it is of another version of TLS")
-    if len(header) < _RECORD_HEADER:
+        Raises:
+            BadHello: There is none, it is too long, or it is ambiguous.
+        """
+        self.data += data
+        while (content := self._content()) is not None:
+            start, end = content
+            came = self.data[start:end]
+            if message := _complete(self._message, came):
+                return _hello(_Fields(message))
+            if len(self.data) < end:
+                break
+            self._message += came
+            self._record = end
+        if len(self.data) > MAX_BYTES:
+            raise BadHello(f"it is longer than {MAX_BYTES} bytes")
         return None
-    length = int.from_bytes(header[3:], "big")
-    if not 0 < length <= _MAX_RECORD:
-        raise BadHello("a record has a wrong length")
-    return length
+
+    def _content(self) -> tuple[int, int] | None:
+        """Return where the content of the record at hand lies, once that is known; judge what there is."""
+        header = bytes(self.data[self._record : self._record + _RECORD_HEADER])
+        if header and header[0] != HANDSHAKE:
+            raise BadHello("it does not begin with a handshake")
+        if header[1:2] not in (b"", b"\x03"):
+            raise BadHello("it is of another version of TLS")
+        if len(header) < _RECORD_HEADER:
+            return None
+        length = int.from_bytes(header[3:], "big")
+        if not 0 < length <= _MAX_RECORD:
+            raise BadHello("a record has a wrong length")
+        start = self._record + _RECORD_HEADER
+        return start, start + length
 
 
-def _message(data: bytearray) -> bytes | None:
+def _complete(before: bytearray, came: bytearray) -> bytes | None:
     """Return the body of the handshake's first message; ``None`` if it is not all there yet."""
-    if data and data[0] != _CLIENT_HELLO:
+    start = bytes(before[:_MESSAGE_HEADER]) + bytes(came[:_MESSAGE_HEADER])
+    if start and start[0] != _CLIENT_HELLO:
         raise BadHello("it does not begin with a ClientHello")
-    end = 4 + int.from_bytes(data[1:4], "big")
-    if len(data) >= 4 and end > MAX_BYTES:  # noqa: PLR2004 - type and length
+    if len(start) < _MESSAGE_HEADER:
+        return None
+    end = _MESSAGE_HEADER + int.from_bytes(start[1:_MESSAGE_HEADER], "big")
+    if end > MAX_BYTES:
         raise BadHello(f"it is longer than {MAX_BYTES} bytes")
-    return bytes(data[4:end]) if 4 <= len(data) >= end else None  # noqa: PLR2004
+    if len(before) + len(came) < end:
+        return None
+    return bytes(before + came)[_MESSAGE_HEADER:end]
 
 
 class _Fields:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from pytest_microvm.network.client_hello import HANDSHAKE, BadHello, read_client_hello
+from pytest_microvm.network.client_hello import HANDSHAKE, BadHello, HelloReader
 from pytest_microvm.network.heads import PORTS, Asked, Origin
 from pytest_microvm.network.hosts import as_address
 from pytest_microvm.network.http import Conversation
@@ -152,12 +152,12 @@ class Tunnel:
 
     async def _hello(self, data: bytes, *, nameless: bool) -> bytes:
         """Return the first bytes of TLS, once they say that the host is meant which was asked for."""
+        reader = HelloReader()
         try:
-            while (hello := read_client_hello(data)) is None:
-                piece = await self._guest.read()
-                if not piece:
+            while (hello := reader.feed(data)) is None:
+                data = await self._guest.read()
+                if not data:
                     raise BadHello("it ends too early")  # noqa: TRY301 - as the others
-                data += piece
         except BadHello as error:
             raise Refused(
                 403, f"TLS with {self._origin.authority} begins with no good hello: {error}"
@@ -166,7 +166,7 @@ class Tunnel:
         host = self._origin.host
         if name != host and not (name is None and (nameless or as_address(host) is not None)):
             raise Refused(403, f"TLS asks for {name or 'no name'} in a tunnel to {host}")
-        return data
+        return bytes(reader.data)
 
     def _note(self, verdict: Decision | Refused) -> int:
         return self._outbound.note(self._asked.request, verdict)
