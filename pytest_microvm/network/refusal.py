@@ -33,11 +33,13 @@ class Refused(Exception):
 
     def response(self) -> bytes:
         """Return the whole response, after which the connection ends."""
-        text = f"microvm: {'denied' if self.denied else 'failed'}: {self.reason}\n"
+        line = f"microvm: {'denied' if self.denied else 'failed'}: {self.reason}"
+        text = f"{line}\n"
         if self.allow:
             text += f'To allow it, on the host: network = ["{self.allow}"]\n'
         content = text.encode(errors="replace")
-        phrase = HTTPStatus(self.status).phrase
+        # Of a refused tunnel most programs show nothing but this.
+        phrase = _NO_HEADER.sub("?", line)[:_LONGEST].strip()
         head = [
             f"HTTP/1.1 {self.status} {phrase}",
             "Content-Type: text/plain; charset=utf-8",
