@@ -49,7 +49,7 @@ exit status:
   the command's own; 128 + N if signal N ended it; 126, 127 if it cannot be started or does not exist
   124  a quota was exceeded        75   the machine never reached the command
   125  the machine ended by itself, or what came back could not be taken
-  77   with --fail-on-denied: something was denied        4   bad input
+  77   with --fail-on-denied: something was denied        2, 4   bad input
 
 examples:
   pytest-microvm run -- python3 -c 'print("hello")'
@@ -157,6 +157,7 @@ def _run(arguments: argparse.Namespace) -> int:
             machine = host.start(spec, keepable=arguments.keep)
             try:
                 for source, target in pushes:
+                    machine.path(target).parent.mkdir(parents=True, exist_ok=True)
                     machine.push(source, target)
                 status.code = _command(machine, arguments, environment)
             finally:
@@ -237,6 +238,9 @@ def _exit_statuses() -> Iterator[_Status]:
         yield status
     except UsageError:
         raise
+    except OSError as error:  # a file to push or to pull
+        print(f"pytest-microvm: {sanitize(str(error))}", file=sys.stderr)
+        status.code = EXIT_CRASHED
     except MicroVMError as error:
         print(f"pytest-microvm: {error}", file=sys.stderr)
         kinds = (
