@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
+from network_world import client_hello, in_records, request
 from replayed import real_reports
 
 from pytest_microvm.wire.channel import Channel
@@ -99,6 +100,18 @@ def main():
     write("tar/gnu", archive(tarfile.GNU_FORMAT))
     write("collection/good.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in collection()))
     write("console/lines", CONSOLE)
+    write("client_hello/named", client_hello("a.example"))
+    write("client_hello/records", in_records(client_hello("a.example"), 50))
+    asking = (
+        request("http://a.example/path?query", "Content-Length: 4", "X-A: b", method="POST") + b"body",
+        request("http://a.example/", "Transfer-Encoding: chunked", method="POST") + b"2;x\r\nab\r\n0\r\n\r\n",
+        request("a.example:443", method="CONNECT", host="a.example:443") + client_hello("a.example"),
+        request("a.example:8443", method="CONNECT", host="a.example:8443")
+        + request("/open/x", "Connection: Upgrade", "Upgrade: websocket", host="a.example:8443"),
+        request("http://a.example/") + request("http://user@b.example:8080/?q", host="b.example:8080"),
+    )
+    for number, one in enumerate(asking):
+        write(f"proxy/{number}", one)
     write("text/hostile", "plain \x1b[31mred\x1b[0m \x1b[2J\u202e\n ::error::x\n##[group]y \ufffe".encode())
     kinds = {}
     for report in real_reports(("long", "native")):

@@ -4,6 +4,7 @@ A function returns when the bytes were refused as they should be, or were used w
 raises is a finding.
 """
 
+import asyncio
 import contextlib
 import io
 import json
@@ -23,6 +24,12 @@ from pytest_microvm.console import ConsoleReader
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation, TransferError
 from pytest_microvm.extraction import extract
 from pytest_microvm.link import GuestError, Link
+from pytest_microvm.network.access import Access
+from pytest_microvm.network.client_hello import MAX_BYTES, BadHello, HelloReader
+from pytest_microvm.network.log import NetworkLog
+from pytest_microvm.network.meter import CHUNK, Meter
+from pytest_microvm.network.proxy import Proxy
+from pytest_microvm.network.rules import parse_rules
 from pytest_microvm.remote.checks import Records
 from pytest_microvm.remote.collected import Collected, parse_warning
 from pytest_microvm.remote.foreign_warnings import warning_message
@@ -250,11 +257,63 @@ def _is_safe(shown):
     assert not re.search(r"^\s*::|##(vso|teamcity)?\[", plain, re.MULTILINE), ascii(plain)
 
 
+def client_hello(data):
+    """Whole or in pieces, the same comes of what TLS begins with, and no more is kept than that may have."""
+    verdicts = []
+    for size in (1, 7, len(data) or 1):
+        reader = HelloReader()
+        try:
+            found = (reader.feed(data[start : start + size]) for start in range(0, len(data), size))
+            verdicts.append(next((hello for hello in found if hello), None))
+        except BadHello as error:
+            verdicts.append(str(error))
+        assert len(reader.data) <= MAX_BYTES + size
+    assert len(set(verdicts)) == 1, verdicts
+    name = getattr(verdicts[0], "server_name", None)
+    assert name is None or re.fullmatch(r"[a-z0-9._-]+", name)
+
+
+def proxy(data):
+    """Whatever a guest sends to its proxy, no other name is looked up than the one it may reach."""
+    asked, log = [], NetworkLog()
+    asyncio.run(asyncio.wait_for(_served(data, asked, log), GUARD))
+    assert set(asked) <= {"a.example"}
+    allowed = [entry for entry in log.list() if entry.allowed]
+    assert {entry.host for entry in allowed} <= {"a.example"}
+    for entry in log.list():
+        _is_safe(str(entry))
+
+
+async def _served(data, asked, log):
+    async def resolve(host, _port):
+        asked.append(host)
+        raise OSError
+
+    problems = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: problems.append(context))
+    access = Access(parse_rules(["a.example", "GET https://a.example:8443/open/*"], "fuzz"))
+    proxy = Proxy(access, log, Meter(None, None, None, problems.append), resolve=resolve)
+    ours, theirs = socket.socketpair()
+    served = asyncio.ensure_future(proxy.serve(*await asyncio.open_connection(sock=theirs)))
+    reader, writer = await asyncio.open_connection(sock=ours)
+    writer.write(data)
+    writer.write_eof()
+    answer = bytearray()
+    with contextlib.suppress(ConnectionError):
+        while piece := await reader.read(CHUNK):
+            answer += piece
+    writer.close()
+    await served
+    await proxy.close()
+    assert not problems
+    assert bytes(answer[:9]) in {b"", b"HTTP/1.1 "}, bytes(answer)
+
+
 def _seeds(name):
     return [path.read_bytes() for path in sorted((CORPUS / name).glob("*.json*"))]
 
 
 TARGETS = {
     function.__name__: function
-    for function in (frames, channel, link, tar, report, collection, text, console)
+    for function in (frames, channel, link, tar, report, collection, text, console, client_hello, proxy)
 }

@@ -13,7 +13,6 @@ from pytest_microvm.network.authority import new_authority
 
 from .network_world import GUARD, PUBLIC, Server, Speaker, World, headers_of, receive, request
 
-
 ACCESS_DENIED = r"(?i)access.denied"  # OpenSSL 1 and 3 write it differently
 
 
