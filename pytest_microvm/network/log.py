@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pytest_microvm.events import EventLog
+from pytest_microvm.network.hosts import as_address
 from pytest_microvm.sanitize import sanitize_line
 
 MAX_REQUESTS = 1000
@@ -75,7 +76,7 @@ class NetworkLog:
         request = replace(
             request,
             method=self._safe(request.method, _WORD),
-            host=self._safe(request.host, _NAME),
+            host=request.host if _is_address(request.host) else self._safe(request.host, _NAME),
             path=self._safe(request.path, _TEXT),
             rule=None if request.rule is None else self._safe(request.rule, _TEXT),
             reason=self._safe(request.reason, _TEXT),
@@ -143,3 +144,8 @@ class NetworkLog:
 
     def _safe(self, text: str, limit: int) -> str:
         return sanitize_line(self._redact(text), limit)
+
+
+def _is_address(host: str) -> bool:
+    """Tell whether a host is an address and nothing else: ``::1`` is no workflow command."""
+    return str(as_address(host)) == host

@@ -40,6 +40,15 @@ def test_what_a_guest_wrote_is_safe_to_show_and_short():
     assert not {"\x1b", "\u202e", "\n"} & set(shown)
 
 
+def test_an_address_is_shown_as_it_is():
+    log = NetworkLog()
+    for host in ("::1", "2001:db8::1", "127.0.0.1", "::1%\x1b", "::warning::x"):
+        log.add(request(host=host))
+    assert [entry.host for entry in log.list()] == [
+        "::1", "2001:db8::1", "127.0.0.1", r":\:1%\x1b", r":\:warning::x"
+    ]  # fmt: skip
+
+
 def test_values_nobody_may_see_are_taken_out():
     events = EventLog()
     log = NetworkLog(events, lambda text: text.replace("hunter2", "<secret>"))
