@@ -37,6 +37,7 @@ class LocalVmm:
         return self._process.poll() is None
 
     def kill(self):
+        self._unused.close()
         self._process.kill()
         self._process.wait()
 
