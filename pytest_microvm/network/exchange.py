@@ -115,9 +115,11 @@ class Exchange:
                 await self._respond(line)
             else:
                 await self._both(line)
-        except _BROKEN as error:
+        except (*_BROKEN, Refused) as error:
             if self._answered:
                 raise Broken from error
+            if isinstance(error, Refused):
+                raise
             if line.stream.received_bytes > received:
                 raise Refused(502, f"{line.origin.host} does not answer in HTTP/1.1") from None
             return False

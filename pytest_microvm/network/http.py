@@ -56,6 +56,7 @@ class Conversation:
                 if asked.method == "CONNECT":
                     return asked
                 if not await self._answer(asked, http):
+                    await self._guest.linger()  # it may still be sending a body that nobody reads
                     return None
         except Refused as refused:
             await self._guest.write(refused.response())
