@@ -1,0 +1,177 @@
+"""``pytest --microvm`` with grants: what tests reach and hold, and what is told of what was denied."""
+
+from __future__ import annotations
+
+import http.server
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+from junitparser import JUnitXml, Properties
+
+GUARD = 900  # seconds, on a slow machine
+
+SUITE = """
+    import os, socket, urllib.request
+    from pathlib import Path
+    import pytest
+
+    AT_IMPORT = os.environ.get("KEY")
+
+    def get(name):
+        return urllib.request.urlopen(f"http://{name}/", timeout=60).read()
+
+    def test_reaches_what_it_may():
+        assert get("one.example") == b"hello"
+        assert get("two.example") == b"hello"
+
+    @pytest.mark.microvm(network=["one.example", "three.example"])
+    def test_marker_narrows():
+        assert get("one.example") == b"hello"
+        with pytest.raises(OSError, match="403"):
+            get("two.example")
+        with pytest.raises(OSError, match="403"):  # a marker adds nothing
+            get("three.example")
+
+    def test_direct():
+        with pytest.raises(OSError):
+            socket.create_connection(("192.0.2.77", 81), timeout=60)
+
+    def test_secret():
+        assert AT_IMPORT is None
+        assert os.environ["KEY"] == "correct" + "-horse"
+        assert Path("/run/secrets/CERT").stat().st_mode & 0o777 == 0o400
+
+    def test_tells_its_secret():
+        print("the key is", os.environ["KEY"])
+        assert os.environ["KEY"] == "another"
+
+    def test_mounted():
+        assert Path("/data/in.txt").read_text() == "given"
+        Path("/data/out.txt").write_text("made")
+"""
+
+
+class _Hello(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "5")
+        self.end_headers()
+        self.wfile.write(b"hello")
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hello) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield served.server_port
+        served.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ran(server, tmp_path_factory):
+    """One run of the suite: its folder, its output, and its cases by name."""
+    folder = tmp_path_factory.mktemp("suite")
+    (folder / "test_suite.py").write_text(textwrap.dedent(SUITE))
+    (folder / "data").mkdir()
+    (folder / "data/in.txt").write_text("given")
+    (folder / "pyproject.toml").write_text(f"""
+        [tool.pytest-microvm]
+        network = ["one.example", "two.example", "deny:four.example"]
+        hosts = {{ "one.example" = "127.0.0.1:{server}", "two.example" = "127.0.0.1:{server}" }}
+        secrets.KEY = {{ command = "echo correct-horse" }}
+        secrets.CERT = {{ command = "echo battery", as = "file" }}
+        mounts = ["data:/data"]
+        fail_on_denied = true
+    """)  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", "--microvm"]
+    done = subprocess.run(
+        [*command, "-rA", "--junitxml=report.xml", "--microvm-keep=failed"],
+        cwd=folder, capture_output=True, text=True, timeout=GUARD, check=False,
+    )  # fmt: skip
+    cases = {case.name: case for suite in JUnitXml.fromfile(str(folder / "report.xml")) for case in suite}
+    return folder, done.stdout + done.stderr, cases
+
+
+def properties(case):
+    return {each.name: each.value for each in case.child(Properties)}
+
+
+def outcome(case):
+    return [result.message for result in case.result]
+
+
+def test_what_is_granted_is_reached(ran):
+    _folder, out, cases = ran
+    assert outcome(cases["test_reaches_what_it_may"]) == [], out
+    found = properties(cases["test_reaches_what_it_may"])
+    assert found["microvm.requests"] == "2"
+    assert "microvm.denied" not in found
+
+
+def test_a_marker_only_narrows_and_denials_fail_the_test(ran):
+    _folder, out, cases = ran
+    (message,) = outcome(cases["test_marker_narrows"])
+    assert "denied network access" in message, out
+    denied = properties(cases["test_marker_narrows"])["microvm.denied"]
+    assert "two.example:80" in denied
+    assert "three.example:80" in denied
+    assert "one.example" not in denied
+
+
+def test_what_went_past_the_proxy_is_told(ran):
+    _folder, out, cases = ran
+    assert "denied TCP 192.0.2.77:81" in properties(cases["test_direct"])["microvm.denied"]
+    assert "denied TCP 192.0.2.77:81" in out
+
+
+def test_secrets_arrive_after_collection_and_are_shown_nowhere(ran):
+    folder, out, cases = ran
+    assert outcome(cases["test_secret"]) == [], out
+    assert outcome(cases["test_tells_its_secret"]) != []
+    assert "the key is ***" in out
+    for text in (out, (folder / "report.xml").read_text()):
+        assert "correct-horse" not in text
+
+
+def test_a_machine_with_a_secret_is_not_kept(ran):
+    _folder, out, _cases = ran
+    assert "machines that hold secrets are not kept" in out
+    assert "pytest-microvm shell" not in out
+
+
+def test_what_a_test_made_in_a_mount_comes_back(ran):
+    folder, out, cases = ran
+    assert outcome(cases["test_mounted"]) == [], out
+    assert (folder / "data/out.txt").read_text() == "made"
+    assert {path.name for path in (folder / "data").iterdir()} == {"in.txt", "out.txt"}
+
+
+def test_all_is_loud_and_a_wrong_rule_is_told_before_anything_runs(tmp_path):
+    (tmp_path / "test_it.py").write_text("def test_it():\n    pass\n")
+
+    def run(rule):
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:cacheprovider",
+            "--microvm",
+            "--microvm-network",
+            rule,
+        ]
+        done = subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=GUARD, check=False
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    status, out = run("all")
+    assert (status, "WARNING: network = all" in out) == (0, True), out
+    status, out = run("http//wrong")
+    assert (status, "not a network rule" in out) == (4, True), out
