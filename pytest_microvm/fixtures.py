@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from pytest_microvm.config import Settings
     from pytest_microvm.host import Host
     from pytest_microvm.machine import MicroVM
-    from pytest_microvm.network.log import NetworkRequest
     from pytest_microvm.spec import MachineSpec
 
 MARKER = "microvm"
@@ -186,14 +185,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Refuse a marker that cannot be used before any test runs."""
     for item in items:
         for marker in item.iter_markers(MARKER):
-            from pytest_microvm.spec import MachineSpec  # noqa: PLC0415 - only where the marker is used
+            from pytest_microvm.network.rules import parse_rules  # noqa: PLC0415 - only where it is used
+            from pytest_microvm.spec import MachineSpec  # noqa: PLC0415
 
+            where = f"{item.nodeid}: @pytest.mark.microvm"
             with _usage_errors():
                 if marker.args:
                     raise pytest.UsageError(
                         f"{item.nodeid}: @pytest.mark.microvm takes keywords only, such as memory='1G'"
                     )
-                MachineSpec().with_changes(marker.kwargs, f"{item.nodeid}: @pytest.mark.microvm")
+                spec = MachineSpec().with_changes(marker.kwargs, where)
+                parse_rules(spec.network or (), f"{where}: network")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -207,11 +209,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         _forget_ended(item)
     if not found:
         return report
-    from pytest_microvm.junit import properties  # noqa: PLC0415 - only tests with a machine
+    from pytest_microvm import fixture_reports as reports  # noqa: PLC0415 - only tests with a machine
+    from pytest_microvm.junit import properties  # noqa: PLC0415
 
-    asked = _asked(item, found)
-    _tell_denied(report, asked, fail=machines(item.config).settings.fail_on_denied)
-    _redact(report, found)
+    before: dict[str, int] = item.stash.get(_before, {})
+    asked = reports.asked(found, before)
+    reports.tell_denied(report, asked, fail=machines(item.config).settings.fail_on_denied)
+    reports.redact(report, found)
     if report.failed:
         for node in item.listchain():
             node.stash[_failed] = True
@@ -220,8 +224,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             report.sections.append((f"last commands in {machine.id}", "\n".join(machine.last_commands)))
     if report.when == "call" or (report.when == "setup" and report.failed):
         error = call.excinfo.value if call.excinfo is not None and report.failed else None
-        outcome = _outcome_of(report, error)
-        machine = _ended_by(error, found)
+        outcome = reports.outcome_of(report, error)
+        machine = reports.ended_by(error, found)
         saved = machines(item.config).save(machine, error, item.nodeid)
         if saved:
             report.sections.append(("Machine artifacts", saved))
@@ -257,34 +261,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     item.stash[_before] = {machine.id: machine.network.log.added for machine in shared}
 
 
-def _asked(item: pytest.Item, found: list[MicroVM]) -> list[NetworkRequest]:
-    """Return what a test's machines asked of the network since it began."""
-    before = item.stash.get(_before, {})
-    for machine in found:
-        machine.network.settle()
-    return [one for machine in found for one in machine.network.log.since(before.get(machine.id, 0))]
-
-
-def _tell_denied(report: pytest.TestReport, asked: list[NetworkRequest], *, fail: bool) -> None:
-    """Add what was denied to the report; let a test that passed fail for it, if that is wanted."""
-    denied = "\n".join(str(request) for request in asked if not request.allowed)
-    if not denied or report.when != "call":
-        return
-    if fail and report.passed:
-        report.outcome = "failed"
-        report.longrepr = f"denied network access\n{denied}"
-    else:
-        report.sections.append(("Denied network access", denied))
-
-
-def _redact(report: pytest.TestReport, found: list[MicroVM]) -> None:
-    """Take the machines' secrets out of what the report shows."""
-    for redactor in (machine.redactor for machine in found if machine.redactor):
-        report.sections = [(title, redactor.text(text)) for title, text in report.sections]
-        if report.longrepr is not None and redactor.text(report.longreprtext) != report.longreprtext:
-            report.longrepr = redactor.text(report.longreprtext)
-
-
 def _used(node: Any) -> list[tuple[str, MicroVM]]:
     found: list[tuple[str, MicroVM]] = node.stash.setdefault(_machines, [])
     return found
@@ -299,20 +275,6 @@ def _forget_ended(item: pytest.Item) -> None:
 
 def _has_failed(node: Any) -> bool:
     return bool(node.stash.get(_failed, False))
-
-
-def _outcome_of(report: pytest.TestReport, error: BaseException | None) -> str:
-    from pytest_microvm.errors import BootError, MachineCrashed, QuotaExceeded  # noqa: PLC0415 - with a machine
-
-    outcomes = {QuotaExceeded: "quota", MachineCrashed: "crashed", BootError: "infra"}
-    found = [outcome for kind, outcome in outcomes.items() if isinstance(error, kind)]
-    return found[0] if found else report.outcome
-
-
-def _ended_by(error: BaseException | None, used: list[MicroVM]) -> MicroVM:
-    """Return the machine that ``error`` is about, as far as that shows; the last one otherwise."""
-    ended = [machine for machine in used if not machine.instance.vmm.alive]
-    return ended[-1] if error is not None and ended else used[-1]
 
 
 class _usage_errors:  # noqa: N801 - used like a function
