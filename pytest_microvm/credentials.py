@@ -20,10 +20,15 @@ _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}", re.ASCII)  # token of 
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,253})(?::[0-9]{1,5})?", re.ASCII)
 _QUERY = re.compile(r"[A-Za-z0-9._~-]{1,64}", re.ASCII)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}", re.ASCII)
+# They are about the connection, the framing or the server, which is decided elsewhere.
 _NEVER = frozenset(
-    ["host", "content-length", "transfer-encoding", "connection", "upgrade", "te", "trailer", "expect"]
+    [
+        *("host", "connection", "content-length", "transfer-encoding", "upgrade", "te", "trailer", "expect"),
+        *("keep-alive", "cookie2"),
+    ]
 )
 _KEYS = ("host", "header", "query", "scheme", "value", "variable")
+_PAIR = re.compile(rf",(?=(?:{'|'.join((*_KEYS, *KINDS))})=)")
 _FORM = '{host = "api.example.com", value = {env = "TOKEN"}, variable = "API_TOKEN"}'
 
 
@@ -71,7 +76,7 @@ def parse_credential(value: object, where: str) -> CredentialSpec:
     Raises:
         UsageError: It cannot be used. What was written is not repeated where it may be the value itself.
     """
-    table = _table(value) if isinstance(value, str) else value
+    table = _table(value, where) if isinstance(value, str) else value
     if not isinstance(table, Mapping):
         raise UsageError(f"{where}: this is not a credential", resolution=f"write {_FORM}")
     for key in table:
@@ -82,13 +87,13 @@ def parse_credential(value: object, where: str) -> CredentialSpec:
     if host is None:
         raise UsageError(f"{where}: a credential without a host", resolution=f"write {_FORM}")
     header, query = _text(table, "header", _HEADER, where), _text(table, "query", _QUERY, where)
-    if header is not None and query is not None:
+    if query is not None and (header is not None or "scheme" in table):
         raise UsageError(
             f"{where}: a credential goes into a header or the query", resolution="name one of them"
         )
     if header is None and query is None:
         header = "Authorization"
-    if header is not None and header.lower() in _NEVER:
+    if header is not None and (header.lower() in _NEVER or header.lower().startswith("proxy-")):
         raise UsageError(f"{where}: header {header!r} cannot be set", resolution="name the API's own header")
     return CredentialSpec(
         host=host.lower(),
@@ -100,19 +105,19 @@ def parse_credential(value: object, where: str) -> CredentialSpec:
     )
 
 
-def _table(text: str) -> Mapping[str, object]:
-    """Return ``host=...,env=...`` as a table; a source's own words may hold commas only in the last place."""
+def _table(text: str, where: str) -> Mapping[str, object]:
+    """Return ``host=...,env=...`` as a table; a comma divides only where one of the keys follows."""
     table: dict[str, object] = {}
-    rest = text
-    while rest:
-        key, _, rest = rest.partition("=")
-        if key in KINDS:
-            following = re.search(rf",(?=(?:{'|'.join(k for k in _KEYS if k != 'value')})=)", rest)
-            end = following.start() if following else len(rest)
-            table["value"] = {key: rest[:end]}
-            rest = rest[end + 1 :]
-        else:
-            table[key], _, rest = rest.partition(",")
+    for pair in _PAIR.split(text):
+        key, equals, value = pair.partition("=")
+        if not equals or key not in (*_KEYS, *KINDS) or key == "value" or key in table:
+            raise UsageError(
+                f"{where}: this is not a list of KEY=VALUE, each key once",
+                details="what was written is not repeated: it may be the value itself",
+                resolution="write it like host=api.example.com,env=TOKEN,variable=API_TOKEN",
+            )
+        table[key] = value
+    table["value"] = {kind: table.pop(kind) for kind in KINDS if kind in table}
     return table
 
 
@@ -121,7 +126,8 @@ def _text(table: Mapping[str, object], key: str, pattern: re.Pattern[str], where
     if value is None:
         return None
     if not isinstance(value, str) or not pattern.fullmatch(value):
-        raise UsageError(f"{where}: {key} = {value!r} cannot be used", resolution=f"write it like {_FORM}")
+        # Not repeated: what was meant as something else may stand here.
+        raise UsageError(f"{where}: this {key} cannot be used", resolution=f"write it like {_FORM}")
     return value
 
 

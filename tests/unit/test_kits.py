@@ -215,3 +215,21 @@ def test_a_changed_file_changes_the_recipe(project):
     assert load_kit(path).recipe() == before
     (path.parent / "f").write_text("two")
     assert load_kit(path).recipe() != before
+
+
+def test_network_is_inherited_and_replaced(project):
+    project("company", 'parent = "base"\nnetwork = ["index.example", "pip"]')
+    project("child", 'parent = "company"')
+    project("offline", 'parent = "company"\nnetwork = []')
+    kits = {name: load_kit(name, project=project.root) for name in ("base", "company", "child", "offline")}
+    assert {name: kit.network for name, kit in kits.items()} == {
+        "base": (), "company": ("index.example", "pip"), "child": ("index.example", "pip"), "offline": (),
+    }  # fmt: skip
+    assert kits["child"].recipe() == kits["offline"].recipe()  # what it may reach shapes no image
+
+
+def test_a_wrong_network_rule_names_file_and_key(project):
+    path = project("company", 'parent = "base"\nnetwork = ["http//index"]')
+    with pytest.raises(KitError, match="network") as caught:
+        load_kit("company", project=project.root)
+    assert str(path) in str(caught.value)

@@ -2,7 +2,11 @@
 
 from types import SimpleNamespace
 
+import pytest
+
 from pytest_microvm.host import _limits
+from pytest_microvm.remote.backend import RunOptions
+from pytest_microvm.remote.limits import limits_of
 from pytest_microvm.spec import Limits, MachineSpec
 
 KIT = {"cpus": 1, "memory": 2**28, "disk": 2**30, "pids": 64, "timeout": 30.0}
@@ -25,3 +29,34 @@ def test_the_default_fills_what_nobody_says():
     kit = {"cpus": 1, "memory": 2**28, "disk": 2**30}
     assert limits(MachineSpec(), kit, timeout=300.0) == Limits(1, 2**28, 2**30, timeout=300.0)
     assert limits(MachineSpec(), kit).timeout is None
+
+
+def limits_with(options, *markers):
+    return limits_of(
+        SimpleNamespace(iter_markers=lambda _name: [SimpleNamespace(kwargs=m) for m in markers]), options
+    )
+
+
+@pytest.mark.parametrize(
+    ("marked", "left"),
+    [
+        ([], ("deny:b.example",)),
+        (["a.example"], ("a.example", "deny:b.example")),
+        (["a.example", "evil.example", "all", "deny:c.example"], ("a.example", "deny:b.example")),
+        ("pip", ("pip", "deny:b.example")),
+    ],
+)
+def test_a_marker_leaves_of_the_runs_rules_what_it_names_and_what_forbids(marked, left):
+    options = RunOptions(network=("a.example", "pip", "deny:b.example"))
+    assert limits_with(options, {"network": marked}).network == left
+    assert limits_with(options, {}).network is None
+
+
+def test_markers_only_narrow_each_other():
+    options = RunOptions(network=("a.example", "b.example"))
+    assert limits_with(options, {"network": ["a.example"]}, {"network": ["b.example"]}).network == ()
+
+
+def test_a_machine_that_tests_share_has_the_runs_network():
+    options = RunOptions(isolation="module", network=("a.example",))
+    assert limits_with(options, {"network": []}).network is None

@@ -14,7 +14,10 @@ from pytest_microvm.spec import (
     Limits,
     MachineSpec,
     format_size,
+    parse_connections,
     parse_cpus,
+    parse_hosts,
+    parse_network,
     parse_pids,
     parse_seconds,
     parse_size,
@@ -148,8 +151,9 @@ def test_changes_that_cannot_be(changes, brief):
 def test_an_unknown_key_is_answered_with_the_known_ones():
     with pytest.raises(UsageError) as caught:
         MachineSpec().with_changes({"ram": 1}, "pyproject.toml")
-    known = "cpu_seconds, cpus, disk, image, lifetime, memory, output, pids, timeout"
-    assert caught.value.resolution == f"known keys: {known}"
+    quotas = "bandwidth, connections, cpu_seconds, cpus, disk, lifetime, memory, network_bytes, output, pids, timeout"
+    known = sorted([*quotas.split(", "), "credentials", "hosts", "image", "mounts", "network", "secrets"])
+    assert caught.value.resolution == f"known keys: {', '.join(known)}"
 
 
 def test_the_smallest_machine_is_allowed():
@@ -158,3 +162,40 @@ def test_the_smallest_machine_is_allowed():
 
 def test_every_field_can_be_written_by_people():
     assert set(PARSERS) == set(MachineSpec.__dataclass_fields__)
+
+
+def test_where_names_lead_is_written_in_two_ways():
+    table = {"API.example.com.": "127.0.0.1:8443", "b.example": "::1", "c.example": "[::1]:80"}
+    texts = ["API.example.com.=127.0.0.1:8443", "b.example=::1", "c.example=[::1]:80"]
+    parsed = (
+        ("api.example.com", ("127.0.0.1", 8443)),
+        ("b.example", ("::1", None)),
+        ("c.example", ("::1", 80)),
+    )
+    assert (
+        parse_hosts(table, "hosts") == parse_hosts(texts, "hosts") == parse_hosts(parsed, "hosts") == parsed
+    )
+
+
+@pytest.mark.parametrize(
+    "value", ["a.example", {"a.example": "localhost"}, {"a": "127.0.0.1:0"}, {"a": 7}, ["a"], 7]
+)
+def test_where_names_cannot_lead(value):
+    with pytest.raises(UsageError, match=r"^hosts: "):
+        parse_hosts(value, "hosts")
+
+
+@pytest.mark.parametrize("value", [7, [7], [""], {"a": "b"}, None])
+def test_what_is_no_list_of_rules(value):
+    with pytest.raises(UsageError, match="not a list of rules"):
+        parse_network(value, "network")
+
+
+def test_one_rule_is_a_list_of_one():
+    assert parse_network(" pip ", "network") == parse_network(["pip"], "network") == ("pip",)
+
+
+@pytest.mark.parametrize("value", [0, -1, True, "many", 10**9])
+def test_what_is_no_number_of_connections(value):
+    with pytest.raises(UsageError, match="not a number of connections"):
+        parse_connections(value, "connections")
