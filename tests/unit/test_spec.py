@@ -11,6 +11,7 @@ from pytest_microvm.spec import (
     MIN_DISK,
     MIN_MEMORY,
     PARSERS,
+    RESOURCE_PARSERS,
     Limits,
     MachineSpec,
     format_size,
@@ -151,8 +152,7 @@ def test_changes_that_cannot_be(changes, brief):
 def test_an_unknown_key_is_answered_with_the_known_ones():
     with pytest.raises(UsageError) as caught:
         MachineSpec().with_changes({"ram": 1}, "pyproject.toml")
-    quotas = "bandwidth, connections, cpu_seconds, cpus, disk, lifetime, memory, network_bytes, output, pids, timeout"
-    known = sorted([*quotas.split(", "), "credentials", "hosts", "image", "mounts", "network", "secrets"])
+    known = sorted([*RESOURCE_PARSERS, "credentials", "hosts", "image", "mounts", "network", "secrets"])
     assert caught.value.resolution == f"known keys: {', '.join(known)}"
 
 
