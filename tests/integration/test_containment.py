@@ -171,7 +171,7 @@ def test_descriptors_are_only_what_was_given(host, vm):
                     assert flags & os.O_ACCMODE == os.O_RDONLY
                 else:
                     assert target in (str(template.ram.resolve()), "/dev/null")
-    assert sockets == 4  # qmp, console and the two ports
+    assert sockets == 5  # qmp, console and the three ports
     assert len(unnamed) == 2  # what it says on stderr, and its overlay
 
 

@@ -326,11 +326,15 @@ def test_fw_cfg_tells_nothing(vm, words):
 
 
 def test_devices_are_the_known_ones(vm):
-    assert vm.run(["ls", "/sys/class/net"]).stdout.split() == ["lo"]
+    assert vm.run(["ls", "/sys/class/net"]).stdout.split() == ["lo", "nowhere"]
     assert vm.run(["ls", "/sys/block"]).stdout.split() == ["vda", "vdb", "vdc"]
     assert vm.run("cat /sys/block/*/ro").stdout.split() == ["1", "1", "0"]
     assert vm.run("cat /sys/block/*/serial").stdout == ""
-    assert sorted(vm.run("cat /sys/class/virtio-ports/*/name").stdout.split()) == ["agent", "runner"]
+    assert sorted(vm.run("cat /sys/class/virtio-ports/*/name").stdout.split()) == [
+        "agent",
+        "network",
+        "runner",
+    ]
     kinds = vm.run("cat /sys/bus/virtio/devices/*/device").stdout.split()
     assert sorted(kinds) == ["0x0002"] * 3 + ["0x0003"]  # block, console
     known = {"0x010000", "0x010601", "0x060000", "0x060100", "0x078000", "0x0c0500"}  # q35's, and virtio's
