@@ -12,6 +12,11 @@ from pytest_microvm.network.hosts import as_address
 from pytest_microvm.sanitize import sanitize_line
 
 MAX_REQUESTS = 1000
+"""Of what was allowed and of what was denied, so many are kept: the one cannot push the other out."""
+
+MAX_EVENTS = 500
+"""Requests that become events, too: they must not push the other events of their machine out."""
+
 _TEXT = 1000  # characters of a path or a reason
 _NAME = 300  # characters of a host; a name has 253
 _WORD = 40  # characters of a method
@@ -56,10 +61,12 @@ class NetworkRequest:
 
 
 class NetworkLog:
-    """The last 1000 requests of a machine, and how many there were; threads may use it at the same time.
+    """The last 1000 allowed and denied requests of a machine each, and how many there were.
+
+    Threads may use it at the same time.
 
     Args:
-        events: Where each request is also noted, as an event of kind ``network``.
+        events: Where the first 500 are also noted, as events of kind ``network``.
         redact: Takes out of a text what nobody may see.
     """
 
@@ -67,7 +74,7 @@ class NetworkLog:
         self._events = events
         self._redact = redact
         self._lock = threading.Lock()
-        self._requests: dict[int, NetworkRequest] = {}
+        self._requests: dict[bool, dict[int, NetworkRequest]] = {True: {}, False: {}}
         self._added = 0
         self._denied = 0
 
@@ -85,9 +92,11 @@ class NetworkLog:
             number = self._added
             self._added += 1
             self._denied += not request.allowed
-            self._requests[number] = request
-            self._requests.pop(number - MAX_REQUESTS, None)
-        if self._events is not None:
+            kept = self._requests[request.allowed]
+            kept[number] = request
+            if len(kept) > MAX_REQUESTS:
+                del kept[next(iter(kept))]
+        if self._events is not None and number < MAX_EVENTS:
             shown = {"allowed": request.allowed, "method": request.method, "host": request.host}
             shown |= {"port": request.port, "path": request.path, "rule": request.rule}
             self._events.add("network", str(request), seen_by=request.seen_by, **shown)
@@ -105,9 +114,10 @@ class NetworkLog:
             received_bytes: Bytes that came from it since the last update.
         """
         with self._lock:
-            known = self._requests.get(number)
+            kept = self._requests[number in self._requests[True]]
+            known = kept.get(number)
             if known is not None:
-                self._requests[number] = replace(
+                kept[number] = replace(
                     known,
                     status=known.status if status is None else status,
                     sent_bytes=known.sent_bytes + sent_bytes,
@@ -123,12 +133,12 @@ class NetworkLog:
     def since(self, number: int) -> list[NetworkRequest]:
         """Return those of the last requests that came after the first ``number``, the oldest first."""
         with self._lock:
-            return [request for key, request in self._requests.items() if key >= number]
+            kept = sorted((self._requests[True] | self._requests[False]).items())
+        return [request for key, request in kept if key >= number]
 
     def list(self) -> list[NetworkRequest]:
         """Return the last requests, the oldest first."""
-        with self._lock:
-            return [*self._requests.values()]
+        return self.since(0)
 
     @property
     def allowed(self) -> int:

@@ -21,12 +21,17 @@ def request(**changes):
 
 
 def test_the_last_requests_are_kept_and_all_are_counted():
-    log = NetworkLog()
+    events = EventLog()
+    events.add("started", "before all of it")
+    log = NetworkLog(events)
+    log.add(request(port=1, allowed=False))
     for number in range(MAX_REQUESTS + 5):
-        log.add(request(port=number, allowed=number % 2 == 0))
-    assert [entry.port for entry in log.list()] == list(range(5, MAX_REQUESTS + 5))
-    assert log.allowed + log.denied == MAX_REQUESTS + 5
-    assert log.denied == (MAX_REQUESTS + 5) // 2
+        log.add(request(port=number))
+    denied, *allowed = log.list()  # many that are allowed do not hide one that was not
+    assert (denied.allowed, denied.port) == (False, 1)
+    assert [entry.port for entry in allowed] == list(range(5, MAX_REQUESTS + 5))
+    assert (log.allowed, log.denied) == (MAX_REQUESTS + 5, 1)
+    assert events.list()[0].kind == "started"
 
 
 def test_what_a_guest_wrote_is_safe_to_show_and_short():
