@@ -306,11 +306,12 @@ def test_names_users_and_variables_are_the_machines_own(vm):
     given = {name for name, _value in vm.facts.environment}
     variables = dict(line.split("=", 1) for line in vm.run(["env"]).stdout.splitlines())
     assert set(variables) - given <= {"HOME", "LANG", "LOGNAME", "PATH", "PWD", "SHELL", "TERM", "USER"}
-    commands = vm.run(["ps", "-eo", "pid,ppid,args"]).stdout.splitlines()[1:]
+    commands = vm.run(["ps", "-eo", "pid,ppid,comm"]).stdout.splitlines()[1:]
     ours = [line.split(maxsplit=2) for line in commands]
-    threads = {pid for pid, parent, _args in ours if parent == "2"} | {"2"}
-    programs = [args for pid, _parent, args in ours if pid not in threads]
-    assert len(programs) == 2  # the agent, and ps
+    threads = {pid for pid, parent, _name in ours if parent == "2"} | {"2"}
+    programs = [name for pid, _parent, name in ours if pid not in threads]
+    assert len(programs) == 3  # the agent, its network process, and ps
+    assert {"microvm-network", "ps"} < set(programs)
 
 
 def test_fw_cfg_tells_nothing(vm, words):
