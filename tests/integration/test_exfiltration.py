@@ -18,9 +18,10 @@ import pytest
 
 from tests.unit.network_world import PUBLIC, Server
 
-from .ways_out import COUNTERPARTS, LEAD_TO, WAYS, filled
+from .ways_out import COUNTERPARTS, LEAD_TO, PLACES, TURNS, WAYS, filled
 
 GUEST = Path(__file__).with_name("ways_out.py")
+RESOLVE = socket.getaddrinfo
 SENT_TO_NOBODY = ("multicast", "loopback-card")
 """Ways that the guest's kernel takes for sent, and drops."""
 
@@ -82,7 +83,6 @@ class Resolver:
     def __init__(self, first):
         self.asked = []
         self._first = first
-        self._real = socket.getaddrinfo
 
     def __call__(self, host, port, *args, **kwargs):
         self.asked.append(host)
@@ -91,7 +91,7 @@ class Resolver:
             raise socket.gaierror(socket.EAI_NONAME, "no such name")
         turned = name.startswith("turns") and self.asked.count(host) > 1
         found = ("127.0.0.1",) if turned else LEAD_TO.get(name, (self._first,))
-        return [answer for address in found for answer in self._real(address, port, *args, **kwargs)]
+        return [answer for address in found for answer in RESOLVE(address, port, *args, **kwargs)]
 
 
 class Hello(http.server.BaseHTTPRequestHandler):
@@ -183,17 +183,20 @@ def outcome(host, tmp_path_factory):
         resolver = Resolver("127.0.0.2")
         patch.setattr(socket, "getaddrinfo", resolver)
         facts = {"own": own, "own6": own6, "trap": trap.port}
-        vm.push(GUEST, "/tmp/ways_out.py")
-        done = vm.run(["python3", "/tmp/ways_out.py"], input=json.dumps(facts), timeout=300)
-        assert done.returncode == 0, done.stderr
+        said = try_out(vm, facts)
         requests = vm.network.requests
         vm.close()
         trap.look()
         servers = [plain, secure, silent, first]
         delivered = [data for server in servers for data in [*server.heads, *server.bodies]]
-        yield Outcome(
-            json.loads(done.stdout), requests, facts, delivered, silent.heads + trap.got, resolver.asked
-        )
+        yield Outcome(said, requests, facts, delivered, silent.heads + trap.got, resolver.asked)
+
+
+def try_out(vm, facts):
+    vm.push(GUEST, "/tmp/ways_out.py")
+    done = vm.run(["python3", "/tmp/ways_out.py"], input=json.dumps(facts), timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def is_ours(address):
@@ -235,3 +238,19 @@ def test_nothing_else_is_in_the_log(outcome):
 
 def test_only_names_that_are_allowed_are_looked_up(outcome):
     assert {name.partition(".")[2] for name in outcome.asked} == {"rebind.test"}
+
+
+def test_all_is_every_public_host_and_no_other(host, monkeypatch):
+    """Loopback and the metadata address, however they are written and whatever name leads to them."""
+    ways = [*PLACES, *(way for way in TURNS if way.name in LEAD_TO)]
+    ways = [way for way in ways if not way.name.startswith("loopback-own")]  # which may be public
+    with Trap(filter(is_ours, ("127.0.0.1", "::1"))) as trap, host.start(network=["all"]) as vm:
+        monkeypatch.setattr(socket, "getaddrinfo", Resolver("127.0.0.2"))
+        facts = {"own": "", "own6": "", "trap": trap.port, "only": [way.name for way in ways]}
+        said = try_out(vm, facts)["ways"]
+        assert len(said) == len(ways)
+        assert [name for name, what in said.items() if "HTTP/1.1 40" not in what] == []
+        assert [entry for entry in vm.network.requests if entry.allowed] == []
+        assert len(vm.network.denied) == len(ways)
+        trap.look()
+        assert trap.got == []
