@@ -97,9 +97,12 @@ class Outbound:
         Raises:
             Refused: None is.
         """
-        if request.host in self.access.hosts:  # the user chose where it leads
+        if request.host in self.access.hosts:
             address, port = self.access.hosts[request.host]
-            return [(address, port or request.port)]
+            decision = self.access.policy.decide_address(request, address)
+            if decision.allowed or decision.rule is None:  # its range does not matter: the user chose it
+                return [(address, port or request.port)]
+            raise Refused(403, decision.reason, decision.rule)
         found = await self._lookup(request)
         refused = None
         allowed: list[Place] = []

@@ -487,6 +487,16 @@ def test_of_several_addresses_those_that_are_allowed_are_tried_in_turn(plain):
         assert world.get(f"http://a.example:{plain.port}/")[0] == 200
 
 
+def test_a_name_that_the_user_leads_somewhere(plain):
+    names = Names()
+    with World(["a.example"], {"a.example": plain}, resolve=names) as world:
+        assert world.get("http://a.example/")[0] == 200
+    with World(["a.example", "deny:127.0.0.0/8"], {"a.example": plain}, resolve=names) as world:
+        assert world.get("http://a.example/")[0] == 403
+        assert world.denied[0].rule == "deny:127.0.0.0/8"
+    assert names.asked == []
+
+
 def test_a_name_that_does_not_resolve():
     async def fail(_host, _port):
         raise socket.gaierror(-2, "Name or service not known")
