@@ -13,6 +13,7 @@ from typing import Any
 
 from pytest_microvm.errors import UsageError
 from pytest_microvm.mounts import parse_mounts
+from pytest_microvm.project_trust import GRANTS
 from pytest_microvm.spec import PARSERS, MachineSpec, parse_network
 
 if sys.version_info >= (3, 11):
@@ -49,6 +50,8 @@ class Settings:
         retries: How often a test whose machine never reached it (``infra``) is tried again.
         artifacts: The folder for what is known of machines that crashed or exceeded a quota.
         require_accel: The only accelerator that will do.
+        asked: What the configuration file asks for of what needs trust, as written, where the command line
+            says nothing else.
         project: The folder of the configuration file.
     """
 
@@ -64,6 +67,7 @@ class Settings:
     retries: int = DEFAULT_RETRIES
     artifacts: Path | None = None
     require_accel: str | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)
     project: Path = field(default_factory=Path.cwd)
 
     @property
@@ -97,7 +101,8 @@ def load_settings(project: Path, options: Mapping[str, Any]) -> Settings:
             raise UsageError(
                 f"{file}: tool.pytest-microvm is not a table", resolution="write [tool.pytest-microvm]"
             )
-        settings = merged(settings, table, f"{file} [tool.pytest-microvm]")
+        asked = {key: table[key] for key in GRANTS if key in table and options.get(key) is None}
+        settings = replace(merged(settings, table, f"{file} [tool.pytest-microvm]"), asked=asked)
     given = {key: value for key, value in options.items() if value is not None}
     return merged(settings, given, "command line")
 

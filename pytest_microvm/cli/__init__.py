@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         run,
         template,
         top,
+        trust,
     )
 
     parser = argparse.ArgumentParser(
@@ -57,6 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('pytest-microvm')}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (run, doctor, image, template, machines, top, network):
+    for module in (run, doctor, image, template, machines, top, network, trust):
         module.add_parser(verbs)
     return parser

@@ -24,8 +24,8 @@ _MOST = 256 * 1024  # bytes: some dozen authorities
 def company_certificates() -> str:
     """Return, in PEM, the authorities that this computer's administrator or user added.
 
-    From the folders where administrators put them, and from the files that ``SSL_CERT_FILE`` and the like name,
-    where these are not the system's own collection.
+    From the folders where administrators put them, and from the files that ``SSL_CERT_FILE`` and the like
+    name, where these are not the system's own collection.
     """
     found: dict[str, None] = {}
     size = 0

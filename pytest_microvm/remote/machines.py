@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
-from pytest_microvm import evidence
+from pytest_microvm import evidence, project_trust
 from pytest_microvm.config import DEFAULT_TIMEOUT, load_settings
 from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded, UsageError
 from pytest_microvm.grants import NOTHING, Given, Grants
@@ -160,6 +160,7 @@ class MachineBackend:
         change: Callable[[MachineSpec], MachineSpec] = lambda spec: spec,
     ) -> None:
         config = load_settings(settings.rootdir, settings.values)
+        project_trust.check(settings.rootdir, config.asked)
         self._config = replace(config, spec=change(config.spec))
         self._host = Host(
             project=settings.rootdir,
@@ -169,6 +170,8 @@ class MachineBackend:
             say=progress,
         )
         self._base = self._host.base(self._config.spec)
+        if self._config.spec.network is None:  # a kit says it, and the project may have brought it
+            project_trust.check(settings.rootdir, {**config.asked, "network": [*self._base.image.network]})
         self._template: Template | None = None
         self._keeping = self._config.keep == "failed"
         self._pool_size = self._config.pool_size

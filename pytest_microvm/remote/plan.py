@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,16 @@ _PASSED = ("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "TZ", "LANG", "LC_ALL", "NO_COLOR",
 _OPTIONS = (*PARSERS, "isolation", "pool", "retries", "artifacts", "fail_on_denied", "require_accel", "keep")
 
 
+_GRANTING = frozenset(f"--microvm-{name}" for name in ("network", "host", "credential", "secret", "mount"))
+
+
 def settings_from(config: pytest.Config) -> Settings:
-    """Return what the command line says about machines."""
+    """Return what the command line says about machines.
+
+    Raises:
+        UsageError: The project's configuration pretends to be the command line, and grants itself something.
+    """
+    refuse_granting(config.getini("addopts"))
     given = {key: config.getoption(f"microvm_{key}", None) for key in _OPTIONS}
     worker = getattr(config, "workerinput", None) or {}
     count = worker.get("workercount") or getattr(config.option, "numprocesses", None) or 0
@@ -29,6 +38,22 @@ def settings_from(config: pytest.Config) -> Settings:
         worker=str(worker.get("workerid", "")),
         workers=count if isinstance(count, int) else 0,
     )
+
+
+def refuse_granting(addopts: Sequence[str]) -> None:
+    """Refuse options in a project's own ``addopts`` that would give its tests more than its files.
+
+    Raises:
+        UsageError: There are such, or a file with more of them is named.
+    """
+    for word in addopts:
+        option = word.partition("=")[0]
+        if option in _GRANTING or word.startswith("@"):
+            raise UsageError(
+                f"addopts of the project's configuration has {option}, which only who runs it may say",
+                resolution="write the key in [tool.pytest-microvm], then `pytest-microvm trust`; "
+                "or say it on the command line",
+            )
 
 
 def workspace_of(config: pytest.Config) -> Path:

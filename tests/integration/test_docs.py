@@ -211,6 +211,9 @@ def run(argv, project):
     of_this_run = re.compile(r"PYTEST_(?!MICROVM)")  # what this pytest tells its own tests
     environment = {name: value for name, value in os.environ.items() if not of_this_run.match(name)}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "100"}
+    environment["XDG_STATE_HOME"] = str(
+        project.parent / "state"
+    )  # what pages trust is not trusted afterwards
     return subprocess.run(
         argv,
         cwd=project,

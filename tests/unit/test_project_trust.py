@@ -1,0 +1,100 @@
+"""What a project's configuration grants counts only if its user said so, for exactly these words."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_microvm import project_trust
+from pytest_microvm.cli import main
+from pytest_microvm.config import load_settings
+from pytest_microvm.errors import UsageError
+from pytest_microvm.remote.plan import refuse_granting
+
+ASKED = {"network": ["a.example"], "mounts": ["~/.ssh:/keys"]}
+
+
+@pytest.fixture(autouse=True)
+def _state(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv(project_trust.VARIABLE, raising=False)
+
+
+def test_nobody_has_to_allow_nothing(tmp_path):
+    project_trust.check(tmp_path, {})
+    project_trust.check(tmp_path, {"network": []})
+    assert not (tmp_path / "state").exists()
+
+
+def test_what_nobody_allowed_is_refused_and_shown(tmp_path):
+    with pytest.raises(UsageError, match="nobody has allowed that") as caught:
+        project_trust.check(tmp_path, ASKED)
+    assert caught.value.details == 'mounts = ["~/.ssh:/keys"]\nnetwork = ["a.example"]'
+
+
+def test_what_was_allowed_is_allowed_until_it_changes(tmp_path):
+    project_trust.trust(tmp_path, ASKED)
+    project_trust.check(tmp_path, ASKED)
+    project_trust.check(tmp_path, {"network": ["a.example"]})  # the rest comes from the command line, say
+    for changed in ({**ASKED, "network": ["b.example"]}, {**ASKED, "secrets": {"A": {"env": "A"}}}):
+        with pytest.raises(UsageError):
+            project_trust.check(tmp_path, changed)
+
+
+def test_another_project_is_not_meant(tmp_path):
+    project_trust.trust(tmp_path, ASKED)
+    with pytest.raises(UsageError):
+        project_trust.check(tmp_path / "other", ASKED)
+
+
+def test_it_can_be_taken_back(tmp_path):
+    project_trust.trust(tmp_path, ASKED)
+    assert project_trust.revoke(tmp_path)
+    assert not project_trust.revoke(tmp_path)
+    with pytest.raises(UsageError):
+        project_trust.check(tmp_path, ASKED)
+
+
+def test_who_starts_the_run_may_answer_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv(project_trust.VARIABLE, "1")
+    project_trust.check(tmp_path, ASKED)
+    monkeypatch.setenv(project_trust.VARIABLE, "yes")
+    with pytest.raises(UsageError):
+        project_trust.check(tmp_path, ASKED)
+
+
+@pytest.mark.parametrize("damaged", ["", "[]", "{", '{"network": 7}'])
+def test_a_damaged_note_allows_nothing(tmp_path, damaged):
+    project_trust.trust(tmp_path, ASKED)
+    (note,) = (tmp_path / "state").rglob("*.json")
+    note.write_text(damaged)
+    with pytest.raises(UsageError):
+        project_trust.check(tmp_path, ASKED)
+
+
+def test_the_command_line_takes_the_configurations_place(tmp_path):
+    (tmp_path / "pyproject.toml").write_text(
+        '[tool.pytest-microvm]\nnetwork = ["a.example"]\nmemory = "1G"\nsecrets.A.env = "HOME"\n'
+    )
+    assert set(load_settings(tmp_path, {}).asked) == {"network", "secrets"}
+    assert set(load_settings(tmp_path, {"network": ["b.example"], "secrets": None}).asked) == {"secrets"}
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest-microvm]\nprepare_network = ["pip"]\n')
+    monkeypatch.chdir(tmp_path)
+    steps = [(["--show"], "not allowed"), ([], "allowed"), (["--show"], "allowed"), (["--revoke"], "nothing")]
+    for words, said in steps:
+        assert main(["trust", *words]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith(said)
+
+
+@pytest.mark.parametrize(
+    "word", ["--microvm-network=pip", "--microvm-mount", "--microvm-secret=A=env:B", "@options.txt"]
+)
+def test_addopts_of_the_configuration_grants_nothing(word):
+    with pytest.raises(UsageError, match="only who runs it may say"):
+        refuse_granting(["-q", word])
+
+
+def test_other_addopts_stay():
+    refuse_granting(["-q", "--microvm", "--microvm-network-bytes=1M", "--microvm-memory=1G", "-k", "a"])
