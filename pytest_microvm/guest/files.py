@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 MAX_ENTRIES = 10_000
+_PIECE = 256 * 1024  # bytes
 _MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MNT_DETACH = 1, 32, 4096, 2  # include/uapi/linux/mount.h
 
 
@@ -54,7 +55,7 @@ def unpack(reader: StreamReader, target: str) -> None:
     The host is trusted here; owners are kept as the archive says, times too.
     """
     os.makedirs(target, exist_ok=True)
-    with tarfile.open(fileobj=reader, mode="r|", bufsize=65536) as archive:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=reader, mode="r|", bufsize=_PIECE, copybufsize=_PIECE) as archive:  # type: ignore[call-overload]
         for member in archive:
             if hasattr(tarfile, "fully_trusted_filter"):
                 archive.extract(member, target, filter="fully_trusted")
@@ -67,7 +68,7 @@ def unpack(reader: StreamReader, target: str) -> None:
 
 def pack(path: str, writer: StreamWriter) -> None:
     """Write ``path`` as a tar stream: a folder's contents, or the one file under its own name."""
-    with tarfile.open(fileobj=writer, mode="w|", bufsize=65536) as archive:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=writer, mode="w|", bufsize=_PIECE, copybufsize=_PIECE) as archive:  # type: ignore[call-overload]
 
         def forget(member: tarfile.TarInfo) -> tarfile.TarInfo:
             archive.members.clear()  # tarfile keeps them all, in vain

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from os import read, write  # bound here: a test in the runner's process may replace them in os
+from os import readv, write  # bound here: a test in the runner's process may replace them in os
+from select import POLLIN, POLLOUT, poll
 from typing import TYPE_CHECKING
 
 from pytest_microvm.wire.channel import Channel
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from pytest_microvm.wire.channel import Event
 
 PORTS = "/sys/class/virtio-ports"
+
+# Linux hands out what came on a virtio-serial port in pieces of a page, one for each read (fill_readbuf in
+# drivers/char/virtio_console.c). readv(2) of a port that does not block takes all that are there at once.
+_PAGE = 4096
+_PAGES = 16
 
 
 def open_port(name: str) -> int:
@@ -31,7 +37,7 @@ def open_port(name: str) -> int:
 
 
 class Port:
-    """A channel on a descriptor; reading and writing block.
+    """A channel on a descriptor; :meth:`receive` and :meth:`flush` wait.
 
     A clone's host end is new while this end is as old as its template, so a hello from the host
     starts the channel anew. Templates are only cut while no stream is open and nothing is under way.
@@ -42,6 +48,8 @@ class Port:
         self._role = role
         self.channel = Channel(role)
         self.generation = 0
+        self._pieces = [bytearray(_PAGE) for _ in range(_PAGES)]
+        os.set_blocking(fd, False)
 
     def receive(self) -> Iterator[Event]:
         """Wait for bytes and return the events in them (as :meth:`Channel.receive` does).
@@ -50,7 +58,7 @@ class Port:
             EOFError: The host has closed the port.
             WireError: The host broke the protocol.
         """
-        data = read(self.fd, 65536)
+        data = self._read()
         if not data:
             raise EOFError("the host closed the port")
         if data[0] == Kind.HELLO and self.channel.peer is not None and not self.channel.pending:
@@ -62,4 +70,21 @@ class Port:
         """Write what the channel has to send."""
         view = memoryview(self.channel.take())
         while view:
-            view = view[write(self.fd, view) :]
+            try:
+                view = view[write(self.fd, view) :]
+            except BlockingIOError:
+                self._wait(POLLOUT)
+
+    def _read(self) -> bytes:
+        while True:
+            try:
+                size = readv(self.fd, self._pieces)
+            except BlockingIOError:
+                self._wait(POLLIN)
+            else:
+                return b"".join(self._pieces)[:size]  # only the last may be short
+
+    def _wait(self, events: int) -> None:
+        waiting = poll()
+        waiting.register(self.fd, events)
+        waiting.poll()

@@ -4,7 +4,6 @@ import io
 import os
 import resource
 import socket
-import struct
 import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +28,7 @@ class Guest:
     """The guest's end, driven step by step by a test."""
 
     def __init__(self, sock):
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
-            sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", GUARD, 0))
+        sock.settimeout(GUARD)
         self.sock = sock
         self.port = Port(sock.fileno(), "agent")
         self.channel = self.port.channel
