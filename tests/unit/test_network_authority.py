@@ -1,4 +1,4 @@
-"""A machine's own authority: in memory alone, for one machine, and told how to get where it cannot be made."""
+"""A machine's own authority: in memory alone, and for one machine."""
 
 import ssl
 import sys
@@ -33,9 +33,7 @@ def test_keys_are_written_nowhere(monkeypatch, tmp_path):
     assert "PRIVATE KEY" not in authority.certificate_pem
 
 
-@pytest.mark.parametrize(
-    "host", ["a.example", "127.0.0.1", "::1", "xn--caf-dma.example", "_service.a.example"]
-)
+@pytest.mark.parametrize("host", ["a.example", "127.0.0.1", "::1", "xn--caf-dma.example"])
 def test_what_it_vouches_for(host):
     authority = new_authority("vm-1")
     server = authority.context(host)
@@ -56,9 +54,10 @@ def test_what_it_vouches_for(host):
     assert done == set(ends)
 
 
-def test_what_no_certificate_can_name():
+@pytest.mark.parametrize("host", ["a..example", "_service.a.example"])
+def test_what_no_certificate_can_name(host):
     with pytest.raises(ValueError):
-        new_authority("vm-1").context("a..example")
+        new_authority("vm-1").context(host)
 
 
 def test_certificates_of_many_hosts_are_not_all_kept():
