@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from urllib.parse import quote, quote_plus
 
 MASK = "***"
@@ -100,18 +100,20 @@ def variants(value: str) -> set[str]:
         found |= {quote(raw, safe=""), quote(raw), quote_plus(raw)}
         found |= {re.sub("%[0-9A-F]{2}", lambda code: code[0].lower(), quote(raw, safe=""))}
         for encode in (base64.standard_b64encode, base64.urlsafe_b64encode):
-            found |= {_inner(encode, raw, offset) for offset in range(3)}
+            found = found.union(*(_inner(encode, raw, offset) for offset in range(3)))
     return {text for text in found if len(text) >= MIN_LENGTH}
 
 
-def _inner(encode: object, raw: bytes, offset: int) -> str:
-    """Return the base64 of ``raw``, ``offset`` bytes into a group, without what neighbours decide."""
-    assert callable(encode)
+def _inner(encode: Callable[[bytes], bytes], raw: bytes, offset: int) -> set[str]:
+    """Return the base64 of ``raw``, ``offset`` bytes into a group, without what the bytes before it decide.
+
+    Once up to what the bytes behind it decide, and as it is where none follow, padded and not.
+    """
     encoded = encode(b"\0" * offset + raw).decode()
     first = -(-offset * 8 // 6)
     last = (offset + len(raw)) * 8 // 6
-    fragment = str(encoded[first:last])
-    return fragment if len(fragment) >= _MIN_ENCODED else ""
+    found = {encoded[first:last], encoded[first:], encoded[first:].rstrip("=")}
+    return found if last - first >= _MIN_ENCODED else set()
 
 
 def _overlap(tail: bytes, variant: bytes) -> int:
