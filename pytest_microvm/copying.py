@@ -22,6 +22,7 @@ from pytest_microvm.transfer import receive_file, receive_tree, send_tar
 
 if TYPE_CHECKING:
     from pytest_microvm.machine import MicroVM
+    from pytest_microvm.vmpath import GuestPath
 
 _SHOWN = 20  # paths in a message
 _log = logging.getLogger("pytest_microvm")
@@ -101,14 +102,12 @@ class Copy:
                 f"{path} is no {kind} in the machine any more",
                 resolution="nothing was changed on the host; let the machine leave what is mounted in place",
             )
-        room = size_limit(self._machine)
         if self.single:
             received = content / self._source.name
-            with received.open("wb") as file:
-                receive_file(self._machine.link(), path.pure, file, room)
+            receive(self._machine, path, received)
             received.chmod(file_mode(path.stat()["mode"]))
         else:
-            terms = Terms(room, MAX_PATHS, self._handed.links, left_out)
+            terms = Terms(_room(self._machine), MAX_PATHS, self._handed.links, left_out)
             receive_tree(self._machine.link(), path.pure, content, terms)
 
     def _take_over(self, root: int, staging: Path, left_out: dict[str, str]) -> Result:
@@ -174,7 +173,20 @@ def _resolved(what: Mount) -> Path:
     return source
 
 
-def size_limit(machine: MicroVM) -> int:
+def receive(machine: MicroVM, path: GuestPath, target: Path) -> None:
+    """Write a machine's file into a new file of the host.
+
+    Raises:
+        TransferError: It is none, or larger than the machine.
+    """
+    room = _room(machine)
+    if not path.is_file() or path.stat()["size"] > room:  # asked first: else all that fits would come
+        raise TransferError(f"{path} is no file in the machine, or one of more than {room} bytes")
+    with target.open("wb") as file:
+        receive_file(machine.link(), path.pure, file, room)
+
+
+def _room(machine: MicroVM) -> int:
     """Return how many bytes a machine can have to give back: more is a file full of holes."""
     return min(MAX_BYTES, machine.facts.limits.disk + machine.facts.limits.memory)
 

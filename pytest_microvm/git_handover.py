@@ -14,14 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_microvm.copying import size_limit
+from pytest_microvm.copying import receive
 from pytest_microvm.errors import TransferError, UsageError
 from pytest_microvm.git_bundle import BadBundle, Repository, import_commits
 from pytest_microvm.git_commands import GitError, git
 from pytest_microvm.manifest import Handover, open_folder
 from pytest_microvm.mounts import Changes, Mount
 from pytest_microvm.sanitize import sanitize
-from pytest_microvm.transfer import receive_file, send_tar
+from pytest_microvm.transfer import send_tar
 
 if TYPE_CHECKING:
     from pytest_microvm.machine import MicroVM
@@ -133,8 +133,7 @@ class Clone:
         place = self._mount.target / ".git" / "microvm.bundle"
         self._guest_git("bundle", "create", "--quiet", str(place), "HEAD", f"^{self._base}")
         try:
-            with bundle.open("wb") as file:
-                receive_file(self._machine.link(), place, file, size_limit(self._machine))
+            receive(self._machine, self._machine.path(place), bundle)
         except (OSError, TransferError) as error:
             raise self._refused("its bundle cannot be read", str(error)) from error
         self._machine.run(["rm", "-rf", str(place)])

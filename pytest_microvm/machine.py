@@ -375,7 +375,7 @@ class MicroVM:
         if self._on_keep is None or self.closed or not self.instance.vmm.alive:
             return False
         try:
-            self._give_back()
+            self.give_back()
         finally:
             self.closed = True
             self._on_keep(about)
@@ -391,18 +391,20 @@ class MicroVM:
         """
         if not self.closed:
             try:
-                self._give_back()
+                self.give_back()
             finally:
                 self.closed = True
                 self.instance.close()
                 self._on_close()
 
-    def _give_back(self) -> None:
-        if self.mounts and not self.instance.vmm.alive:
-            places = ", ".join(str(mounted.mount.target) for mounted in self.mounts)
+    def give_back(self) -> list[Changes]:
+        """Copy back what the machine changed in its mounts, for the last time: :meth:`close` will not."""
+        mounted, self.mounts = self.mounts, []
+        if mounted and not self.instance.vmm.alive:
+            places = ", ".join(str(one.mount.target) for one in mounted)
             _log.warning("machine %s has ended: nothing came back of %s", self.id, places)
-        elif self.mounts:
-            self.copy_back()
+            return []
+        return copy_all_back(mounted)
 
     @property
     def redactor(self) -> Redactor:

@@ -100,7 +100,8 @@ class Mounted:
         if self.closed:
             return
         self.closed = True
-        self._machine.mounts.remove(self)
+        if self in self._machine.mounts:
+            self._machine.mounts.remove(self)
         path = self._machine.path(self.mount.target)
         if self.mount.access == "ro":
             with self._machine.explained():

@@ -209,7 +209,7 @@ def _after(
         if machine.instance.vmm.alive:
             for source, target in pulls:
                 machine.pull(source, target)
-            for changes in machine.copy_back():
+            for changes in machine.give_back():
                 _say(arguments, f"copied back: {changes}")
     finally:
         denied = machine.network.denied
