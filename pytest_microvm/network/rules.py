@@ -89,17 +89,15 @@ class Policy:
 
     def _decide(self, asked: Asked) -> tuple[Decision, list[Rule]]:
         """Return the decision, and the rules that allow what is asked for."""
-        matches = [(rule, rule.match(asked)) for rule in self.rules]
-        forbidding = {match: rule for rule, match in matches if rule.deny}
-        if Match.ALL in forbidding:
-            forbidden = str(_first(rule for rule, match in matches if rule.deny and match is Match.ALL))
-            return Decision(False, f"forbidden by {forbidden}", forbidden), []
-        allowing = [rule for rule, match in matches if not rule.deny and match is not Match.NOTHING]
-        wholly = [rule for rule in allowing if rule.match(asked) is Match.ALL]
+        matches = [(rule, match) for rule in self.rules if (match := rule.match(asked))]
+        wholly = [rule for rule, match in matches if match is Match.ALL]
+        if forbidden := _first(rule for rule in wholly if rule.deny):
+            return Decision(False, f"forbidden by {forbidden}", str(forbidden)), []
+        allowing = [rule for rule, _match in matches if not rule.deny]
         rule = _first(wholly or allowing)
         if rule is None:
             return Decision(False, self._why_not(asked), None), []
-        inspect = not wholly or Match.PART in forbidding
+        inspect = not wholly or any(each.deny for each, _match in matches)
         if inspect and asked.scheme is not None:
             return Decision(False, f"{rule}: the request's method or path is not known", None), []
         watched = ", each request in it looked at" if inspect else ""
@@ -108,7 +106,7 @@ class Policy:
 
     def _denying(self, asked: Asked) -> list[Rule]:
         """Return the rules that forbid what is asked for, or might once it is known."""
-        return [rule for rule in self.rules if rule.deny and rule.match(asked) is not Match.NOTHING]
+        return [rule for rule in self.rules if rule.deny and rule.match(asked)]
 
     def _address_refused(self, asked: Asked, address: Address, allowing: list[Rule]) -> str:
         """Say why a request that is allowed may not go to an address; empty if it may."""
@@ -186,9 +184,9 @@ def _first(rules: Iterable[Rule]) -> Rule | None:
     return min(rules, key=_plainness, default=None)
 
 
-def _plainness(rule: Rule) -> tuple[bool, bool, bool, str]:
+def _plainness(rule: Rule) -> tuple[bool, str, bool, str]:
     wide = isinstance(rule.target, Everything) or (isinstance(rule.target, Name) and rule.target.subdomains)
-    return (wide, rule.preset is not None, not rule.is_partial, str(rule))
+    return (wide, rule.preset or "", not rule.is_partial, str(rule))
 
 
 def _shown(rule: Rule) -> str:
