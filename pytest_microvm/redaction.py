@@ -59,11 +59,15 @@ class Redactor:
             return {self.text(str(key)): self.tree(item) for key, item in value.items()}
         return [self.tree(item) for item in value] if isinstance(value, list) else value
 
-    def undecided(self, data: bytes) -> int:
-        """Return how many bytes at the end of ``data`` may be the beginning of a value."""
-        start = max(0, len(data) - self._longest + 1)
-        tail = data[start:]
-        return max((_overlap(tail, variant) for variant in self._variants), default=0)
+    def decided(self, data: bytes) -> int:
+        """Return how many bytes of ``data`` cannot become part of a (longer) value with what follows."""
+        tail = data[max(0, len(data) - self._longest + 1) :]
+        end = len(data) - max((_overlap(tail, variant) for variant in self._variants), default=0)
+        if self._pattern is not None:
+            for found in self._pattern.finditer(data):
+                if found.start() < end < found.end():
+                    return found.start()
+        return end
 
 
 class RedactedStream:
@@ -79,15 +83,15 @@ class RedactedStream:
 
     def feed(self, data: bytes) -> bytes:
         """Take what came; return what can be shown by now."""
-        data = self._redactor.raw(self._held + data)
-        keep = self._redactor.undecided(data)
-        self._held = data[len(data) - keep :]
-        return data[: len(data) - keep]
+        data = self._held + data
+        end = self._redactor.decided(data)
+        self._held = data[end:]
+        return self._redactor.raw(data[:end])
 
     def end(self) -> bytes:
         """Return what was still held: no more will come."""
         held, self._held = self._held, b""
-        return held
+        return self._redactor.raw(held)
 
 
 def variants(value: str) -> set[str]:

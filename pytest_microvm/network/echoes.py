@@ -46,11 +46,11 @@ class Echoes:
             return data
         if not data:
             data, self._held = self._held, b""
-            return data
-        data = self.blanked(self._held + data)
-        sure = len(data) - self._redactor.undecided(data)
+            return self.blanked(data)
+        data = self._held + data
+        sure = self._redactor.decided(data)
         self._held = data[sure:]
-        return data[:sure]
+        return self.blanked(data[:sure])
 
     def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Refuse a response that cannot be searched.
