@@ -436,6 +436,18 @@ def test_what_is_forbidden_of_an_address_is_forbidden_by_any_name():
     assert not allows(rules, "a.example:80", address="9.9.9.9")  # nobody would look into the tunnel
 
 
+def test_a_network_that_is_forbidden_is_so_inside_tunnels_of_others():
+    rules = policy("2001::/32", "deny:9.0.0.0/8")
+    assert allows(rules, "http://[2001:0:808:808::f7f7:f7f7]/")
+    assert not allows(rules, "http://[2001:0:909:909::f7f7:f7f7]/")  # its Teredo server
+    assert not allows(rules, "http://[2001:0:808:808::f6f6:f6f6]/")  # its client
+
+
+def test_a_request_to_an_address_goes_to_that_address():
+    assert allows(policy("9.9.9.9", "8.8.8.8"), "http://9.9.9.9/", address="9.9.9.9")
+    assert not allows(policy("9.9.9.9", "8.8.8.8"), "http://9.9.9.9/", address="8.8.8.8")
+
+
 def test_names_that_are_loopback():
     rules = policy("*.localhost:8080", "localhost")
     assert allows(rules, "http://a.localhost:8080/", address="127.0.0.1")
