@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import os
 import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 from junitparser import JUnitXml, Properties
+
+from pytest_microvm import MicroVM
 
 GUARD = 900  # seconds, on a slow machine
 
@@ -152,6 +156,43 @@ def test_what_a_test_made_in_a_mount_comes_back(ran):
     assert outcome(cases["test_mounted"]) == [], out
     assert (folder / "data/out.txt").read_text() == "made"
     assert {path.name for path in (folder / "data").iterdir()} == {"in.txt", "out.txt"}
+
+
+def test_what_nobody_allowed_is_refused_before_anything_runs(tmp_path):
+    mark = tmp_path / "ran"
+    (tmp_path / "test_it.py").write_text("def test_it():\n    pass\n")
+    (tmp_path / "pyproject.toml").write_text(
+        f'[tool.pytest-microvm]\nsecrets.KEY = {{ command = "touch {mark}" }}\nmounts = ["/etc:/stolen:ro"]\n'
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--microvm"]
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
+    environment.pop("PYTEST_MICROVM_TRUST", None)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=GUARD, check=False
+    )
+    assert done.returncode == 4
+    assert 'mounts = ["/etc:/stolen:ro"]' in done.stdout + done.stderr
+    assert not mark.exists()
+
+
+def test_the_proxy_has_no_port_on_this_computer(server):
+    def listening():
+        mine = set()
+        for descriptor in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # the one by which the folder is read
+                mine.add(str(descriptor.readlink()))
+        tables = (Path("/proc/net", name).read_text().splitlines()[1:] for name in ("tcp", "tcp6"))
+        rows = [row.split() for table in tables for row in table]
+        return {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine}
+
+    before = listening()
+    assert before  # the test's own server: what is looked for can be found
+    with MicroVM.start(
+        image="python", network=["one.example"], hosts={"one.example": f"127.0.0.1:{server}"}
+    ) as vm:
+        script = "import urllib.request as u; print(u.urlopen('http://one.example/').read().decode())"
+        assert vm.run(["python3", "-c", script], check=True).stdout == "hello\n"
+        assert listening() == before
 
 
 def test_all_is_loud_and_a_wrong_rule_is_told_before_anything_runs(tmp_path):
