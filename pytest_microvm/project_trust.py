@@ -21,8 +21,8 @@ from pytest_microvm.errors import UsageError
 VARIABLE = "PYTEST_MICROVM_TRUST"
 """``1`` where whoever starts the run answers for the project, such as a CI job on branches of its own."""
 
-GRANTS = ("network", "prepare_network", "hosts", "credentials", "secrets", "mounts")
-"""The keys of the configuration that need it."""
+GRANTS = ("image", "network", "prepare_network", "hosts", "credentials", "secrets", "mounts")
+"""The keys of the configuration that need it; an image does if its kit is the project's own."""
 
 
 def check(project: Path, asked: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pytest_microvm import project_trust
 from pytest_microvm.config import load_settings
-from pytest_microvm.images.kits import load_kit
+from pytest_microvm.project_grants import asked_by
 from pytest_microvm.sanitize import sanitize
 
 
@@ -38,10 +38,7 @@ def _run(arguments: argparse.Namespace) -> int:
         done = project_trust.revoke(project)
         print("nothing is allowed any more" if done else "nothing was allowed")
         return 0
-    settings = load_settings(project, {})
-    asked = dict(settings.asked)
-    if settings.spec.network is None and (network := load_kit(settings.spec.image, project=project).network):
-        asked["network"] = [*network]
+    asked = asked_by(load_settings(project, {}))
     for line in project_trust.shown(asked):
         print(sanitize(line))
     if not asked:

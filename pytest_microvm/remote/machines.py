@@ -20,6 +20,7 @@ from pytest_microvm.instance import Instance, MachineFacts, Usage
 from pytest_microvm.machine import MicroVM
 from pytest_microvm.mounts import Mount
 from pytest_microvm.network.log import NetworkLog
+from pytest_microvm.project_grants import asked_by
 from pytest_microvm.redaction import Redactor
 from pytest_microvm.remote.backend import BackendFacts, CollectPlan, Progress, RunOptions, Settings
 from pytest_microvm.remote.session import RunnerSession, runner_command
@@ -160,7 +161,7 @@ class MachineBackend:
         change: Callable[[MachineSpec], MachineSpec] = lambda spec: spec,
     ) -> None:
         config = load_settings(settings.rootdir, settings.values)
-        project_trust.check(settings.rootdir, config.asked)
+        project_trust.check(settings.rootdir, asked_by(config))
         self._config = replace(config, spec=change(config.spec))
         self._host = Host(
             project=settings.rootdir,
@@ -170,8 +171,6 @@ class MachineBackend:
             say=progress,
         )
         self._base = self._host.base(self._config.spec)
-        if self._config.spec.network is None:  # a kit says it, and the project may have brought it
-            project_trust.check(settings.rootdir, {**config.asked, "network": [*self._base.image.network]})
         self._template: Template | None = None
         self._keeping = self._config.keep == "failed"
         self._pool_size = self._config.pool_size

@@ -8,6 +8,7 @@ from pytest_microvm import project_trust
 from pytest_microvm.cli import main
 from pytest_microvm.config import load_settings
 from pytest_microvm.errors import UsageError
+from pytest_microvm.project_grants import asked_by
 from pytest_microvm.remote.plan import refuse_granting
 
 ASKED = {"network": ["a.example"], "mounts": ["~/.ssh:/keys"]}
@@ -86,6 +87,23 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for words, said in steps:
         assert main(["trust", *words]) == 0
         assert capsys.readouterr().out.splitlines()[-1].startswith(said)
+
+
+def test_a_kit_of_the_projects_is_asked_about_and_one_that_ships_is_not(tmp_path):
+    kit = tmp_path / "microvm" / "kits" / "own"
+    kit.mkdir(parents=True)
+    (kit / "kit.toml").write_text('parent = "base"\nnetwork = ["a.example"]\nsetup = ["true"]\n')
+    pyproject = tmp_path / "pyproject.toml"
+    pyproject.write_text('[tool.pytest-microvm]\nimage = "own"\n')
+    asked = asked_by(load_settings(tmp_path, {}))
+    assert asked["network"] == ["a.example"]
+    assert asked["image"].startswith("own (sha256 ")
+    (kit / "kit.toml").write_text('parent = "base"\nnetwork = ["a.example"]\nsetup = ["false"]\n')
+    assert asked_by(load_settings(tmp_path, {}))["image"] != asked["image"]
+    assert asked_by(load_settings(tmp_path, {"image": "base"})) == {}
+    assert asked_by(load_settings(tmp_path, {"image": "own", "network": ["b.example"]})) == {}
+    pyproject.write_text('[tool.pytest-microvm]\nimage = "base"\n')
+    assert asked_by(load_settings(tmp_path, {})) == {}
 
 
 @pytest.mark.parametrize(

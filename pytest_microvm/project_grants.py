@@ -1,0 +1,35 @@
+"""What a project's configuration asks for that needs its user's trust, its own kits included."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+from pytest_microvm.config import Settings
+from pytest_microvm.images.kits import find_kit, load_kit, shipped_kits
+
+
+def asked_by(settings: Settings) -> dict[str, Any]:
+    """Return what a project asks for, by key: its grants, and a kit of its own with the digest of what it says.
+
+    A kit's commands run on this computer when its image is built; one that ships is nobody's request. What
+    the command line says is not the project's.
+
+    Args:
+        settings: The project's.
+
+    Raises:
+        KitError: The image's kit cannot be used.
+    """
+    found = {key: value for key, value in settings.asked.items() if key != "image" and value}
+    image = settings.spec.image
+    if shipped_kits() in find_kit(image, project=settings.project).parents:
+        return found
+    kit = load_kit(image, project=settings.project)
+    if "image" in settings.asked:
+        recipe = json.dumps(kit.recipe(), sort_keys=True, default=str)
+        found["image"] = f"{image} (sha256 {hashlib.sha256(recipe.encode()).hexdigest()[:32]})"
+    if settings.spec.network is None and kit.network:
+        found["network"] = [*kit.network]
+    return found
