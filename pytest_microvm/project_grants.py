@@ -11,7 +11,7 @@ from pytest_microvm.images.kits import find_kit, load_kit, shipped_kits
 
 
 def asked_by(settings: Settings) -> dict[str, Any]:
-    """Return what a project asks for, by key: its grants, and a kit of its own with the digest of what it says.
+    """Return what a project asks for, by key: its grants, and a kit of its own with a digest of all it says.
 
     A kit's commands run on this computer when its image is built; one that ships is nobody's request. What
     the command line says is not the project's.
