@@ -7,15 +7,15 @@ import subprocess
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
-from threading import Timer
+from threading import Event, Timer
 
 from pytest_microvm.errors import HostError
 from pytest_microvm.sanitize import sanitize
 
 TIMEOUT = 90.0  # seconds; an index may be slow, and is asked about more than one project
-_MAX_ANSWER = 4 * 1024 * 1024
+MAX_ANSWER = 4 * 1024 * 1024
 _TAIL = 1500  # characters of what a client said when it failed
-_LOGIN = re.compile(r"(://)[^/\s@]*@")
+_LOGIN = re.compile(r"(://)[^/\s]*@")  # to the last @, which a password may have too
 
 
 def answer(
@@ -43,22 +43,32 @@ def answer(
             )
         except OSError as error:
             raise HostError(f"{what}: {command[0]} could not be run: {error.strerror}") from error
-        late = Timer(TIMEOUT, process.kill)
-        late.start()
+        late = Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = Timer(TIMEOUT, end)
+        timer.start()
         with process:
             assert process.stdout is not None
-            printed = process.stdout.read(_MAX_ANSWER + 1)
-            if len(printed) > _MAX_ANSWER:
+            printed = process.stdout.read(MAX_ANSWER + 1)
+            if len(printed) > MAX_ANSWER:
                 process.kill()
-        late.cancel()
+        timer.cancel()
         said.seek(0)
-        beside = without_login(said.read(_MAX_ANSWER).decode(errors="replace").strip())
-    if process.returncode not in statuses:
-        why = (
-            f"it took longer than {TIMEOUT:g} s" if late.finished.is_set() and process.returncode < 0 else ""
-        )
+        beside = without_login(said.read(MAX_ANSWER).decode(errors="replace").strip())
+    why = ""
+    if late.is_set():
+        why = f"no answer in {TIMEOUT:g} s"
+    elif len(printed) > MAX_ANSWER:
+        why = f"its answer is longer than {MAX_ANSWER} bytes"
+    elif process.returncode not in statuses:
+        why = f"status {process.returncode}"
+    if why:
         raise HostError(
-            f"{what}: {Path(command[0]).name} failed ({why or f'status {process.returncode}'})",
+            f"{what}: {Path(command[0]).name} failed ({why})",
             details=sanitize(beside[-_TAIL:]),
             resolution="run it by hand, or write the hosts themselves as rules",
         )

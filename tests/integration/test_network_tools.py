@@ -204,7 +204,7 @@ def test_npm(machine, with_node):
     assert done.returncode == 0, done.stderr
     assert machine.path("/srv/node_modules/left-pad/index.js").exists()
     assert {each.allowed for each in machine.network.requests[before:]} == {True}
-    done = machine.run([*install, "--registry=https://other.example/", "is-odd"])
+    done = machine.run([*NPM, "view", "--registry=https://other.example/", "is-odd"])
     assert done.returncode != 0
     assert "E403" in done.stderr
     assert "microvm: denied: no rule allows other.example:443" in done.stderr
