@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import socket
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -183,7 +184,7 @@ def _request(url: str, method: str) -> Request:
     Raises:
         UsageError: It is no URL, or no host and port.
     """
-    if "@" in url.partition("?")[0].partition("://")[2].partition("/")[0]:
+    if "@" in re.split(r"[/?#]", url.rpartition("://")[2])[0]:
         raise UsageError("a URL with a user name is not sent by a machine", resolution="leave it out")
     try:
         parts = urlsplit(url if "://" in url else f"//{url}")

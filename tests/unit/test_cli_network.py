@@ -150,6 +150,7 @@ def test_no_rules(run, tmp_path):
     [
         (["check", "ftp://a.invalid/"], "ftp:// is not known here"),
         (["check", "https://me:hunter2@a.invalid/"], "a URL with a user name"),
+        (["check", "me:hunter2@a.invalid:80"], "a URL with a user name"),
         (["check", "https://a b/"], "is not a URL: it is neither a host's name nor an address"),
         (["check", "https://a.invalid:99999/"], "is not a URL: Port out of range"),
         (
