@@ -184,7 +184,7 @@ def _request(url: str, method: str) -> Request:
     Raises:
         UsageError: It is no URL, or no host and port.
     """
-    if "@" in re.split(r"[/?#]", url.rpartition("://")[2])[0]:
+    if "@" in re.split(r"[/?#]", url.partition("://")[2] or url)[0]:
         raise UsageError("a URL with a user name is not sent by a machine", resolution="leave it out")
     try:
         parts = urlsplit(url if "://" in url else f"//{url}")
@@ -217,8 +217,10 @@ def _addresses(rules: _Rules, request: Request, looked_into: Request) -> dict[st
     """Return what is decided for each address that the host of a request has."""
     if request.host in rules.hosts:
         address, port = rules.hosts[request.host]
-        where = f"{address}:{port or request.port}"
-        return {where: Decision(True, "the project's `hosts` lets the name lead there", None)}
+        decision = rules.policy.decide_address(looked_into, address)
+        if decision.rule is None:  # no rule is against it, and its range does not matter: the user chose it
+            decision = Decision(True, "the project's `hosts` lets the name lead there", None)
+        return {f"{address}:{port or request.port}": decision}
     if as_address(request.host) is not None:
         found = [request.host]
     elif is_loopback_name(request.host):

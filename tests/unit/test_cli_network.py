@@ -108,6 +108,12 @@ def test_where_the_project_lets_a_name_lead(run, tmp_path):
     status, out = run("check", "https://api.invalid/")
     assert status == 0
     assert "allowed  127.0.0.1:8443" in out
+    configure(
+        tmp_path, 'network = ["api.invalid", "deny:127.0.0.0/8"]\nhosts = { "api.invalid" = "127.0.0.1" }\n'
+    )
+    status, out = run("check", "https://api.invalid/")
+    assert status == 1
+    assert "denied   127.0.0.1:443  127.0.0.1 is forbidden by deny:127.0.0.0/8" in out
 
 
 def test_json(run):
