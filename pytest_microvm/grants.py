@@ -177,12 +177,13 @@ def resolve(
     environment: dict[str, str] = {}
 
     def preset(name: str) -> Sequence[Rule]:
-        from pytest_microvm.network.presets import read_preset  # noqa: PLC0415 - asks the tools: seconds
+        from pytest_microvm.network import presets  # noqa: PLC0415 - asks the tools: seconds
 
-        found = read_preset(name, project, rootfs)
-        environment.update(found.environment)
-        for hint in found.hints:
-            say(hint)
+        found = presets.read_preset(name, project, rootfs)
+        if name in presets.named_presets(rules):  # not if it is only forbidden
+            environment.update(found.environment)
+            for hint in found.hints:
+                say(hint)
         return found.rules
 
     policy = parse_rules(rules, where, preset)
