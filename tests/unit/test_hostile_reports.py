@@ -79,7 +79,7 @@ def test_a_test_cannot_vanish_from_the_results(request, told):
         for when, outcome in told
     ]
     with pytest.raises(ProtocolViolation, match="nothing about the test"):
-        running._read(test, [*reports, {"k": "end"}], None, None, 0)
+        running._read(test, [*reports, {"k": "end"}], None, None, retries=0, asked=[])
 
 
 @FEW
