@@ -173,7 +173,8 @@ def test_nothing_reaches_out(launch, machine):
     # integration tests look for one in the guest.
     assert {"-nodefaults", "-no-user-config"} <= set(command)
     assert not {"-nic", "-net", "-netdev", "-monitor", "-vnc", "-fsdev", "-virtfs"} & set(command)
-    assert not [device for device in value_of(command, "-device") if re.match("(virtio-net|e1000|rtl)", device)]
+    cards = re.compile("virtio-net|e1000|rtl|ne2k|vmxnet")
+    assert not [device for device in value_of(command, "-device") if cards.match(device)]
     assert value_of(command, "-sandbox") == [
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
     ]
