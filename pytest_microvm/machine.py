@@ -303,8 +303,9 @@ class MicroVM:
         """What it asked of the network: ``network.requests``, and of these ``network.denied``."""
         return self.instance.network
 
-    @contextlib.contextmanager
-    def forward(self, target: int | str | PurePosixPath, *, unix: bool = False) -> Iterator[Address]:
+    def forward(
+        self, target: int | str | PurePosixPath, *, unix: bool = False
+    ) -> AbstractContextManager[Address]:
         """Let clients on this computer reach a server in the machine, inside a ``with`` block.
 
         Many may be connected at once, 500 at most; others wait. Nothing has to listen yet: clients that come
@@ -324,11 +325,7 @@ class MicroVM:
             UsageError: The machine has been closed, or ``target`` is no port.
             MachineCrashed: The machine has ended.
         """
-        self._asked("forward", f"forward {target}")
-        with contextlib.ExitStack() as stack:
-            with self.explained():
-                address = stack.enter_context(self._open_network().forward(_served(target), unix=unix))
-            yield address
+        return self._forwarded(target, unix=unix)
 
     def wait_for_port(self, target: int | str | PurePosixPath, *, timeout: float) -> None:
         """Wait until something in the machine listens on a TCP port or Unix socket; it is connected to once.
@@ -455,6 +452,14 @@ class MicroVM:
         """
         self._check_open()
         return self.instance.link("agent")
+
+    @contextlib.contextmanager
+    def _forwarded(self, target: int | str | PurePosixPath, *, unix: bool) -> Iterator[Address]:
+        self._asked("forward", f"forward {target}")
+        with contextlib.ExitStack() as stack:
+            with self.explained():
+                address = stack.enter_context(self._open_network().forward(_served(target), unix=unix))
+            yield address
 
     def _open_network(self) -> MachineNetwork:
         self._check_open()
