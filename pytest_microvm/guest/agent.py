@@ -115,6 +115,7 @@ class Agent:
         from pytest_microvm.guest import network  # noqa: PLC0415 - a process of a computer, in tests, has its own
 
         forbid_thrashing()
+        resume.make_ready()
         network.start()  # outside the group: none of the machine's processes, whose number is limited
         self._refusals = enter_group()
         if self._refusals is not None:
