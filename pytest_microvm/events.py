@@ -22,8 +22,8 @@ class Event:
     """One thing that happened.
 
     Args:
-        kind: ``started``, ``command``, ``push``, ``pull``, ``mount``, ``copy_back``, ``forward``, ``network``,
-            ``finding``, ``quota`` or ``crashed``.
+        kind: ``started``, ``command``, ``push``, ``pull``, ``mount``, ``copy_back``, ``forward``,
+            ``network``, ``finding``, ``quota`` or ``crashed``.
         about: What, for people.
         at: When, in seconds since 1970.
         seen_by: ``host`` or ``guest``.
