@@ -136,7 +136,7 @@ class Instance:
     def __init__(self, vmm: Vmm) -> None:
         self.vmm = vmm
         self.events = EventLog()
-        self.requests = NetworkLog(self.events)
+        self.requests = NetworkLog(self.events, self._redact)
         self.guard: Guard | None = None
         self.resumed_with: dict[str, Any] = {}
         self.given = NOTHING
@@ -184,6 +184,9 @@ class Instance:
             Meter(*quotas, self._exceeded_network),
             redact=self.redactor.text,
         )
+
+    def _redact(self, text: str) -> str:
+        return self.redactor.text(text)  # what it was given is only known once it has woken up
 
     def _exceeded_network(self, quota: str, limit: float, observed: float) -> None:
         if self.guard is not None:

@@ -200,7 +200,8 @@ class Exchange:
         if dict(event.headers).get(b"upgrade", b"").lower() != b"websocket":
             raise Refused(502, f"{line.origin.host} switches to a protocol that was not asked for")
         headers = [*self._headers(event), (b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
-        await self._answer(h11.InformationalResponse(status_code=101, headers=headers, reason=event.reason))
+        reason = self._echoes.blanked(event.reason)
+        await self._answer(h11.InformationalResponse(status_code=101, headers=headers, reason=reason))
         line.stream.unread(line.http.trailing_data[0])
         await relay(self._guest, line.stream, self._echoes.feed)
 

