@@ -44,6 +44,7 @@ class Copy:
         self._mount = mount
         self._source = _resolved(mount)
         self._handed = Handover()
+        self._left_out: dict[str, str] = {}  # what was told already
         self.single = not self._source.is_dir()
 
     def hand_over(self) -> None:
@@ -125,6 +126,9 @@ class Copy:
             os.close(spare)
         kept = {path: entry for path, entry in before.items() if is_below(path, left_out)}
         self._handed.manifest = {**after, **kept}
+        told = {(path, why) for path, why in self._left_out.items() if path in left_out}
+        result.conflicts = [conflict for conflict in result.conflicts if conflict[:2] not in told]
+        self._left_out = left_out
         return result
 
     def _told(self, result: Result) -> Changes:
@@ -146,7 +150,9 @@ class Copy:
                 f"{len(result.conflicts)} of the changes to {self._mount.target} were not taken over into "
                 f"{self._source}",
                 tuple(conflict.path for conflict in result.conflicts),
-                details="\n".join([*lines, *([f"and {more} more"] if more > 0 else [])]),
+                details="\n".join(
+                    [*map(self._machine.redactor.text, lines), *([f"and {more} more"] if more > 0 else [])]
+                ),
                 resolution="compare the two versions, and remove the one with the machine's id in its name",
             )
         return changes

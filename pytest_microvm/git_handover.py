@@ -96,7 +96,8 @@ class Clone:
             except BadBundle as error:
                 raise self._refused(error.brief, error.details) from error
         branch = self._named(tip)
-        self._last = Changes(branch=branch, commits=new.count, subjects=new.subjects, uncommitted=uncommitted)
+        subjects = tuple(map(self._machine.redactor.text, new.subjects))
+        self._last = Changes(branch=branch, commits=new.count, subjects=subjects, uncommitted=uncommitted)
         return self._last
 
     # Into the machine

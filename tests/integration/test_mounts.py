@@ -177,6 +177,7 @@ def test_a_hostile_machine(vm, place, source, caplog):
     assert (source / "holes").stat().st_size == 5 * 1024**2
     assert "git's own files" in caplog.text
     assert set(content(source.parent)) >= set(outside)
+    assert mounted.copy_back() == Changes()  # told once
     mounted.close()
 
 
@@ -389,6 +390,29 @@ def test_commits_come_back_as_a_branch(agent, place, repository):
     assert untouched(repository) == before
     mounted.close()
     git(repository, "fsck", "--strict")
+
+
+def test_a_clone_to_read(agent, place, repository):
+    with agent.mount(repository, place, "ro", "git") as mounted:
+        assert in_guest(agent, place, "git log --format=%s").stdout == "first\n"
+        assert agent.run(f"cd {place} && git commit -q --allow-empty -m x").returncode
+        assert mounted.copy_back() == Changes()
+    assert git(repository, "branch", "--list", "microvm/*") == ""
+    assert not agent.path(place).exists()
+
+
+def test_a_secret_in_what_is_shown(host, repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_OF_MOUNTS", "correct-horse")
+    secret = {"KEY": {"env": "SECRET_OF_MOUNTS"}}
+    with host.start(image="agent", timeout=300, secrets=secret) as machine:
+        machine.mount(repository, "/repository", kind="git")
+        in_guest(machine, "/repository", 'git commit -q --allow-empty -m "the key is $KEY"')
+        machine.mount(tmp_path / "out", "/out")
+        machine.run('ln -s /etc "/out/$KEY"', check=True)
+        assert machine.mounts[0].copy_back().subjects == ("the key is ***",)
+        with pytest.raises(MountConflict) as caught:
+            machine.mounts[1].copy_back()
+        assert "correct-horse" not in str(caught.value)
 
 
 def test_nothing_committed(agent, place, repository):
