@@ -9,7 +9,9 @@ ATTACKS = r"""
     # What root in a machine can do anyway, done from within: take the runner's end of the channel.
 
     def port():
-        return next(it for it in gc.get_objects() if type(it).__name__ == "Port" and hasattr(it, "channel"))
+        found = next(it for it in gc.get_objects() if type(it).__name__ == "Port" and hasattr(it, "channel"))
+        os.set_blocking(found.fd, True)  # all of an attack is sent
+        return found
 
     def stay():
         time.sleep(600)  # until the host has ended this machine
