@@ -5,6 +5,9 @@ SHELL := /bin/bash
 BIN := .venv/bin
 ARGS ?=
 FUZZ_SECONDS ?= 60
+# Tests run on all cores; files stay together, since their tests share machines. PARALLEL=0 runs them one by one.
+PARALLEL ?= $(shell nproc)
+PYTEST = $(BIN)/python -m pytest -n $(PARALLEL) --dist loadfile
 
 STAGES := lint types imports unit contract plugin integration
 
@@ -37,19 +40,19 @@ imports: setup ## the layers of CONTRIBUTING.md
 
 unit: setup ## tests without a hypervisor, in seconds
 	@printf '\n### %s\n' "$@"
-	@$(BIN)/python -m pytest tests/unit $(ARGS)
+	@$(PYTEST) --dist worksteal tests/unit $(ARGS)
 
 contract: images ## what every hypervisor must do
 	@printf '\n### %s\n' "$@"
-	@$(BIN)/python -m pytest tests/contract $(ARGS)
+	@$(PYTEST) tests/contract $(ARGS)
 
 plugin: images ## the plug-in's options, fixtures and reports
 	@printf '\n### %s\n' "$@"
-	@$(BIN)/python -m pytest tests/plugin $(ARGS)
+	@$(PYTEST) --dist worksteal tests/plugin $(ARGS)
 
 integration: images ## everything together, and every command and snippet of the documentation
 	@printf '\n### %s\n' "$@"
-	@$(BIN)/python -m pytest tests/integration tests/faults $(ARGS)
+	@$(PYTEST) tests/integration tests/faults $(ARGS)
 
 images: setup
 	@printf '\n### %s\n' "$@"

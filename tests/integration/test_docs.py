@@ -211,6 +211,9 @@ def run(argv, project):
     of_this_run = re.compile(r"PYTEST_(?!MICROVM)")  # what this pytest tells its own tests
     environment = {name: value for name, value in os.environ.items() if not of_this_run.match(name)}
     environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "100"}
+    runtime = project.parent / "runtime"  # other tests' machines are not on the pages
+    runtime.mkdir(mode=0o700, exist_ok=True)
+    environment["XDG_RUNTIME_DIR"] = str(runtime)
     environment["XDG_STATE_HOME"] = str(
         project.parent / "state"
     )  # what pages trust is not trusted afterwards
