@@ -171,19 +171,15 @@ class Instance:
         """Lower what it may reach, before it has asked for anything."""
         self.given = replace(self.given, access=replace(self.given.access, policy=policy))
 
-    def proxy(self, limits: Limits | None = None) -> Proxy:
+    def proxy(self) -> Proxy:
         """Return what its connections to the network are served by, made when the first one comes."""
         from pytest_microvm.network.meter import Meter  # noqa: PLC0415 - a machine may never ask
         from pytest_microvm.network.proxy import Proxy  # noqa: PLC0415
 
-        limits = self.guard.limits if self.guard is not None else limits
+        limits = None if self.guard is None else self.guard.limits  # none while it is being prepared
         quotas = (limits.network_bytes, limits.connections, limits.bandwidth) if limits else (None,) * 3
-        return Proxy(
-            self.given.access,
-            self.requests,
-            Meter(*quotas, self._exceeded_network),
-            redact=self.redactor.text,
-        )
+        meter = Meter(*quotas, self._exceeded_network)
+        return Proxy(self.given.access, self.requests, meter, redact=self.redactor.text)
 
     def _redact(self, text: str) -> str:
         return self.redactor.text(text)  # what it was given is only known once it has woken up
