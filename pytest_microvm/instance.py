@@ -140,11 +140,12 @@ class Instance:
         self.guard: Guard | None = None
         self.resumed_with: dict[str, Any] = {}
         self.given = NOTHING
+        self._violation = ""
         self._links: dict[str, Link] = {}
         self._lock = threading.Lock()
         self._reader = ConsoleReader()
         self.console = Drain(vmm.sockets["console"], self._heard)
-        self.network = MachineNetwork(vmm.sockets["network"], self.proxy, self.requests, vmm.kill)
+        self.network = MachineNetwork(vmm.sockets["network"], self.proxy, self.requests, self._violated)
 
     @property
     def findings(self) -> list[Finding]:
@@ -183,6 +184,10 @@ class Instance:
 
     def _redact(self, text: str) -> str:
         return self.redactor.text(text)  # what it was given is only known once it has woken up
+
+    def _violated(self) -> None:
+        self._violation = "its network process broke the protocol"
+        self.vmm.kill()
 
     def _exceeded_network(self, quota: str, limit: float, observed: float) -> None:
         if self.guard is not None:
@@ -318,7 +323,7 @@ class Instance:
 
     def _end_reason(self) -> str:
         """Return why it ended by itself, for people; the console tells a panic from a reboot."""
-        reason = self.vmm.end_reason()
+        reason = self._violation or self.vmm.end_reason()
         if reason.startswith("the guest rebooted"):  # the console knows better why
             kinds = {finding.kind for finding in self.findings}
             for kind, why in _ENDS.items():

@@ -141,7 +141,7 @@ def test_the_policy_is_the_same(host):
 @pytest.mark.parametrize("said", VIOLATIONS.values(), ids=VIOLATIONS)
 def test_what_is_no_protocol_ends_the_machine(host, said):
     with host.start(image="base", network=["all"]) as vm:
-        with pytest.raises(MachineCrashed):
+        with pytest.raises(MachineCrashed, match="its network process broke the protocol"):
             vm.run(f"{SAY}; sleep 60", input=said, text=False)
         assert [entry for entry in vm.network.requests if entry.allowed] == []
 
