@@ -160,7 +160,11 @@ def copy_all_back(mounted: Sequence[Mounted]) -> list[Changes]:
 def _check_place(machine: MicroVM, what: Mount, *, single: bool) -> None:
     """Refuse a place where the machine has something: it would come back as if it had been made there."""
     place = machine.path(what.target)
-    if place.is_symlink() or (place.exists() and (single or not place.is_dir() or any(place.iterdir()))):
+    try:
+        free = not place.exists() or (not single and place.is_dir() and not any(place.iterdir()))
+    except OSError:  # too much to be listed
+        free = False
+    if place.is_symlink() or not free:
         raise UsageError(
             f"the machine has something at {what.target} already",
             resolution="mount it at a place that is empty or missing there",

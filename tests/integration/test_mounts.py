@@ -122,6 +122,10 @@ def test_places_that_are_taken(vm, place, source):
         vm.mount(source, "/etc")
     with pytest.raises(UsageError, match="something at /etc/passwd"):
         vm.mount(source / "a", "/etc/passwd")
+    vm.run(f"mkdir {place}-full && cd {place}-full && seq 10001 | xargs touch", check=True)
+    with pytest.raises(UsageError, match="something at"):
+        vm.mount(source, f"{place}-full")
+    vm.run(["mkdir", place], check=True)
     with vm.mount(source, place), pytest.raises(UsageError, match="within each other"):
         vm.mount(source / "sub", f"{place}/more")
     (source / ".git").mkdir()
