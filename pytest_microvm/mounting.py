@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from pytest_microvm.copying import Copy
-from pytest_microvm.errors import MicroVMError, MountConflict, UsageError
+from pytest_microvm.errors import MicroVMError, MountConflict, TransferError, UsageError
 from pytest_microvm.git_handover import Clone
 from pytest_microvm.mounts import Changes, Mount
 from pytest_microvm.transfer import TIMEOUT
@@ -162,7 +162,7 @@ def _check_place(machine: MicroVM, what: Mount, *, single: bool) -> None:
     place = machine.path(what.target)
     try:
         free = not place.exists() or (not single and place.is_dir() and not any(place.iterdir()))
-    except OSError:  # too much to be listed
+    except (OSError, TransferError):  # too much to be listed
         free = False
     if place.is_symlink() or not free:
         raise UsageError(
