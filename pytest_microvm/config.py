@@ -14,7 +14,8 @@ from typing import Any
 from pytest_microvm.errors import UsageError
 from pytest_microvm.mounts import parse_mounts
 from pytest_microvm.project_trust import GRANTS
-from pytest_microvm.spec import PARSERS, MachineSpec, parse_network
+from pytest_microvm.reach import parse_network
+from pytest_microvm.spec import PARSERS, MachineSpec
 
 if sys.version_info >= (3, 11):
     import tomllib

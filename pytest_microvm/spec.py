@@ -6,17 +6,16 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 from pytest_microvm.credentials import CredentialSpec, parse_credentials
 from pytest_microvm.errors import UsageError
 from pytest_microvm.mounts import Mount, parse_mounts
+from pytest_microvm.reach import Place, parse_hosts, parse_network
 from pytest_microvm.secret_values import Secret, parse_secrets
 
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
-_PLACE = re.compile(r"(?:\[([0-9a-fA-F:.]{2,45})\]|([0-9.]{7,15}))(?::([0-9]{1,5}))?", re.ASCII)
 _SIZE = re.compile(r"(\d{1,18})\s*(?:([KMGT])i?)?B?", re.IGNORECASE | re.ASCII)
 
 MIN_MEMORY = 128 * 1024**2
@@ -96,60 +95,6 @@ def parse_connections(value: object, name: str) -> int:
     return _parse_count(value, name, "connections", 10**9 - 1)
 
 
-def parse_network(value: object, name: str) -> tuple[str, ...]:
-    """Return rules from a list of them, or from one rule; what they say is judged where they are used.
-
-    Raises:
-        UsageError: It is no list of texts.
-    """
-    rules = [value] if isinstance(value, str) else value
-    if not isinstance(rules, (list, tuple)) or not all(isinstance(r, str) and r.strip() for r in rules):
-        raise UsageError(
-            f"{name}: {value!r} is not a list of rules", resolution='write it like ["pip", "example.com"]'
-        )
-    return tuple(rule.strip() for rule in rules)
-
-
-def parse_hosts(value: object, name: str) -> tuple[tuple[str, tuple[str, int | None]], ...]:
-    """Return where names lead, from a table or a list of ``NAME=ADDRESS[:PORT]``.
-
-    Raises:
-        UsageError: It is neither, or a value is no address.
-    """
-    pairs: Any = None
-    if isinstance(value, Mapping):
-        pairs = value.items()
-    elif isinstance(value, (list, tuple)) and all(isinstance(item, str) and "=" in item for item in value):
-        pairs = (item.split("=", 1) for item in value)
-    elif isinstance(value, tuple):  # parsed before
-        pairs = ((host, place) for host, place in value)
-    if pairs is None:
-        raise UsageError(
-            f"{name}: {value!r} does not say where names lead",
-            resolution='write {"api.example.com" = "127.0.0.1:8443"}',
-        )
-    return tuple(
-        sorted((str(host).strip().lower().rstrip("."), _place(place, name)) for host, place in pairs)
-    )
-
-
-def _place(value: object, name: str) -> tuple[str, int | None]:
-    if isinstance(value, tuple):
-        return value
-    text = value.strip() if isinstance(value, str) else ""
-    match = _PLACE.fullmatch(text)
-    try:
-        address = ip_address(match[1] or match[2]) if match else ip_address(text)
-        port = int(match[3]) if match and match[3] else None
-    except ValueError:
-        address, port = None, None
-    if address is None or (port is not None and not 0 < port < 65536):  # noqa: PLR2004 - the ports there are
-        raise UsageError(
-            f"{name}: {value!r} is not an address", resolution="write ADDRESS or ADDRESS:PORT, [::1]:8443 too"
-        )
-    return str(address), port
-
-
 def _parse_count(value: object, name: str, what: str, most: int) -> int:
     text = str(value).strip()
     if (
@@ -220,7 +165,7 @@ class MachineSpec:
     connections: int | None = None
     bandwidth: int | None = None
     network: tuple[str, ...] | None = None
-    hosts: tuple[tuple[str, tuple[str, int | None]], ...] = ()
+    hosts: tuple[tuple[str, Place], ...] = ()
     credentials: tuple[CredentialSpec, ...] = ()
     secrets: tuple[Secret, ...] = ()
     mounts: tuple[Mount, ...] = ()

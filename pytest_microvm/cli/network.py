@@ -17,6 +17,7 @@ from pytest_microvm.errors import ImageError, UsageError
 from pytest_microvm.images.kits import load_kit
 from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.network.hosts import as_address, canonical_host, is_loopback_name
+from pytest_microvm.network.own_addresses import decide_here
 from pytest_microvm.network.presets import named_presets, preset_rules, read_preset
 from pytest_microvm.network.rules import Decision, Policy, Request, parse_rules
 from pytest_microvm.sanitize import sanitize_line
@@ -231,7 +232,7 @@ def _addresses(rules: _Rules, request: Request, looked_into: Request) -> dict[st
         except OSError:
             return {}
         found = list(dict.fromkeys(str(answer[4][0]) for answer in answers))
-    return {address: rules.policy.decide_address(looked_into, address) for address in found}
+    return {address: decide_here(rules.policy, looked_into, address) for address in found}
 
 
 def _verdict(allowed: bool) -> str:

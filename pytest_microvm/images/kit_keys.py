@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import KitError, UsageError
 from pytest_microvm.network.rules import parse_rules
-from pytest_microvm.spec import RESOURCE_PARSERS, check_minimum, parse_network
+from pytest_microvm.reach import parse_network
+from pytest_microvm.spec import RESOURCE_PARSERS, check_minimum
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from pytest_microvm.spec import RESOURCE_PARSERS, parse_network
+from pytest_microvm.reach import parse_network
+from pytest_microvm.spec import RESOURCE_PARSERS
 
 if TYPE_CHECKING:
     import pytest

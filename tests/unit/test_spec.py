@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_microvm.errors import UsageError
+from pytest_microvm.reach import parse_hosts, parse_network
 from pytest_microvm.spec import (
     MAX_CPUS,
     MAX_PIDS,
@@ -17,8 +18,6 @@ from pytest_microvm.spec import (
     format_size,
     parse_connections,
     parse_cpus,
-    parse_hosts,
-    parse_network,
     parse_pids,
     parse_seconds,
     parse_size,

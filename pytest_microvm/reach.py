@@ -1,0 +1,69 @@
+"""What a machine may reach, as people write it: rules, and where names lead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from ipaddress import ip_address
+from typing import Any
+
+from pytest_microvm.errors import UsageError
+
+Place = tuple[str, "int | None"]
+"""An address, and a port if it is another one than was asked for."""
+
+_PLACE = re.compile(r"(?:\[([0-9a-fA-F:.]{2,45})\]|([0-9.]{7,15}))(?::([0-9]{1,5}))?", re.ASCII)
+
+
+def parse_network(value: object, name: str) -> tuple[str, ...]:
+    """Return rules from a list of them, or from one rule; what they say is judged where they are used.
+
+    Raises:
+        UsageError: It is no list of texts.
+    """
+    rules = [value] if isinstance(value, str) else value
+    if not isinstance(rules, (list, tuple)) or not all(isinstance(r, str) and r.strip() for r in rules):
+        raise UsageError(
+            f"{name}: {value!r} is not a list of rules", resolution='write it like ["pip", "example.com"]'
+        )
+    return tuple(rule.strip() for rule in rules)
+
+
+def parse_hosts(value: object, name: str) -> tuple[tuple[str, Place], ...]:
+    """Return where names lead, from a table or a list of ``NAME=ADDRESS[:PORT]``.
+
+    Raises:
+        UsageError: It is neither, or a value is no address.
+    """
+    pairs: Any = None
+    if isinstance(value, Mapping):
+        pairs = value.items()
+    elif isinstance(value, (list, tuple)) and all(isinstance(item, str) and "=" in item for item in value):
+        pairs = (item.split("=", 1) for item in value)
+    elif isinstance(value, tuple):  # parsed before
+        pairs = ((host, place) for host, place in value)
+    if pairs is None:
+        raise UsageError(
+            f"{name}: {value!r} does not say where names lead",
+            resolution='write {"api.example.com" = "127.0.0.1:8443"}',
+        )
+    return tuple(
+        sorted((str(host).strip().lower().rstrip("."), _place(place, name)) for host, place in pairs)
+    )
+
+
+def _place(value: object, name: str) -> Place:
+    if isinstance(value, tuple):
+        return value
+    text = value.strip() if isinstance(value, str) else ""
+    match = _PLACE.fullmatch(text)
+    try:
+        address = ip_address(match[1] or match[2]) if match else ip_address(text)
+        port = int(match[3]) if match and match[3] else None
+    except ValueError:
+        address, port = None, None
+    if address is None or (port is not None and not 0 < port < 65536):  # noqa: PLR2004 - the ports there are
+        raise UsageError(
+            f"{name}: {value!r} is not an address", resolution="write ADDRESS or ADDRESS:PORT, [::1]:8443 too"
+        )
+    return str(address), port
