@@ -20,8 +20,8 @@ from pytest_microvm.network.hosts import as_address, canonical_host, is_loopback
 from pytest_microvm.network.own_addresses import decide_here
 from pytest_microvm.network.presets import named_presets, preset_rules, read_preset
 from pytest_microvm.network.rules import Decision, Policy, Request, parse_rules
+from pytest_microvm.reach import parse_network
 from pytest_microvm.sanitize import sanitize_line
-from pytest_microvm.spec import parse_network
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
