@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address
+from ipaddress import IPv4Address, ip_network
 
 from pytest_microvm.errors import UsageError
 from pytest_microvm.network.addresses import OWN, Address, covers, parse_address, special_range
@@ -86,6 +86,23 @@ class Policy:
             return Decision(False, f"{found} is forbidden by {forbidden}", str(forbidden))
         why = self._address_refused(asked, found, allowing)
         return Decision(False, why, None) if why else decision
+
+    def expects(self, request: Request, address: str) -> bool:
+        """Tell whether a request that is allowed may go to an address even if it is this computer's own.
+
+        It may if a rule names that very address, if the address is not public (a rule has named its range
+        then), and if the user's own configuration has the host.
+        """
+        asked, found = Asked.of(request), parse_address(address)
+        if special_range(found) is not None:
+            return True
+        return any(
+            self._names(rule, found, asked.port)
+            if asked.address is None and not rule.preset
+            else rule.match(asked) is not Match.NOTHING
+            for rule in self.rules
+            if not rule.deny and (rule.preset or _is_one(rule, found))
+        )
 
     def _decide(self, asked: Asked) -> tuple[Decision, list[Rule]]:
         """Return the decision, and the rules that allow what is asked for."""
@@ -177,6 +194,11 @@ def parse_rules(
         else:
             rules.append(parse_rule(text, where))
     return Policy(tuple(dict.fromkeys(rules)))
+
+
+def _is_one(rule: Rule, address: Address) -> bool:
+    """Tell whether a rule is about one address, and no other."""
+    return isinstance(rule.target, Network) and rule.target.network == ip_network(address)
 
 
 def _first(rules: Iterable[Rule]) -> Rule | None:

@@ -13,6 +13,7 @@ from pytest_microvm.network.access import Access
 from pytest_microvm.network.hosts import as_address, is_loopback_name
 from pytest_microvm.network.log import NetworkLog, NetworkRequest
 from pytest_microvm.network.meter import CHUNK, Meter
+from pytest_microvm.network.own_addresses import decide_here
 from pytest_microvm.network.refusal import Refused
 from pytest_microvm.network.relaying import ServerStream
 from pytest_microvm.network.rules import Decision, Request
@@ -107,7 +108,7 @@ class Outbound:
         refused = None
         allowed: list[Place] = []
         for address in found[:_MAX_ADDRESSES]:
-            decision = self.access.policy.decide_address(request, address)
+            decision = decide_here(self.access.policy, request, address)
             if decision.allowed:
                 allowed.append((address, request.port))
             else:
