@@ -54,7 +54,7 @@ exit status:
 examples:
   pytest-microvm run -- python3 -c 'print("hello")'
   pytest-microvm run --network pip --mount out:/out -- sh -c 'pip download six -d /out'
-  pytest-microvm run --image agent --mount .:/work:git --workdir /work \\
+  pytest-microvm run --image agent --mount .:/code:git --workdir /code \\
       --network api.example.com --credential host=api.example.com,env=API_KEY,variable=API_KEY -- my-agent
 """
 _QUOTAS = {

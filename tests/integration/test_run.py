@@ -70,9 +70,9 @@ def test_what_it_prints_cannot_act_unless_it_is_wanted_raw():
 def test_files_go_in_and_come_out_and_the_record_tells(tmp_path):
     (tmp_path / "in.txt").write_text("content\n")
     done = run(
-        "--push", f"{tmp_path}/in.txt:/work/in.txt", "--pull", f"/work/out.txt:{tmp_path}/back.txt",
+        "--push", f"{tmp_path}/in.txt:/code/in.txt", "--pull", f"/code/out.txt:{tmp_path}/back.txt",
         "--mount", f"{tmp_path}/shared:/shared", "--record", f"{tmp_path}/record", "--network", "deny:all",
-        "--", "sh", "-c", "tr a-z A-Z < /work/in.txt | tee /work/out.txt > /shared/new; exit 3",
+        "--", "sh", "-c", "tr a-z A-Z < /code/in.txt | tee /code/out.txt > /shared/new; exit 3",
     )  # fmt: skip
     assert done.returncode == 3, done.stderr
     assert (tmp_path / "back.txt").read_text() == "CONTENT\n"

@@ -17,7 +17,7 @@ HERE = Path("/home/me/project")
     [
         ("out:/out", Mount(HERE / "out", PurePosixPath("/out"), "rw", "copy")),
         ("data:/data:ro", Mount(HERE / "data", PurePosixPath("/data"), "ro", "copy")),
-        (".:/work/repo:git", Mount(HERE, PurePosixPath("/work/repo"), "rw", "git")),
+        (".:/code/repo:git", Mount(HERE, PurePosixPath("/code/repo"), "rw", "git")),
         ("/srv/a b:/data/x:rw:live", Mount(Path("/srv/a b"), PurePosixPath("/data/x"), "rw", "live")),
         ("x:/x:copy:ro", Mount(HERE / "x", PurePosixPath("/x"), "ro", "copy")),
         ("x:/x/", Mount(HERE / "x", PurePosixPath("/x"))),

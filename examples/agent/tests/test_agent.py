@@ -95,10 +95,10 @@ def work(tmp_path_factory):
             credentials=[credential],
         )
         with vm:
-            mounted = vm.mount(repository, "/work/repository", kind="git")
+            mounted = vm.mount(repository, "/code/repository", kind="git")
             vm.push(EXAMPLE / "agent.py", "/opt/agent.py")
             command = ["python3", "/opt/agent.py", "make the tests pass"]
-            done = vm.run(command, cwd="/work/repository")
+            done = vm.run(command, cwd="/code/repository")
             changes = mounted.copy_back()
             yield vm, repository, before, key, done, changes, api
 
