@@ -41,7 +41,7 @@ class Meter:
         self._limits = {"network_bytes": network_bytes, "connections": connections}
         self._bandwidth = bandwidth
         self._exceed = exceed
-        self._exceeded = False
+        self._ending: asyncio.Future[None] | None = None  # of the machine, once it has exceeded one
         self._free = 0.0  # when, on the loop's clock, the next byte may move
 
     async def connection(self) -> None:
@@ -74,10 +74,11 @@ class Meter:
 
     async def _check(self, quota: str, observed: int) -> None:
         limit = self._limits[quota]
-        if limit is not None and observed > limit and not self._exceeded:
-            self._exceeded = True
-            # The machine is ended before its connections are: a guest never sees why. And not by this
-            # thread: ending a machine waits for its connections, which are ours.
-            await asyncio.get_running_loop().run_in_executor(None, self._exceed, quota, limit, observed)
-        if self._exceeded:
+        if limit is not None and observed > limit and self._ending is None:
+            # Not by this thread: ending a machine waits for its connections, which are ours.
+            loop = asyncio.get_running_loop()
+            self._ending = loop.run_in_executor(None, self._exceed, quota, limit, observed)
+        if self._ending is not None:
+            # The machine is ended before any of its connections is: a guest never sees why.
+            await asyncio.shield(self._ending)
             raise QuotaReached(quota)

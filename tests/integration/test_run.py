@@ -27,7 +27,8 @@ def run(*arguments, **options):
 
 def test_streams_and_exit_status():
     done = run("--env", "GREETING=hello", "--workdir", "/tmp", "--user", "nobody", "--quiet", "--",
-               "sh", "-c", "cat; echo $GREETING $PWD $(id -un); echo oops >&2; exit 7", input="from stdin\n")  # fmt: skip
+               "sh", "-c", "cat; echo $GREETING $PWD $(id -un); echo oops >&2; exit 7",
+               input="from stdin\n")  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (7, "from stdin\nhello /tmp nobody\n", "oops\n")
 
 
