@@ -138,7 +138,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument(
         "--no-tty", dest="tty", action="store_false", help="no terminal for it, though this is one"
     )
-    parser.add_argument("--quiet", action="store_true", help="say nothing but errors")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but errors and warnings")
     end = parser.add_mutually_exclusive_group()
     end.add_argument("--rm", action="store_true", help="forget the machine afterwards (the default)")
     end.add_argument(
@@ -275,5 +275,5 @@ def _variable(text: str) -> tuple[str, str]:
 
 
 def _say(arguments: argparse.Namespace, line: str) -> None:
-    if not arguments.quiet:
+    if not arguments.quiet or line.startswith("WARNING"):
         print(f"pytest-microvm: {sanitize(line)}", file=sys.stderr)

@@ -54,6 +54,12 @@ def test_exit_statuses(options, command, status, said):
     assert "hunter22" not in done.stderr
 
 
+def test_all_is_loud_whatever_was_asked_for():
+    done = run("--quiet", "--network", "all", "--", "true")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "WARNING: network = all" in done.stderr
+
+
 def test_infra_has_a_status_of_its_own(tmp_path):
     done = run("--", "true", env={**os.environ, "PATH": str(tmp_path)})
     assert done.returncode == 75, done.stderr
