@@ -1,0 +1,27 @@
+"""Who is told how a run goes, while it does."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from pytest_microvm.ci.result import RunResult, TaskResult
+from pytest_microvm.ci.task import Plan, Task
+
+
+class Watcher(Protocol):
+    """Told of everything; calls come from several threads, one at a time."""
+
+    def began(self, plan: Plan) -> None:
+        """The run begins."""
+
+    def phase(self, task: Task, phase: str) -> None:
+        """A task is in one of :data:`pytest_microvm.ci.result.PHASES` now."""
+
+    def line(self, task: Task, text: str) -> None:
+        """A task's commands, or we about it, said a line: safe to show, without its newline."""
+
+    def done(self, task: Task, result: TaskResult) -> None:
+        """A task has its result."""
+
+    def ended(self, run: RunResult) -> None:
+        """The run has ended; everything is written."""

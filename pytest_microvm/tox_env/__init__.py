@@ -1,0 +1,1 @@
+"""tox environments that are machines."""

@@ -1,0 +1,1 @@
+"""What tox loads: the runner ``microvm`` is registered, nothing else is imported."""
