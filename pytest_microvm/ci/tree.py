@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Tree(Protocol):
-    """Files to be copied into a machine. Nothing of them is checked out, run or interpreted on this computer."""
+    """Files to be copied into a machine. Nothing of them is checked out or run on this computer."""
 
     def digest(self, paths: Sequence[str] | None = None) -> str:
         """Return a SHA-256 over every path, mode and content.
