@@ -27,6 +27,9 @@ from pytest_microvm.hypervisors.rlimits import Rlimits, prlimit_options
 FILES_GROUP = 1879048192
 """The group of files that QEMU opens itself: the first id of the range that no system gives to anybody."""
 
+_IF_PARENT = '[ "$PPID" = "$0" ] && exec "$@"'
+"""The signal of a parent's death is not sent to who asks for it too late (prctl(2)); so look afterwards."""
+
 _LAST_ID = 2147483646
 _NOBODY = 65534
 _GROUP_MAY, _OTHERS_MAY = 0o060, 0o006  # read and write
@@ -113,8 +116,9 @@ class Walls:
             devices: What it must find in /dev.
             report: The descriptor on which bubblewrap tells the command's process id, as JSON.
 
-        The parent-death signal is asked for last: a change of user clears it (prctl(2)). The limits are not
-        set from outside: the user may have changed by then, and root without CAP_SYS_RESOURCE may no longer.
+        The parent-death signal is asked for last: a change of user clears it (prctl(2)); the command is
+        started only if this process is still there then. The limits are not set from outside: the user may
+        have changed by then, and root without CAP_SYS_RESOURCE may no longer.
         """
         command = [*self.network]
         if self.bubblewrap:
@@ -125,7 +129,9 @@ class Walls:
             command += [f"--groups={','.join(map(str, identity.groups))}"]
         if self.capabilities:
             command += ["--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"]
-        return [*command, "--no-new-privs", "--pdeathsig=KILL", "--"]
+        command += ["--no-new-privs", "--pdeathsig=KILL", "--"]
+        # In bubblewrap's namespace nobody can see who the parent is.
+        return command if self.bubblewrap else [*command, "/bin/sh", "-c", _IF_PARENT, str(os.getpid())]
 
     def told(self, devices: Sequence[Path] = ()) -> tuple[Wall, ...]:
         """Return which walls stand around a machine that uses ``devices``, for people."""

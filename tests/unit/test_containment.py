@@ -3,11 +3,13 @@
 import os
 import resource
 import struct
+import subprocess
 
 import pytest
 
 from pytest_microvm.errors import HostError
 from pytest_microvm.hypervisors import containment
+from pytest_microvm.hypervisors.containment import _IF_PARENT as IF_PARENT
 from pytest_microvm.hypervisors.containment import Identity, Walls, grant, parse_id_map
 from pytest_microvm.hypervisors.qemu.overlay import write_overlay
 from pytest_microvm.hypervisors.rlimits import Rlimits
@@ -49,14 +51,22 @@ def test_the_chain_ends_with_the_death_signal():
     assert inner == [
         "/bin/setpriv", "--reuid=71", "--regid=72", "--groups=69,5",
         "--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all",
-        "--no-new-privs", "--pdeathsig=KILL", "--",
+        "--no-new-privs", "--pdeathsig=KILL", "--", "/bin/sh", "-c", IF_PARENT, str(os.getpid()),
     ]  # fmt: skip
 
 
 def test_an_ordinary_user_stays_himself():
     command = Walls("/bin/setpriv", "/bin/prlimit").command(None, LIMITS)
-    assert command[-4:] == ["/bin/setpriv", "--no-new-privs", "--pdeathsig=KILL", "--"]
+    assert command[-8:-4] == ["/bin/setpriv", "--no-new-privs", "--pdeathsig=KILL", "--"]
+
     assert Walls("/bin/setpriv", "/bin/prlimit").identity() is None
+
+
+def test_whose_parent_died_before_the_signal_was_asked_for_does_not_start():
+    walls = Walls("setpriv", "prlimit")
+    command = [*walls.command(None, LIMITS), "/bin/echo", "started"]
+    for between, said in (([], b"started\n"), (["/bin/sh", "-c", '"$@"; true', "sh"], b"")):
+        assert subprocess.run([*between, *command], stdout=subprocess.PIPE, check=False).stdout == said
 
 
 def test_limits_are_never_above_what_we_may_have_ourselves(monkeypatch):

@@ -267,9 +267,13 @@ def test_the_host_reaches_a_server(guest):
 
 def test_the_host_reaches_a_server_on_ipv6_and_on_a_unix_socket(guest, tmp_path):
     with (
-        socket.create_server(("::1", 0), family=socket.AF_INET6) as six,
+        socket.socket() as four,
+        socket.socket(socket.AF_INET6) as six,
         socket.socket(socket.AF_UNIX) as unix,
     ):
+        four.bind(("127.0.0.1", 0))  # the port is nobody's, not even this guest's own: IPv4 is tried first
+        six.bind(("::1", four.getsockname()[1]))
+        six.listen()
         unix.bind(str(tmp_path / "socket"))
         unix.listen()
         for stream, where in ((1, {"port": six.getsockname()[1]}), (2, {"path": str(tmp_path / "socket")})):
