@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import tarfile
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Literal, Protocol
+
+from pytest_microvm.errors import UsageError
+
+Kind = Literal["644", "755", "link"]
+"""What a file is to a tree: a plain one, one that can be run, a symbolic link."""
 
 
 class Tree(Protocol):
@@ -32,3 +39,51 @@ class Tree(Protocol):
         Raises:
             UsageError: A path is not in it.
         """
+
+
+def tree_digest(files: Iterable[tuple[str, Kind, str]]) -> str:
+    """Return the digest that every kind of tree gives for the same files.
+
+    Folders do not count: a tree is its files. Nor do times and owners.
+
+    Args:
+        files: Path (undecodable bytes as ``surrogateescape`` has them), kind, and the SHA-256 of the content
+            as hexadecimal digits, of a link the SHA-256 of its target; in any order.
+    """
+    total = hashlib.sha256()
+    for path, kind, content in sorted((os.fsencode(path), kind, content) for path, kind, content in files):
+        total.update(b"%b\0%b\0%b\n" % (path, kind.encode(), content.encode()))
+    return total.hexdigest()
+
+
+def selected(files: Iterable[str], paths: Sequence[str] | None) -> list[str]:
+    """Return which of ``files`` are one of ``paths``, or below one, in their order.
+
+    Args:
+        files: The paths of a tree's files.
+        paths: Files and folders; ``None``: all.
+
+    Raises:
+        UsageError: One of ``paths`` is nothing of the tree.
+    """
+    if paths is None:
+        return list(files)
+    missing = {path: _parts(path) for path in paths}
+    wanted = set(missing.values())
+    found = []
+    for file in files:
+        parts = tuple(file.split("/"))
+        hits = {parts[:length] for length in range(len(parts) + 1)} & wanted
+        if hits:
+            found.append(file)
+            missing = {path: names for path, names in missing.items() if names not in hits}
+    for path in missing:
+        raise UsageError(
+            f"{path!r} is nothing of the sources", resolution="name files and folders relative to their top"
+        )
+    return found
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    """Return a path's names; ``.`` and an empty path are the top."""
+    return tuple(name for name in path.split("/") if name not in ("", "."))
