@@ -180,10 +180,27 @@ class Host:
         chain = self._chain(base)
         key = chain.key(base, steps)
         with self._lock:
-            if key not in self._held:
-                self._steps[key] = steps
-                self._held[key] = chain.ensure(base, steps)
-            return self._held[key]
+            if key in self._held:
+                return self._held[key]
+            self._steps[key] = steps
+        return self._hold(chain.ensure(base, steps))  # others may go on meanwhile: it can take minutes
+
+    def cached(self, base: Base, steps: Sequence[Step] = ()) -> Template | None:
+        """Return the template that ``steps`` lead to if it is there; held until the host is closed."""
+        key = self._chain(base).key(base, steps)
+        with self._lock:
+            if key in self._held:
+                return self._held[key]
+            self._steps[key] = steps
+        found = self.templates.open(key)
+        return None if found is None else self._hold(found)
+
+    def machine(self, template: Template, base: Base, *, wait: bool = True) -> MicroVM | None:
+        """Start a machine that is a copy of ``template``; see :meth:`copy`. Its limits hold from now on."""
+        machine = self._machine(template, base, wait=wait)
+        if machine is not None:
+            machine.instance.watch(base.limits)
+        return machine
 
     def copy(
         self, template: Template, base: Base, port: str, *, wait: bool = True, keepable: bool = False
@@ -349,6 +366,14 @@ class Host:
             pool.close()
         for template in held:
             template.close()
+
+    def _hold(self, template: Template) -> Template:
+        """Keep a template from being removed; of two that are the same, the first one."""
+        with self._lock:
+            held = self._held.setdefault(template.key, template)
+        if held is not template:
+            template.close()
+        return held
 
     def _sound(self, template: Template, base: Base) -> Template:
         """Return ``template``, or what takes its place if somebody changed or removed it, or its image.

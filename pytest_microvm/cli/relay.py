@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import os
 import shutil
 import signal
@@ -15,14 +14,13 @@ from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.errors import MachineError
-from pytest_microvm.sanitize import sanitize
+from pytest_microvm.said import safe_text
 
 if TYPE_CHECKING:
     from pytest_microvm.machine import MicroVM
     from pytest_microvm.process import GuestProcess
 
 _PIECE = 65536
-_MAX_LINE = 64 * 1024  # characters without a newline that are held back
 
 
 def on_terminal(machine: MicroVM, command: list[str], **options: Any) -> int:
@@ -107,7 +105,8 @@ def _send(process: GuestProcess) -> None:
 def _pass_on(source: IO[bytes] | None, target: IO[bytes], raw: bool) -> None:
     assert source is not None
     try:
-        for data in _pieces(source) if raw else _lines(source):
+        pieces = _pieces(source)
+        for data in pieces if raw else map(str.encode, safe_text(pieces)):
             target.write(data)
             target.flush()
     except MachineError:
@@ -118,21 +117,6 @@ def _pass_on(source: IO[bytes] | None, target: IO[bytes], raw: bool) -> None:
 def _pieces(source: Any) -> Iterator[bytes]:
     while data := source.read1(_PIECE):
         yield data
-
-
-def _lines(source: Any) -> Iterator[bytes]:
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    held = ""
-    for data in _pieces(source):
-        held += decoder.decode(data)
-        whole, newline, held = held.rpartition("\n")
-        if len(held) > _MAX_LINE:
-            whole, newline, held = whole + newline + held, "", ""
-        if whole or newline:
-            yield sanitize(whole + newline).encode()
-    held += decoder.decode(b"", final=True)
-    if held:
-        yield sanitize(held).encode()
 
 
 @contextmanager

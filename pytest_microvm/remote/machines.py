@@ -14,12 +14,13 @@ from typing import IO, TYPE_CHECKING, Any
 from pytest_microvm import evidence, project_trust
 from pytest_microvm.config import DEFAULT_TIMEOUT, load_settings
 from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded, UsageError
-from pytest_microvm.grants import NOTHING, Given, Grants
+from pytest_microvm.grants import Grants
 from pytest_microvm.host import Host, KeptMachine
 from pytest_microvm.instance import Instance, MachineFacts, Usage
 from pytest_microvm.machine import MicroVM
 from pytest_microvm.mounts import Mount
 from pytest_microvm.network.log import NetworkLog
+from pytest_microvm.preparing import machine_in_the_making, prepared_step
 from pytest_microvm.project_grants import asked_by
 from pytest_microvm.redaction import Redactor
 from pytest_microvm.remote.backend import BackendFacts, CollectPlan, Progress, RunOptions, Settings
@@ -40,9 +41,7 @@ if TYPE_CHECKING:
 CODE_FOLDER = "/run/microvm/code"
 PYTHON = "python3"
 _COLLECTED = "collected"
-_PREPARE_TIMEOUT = 3600.0
 _HELLO_TIMEOUT = 120.0
-_OUTPUT_SHOWN = 30  # lines of a prepare command that failed
 
 
 class RunnerLease:
@@ -264,27 +263,17 @@ class MachineBackend:
             return []
         top = plan.workspace
         inputs = _chosen(scan(top), self._config.project, self._config.prepare_inputs)
-
-        def work(instance: Instance) -> dict[str, bytes]:
-            machine = self._machine(instance, self._prepare_grants().for_machine("template"))
-            _unpack(machine, inputs)
-            for command in commands:
-                self._host.say(f"preparing: {command}")
-                done = machine.run(command, cwd=str(top), timeout=_PREPARE_TIMEOUT)
-                if done.returncode != 0:
-                    tail = "\n".join((done.stdout + done.stderr).splitlines()[-_OUTPUT_SHOWN:])
-                    denied = "".join(f"\n{request}" for request in machine.network.denied)
-                    raise MachineError(
-                        f"prepare: {command!r} ended with status {done.returncode}",
-                        details=tail + denied,
-                        resolution="mend the command, or name what it needs in prepare_inputs "
-                        "or prepare_network",
-                    )
-            instance.take_away()
-            return {}
-
-        step_inputs = (json.dumps(commands), str(top), inputs.digest(), *self._config.prepare_network)
-        return [Step("prepared", step_inputs, work, f"preparing ({len(commands)} commands)")]
+        return [
+            prepared_step(
+                self._host,
+                self._base,
+                commands,
+                folder=PurePosixPath(top),
+                put=lambda machine: _unpack(machine, inputs),
+                inputs=(inputs.digest(), *self._config.prepare_network),
+                grants=self._prepare_grants(),
+            )
+        ]
 
     def _prepare_grants(self) -> Grants:
         """Return what the prepare commands may reach: their own rules, and nothing of the tests' grants."""
@@ -296,7 +285,7 @@ class MachineBackend:
         inputs = (json.dumps(plan.arguments), str(plan.directory), json.dumps(environment, sort_keys=True))
 
         def work(instance: Instance) -> dict[str, bytes]:
-            machine = self._machine(instance)
+            machine = machine_in_the_making(self._host, self._base, instance)
             machine.path(str(plan.directory)).mkdir(parents=True, exist_ok=True)
             runner = shlex.join(runner_command(PYTHON, CODE_FOLDER))
             machine.link().call(  # noqa: S604 - in the guest, and quoted
@@ -328,12 +317,6 @@ class MachineBackend:
             details=details,
             resolution=f"does the image have Python and pytest? (image: {self._base.image.name})",
         )
-
-    def _machine(self, instance: Instance, given: Given = NOTHING) -> MicroVM:
-        """Return a machine in the making as users have it; it belongs to its template's maker."""
-        instance.give(given)
-        instance.adopt("agent", {"hostname": "template", "machine_id": "0" * 32}, given.message())
-        return MicroVM(instance, self._host.facts(self._base, "template", 0.0))
 
 
 def _workspace_step(workspace: Workspace) -> Step:
