@@ -30,6 +30,9 @@ DEFAULT_TIMEOUT = 300.0
 DEFAULT_RETRIES = 2
 """How often a test whose machine never reached it is tried again in a fresh one."""
 
+ELSEWHERE = ("ci",)
+"""Keys of the table that are no settings: ``ci`` is for :mod:`pytest_microvm.ci.definition`."""
+
 _MAX_POOL = 64
 _MAX_RETRIES = 100
 
@@ -114,7 +117,7 @@ def merged(settings: Settings, values: Mapping[str, Any], where: str) -> Setting
     Raises:
         UsageError: A key is unknown, or a value impossible.
     """
-    known = {**_PARSERS, **PARSERS}
+    known = {*_PARSERS, *PARSERS, *ELSEWHERE}
     for key in values:
         if key not in known:
             raise UsageError(
@@ -137,7 +140,9 @@ def _choice(*allowed: str) -> Callable[[object, str], str]:
     return parse
 
 
-def _count(most: int, what: str) -> Callable[[object, str], int]:
+def parse_count(most: int, what: str) -> Callable[[object, str], int]:
+    """Return a parser of whole numbers from 0 to ``most``; ``what`` is counted, for the error."""
+
     def parse(value: object, name: str) -> int:
         text = str(value)
         if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,6}", text, re.ASCII) or int(text) > most:
@@ -147,7 +152,12 @@ def _count(most: int, what: str) -> Callable[[object, str], int]:
     return parse
 
 
-def _flag(value: object, name: str) -> bool:
+def parse_flag(value: object, name: str) -> bool:
+    """Return a boolean.
+
+    Raises:
+        UsageError: It is none.
+    """
     if not isinstance(value, bool):
         raise UsageError(f"{name}: {value!r} is neither true nor false", resolution="write true or false")
     return value
@@ -159,7 +169,12 @@ def _folder(value: object, name: str) -> Path:
     return Path(value).expanduser()
 
 
-def _strings(value: object, name: str) -> tuple[str, ...]:
+def parse_strings(value: object, name: str) -> tuple[str, ...]:
+    """Return a list of texts, none of them empty.
+
+    Raises:
+        UsageError: It is none.
+    """
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
         raise UsageError(f"{name}: {value!r} is not a list of strings", resolution='write it like ["a", "b"]')
     return tuple(value)
@@ -167,7 +182,7 @@ def _strings(value: object, name: str) -> tuple[str, ...]:
 
 def _arguments(value: object, name: str) -> tuple[str, ...]:
     if not isinstance(value, str):
-        return _strings(value, name)
+        return parse_strings(value, name)
     try:
         return tuple(shlex.split(value))
     except ValueError as error:
@@ -176,13 +191,13 @@ def _arguments(value: object, name: str) -> tuple[str, ...]:
 
 _PARSERS: dict[str, Callable[[object, str], Any]] = {
     "isolation": _choice(*ISOLATIONS),
-    "pool": _count(_MAX_POOL, "machines"),
-    "retries": _count(_MAX_RETRIES, "tries"),
+    "pool": parse_count(_MAX_POOL, "machines"),
+    "retries": parse_count(_MAX_RETRIES, "tries"),
     "artifacts": _folder,
-    "prepare": _strings,
-    "prepare_inputs": _strings,
+    "prepare": parse_strings,
+    "prepare_inputs": parse_strings,
     "prepare_network": parse_network,
-    "fail_on_denied": _flag,
+    "fail_on_denied": parse_flag,
     "args": _arguments,
     "keep": _choice(*KEEPS),
     "require_accel": _choice(*ACCELERATORS),

@@ -87,7 +87,7 @@ def test_choices_of_options(pytestconfig):
 
 
 def test_every_configuration_key():
-    assert rows(section(page("options.md"), "Configuration")) == {*config._PARSERS, *spec.PARSERS}
+    assert rows(section(page("options.md"), "Configuration")) == {*config._PARSERS, *config.ELSEWHERE, *spec.PARSERS}
 
 
 def test_every_environment_variable():

@@ -1,0 +1,279 @@
+"""How the values of a job's keys are read where the machine's spec has no parser for them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, get_args
+
+from pytest_microvm.ci.job import GrantedCredential, GrantedSecret, Step, When
+from pytest_microvm.config import parse_strings
+from pytest_microvm.credentials import parse_credential
+from pytest_microvm.errors import UsageError
+from pytest_microvm.sanitize import sanitize_line
+from pytest_microvm.secret_values import parse_secrets as parse_plain_secrets
+from pytest_microvm.spec import PARSERS, check_minimum
+
+VARIABLE = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
+WHENS: tuple[When, ...] = get_args(When)
+
+MAX_RETRIES = 10
+MAX_STEPS = 100
+MAX_TEXT = 64 * 1024
+"""Characters of a command or of a variable's value."""
+MAX_TITLE = 60
+"""Characters of a step's name."""
+
+_STEP_KEYS = ("run", "name", "when")
+_DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,5})m)?(?:([0-9]{1,7})s)?", re.ASCII)
+
+
+def check_keys(table: object, known: Collection[str], where: str, example: str) -> Mapping[str, Any]:
+    """Return ``table`` if it is one and has known keys alone.
+
+    Args:
+        table: What was written.
+        known: The keys it may have.
+        where: Its place, with a colon and a space or a dot before the key.
+        example: How it is written.
+
+    Raises:
+        UsageError: It is none, or has another key.
+    """
+    if not isinstance(table, Mapping):
+        raise UsageError(f"{where}: this is not a table", resolution=f"write {example}")
+    for key in table:
+        if key not in known:
+            raise unknown_key(f"{where}.{key}", key, known)
+    return table
+
+
+def unknown_key(where: str, key: str, known: Collection[str]) -> UsageError:
+    """Return the error for a key that is not known, with the one that was meant if that can be told."""
+    import difflib  # noqa: PLC0415 - only for an error
+
+    close = difflib.get_close_matches(key, known, 1)
+    meant = f"did you mean {close[0]!r}? " if close else ""
+    return UsageError(f"{where}: unknown key", resolution=meant + "known keys: " + ", ".join(known))
+
+
+def parse_with_minimum(name: str) -> Callable[[object, str], int]:
+    """Return a parser for a size of the spec that has a least value: ``memory``, ``disk``."""
+
+    def parse(value: object, where: str) -> int:
+        size: int = PARSERS[name](value, where)
+        check_minimum(where, name, size)
+        return size
+
+    return parse
+
+
+def parse_duration(value: object, where: str) -> float:
+    """Return seconds from a number, or a text such as ``90s``, ``10m``, ``1h30m``."""
+    seconds = 0.0
+    if isinstance(value, str):
+        match = _DURATION.fullmatch(value)
+        hours, minutes, rest = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
+        seconds = float(hours * 3600 + minutes * 60 + rest)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        seconds = float(value)
+    if not 0 < seconds < float("inf"):
+        raise UsageError(
+            f"{where}: {value!r} is not a time",
+            resolution='write a number of seconds above 0, or a text such as "90s", "10m" or "1h30m"',
+        )
+    return seconds
+
+
+def parse_commands(value: object, where: str) -> tuple[str, ...]:
+    """Return shell commands from a list of texts.
+
+    Raises:
+        UsageError: It is none.
+    """
+    return tuple(parse_command(each, f"{where}[{at}]") for at, each in enumerate(parse_strings(value, where)))
+
+
+def parse_command(value: object, where: str) -> str:
+    """Return a shell command.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not isinstance(value, str) or not value.strip() or "\0" in value or len(value) > MAX_TEXT:
+        raise UsageError(
+            f"{where}: this is not a shell command",
+            resolution=f"write a text of at most {MAX_TEXT} characters; longer ones belong into a script",
+        )
+    return value
+
+
+def parse_steps(value: object, where: str) -> tuple[Step, ...]:
+    """Return steps from a list of commands and of tables.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_STEPS:
+        raise UsageError(
+            f"{where}: this is not a list of 1 to {MAX_STEPS} steps",
+            resolution='write it like ["make", {run = "make test", name = "tests"}]',
+        )
+    return tuple(_step(each, f"{where}[{at}]") for at, each in enumerate(value))
+
+
+def _step(value: object, where: str) -> Step:
+    if isinstance(value, str):
+        value = {"run": value}
+    table = check_keys(value, _STEP_KEYS, where, '"make test" or {run = "make test"}')
+    if "run" not in table:
+        raise UsageError(f"{where}.run: it is missing", resolution="write what the step runs")
+    parsers = {"run": parse_command, "name": parse_title, "when": parse_when}
+    said = {key: parsers[key](each, f"{where}.{key}") for key, each in table.items()}
+    first = sanitize_line(said["run"].strip().splitlines()[0])
+    title = first if len(first) <= MAX_TITLE else first[: MAX_TITLE - 3] + "..."
+    return Step(said["run"], said.get("name", title), said.get("when", "success"))
+
+
+def parse_title(value: object, where: str) -> str:
+    """Return a name that fits one line.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > MAX_TITLE:
+        raise UsageError(
+            f"{where}: {value!r} is not a name", resolution=f"write 1 to {MAX_TITLE} characters in one line"
+        )
+    return value
+
+
+def parse_when(value: object, where: str) -> When:
+    """Return when a step runs.
+
+    Raises:
+        UsageError: It is none.
+    """
+    for known in WHENS:
+        if value == known:
+            return known
+    raise UsageError(f"{where}: {value!r} is not allowed", resolution="allowed: " + ", ".join(WHENS))
+
+
+def parse_variables(value: object, where: str) -> tuple[tuple[str, str], ...]:
+    """Return names and values from a table of texts and numbers.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{where}: this is not a table", resolution='write {NAME = "value"}')
+    for name, text in value.items():
+        if not re.fullmatch(VARIABLE, name, re.ASCII):
+            raise UsageError(
+                f"{where}: {name!r} is no name of a variable",
+                resolution="use letters, digits and underscores",
+            )
+        if isinstance(text, bool) or not isinstance(text, (str, int, float)):
+            raise UsageError(f"{where}.{name}: this is no text", resolution="write it in quotes")
+        if "\0" in str(text) or len(str(text)) > MAX_TEXT:
+            raise UsageError(
+                f"{where}.{name}: no variable can hold this", resolution="hand long values over in a file"
+            )
+    return tuple((name, str(text)) for name, text in value.items())
+
+
+def parse_paths(value: object, where: str) -> tuple[str, ...]:
+    """Return paths or globs that stay below the workspace's top.
+
+    Raises:
+        UsageError: It is none.
+    """
+    for at, path in enumerate(parse_strings(value, where)):
+        if path.startswith("/") or ".." in path.split("/") or "\0" in path:
+            raise UsageError(
+                f"{where}[{at}]: {path!r} leaves the workspace",
+                resolution="write it relative to the top of the sources, without ..",
+            )
+    return parse_strings(value, where)
+
+
+def parse_needs(value: object, where: str) -> tuple[str, ...]:
+    """Return the names of jobs, each once.
+
+    Raises:
+        UsageError: It is none.
+    """
+    found = parse_strings(value, where)
+    if len(set(found)) < len(found):
+        raise UsageError(f"{where}: a job is there twice", resolution="name it once")
+    return found
+
+
+def parse_branches(value: object, where: str) -> tuple[str, ...]:
+    """Return globs of branches, at least one.
+
+    Raises:
+        UsageError: It is none.
+    """
+    found = parse_strings(value, where)
+    if not found:
+        raise UsageError(f"{where}: it is empty", resolution='write globs, such as ["main", "release-*"]')
+    return found
+
+
+def parse_hosts(value: object, where: str) -> Any:
+    """Return where names lead, from a table.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not isinstance(value, Mapping):
+        raise UsageError(
+            f"{where}: this is not a table", resolution='write {"api.example.com" = "127.0.0.1:8443"}'
+        )
+    return PARSERS["hosts"](value, where)
+
+
+def parse_secrets(value: object, where: str) -> tuple[GrantedSecret, ...]:
+    """Return secrets, and which branches may have them, from a table.
+
+    Raises:
+        UsageError: It is none.
+    """
+    if not isinstance(value, Mapping):
+        raise UsageError(f"{where}: this is not a table", resolution='write {NAME = {env = "VARIABLE"}}')
+    found = []
+    for name, said in value.items():
+        rest, branches = _granted(said, f"{where}.{name}")
+        found += [GrantedSecret(secret, branches) for secret in parse_plain_secrets({name: rest}, where)]
+    return tuple(found)
+
+
+def parse_credentials(value: object, where: str) -> tuple[GrantedCredential, ...]:
+    """Return credentials, and which branches may use them, from a list of tables.
+
+    Raises:
+        UsageError: It is none.
+    """
+    example = '[{host = "api.example.com", value = {env = "TOKEN"}, branches = ["main"]}]'
+    if not isinstance(value, list):
+        raise UsageError(f"{where}: this is not a list of credentials", resolution=f"write {example}")
+    found = []
+    for at, said in enumerate(value):
+        place = f"{where}[{at}]"
+        rest, branches = _granted(said, place)
+        found.append(GrantedCredential(parse_credential(rest, place), branches))
+    return tuple(found)
+
+
+def _granted(value: object, where: str) -> tuple[Mapping[str, object], tuple[str, ...]]:
+    """Return a table without its ``branches``, and these. It is not shown: a secret may stand there."""
+    if not isinstance(value, Mapping):
+        raise UsageError(
+            f"{where}: this is not a table",
+            details="the value itself does not belong into the definition",
+            resolution='write where it is found, such as {env = "VARIABLE", branches = ["main"]}',
+        )
+    branches = parse_branches(value["branches"], f"{where}.branches") if "branches" in value else ()
+    return {key: item for key, item in value.items() if key != "branches"}, branches
