@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
 from typing import Literal
 
 from pytest_microvm.credentials import CredentialSpec
@@ -12,6 +13,9 @@ from pytest_microvm.secret_values import Secret
 from pytest_microvm.spec import MachineSpec
 
 When = Literal["success", "failure", "always"]
+
+WORKSPACE = PurePosixPath("/workspace")
+"""Where a job's files are, in its machine."""
 
 DEFAULT_TIMEOUT = 3600.0
 """Seconds that a job's steps may take together where its definition does not say."""
@@ -75,6 +79,7 @@ class Job:
         secrets: What it may hold.
         credentials: What is added to its requests.
         git: Whether it gets a repository with history, not only the commit's files.
+        fail_on_denied: Whether it fails if it tries to reach what it may not.
     """
 
     key: str
@@ -96,6 +101,7 @@ class Job:
     secrets: tuple[GrantedSecret, ...] = ()
     credentials: tuple[GrantedCredential, ...] = ()
     git: bool = False
+    fail_on_denied: bool = False
 
     def is_for(self, branch: str) -> bool:
         """Whether it runs for a branch."""

@@ -49,7 +49,7 @@ class Schedule:
         self._attempts: dict[str, int] = {}
         self._begun: dict[str, float] = {}
         self._lost: dict[str, int] = {}
-        self._order = [task.id for task in plan.tasks]
+        self._tasks = plan.tasks
 
     def run(self) -> list[TaskResult]:
         """Run everything and return the results in the plan's order.
@@ -67,7 +67,7 @@ class Schedule:
         except KeyboardInterrupt:
             self.interrupted = True
             self._give_up("the run was interrupted")
-        return [self._results[name] for name in self._order]
+        return [self._results[task.id] for task in self._tasks]
 
     def _go_on(self) -> None:
         while self._waiting or self._running:
@@ -94,12 +94,15 @@ class Schedule:
         self._running[self._executor.submit(task)] = task
 
     def _ended(self, future: Future[TaskResult]) -> None:
-        task = self._running.pop(future)
+        task = self._running.pop(future, None)
+        if task is None:
+            return  # it was among those that were ended
         result = future.result()
         attempts = self._attempts[task.id]
         self._lost[task.id] = self._lost.get(task.id, 0) + result.lost_workers
         if result.verdict == "infra" and attempts <= task.job.retries and not self.interrupted:
-            self._watcher.line(task, f"infra: {result.reason}; trying again ({attempts} of {task.job.retries})")
+            again = f"trying again ({attempts} of {task.job.retries})"
+            self._watcher.line(task, f"infra: {result.reason}; {again}")
             self._submit(task)
             return
         begun = self._begun[task.id]
@@ -121,18 +124,20 @@ class Schedule:
 
     def _give_up(self, why: str) -> None:
         """End what runs, and begin nothing more."""
-        waiting, self._waiting = self._waiting, []
+        self._waiting = []
         self._executor.cancel()
-        if self._running:
-            wait(self._running, timeout=_GRACE)
-        for future, task in list(self._running.items()):
-            if future.done():
+        running, self._running = {task.id: future for future, task in self._running.items()}, {}
+        wait(running.values(), timeout=_GRACE)
+        for task in self._tasks:
+            if task.id in self._results:
+                continue
+            future = running.get(task.id)
+            if future is None:
+                self._settle(task, self._not_run(task, "cancelled", why))
+            elif future.done():
                 self._ended_early(task, future, why)
             else:
                 self._settle(task, self._not_run(task, "cancelled", f"{why}; it did not end in time"))
-        self._running = {}
-        for task in waiting:
-            self._settle(task, self._not_run(task, "cancelled", why))
 
     def _ended_early(self, task: Task, future: Future[TaskResult], why: str) -> None:
         begun = self._begun[task.id]

@@ -121,7 +121,7 @@ class HostBudget:
             if reclaim():
                 continue
             waited = time.monotonic() - begin
-            self._check_hope(cpus, memory, waited)
+            self.check_hope(cpus, memory, waited)
             if not told and waited > _PATIENCE:
                 told = True
                 say(f"waiting: the host budget ({self}) is in use by other machines")
@@ -173,7 +173,17 @@ class HostBudget:
     def __str__(self) -> str:
         return f"{format_cpus(self.cpus)} vCPUs, {format_size(self.memory // 1024**2 * 1024**2)}"
 
-    def _check_hope(self, cpus: float, memory: int, waited: float) -> None:
+    def check_hope(self, cpus: float, memory: int, waited: float = 0.0) -> None:
+        """Refuse to wait for what can never be.
+
+        Args:
+            cpus: Its vCPUs.
+            memory: Its bytes of memory.
+            waited: Seconds that somebody who ends no machine meanwhile has waited for it.
+
+        Raises:
+            BudgetExhausted: It is too large, or this process holds all there is and has for long.
+        """
         records = self.records()
         mine = [record for record in records if record.owner == os.getpid()]
         too_large = cpus > self.cpus or memory > self.memory

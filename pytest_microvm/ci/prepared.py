@@ -1,0 +1,69 @@
+"""Where prepared templates are found: what the default branch made is everybody's, the rest is one's own.
+
+A template's content is what its commands made of what they were given, the network's answers included. A
+branch that could write where another reads could give it anything, so a branch writes into a namespace of its
+own and reads from there and from the default branch's (as GitHub's and GitLab's caches do).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pytest_microvm.ci.executor import Work
+from pytest_microvm.ci.job import WORKSPACE
+from pytest_microvm.ci.task import Task
+from pytest_microvm.ci.tree import Tree
+from pytest_microvm.host import Host
+from pytest_microvm.machine import MicroVM
+from pytest_microvm.preparing import prepared_step
+from pytest_microvm.spec import MachineSpec
+from pytest_microvm.templates.chain import Base, Step
+from pytest_microvm.templates.store import Template
+from pytest_microvm.transfer import send_tar
+
+Run = Callable[[MicroVM, str], tuple[int, str]]
+
+
+def prepared_template(host: Host, base: Base, task: Task, work: Work, run: Run) -> Template:
+    """Return what a task's machine is a copy of, made if it is missing.
+
+    Args:
+        host: Where.
+        base: What the task's machines are made from.
+        task: The task.
+        work: The run.
+        run: Runs one command of ``prepare``.
+
+    Raises:
+        MachineError: A command of ``prepare`` failed.
+        UsageError: An input is not in the commit.
+    """
+    if not task.job.prepare:
+        return host.template(base)
+    tree = work.sources.tree(task.source)
+    digest = tree.digest(task.job.prepare_inputs)
+
+    def steps(branch: str) -> list[Step]:
+        return [_step(host, base, task, tree, inputs=(digest, work.repository, branch), run=run)]
+
+    found = host.cached(base, steps(work.default_branch))
+    return found or host.template(base, steps(task.source.branch))
+
+
+def _step(host: Host, base: Base, task: Task, tree: Tree, *, inputs: tuple[str, ...], run: Run) -> Step:
+    job = task.job
+
+    def put(machine: MicroVM) -> None:
+        machine.path(WORKSPACE).mkdir(parents=True, exist_ok=True)
+        send_tar(machine.link(), WORKSPACE, lambda archive: tree.fill(archive, job.prepare_inputs))
+
+    return prepared_step(
+        host,
+        base,
+        job.prepare,
+        folder=WORKSPACE,
+        put=put,
+        inputs=("ci", *inputs, repr(job.env), repr(job.matrix), *job.prepare_network),
+        grants=host.grants(MachineSpec(network=job.prepare_network, hosts=job.spec.hosts), base.image),
+        run=run,
+    )
