@@ -315,7 +315,13 @@ class Host:
         return machine
 
     def start(
-        self, spec: MachineSpec | None = None, *, pool: int = 0, keepable: bool = False, **changes: Any
+        self,
+        spec: MachineSpec | None = None,
+        *,
+        pool: int = 0,
+        keepable: bool = False,
+        steps: Callable[[Base], Sequence[Step]] = lambda _base: (),
+        **changes: Any,
     ) -> MicroVM:
         """Start a machine; see :meth:`pytest_microvm.machine.MicroVM.start`.
 
@@ -323,11 +329,12 @@ class Host:
             spec: What it is made of.
             pool: How many more of the same kind to keep ready from now on.
             keepable: Whether :meth:`MicroVM.keep` shall be possible; starting it then takes longer.
+            steps: Returns what is done once, in the template that the machine is a copy of.
             **changes: Fields of the spec, as people write them.
         """
         spec = (spec or MachineSpec()).with_changes(changes, "MicroVM.start()")
         base = self.base(spec)
-        template = self.template(base)
+        template = self.template(base, steps(base))
         machine = self._pool(template, base, pool).take() if pool else None
         if machine is None:
             machine = self._machine(template, base, keepable=keepable)

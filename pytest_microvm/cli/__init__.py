@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
         image,
         machines,
         network,
+        python,
         run,
         template,
         top,
@@ -58,6 +59,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('pytest-microvm')}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (run, doctor, image, template, machines, top, network, trust):
+    for module in (run, python, doctor, image, template, machines, top, network, trust):
         module.add_parser(verbs)
     return parser

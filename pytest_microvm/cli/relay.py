@@ -39,7 +39,9 @@ def on_terminal(machine: MicroVM, command: list[str], **options: Any) -> int:
         return _on_terminal(process)
 
 
-def plainly(machine: MicroVM, command: list[str], *, raw: bool, **options: Any) -> int:
+def plainly(
+    machine: MicroVM, command: list[str], *, raw: bool, raw_stderr: bool | None = None, **options: Any
+) -> int:
     """Run ``command`` with this process's stdin, stdout and stderr, and return its exit status.
 
     The first Ctrl-C goes to the command, the second one ends this process's wait.
@@ -49,6 +51,7 @@ def plainly(machine: MicroVM, command: list[str], *, raw: bool, **options: Any) 
         command: What.
         raw: Whether its output is passed on byte by byte. Else it is text, line by line, in which nothing
             can act on a terminal or a CI system.
+        raw_stderr: The same for its stderr; as ``raw`` if omitted.
         **options: As for :meth:`MicroVM.popen`.
     """
     with (
@@ -58,7 +61,10 @@ def plainly(machine: MicroVM, command: list[str], *, raw: bool, **options: Any) 
     ):
         assert process.stderr is not None
         threading.Thread(target=_send, args=(process,), daemon=True).start()  # it may wait for our stdin
-        errors = threading.Thread(target=_pass_on, args=(process.stderr, sys.stderr.buffer, raw), daemon=True)
+        as_it_is = raw if raw_stderr is None else raw_stderr
+        errors = threading.Thread(
+            target=_pass_on, args=(process.stderr, sys.stderr.buffer, as_it_is), daemon=True
+        )
         errors.start()
         _pass_on(process.stdout, sys.stdout.buffer, raw)
         errors.join()

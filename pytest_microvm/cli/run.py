@@ -7,9 +7,10 @@ import os
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_microvm import evidence
+from pytest_microvm.cli.machine_options import add_machine_options, machine_spec
 from pytest_microvm.cli.relay import on_terminal, plainly, shell_status
 from pytest_microvm.errors import (
     BootError,
@@ -20,9 +21,8 @@ from pytest_microvm.errors import (
     UsageError,
 )
 from pytest_microvm.host import Host
-from pytest_microvm.mounts import parse_mounts
 from pytest_microvm.sanitize import sanitize
-from pytest_microvm.spec import PARSERS, MachineSpec
+from pytest_microvm.spec import MachineSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -57,33 +57,6 @@ examples:
   pytest-microvm run --image agent --mount .:/code:git --workdir /code \\
       --network api.example.com --credential host=api.example.com,env=API_KEY,variable=API_KEY -- my-agent
 """
-_QUOTAS = {
-    "cpus": ("N", "CPUs; 0.5 is one vCPU, throttled"),
-    "memory": ("SIZE", "memory, such as 512M"),
-    "disk": ("SIZE", "what it may write to its disk"),
-    "pids": ("N", "processes and threads at the same time"),
-    "timeout": ("SECONDS", "how long the command may take"),
-    "cpu_seconds": ("SECONDS", "CPU time in total"),
-    "output": ("SIZE", "what the command may print"),
-    "lifetime": ("SECONDS", "how long the machine may exist"),
-    "network_bytes": ("SIZE", "what it may send and receive"),
-    "connections": ("N", "how many connections it may make"),
-    "bandwidth": ("SIZE", "bytes a second over the network"),
-}
-_GRANTS = {
-    "network": ("RULE", "what it may reach: a host, host:port, https://host/path/*, pip, npm, apt, git, all"),
-    "host": ("NAME=ADDRESS[:PORT]", "where a name leads"),
-    "credential": ("SPEC", "added to its requests on the way out, such as host=api.example.com,env=TOKEN"),
-    "secret": (
-        "NAME=SOURCE",
-        "a value for it, such as TOKEN=env:TOKEN[,as=file]; file:, command:, keyring: too",
-    ),
-    "mount": (
-        "SOURCE:/TARGET[:ro][:git]",
-        "a directory, copied in, and back unless :ro; :git hands a clone over",
-    ),
-}
-_KEYS = {"network": "network", "host": "hosts", "credential": "credentials", "secret": "secrets"}
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -98,13 +71,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument(
         "command", nargs="+", metavar="COMMAND", help="the command and its arguments, after --"
     )
-    parser.add_argument("--image", metavar="KIT", help="a kit's name or path (default: python)")
-    for key, (metavar, text) in _QUOTAS.items():
-        parser.add_argument(f"--{key.replace('_', '-')}", metavar=metavar, help=text)
-    for key, (metavar, text) in _GRANTS.items():
-        parser.add_argument(
-            f"--{key}", action="append", default=[], metavar=metavar, help=f"{text}; repeatable"
-        )
+    add_machine_options(parser)
     parser.add_argument(
         "--push",
         action="append",
@@ -150,10 +117,10 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def _run(arguments: argparse.Namespace) -> int:
     spec = _spec(arguments)
     pushes, pulls = [_push(text) for text in arguments.push], [_pull(text) for text in arguments.pull]
-    environment = dict(_variable(text) for text in arguments.env)
+    environment = dict(variable(text) for text in arguments.env)
     host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line))
     try:
-        with _exit_statuses() as status:
+        with exit_statuses() as status:
             machine = host.start(spec, keepable=arguments.keep)
             try:
                 for source, target in pushes:
@@ -173,21 +140,13 @@ def _spec(arguments: argparse.Namespace) -> MachineSpec:
     Raises:
         UsageError: An option cannot be used.
     """
-    written = {key: getattr(arguments, key) for key in ("image", *_QUOTAS)}
-    given: dict[str, Any] = {key: value for key, value in written.items() if value is not None}
-    for option, key in _KEYS.items():
-        if getattr(arguments, option):
-            given[key] = getattr(arguments, option)
-    if arguments.mount:
-        given["mounts"] = parse_mounts(arguments.mount, "--mount", Path.cwd())
     if arguments.keep and arguments.secret:
         raise UsageError(
             "--keep and --secret exclude each other",
             details="a kept machine's memory is a file, and the secret would be in it",
             resolution="use --credential, which the machine never holds, or leave --keep out",
         )
-    assert set(given) <= set(PARSERS)
-    return MachineSpec().with_changes(given, "pytest-microvm run")
+    return machine_spec(arguments, "pytest-microvm run")
 
 
 def _command(machine: MicroVM, arguments: argparse.Namespace, environment: dict[str, str]) -> int:
@@ -202,7 +161,7 @@ def _command(machine: MicroVM, arguments: argparse.Namespace, environment: dict[
 
 
 def _after(
-    machine: MicroVM, arguments: argparse.Namespace, pulls: list[tuple[str, str]], status: _Status
+    machine: MicroVM, arguments: argparse.Namespace, pulls: list[tuple[str, str]], status: Status
 ) -> None:
     """Take out what was asked for, say what was denied, and end the machine, whatever happened before."""
     try:
@@ -224,16 +183,16 @@ def _after(
         machine.close()
 
 
-class _Status:
+class Status:
     """The exit status so far."""
 
     code = 0
 
 
 @contextmanager
-def _exit_statuses() -> Iterator[_Status]:
+def exit_statuses() -> Iterator[Status]:
     """Give each way in which a machine can fail its exit status; bad input stays what it is."""
-    status = _Status()
+    status = Status()
     try:
         yield status
     except UsageError:
@@ -265,7 +224,12 @@ def _pull(text: str) -> tuple[str, str]:
     return source, target
 
 
-def _variable(text: str) -> tuple[str, str]:
+def variable(text: str) -> tuple[str, str]:
+    """Return the name and value that ``--env`` gives.
+
+    Raises:
+        UsageError: It names a variable that is not set here.
+    """
     name, equals, value = text.partition("=")
     if not equals:
         with suppress(KeyError):

@@ -212,7 +212,7 @@ class MachineBackend:
                 details=f"{workspace.size} bytes of files, {self._base.resources.disk} bytes of disk",
                 resolution="give the machine a larger disk (--microvm-disk), or have git ignore some",
             )
-        steps = [*self._prepared(plan), _workspace_step(workspace), self._collected_step(plan)]
+        steps = [*self._prepared(plan), workspace_step(workspace), self._collected_step(plan)]
         self._template = self._host.template(self._base, steps)
         return self._template.attachment(_COLLECTED)
 
@@ -319,7 +319,9 @@ class MachineBackend:
         )
 
 
-def _workspace_step(workspace: Workspace) -> Step:
+def workspace_step(workspace: Workspace) -> Step:
+    """Return the link of a template's chain in which a workspace is copied in."""
+
     def work(instance: Instance) -> dict[str, bytes]:
         link = instance.adopt("agent", {"hostname": "template", "machine_id": "0" * 32})
         with _tar(workspace) as archive:
