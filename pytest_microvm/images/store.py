@@ -25,7 +25,7 @@ import platformdirs
 from pytest_microvm.disk import explained
 from pytest_microvm.errors import ImageError, KitError
 from pytest_microvm.images.artifacts import Artifact, Artifacts, Built
-from pytest_microvm.images.blobs import canonical_json, read_json, write_atomically
+from pytest_microvm.images.blobs import canonical_json, read_json, sha256_file, write_atomically
 from pytest_microvm.images.debian import default_mode
 from pytest_microvm.images.image import Image
 from pytest_microvm.images.kits import Kit, load_kit
@@ -35,6 +35,7 @@ from pytest_microvm.images.rootfs import build_rootfs
 
 if TYPE_CHECKING:
     import builtins
+    from collections.abc import Callable
 
     from pytest_microvm.images.process import Progress
 
@@ -44,6 +45,8 @@ BUILDER_VERSION = 1
 _EPOCH = 1735689600  # 2025-01-01: the newest time stamp in an image, unless SOURCE_DATE_EPOCH says otherwise
 _BUILD_SPACE = 512 * 1024**2  # bytes; packages unpacked, beside what is made of them
 _FILES = ("kernel", "initramfs", "runtime", "rootfs")
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+_MAX_MANIFEST = 1024**2
 _NAME_KEYS = {"name", "key", "digest", "kit", "project"}
 _LEAST_DIGEST_PREFIX = 6
 
@@ -96,16 +99,20 @@ class ImageStore:
         """Return a kit's image; build what is missing or damaged.
 
         Args:
-            name_or_path: A kit's name, its folder, or its ``kit.toml``.
+            name_or_path: A kit's name, its folder, or its ``kit.toml``; or ``sha256:DIGEST`` of an image
+                that is here, which is not built.
             project: Root of the user's project, which may hold kits of its own.
             progress: Told each stage as a line of text.
             force: Build everything again.
 
         Raises:
             KitError: There is no such kit, or it cannot be used.
+            ImageError: An image that was asked for by its digest is not here.
             HostError: This computer lacks a program that builds images, or disk space.
             BuildError: A step of the build failed; nothing of it is left.
         """
+        if by_digest := _DIGEST.fullmatch(str(name_or_path)):
+            return self._by_digest(by_digest[1])
         kit = load_kit(name_or_path, project=project)
         tell = _with_time(f"image {kit.name}", progress)
         while True:
@@ -116,6 +123,69 @@ class ImageStore:
                 return image
             # A prune came between: while the second artifact was built, no name led to the first.
             force = False
+
+    def manifest(self, image: Image) -> bytes:
+        """Return what another computer's store needs to :meth:`adopt` an image, beside its files.
+
+        Raises:
+            ImageError: The image is not here.
+        """
+        if self._manifest(image.digest) is None:
+            raise _absent(image.digest)
+        return self._manifest_path(image.digest).read_bytes()
+
+    def adopt(
+        self,
+        name: str,
+        manifest: bytes,
+        fetch: Callable[[str, Path], None],
+        progress: Progress | None = None,
+    ) -> Image:
+        """Take over an image that another computer built; ``get("sha256:DIGEST")`` finds it from then on.
+
+        Args:
+            name: Its kit's name, for people.
+            manifest: What :meth:`manifest` gave there.
+            fetch: ``fetch(digest, path)`` writes the file with this SHA-256 to ``path``; called for files
+                that are missing here.
+            progress: Told what takes long.
+
+        Raises:
+            ImageError: The manifest is not understood, or what was fetched is not what its digest says;
+                nothing of it stays.
+            HostError: The disk is full, or the cache cannot be written.
+        """
+        files = _files_of(manifest)
+        digest = hashlib.sha256(manifest).hexdigest()
+        tell = _with_time(f"image {name}", progress)
+        blobs = self._artifacts.blobs
+        with explained(self._root), self._artifacts.only_builder(f"image-{digest[:32]}", tell) as folder:
+            missing = [file for file in files if not blobs.intact(file)]
+            for file in missing:
+                tell(f"fetching {file[:12]}")
+                fetch(file, folder / file)
+                if sha256_file(folder / file) != file:
+                    raise ImageError(
+                        f"what was sent for file {file[:12]} of image {name} is something else",
+                        resolution="see whether the sender's disk or memory is damaged; run again",
+                    )
+            entry = {"name": name, "key": digest, "digest": digest, "kit": "", "project": ""}
+            with self._artifacts.publishing():
+                for file in missing:
+                    blobs.add(folder / file)
+                write_atomically(self._manifest_path(digest), manifest)
+                write_atomically(self._root / "names" / f"{name}-{digest[:32]}.json", canonical_json(entry))
+        return self._by_digest(digest)
+
+    def _by_digest(self, digest: str) -> Image:
+        manifest = self._manifest(digest)
+        if manifest is None:
+            raise _absent(digest)
+        names = [entry["name"] for _path, entry in self._names() if entry["digest"] == digest]
+        image = self._image(names[0] if names else "image", digest, manifest)
+        if not self.intact(image):
+            raise _absent(digest)
+        return image
 
     def intact(self, image: Image) -> bool:
         """Tell whether an image's files are still what its digest stands for; a stat each, mostly."""
@@ -233,7 +303,7 @@ class ImageStore:
         }
         data = canonical_json(manifest)
         digest = hashlib.sha256(data).hexdigest()
-        key = _kit_key(kit)
+        key = kit_key(kit)
         entry = {"name": kit.name, "key": key, "digest": digest, "kit": str(kit.path)}
         entry["project"] = str(project.resolve()) if project else ""
         name_path = self._root / "names" / f"{kit.name}-{key[:32]}.json"
@@ -284,6 +354,33 @@ class ImageStore:
         return self._artifacts.drop_all_but(needed)
 
 
+def _absent(digest: str) -> ImageError:
+    return ImageError(
+        f"image sha256:{digest[:12]}... is not in the cache, or is damaged",
+        resolution="run again: it is fetched again, or built",
+    )
+
+
+def _files_of(manifest: bytes) -> builtins.list[str]:
+    """Return the digests of the files that a manifest from elsewhere lists.
+
+    Raises:
+        ImageError: It is none of this version.
+    """
+    try:
+        data = json.loads(manifest) if len(manifest) <= _MAX_MANIFEST else {}
+        files = [str(data["files"][role]) for role in _FILES]
+        sound = data["format"] == BUILDER_VERSION and canonical_json(data) == manifest
+        sound = sound and all(re.fullmatch(r"[0-9a-f]{64}", file) for file in files)
+    except (ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise ImageError(
+            "what was sent is no image of this version", resolution="install the same version on both sides"
+        )
+    return files
+
+
 def platform_name_and_key(kit: Kit) -> tuple[str, str]:
     """Return the name and the key of the artifact that a kit shares with all kits of its suite."""
     key = _key(platform_recipe(kit.suite, kit.architecture, kit.mirror))
@@ -300,7 +397,8 @@ def _key(recipe: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(shaped)).hexdigest()
 
 
-def _kit_key(kit: Kit) -> str:
+def kit_key(kit: Kit) -> str:
+    """Return a digest of everything that a kit's image is built from, platform and builder included."""
     platform = platform_recipe(kit.suite, kit.architecture, kit.mirror)
     return _key(
         {"kit": kit.recipe(), "resources": dict(kit.resources), "network": kit.network, "platform": platform}
@@ -311,7 +409,7 @@ def _is_current(entry: dict[str, str]) -> bool:
     """Tell whether the kit behind a name still says what it said when the name was written."""
     project = Path(entry["project"]) if entry.get("project") else None
     try:
-        return _kit_key(load_kit(Path(entry["kit"]), project=project)) == entry["key"]
+        return kit_key(load_kit(Path(entry["kit"]), project=project)) == entry["key"]
     except KitError:
         return False
 
