@@ -79,7 +79,7 @@ class Artifacts:
         if not force and (found := self._intact(path)):
             return found
         seen = _version(path)
-        with explained(self._root), self._only_builder(name, tell) as folder:
+        with explained(self._root), self.only_builder(name, tell) as folder:
             # Another process may have built it while this one waited.
             if (not force or _version(path) != seen) and (found := self._intact(path, tell)):
                 return found
@@ -147,7 +147,7 @@ class Artifacts:
         return None if damaged else artifact
 
     @contextmanager
-    def _only_builder(self, name: str, tell: Progress) -> Iterator[Path]:
+    def only_builder(self, name: str, tell: Progress) -> Iterator[Path]:
         """Give an empty folder to the only builder of ``name``; it is gone afterwards."""
         lock = self._lock(f"build-{name}")
         try:

@@ -46,6 +46,7 @@ _EPOCH = 1735689600  # 2025-01-01: the newest time stamp in an image, unless SOU
 _BUILD_SPACE = 512 * 1024**2  # bytes; packages unpacked, beside what is made of them
 _FILES = ("kernel", "initramfs", "runtime", "rootfs")
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_MANIFEST = 1024**2
 _NAME_KEYS = {"name", "key", "digest", "kit", "project"}
 _LEAST_DIGEST_PREFIX = 6
@@ -156,6 +157,8 @@ class ImageStore:
             HostError: The disk is full, or the cache cannot be written.
         """
         files = _files_of(manifest)
+        if not _NAME.fullmatch(name):
+            raise ImageError(f"{name!r} is no image's name", resolution="name its kit")
         digest = hashlib.sha256(manifest).hexdigest()
         tell = _with_time(f"image {name}", progress)
         blobs = self._artifacts.blobs
@@ -361,7 +364,7 @@ def _absent(digest: str) -> ImageError:
     )
 
 
-def _files_of(manifest: bytes) -> builtins.list[str]:
+def _files_of(manifest: bytes) -> list[str]:
     """Return the digests of the files that a manifest from elsewhere lists.
 
     Raises:
@@ -369,7 +372,7 @@ def _files_of(manifest: bytes) -> builtins.list[str]:
     """
     try:
         data = json.loads(manifest) if len(manifest) <= _MAX_MANIFEST else {}
-        files = [str(data["files"][role]) for role in _FILES]
+        files = list(dict.fromkeys(str(data["files"][role]) for role in _FILES))
         sound = data["format"] == BUILDER_VERSION and canonical_json(data) == manifest
         sound = sound and all(re.fullmatch(r"[0-9a-f]{64}", file) for file in files)
     except (ValueError, KeyError, TypeError):
