@@ -69,7 +69,7 @@ def import_commits(bundle: Path, repository: Repository, base: str, tip: str, lo
     try:
         with _pack(bundle, tip) as pack:
             start = pack.tell()
-            throwaway = _borrowing(repository, looking)
+            throwaway = borrowing(repository, looking)
             commits = _looked_at(throwaway, pack, base, tip)
             pack.seek(start)
             _index(repository, pack)
@@ -95,8 +95,8 @@ def _index(repository: Repository, pack: IO[bytes]) -> None:
     repository.git("index-pack", "--strict", "--fix-thin", "--stdin", stdin=pack)
 
 
-def _borrowing(repository: Repository, folder: Path) -> Repository:
-    """Make a repository that finds the objects of another one."""
+def borrowing(repository: Repository, folder: Path) -> Repository:
+    """Make a bare repository in ``folder`` that finds the objects of another one, and nothing else of it."""
     git("init", "--quiet", "--bare", "--template=", f"--object-format={repository.format}", folder)
     objects = repository.git("rev-parse", "--git-path", "objects").rstrip("\n")
     (folder / "objects" / "info").mkdir(exist_ok=True)

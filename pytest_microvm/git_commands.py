@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -17,6 +21,7 @@ from pytest_microvm.sanitize import sanitize
 _TIMEOUT = 600.0  # seconds
 _LIMITS = (("v", 4 * 1024 * 1024), ("t", 600), ("c", 0))  # KiB of memory, seconds of CPU time, no core
 _MAX_OUTPUT = 1024 * 1024  # bytes
+_MAX_WORD = 64 * 1024  # bytes of a line, a path or a header that it prints
 _TAIL = 2000  # bytes of what it said that are shown
 _PIECE = 65536
 
@@ -49,6 +54,114 @@ def git(*arguments: str | Path, local: bool = False, stdin: IO[bytes] | None = N
         GitError: It failed.
         HostError: It is not installed.
     """
+    with _started(arguments, local=local, stdin=stdin or subprocess.DEVNULL) as process:
+        return _outcome(process, str(next(iter(arguments))))
+
+
+@contextmanager
+def git_talk(*arguments: str | Path) -> Iterator[Talk]:
+    """Run git, and talk with it as long as the block runs: for what is too much for :func:`git`.
+
+    It gets what :func:`git` gives it, but may print as much as it wants and take ten minutes for each piece.
+    A block that is left early ends it.
+
+    Args:
+        *arguments: As for git.
+
+    Raises:
+        GitError: It failed, or said something else than was waited for.
+        HostError: It is not installed.
+    """
+    with _started(arguments, local=False, stdin=subprocess.PIPE) as process:
+        said = bytearray()
+        assert process.stderr is not None, "it is a pipe"
+        listener = threading.Thread(target=_drain, args=(process.stderr, said, -_TAIL), daemon=True)
+        listener.start()
+        finished = False
+        try:
+            yield Talk(process)
+            finished = True
+        except (BrokenPipeError, EOFError):
+            pass  # it has ended; what it said tells why
+        finally:
+            if not finished:
+                process.kill()
+            assert process.stdin is not None, "it is a pipe"
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            assert process.stdout is not None, "it is a pipe"
+            process.stdout.close()  # what nobody reads must not make it wait
+            returncode = process.wait()
+            listener.join()
+        if not finished or returncode not in (0, -signal.SIGPIPE):
+            details = sanitize(said.decode("utf-8", "replace").strip()) or f"status {returncode}"
+            raise GitError("git could not do its part", details=details)
+
+
+class Talk:
+    """A running git that is asked, and answers."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdin is not None, "both are pipes"
+        assert process.stdout is not None, "both are pipes"
+        self._in = process.stdin
+        self._out = process.stdout.fileno()
+        self._read = bytearray()
+
+    def ask(self, question: bytes) -> None:
+        """Write something that it waits for."""
+        self._in.write(question)
+        self._in.flush()
+
+    def until(self, end: bytes, most: int = _MAX_WORD) -> bytes | None:
+        """Return what it prints up to the byte ``end``, without that; ``None`` where it has ended.
+
+        Raises:
+            GitError: That is more than ``most`` bytes, or nothing comes.
+            EOFError: It ended within.
+        """
+        start = 0
+        while (position := self._read.find(end, start)) < 0:
+            start = len(self._read)
+            if start > most:
+                raise GitError("git says too much", details=f"more than {most} bytes without an end")
+            if not self._more():
+                if start:
+                    raise EOFError
+                return None
+        word = bytes(self._read[:position])
+        del self._read[: position + 1]
+        return word
+
+    def exactly(self, size: int) -> bytes:
+        """Return the next ``size`` bytes.
+
+        Raises:
+            GitError: Nothing comes.
+            EOFError: It ended before.
+        """
+        while len(self._read) < size:
+            if not self._more():
+                raise EOFError
+        data = bytes(self._read[:size])
+        del self._read[:size]
+        return data
+
+    def _more(self) -> bool:
+        ready = select.poll()
+        ready.register(self._out, select.POLLIN)
+        if not ready.poll(_TIMEOUT * 1000):
+            raise GitError(f"git printed nothing for {_TIMEOUT:g} s")
+        data = os.read(self._out, _PIECE)
+        self._read += data
+        return bool(data)
+
+
+@contextmanager
+def _started(
+    arguments: Sequence[str | Path], *, local: bool, stdin: IO[bytes] | int
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start git with a home of its own; see :func:`git`."""
     program = shutil.which("git")
     if program is None:
         raise HostError("git is not installed", resolution="install git, or mount the directory as copy")
@@ -59,11 +172,11 @@ def git(*arguments: str | Path, local: bool = False, stdin: IO[bytes] | None = N
         tempfile.TemporaryDirectory(prefix="microvm-git-") as home,
         subprocess.Popen(
             ["/bin/sh", "-c", limits + 'exec "$@"', "sh", program, "--no-pager", *options, *arguments],
-            env=_environment(home), cwd=home, stdin=stdin or subprocess.DEVNULL,
+            env=_environment(home, local=local), cwd=home, stdin=stdin,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         ) as process,
     ):  # fmt: skip
-        return _outcome(process, str(next(iter(arguments))))
+        yield process
 
 
 def _outcome(process: subprocess.Popen[bytes], what: str) -> str:
@@ -104,7 +217,7 @@ def _drain(pipe: IO[bytes], kept: bytearray, size: int) -> None:
                 kept += data[: max(0, size - len(kept))]
 
 
-def _environment(home: str) -> dict[str, str]:
+def _environment(home: str, *, local: bool) -> dict[str, str]:
     return {
         "PATH": os.environ.get("PATH", os.defpath),
         "HOME": home,
@@ -114,6 +227,7 @@ def _environment(home: str) -> dict[str, str]:
         "GIT_CONFIG_GLOBAL": os.devnull,
         "GIT_ATTR_NOSYSTEM": "1",
         "GIT_TERMINAL_PROMPT": "0",
+        "GIT_ALLOW_PROTOCOL": "file" if local else "none",  # it overrides what a repository's own says
         "GIT_ASKPASS": "false",
         "GIT_EDITOR": "false",
         "GIT_NO_REPLACE_OBJECTS": "1",

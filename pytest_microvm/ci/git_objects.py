@@ -1,0 +1,122 @@
+"""Git's objects, read from a throwaway repository that borrows them.
+
+Nothing of the repository they are in takes part but its objects: not its configuration, hooks, attributes,
+index or references, and nothing is fetched for those that are missing.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pytest_microvm.git_bundle import Repository, borrowing
+from pytest_microvm.git_commands import GitError, Talk, git_talk
+
+OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.ASCII)
+"""An object's whole name."""
+
+_PIECE = 1024 * 1024
+_ENTRY = re.compile(rb"([0-7]{6}) (blob|commit) ([0-9a-f]{40,64}) +([0-9]+|-)\t(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class TreeEntry:
+    """What git has at a path: ``mode`` as in a tree, the object's name, bytes of ``size`` (none: -1)."""
+
+    path: bytes
+    mode: int
+    object: str
+    size: int
+
+
+@contextmanager
+def borrowed(repository: Repository) -> Iterator[Repository]:
+    """Give a throwaway repository with the objects of another one.
+
+    Raises:
+        GitError: git cannot.
+    """
+    with tempfile.TemporaryDirectory(prefix="microvm-objects-") as folder:
+        yield borrowing(repository, Path(folder) / "git")
+
+
+def entries(repository: Repository, commit: str) -> Iterator[TreeEntry]:
+    """Yield all files, links and submodules of a commit, as git lists them.
+
+    Raises:
+        GitError: It is no commit, or a part of it is not there.
+    """
+    command = ("ls-tree", "-r", "-l", "-z", "--full-tree", f"{commit}^{{tree}}")
+    with git_talk("--git-dir", repository.directory, *command) as talk:
+        while (line := talk.until(b"\0")) is not None:
+            match = _ENTRY.fullmatch(line)
+            if match is None:
+                raise GitError("a file of the commit is missing here", details=repr(line)[:200])
+            size = -1 if match[4] == b"-" else int(match[4])
+            yield TreeEntry(match[5], int(match[1], 8), match[3].decode(), size)
+
+
+class Blobs:
+    """The contents of blobs, one after the other."""
+
+    def __init__(self, talk: Talk) -> None:
+        self._talk = talk
+
+    @contextmanager
+    def content(self, name: str) -> Iterator[Content]:
+        """Give a blob's content, of which all has to be read.
+
+        Raises:
+            GitError: There is no such blob.
+        """
+        self._talk.ask(name.encode() + b"\n")
+        header = self._talk.until(b"\n")
+        if header is None:
+            raise EOFError
+        found = re.fullmatch(rb"%b blob ([0-9]+)" % name.encode(), header)
+        if found is None:
+            raise GitError("an object is missing here", details=header.decode("ascii", "replace"))
+        content = Content(self._talk, int(found[1]))
+        yield content
+        if content.left:
+            raise GitError("not all of an object was read")
+        self._talk.exactly(1)
+
+    def read(self, name: str) -> bytes:
+        """Return a small blob's content."""
+        with self.content(name) as content:
+            return content.read(content.left)
+
+
+class Content:
+    """A blob's content as a file that can be read once."""
+
+    def __init__(self, talk: Talk, size: int) -> None:
+        self._talk = talk
+        self.left = size
+
+    def read(self, size: int = -1) -> bytes:
+        """Return the next ``size`` bytes, or what is left."""
+        size = self.left if size < 0 else min(size, self.left)
+        self.left -= size
+        return self._talk.exactly(size)
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield all of it."""
+        while self.left:
+            yield self.read(_PIECE)
+
+
+@contextmanager
+def blobs(repository: Repository) -> Iterator[Blobs]:
+    """Give the blobs of a repository; at the end of the block git ends.
+
+    Raises:
+        GitError: git failed.
+    """
+    with git_talk("--git-dir", repository.directory, "cat-file", "--batch") as talk:
+        yield Blobs(talk)

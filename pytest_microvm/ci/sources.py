@@ -1,0 +1,389 @@
+"""A repository of this computer as a source of branches: it is read, never checked out.
+
+References are looked up in it; files come from its objects alone, see
+:mod:`pytest_microvm.ci.git_objects`. No hook, filter, attribute or program that it names takes part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from pytest_microvm.ci.definition import OWN_FILE, PYPROJECT, Definition, ci_table, parse_definition
+from pytest_microvm.ci.file_names import refusal
+from pytest_microvm.ci.git_objects import OBJECT
+from pytest_microvm.ci.git_tree import GitTree
+from pytest_microvm.ci.job import matches
+from pytest_microvm.ci.task import WORKTREE, Source
+from pytest_microvm.ci.tree import Tree
+from pytest_microvm.ci.work_tree import WorkTree
+from pytest_microvm.errors import UsageError
+from pytest_microvm.git_bundle import Repository, borrowing
+from pytest_microvm.git_commands import GitError, git, git_talk
+
+_HEADS, _REMOTE, _TAGS = "refs/heads/", "refs/remotes/origin/", "refs/tags/"
+_MAX_REFS = 100_000
+_MAX_NAME = 500  # characters of a ref that somebody asks for
+_MAX_DEFINITION = 1024 * 1024  # bytes
+_SHOWN = 20  # branches that an error names
+
+
+class CodeRepository:
+    """A repository; only what is asked for is looked up, when it is.
+
+    Args:
+        folder: A folder of its work tree, or a bare repository.
+
+    Attributes:
+        folder: The work tree's top, or the bare repository.
+        identity: What tells it from other repositories of this computer; a file's name can have it.
+
+    Raises:
+        UsageError: There is no repository.
+        HostError: git is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._bare, self._repository, self._directory = _opened(folder)
+        digest = hashlib.sha256(os.fsencode(self._repository.directory.resolve())).hexdigest()[:12]
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.folder.resolve().name).strip(".-")[:40]
+        self.identity = f"{name or 'repository'}-{digest}"
+        self._contents: dict[str, str] = {}  # SHA-256 by blob
+        self._trees: dict[str, GitTree] = {}
+        self._work_trees: dict[str, WorkTree] = {}
+
+    @property
+    def default_branch(self) -> str:
+        """The default branch's name: what origin says, else ``main``, ``master`` or the only one.
+
+        Raises:
+            UsageError: That says nothing.
+        """
+        name = self._default()
+        if name is None:
+            raise UsageError(
+                f"{self.folder}: which branch is the default one cannot be told",
+                details=_named("branches", list(self._branches())),
+                resolution="`git remote set-head origin --auto` asks origin; or name a branch main",
+            )
+        return name
+
+    def branches(self, globs: Sequence[str] = ("*",)) -> list[Source]:
+        """Return the branches that one of ``globs`` matches: local ones, and origin's without a local one.
+
+        The default branch comes first, then they come by name.
+
+        Raises:
+            UsageError: A glob matches none.
+        """
+        known = self._branches()
+        for glob in globs:
+            if not any(matches(name, [glob]) for name in known):
+                raise UsageError(
+                    f"{self.folder}: no branch matches {glob!r}",
+                    details=_named("branches", list(known)),
+                    resolution="fetch it, or name another one",
+                )
+        default = self._default()
+        return [
+            Source(name, known[name], default=name == default)
+            for name in sorted(known, key=lambda name: (name != default, name))
+            if matches(name, globs)
+        ]
+
+    def changed_since(self, ref: str) -> list[Source]:
+        """Return the branches that have commits which ``ref`` has not.
+
+        Raises:
+            UsageError: There is no such ref.
+        """
+        base = self._commit(ref)
+        changed = set(self._refs(f"--no-merged={base}").values())
+        return [source for source in self.branches(["*"]) if source.commit in changed]
+
+    def ref(self, name: str) -> Source:
+        """Return what a ref or commit names: ``main``, ``origin/main``, ``refs/pull/7/head``, ``1a2b3c4``.
+
+        A branch goes before a tag of the same name. What is no branch is not called like one: a tag is
+        ``refs/tags/NAME``, a commit its whole name, so that neither gets what a branch of that name may have.
+
+        Raises:
+            UsageError: There is none.
+        """
+        known = self._branches()
+        full = name if name in known else self._full_name(name)
+        for prefix in ("", _HEADS, _REMOTE):
+            branch = full.removeprefix(prefix)
+            if full.startswith(prefix) and branch in known and self._commit(name) == known[branch]:
+                return Source(branch, known[branch], default=branch == self._default())
+        commit = self._commit(name)
+        return Source(full or commit, commit)
+
+    def worktree(self) -> Source:
+        """Return the work tree, as it is now.
+
+        Raises:
+            UsageError: The repository has none.
+        """
+        if self._bare:
+            raise UsageError(
+                f"{self.folder} is a bare repository, which has no work tree", resolution="name a branch"
+            )
+        tree = WorkTree(self.folder)
+        digest = tree.digest()
+        self._work_trees[digest] = tree
+        return Source(WORKTREE, digest)
+
+    def tree(self, source: Source) -> Tree:
+        """Return the files of a source that this repository gave."""
+        return self._work_trees.get(source.commit) or self._tree(source.commit)
+
+    def notes(self, source: Source) -> list[str]:
+        """Return what is to be told about a source's files, in lines, once they were used."""
+        tree = self._trees.get(source.commit)
+        return [] if tree is None else list(tree.notes)
+
+    def read(self, commit: str, path: str, limit: int) -> bytes | None:
+        """Return the content of a plain file, ``None`` where there is none.
+
+        Args:
+            commit: A commit's whole name, or :data:`pytest_microvm.ci.task.WORKTREE`.
+            path: Relative to the top.
+            limit: Bytes that it may have.
+
+        Raises:
+            UsageError: It has more.
+        """
+        if refusal(os.fsencode(path)):
+            return None
+        if commit != WORKTREE:
+            return self._tree(commit).read(path, limit)
+        return _read_plain(self.folder / path, limit)
+
+    def export(self, ref: str, prefix: str, folder: Path) -> bool:
+        """Write the plain files below ``prefix`` of a ref into an empty folder of this computer.
+
+        Returns:
+            Whether there are any.
+
+        Raises:
+            UsageError: There is no such ref.
+        """
+        tree = self._tree(self._commit(ref))
+        files = tree.plain_files(prefix)
+        for file in files:
+            target = folder / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            content = tree.read(file.path, file.size)
+            with target.open("xb") as out:
+                out.write(content or b"")
+            target.chmod(int(file.kind, 8))
+        return bool(files)
+
+    def bundle(self, source: Source, file: IO[bytes]) -> None:
+        """Write the history of a source as a git bundle: its commit as a branch and as HEAD, and its tags.
+
+        What is not reachable from the commit is not in it. Of a work tree it is the history of what is
+        checked out.
+
+        Args:
+            source: What this repository gave.
+            file: Where to.
+
+        Raises:
+            UsageError: Parts of the history are not here.
+        """
+        commit, branch = source.commit, source.branch
+        if source.branch == WORKTREE and source.commit in self._work_trees:
+            commit, branch = self._commit("HEAD"), self._checked_out() or WORKTREE
+        if (self._repository.directory / "shallow").exists():
+            raise UsageError(
+                f"{self.folder} is a shallow clone, and the job wants history (git = true)",
+                resolution="fetch all of it: `git fetch --unshallow`; with actions/checkout: fetch-depth: 0",
+            )
+        tags = self._refs(f"--merged={commit}", _TAGS)
+        with tempfile.TemporaryDirectory(prefix="microvm-bundle-") as folder:
+            made = borrowing(self._repository, Path(folder) / "git")
+            branch = f"{_HEADS}{branch.removeprefix('refs/')}"
+            made.git("update-ref", branch, commit)
+            made.git("symbolic-ref", "HEAD", branch)
+            for name, tagged in tags.items():
+                made.git("update-ref", name, tagged)
+            made.git("bundle", "create", "--quiet", Path(folder) / "bundle", "--all", "HEAD")
+            with (Path(folder) / "bundle").open("rb") as content:
+                while piece := content.read(1024 * 1024):
+                    file.write(piece)
+
+    # How it is looked up
+
+    def _tree(self, commit: str) -> GitTree:
+        if not OBJECT.fullmatch(commit):
+            raise UsageError(f"{commit!r} is not the name of a commit", resolution="look it up with ref()")
+        if commit not in self._trees:
+            modules = [self._repository.directory / "modules", self._directory / "modules"]
+            tree = GitTree(self._repository, commit, modules=modules, known=self._contents)
+            self._trees.setdefault(commit, tree)
+        return self._trees[commit]
+
+    def _git(self, *arguments: str) -> str:
+        return git("--git-dir", self._directory, *arguments).rstrip("\n")
+
+    def _branches(self) -> dict[str, str]:
+        """Return all branches and their commits."""
+        refs = self._refs("", _HEADS, _REMOTE)
+        theirs = {name.removeprefix(_REMOTE): tip for name, tip in refs.items() if name.startswith(_REMOTE)}
+        ours = {name.removeprefix(_HEADS): tip for name, tip in refs.items() if name.startswith(_HEADS)}
+        return {**theirs, **ours}
+
+    def _refs(self, merged: str, *prefixes: str) -> dict[str, str]:
+        """Return references that name commits, and what they name; of symbolic ones none."""
+        form = "--format=%(refname)%00%(objectname)%00%(*objecttype)%(objecttype)%00%(symref)"
+        chosen = [merged] if merged else []
+        command = ("for-each-ref", form, *chosen, *(prefixes or (_HEADS, _REMOTE)))
+        found: dict[str, str] = {}
+        with git_talk("--git-dir", self._directory, *command) as talk:
+            while (line := talk.until(b"\n")) is not None:
+                name, tip, kind, symbolic = os.fsdecode(line).split("\0")
+                if kind in ("commit", "committag") and not symbolic:
+                    found[name] = tip
+                if len(found) > _MAX_REFS:
+                    raise UsageError(f"{self.folder} has more than {_MAX_REFS} references")
+        return found
+
+    def _default(self) -> str | None:
+        known = self._branches()
+        candidates = ["main", "master", *(known if len(known) == 1 else [])]
+        head = "HEAD" if self._bare else f"{_REMOTE}HEAD"
+        try:
+            said = self._git("symbolic-ref", "--quiet", head)
+            candidates.insert(0, said.removeprefix(_REMOTE).removeprefix(_HEADS))
+        except GitError:
+            pass
+        return next((name for name in candidates if name in known), None)
+
+    def _checked_out(self) -> str | None:
+        try:
+            return self._git("symbolic-ref", "--quiet", "HEAD").removeprefix(_HEADS)
+        except GitError:
+            return None
+
+    def _full_name(self, name: str) -> str:
+        """Return a ref's whole name, nothing for what is no ref."""
+        _check_name(name)
+        try:
+            return self._git("rev-parse", "--verify", "--quiet", "--symbolic-full-name", name)
+        except GitError:
+            return ""
+
+    def _commit(self, name: str) -> str:
+        """Return the commit that ``name`` stands for, a branch before a tag.
+
+        Raises:
+            UsageError: There is none.
+        """
+        _check_name(name)
+        known = self._branches()
+        if name in known:
+            return known[name]
+        try:
+            found = self._git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
+        except GitError:
+            found = ""
+        if not OBJECT.fullmatch(found):
+            raise UsageError(
+                f"{self.folder}: {name!r} is no commit of this repository",
+                details=_named("branches", list(known)),
+                resolution="fetch it first, or name another one",
+            )
+        return found
+
+
+def read_definition(repository: CodeRepository, wanted: str | None = None) -> Definition:
+    """Return the jobs that a repository defines; ``microvm.toml`` goes before ``pyproject.toml``.
+
+    Args:
+        repository: Whose.
+        wanted: The ref that is trusted to define them, or ``worktree``: the files as they lie there;
+            ``None``: the default branch.
+
+    Raises:
+        UsageError: It defines none, or something in it is wrong.
+    """
+    if wanted == WORKTREE:
+        commit, shown = WORKTREE, "{}"
+    else:
+        source = repository.ref(repository.default_branch if wanted is None else wanted)
+        commit = source.commit
+        shown = f"{source.branch if source.branch != commit else 'commit'}:{{}} ({commit[:7]})"
+    for name in (OWN_FILE, PYPROJECT):
+        content = repository.read(commit, name, _MAX_DEFINITION)
+        where = shown.format(name)
+        if content is None:
+            continue
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{where} is not UTF-8: {error}", resolution="save it as UTF-8") from error
+        if ci_table(text, where) is not None:
+            return parse_definition(text, where)
+    raise UsageError(
+        f"{shown.format(f'{OWN_FILE}, {PYPROJECT}')}: no jobs are defined there",
+        resolution=f'write into {OWN_FILE}: [ci.jobs.test] and steps = ["make test"], and commit it; '
+        "`--definition-from worktree` takes it without a commit",
+    )
+
+
+def _opened(folder: Path) -> tuple[Path, bool, Repository, Path]:
+    """Return the repository's folder, whether it is bare, its objects, and the folder with its HEAD."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no directory", resolution="start it in the repository")
+
+    def told(option: str) -> str:  # git has a working directory of its own
+        return git("-C", folder.absolute(), "rev-parse", "--path-format=absolute", option).removesuffix("\n")
+
+    try:
+        bare = told("--is-bare-repository") == "true"
+        directory, common = Path(told("--git-dir")), Path(told("--git-common-dir"))
+        top = directory if bare else Path(told("--show-toplevel"))
+        return top, bare, Repository(common, told("--show-object-format")), directory
+    except GitError as error:
+        raise UsageError(
+            f"{folder} is no git repository", details=error.details, resolution="start it in the repository"
+        ) from error
+
+
+def _check_name(name: str) -> None:
+    """Refuse what cannot name a commit, or would be an option.
+
+    Raises:
+        UsageError: It is refused.
+    """
+    if not name or name.startswith("-") or not name.isprintable() or len(name) > _MAX_NAME:
+        raise UsageError(f"{name!r} cannot be a ref", resolution="name a branch, a tag or a commit")
+
+
+def _named(what: str, names: list[str]) -> str:
+    shown = ", ".join(sorted(names)[:_SHOWN]) or "none"
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{what}: {shown}{more}"
+
+
+def _read_plain(path: Path, limit: int) -> bytes | None:
+    """Return a file's content if it is one and no link."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    with open(descriptor, "rb") as file:  # noqa: PTH123 - it is open already
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        if status.st_size > limit:
+            raise UsageError(f"{path} has {status.st_size} bytes, more than {limit}")
+        return file.read(limit)
