@@ -1,0 +1,237 @@
+"""The machines of one tox environment: its templates, and the one in which its commands run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from pytest_microvm.config import DEFAULT_TIMEOUT
+from pytest_microvm.errors import MachineError, UsageError
+from pytest_microvm.host import Host
+from pytest_microvm.preparing import machine_in_the_making
+from pytest_microvm.remote.workspace import Workspace, scan
+from pytest_microvm.sanitize import sanitize
+from pytest_microvm.templates.chain import Step
+from pytest_microvm.tox_env.interpreters import interpreters
+from pytest_microvm.transfer import send_file
+
+if TYPE_CHECKING:
+    from tox.tox_env.python.api import PythonInfo
+
+    from pytest_microvm.instance import Instance
+    from pytest_microvm.machine import MicroVM
+    from pytest_microvm.tox_env.installer import Plan
+    from pytest_microvm.tox_env.settings import Settings
+
+FORMAT = "1"
+"""Part of every key; raise it when the way environments are made changes."""
+
+_TIMEOUT = 600.0
+
+# ensurepip would run pip to install pip, which takes half a minute under software emulation; the wheels that
+# it has are unpacked instead. What pip would add to that is the script, and a record of files.
+_MAKE = """
+import glob, os, subprocess, sys, sysconfig, zipfile
+folder, system = sys.argv[1], sys.argv[2] == "system"
+command = [sys.executable, "-m", "venv", "--without-pip", folder]
+subprocess.run(command + (["--system-site-packages"] if system else []), check=True)
+python = os.path.join(folder, "bin", "python")
+import ensurepip
+bundled = os.path.join(os.path.dirname(ensurepip.__file__), "_bundled")
+places = [sysconfig.get_config_var("WHEEL_PKG_DIR"), bundled]
+wheels = {name: sorted(path for place in places if place for path in glob.glob(f"{place}/{name}-*.whl"))
+          for name in ("pip", "setuptools")}
+if not wheels["pip"]:
+    sys.exit(subprocess.run([python, "-m", "ensurepip", "--default-pip"]).returncode)
+query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+target = subprocess.run([python, "-c", query], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+for found in wheels.values():
+    if found:
+        zipfile.ZipFile(found[-1]).extractall(target)
+script = os.path.join(folder, "bin", "pip")
+with open(script, "w") as file:
+    file.write(f"#!{python}\\nimport sys\\nfrom pip._internal.cli.main import main\\nsys.exit(main())\\n")
+os.chmod(script, 0o755)
+os.symlink("pip", script + "3")
+"""
+
+
+class Guest:
+    """Where an environment's machines come from.
+
+    Args:
+        settings: What they are.
+        project: The project's folder, copied to the same path in each.
+        work_dir: tox's own folder in it, which is not copied.
+        say: Told what takes long.
+    """
+
+    def __init__(
+        self, settings: Settings, *, project: Path, work_dir: Path, say: Callable[[str], None]
+    ) -> None:
+        self.settings = settings
+        self.machine: MicroVM | None = None
+        self._project = project
+        self._work_dir = work_dir
+        self._host = Host(project=project, timeout=DEFAULT_TIMEOUT, say=lambda line: say(sanitize(line)))
+        self._base = self._host.base(settings.spec)
+
+    @cached_property
+    def pythons(self) -> list[PythonInfo]:
+        """The image's Pythons."""
+
+        def start() -> MicroVM:
+            return self._start(())
+
+        return interpreters(self._host.cache, self._base.image.digest, start)
+
+    @cached_property
+    def workspace(self) -> Workspace:
+        """The project's files, without what tox made."""
+        whole = scan(self._project)
+        if whole.size > self._base.resources.disk:
+            raise UsageError(
+                f"the project {self._project} is larger than the machine's disk",
+                details=f"{whole.size} bytes of files, {self._base.resources.disk} bytes of disk",
+                resolution="set microvm_disk, or have git ignore some",
+            )
+        if not self._work_dir.is_relative_to(self._project):
+            return whole
+        own = f"{self._work_dir.relative_to(self._project)}/"
+        return replace(
+            whole, entries=tuple(entry for entry in whole.entries if not f"{entry.path}/".startswith(own))
+        )
+
+    def files(self, names: Sequence[str]) -> Workspace:
+        """Return some of the project's files.
+
+        Raises:
+            UsageError: One of them is not among them.
+        """
+        wanted = set(names)
+        entries = tuple(entry for entry in self.workspace.entries if entry.path in wanted)
+        missing = sorted(wanted - {entry.path for entry in entries})
+        if missing:
+            raise UsageError(
+                f"{missing[0]} is not copied into the machine", resolution="does git ignore it? add it to git"
+            )
+        return replace(self.workspace, entries=entries)
+
+    def step(
+        self,
+        kind: str,
+        plan: Plan,
+        variables: Mapping[str, str],
+        *,
+        files: Workspace,
+        venv: tuple[str, str, bool] | None,
+        run: Callable[[MicroVM], None],
+        generation: str,
+    ) -> Step:
+        """Return a link of the chain: files are copied in, commands run, the result is kept.
+
+        Args:
+            kind: What it is called in lists.
+            plan: What is installed.
+            variables: The commands' variables.
+            files: What is copied in before.
+            venv: The virtual environment to make first: its Python, its folder, whether it has the system's
+                packages too.
+            run: Runs the plan's commands.
+            generation: Another one makes it anew.
+        """
+        grants = self._host.grants(self.settings.prepare, self._base.image)
+
+        def work(instance: Instance) -> dict[str, bytes]:
+            machine = machine_in_the_making(self._host, self._base, instance, grants.for_machine("template"))
+            if venv is not None:
+                _make_venv(machine, venv)
+            put(machine, files)
+            for path, text in plan.files.items():
+                machine.path(path).parent.mkdir(parents=True, exist_ok=True)
+                machine.path(path).write_text(text)
+            try:
+                run(machine)
+            finally:
+                for request in machine.network.denied:
+                    self._host.say(str(request))
+            instance.take_away()
+            return {}
+
+        inputs = (
+            FORMAT,
+            json.dumps([plan.commands, plan.files, venv]),
+            hashlib.sha256(json.dumps(sorted(variables.items())).encode()).hexdigest(),
+            files.digest(),
+            json.dumps([self.settings.prepare.network, self.settings.prepare.hosts]),
+            generation,
+        )
+        return Step(kind, inputs, work, f"{kind}: installing" if plan.commands else kind)
+
+    def cached(self, steps: Sequence[Step]) -> bool:
+        """Whether nothing has to be installed."""
+        return self._host.cached(self._base, steps) is not None
+
+    def make(self, steps: Sequence[Step]) -> None:
+        """Make what is missing of a chain."""
+        self._host.template(self._base, steps)
+
+    def start(self, steps: Sequence[Step], *, files: bool) -> MicroVM:
+        """Start the machine in which commands run.
+
+        Args:
+            steps: What it is a copy of.
+            files: Whether the project's files are to be copied in.
+        """
+        machine = self._start(steps)
+        try:
+            if files:
+                put(machine, self.workspace)
+        except BaseException:
+            machine.close()
+            raise
+        self.machine = machine
+        return machine
+
+    def close(self) -> None:
+        """End the machine, and let templates be removed again."""
+        try:
+            if self.machine is not None:
+                self.machine.close()
+        finally:
+            self._host.close()
+
+    def _start(self, steps: Sequence[Step]) -> MicroVM:
+        machine = self._host.machine(self._host.template(self._base, steps), self._base)
+        if machine is None:
+            raise MachineError("the host budget gave no place")
+        return machine
+
+
+def put(machine: MicroVM, workspace: Workspace) -> None:
+    """Copy files into a machine, to the same path."""
+    machine.path(str(workspace.top)).mkdir(parents=True, exist_ok=True)
+    if workspace.entries:
+        with tempfile.TemporaryFile() as archive:
+            workspace.write_tar(archive)
+            archive.seek(0)
+            send_file(machine.link(), "unpack", str(workspace.top), archive)
+
+
+def _make_venv(machine: MicroVM, venv: tuple[str, str, bool]) -> None:
+    python, folder, system = venv
+    machine.path(str(PurePosixPath(folder).parent)).mkdir(parents=True, exist_ok=True)
+    command = [python, "-I", "-c", _MAKE, folder, "system" if system else ""]
+    done = machine.run(command, timeout=_TIMEOUT)
+    if done.returncode:
+        raise MachineError(
+            f"no virtual environment could be made in {folder}",
+            details="\n".join((done.stdout + done.stderr).splitlines()[-20:]),
+            resolution="the image needs Python's venv (Debian: python3-venv)",
+        )

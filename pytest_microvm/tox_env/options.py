@@ -1,0 +1,60 @@
+"""The command line's options, and what ``--microvm`` changes before any environment is made."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from tox.plugin.manager import MANAGER
+from tox.tox_env.register import REGISTER
+
+from pytest_microvm.tox_env.runner import MicrovmRunner
+
+if TYPE_CHECKING:
+    from tox.config.cli.parser import Parsed, ToxParser
+
+_log = logging.getLogger(__name__)
+
+
+def add_options(parser: ToxParser) -> None:
+    """Add what this plug-in has to tox's command line."""
+    parser.add_argument(
+        "--microvm",
+        action="store_true",
+        default=False,
+        help="run every environment in a machine of its own, whatever its runner is",
+    )
+    parser.add_argument(
+        "--microvm-image",
+        metavar="KIT",
+        default=None,
+        of_type=str,
+        help="the kit whose image the machines have, in place of the configuration's",
+    )
+    for name, whose in (("network", "commands"), ("prepare-network", "the installation")):
+        parser.add_argument(
+            f"--microvm-{name}",
+            metavar="RULES",
+            default=None,
+            of_type=str,
+            help=f"what {whose} may reach, comma separated, in place of the configuration's; none: nothing",
+        )
+
+
+def switch_over(options: Parsed) -> None:
+    """Make every runner a machine, and keep tox from installing what a project asks for on this computer."""
+    for name in list(REGISTER.env_runners):
+        if name != MicrovmRunner.id():
+            REGISTER.add_run_env(_as(name))
+    if not options.no_provision:
+        options.no_provision = True
+    if MANAGER.inline_module is not None:
+        _log.warning(
+            "%s has run on this computer: tox loads it before any plug-in; see docs/reference/tox.md",
+            getattr(MANAGER.inline_module, "__file__", "toxfile.py"),
+        )
+
+
+def _as(name: str) -> type[MicrovmRunner]:
+    """Return the runner under another runner's name."""
+    return type("MicrovmRunner", (MicrovmRunner,), {"id": staticmethod(lambda: name)})

@@ -1,0 +1,142 @@
+"""The keys ``microvm_*`` of a tox environment: what its machines are made of, and who may ask for it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytest_microvm.errors import UsageError
+from pytest_microvm.project_trust import VARIABLE, is_trusted, shown
+from pytest_microvm.spec import MachineSpec
+
+if TYPE_CHECKING:
+    from tox.config.cli.parser import Parsed
+    from tox.config.sets import EnvConfigSet
+
+
+class Key(NamedTuple):
+    """A key of an environment.
+
+    Args:
+        of_type: ``str`` or ``list[str]``.
+        default: What it is where nothing is said.
+        about: What it says.
+    """
+
+    of_type: Any
+    default: Any
+    about: str
+
+
+KEYS: Mapping[str, Key] = {
+    "image": Key(str, "python", "the kit whose image the machine has"),
+    "cpus": Key(str, "", "CPUs, such as 2 or 0.5"),
+    "memory": Key(str, "", "memory, such as 1G"),
+    "disk": Key(str, "", "what it may write to its disk, such as 4G"),
+    "pids": Key(str, "", "processes and threads at the same time"),
+    "timeout": Key(str, "", "seconds that one command may take"),
+    "network": Key(list[str], [], "rules of what the commands may reach"),
+    "prepare_network": Key(list[str], ["pip"], "rules of what the installation may reach"),
+    "hosts": Key(list[str], [], "where names lead, NAME=ADDRESS[:PORT]"),
+    "secrets": Key(list[str], [], "values the commands get, NAME=SOURCE"),
+    "credentials": Key(list[str], [], "what is added to the commands' requests on the way out"),
+    "artifacts": Key(list[str], [], "files of the project to copy back after the commands, globs"),
+}
+"""Each is written with ``microvm_`` in front."""
+
+_QUOTAS = ("cpus", "memory", "disk", "pids", "timeout")
+_GRANTS = ("network", "hosts", "secrets", "credentials")
+_OPTIONS = {
+    "image": "microvm_image",
+    "network": "microvm_network",
+    "prepare_network": "microvm_prepare_network",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the machines of one environment are.
+
+    Args:
+        spec: What they are made of, and given while the commands run.
+        prepare: What they are given while dependencies are installed: a network, and nothing else.
+        artifacts: What to copy back, as globs below the project.
+    """
+
+    spec: MachineSpec
+    prepare: MachineSpec
+    artifacts: tuple[str, ...]
+
+
+def register(conf: EnvConfigSet) -> None:
+    """Make the keys known to tox."""
+    for name, key in KEYS.items():
+        conf.add_config(f"microvm_{name}", of_type=key.of_type, default=key.default, desc=key.about)
+
+
+def read(conf: EnvConfigSet, options: Parsed, project: Path) -> Settings:
+    """Return what the configuration and the command line say.
+
+    Args:
+        conf: The environment's.
+        options: The command line's.
+        project: The folder of the configuration.
+
+    Raises:
+        UsageError: A value is impossible, or asks for what nobody has allowed.
+    """
+    values = {name: conf[f"microvm_{name}"] for name in KEYS}
+    asked = {name: list(values[name]) for name in (*_GRANTS, "prepare_network") if values[name]}
+    if asked.get("prepare_network") == KEYS["prepare_network"].default:
+        del asked["prepare_network"]  # what tox would do on this computer, of which less is left
+    for name, option in _OPTIONS.items():
+        given = getattr(options, option, None)
+        if given is not None:
+            values[name] = given if name == "image" else _rules(given)
+            asked.pop(name, None)
+    _check(project, asked | _own_kit(values["image"], project, options))
+    where = f"tox environment {conf.name}"
+    spec = {name: values[name] for name in ("image", *_QUOTAS, *_GRANTS) if values[name]}
+    made = {name: spec[name] for name in ("image", *_QUOTAS) if name in spec}
+    prepare = {**made, "network": values["prepare_network"], "hosts": values["hosts"]}
+    return Settings(
+        spec=MachineSpec().with_changes({**spec, "network": values["network"]}, where),
+        prepare=MachineSpec().with_changes(prepare, where),
+        artifacts=tuple(values["artifacts"]),
+    )
+
+
+def _rules(text: str) -> list[str]:
+    rules = [rule.strip() for rule in text.split(",") if rule.strip()]
+    return [] if rules == ["none"] else rules
+
+
+def _own_kit(image: str, project: Path, options: Parsed) -> dict[str, Any]:
+    """Return what the image asks for if its kit is the project's: its commands run on this computer."""
+    from pytest_microvm.config import Settings as ProjectSettings  # noqa: PLC0415 - when one is run
+    from pytest_microvm.project_grants import asked_by  # noqa: PLC0415
+
+    if getattr(options, "microvm_image", None) is not None:
+        return {}
+    spec = MachineSpec(image=image, network=())
+    return asked_by(ProjectSettings(spec=spec, asked={"image": image}, project=project))
+
+
+def _check(project: Path, asked: Mapping[str, Any]) -> None:
+    """Refuse what a project asks for if nobody has allowed it (see docs/adr/0020).
+
+    Raises:
+        UsageError: Nobody has.
+    """
+    if not asked or os.environ.get(VARIABLE) == "1" or is_trusted(project, asked):
+        return
+    raise UsageError(
+        f"the tox configuration of {project} asks for more than its own files, and nobody has allowed that",
+        details="\n".join(f"microvm_{line}" for line in shown(json.loads(json.dumps(asked)))),
+        resolution=f"if you trust it, set {VARIABLE}=1; else give what it may have on the command line, such "
+        "as --microvm-network pip, in place of the configuration's",
+    )
