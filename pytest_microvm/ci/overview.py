@@ -70,7 +70,7 @@ def tests_line(task: TaskResult) -> str:
 
 
 def worth_telling(run: RunResult) -> list[TaskResult]:
-    """Return the tasks that did not pass, those that hurt the run first, and those that were denied something."""
+    """Return the tasks that did not pass, the worst first, then those that were denied something."""
     return sorted(
         (task for task in run.tasks if task.verdict != "passed" or task.denied),
         key=lambda task: (task.harmless, task.verdict in ("skipped", "cancelled"), task.verdict == "passed"),

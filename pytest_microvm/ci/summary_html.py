@@ -17,9 +17,9 @@ from pytest_microvm.ci.overview import (
     local_command,
     matrix,
     next_step,
-    worth_telling,
     phases,
     tests_line,
+    worth_telling,
 )
 from pytest_microvm.ci.result import PHASES, RunResult, TaskResult
 from pytest_microvm.reports.text import safe_name, safe_text
