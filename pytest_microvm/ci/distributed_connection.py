@@ -1,0 +1,169 @@
+"""How a cluster is reached: only with TLS, or without leaving this computer.
+
+Who may talk to a Dask scheduler may run any code on all of its workers. So nothing is sent to, or taken from,
+an address of another computer without certificates on both sides; a cluster that lives only as long as a run
+has certificates of its own, since other users of this computer can reach its ports, too.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from distributed import Client, LocalCluster
+from distributed.security import Security
+
+from pytest_microvm.errors import HostError, UsageError
+from pytest_microvm.templates.budget import default_limits
+
+CONNECT_TIMEOUT = 60.0
+ALLOWED_FAILURES = 1
+"""How many workers may be lost while they do a task: it is begun once more, not twice."""
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """What a host proves itself with: files in PEM form.
+
+    Args:
+        ca: The authority that signed everybody's certificate.
+        cert: This host's certificate.
+        key: Its private key.
+    """
+
+    ca: Path
+    cert: Path
+    key: Path
+
+
+def security_for(address: str, certificates: Certificates | None) -> Security | None:
+    """Return how to talk to a scheduler: with TLS; ``None``: without, on this computer.
+
+    Args:
+        address: ``tls://host:port``, or ``tcp://127.0.0.1:port``.
+        certificates: This host's.
+
+    Raises:
+        UsageError: It is another computer's address without TLS, or the certificates are missing.
+    """
+    try:
+        parts = urlsplit(address)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        host, port = "", None
+    if not host or port is None or parts.scheme not in ("tls", "tcp"):
+        raise UsageError(
+            f"{address!r} is no address of a scheduler", resolution="write tls://HOST:PORT, such as port 8786"
+        )
+    if parts.scheme == "tcp":
+        if not _loopback(host):
+            raise UsageError(
+                f"{address} is another computer's address without encryption",
+                details="whoever can talk to a scheduler, or in between, can run any code on its workers",
+                resolution="start the scheduler with TLS, and give tls://HOST:PORT with --tls-ca, --tls-cert "
+                "and --tls-key (docs/how-to/cluster.md)",
+            )
+        return None
+    if certificates is None:
+        raise UsageError(
+            f"{address} needs certificates", resolution="give --tls-ca, --tls-cert and --tls-key, all three"
+        )
+    for path in (certificates.ca, certificates.cert, certificates.key):
+        if not os.access(path, os.R_OK):
+            raise UsageError(f"{path} cannot be read", resolution="give certificates as files in PEM form")
+    ca, cert, key = str(certificates.ca), str(certificates.cert), str(certificates.key)
+    return Security(
+        require_encryption=True,
+        tls_ca_file=ca,
+        tls_client_cert=cert,
+        tls_client_key=key,
+        tls_worker_cert=cert,
+        tls_worker_key=key,
+    )
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@contextmanager
+def connected(address: str, certificates: Certificates | None) -> Iterator[Client]:
+    """Talk to a scheduler that is there.
+
+    Raises:
+        UsageError: It may not be talked to.
+        HostError: It does not answer, or has no worker.
+    """
+    security = security_for(address, certificates)
+    try:
+        client = Client(
+            address, security=security, timeout=CONNECT_TIMEOUT, set_as_default=False, name="pytest-microvm"
+        )
+    except (OSError, TimeoutError) as error:
+        raise HostError(
+            f"the scheduler {address} does not answer: {error}",
+            resolution="see whether it runs, and whether certificates and addresses are right",
+        ) from error
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=CONNECT_TIMEOUT)
+        except TimeoutError as error:
+            raise HostError(
+                f"the scheduler {address} has no workers",
+                resolution=f"start some: `pytest-microvm ci worker {address}`",
+            ) from error
+        yield client
+
+
+@contextmanager
+def own_cluster(slots: int) -> Iterator[Client]:
+    """Run a cluster on this computer for as long as the ``with`` lasts.
+
+    Args:
+        slots: How many tasks at a time.
+
+    Raises:
+        HostError: It did not start.
+    """
+    workers = min(slots, os.cpu_count() or 1)
+    threads = math.ceil(slots / workers)
+    cpus, memory = default_limits()
+    resources = {"vcpus": cpus / workers, "memory": memory / workers, "kvm": threads}
+    with ExitStack() as stack:
+        try:
+            cluster = stack.enter_context(
+                LocalCluster(
+                    n_workers=workers,
+                    threads_per_worker=threads,
+                    processes=True,
+                    host="127.0.0.1",
+                    protocol="tls",
+                    security=Security.temporary(),
+                    dashboard_address=None,
+                    worker_dashboard_address=None,
+                    silence_logs=logging.CRITICAL,
+                    scheduler_kwargs={"allowed_failures": ALLOWED_FAILURES},
+                    resources=resources,
+                    memory_limit=0,
+                )
+            )
+            client = stack.enter_context(Client(cluster, set_as_default=False, name="pytest-microvm"))
+        except ImportError as error:
+            raise HostError(
+                f"certificates cannot be made: {error}", resolution="install pytest-microvm[distributed]"
+            ) from error
+        except (OSError, TimeoutError, RuntimeError) as error:
+            raise HostError(
+                f"a cluster on this computer did not start: {error}", resolution="use --executor local"
+            ) from error
+        yield client
