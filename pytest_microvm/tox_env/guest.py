@@ -34,32 +34,7 @@ FORMAT = "1"
 
 _TIMEOUT = 600.0
 
-# ensurepip would run pip to install pip, which takes half a minute under software emulation; the wheels that
-# it has are unpacked instead. What pip would add to that is the script, and a record of files.
-_MAKE = """
-import glob, os, subprocess, sys, sysconfig, zipfile
-folder, system = sys.argv[1], sys.argv[2] == "system"
-command = [sys.executable, "-m", "venv", "--without-pip", folder]
-subprocess.run(command + (["--system-site-packages"] if system else []), check=True)
-python = os.path.join(folder, "bin", "python")
-import ensurepip
-bundled = os.path.join(os.path.dirname(ensurepip.__file__), "_bundled")
-places = [sysconfig.get_config_var("WHEEL_PKG_DIR"), bundled]
-wheels = {name: sorted(path for place in places if place for path in glob.glob(f"{place}/{name}-*.whl"))
-          for name in ("pip", "setuptools")}
-if not wheels["pip"]:
-    sys.exit(subprocess.run([python, "-m", "ensurepip", "--default-pip"]).returncode)
-query = "import sysconfig; print(sysconfig.get_path('purelib'))"
-target = subprocess.run([python, "-c", query], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
-for found in wheels.values():
-    if found:
-        zipfile.ZipFile(found[-1]).extractall(target)
-script = os.path.join(folder, "bin", "pip")
-with open(script, "w") as file:
-    file.write(f"#!{python}\\nimport sys\\nfrom pip._internal.cli.main import main\\nsys.exit(main())\\n")
-os.chmod(script, 0o755)
-os.symlink("pip", script + "3")
-"""
+_PROGRAMS = Path(__file__).parent
 
 
 class Guest:
@@ -146,9 +121,9 @@ class Guest:
             run: Runs the plan's commands.
             generation: Another one makes it anew.
         """
-        grants = self._host.grants(self.settings.prepare, self._base.image)
 
         def work(instance: Instance) -> dict[str, bytes]:
+            grants = self._host.grants(self.settings.prepare, self._base.image)
             machine = machine_in_the_making(self._host, self._base, instance, grants.for_machine("template"))
             if venv is not None:
                 _make_venv(machine, venv)
@@ -156,6 +131,9 @@ class Guest:
             for path, text in plan.files.items():
                 machine.path(path).parent.mkdir(parents=True, exist_ok=True)
                 machine.path(path).write_text(text)
+            for path, source in plan.pushed.items():
+                machine.path(path).parent.mkdir(parents=True, exist_ok=True)
+                machine.push(source, path)
             try:
                 run(machine)
             finally:
@@ -169,6 +147,7 @@ class Guest:
             json.dumps([plan.commands, plan.files, venv]),
             hashlib.sha256(json.dumps(sorted(variables.items())).encode()).hexdigest(),
             files.digest(),
+            *(hashlib.sha256(source.read_bytes()).hexdigest() for source in plan.pushed.values()),
             json.dumps([self.settings.prepare.network, self.settings.prepare.hosts]),
             generation,
         )
@@ -224,10 +203,15 @@ def put(machine: MicroVM, workspace: Workspace) -> None:
             send_file(machine.link(), "unpack", str(workspace.top), archive)
 
 
+def program(name: str) -> str:
+    """Return the text of one of the programs that machines are told."""
+    return (_PROGRAMS / f"{name}.py").read_text(encoding="utf-8")
+
+
 def _make_venv(machine: MicroVM, venv: tuple[str, str, bool]) -> None:
     python, folder, system = venv
     machine.path(str(PurePosixPath(folder).parent)).mkdir(parents=True, exist_ok=True)
-    command = [python, "-I", "-c", _MAKE, folder, "system" if system else ""]
+    command = [python, "-I", "-c", program("make_venv"), folder, "system" if system else ""]
     done = machine.run(command, timeout=_TIMEOUT)
     if done.returncode:
         raise MachineError(

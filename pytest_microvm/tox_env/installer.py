@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tox.tox_env.errors import Fail
@@ -20,12 +21,14 @@ class Plan:
     Attributes:
         commands: What to run, with tox's name for it.
         arguments: What pip was told in all of them.
-        files: Files that they read, by their path in the machine.
+        files: Text of files that they read, by their path in the machine.
+        pushed: Files of this computer that they read, by their path in the machine.
     """
 
     commands: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
     arguments: list[str] = field(default_factory=list)
     files: dict[str, str] = field(default_factory=dict)
+    pushed: dict[str, Path] = field(default_factory=dict)
 
 
 class GuestPip(Pip):

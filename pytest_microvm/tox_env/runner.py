@@ -272,9 +272,29 @@ class MicrovmRunner(PythonRun):
         if self.options.package_only:
             raise Fail("a package built in a machine stays in it: leave --pkg-only out")
         suffix = f"[{','.join(sorted(extras))}]" if extras else ""
+        constraints = self.installer.package_constraints()
         root = str(self.core.get("package_root", Path))
-        editable = ["-e"] if self.pkg_type.startswith("editable") else []
-        self.installer.note([*editable, root + suffix, *self.installer.package_constraints()], "package")
+        if self.pkg_type.startswith("editable"):
+            self.installer.note(["-e", root + suffix, *constraints], "package")
+            return
+        built = self.env_dir / ".pkg"
+        if self.pkg_type == "external":
+            given = self.options.install_pkg
+            assert given is not None  # that is what makes it external
+            self._plan.pushed[str(built / given.name)] = given
+            self._plan.files[str(built / "package.txt")] = f"{built / given.name}{suffix}\n"
+        else:
+            self._plan_build(root, built, suffix)
+        self.installer.note(["-r", str(built / "package.txt"), *constraints], "package")
+
+    def _plan_build(self, root: str, built: Path, suffix: str) -> None:
+        from pytest_microvm.tox_env.guest import program  # noqa: PLC0415 - see tox_plugin
+
+        script = str(built.with_name("build_package.py"))
+        self._plan.files[script] = program("build_package")
+        how = "wheel" if self.pkg_type == "wheel" else "sdist"
+        command = (str(self.env_python()), "-I", script, how, root, str(built), suffix)
+        self._plan.commands.append((command, "build_package"))
 
     def _skips_package(self) -> bool:
         return any(getattr(self.options, name, False) for name in ("skip_pkg_install", "skip_env_install"))
