@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from distributed import Worker, WorkerPlugin, get_worker
+from distributed import Reschedule, Worker, WorkerPlugin, get_worker
 
 from pytest_microvm.ci.attempt import Attempt
 from pytest_microvm.ci.commands import Stop, Stopped
@@ -85,14 +85,15 @@ class WorkerSide(WorkerPlugin):
         """Begin; called on the worker."""
         self._worker = worker
         self._jobs: dict[str, threading.Event] = {}
-        self._ended = False
+        self._ended = self._leaving = False
         self._lock = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="microvm-ci-")
         self.inbox = Inbox(self._ask)
 
     def teardown(self, worker: Worker) -> None:
-        """End; the run is over, or the worker is."""
+        """End; the run is over, or the worker is going to be."""
         del worker
+        self._leaving = not self._ended
         self.end()
         if "host" in self.__dict__:
             self.host.close()
@@ -134,9 +135,10 @@ class WorkerSide(WorkerPlugin):
                 output = Path(folder)
                 (output / order.task.id).mkdir()
                 result = self._attempt(order, output, reporter, cancelled)
-                return pack_reply(
-                    replace(result, worker=sanitize_line(str(self._worker.name))), output / order.task.id
-                )
+                if self._leaving:
+                    raise Reschedule  # the run goes on, on other workers
+                result = replace(result, worker=sanitize_line(str(self._worker.name)))
+                return pack_reply(result, output / order.task.id)
         finally:
             reporter.close()
             with self._lock:

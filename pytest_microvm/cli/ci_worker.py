@@ -6,11 +6,12 @@ import argparse
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from pytest_microvm.errors import HostError, MicroVMError, UsageError
 from pytest_microvm.host import Host
@@ -20,10 +21,12 @@ from pytest_microvm.spec import format_cpus, format_size, parse_cpus, parse_size
 from pytest_microvm.templates.budget import default_limits
 
 if TYPE_CHECKING:
+    from distributed.security import Security
+
     from pytest_microvm.ci.distributed_connection import Certificates
 
-_DESCRIPTION = """Do jobs of `pytest-microvm ci run --executor dask` on this computer, until it is ended. Who may
-talk to the scheduler may run any code here, as you: an address of another computer needs TLS."""
+_DESCRIPTION = """Do jobs of `pytest-microvm ci run --executor dask` on this computer, until it is ended. Who
+may talk to the scheduler may run any code here, as you: an address of another computer needs TLS."""
 _EXAMPLES = """examples:
   pytest-microvm ci worker tcp://127.0.0.1:8786
   pytest-microvm ci worker tls://ci.example:8786 --slots 8 --memory 24G \\
@@ -32,6 +35,8 @@ _EXAMPLES = """examples:
 See docs/how-to/cluster.md for the scheduler and for certificates."""
 _ADDRESS = "a Dask scheduler: tls://HOST:PORT, or tcp://127.0.0.1:PORT"
 _EXIT_LOST = 1
+_CONNECT_TIMEOUT = 60.0
+_LEAVE_TIMEOUT = 60.0
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -119,7 +124,9 @@ def _run(arguments: argparse.Namespace) -> int:
     return asyncio.run(_work(arguments.scheduler, security, slots, resources, name))
 
 
-async def _work(scheduler: str, security: object, slots: int, resources: dict[str, float], name: str) -> int:
+async def _work(
+    scheduler: str, security: Security | None, slots: int, resources: dict[str, float], name: str
+) -> int:
     """Be a worker until the scheduler ends it, or somebody here does.
 
     There is no nanny, a process that would start this one again: systemd or a container does that. The
@@ -127,17 +134,22 @@ async def _work(scheduler: str, security: object, slots: int, resources: dict[st
     """
     from distributed import Worker  # noqa: PLC0415 - only for this command
 
-    here = {"host": "127.0.0.1"} if security is None else {}
-    worker = Worker(
-        scheduler,
-        nthreads=slots,
-        name=name,
-        resources=resources,
-        security=security,
-        memory_limit=0,  # its jobs' memory is their machines', which the host budget counts
-        dashboard=False,
-        dashboard_address=None,
-        **here,
+    ended = asyncio.Event()
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(signal_number, ended.set)
+    worker = cast(
+        "Any",  # only half of Dask has types
+        Worker(
+            scheduler,
+            nthreads=slots,
+            name=name,
+            resources=resources,
+            security=security,
+            host="127.0.0.1" if security is None else None,
+            memory_limit=0,  # its jobs' memory is their machines', which the host budget counts
+            dashboard=False,
+            death_timeout=_CONNECT_TIMEOUT,
+        ),
     )
     try:
         await worker
@@ -147,11 +159,12 @@ async def _work(scheduler: str, security: object, slots: int, resources: dict[st
             resolution="see whether it runs, and whether certificates and addresses are right",
         ) from error
     print(f"connected to {scheduler}", flush=True)
-    try:
-        await worker.finished()
-    finally:
-        with contextlib.suppress(OSError, TimeoutError):
-            await worker.close(executor_wait=False)
+    lost = asyncio.create_task(worker.finished())
+    await asyncio.wait([lost, asyncio.create_task(ended.wait())], return_when=asyncio.FIRST_COMPLETED)
+    with contextlib.suppress(OSError, TimeoutError):
+        await worker.close(timeout=_LEAVE_TIMEOUT)  # its jobs end their machines, and go to others
+    if ended.is_set():
+        return 0
     print("pytest-microvm: the scheduler ended the connection", file=sys.stderr)
     return _EXIT_LOST
 
