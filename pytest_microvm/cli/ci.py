@@ -16,9 +16,12 @@ from pytest_microvm.sanitize import sanitize, sanitize_line
 from pytest_microvm.spec import format_size
 
 if TYPE_CHECKING:
+    from pytest_microvm.ci.executor import Executor, Work
     from pytest_microvm.ci.task import Plan
+    from pytest_microvm.host import Host
 
 EXIT_INTERRUPTED = 130
+_OF_A_CLUSTER = 64  # tasks at a time; its scheduler decides what really runs
 
 _DESCRIPTION = """\
 Build and test branches, each job of each branch in a machine of its own. Jobs are defined in pyproject.toml
@@ -41,7 +44,7 @@ examples:
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb ``ci`` and its own verbs."""
-    from pytest_microvm.cli import ci_history  # noqa: PLC0415 - only for the command
+    from pytest_microvm.cli import ci_history, ci_worker  # noqa: PLC0415 - only for the command
 
     parser = verbs.add_parser("ci", help="build and test branches, each job in a machine of its own")
     own = parser.add_subparsers(metavar="VERB", required=True)
@@ -72,7 +75,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="where the jobs are defined: a ref you trust, or worktree (default: the default branch)",
     )
     how = run.add_argument_group("how")
-    how.add_argument("--jobs", type=int, metavar="N", help="how many machines at a time (default: cores)")
+    how.add_argument(
+        "--jobs", type=int, metavar="N", help="how many machines at a time (default: cores, of a cluster 64)"
+    )
     how.add_argument("--fail-fast", action="store_true", help="end the run with the first failure")
     how.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     how.add_argument(
@@ -88,10 +93,12 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )  # fmt: skip
     how.add_argument("--plain", action="store_true", help="lines instead of a table that moves")
     how.add_argument("-C", dest="repository", type=Path, default=Path(), metavar="DIR", help="the repository")
+    ci_worker.add_cluster_options(run.add_argument_group("where"))
     run.set_defaults(run=_run)
     schema = own.add_parser("schema", help="print the JSON Schema of the definition, for editors")
     schema.set_defaults(run=_schema)
     ci_history.add_parsers(own)
+    ci_worker.add_parser(own)
 
 
 def _schema(_arguments: argparse.Namespace) -> int:
@@ -107,7 +114,6 @@ def _run(arguments: argparse.Namespace) -> int:
     from pytest_microvm.ci import running  # noqa: PLC0415
     from pytest_microvm.ci.history import History  # noqa: PLC0415
     from pytest_microvm.ci.live import live_watcher  # noqa: PLC0415
-    from pytest_microvm.ci.local import LocalExecutor  # noqa: PLC0415
     from pytest_microvm.ci.sources import CodeRepository  # noqa: PLC0415
     from pytest_microvm.host import Host  # noqa: PLC0415
 
@@ -124,7 +130,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not plan.tasks:
         print("there is nothing to do: no job is for what was asked for", file=sys.stderr)
         return 0
-    slots = _slots(arguments.jobs)
+    slots = _slots(arguments.jobs, cluster=arguments.scheduler is not None)
     output = _emptied(arguments.output)
     console = Console(stderr=False)
     plain = arguments.plain or not console.is_terminal or os.environ.get("CI") == "true"
@@ -138,7 +144,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 retries=0,  # the plan tries again, and says so
                 say=lambda line: console.print(sanitize_line(line), markup=False, highlight=False),
             )
-            executor = LocalExecutor(host, work, slots)
+            executor = _executor(arguments, host, work, slots, project)
             try:
                 run = running.run_plan(
                     plan, executor, running.Outputs(work, arguments.junit_profile), History(host.cache),
@@ -149,6 +155,22 @@ def _run(arguments: argparse.Namespace) -> int:
                 host.close()
     print(f"results: {output / 'summary.html'}, junit.xml, results.json in {output}")
     return EXIT_INTERRUPTED if run.interrupted else run.exit_code
+
+
+def _executor(arguments: argparse.Namespace, host: Host, work: Work, slots: int, project: Path) -> Executor:
+    """Return what was asked for."""
+    from pytest_microvm.ci.local import LocalExecutor  # noqa: PLC0415
+    from pytest_microvm.cli import ci_worker  # noqa: PLC0415
+
+    if arguments.executor == "local":
+        return LocalExecutor(host, work, slots)
+    ci_worker.require_dask()
+    from pytest_microvm.ci.distributed import DaskExecutor  # noqa: PLC0415
+
+    return DaskExecutor(
+        host, work, slots, scheduler=arguments.scheduler, certificates=ci_worker.certificates(arguments),
+        project=project, require_accel=arguments.require_accel,
+    )  # fmt: skip
 
 
 def _show(plan: Plan) -> None:
@@ -169,10 +191,10 @@ def _show(plan: Plan) -> None:
             print("\n".join(f"    $ {line}" for line in sanitize(step.run).splitlines()))
 
 
-def _slots(wanted: int | None) -> int:
+def _slots(wanted: int | None, *, cluster: bool) -> int:
     if wanted is not None and wanted < 1:
         raise UsageError(f"--jobs: {wanted} is not a number of machines", resolution="write 1 or more")
-    return wanted or os.cpu_count() or 2
+    return wanted or (_OF_A_CLUSTER if cluster else os.cpu_count() or 2)
 
 
 def _emptied(output: Path) -> Path:
