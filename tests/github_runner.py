@@ -153,9 +153,10 @@ class Runner:
         caches: What GitHub keeps for the repository: a folder that jobs share.
         artifacts: Where uploads go.
         variables: Of the job.
+        event: What happened, as the expression ``github.event`` has it.
     """
 
-    def __init__(self, folder, workspace, *, caches, artifacts, variables):
+    def __init__(self, folder, workspace, *, caches, artifacts, variables, event):
         self.temp = folder / "temp"
         self.temp.mkdir(parents=True)
         self.workspace, self.caches, self.artifacts = workspace, caches, artifacts
@@ -164,6 +165,7 @@ class Runner:
             "RUNNER_TEMP": str(self.temp), **variables,
         }  # fmt: skip
         self.path = []
+        self.github = {"event": event}
 
     def run(self, action, inputs):
         """Run the composite action in the folder ``action``."""
@@ -171,7 +173,7 @@ class Runner:
         unknown = set(inputs) - set(text["inputs"])
         assert not unknown, f"unknown inputs: {unknown}"
         given = {name: told.get("default", "") for name, told in text["inputs"].items()} | inputs
-        contexts = {"inputs": given, "steps": {}, "failed": False}
+        contexts = {"inputs": given, "steps": {}, "failed": False, "github": self.github}
         steps = {}
         for number, told in enumerate(text["runs"]["steps"]):
             step = steps[told.get("id", f"step-{number}")] = Step(told["name"])

@@ -11,28 +11,27 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_microvm.ci.github_project import Needs
 from pytest_microvm.host import Host, guest_code
 from pytest_microvm.hypervisors import Accelerator
 from pytest_microvm.images import Image
-from pytest_microvm.images.kits import Kit, host_architecture
-from pytest_microvm.images.store import kit_key
+from pytest_microvm.images.kits import host_architecture
 from pytest_microvm.templates.chain import FORMAT
 
 _KINDS = ("boot", "prepared")  # what comes after them follows every commit
 
 
-def images_key(kits: Iterable[Kit], more: str) -> str:
-    """Return the key of a cache with the images of ``kits``.
+def images_key(needs: Needs, more: str) -> str:
+    """Return the key of a cache with the images that a run needs.
 
     Args:
-        kits: All that a run needs.
+        needs: What it needs.
         more: What else tells it from others, from the user.
     """
-    return _named("images", more, *sorted(kit_key(kit) for kit in kits))
+    return _named("images", more, *sorted(needs.keys))
 
 
 def templates_key(
@@ -53,6 +52,7 @@ def templates_key(
         str(FORMAT),
         hashlib.sha256(guest_code()).hexdigest(),
         *sorted(image.digest for image in images),
+        *sorted(needs.keys),
         *host.hypervisor(host_architecture()).fingerprint(accelerator),
         needs.prepared,
     )

@@ -47,6 +47,7 @@ class Inputs:
         require_accel: The only accelerator that will do; empty: any.
         trust: Whether the job answers for what the project's configuration asks for.
         cache_key: More that tells this job's caches from others'.
+        default_branch: What GitHub says it is; empty: it does not say.
     """
 
     mode: str
@@ -60,6 +61,7 @@ class Inputs:
     require_accel: str
     trust: bool
     cache_key: str
+    default_branch: str
 
     def save(self, folder: Path) -> None:
         """Write them for the steps that follow."""
@@ -120,6 +122,7 @@ def read_inputs(environ: Mapping[str, str], folder: Path) -> Inputs:
         require_accel=_choice("require-accel", given("require-accel"), ("", *ACCELERATORS)),
         trust=_choice("trust", given("trust") or "false", ("true", "false")) == "true",
         cache_key=_cache_key(given("cache-key")),
+        default_branch=given("default-branch"),
     )
 
 

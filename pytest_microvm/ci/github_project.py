@@ -7,18 +7,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from pytest_microvm import project_trust
 from pytest_microvm.ci.github_inputs import Inputs
+from pytest_microvm.ci.job import Job
+from pytest_microvm.ci.running import trusted_project
+from pytest_microvm.ci.sources import CodeRepository, read_definition
+from pytest_microvm.ci.tree import Tree
 from pytest_microvm.config import Settings, load_settings
 from pytest_microvm.errors import KitError, UsageError
-from pytest_microvm.images.kits import Kit, load_kit
+from pytest_microvm.images.kits import Kit, load_kit, shipped_kits
+from pytest_microvm.images.store import kit_key
 from pytest_microvm.project_grants import asked_by
 from pytest_microvm.remote.workspace import scan
 from pytest_microvm.spec import MachineSpec
-
-_KITS = "microvm/kits"
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,14 @@ class Needs:
     """What a run needs.
 
     Args:
-        kits: Of all images, by name.
+        kits: The ``kit.toml`` of every image that can be built before it; a job's kit that is the project's
+            own is not among them, for the run takes it from where the jobs are defined.
+        keys: What every image is built from, digested.
         prepared: A digest of what is prepared in its machines before its tests come in.
     """
 
-    kits: tuple[Kit, ...]
+    kits: tuple[Path, ...]
+    keys: tuple[str, ...]
     prepared: str
 
 
@@ -49,7 +54,8 @@ def _needs_of_suite(inputs: Inputs) -> Needs:
     if not inputs.trust:
         project_trust.check(settings.project, asked_by(settings))
     kit = load_kit(settings.spec.image, project=inputs.project)
-    return Needs((kit,), _digest([_shape(settings.spec), settings.prepare, _suite_inputs(settings)]))
+    prepared = [_shape(settings.spec), settings.prepare, _suite_inputs(settings)]
+    return Needs((kit.path,), (kit_key(kit),), _digest(prepared))
 
 
 def _suite_inputs(settings: Settings) -> list[object]:
@@ -66,26 +72,37 @@ def _is_named(path: str, names: Sequence[str]) -> bool:
 
 
 def _needs_of_jobs(inputs: Inputs) -> Needs:
-    from pytest_microvm.ci.sources import CodeRepository, read_definition  # noqa: PLC0415 - git is needed
-
     repository = CodeRepository(inputs.project)
+    _check_default_branch(repository, inputs.default_branch)
     definition = read_definition(repository, inputs.definition_from or None)
-    trusted = inputs.definition_from or repository.default_branch
     tree = repository.tree(repository.ref("HEAD"))
-    prepared: list[object] = []
-    for job in definition.jobs:
-        inputs_digest = ""
-        if job.prepare:
-            try:
-                inputs_digest = tree.digest(job.prepare_inputs)
-            except UsageError:  # this branch does not have them; the job will say so
-                inputs_digest = "none"
-        prepared.append([_shape(job.spec), job.prepare, job.prepare_network, job.env, inputs_digest])
-    with TemporaryDirectory() as folder:
-        repository.export(trusted, _KITS, Path(folder) / _KITS)
-        kits = [_kit(image, Path(folder)) for image in sorted({job.spec.image for job in definition.jobs})]
-        # Their files are read here: the keys need their content.
-        return Needs(tuple(kits), _digest([*prepared, *(kit.recipe() for kit in kits)]))
+    prepared = [_prepared(job, tree) for job in definition.jobs]
+    with trusted_project(repository, inputs.definition_from or None) as (project, _bundles):
+        kits = [_kit(image, project) for image in sorted({job.spec.image for job in definition.jobs})]
+        shipped = tuple(kit.path for kit in kits if shipped_kits() in kit.path.parents)
+        return Needs(shipped, tuple(map(kit_key, kits)), _digest(prepared))
+
+
+def _check_default_branch(repository: CodeRepository, expected: str) -> None:
+    """Refuse a checkout in which another branch would pass for the default one, and get what that may have.
+
+    Raises:
+        UsageError: It is such a checkout.
+    """
+    found = repository.default_branch
+    if expected and found != expected:
+        raise UsageError(
+            f"the default branch {expected!r} is not in this checkout; {found!r} would be taken for it",
+            resolution="give actions/checkout fetch-depth: 0",
+        )
+
+
+def _prepared(job: Job, tree: Tree) -> list[object]:
+    try:
+        digest = tree.digest(job.prepare_inputs) if job.prepare else ""
+    except UsageError:  # what is checked out does not have them: the job will say so
+        digest = "none"
+    return [_shape(job.spec), job.prepare, job.prepare_network, job.env, job.matrix, digest]
 
 
 def _kit(image: str, project: Path) -> Kit:

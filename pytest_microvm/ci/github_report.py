@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from pytest_microvm.ci.github_commands import Annotation
 from pytest_microvm.ci.result import Counts
+from pytest_microvm.ci.summary_markdown import block, code
 from pytest_microvm.reports.reading import read_report
-from pytest_microvm.reports.text import cut, first_line, safe_name, safe_text
+from pytest_microvm.reports.text import cut, first_line
 from pytest_microvm.reports.values import Case, Report
 
 _SHOWN = 50  # failures with all that they say
 _TEXT = 20_000  # characters of one
-_PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ def remarks(report: Report | None, ground: Ground, prefix: PurePosixPath | None)
 
 def heading(ground: Ground) -> str:
     """Return the lines of Markdown that every summary begins with."""
-    images = ", ".join(f"`{safe_name(name)}` ({digest[:12]})" for name, digest in ground.images) or "none yet"
-    lines = [f"Accelerator: **{ground.accelerator}** ({plain(ground.reason)}). Images: {images}.", ""]
+    images = ", ".join(f"{code(name)} ({digest[:12]})" for name, digest in ground.images) or "none yet"
+    lines = [f"Accelerator: **{ground.accelerator}** ({code(ground.reason)}). Images: {images}.", ""]
     if ground.accelerator == "tcg":
         lines = [
             "> [!WARNING]",
@@ -106,15 +105,10 @@ def suite_summary(report: Report | None, ground: Ground) -> str:
     bad = [case for case in _cases(report) if case.outcome in ("failed", "error")]
     for case in bad[:_SHOWN]:
         problem = case.problems[0]
-        lines += [f"### {plain(_title(case))}", "", *_block(problem.text or problem.message), ""]
+        lines += [f"### {code(_title(case))}", "", block(problem.text or problem.message, _TEXT)]
     if len(bad) > _SHOWN:
         lines += [f"{len(bad) - _SHOWN} more failures are in the JUnit report.", ""]
     return "\n".join(lines)
-
-
-def plain(text: str) -> str:
-    """Return one line of text in which nothing is Markdown, HTML, a link or a mention."""
-    return _PUNCTUATION.sub(r"\\\1", safe_name(text))
 
 
 def path_in_repository(folder: Path, workspace: Path) -> PurePosixPath | None:
@@ -148,11 +142,3 @@ def _verdict(report: Report | None, counts: Counts, ground: Ground) -> str:
     if not bad and ground.exit_code != 0:
         words.append(f"but exit code {ground.exit_code}")
     return ", ".join(words)
-
-
-def _block(text: str) -> Sequence[str]:
-    """Return text as a block of code, with a fence that it cannot end."""
-    text = safe_text(text, _TEXT).strip("\n")
-    longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text", text, fence

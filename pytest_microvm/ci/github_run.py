@@ -14,7 +14,9 @@ from pytest_microvm.ci.github_commands import stopped
 from pytest_microvm.ci.github_inputs import Inputs
 from pytest_microvm.project_trust import VARIABLE
 
-_ITSELF = (sys.executable, "-c", "import sys; from pytest_microvm.cli import main; sys.exit(main())")
+# -I: the folder it starts in is the project's, and Python would look there first for what it imports.
+_PYTHON = (sys.executable, "-I")
+_ITSELF = (*_PYTHON, "-c", "import sys; from pytest_microvm.cli import main; sys.exit(main())")
 _GITHUB_FILES = ("GITHUB_OUTPUT", "GITHUB_ENV", "GITHUB_PATH", "GITHUB_STEP_SUMMARY", "GITHUB_STATE")
 
 
@@ -27,7 +29,7 @@ def run_command(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
     """
     if inputs.mode == "ci":
         return [*_ITSELF, *_ci_words(inputs, environ)]
-    words = [sys.executable, "-m", "pytest", "--microvm", f"--junitxml={junit_path(inputs)}"]
+    words = [*_PYTHON, "-m", "pytest", "--microvm", f"--junitxml={junit_path(inputs)}"]
     words += [
         f"--microvm-junit-profile={inputs.junit_profile}",
         f"--microvm-artifacts={inputs.output / 'machines'}",

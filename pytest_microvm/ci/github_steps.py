@@ -23,9 +23,9 @@ from pytest_microvm.ci.github_report import (
     suite_summary,
 )
 from pytest_microvm.ci.github_run import junit_path, run_command, run_guarded
+from pytest_microvm.ci.github_upload import make_uploadable
 from pytest_microvm.errors import UsageError
 from pytest_microvm.host import Host
-from pytest_microvm.images.kits import shipped_kits
 from pytest_microvm.images.store import cache_root
 
 _GROUND = "ground.json"
@@ -42,7 +42,7 @@ def plan(folder: Path) -> None:
     inputs.save(folder)
     set_outputs(
         {
-            "images-key": images_key(needs.kits, inputs.cache_key),
+            "images-key": images_key(needs, inputs.cache_key),
             "images-path": str(cache_root() / "images"),
             "templates-path": str(templates_folder(cache_root())),
             "output": str(inputs.output),
@@ -61,9 +61,7 @@ def ready(folder: Path) -> None:
     inputs = saved_inputs(folder)
     needs = needs_of(inputs)
     host = _host(inputs)
-    # Of jobs, kits of the project's own are built by `ci run`, from where the jobs are defined.
-    chosen = [kit for kit in needs.kits if inputs.mode != "ci" or shipped_kits() in kit.path.parents]
-    images = [host.images.get(kit.path, project=inputs.project, progress=_say) for kit in chosen]
+    images = [host.images.get(kit, project=inputs.project, progress=_say) for kit in needs.kits]
     if not images:
         raise UsageError("no job names an image that ships", resolution='let one of them say image = "base"')
     accelerator = host.accelerator(images[0])
@@ -107,6 +105,8 @@ def report(folder: Path) -> None:
         add_summary(suite_summary(found, ground))
     # Of several branches at most one is checked out: files of the others are not there to be remarked on.
     prefix = None if inputs.branches else path_in_repository(inputs.project, _workspace(os.environ))
+    for line in make_uploadable(inputs.output):
+        _say(line)
     for remark in fitting(remarks(found, ground, prefix), "the job's summary"):
         _say(remark.command())
     counts = count(found)

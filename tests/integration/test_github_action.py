@@ -65,15 +65,26 @@ def job(folder, github, workspace, inputs, **variables):
         caches=github / "caches",
         artifacts=folder / "artifacts",
         variables={"PYTEST_MICROVM_CACHE": str(cache), "GITHUB_REF": "refs/heads/main", **variables},
+        event={"repository": {"default_branch": "main"}},
     )
     return runner.run(ACTION, inputs)
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory):
+def marker(tmp_path_factory):
+    """A file that comes to be if this computer runs code of the project."""
+    return tmp_path_factory.mktemp("marker") / "made"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory, marker):
     folder = tmp_path_factory.mktemp("checkout")
-    (folder / "pyproject.toml").write_text("[project]\nname = 'small'\nversion = '1'\n")
     (folder / "tests").mkdir()
+    for name in ("pytest.py", "pytest_microvm.py", "sitecustomize.py", "tests/conftest.py"):
+        (folder / name).write_text(
+            f"import os\nif os.path.exists({str(folder)!r} + '/.git'):\n    open({str(marker)!r}, 'w')\n"
+        )
+    (folder / "pyproject.toml").write_text("[project]\nname = 'small'\nversion = '1'\n")
     (folder / "tests" / "test_small.py").write_text(HOSTILE)
     git(folder, "init", "-q", "-b", "main")
     git(folder, "add", ".")
@@ -86,15 +97,28 @@ def cold(tmp_path_factory, github, project, image):
     """The first job: its images are there as if it had built them, all else it does itself."""
     images_only(github / "home", image)
     folder = tmp_path_factory.mktemp("cold")
-    done = job(folder, github, project, {"args": "-rA --maxfail=5", "requirements": "pytest-timeout"})
-    print(done.log)
+    done = job(folder, github, project, {"args": "-rA --maxfail=5", "requirements": "pytest-html"})
+    sys.stdout.write(done.log)
     shutil.rmtree(github / "home")  # a hosted runner is thrown away
     return done, folder
 
 
-def test_a_cold_cache(cold, image):
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory, github, project, cold):
+    """The same job again, on a new runner that has nothing but GitHub's caches."""
+    folder = tmp_path_factory.mktemp("warm")
+    done = job(folder, github, project, {"python": sys.executable, "artifact-name": "again"})
+    sys.stdout.write(done.log)
+    return done, folder
+
+
+def names(done, outcome):
+    return [step.name for step in done.steps.values() if step.outcome == outcome]
+
+
+def test_a_cold_cache(cold, image, marker):
     done, folder = cold
-    assert [step.name for step in done.steps.values() if step.outcome != "success"] == ["Verdict"], done.log
+    assert (names(done, "failure"), names(done, "skipped")) == (["Verdict"], [])
     assert done.conclusion == "failure"
     assert done.outputs == {
         "junit-path": done.outputs["junit-path"],
@@ -111,3 +135,96 @@ def test_a_cold_cache(cold, image):
     assert len(JUnitXml.fromfile(done.outputs["junit-path"])) > 0
     uploaded = folder / "artifacts" / "microvm-results" / "junit.xml"
     assert uploaded.read_bytes() == Path(done.outputs["junit-path"]).read_bytes()
+    assert "html" in done.steps["run"].log.partition("plugins: ")[2].splitlines()[0]
+    assert not marker.exists()
+
+
+def test_a_warm_cache(warm, cold, image):
+    done, folder = warm
+    outputs = {**cold[0].outputs, **{name: done.outputs[name] for name in ("junit-path", "output-path")}}
+    assert done.outputs == outputs | {"cache-hit": "true", "templates-cache-hit": "true"}
+    saving = ["Python", "Templates for the cache", "Save templates", "Save images"]
+    assert (names(done, "failure"), names(done, "skipped")) == (["Verdict"], saving)
+    assert "booting" not in done.log  # it went on from the template
+    assert (folder / "artifacts" / "again" / "junit.xml").is_file()
+
+
+def test_a_guest_commands_nothing(cold):
+    done, _folder = cold
+    [error] = [command for command in done.commands if command.name == "error"]
+    assert error.properties["file"] == "tests/test_small.py"
+    lines = HOSTILE.splitlines()
+    assert "def test_fails" in lines[int(error.properties["line"]) - 1]
+    assert error.data.startswith("AssertionError: ::error::in the message, 100%\n")
+    assert {command.name for command in done.commands} <= {"error", "warning", "remove-matcher"}
+    assert all("forged" not in str(command) for command in done.commands)
+    assert done.steps["run"].commands[-1].name == "remove-matcher"
+
+
+def test_the_summary_shows_what_failed(cold):
+    summary = cold[0].steps["report"].summary
+    assert summary.startswith("## pytest-microvm: 1 failed, 1 passed\n")
+    assert f"Accelerator: **{cold[0].outputs['accelerator']}**" in summary
+    assert "### `tests.test_small: test_fails`" in summary
+
+
+DEFINITION = """
+[ci.jobs.check]
+image = "base"
+steps = ["sh check.sh"]
+artifacts = ["out/**"]
+"""
+CHECK = """
+mkdir out
+echo kept > 'out/a:b.txt'
+echo '::error::a guest says'
+echo '##[warning]a guest says'
+exit {status}
+"""
+
+
+@pytest.fixture(scope="module")
+def branches(tmp_path_factory):
+    """A repository whose branch fails, and defines jobs of its own that nobody asks about."""
+    folder = tmp_path_factory.mktemp("branches")
+    git(folder, "init", "-q", "-b", "main")
+    for branch, status, definition in (
+        ("main", 0, DEFINITION),
+        ("bad", 3, DEFINITION.replace("check.sh", "other.sh")),
+    ):
+        git(folder, "checkout", "-q", "-B", branch)
+        (folder / "microvm.toml").write_text(definition)
+        (folder / "check.sh").write_text(CHECK.format(status=status))
+        git(folder, "add", ".")
+        git(folder, "commit", "-qm", branch)
+    return folder
+
+
+def test_the_jobs_of_each_branch(tmp_path, branches, host):
+    github = tmp_path / "github"
+    images_only(github / "home", host.images.get("base", progress=print))
+    given = {"mode": "ci", "branches": "*", "python": sys.executable, "cache": "false", "kvm": "false"}
+    done = job(tmp_path / "job", github, branches, given)
+    sys.stdout.write(done.log)
+    assert names(done, "failure") == ["Verdict"]
+    assert done.outputs["exit-code"] == "1"
+    assert (done.outputs["tests"], done.outputs["failures"]) == ("2", "1")
+    report = done.steps["report"]
+    assert {command.name for command in done.commands} <= {"error", "warning", "remove-matcher"}
+    assert all("a guest says" not in command.data for command in done.commands)
+    assert any("bad" in command.properties["title"] for command in report.commands if command.name == "error")
+    assert "bad" in report.summary
+    uploaded = tmp_path / "job" / "artifacts" / "microvm-results"
+    assert {path.name for path in uploaded.rglob("*.txt")} >= {"a%3Ab.txt", "log.txt"}
+    assert (uploaded / "junit.xml").is_file()
+
+
+def test_no_other_branch_passes_for_the_default_one(tmp_path, branches):
+    shallow = tmp_path / "shallow"
+    git(tmp_path, "clone", "-q", "--depth=1", "--branch=bad", f"file://{branches}", shallow)
+    given = {"mode": "ci", "python": sys.executable, "cache": "false", "kvm": "false"}
+    done = job(tmp_path / "job", tmp_path / "github", shallow, given, GITHUB_REF="refs/heads/bad")
+    assert names(done, "failure") == ["Plan"]
+    [error] = done.commands
+    assert "'bad' would be taken for it" in error.data
+    assert "fetch-depth: 0" in error.data
