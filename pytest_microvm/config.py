@@ -25,6 +25,7 @@ else:
 ISOLATIONS = ("test", "class", "module", "session")
 KEEPS = ("never", "failed")
 ACCELERATORS = ("kvm", "hvf", "whpx", "tcg")
+JUNIT_PROFILES = ("generic", "github", "gitlab", "jenkins", "buildkite")
 DEFAULT_TIMEOUT = 300.0
 """Seconds one test or command may take where neither project nor kit say."""
 DEFAULT_RETRIES = 2
@@ -54,6 +55,7 @@ class Settings:
         retries: How often a test whose machine never reached it (``infra``) is tried again.
         artifacts: The folder for what is known of machines that crashed or exceeded a quota.
         require_accel: The only accelerator that will do.
+        junit_profile: For whom the file of ``--junitxml`` is; ``None``: as pytest writes it.
         asked: What the configuration file asks for of what needs trust, as written, where the command line
             says nothing else.
         project: The folder of the configuration file.
@@ -71,6 +73,7 @@ class Settings:
     retries: int = DEFAULT_RETRIES
     artifacts: Path | None = None
     require_accel: str | None = None
+    junit_profile: str | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)
     project: Path = field(default_factory=Path.cwd)
 
@@ -201,4 +204,5 @@ _PARSERS: dict[str, Callable[[object, str], Any]] = {
     "args": _arguments,
     "keep": _choice(*KEEPS),
     "require_accel": _choice(*ACCELERATORS),
+    "junit_profile": _choice(*JUNIT_PROFILES),
 }

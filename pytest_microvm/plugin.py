@@ -109,6 +109,11 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         metavar="DIR",
         help="save console, commands, usage and events of machines that crash or exceed a quota",
     )
+    group.addoption(
+        "--microvm-junit-profile",
+        choices=("generic", "github", "gitlab", "jenkins", "buildkite"),
+        help="for whom the file of --junitxml is: what each reads, and nothing it misreads",
+    )
     group.addoption("--microvm-pool", metavar="N", help="how many machines are kept ready ahead of the tests")
     group.addoption(
         "--microvm-require-accel",

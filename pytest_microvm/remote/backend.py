@@ -55,6 +55,7 @@ class RunOptions:
         arguments: Arguments for the guest's pytest from the configuration.
         fail_on_denied: Whether a test fails that tried to reach what it may not.
         network: The rules of what tests may reach, as they were written.
+        junit_profile: For whom the file of ``--junitxml`` is; ``None``: as pytest writes it.
     """
 
     isolation: str = "test"
@@ -67,6 +68,7 @@ class RunOptions:
     arguments: tuple[str, ...] = ()
     fail_on_denied: bool = False
     network: tuple[str, ...] = ()
+    junit_profile: str | None = None
 
 
 @dataclass(frozen=True)

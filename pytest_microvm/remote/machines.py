@@ -196,6 +196,7 @@ class MachineBackend:
             arguments=self._config.args,
             fail_on_denied=self._config.fail_on_denied,
             network=self._config.spec.network or self._base.image.network,
+            junit_profile=self._config.junit_profile,
         )
 
     def collect(self, plan: CollectPlan, progress: Progress) -> bytes:

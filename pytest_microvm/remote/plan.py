@@ -15,7 +15,17 @@ from pytest_microvm.spec import PARSERS
 
 # Variables that change what pytest itself does or shows, and say nothing about this host.
 _PASSED = ("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "TZ", "LANG", "LC_ALL", "NO_COLOR", "FORCE_COLOR", "PY_COLORS")
-_OPTIONS = (*PARSERS, "isolation", "pool", "retries", "artifacts", "fail_on_denied", "require_accel", "keep")
+_OWN = (
+    "isolation",
+    "pool",
+    "retries",
+    "artifacts",
+    "fail_on_denied",
+    "require_accel",
+    "keep",
+    "junit_profile",
+)
+_OPTIONS = (*PARSERS, *_OWN)
 
 
 _GRANTING = frozenset(f"--microvm-{name}" for name in ("network", "host", "credential", "secret", "mount"))

@@ -110,6 +110,10 @@ class RemoteSuite:
             self._backend = backend
             self._plan = self._make_plan(backend)
             add_suite_properties(session.config, backend.facts, backend.options.isolation)
+            if backend.options.junit_profile is not None:
+                from pytest_microvm.remote.junit_profile import shape_junit  # noqa: PLC0415 - others do without
+
+                shape_junit(session.config, backend.options.junit_profile)
 
     def pytest_report_header(self) -> str | None:
         """Say what runs the tests."""

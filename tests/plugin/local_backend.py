@@ -45,6 +45,7 @@ class LocalBackend:
             output=config.spec.output or DEFAULT_OUTPUT,
             retries=config.retries,
             artifacts=config.artifacts,
+            junit_profile=config.junit_profile,
         )
         self._template = None
         self._numbers = itertools.count(1)
