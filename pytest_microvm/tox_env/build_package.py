@@ -71,7 +71,8 @@ def _hooks(root: Path, python: Path) -> Any:
         subprocess.run(command, cwd=cwd, env=environment, check=True)
 
     backend, folders = system["build-backend"], system.get("backend-path")
-    return BuildBackendHookCaller(str(root), backend, folders, runner=run, python_executable=str(python))
+    caller: Any = BuildBackendHookCaller  # pip ships no types of it that hold
+    return caller(str(root), backend, folders, runner=run, python_executable=str(python))
 
 
 def _install(python: Path, requirements: "list[str]") -> None:

@@ -33,6 +33,7 @@ FORMAT = "1"
 """Part of every key; raise it when the way environments are made changes."""
 
 _TIMEOUT = 600.0
+_TITLES = {"tox-env": "making the environment", "tox-package": "building and installing the package"}
 
 _PROGRAMS = Path(__file__).parent
 
@@ -112,7 +113,7 @@ class Guest:
         """Return a link of the chain: files are copied in, commands run, the result is kept.
 
         Args:
-            kind: What it is called in lists.
+            kind: What it is called in lists: ``tox-env``, ``tox-package``.
             plan: What is installed.
             variables: The commands' variables.
             files: What is copied in before.
@@ -151,7 +152,7 @@ class Guest:
             json.dumps([self.settings.prepare.network, self.settings.prepare.hosts]),
             generation,
         )
-        return Step(kind, inputs, work, f"{kind}: installing" if plan.commands else kind)
+        return Step(kind, inputs, work, _TITLES[kind])
 
     def cached(self, steps: Sequence[Step]) -> bool:
         """Whether nothing has to be installed."""

@@ -375,10 +375,19 @@ class MicrovmRunner(PythonRun):
         roots = [self.core.get("tox_root", Path).resolve()]
         if self.options.work_dir is not None:
             roots.append(Path(self.options.work_dir).resolve())
-        for key in ("env_dir", "env_log_dir"):
-            folder = self.conf.get(key, Path)
-            if not any(folder.resolve() != root and folder.resolve().is_relative_to(root) for root in roots):
+
+        def ours(folder: Path) -> bool:
+            real = folder.resolve()
+            return any(real != root and real.is_relative_to(root) for root in roots)
+
+        emptied = {key: self.conf.get(key, Path) for key in ("env_dir", "env_log_dir")}
+        emptied["temp_dir"] = self.core.get("temp_dir", Path)
+        for key, folder in emptied.items():
+            if not ours(folder):
                 raise Fail(f"{key} is {folder}, which is not in the project: tox would empty it")
+        change_dir = self.conf.get("change_dir", Path)
+        if not (change_dir.exists() or ours(change_dir)):
+            raise Fail(f"change_dir is {change_dir}, which is not in the project: tox would make it")
 
     def _handle_env_tmp_dir(self) -> None:
         """Leave this computer's alone: the folder is the machine's."""
