@@ -107,7 +107,7 @@ class Parsing:
         # What is fed is text; expat encodes it in this way, whatever the file declares.
         self._parser = parser = expat.ParserCreate("utf-8")
         parser.buffer_text = True
-        parser.StartDoctypeDeclHandler = parser.EntityDeclHandler = _refuse_declarations
+        parser.StartDoctypeDeclHandler = parser.EntityDeclHandler = refuse_declarations
         parser.StartElementHandler = self._start
         parser.EndElementHandler = self._end
         parser.CharacterDataHandler = self._data
@@ -274,7 +274,8 @@ class Parsing:
             holder.properties.append((name, safe_text("".join(values), _MESSAGE_LIMIT)))
 
 
-def _refuse_declarations(*_: object) -> None:
+def refuse_declarations(*_: object) -> None:
+    """Stop a parser that met a document type or an entity: no report needs them, and attacks do."""
     raise Refused("it declares a document type or entities, which no report needs")
 
 

@@ -1,0 +1,78 @@
+"""Several reports become one, in which no test is lost and none is taken for another."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pytest_microvm.reports.parsing import OUR_MARK
+from pytest_microvm.reports.profiles import PROFILES
+from pytest_microvm.reports.text import safe_name
+from pytest_microvm.reports.values import Case, Report, Suite
+
+
+def merged(reports: Sequence[tuple[Path, Report]]) -> list[Suite]:
+    """Return the suites of several files, each with a name of its own.
+
+    A reader that does not keep suites apart gets the suite's name before the class names, if tests of two
+    suites have the same class and name.
+
+    Args:
+        reports: The files and what they say.
+    """
+    suites = [(path, _with_files(suite, path.parent)) for path, report in reports for suite in report.suites]
+    names = Counter(suite.name for _path, suite in suites)
+    labelled = [
+        replace(suite, name=safe_name(f"{path.stem}: {suite.name}")) if names[suite.name] > 1 else suite
+        for path, suite in suites
+    ]
+    apart = list(_numbered(labelled))
+    if len(apart) > 1 and _collide(apart):
+        return [replace(suite, scope="" if _is_scoped(suite) else suite.name) for suite in apart]
+    return apart
+
+
+def _numbered(suites: Sequence[Suite]) -> Iterator[Suite]:
+    taken: set[str] = set()
+    for suite in suites:
+        name, number = suite.name, 1
+        while name in taken:
+            number += 1
+            name = f"{suite.name} ({number})"
+        taken.add(name)
+        yield replace(suite, name=name)
+
+
+def _collide(suites: Sequence[Suite]) -> bool:
+    found: set[tuple[str, str]] = set()
+    for suite in suites:
+        names = {(case.classname, case.name) for case in suite.cases}
+        if found & names:
+            return True
+        found |= names
+    return False
+
+
+def _is_scoped(suite: Suite) -> bool:
+    """Whether it was written for a reader for whom names are unique in the whole file."""
+    profile = PROFILES.get(dict(suite.properties).get(OUR_MARK, ""))
+    return profile is not None and profile.flat
+
+
+def _with_files(suite: Suite, folder: Path) -> Suite:
+    return replace(suite, cases=tuple(_attached(case, folder) for case in suite.cases))
+
+
+def _attached(case: Case, folder: Path) -> Case:
+    """Return the case with those of the files it claims that lie beside its report, or below."""
+    top = Path(os.path.normpath(folder.absolute()))
+    found = []
+    for claim in case.claims:
+        path = Path(os.path.normpath(top / claim))
+        # A link could lead to a file that the report's author has no right to.
+        if path.is_relative_to(top) and path.is_file() and path.resolve().is_relative_to(top.resolve()):
+            found.append(path)
+    return replace(case, attachments=tuple(found)) if found else case
