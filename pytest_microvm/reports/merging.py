@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pytest_microvm.reports.parsing import OUR_MARK
-from pytest_microvm.reports.profiles import PROFILES
 from pytest_microvm.reports.text import safe_name
 from pytest_microvm.reports.values import Case, Report, Suite
 
@@ -17,8 +15,8 @@ from pytest_microvm.reports.values import Case, Report, Suite
 def merged(reports: Sequence[tuple[Path, Report]]) -> list[Suite]:
     """Return the suites of several files, each with a name of its own.
 
-    A reader that does not keep suites apart gets the suite's name before the class names, if tests of two
-    suites have the same class and name.
+    Where tests of two suites have the same class and name, a reader that does not keep suites apart gets the
+    suites' names before their class names.
 
     Args:
         reports: The files and what they say.
@@ -30,9 +28,11 @@ def merged(reports: Sequence[tuple[Path, Report]]) -> list[Suite]:
         for path, suite in suites
     ]
     apart = list(_numbered(labelled))
-    if len(apart) > 1 and _collide(apart):
-        return [replace(suite, scope="" if _is_scoped(suite) else suite.name) for suite in apart]
-    return apart
+    colliding = _colliding(apart)
+    return [
+        replace(suite, scope=suite.name) if number in colliding else suite
+        for number, suite in enumerate(apart)
+    ]
 
 
 def _numbered(suites: Sequence[Suite]) -> Iterator[Suite]:
@@ -46,20 +46,13 @@ def _numbered(suites: Sequence[Suite]) -> Iterator[Suite]:
         yield replace(suite, name=name)
 
 
-def _collide(suites: Sequence[Suite]) -> bool:
-    found: set[tuple[str, str]] = set()
-    for suite in suites:
-        names = {(case.classname, case.name) for case in suite.cases}
-        if found & names:
-            return True
-        found |= names
-    return False
-
-
-def _is_scoped(suite: Suite) -> bool:
-    """Whether it was written for a reader for whom names are unique in the whole file."""
-    profile = PROFILES.get(dict(suite.properties).get(OUR_MARK, ""))
-    return profile is not None and profile.flat
+def _colliding(suites: Sequence[Suite]) -> set[int]:
+    """Return the numbers of the suites that have a test of the class and name of another suite's."""
+    found: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for number, suite in enumerate(suites):
+        for case in suite.cases:
+            found[case.classname, case.name].add(number)
+    return {number for numbers in found.values() if len(numbers) > 1 for number in numbers}
 
 
 def _with_files(suite: Suite, folder: Path) -> Suite:
