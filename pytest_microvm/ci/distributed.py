@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from distributed import KilledWorker
 
@@ -88,7 +88,7 @@ class DaskExecutor:
         with ExitStack() as stack:
             self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="microvm-ci-")))
             cluster = connected(scheduler, certificates) if scheduler else own_cluster(self.slots)
-            self._client = cast("Any", stack.enter_context(cluster))  # only half of Dask has types
+            self._client = stack.enter_context(cluster)
             self._offers = Offers(self._client, deliver, self._run)
             stack.callback(self._offers.close)
             self._equip()
@@ -118,8 +118,12 @@ class DaskExecutor:
             remote.cancel()
 
     def close(self) -> None:
-        """Leave the cluster; what runs is ended first."""
+        """Leave the cluster; what runs is ended first, and not waited for."""
         self.cancel()
+        with self._lock:
+            running = list(self._remote.values())
+        for remote in running:
+            remote.cancel(force=True)
         self._stack.close()
 
     def _equip(self) -> None:
@@ -263,11 +267,9 @@ class DaskExecutor:
             hosts = self._began.setdefault(key, [])
             hosts.append(host)
             remote = self._remote.get(key)
-        if len(hosts) == 1:
-            return
-        if len(hosts) <= ALLOWED_FAILURES + 1:
+        if len(hosts) > 1:
             self._work.watcher.line(task, f"infra: worker {hosts[-2]} was lost; begun again on {host}")
-        elif remote is not None:
+        if remote is not None and (len(hosts) > ALLOWED_FAILURES + 1 or self._cancelled.is_set()):
             remote.cancel(force=True)
 
     def _cancelled_by_loss(self, key: str) -> bool:

@@ -11,13 +11,15 @@ import ipaddress
 import logging
 import math
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from distributed import Client, LocalCluster
+import dask.config
+from distributed import Client, LocalCluster, Worker, WorkerPlugin
 from distributed.security import Security
 
 from pytest_microvm.errors import HostError, UsageError
@@ -26,6 +28,13 @@ from pytest_microvm.templates.budget import default_limits
 CONNECT_TIMEOUT = 60.0
 ALLOWED_FAILURES = 1
 """How many workers may be lost while they do a task: it is begun once more, not twice."""
+
+
+NO_PAGES: dict[str, list[str]] = {
+    "distributed.scheduler.http.routes": [],
+    "distributed.worker.http.routes": [],
+}
+"""Dask's configuration without web pages: they ask nobody who he is."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +134,17 @@ def connected(address: str, certificates: Certificates | None) -> Iterator[Clien
         yield client
 
 
+class _Uninterrupted(WorkerPlugin):
+    """Leaves Ctrl-C, which a terminal sends to all processes of a command, to the one that submits."""
+
+    name = "pytest-microvm-uninterrupted"
+
+    def setup(self, worker: Worker) -> None:
+        """Begin; called on the worker."""
+        del worker
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextmanager
 def own_cluster(slots: int) -> Iterator[Client]:
     """Run a cluster on this computer for as long as the ``with`` lasts.
@@ -140,6 +160,7 @@ def own_cluster(slots: int) -> Iterator[Client]:
     cpus, memory = default_limits()
     resources = {"vcpus": cpus / workers, "memory": memory / workers, "kvm": threads}
     with ExitStack() as stack:
+        stack.enter_context(dask.config.set(NO_PAGES))
         try:
             cluster = stack.enter_context(
                 LocalCluster(
@@ -152,9 +173,14 @@ def own_cluster(slots: int) -> Iterator[Client]:
                     dashboard_address=None,
                     worker_dashboard_address=None,
                     silence_logs=logging.CRITICAL,
-                    scheduler_kwargs={"allowed_failures": ALLOWED_FAILURES},
+                    scheduler_kwargs={
+                        "allowed_failures": ALLOWED_FAILURES,
+                        "dashboard": False,
+                        "dashboard_address": "127.0.0.1:0",
+                    },
                     resources=resources,
                     memory_limit=0,
+                    plugins=(_Uninterrupted(),),
                 )
             )
             client = stack.enter_context(Client(cluster, set_as_default=False, name="pytest-microvm"))

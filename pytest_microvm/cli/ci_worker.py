@@ -11,7 +11,7 @@ import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import HostError, MicroVMError, UsageError
 from pytest_microvm.host import Host
@@ -132,24 +132,26 @@ async def _work(
     There is no nanny, a process that would start this one again: systemd or a container does that. The
     kernel kills a machine when the process that started it dies, so a worker leaves none behind.
     """
-    from distributed import Worker  # noqa: PLC0415 - only for this command
+    import dask.config  # noqa: PLC0415 - only for this command
+    from distributed import Worker  # noqa: PLC0415
 
+    from pytest_microvm.ci.distributed_connection import NO_PAGES  # noqa: PLC0415
+
+    dask.config.set(NO_PAGES)
     ended = asyncio.Event()
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signal_number, ended.set)
-    worker = cast(
-        "Any",  # only half of Dask has types
-        Worker(
-            scheduler,
-            nthreads=slots,
-            name=name,
-            resources=resources,
-            security=security,
-            host="127.0.0.1" if security is None else None,
-            memory_limit=0,  # its jobs' memory is their machines', which the host budget counts
-            dashboard=False,
-            death_timeout=_CONNECT_TIMEOUT,
-        ),
+    worker = Worker(
+        scheduler,
+        nthreads=slots,
+        name=name,
+        resources=resources,
+        security=security,
+        host="127.0.0.1" if security is None else None,
+        memory_limit=0,  # its jobs' memory is their machines', which the host budget counts
+        dashboard=False,
+        dashboard_address="127.0.0.1:0",
+        death_timeout=_CONNECT_TIMEOUT,
     )
     try:
         await worker
