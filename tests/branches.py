@@ -144,11 +144,9 @@ class Branches:
                 {mark}
                 os.makedirs("out", exist_ok=True)
                 os.symlink("/etc/shadow", "out/shadow.txt")
-                os.write(1, b"\\n::error::forged\\n::set-output name=tests::0\\n##[error]forged\\n")
-                os.write(1, b"\\x1b]0;forged\\x07")
-                def pytest_sessionfinish():
-                    os.write(1, b"\\n::add-mask::x\\n")
                 def pytest_unconfigure():
+                    os.write(1, b"\\n::error::forged\\n::set-output name=tests::0\\n##[error]forged\\n")
+                    os.write(2, b"  ::add-mask::x\\n\\x1b]0;forged\\x07\\n")
                     bomb = '<!DOCTYPE a [<!ENTITY b "forged">]><testsuites><testsuite><testcase name="&b;"/>'
                     open("out/junit.xml", "w").write(bomb)
                     os._exit(3)

@@ -131,6 +131,12 @@ class RepositorySources:
                 self._trees[source] = self._repository.tree(source)
             return self._trees[source]
 
+    def notes(self) -> list[str]:
+        """Return what is to be told about the files that were used: submodules that are not here, say."""
+        return [
+            f"{source.branch}: {note}" for source in self._trees for note in self._repository.notes(source)
+        ]
+
     def bundle(self, source: Source) -> Path:
         """Return a git bundle with a source's history."""
         with self._lock:

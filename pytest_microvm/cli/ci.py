@@ -116,6 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from pytest_microvm.ci.live import live_watcher  # noqa: PLC0415
     from pytest_microvm.ci.sources import CodeRepository  # noqa: PLC0415
     from pytest_microvm.host import Host  # noqa: PLC0415
+    from pytest_microvm.reports.profiles import profile_named  # noqa: PLC0415
 
     repository = CodeRepository(arguments.repository)
     selection = running.Selection(
@@ -126,6 +127,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         _show(plan)
         return 0
+    profile_named(arguments.junit_profile, "--junit-profile")
     running.check_trust(repository, definition)
     if not plan.tasks:
         print("there is nothing to do: no job is for what was asked for", file=sys.stderr)
@@ -153,6 +155,8 @@ def _run(arguments: argparse.Namespace) -> int:
             finally:
                 executor.close()
                 host.close()
+    for note in sources.notes():
+        print(f"note: {note}")
     print(f"results: {output / 'summary.html'}, junit.xml, results.json in {output}")
     return EXIT_INTERRUPTED if run.interrupted else run.exit_code
 
@@ -206,17 +210,18 @@ def _emptied(output: Path) -> Path:
     output = output.absolute()
     try:
         if output.exists() and any(output.iterdir()):
-            if not (output / "results.json").is_file() and not (output / _MARK).is_file():
+            if not (output / _MARK).is_file():
                 raise UsageError(
                     f"--output: {output} is not empty, and not an earlier run's",
                     resolution="name an empty folder",
                 )
             shutil.rmtree(output)
         output.mkdir(parents=True, exist_ok=True)
-        (output / _MARK).write_text("*\n")  # git is to take no notice of it, either
+        (output / _MARK).write_text("an output folder of `pytest-microvm ci run`: the next run empties it\n")
+        (output / ".gitignore").write_text("*\n")
     except OSError as error:
         raise UsageError(f"--output: {output} cannot be used: {error.strerror}") from error
     return output
 
 
-_MARK = ".gitignore"
+_MARK = ".microvm-ci"
