@@ -100,9 +100,10 @@ class Schedule:
         result = future.result()
         attempts = self._attempts[task.id]
         self._lost[task.id] = self._lost.get(task.id, 0) + result.lost_workers
-        if result.verdict == "infra" and attempts <= task.job.retries and not self.interrupted:
-            again = f"trying again ({attempts} of {task.job.retries})"
-            self._watcher.line(task, f"infra: {result.reason}; {again}")
+        again = result.verdict == "infra" and result.lost_workers <= 1  # what loses two may lose more
+        if again and attempts <= task.job.retries and not self.interrupted:
+            number = f"{attempts} of {task.job.retries}"
+            self._watcher.line(task, f"infra: {result.reason}; trying again ({number})")
             self._submit(task)
             return
         begun = self._begun[task.id]
