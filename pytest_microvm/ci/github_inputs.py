@@ -12,9 +12,9 @@ from typing import Any
 
 from pytest_microvm.config import ACCELERATORS
 from pytest_microvm.errors import UsageError
+from pytest_microvm.reports.profiles import PROFILES
 
 MODES = ("pytest", "ci")
-PROFILES = ("generic", "github", "gitlab", "jenkins", "buildkite")
 _FILE = "inputs.json"
 _FOR_CI = ("branches", "definition-from")
 # What an input says, and so `args` does not.
@@ -116,7 +116,7 @@ def read_inputs(environ: Mapping[str, str], folder: Path) -> Inputs:
         image=given("image"),
         project=project,
         output=(project / given("output")) if given("output") else folder / "results",
-        junit_profile=_choice("junit-profile", given("junit-profile") or "github", PROFILES),
+        junit_profile=_choice("junit-profile", given("junit-profile") or "github", tuple(PROFILES)),
         branches=tuple(given("branches").split()),
         definition_from=given("definition-from"),
         require_accel=_choice("require-accel", given("require-accel"), ("", *ACCELERATORS)),
