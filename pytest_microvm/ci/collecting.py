@@ -91,7 +91,7 @@ class Collection:
     def _listed(self, glob: str) -> list[str]:
         """Return the files that match, as the machine names them."""
         top, depth = _where(glob)
-        command = ["find", f"./{top}", *depth, "-type", "f", "-print0"]
+        command = ["find", top, *depth, "-type", "f", "-print0"]
         try:
             done = self._machine.run(command, cwd=self._workspace, text=False, timeout=_TIMEOUT)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -132,7 +132,7 @@ def _where(glob: str) -> tuple[str, list[str]]:
     """Return the folder that everything that matches is in, and how deep to look, as options of find(1)."""
     parts = glob.removeprefix("./").split("/")
     wild = next((number for number, part in enumerate(parts) if _WILD.search(part)), len(parts))
-    top = "/".join(parts[:wild]) or "."
+    top = "/".join([".", *parts[:wild]])
     return top, [] if "**" in glob else ["-maxdepth", str(len(parts) - wild)]
 
 
