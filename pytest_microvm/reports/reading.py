@@ -57,7 +57,7 @@ def read_report(path: Path, *, ours: bool = False) -> Report:
 def _unreadable(name: str, trouble: str, count: int) -> Suite:
     name = safe_name(name)
     text = (
-        f"{count:,} tests before that are in this report."
+        f"{count:,} of its tests are in this report."
         if count
         else "None of its tests is in this report."
     )

@@ -81,7 +81,7 @@ def _scoped(case: Case, suite: Suite, profile: Profile) -> Case:
         of_job = suite.scope == classname or suite.scope.endswith(f" / {classname}")
         classname = suite.scope if of_job else f"{suite.scope}.{classname}"
     if profile.safe_paths:
-        classname = classname.replace("/", ":").replace("\\", ":")
+        classname = classname.replace("/", "_").replace("\\", "_")
         if not classname.strip("."):
             classname = f"({classname})"
     return replace(case, classname=safe_name(classname), name=safe_name(case.name) or "(no name)")
@@ -150,7 +150,8 @@ def _whole(problems: Sequence[Problem]) -> Problem | None:
     order: tuple[Kind, ...] = ("error", "failure", "skipped")
     kind = next(kind for kind in order if any(problem.kind == kind for problem in problems))
     first = next(problem for problem in problems if problem.kind == kind)
-    text = "\n\n".join(f"{problem.message}\n{problem.text}".strip() for problem in problems)
+    texts = (f"{problem.message}\n{problem.text}".strip() for problem in problems)
+    text = "\n\n".join(filter(None, texts))
     return replace(first, text=text)
 
 

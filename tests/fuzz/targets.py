@@ -34,6 +34,10 @@ from pytest_microvm.remote.checks import Records
 from pytest_microvm.remote.collected import Collected, parse_warning
 from pytest_microvm.remote.foreign_warnings import warning_message
 from pytest_microvm.remote.replay import rebuild_test_report
+from pytest_microvm.reports.checking import check_report
+from pytest_microvm.reports.profiles import PROFILES
+from pytest_microvm.reports.reading import UNREADABLE, read_report
+from pytest_microvm.reports.writing import write_report
 from pytest_microvm.sanitize import sanitize, sanitize_line
 from pytest_microvm.transfer import as_os_error
 from pytest_microvm.wire.channel import WINDOW, Channel, Data
@@ -237,6 +241,22 @@ def text(data):
     assert len(sanitize_line(shown)) < 50_000
 
 
+def junit(data):
+    """Whatever a JUnit file says, what is written of it is XML that says of as many tests the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "report.xml")
+        path.write_bytes(data)
+        read = read_report(path)
+        cases = [case for suite in read.suites for case in suite.cases]
+        assert bool(read.trouble) == any(case.name == UNREADABLE for case in cases)
+        for profile in PROFILES.values():
+            write_report(path, read.suites, profile)
+            _is_safe(ET.tostring(ET.parse(path).getroot(), encoding="unicode", method="text"))  # noqa: S314 - checked
+            again = [case.outcome for suite in read_report(path, ours=True).suites for case in suite.cases]
+            assert again == [case.outcome for case in cases]
+            assert [found for found in check_report(path) if found.text != "it has no test"] == []
+
+
 def console(data):
     """What a console's lines are taken for is safe to show, and little is kept of them."""
     reader = ConsoleReader()
@@ -315,5 +335,17 @@ def _seeds(name):
 
 TARGETS = {
     function.__name__: function
-    for function in (frames, channel, link, tar, report, collection, text, console, client_hello, proxy)
+    for function in (
+        frames,
+        channel,
+        link,
+        tar,
+        report,
+        junit,
+        collection,
+        text,
+        console,
+        client_hello,
+        proxy,
+    )
 }
