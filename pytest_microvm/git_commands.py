@@ -81,8 +81,8 @@ def git_talk(*arguments: str | Path) -> Iterator[Talk]:
         try:
             yield Talk(process)
             finished = True
-        except (BrokenPipeError, EOFError):
-            pass  # it has ended; what it said tells why
+        except _Ended:
+            pass
         finally:
             if not finished:
                 process.kill()
@@ -98,6 +98,10 @@ def git_talk(*arguments: str | Path) -> Iterator[Talk]:
             raise GitError("git could not do its part", details=details)
 
 
+class _Ended(Exception):
+    """git has ended where more was to come; what it said tells why."""
+
+
 class Talk:
     """A running git that is asked, and answers."""
 
@@ -110,25 +114,34 @@ class Talk:
 
     def ask(self, question: bytes) -> None:
         """Write something that it waits for."""
-        self._in.write(question)
-        self._in.flush()
+        try:
+            self._in.write(question)
+            self._in.flush()
+        except BrokenPipeError:
+            raise _Ended from None
 
-    def until(self, end: bytes, most: int = _MAX_WORD) -> bytes | None:
-        """Return what it prints up to the byte ``end``, without that; ``None`` where it has ended.
+    def words(self, end: bytes) -> Iterator[bytes]:
+        """Yield all that it prints, cut at each byte ``end``.
 
         Raises:
-            GitError: That is more than ``most`` bytes, or nothing comes.
-            EOFError: It ended within.
+            GitError: A word is too long, or nothing comes.
+        """
+        while self._read or self._more():
+            yield self.until(end)
+
+    def until(self, end: bytes) -> bytes:
+        """Return what it prints up to the byte ``end``, without that.
+
+        Raises:
+            GitError: That is too long, or nothing comes.
         """
         start = 0
         while (position := self._read.find(end, start)) < 0:
             start = len(self._read)
-            if start > most:
-                raise GitError("git says too much", details=f"more than {most} bytes without an end")
+            if start > _MAX_WORD:
+                raise GitError("git says too much", details=f"more than {_MAX_WORD} bytes without an end")
             if not self._more():
-                if start:
-                    raise EOFError
-                return None
+                raise _Ended
         word = bytes(self._read[:position])
         del self._read[: position + 1]
         return word
@@ -138,11 +151,10 @@ class Talk:
 
         Raises:
             GitError: Nothing comes.
-            EOFError: It ended before.
         """
         while len(self._read) < size:
             if not self._more():
-                raise EOFError
+                raise _Ended
         data = bytes(self._read[:size])
         del self._read[:size]
         return data

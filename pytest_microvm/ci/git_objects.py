@@ -52,7 +52,7 @@ def entries(repository: Repository, commit: str) -> Iterator[TreeEntry]:
     """
     command = ("ls-tree", "-r", "-l", "-z", "--full-tree", f"{commit}^{{tree}}")
     with git_talk("--git-dir", repository.directory, *command) as talk:
-        while (line := talk.until(b"\0")) is not None:
+        for line in talk.words(b"\0"):
             match = _ENTRY.fullmatch(line)
             if match is None:
                 raise GitError("a file of the commit is missing here", details=repr(line)[:200])
@@ -75,8 +75,6 @@ class Blobs:
         """
         self._talk.ask(name.encode() + b"\n")
         header = self._talk.until(b"\n")
-        if header is None:
-            raise EOFError
         found = re.fullmatch(rb"%b blob ([0-9]+)" % name.encode(), header)
         if found is None:
             raise GitError("an object is missing here", details=header.decode("ascii", "replace"))

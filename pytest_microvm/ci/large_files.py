@@ -6,14 +6,14 @@ A pointer's form: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md. git
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+from pytest_microvm.ci.plain_files import plain_file
 
 MAX_POINTER = 1023
 """Bytes of the longest pointer."""
@@ -49,14 +49,8 @@ def large_file(repository: Path, pointer: Pointer) -> Iterator[IO[bytes] | None]
     """
     name = pointer.sha256
     path = repository / "lfs" / "objects" / name[:2] / name[2:4] / name
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        yield None
-        return
-    with open(descriptor, "rb") as file:  # noqa: PTH123 - it is open already
-        status = os.fstat(descriptor)
-        yield file if stat.S_ISREG(status.st_mode) and _is_it(file, status.st_size, pointer) else None
+    with plain_file(path) as found:
+        yield found[0] if found and _is_it(*found, pointer) else None
 
 
 def _is_it(file: IO[bytes], size: int, pointer: Pointer) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from pytest_microvm.ci.file_names import refusal
 from pytest_microvm.ci.git_objects import OBJECT
 from pytest_microvm.ci.git_tree import GitTree
 from pytest_microvm.ci.job import matches
+from pytest_microvm.ci.plain_files import plain_file
 from pytest_microvm.ci.task import WORKTREE, Source
 from pytest_microvm.ci.tree import Tree
 from pytest_microvm.ci.work_tree import WorkTree
@@ -51,8 +51,10 @@ class CodeRepository:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._bare, self._repository, self._directory = _opened(folder)
-        digest = hashlib.sha256(os.fsencode(self._repository.directory.resolve())).hexdigest()[:12]
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.folder.resolve().name).strip(".-")[:40]
+        common = self._repository.directory.resolve()
+        digest = hashlib.sha256(os.fsencode(common)).hexdigest()[:12]
+        top = common.parent if common.name == ".git" else common
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", top.name).strip(".-")[:40]
         self.identity = f"{name or 'repository'}-{digest}"
         self._contents: dict[str, str] = {}  # SHA-256 by blob
         self._trees: dict[str, GitTree] = {}
@@ -164,7 +166,13 @@ class CodeRepository:
             return None
         if commit != WORKTREE:
             return self._tree(commit).read(path, limit)
-        return _read_plain(self.folder / path, limit)
+        with plain_file(self.folder / path) as found:
+            if found is None:
+                return None
+            file, size = found
+            if size > limit:
+                raise UsageError(f"{path} has {size} bytes, more than {limit}", resolution="make it smaller")
+            return file.read(limit)
 
     def export(self, ref: str, prefix: str, folder: Path) -> bool:
         """Write the plain files below ``prefix`` of a ref into an empty folder of this computer.
@@ -248,7 +256,7 @@ class CodeRepository:
         command = ("for-each-ref", form, *chosen, *(prefixes or (_HEADS, _REMOTE)))
         found: dict[str, str] = {}
         with git_talk("--git-dir", self._directory, *command) as talk:
-            while (line := talk.until(b"\n")) is not None:
+            for line in talk.words(b"\n"):
                 name, tip, kind, symbolic = os.fsdecode(line).split("\0")
                 if kind in ("commit", "committag") and not symbolic:
                     found[name] = tip
@@ -372,18 +380,3 @@ def _named(what: str, names: list[str]) -> str:
     shown = ", ".join(sorted(names)[:_SHOWN]) or "none"
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{what}: {shown}{more}"
-
-
-def _read_plain(path: Path, limit: int) -> bytes | None:
-    """Return a file's content if it is one and no link."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return None
-    with open(descriptor, "rb") as file:  # noqa: PTH123 - it is open already
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            return None
-        if status.st_size > limit:
-            raise UsageError(f"{path} has {status.st_size} bytes, more than {limit}")
-        return file.read(limit)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pytest_microvm.ci.git_objects import borrowed
 from pytest_microvm.git_bundle import Repository
 from pytest_microvm.git_commands import GitError, git
 
@@ -15,16 +16,15 @@ _KEY = re.compile(r"submodule\.(.+)\.path", re.DOTALL)
 def module_names(repository: Repository, gitmodules: str) -> Mapping[str, str]:
     """Return the submodules' names by their paths.
 
-    git-config(1) reads a blob without following its includes; nothing in it is run.
+    git-config(1) reads the blob alone; by itself it would follow its includes.
 
     Args:
         repository: Where the blob is.
         gitmodules: The name of the blob that is the commit's ``.gitmodules``.
     """
+    asked = ("config", "--no-includes", "--blob", gitmodules, "-z", "--get-regexp", r"^submodule\..*\.path$")
     try:
-        listed = repository.git(
-            "config", "--blob", gitmodules, "-z", "--get-regexp", r"^submodule\..*\.path$"
-        )
+        listed = repository.git(*asked)
     except GitError:  # it has none, or is no configuration
         return {}
     names = {}
@@ -52,7 +52,8 @@ def find_module(name: str | None, folders: Sequence[Path], kind: str, commit: st
         try:
             if git("--git-dir", place, "rev-parse", "--show-object-format").strip() != kind:
                 continue
-            git("--git-dir", place, "cat-file", "-e", f"{commit}^{{tree}}")
+            with borrowed(Repository(place, kind)) as repository:
+                repository.git("cat-file", "-e", f"{commit}^{{tree}}")
         except GitError:
             continue
         return Repository(place, kind)

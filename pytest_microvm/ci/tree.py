@@ -85,5 +85,6 @@ def selected(files: Iterable[str], paths: Sequence[str] | None) -> list[str]:
 
 
 def _parts(path: str) -> tuple[str, ...]:
-    """Return a path's names; ``.`` and an empty path are the top."""
-    return tuple(name for name in path.split("/") if name not in ("", "."))
+    """Return a path's names; ``.`` is the top, and what begins with a slash is nothing of a tree."""
+    start = ("/",) if path.startswith("/") else ()
+    return start + tuple(name for name in path.split("/") if name not in ("", "."))
