@@ -223,9 +223,9 @@ class DaskExecutor:
         return self._sources[source]
 
     def _key(self, task: Task) -> str:
-        """Return an attempt's id: repository, commit, job, attempt; and the run, for no two share one."""
+        """Return an attempt's id: repository, commit, branch and job, number; no two runs share one."""
         source = task.source
-        facts = [self._work.repository, source.branch, source.commit, task.job.name, self._attempts[task.id]]
+        facts = [self._work.repository, source.commit, task.id, self._attempts[task.id]]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         return f"microvm-ci-{digest}-{self._run}"
 
