@@ -56,11 +56,7 @@ def read_report(path: Path, *, ours: bool = False) -> Report:
 
 def _unreadable(name: str, trouble: str, count: int) -> Suite:
     name = safe_name(name)
-    text = (
-        f"{count:,} of its tests are in this report."
-        if count
-        else "None of its tests is in this report."
-    )
+    text = f"{count:,} of its tests are in this report." if count else "None of its tests is in this report."
     problem = Problem("error", f"{name} {UNREADABLE}: {trouble}", text)
     return Suite(name, (Case(name, UNREADABLE, problems=(problem,)),))
 

@@ -20,6 +20,7 @@ from pytest_microvm.reports.values import Case, Kind, Problem, Suite
 
 _SMALLEST = 200  # characters of a text, in a file that would be too large
 _TOO_LONG_A_PATH = 2000
+_NAMELESS = "tests"
 
 _PARTS: Any = junitparser  # half of it has no types
 _XUNIT2: Any = xunit2
@@ -76,7 +77,7 @@ def _named(suites: Iterable[Suite], profile: Profile) -> list[Suite]:
 
 
 def _scoped(case: Case, suite: Suite, profile: Profile) -> Case:
-    classname = safe_name(case.classname) or suite.name
+    classname = safe_name(case.classname) or safe_name(suite.name) or _NAMELESS
     if profile.flat and suite.scope:
         of_job = suite.scope == classname or suite.scope.endswith(f" / {classname}")
         classname = suite.scope if of_job else f"{suite.scope}.{classname}"
@@ -92,7 +93,7 @@ def _document(
 ) -> bytes:
     root = _XUNIT2.JUnitXml("pytest-microvm")
     for suite in suites:
-        element = _XUNIT2.TestSuite(safe_name(suite.name) or "tests")
+        element = _XUNIT2.TestSuite(safe_name(suite.name) or _NAMELESS)
         if suite.timestamp:
             element.timestamp = safe_name(suite.timestamp)
         if suite.hostname:
@@ -156,9 +157,11 @@ def _whole(problems: Sequence[Problem]) -> Problem | None:
 
 
 def _text(problem: Problem, profile: Profile) -> str:
-    if profile.message_in_text and first_line(problem.message) not in problem.text:
-        return f"{problem.message}\n{problem.text}".strip()
-    return problem.text
+    if not profile.message_in_text:
+        return problem.text
+    if first_line(problem.message) in problem.text and problem.text.strip():
+        return problem.text
+    return f"{problem.message}\n{problem.text}".strip() or "no reason was given"
 
 
 def _interim(attempt: Problem, kinds: dict[str, Any], limit: int) -> Any:
