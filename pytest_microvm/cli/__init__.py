@@ -44,10 +44,12 @@ def _parser() -> argparse.ArgumentParser:
         ci,
         doctor,
         github,
+        gitlab,
         image,
         machines,
         network,
         python,
+        report,
         run,
         template,
         top,
@@ -61,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('pytest-microvm')}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (run, ci, python, doctor, image, template, machines, top, network, trust, github):
+    for module in (
+        *(run, ci, report, python, doctor, image, template, machines, top, network, trust),
+        *(github, gitlab),
+    ):
         module.add_parser(verbs)
     return parser
