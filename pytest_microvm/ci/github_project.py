@@ -11,7 +11,7 @@ from pathlib import Path
 from pytest_microvm import project_trust
 from pytest_microvm.ci.github_inputs import Inputs
 from pytest_microvm.ci.job import Job
-from pytest_microvm.ci.running import trusted_project
+from pytest_microvm.ci.running import check_trust, trusted_project
 from pytest_microvm.ci.sources import CodeRepository, read_definition
 from pytest_microvm.ci.tree import Tree
 from pytest_microvm.config import Settings, load_settings
@@ -75,6 +75,8 @@ def _needs_of_jobs(inputs: Inputs) -> Needs:
     repository = CodeRepository(inputs.project)
     _check_default_branch(repository, inputs.default_branch)
     definition = read_definition(repository, inputs.definition_from or None)
+    if not inputs.trust:
+        check_trust(repository, definition)
     tree = repository.tree(repository.ref("HEAD"))
     prepared = [_prepared(job, tree) for job in definition.jobs]
     with trusted_project(repository, inputs.definition_from or None) as (project, _bundles):

@@ -1,5 +1,6 @@
 """What GitHub's cache keeps, and under which keys."""
 
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -139,3 +140,50 @@ def test_what_nobody_allowed_is_refused_before_anything_is_built(tmp_path, monke
     with pytest.raises(UsageError, match="nobody has allowed that"):
         needs_of(project(tmp_path, asking))
     assert needs_of(project(tmp_path, asking, trust="true")).keys
+
+
+def git(folder, *words):
+    identity = ["-c", "user.name=A", "-c", "user.email=a@example.com"]
+    subprocess.run(["git", "-C", folder, *identity, *words], check=True, capture_output=True)
+
+
+def jobs(tmp_path, text, **given):
+    folder = tmp_path / "code"
+    kit = folder / "microvm" / "kits" / "own" / "kit.toml"
+    if not folder.exists():
+        kit.parent.mkdir(parents=True)
+        git(folder, "init", "-q", "-b", "main")
+    kit.write_text('parent = "base"\npackages = ["jq"]\n')
+    (folder / "microvm.toml").write_text(text)
+    git(folder, "add", ".")
+    git(folder, "commit", "-qm", "one")
+    variables = {f"INPUT_{name.upper()}": value for name, value in given.items()}
+    variables |= {"INPUT_WORKING_DIRECTORY": str(folder), "INPUT_MODE": "ci"}
+    return read_inputs(variables, tmp_path)
+
+
+JOBS = '[ci.jobs.a]\nimage = "base"\nsteps = ["true"]\n[ci.jobs.b]\nimage = "own"\nsteps = ["true"]\n'
+
+
+def test_jobs_need_every_image_and_kits_of_the_default_branch_alone(tmp_path):
+    inputs = jobs(tmp_path, JOBS, trust="true")
+    before = needs_of(inputs)
+    assert [kit.parent.name for kit in before.kits] == ["base"]  # the other one is built by the run
+    assert len(before.keys) == 2
+    folder = inputs.project
+    git(folder, "checkout", "-q", "-b", "branch")
+    (folder / "microvm" / "kits" / "own" / "kit.toml").write_text('parent = "base"\nsetup = ["touch /x"]\n')
+    git(folder, "commit", "-qam", "two")
+    assert needs_of(inputs) == before
+
+
+def test_what_jobs_ask_for_is_refused_before_anything_is_built(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTEST_MICROVM_TRUST", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with pytest.raises(UsageError, match="nobody has allowed that"):
+        needs_of(jobs(tmp_path, '[ci.jobs.a]\nimage = "base"\nnetwork = ["pip"]\nsteps = ["true"]\n'))
+
+
+def test_no_other_branch_may_pass_for_the_default_one(tmp_path):
+    with pytest.raises(UsageError, match="'main' would be taken for it"):
+        needs_of(jobs(tmp_path, JOBS, trust="true", default_branch="trunk"))

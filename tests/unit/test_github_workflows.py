@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pytest_microvm.ci.definition import parse_definition
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 ACTION = REPOSITORY / "github-action" / "action.yml"
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
@@ -159,3 +161,33 @@ def test_the_workflow_passes_on_inputs_that_there_are():
     given = load(WORKFLOWS[-1])["on"]["workflow_call"]["inputs"]
     used = set(re.findall(r"inputs\.([a-z-]+)", WORKFLOWS[-1].read_text()))
     assert used == set(given)
+
+
+HOW_TO = REPOSITORY / "docs" / "how-to" / "github.md"
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", HOW_TO.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_examples_of_workflows(tmp_path):
+    inputs = set(load(ACTION)["inputs"]) | set(load(WORKFLOWS[-1])["on"]["workflow_call"]["inputs"])
+    found = blocks("yaml")
+    for number, text in enumerate(found):
+        (tmp_path / f"{number}.yml").write_text(text)
+        job = yaml.safe_load(text)["jobs"]["microvm"]
+        for ours in [job, *job.get("steps", [])]:
+            if "OWNER" in ours.get("uses", ""):
+                assert set(ours.get("with", {})) <= inputs
+    done = run(
+        PROGRAMS / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", *tmp_path.iterdir()
+    )
+    assert done.returncode == 0, done.stdout
+    audited = run(PROGRAMS / "zizmor", "--offline", "--no-progress", *tmp_path.iterdir())
+    assert audited.returncode == 0, audited.stdout
+    assert len(found) == 4
+
+
+def test_examples_of_jobs():
+    [text] = blocks("toml")
+    assert parse_definition(text, "microvm.toml").jobs
