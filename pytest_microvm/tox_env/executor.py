@@ -180,6 +180,7 @@ class GuestStatus(ExecuteStatus):
         super().__init__(options, out, err)
         self._process = process
         self._machine = machine
+        self._stopping = threading.Lock()
 
     @property
     def exit_code(self) -> int | None:
@@ -210,23 +211,31 @@ class GuestStatus(ExecuteStatus):
             self._process.stdin.write(content.encode())
 
     def interrupt(self) -> None:
-        """Stop it as tox stops programs: SIGINT, SIGTERM, SIGKILL, with the configured time between."""
+        """Stop it as tox stops programs: SIGINT, SIGTERM, SIGKILL, with the configured time between.
+
+        For one Ctrl-C tox asks from two threads; a program must not get a second SIGINT while it ends.
+        """
+        with self._stopping:
+            self._stop()
+
+    def _stop(self) -> None:
         steps = (
             (self.options.suicide_timeout, signal.SIGINT),
             (self.options.interrupt_timeout, signal.SIGTERM),
             (self.options.terminate_timeout, signal.SIGKILL),
         )
-        with suppress(MicroVMError, TimeoutError, Fail):  # the machine is gone: nothing runs any more
+        try:
             for seconds, number in steps:
-                if self._ended(seconds):
+                if self.wait(max(seconds, 0.0)) is not None:
                     return
                 _log.warning("send signal %s to %d in %s", number.name, self._process.pid, self._machine.id)
                 self._process.send_signal(number)
-            if not self._ended(_DEAD):
+            if self.wait(_DEAD) is None:
                 self._machine.instance.vmm.kill()
-
-    def _ended(self, seconds: float) -> bool:
-        return self.wait(max(seconds, 0.0)) is not None
+        except TimeoutError:  # its agent does not answer
+            self._machine.instance.vmm.kill()
+        except (MicroVMError, Fail):  # it is gone: nothing runs any more
+            pass
 
 
 class NotStarted(ExecuteStatus):

@@ -55,8 +55,8 @@ def test_the_search_path_is_the_machines():
 
 @pytest.mark.parametrize(
     "text",
-    ["six", "six==1.0 ; python_version > '3'", "a[b,c]>=2", "x @ https://files.example/x.whl", "six --hash=sha256:0",
-     "a.b-c", "https://files.example/x-1.tar.gz", "git+https://git.example/x@main"],
+    ["six", "six==1.0 ; python_version > '3'", "a[b,c]>=2", "x @ https://files.example/x.whl",
+     "six --hash=sha256:0", "a.b-c", "https://files.example/x-1.tar.gz", "git+https://git.example/x@main"],
 )  # fmt: skip
 def test_what_comes_from_elsewhere(text):
     assert not is_local(text)
