@@ -9,16 +9,15 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.ci.history import KEPT_DAYS, KEPT_RUNS, Case, Flaky, History
 from pytest_microvm.ci.result import EXIT_INFRA, VERDICTS, RunResult, TaskResult
 from pytest_microvm.images.store import cache_root
 from pytest_microvm.sanitize import sanitize_line
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _SHOWN_CASES = 20
 _STYLES = {
@@ -184,10 +183,14 @@ def _print_json(value: Any) -> None:
 
 
 def _console() -> Console:
+    from rich.console import Console  # noqa: PLC0415 - the parser of every command is made with this module
+
     return Console(highlight=False)
 
 
 def _say(console: Console, text: str) -> None:
+    from rich.text import Text  # noqa: PLC0415
+
     console.print(Text("\n".join(map(sanitize_line, text.split("\n")))), soft_wrap=True)
 
 
@@ -196,6 +199,9 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console = _console()
     rows = [[sanitize_line(cell, 500) for cell in row] for row in rows]
     if console.is_terminal:
+        from rich.table import Table  # noqa: PLC0415
+        from rich.text import Text  # noqa: PLC0415
+
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         for title in head:
             table.add_column(title, overflow="fold", no_wrap=title in ("RUN", "TOOK", "OUTCOME", "VERDICT"))
