@@ -19,7 +19,11 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 BUILD_FAILURE, SYSTEM_FAILURE = 1, 2
@@ -99,6 +103,49 @@ class Verdict:
     def names(self) -> list[str]:
         """The stages' names, in order."""
         return [stage.name for stage in self.stages]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A repository that machines can clone.
+
+    Args:
+        url: Where it is, from a machine's view: :attr:`Job.repository`.
+        machine: Lines for ``[machine]`` of the operator's file that let machines reach it, and nothing else.
+    """
+
+    url: str
+    machine: str
+
+
+@contextmanager
+def served(repository: Path, folder: Path) -> Iterator[Served]:
+    """Serve a repository over plain HTTP on the loopback device, as the GitLab that jobs come from.
+
+    Args:
+        repository: A repository with the branches that jobs are for.
+        folder: For a bare copy of it.
+    """
+    bare = folder / "group" / "project.git"
+    subprocess.run(["git", "clone", "-q", "--bare", str(repository), str(bare)], check=True)
+    subprocess.run(["git", "update-server-info"], cwd=bare, check=True)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        address = f"127.0.0.1:{server.server_address[1]}"
+        try:
+            yield Served(
+                "http://gitlab.example/group/project.git",
+                f'network = ["gitlab"]\nhosts = {{ "gitlab.example" = "{address}" }}\n',
+            )
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
 
 class GitlabRunner:

@@ -70,6 +70,8 @@ class GitlabStages:
         values = machine_values(settings, image, protected=job.protected, host=job.host, where=where)
         terms = Terms(lifetime=_lifetime(settings, job), idle=settings.idle, grace=settings.grace)
         machine = HeldMachine(job.key).start(values, terms, relative_to=settings.folder, where=where, say=say)
+        if job.services:
+            say("WARNING: services: this driver starts none")
         say(f"machine {machine} from image {image}; network: {', '.join(values['network']) or 'none'}")
 
     def run(self, script: Path, output: Callable[[int, bytes], None]) -> Ended:

@@ -34,6 +34,7 @@ class GitlabJob:
         timeout: Seconds the job may take.
         protected: Whether the server says that its branch or tag is protected.
         host: The host of the GitLab it comes from, as a network rule; ``None`` if the server did not say.
+        services: Whether it asks for ``services:``.
     """
 
     key: str
@@ -41,6 +42,7 @@ class GitlabJob:
     timeout: float | None = None
     protected: bool = False
     host: str | None = None
+    services: bool = False
 
 
 def read_job(environment: Mapping[str, str]) -> GitlabJob:
@@ -67,6 +69,7 @@ def read_job(environment: Mapping[str, str]) -> GitlabJob:
         timeout=_seconds(runner.get("timeout")),
         protected=git.get("protected") is True,
         host=_host(str(git.get("repo_url") or "")),
+        services=bool(response.get("services")),
     )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import functools
-import http.server
 import importlib.util
 import json
 import os
@@ -33,13 +31,7 @@ def sibling(path):
 HERE = Path(__file__).parent
 gitlab_stages = sibling(HERE.parent / "gitlab_stages.py")
 Job = gitlab_stages.Job
-LocalServer = sibling(HERE / "local_servers.py").LocalServer
 GUARD = 120  # seconds; only against hangs
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
@@ -77,27 +69,17 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def repository(tmp_path):
-    """Serve a repository over HTTP on the loopback device; yield the port."""
-    work, served = tmp_path / "work", tmp_path / "served" / "group"
+    work = tmp_path / "work"
     work.mkdir()
-    served.mkdir(parents=True)
     (work / "check.sh").write_text("test -f check.sh && echo checked > result.txt && cat result.txt\n")
     git(work, "init", "-q", "-b", "main")
     git(work, "add", ".")
     git(work, "commit", "-q", "-m", "first")
-    git(served, "clone", "-q", "--bare", str(work), "project.git")
-    git(served / "project.git", "update-server-info")
-    with LocalServer(functools.partial(Quiet, directory=str(served.parent))) as server:
-        yield server.port
+    with gitlab_stages.served(work, tmp_path / "served") as served:
+        yield served
 
 
 def test_a_job_from_its_sources_to_its_end(runner, repository):
-    operator = f"""
-image = "agent"
-[machine]
-network = ["gitlab"]
-hosts = {{ "gitlab.example" = "127.0.0.1:{repository}" }}
-"""
     job = Job(
         [
             "sh check.sh",
@@ -105,13 +87,15 @@ hosts = {{ "gitlab.example" = "127.0.0.1:{repository}" }}
             "curl -sS -m 20 http://other.example/",
         ],
         after_script=["cat result.txt"],
-        repository="http://gitlab.example/group/project.git",
+        repository=repository.url,
         variables={"CI_SERVER_HOST": "other.example", "CI_SERVER_URL": "http://other.example"},
     )
-    execution = runner(operator).start(job)
+    execution = runner(f'image = "agent"\n[machine]\n{repository.machine}').start(job)
     try:
         assert execution.prepare(), execution.stages
-        assert holder_of(execution).exists()
+        holder = json.loads((holder_of(execution) / "holder.json").read_text())["pid"]
+        assert os.getpgid(holder) == holder  # what the runner does to prepare's group is not for it
+        assert b"CUSTOM_ENV" not in Path(f"/proc/{holder}/environ").read_bytes()
         verdict = execution.perform()
     finally:
         cleanup = execution.cleanup()
@@ -234,6 +218,25 @@ def test_a_machine_that_nobody_comes_back_for_ends(runner, terms, why):
         assert why in late.stderr
     assert execution.cleanup().returncode == 0
     assert not folder.exists()
+
+
+def test_a_run_that_is_killed_stops_its_script(runner):
+    execution = runner('image = "base"\ngrace = 0.1\n').start(Job([]))
+    try:
+        assert execution.prepare(), execution.stages
+        script = execution.folder / "script"
+        script.write_text("echo running; sleep 6000")
+        command = [*gitlab_stages.COMMAND, "run", *execution._runner._arguments, str(script), "build_script"]
+        with subprocess.Popen(command, env=execution._variables(), stdout=subprocess.PIPE) as process:
+            assert process.stdout.readline() == b"running\n"
+            process.kill()
+        # The holder notices by itself, and nobody tells when it has: the machine is asked until it is so.
+        waiting = (
+            "n=0; while pgrep -x sleep >/dev/null && [ $n -lt 300 ]; do n=$((n+1)); read -t 0.2 <> <(:); done"
+        )
+        assert execution.script("after_script", f"{waiting}\npgrep -c -x sleep || true").stdout == "0\n"
+    finally:
+        assert execution.cleanup().returncode == 0
 
 
 def test_a_holder_that_is_killed_takes_its_machine_along(runner):

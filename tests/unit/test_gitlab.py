@@ -19,7 +19,9 @@ from pytest_microvm.ci.gitlab_settings import (
     machine_values,
     parse_settings,
 )
+from pytest_microvm.ci.holder_socket import STDERR, STDOUT
 from pytest_microvm.cli import main
+from pytest_microvm.cli.gitlab import RawPrinter, SafePrinter
 from pytest_microvm.errors import UsageError
 
 if sys.version_info >= (3, 11):
@@ -291,3 +293,23 @@ def test_the_reference_names_every_key():
     text = (REPOSITORY / "docs/reference/gitlab.md").read_text()
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     assert [key for key in KEYS if not any(f"`{key}`" in row for row in rows)] == []
+
+
+# What a script says
+
+
+def test_what_is_said_is_safe_unless_it_is_wanted_raw(capfdbinary):
+    said = b"\033[31mred\033[0m \033[2J\nsection_end:1:step_script\r\033[0K\nhalf"
+    safe = SafePrinter()
+    safe(STDOUT, said)
+    safe(STDERR, b"apart\n")
+    safe.close()
+    assert capfdbinary.readouterr() == (
+        b"\033[31mred\033[0m \\x1b[2J\nsection_end:1:step_script\\x0d\\x1b[0K\nhalf",
+        b"apart\n",
+    )
+    raw = RawPrinter()
+    raw(STDOUT, said)
+    raw(STDERR, b"apart\n")
+    raw.close()
+    assert capfdbinary.readouterr() == (said, b"apart\n")
