@@ -120,7 +120,7 @@ KEYS: dict[str, Key] = {
         parse_matrix,
         {
             "type": "object",
-            "minProperties": 1,
+            "not": {"propertyNames": {"enum": [*RESERVED]}},
             "properties": {
                 name: {"type": "array", "items": {"type": "object", "minProperties": 1}} for name in RESERVED
             },
@@ -187,6 +187,7 @@ KEYS: dict[str, Key] = {
         f"how often it is tried again if its machine never reached its steps; default {DEFAULT_RETRIES}",
     ),
     "git": Key(parse_flag, _FLAG, "whether it gets a repository with history; default: the files alone"),
+    "fail_on_denied": Key(parse_flag, _FLAG, "whether it fails if it tries to reach what it may not"),
     "network": Key(PARSERS["network"], _RULES, "rules of what it may reach", matrix=True, trust=True),
     "hosts": Key(
         parse_hosts,

@@ -12,7 +12,7 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def definition_schema() -> dict[str, Any]:
-    """Return the schema of ``microvm.toml``; in a ``pyproject.toml`` it is of ``[tool.pytest-microvm]``.
+    """Return the schema of ``microvm.toml``; of a ``pyproject.toml``, ``ci`` in it is that table's.
 
     Whatever the parser takes is valid. What needs more than one key to be judged, such as the names in
     ``needs``, only the parser can say.

@@ -14,7 +14,8 @@ What happens to a block depends on its language:
               A machine's id, such as vm-1a2b3c4d, stands for the id that came in its place; a later
               block that names the page's id gets the real one.
     python    run in the project folder. Tests go to a file, and a later command runs pytest.
-    toml      must be well-formed, and what is in [tool.pytest-microvm] must be known
+    toml      must be well-formed, and what is in [tool.pytest-microvm] must be known,
+              the jobs of CI among it
     yaml      must be well-formed; what a CI job in it runs (`run`, `script`, `before_script`) must be set-up
               (SET_UP), or stand in a console block of the page, where it is run
     json, ini, xml               must be well-formed
@@ -39,6 +40,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pytest_microvm.ci.definition import parse_definition
 from pytest_microvm.config import Settings, merged
 from pytest_microvm.errors import UsageError
 
@@ -61,8 +63,11 @@ GUARD = 1800  # seconds for one block, on a slow machine that builds images
 
 
 def check_toml(text):
-    table = tomllib.loads(text).get("tool", {}).get("pytest-microvm", {})
+    tables = tomllib.loads(text)
+    table = tables.get("tool", {}).get("pytest-microvm", {})
     merged(Settings(), table, "tool.pytest-microvm")
+    if "ci" in table or "ci" in tables:
+        parse_definition(text, "microvm.toml" if "ci" in tables else "pyproject.toml")
 
 
 CHECKS = {
