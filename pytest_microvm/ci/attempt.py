@@ -24,7 +24,6 @@ from pytest_microvm.errors import (
     MachineError,
     MicroVMError,
     QuotaExceeded,
-    UsageError,
 )
 from pytest_microvm.host import Host
 from pytest_microvm.machine import MicroVM
@@ -80,23 +79,18 @@ class Attempt:
         self._log: IO[str] | None = None
 
     def run(self) -> TaskResult:
-        """Do it, and return what came of it; the task's folder is filled.
-
-        Raises:
-            UsageError: It cannot be done at all: there is no such image, a secret cannot be read.
-        """
+        """Do it, and return what came of it; the task's folder is filled."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / "log.txt").open("w", encoding="utf-8", errors="backslashreplace") as self._log:
             try:
                 self._go_through()
-            except UsageError:
-                raise
             except Stopped as stopped:
                 self._stopped(stopped)
             except MicroVMError as error:
                 self._failed(error)
-            finally:
-                self._end_phase()
+            except OSError as error:  # of this computer: a full disk, say
+                self._state.judge("infra", str(error))
+            self._end_phase()
             if self._state.reason:
                 self._say(f"{self._state.verdict}: {self._state.reason}")
         return self._result()

@@ -51,8 +51,7 @@ class Executor(Protocol):
     def submit(self, task: Task) -> Future[TaskResult]:
         """Begin a task: one attempt, in one machine; its folder is filled when the future is done.
 
-        The future never raises but :class:`pytest_microvm.errors.UsageError`; a machine that did not come up
-        is a result, too.
+        The future never raises: a machine that did not come up is a result, too.
         """
 
     def cancel(self) -> None:

@@ -1,18 +1,21 @@
 """Where prepared templates are found: what the default branch made is everybody's, the rest is one's own.
 
-A template's content is what its commands made of what they were given, the network's answers included. A
-branch that could write where another reads could give it anything, so a branch writes into a namespace of its
-own and reads from there and from the default branch's (as GitHub's and GitLab's caches do).
+A template's content is what its commands made of their inputs, the network's answers included. A branch that
+could write where another reads could give it anything, so a branch writes into a namespace of its own and
+reads from there and from the default branch's (as GitHub's and GitLab's caches do). A branch whose inputs are
+the default branch's, byte for byte, has no say in what comes of them: its template is the default branch's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from pytest_microvm.ci.executor import Work
+from pytest_microvm.ci.executor import Sources, Work
 from pytest_microvm.ci.job import WORKSPACE
-from pytest_microvm.ci.task import Task
+from pytest_microvm.ci.task import Source, Task
 from pytest_microvm.ci.tree import Tree
+from pytest_microvm.errors import UsageError
 from pytest_microvm.host import Host
 from pytest_microvm.machine import MicroVM
 from pytest_microvm.preparing import prepared_step
@@ -47,7 +50,23 @@ def prepared_template(host: Host, base: Base, task: Task, work: Work, run: Run) 
         return [_step(host, base, task, tree, inputs=(digest, work.repository, branch), run=run)]
 
     found = host.cached(base, steps(work.default_branch))
-    return found or host.template(base, steps(task.source.branch))
+    return found or host.template(base, steps(task.prepared_as or task.source.branch))
+
+
+def with_owner(task: Task, sources: Sources, default: Source) -> Task:
+    """Return the task with the branch whose its prepared template is.
+
+    Args:
+        task: The task.
+        sources: The files.
+        default: The default branch, as it is now.
+    """
+    wanted = task.job.prepare_inputs
+    try:
+        same = sources.tree(task.source).digest(wanted) == sources.tree(default).digest(wanted)
+    except UsageError:  # one of them does not have them; its own attempt will tell
+        same = False
+    return replace(task, prepared_as=default.branch if same else task.source.branch)
 
 
 def _step(host: Host, base: Base, task: Task, tree: Tree, *, inputs: tuple[str, ...], run: Run) -> Step:

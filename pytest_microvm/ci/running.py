@@ -13,11 +13,12 @@ from pathlib import Path
 
 from pytest_microvm import project_trust
 from pytest_microvm.ci.definition import Definition
-from pytest_microvm.ci.executor import Executor, Work
+from pytest_microvm.ci.executor import Executor, Sources, Work
 from pytest_microvm.ci.history import Case, History
 from pytest_microvm.ci.job import Job
 from pytest_microvm.ci.job_junit import own_suites, write_job_junit
 from pytest_microvm.ci.merged_junit import write_merged_junit
+from pytest_microvm.ci.prepared import with_owner
 from pytest_microvm.ci.result import RunResult, TaskResult
 from pytest_microvm.ci.scheduling import Schedule
 from pytest_microvm.ci.sources import CodeRepository, read_definition
@@ -27,6 +28,7 @@ from pytest_microvm.ci.tree import Tree
 from pytest_microvm.ci.watching import OneAtATime, Watcher
 from pytest_microvm.disk import explained
 from pytest_microvm.errors import UsageError
+from pytest_microvm.images.kits import find_kit
 
 KITS = "microvm/kits"
 """Where a project's own kits are; those of the trusted definition's commit count."""
@@ -210,9 +212,6 @@ def run_plan(
         history: Where they are remembered.
         repository: The repository's folder, for the results.
         fail_fast: Whether the first failure ends the run.
-
-    Raises:
-        UsageError: A task cannot be run at all.
     """
     started = time.time()
     watcher: Watcher = outputs.work.watcher
@@ -229,6 +228,25 @@ def run_plan(
     history.add(run, _cases(outputs.work.output, run))
     watcher.ended(run)
     return run
+
+
+def ready(plan: Plan, repository: CodeRepository, sources: Sources, project: Path) -> Plan:
+    """Return the plan with what has to be known before it begins.
+
+    Args:
+        plan: What to do.
+        repository: The repository.
+        sources: Its files.
+        project: The folder with its trusted kits.
+
+    Raises:
+        KitError: There is no such image.
+    """
+    for image in sorted({task.job.spec.image for task in plan.tasks}):
+        find_kit(image, project=project)
+    default = repository.ref(repository.default_branch)
+    tasks = (with_owner(task, sources, default) if task.job.prepare else task for task in plan.tasks)
+    return replace(plan, tasks=tuple(tasks))
 
 
 def new_work(repository: CodeRepository, output: Path, watcher: Watcher, sources: RepositorySources) -> Work:

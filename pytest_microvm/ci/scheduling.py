@@ -55,9 +55,6 @@ class Schedule:
         """Run everything and return the results in the plan's order.
 
         The first Ctrl-C ends what runs and takes back what there is; the second one leaves at once.
-
-        Raises:
-            UsageError: A task cannot be run at all.
         """
         for task in self._waiting:
             self._watcher.phase(task, "queue")

@@ -39,12 +39,14 @@ class Task:
         source: What it is for.
         job: What it does.
         needs: The ids of the tasks that have to succeed first.
+        prepared_as: The branch whose its prepared template is; none: its source's own.
     """
 
     id: str
     source: Source
     job: Job
     needs: tuple[str, ...] = ()
+    prepared_as: str = ""
 
     @property
     def title(self) -> str:

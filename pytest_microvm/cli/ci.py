@@ -138,6 +138,7 @@ def _run(arguments: argparse.Namespace) -> int:
     plain = arguments.plain or not console.is_terminal or os.environ.get("CI") == "true"
     with running.trusted_project(repository, arguments.definition_from) as (project, bundles):
         sources = running.RepositorySources(repository, bundles)
+        plan = running.ready(plan, repository, sources, project)
         with live_watcher(console, plain=plain, jobs=slots) as watcher:
             work = running.new_work(repository, output, watcher, sources)
             host = Host(

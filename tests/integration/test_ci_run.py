@@ -75,6 +75,10 @@ def repository(tmp_path_factory):
     git(folder, "checkout", "--quiet", "-b", "feature/x")
     (folder / "other").write_text("other of feature\n")
     git(folder, "commit", "--quiet", "--all", "-m", "second")
+    git(folder, "checkout", "--quiet", "-b", "no-image", "main")
+    (folder / "microvm.toml").write_text('[ci.jobs.test]\nimage = "nowhere"\nsteps = ["true"]\n')
+    git(folder, "commit", "--quiet", "--all", "-m", "third")
+    git(folder, "checkout", "--quiet", "main")
     return folder
 
 
@@ -104,7 +108,7 @@ def run(folder, output, *options, expect=0, **env):
 def done(repository, tmp_path_factory):
     """One run of everything, for two branches."""
     output = tmp_path_factory.mktemp("done") / "results"
-    return (*run(repository, output, "--branch", "*", expect=1), output)
+    return (*run(repository, output, "--branch", "main", "--branch", "f*", expect=1), output)
 
 
 def log(done, title):
@@ -199,6 +203,12 @@ def test_no_branch_gives_another_one_its_template(repository, done, tmp_path):
         assert tasks[branch, "prepared"]["verdict"] == "passed"
         made.append("preparing: cat lock" in process.stdout)
     assert made == [False, True, False, True]
+    git(repository, "checkout", "--quiet", "-B", "three", "main")
+    (repository / "microvm.toml").write_text(DEFINITION.replace("once", "twice"))
+    git(repository, "commit", "--quiet", "--all", "-m", "another definition")
+    options = ("--branch", "three", "--branch", "feature/x", "--job", "prepared")
+    process, _tasks = run(repository, tmp_path / "out", *options, "--definition-from", "three")
+    assert process.stdout.count("preparing: cat lock") == 1  # the same inputs as main: one for both
     git(repository, "checkout", "--quiet", "main")
     git(repository, "merge", "--quiet", "two")  # the default branch makes its own, and then gives it to all
     try:
@@ -298,6 +308,7 @@ def test_a_definition_that_nobody_allowed_is_refused(repository, tmp_path):
     [
         (["--branch", "nope"], "no branch matches 'nope'"),
         (["--job", "nope"], "there is no job 'nope'"),
+        (["--definition-from", "no-image"], "there is no kit 'nowhere'"),
         (["--jobs", "0"], "--jobs: 0"),
         (["--ref", "--upload-pack=x"], "expected one argument"),
         (["--ref=--upload-pack=x"], "cannot be a ref"),

@@ -1,6 +1,7 @@
 """The order of tasks: needs, places, tries, the first failure, Ctrl-C."""
 
-import _thread
+import os
+import signal
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -195,7 +196,7 @@ def test_ctrl_c_ends_what_runs_and_all_have_a_result():
 
     def work(task, executor):
         if both.wait(60) == 0:
-            _thread.interrupt_main()
+            os.kill(os.getpid(), signal.SIGINT)
         return until_cancelled(task, executor)
 
     results, _executor, _told, schedule = scheduled(plan, work)
