@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pytest_microvm.ci.job_junit import REPORT
 from pytest_microvm.ci.result import PHASES, RunResult, TaskResult, Verdict
 from pytest_microvm.ci.task import WORKTREE
 from pytest_microvm.reports.reading import read_report
+from pytest_microvm.reports.text import cut
 from pytest_microvm.reports.values import Case
+
+TEXT_LIMIT = 20_000
+"""Characters of a failure that are shown."""
+
+_MOST_TESTS = 200  # of one task
 
 SIGNS: dict[Verdict, str] = {
     "passed": "✅",
@@ -77,18 +83,32 @@ def worth_telling(run: RunResult) -> list[TaskResult]:
     )
 
 
-def failing_tests(output: Path, task: TaskResult) -> list[Case]:
+@dataclass(frozen=True)
+class FailedTests:
+    """Tests of one task that failed: the first of them, and how many there are."""
+
+    cases: tuple[Case, ...] = ()
+    total: int = 0
+
+
+def failed_tests(output: Path, task: TaskResult) -> FailedTests:
     """Return a task's tests that failed; what stands for the job itself is not among them."""
     path = output / task.id / REPORT
     if not path.exists():  # it never ran
-        return []
+        return FailedTests()
     report = read_report(path, ours=True)
     cases: Iterable[Case] = (case for suite in report.suites for case in suite.cases)
-    return [
+    failed = [
         case
         for case in cases
         if case.outcome in ("failed", "error") and (case.classname, case.name) != (task.job, "job")
     ]
+    return FailedTests(tuple(map(_shortened, failed[:_MOST_TESTS])), len(failed))
+
+
+def _shortened(case: Case) -> Case:
+    problems = tuple(replace(problem, text=cut(problem.text, TEXT_LIMIT)) for problem in case.problems)
+    return replace(case, problems=problems, attempts=(), out="", err="")
 
 
 def local_command(task: TaskResult) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pytest_microvm.ci.overview import failed_tests
 from pytest_microvm.ci.result import RunResult
 from pytest_microvm.ci.summary_html import summary_html
 from pytest_microvm.ci.summary_markdown import summary_markdown
@@ -19,5 +20,6 @@ def write_summary(output: Path, run: RunResult) -> None:
     Raises:
         OSError: They cannot be written.
     """
-    (output / "summary.md").write_text(summary_markdown(output, run), encoding="utf-8")
-    (output / "summary.html").write_text(summary_html(output, run), encoding="utf-8")
+    failed = {task.id: failed_tests(output, task) for task in run.tasks}
+    (output / "summary.md").write_text(summary_markdown(run, failed), encoding="utf-8")
+    (output / "summary.html").write_text(summary_html(output, run, failed), encoding="utf-8")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
 from pytest_microvm.ci.overview import (
     SIGNS,
+    TEXT_LIMIT,
+    FailedTests,
     duration,
-    failing_tests,
     headline,
     local_command,
     matrix,
@@ -26,8 +27,6 @@ from pytest_microvm.reports.text import safe_name, safe_text
 from pytest_microvm.reports.values import Case
 
 _LIMIT = 20 * 1024 * 1024  # characters; browsers take more, people do not
-_TEXT_LIMIT = 20_000
-_MOST_TESTS = 200  # of one task
 _MOST_DENIED = 100
 _EVIDENCE = ("log.txt", "console.txt", "network.jsonl", "events.jsonl", "machine.json", "junit.xml")
 
@@ -65,12 +64,13 @@ svg.times { display: block; width: 12rem; height: .8rem; }
 _TONES = {"passed": "good", "failed": "bad", "quota": "bad", "crashed": "bad", "infra": "warn"}
 
 
-def summary_html(output: Path, run: RunResult) -> str:
+def summary_html(output: Path, run: RunResult, failed: Mapping[str, FailedTests]) -> str:
     """Return the summary.
 
     Args:
-        output: The run's folder, with the tasks' reports.
+        output: The run's folder, with the tasks' files.
         run: What came of it.
+        failed: The tests that failed, by their tasks' ids.
     """
     parts = [_head(run)]
     size = 0
@@ -78,7 +78,7 @@ def summary_html(output: Path, run: RunResult) -> str:
     if troubled:
         parts.append("<h2>What is to be looked at</h2>")
     for number, task in enumerate(troubled):
-        section = "".join(_task(output, task))
+        section = "".join(_task(output, task, failed[task.id]))
         size += len(section)
         if size > _LIMIT:
             parts.append(f"<p>[... {len(troubled) - number:,} jobs left out: see junit.xml]</p>")
@@ -141,7 +141,7 @@ def _anchor(task: TaskResult) -> str:
     return escape(quote(f"task-{task.id}", safe=""))
 
 
-def _task(output: Path, task: TaskResult) -> Iterator[str]:
+def _task(output: Path, task: TaskResult, failed: FailedTests) -> Iterator[str]:
     yield f'<section class="task {_tone(task)}" id="{_anchor(task)}">'
     yield f"<h3>{_code(task.title)}: {_verdict(task)}</h3>"
     if task.reason:
@@ -150,10 +150,9 @@ def _task(output: Path, task: TaskResult) -> Iterator[str]:
     if task.verdict not in ("passed", "skipped", "cancelled"):
         yield f"<pre>{escape(safe_name(local_command(task)))}</pre>"
     yield from _denied(task)
-    cases = failing_tests(output, task)
-    yield from (_test(case) for case in cases[:_MOST_TESTS])
-    if len(cases) > _MOST_TESTS:
-        yield f"<p>[... {len(cases) - _MOST_TESTS:,} failed tests left out: see junit.xml]</p>"
+    yield from map(_test, failed.cases)
+    if failed.total > len(failed.cases):
+        yield f"<p>[... {failed.total - len(failed.cases):,} failed tests left out: see junit.xml]</p>"
     files = [name for name in _EVIDENCE if (output / task.id / name).is_file()]
     if files:
         links = ", ".join(f'<a href="{escape(quote(f"{task.id}/{name}"))}">{name}</a>' for name in files)
@@ -181,7 +180,7 @@ def _test(case: Case) -> str:
     shown = text or message
     if not shown:
         return f"<p>{told}</p>"
-    return f"<details><summary>{told}</summary><pre>{escape(safe_text(shown, _TEXT_LIMIT))}</pre></details>"
+    return f"<details><summary>{told}</summary><pre>{escape(safe_text(shown, TEXT_LIMIT))}</pre></details>"
 
 
 def _times(run: RunResult) -> str:

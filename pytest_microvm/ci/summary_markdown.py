@@ -7,13 +7,12 @@ reader makes links, mentions or references to issues of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 from pytest_microvm.ci.overview import (
     SIGNS,
+    FailedTests,
     duration,
-    failing_tests,
     headline,
     local_command,
     matrix,
@@ -36,15 +35,15 @@ _NAME_LIMIT = 200
 _MOST_DENIED = 20
 
 
-def summary_markdown(output: Path, run: RunResult) -> str:
+def summary_markdown(run: RunResult, failed: Mapping[str, FailedTests]) -> str:
     """Return the summary.
 
     Args:
-        output: The run's folder, with the tasks' reports.
-        run: What came of it.
+        run: What came of the run.
+        failed: The tests that failed, by their tasks' ids.
     """
     parts, size = [], 0
-    sections = [*_top(run), *(_task(output, task) for task in worth_telling(run)), _times(run)]
+    sections = [*_top(run), *(_task(task, failed[task.id]) for task in worth_telling(run)), _times(run)]
     for number, section in enumerate(sections):
         size += len(section.encode())
         if size > LIMIT - 500:
@@ -106,7 +105,7 @@ def _cell(task: TaskResult | None) -> str:
     return f"{SIGNS[task.verdict]} {task.verdict}{allowed}" + (f"<br>{about}" if about else "")
 
 
-def _task(output: Path, task: TaskResult) -> str:
+def _task(task: TaskResult, failed: FailedTests) -> str:
     lines = [f"## {SIGNS[task.verdict]} {code(task.title)}: {task.verdict}\n"]
     if task.reason:
         lines.append(f"{code(task.reason)}\n")
@@ -119,12 +118,10 @@ def _task(output: Path, task: TaskResult) -> str:
         if len(task.denied) > _MOST_DENIED:
             lines.append(f"- [... {len(task.denied) - _MOST_DENIED:,} left out]")
         lines.append("")
-    cases = failing_tests(output, task)
-    lines += [_test(case) for case in cases[:_MOST_TESTS]]
-    if len(cases) > _MOST_TESTS:
-        lines.append(
-            f"[... {len(cases) - _MOST_TESTS:,} failed tests left out: see `summary.html` and `junit.xml`]\n"
-        )
+    lines += [_test(case) for case in failed.cases[:_MOST_TESTS]]
+    if failed.total > _MOST_TESTS:
+        left = failed.total - _MOST_TESTS
+        lines.append(f"[... {left:,} failed tests left out: see `summary.html` and `junit.xml`]\n")
     return "\n".join(lines) + "\n"
 
 
