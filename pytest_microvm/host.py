@@ -72,6 +72,7 @@ class Host:
         timeout: Seconds that a test or command may take where neither spec nor kit say.
         retries: How often a machine that does not wake up is replaced by another.
         say: Told what takes long, a line at a time.
+        elsewhere: Gets a template that is missing here into the store, if it can; tells whether it did.
     """
 
     def __init__(
@@ -83,9 +84,11 @@ class Host:
         timeout: float | None = None,
         retries: int = _RETRIES,
         say: Callable[[str], None] = _silent,
+        elsewhere: Callable[[str, TemplateStore], bool] = lambda _key, _store: False,
     ) -> None:
         self.cache = cache or cache_root()
         self.say = say
+        self._elsewhere = elsewhere
         self._project = project
         self._require_accel = require_accel
         self._timeout = timeout
@@ -193,6 +196,8 @@ class Host:
                 return self._held[key]
             self._steps[key] = steps
         found = self.templates.open(key)
+        if found is None and self._get(key):
+            found = self.templates.open(key)
         return None if found is None else self._hold(found)
 
     def machine(self, template: Template, base: Base, *, wait: bool = True) -> MicroVM | None:
@@ -500,7 +505,10 @@ class Host:
 
     def _chain(self, base: Base) -> Chain:
         hypervisor = self.hypervisor(base.image.architecture)
-        return Chain(hypervisor, self.templates, guest_code(), self.say, self._room)
+        return Chain(hypervisor, self.templates, guest_code(), self.say, self._room, elsewhere=self._get)
+
+    def _get(self, key: str) -> bool:
+        return self._elsewhere(key, self.templates)
 
 
 def _limits(spec: MachineSpec, image: Image, timeout: float | None) -> Limits:

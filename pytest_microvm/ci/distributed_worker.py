@@ -11,7 +11,6 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from pytest_microvm.ci.attempt import Attempt
 from pytest_microvm.ci.commands import Stop, Stopped
 from pytest_microvm.ci.distributed_blobs import Inbox
 from pytest_microvm.ci.distributed_messages import Order, pack_reply
+from pytest_microvm.ci.distributed_templates import Borrower, Lender
 from pytest_microvm.ci.executor import Work
 from pytest_microvm.ci.result import RunResult, TaskResult, Verdict
 from pytest_microvm.ci.tar_tree import TarTree
@@ -68,6 +68,17 @@ def end_run(run: str, dask_worker: Any = None) -> None:
         side.end()
 
 
+def describe_template(run: str, key: str, dask_worker: Any = None) -> Any:
+    """Return the facts of a template that is on a worker; called on it by others."""
+    side = dask_worker.plugins.get(plugin_name(run))
+    return None if side is None else side.lender.describe(key)
+
+
+def template_piece(run: str, key: str, name: str, place: int, dask_worker: Any = None) -> Any:
+    """Return a piece of it."""
+    return dask_worker.plugins[plugin_name(run)].lender.piece(key, name, place)
+
+
 class WorkerSide(WorkerPlugin):
     """One run on one worker.
 
@@ -89,14 +100,19 @@ class WorkerSide(WorkerPlugin):
         self._lock = threading.Lock()
         self._folder = tempfile.TemporaryDirectory(prefix="microvm-ci-")
         self.inbox = Inbox(self._ask)
+        borrower = Borrower(worker, describe_template, template_piece, self._run)
+        self.host = Host(
+            require_accel=self._require_accel, retries=0, say=_log.info, elsewhere=borrower.fetch
+        )
+        self.lender = Lender(self.host.templates)
 
     def teardown(self, worker: Worker) -> None:
         """End; the run is over, or the worker is going to be."""
         del worker
         self._leaving = not self._ended
         self.end()
-        if "host" in self.__dict__:
-            self.host.close()
+        self.lender.close()
+        self.host.close()
         self._folder.cleanup()
 
     def transition(self, key: Any, start: str, finish: str, **_more: Any) -> None:
@@ -115,11 +131,6 @@ class WorkerSide(WorkerPlugin):
             events = list(self._jobs.values())
         for event in events:
             event.set()
-
-    @cached_property
-    def host(self) -> Host:
-        """This computer."""
-        return Host(require_accel=self._require_accel, retries=0, say=_log.info)
 
     def do(self, order: Order) -> bytes:
         """Do an order."""

@@ -81,6 +81,7 @@ class Chain:
         guest_code: The package's own files for the guest (see :func:`guest_code_archive`).
         say: Told what is being made.
         room: Holds a place in the host budget for the machine in which a template is made.
+        elsewhere: Gets a template that is missing into the store, if it can; tells whether it did.
     """
 
     def __init__(
@@ -90,12 +91,15 @@ class Chain:
         guest_code: bytes,
         say: Callable[[str], None],
         room: Callable[[Base], AbstractContextManager[None]] = lambda _base: nullcontext(),
+        *,
+        elsewhere: Callable[[str], bool] = lambda _key: False,
     ) -> None:
         self._hypervisor = hypervisor
         self._store = store
         self._guest_code = guest_code
         self._say = say
         self._room = room
+        self._elsewhere = elsewhere
 
     def key(self, base: Base, steps: Sequence[Step] = ()) -> str:
         """Return the key of the template that ``steps`` lead to."""
@@ -129,6 +133,8 @@ class Chain:
         title = steps[-1].title if steps else f"booting {base.image.name}"
         with self._alone(key, title):
             found = self._store.open(key)  # whoever held the lock may have made it
+            if found is None and steps and self._elsewhere(key):
+                found = self._store.open(key)
             if found is not None:
                 return found
             if steps:

@@ -73,6 +73,27 @@ def _data(file: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
+def next_data(path: Path, place: int, most: int) -> tuple[int, bytes]:
+    """Return where a file's next data begins, from ``place`` on, and as much of it as ``most`` bytes.
+
+    Returns:
+        No data at the end of the file.
+
+    Raises:
+        OSError: The file cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if place >= size:
+            return size, b""
+        try:
+            start = os.lseek(file.fileno(), place, os.SEEK_DATA)
+        except OSError:  # nothing but a hole up to the end (ENXIO)
+            return size, b""
+        end = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+        return start, os.pread(file.fileno(), min(end - start, most), start)
+
+
 def unnamed_copy(source: Path) -> IO[bytes]:
     """Return a sparse copy of a file that has no name: it is gone once it is closed.
 

@@ -32,6 +32,7 @@ from pytest_microvm.errors import HostError
 from pytest_microvm.images.store import cache_root
 from pytest_microvm.secret_values import parse_secrets
 from pytest_microvm.spec import MachineSpec
+from pytest_microvm.templates.store import TemplateStore
 
 GUARD = 600  # seconds; only against hanging
 COMMAND = [sys.executable, "-c", "import sys; from pytest_microvm.cli import main; sys.exit(main())"]
@@ -239,6 +240,25 @@ def test_jobs_run_where_there_is_room_and_images_come_by_digest(host, cluster, o
     store = other_cache / "images"
     assert [path.stem for path in store.glob("manifests/*")] == [results[0].machine["image_digest"]]
     assert not (store / "artifacts").exists()  # nothing was built there
+
+
+def test_prepared_templates_come_from_the_worker_that_has_them(host, cluster, other_cache, tmp_path):
+    prepare = ("head -c 16 /dev/urandom | base64 > /made",)
+
+    def preparing(name):
+        return task(name, "cat /made", "sleep 3", prepare=prepare, env=(("RUN", str(tmp_path)),))
+
+    cluster.have("one")
+    with executor(host, cluster, tmp_path) as (running, watcher):
+        assert running.submit(preparing("first")).result(GUARD).verdict == "passed"
+        made = watcher.told[watcher.told.index(("first", "$ cat /made")) + 1]
+        cluster.have("one", "two")
+        later = [running.submit(preparing(name)) for name in ("second", "third")]
+        results = [future.result(GUARD) for future in later]
+    assert {result.worker for result in results} == {"one", "two"}
+    for result in results:
+        assert watcher.told.count((result.id, made[1])) == 1  # what was random is the same on both
+    assert "prepared" in {entry.kind for entry in TemplateStore(other_cache, 10 * 1024**3).list()}
 
 
 def hanging(tmp_path, name="task"):
