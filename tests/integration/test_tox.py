@@ -248,34 +248,46 @@ def build_wheel(folder, config_settings=None, metadata_directory=None):
 
 
 def test_nothing_of_a_hostile_project_runs_here(tmp_path):
-    marks, folder, others = tmp_path / "marks", tmp_path / "project", tmp_path / "others"
+    """With a configuration of one's own, as projects nobody read need it: tox loads a toxfile.py beside it."""
+    marks, folder, trusted = tmp_path / "marks", tmp_path / "project", tmp_path / "trusted"
     folder.mkdir()
-    others.mkdir()
-    (others / "file").write_text("kept")
+    trusted.mkdir()
     (folder / "backend.py").write_text(BACKEND.format(marks=str(marks)))
     (folder / "hostile.py").write_text("")
-    (folder / "setup.py").write_text("import backend; backend.mark('setup')\n")
-    (folder / "conftest.py").write_text("import backend; backend.mark('conftest')\n")
+    for name in ("setup", "conftest", "toxfile", "sitecustomize"):
+        (folder / f"{name}.py").write_text(f"import backend; backend.mark({name!r})\n")
     (folder / "pyproject.toml").write_text(
         '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
         '[project]\nname = "hostile"\nversion = "1.0"\n'
     )
     listing = f"import conftest, os; print(sorted(os.listdir('{marks}')))"
-    (folder / "tox.ini").write_text(
+    (trusted / "tox.ini").write_text(
         f'[testenv]\nrunner = virtualenv\ndeps = .\ncommands = python -c "{listing}"\n'
-        f"[testenv:wiping]\nenv_log_dir = {others}\n[testenv:emptying]\nenv_dir = {others}\n"
     )
-    done = tox(folder, "run", "--microvm", "-e", PYTHON, *OFFLINE, check=0)
+    ours = ["-c", str(trusted / "tox.ini"), "--root", "."]
+    done = tox(folder, "run", "--microvm", *ours, "-e", PYTHON, *OFFLINE, check=0)
     assert "\n['backend', 'conftest', 'sdist', 'wheel']\n" in done.stdout
-    again = tox(folder, "run", "--microvm", "-e", PYTHON, *OFFLINE, check=0)
+    again = tox(folder, "run", "--microvm", *ours, "-e", PYTHON, *OFFLINE, check=0)
     assert "build_package>" in done.stdout
     assert "build_package>" not in again.stdout  # nothing has changed
+    assert not marks.exists()
+
+
+def test_tox_empties_no_folder_that_is_not_its_own(tmp_path):
+    """tox empties an environment's folders, which its configuration chooses."""
+    folder, others = tmp_path / "project", tmp_path / "others"
+    folder.mkdir()
+    others.mkdir()
+    (others / "file").write_text("kept")
+    (folder / "link").symlink_to(others)
+    (folder / "tox.ini").write_text(
+        f"[testenv:wiping]\nenv_log_dir = {others}\n[testenv:emptying]\nenv_dir = link\n"
+    )
     for env in ("wiping", "emptying"):
         refused = tox(folder, "run", "--microvm", "-r", "-e", env, *OFFLINE)
         assert "which is not in the project" in refused.stdout
         assert refused.returncode != 0
     assert (others / "file").read_text() == "kept"
-    assert not marks.exists()
 
 
 def test_tox_installs_nothing_here_for_a_project_it_does_not_trust(tmp_path):

@@ -25,6 +25,9 @@ from pytest_microvm.remote.backend import BackendFacts
 from pytest_microvm.remote.plan import _PASSED
 from pytest_microvm.remote.summary import add_suite_properties
 from pytest_microvm.spec import Limits, MachineSpec
+from pytest_microvm.tox_env import environment
+from pytest_microvm.tox_env import settings as tox_settings
+from pytest_microvm.tox_env.options import add_options
 from pytest_microvm.vmpath import GuestPath
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -72,7 +75,7 @@ def test_every_option(pytestconfig):
 
 
 def test_no_page_names_an_option_that_is_not_there(pytestconfig):
-    known = options(pytestconfig)
+    known = options(pytestconfig) | tox_options()
     for path in [REPOSITORY / "README.md", *DOCS.rglob("*.md")]:
         named = set(re.findall(r"--microvm(?:-[a-z]+)*", path.read_text()))
         assert named <= known, path
@@ -87,7 +90,11 @@ def test_choices_of_options(pytestconfig):
 
 
 def test_every_configuration_key():
-    assert rows(section(page("options.md"), "Configuration")) == {*config._PARSERS, *config.ELSEWHERE, *spec.PARSERS}
+    assert rows(section(page("options.md"), "Configuration")) == {
+        *config._PARSERS,
+        *config.ELSEWHERE,
+        *spec.PARSERS,
+    }
 
 
 def test_every_environment_variable():
@@ -264,3 +271,33 @@ def test_every_page_is_in_the_index():
 def test_every_decision_is_listed():
     listed = (DOCS / "adr" / "README.md").read_text()
     assert [path.name for path in DOCS.glob("adr/0*.md") if f"({path.name})" not in listed] == []
+
+
+# tox.md
+
+
+def tox_options():
+    parser = argparse.ArgumentParser()
+    parser.add_argument = lambda *names, **_about: found.update(names)
+    found = set()
+    add_options(parser)
+    return found
+
+
+def test_every_option_and_key_of_tox():
+    text = page("tox.md")
+    assert rows(section(text, "Command line")) - {"none"} == tox_options()
+    table = [line for line in section(text, "Keys").splitlines() if line.startswith("| `")]
+    told = {re.findall(r"`([^`]+)`", line)[0]: line.split("|")[2].strip() for line in table}
+    assert set(told) == {f"microvm_{name}" for name in tox_settings.KEYS}
+    for name, key in tox_settings.KEYS.items():
+        default = key.default[0] if isinstance(key.default, list) and key.default else key.default
+        assert told[f"microvm_{name}"] in (
+            [f"`{default}`"] if default else ["none", "the kit's", "the kit's, else 300"]
+        )
+
+
+def test_what_tox_passes_by_default():
+    row = next(line for line in page("tox.md").splitlines() if line.startswith("| `pass_env`"))
+    by_default = row.split("By default")[1]
+    assert set(re.findall(r"`([^`]+)`", by_default)) == {*environment.PASSED, *environment.PASSED_ON_TERMINAL}
