@@ -20,18 +20,16 @@ from pytest_microvm.ci.git_objects import OBJECT
 from pytest_microvm.ci.git_tree import GitTree
 from pytest_microvm.ci.job import matches
 from pytest_microvm.ci.plain_files import plain_file
+from pytest_microvm.ci.references import References, branch_name, shown_names
 from pytest_microvm.ci.task import WORKTREE, Source
 from pytest_microvm.ci.tree import Tree
 from pytest_microvm.ci.work_tree import WorkTree
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_bundle import Repository, borrowing
-from pytest_microvm.git_commands import GitError, git, git_talk
+from pytest_microvm.git_commands import GitError, git
+from pytest_microvm.remote.workspace import DEFAULT_LIMIT
 
-_HEADS, _REMOTE, _TAGS = "refs/heads/", "refs/remotes/origin/", "refs/tags/"
-_MAX_REFS = 100_000
-_MAX_NAME = 500  # characters of a ref that somebody asks for
 _MAX_DEFINITION = 1024 * 1024  # bytes
-_SHOWN = 20  # branches that an error names
 
 
 class CodeRepository:
@@ -56,6 +54,7 @@ class CodeRepository:
         top = common.parent if common.name == ".git" else common
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", top.name).strip(".-")[:40]
         self.identity = f"{name or 'repository'}-{digest}"
+        self._references = References(self.folder, self._directory, bare=self._bare)
         self._contents: dict[str, str] = {}  # SHA-256 by blob
         self._trees: dict[str, GitTree] = {}
         self._work_trees: dict[str, WorkTree] = {}
@@ -67,14 +66,23 @@ class CodeRepository:
         Raises:
             UsageError: That says nothing.
         """
-        name = self._default()
+        return self.default.branch
+
+    @property
+    def default(self) -> Source:
+        """The default branch.
+
+        Raises:
+            UsageError: Which one that is cannot be told.
+        """
+        branches, name = self._references.branches(), self._references.default()
         if name is None:
             raise UsageError(
                 f"{self.folder}: which branch is the default one cannot be told",
-                details=_named("branches", list(self._branches())),
+                details=shown_names(branches),
                 resolution="`git remote set-head origin --auto` asks origin; or name a branch main",
             )
-        return name
+        return Source(name, branches[name], default=True)
 
     def branches(self, globs: Sequence[str] = ("*",)) -> list[Source]:
         """Return the branches that one of ``globs`` matches: local ones, and origin's without a local one.
@@ -84,15 +92,15 @@ class CodeRepository:
         Raises:
             UsageError: A glob matches none.
         """
-        known = self._branches()
+        known = self._references.branches()
         for glob in globs:
             if not any(matches(name, [glob]) for name in known):
                 raise UsageError(
                     f"{self.folder}: no branch matches {glob!r}",
-                    details=_named("branches", list(known)),
+                    details=shown_names(known),
                     resolution="fetch it, or name another one",
                 )
-        default = self._default()
+        default = self._references.default()
         return [
             Source(name, known[name], default=name == default)
             for name in sorted(known, key=lambda name: (name != default, name))
@@ -105,9 +113,9 @@ class CodeRepository:
         Raises:
             UsageError: There is no such ref.
         """
-        base = self._commit(ref)
-        changed = set(self._refs(f"--no-merged={base}").values())
-        return [source for source in self.branches(["*"]) if source.commit in changed]
+        _full, base = self._references.resolved(ref)
+        changed = self._references.branches(f"--no-merged={base}").values()
+        return [source for source in self.branches() if source.commit in changed]
 
     def ref(self, name: str) -> Source:
         """Return what a ref or commit names: ``main``, ``origin/main``, ``refs/pull/7/head``, ``1a2b3c4``.
@@ -118,13 +126,10 @@ class CodeRepository:
         Raises:
             UsageError: There is none.
         """
-        known = self._branches()
-        full = name if name in known else self._full_name(name)
-        for prefix in ("", _HEADS, _REMOTE):
-            branch = full.removeprefix(prefix)
-            if full.startswith(prefix) and branch in known and self._commit(name) == known[branch]:
-                return Source(branch, known[branch], default=branch == self._default())
-        commit = self._commit(name)
+        full, commit = self._references.resolved(name)
+        branch = branch_name(full)
+        if branch is not None and self._references.branches().get(branch) == commit:
+            return Source(branch, commit, default=branch == self._references.default())
         return Source(full or commit, commit)
 
     def worktree(self) -> Source:
@@ -183,12 +188,12 @@ class CodeRepository:
         Raises:
             UsageError: There is no such ref.
         """
-        tree = self._tree(self._commit(ref))
+        tree = self._tree(self._references.resolved(ref)[1])
         files = tree.plain_files(prefix)
         for file in files:
             target = folder / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            content = tree.read(file.path, file.size)
+            content = tree.read(file.path, DEFAULT_LIMIT)
             with target.open("xb") as out:
                 out.write(content or b"")
             target.chmod(int(file.kind, 8))
@@ -209,16 +214,17 @@ class CodeRepository:
         """
         commit, branch = source.commit, source.branch
         if source.branch == WORKTREE and source.commit in self._work_trees:
-            commit, branch = self._commit("HEAD"), self._checked_out() or WORKTREE
+            full, commit = self._references.resolved("HEAD")
+            branch = full.removeprefix("refs/heads/")
         if (self._repository.directory / "shallow").exists():
             raise UsageError(
                 f"{self.folder} is a shallow clone, and the job wants history (git = true)",
                 resolution="fetch all of it: `git fetch --unshallow`; with actions/checkout: fetch-depth: 0",
             )
-        tags = self._refs(f"--merged={commit}", _TAGS)
+        tags = self._references.tags(commit)
         with tempfile.TemporaryDirectory(prefix="microvm-bundle-") as folder:
             made = borrowing(self._repository, Path(folder) / "git")
-            branch = f"{_HEADS}{branch.removeprefix('refs/')}"
+            branch = "refs/heads/" + ("detached" if branch == "HEAD" else branch.removeprefix("refs/"))
             made.git("update-ref", branch, commit)
             made.git("symbolic-ref", "HEAD", branch)
             for name, tagged in tags.items():
@@ -239,78 +245,6 @@ class CodeRepository:
             self._trees.setdefault(commit, tree)
         return self._trees[commit]
 
-    def _git(self, *arguments: str) -> str:
-        return git("--git-dir", self._directory, *arguments).rstrip("\n")
-
-    def _branches(self) -> dict[str, str]:
-        """Return all branches and their commits."""
-        refs = self._refs("", _HEADS, _REMOTE)
-        theirs = {name.removeprefix(_REMOTE): tip for name, tip in refs.items() if name.startswith(_REMOTE)}
-        ours = {name.removeprefix(_HEADS): tip for name, tip in refs.items() if name.startswith(_HEADS)}
-        return {**theirs, **ours}
-
-    def _refs(self, merged: str, *prefixes: str) -> dict[str, str]:
-        """Return references that name commits, and what they name; of symbolic ones none."""
-        form = "--format=%(refname)%00%(objectname)%00%(*objecttype)%(objecttype)%00%(symref)"
-        chosen = [merged] if merged else []
-        command = ("for-each-ref", form, *chosen, *(prefixes or (_HEADS, _REMOTE)))
-        found: dict[str, str] = {}
-        with git_talk("--git-dir", self._directory, *command) as talk:
-            for line in talk.words(b"\n"):
-                name, tip, kind, symbolic = os.fsdecode(line).split("\0")
-                if kind in ("commit", "committag") and not symbolic:
-                    found[name] = tip
-                if len(found) > _MAX_REFS:
-                    raise UsageError(f"{self.folder} has more than {_MAX_REFS} references")
-        return found
-
-    def _default(self) -> str | None:
-        known = self._branches()
-        candidates = ["main", "master", *(known if len(known) == 1 else [])]
-        head = "HEAD" if self._bare else f"{_REMOTE}HEAD"
-        try:
-            said = self._git("symbolic-ref", "--quiet", head)
-            candidates.insert(0, said.removeprefix(_REMOTE).removeprefix(_HEADS))
-        except GitError:
-            pass
-        return next((name for name in candidates if name in known), None)
-
-    def _checked_out(self) -> str | None:
-        try:
-            return self._git("symbolic-ref", "--quiet", "HEAD").removeprefix(_HEADS)
-        except GitError:
-            return None
-
-    def _full_name(self, name: str) -> str:
-        """Return a ref's whole name, nothing for what is no ref."""
-        _check_name(name)
-        try:
-            return self._git("rev-parse", "--verify", "--quiet", "--symbolic-full-name", name)
-        except GitError:
-            return ""
-
-    def _commit(self, name: str) -> str:
-        """Return the commit that ``name`` stands for, a branch before a tag.
-
-        Raises:
-            UsageError: There is none.
-        """
-        _check_name(name)
-        known = self._branches()
-        if name in known:
-            return known[name]
-        try:
-            found = self._git("rev-parse", "--verify", "--quiet", f"{name}^{{commit}}")
-        except GitError:
-            found = ""
-        if not OBJECT.fullmatch(found):
-            raise UsageError(
-                f"{self.folder}: {name!r} is no commit of this repository",
-                details=_named("branches", list(known)),
-                resolution="fetch it first, or name another one",
-            )
-        return found
-
 
 def read_definition(repository: CodeRepository, wanted: str | None = None) -> Definition:
     """Return the jobs that a repository defines; ``microvm.toml`` goes before ``pyproject.toml``.
@@ -326,7 +260,7 @@ def read_definition(repository: CodeRepository, wanted: str | None = None) -> De
     if wanted == WORKTREE:
         commit, shown = WORKTREE, "{}"
     else:
-        source = repository.ref(repository.default_branch if wanted is None else wanted)
+        source = repository.default if wanted is None else repository.ref(wanted)
         commit = source.commit
         shown = f"{source.branch if source.branch != commit else 'commit'}:{{}} ({commit[:7]})"
     for name in (OWN_FILE, PYPROJECT):
@@ -364,19 +298,3 @@ def _opened(folder: Path) -> tuple[Path, bool, Repository, Path]:
         raise UsageError(
             f"{folder} is no git repository", details=error.details, resolution="start it in the repository"
         ) from error
-
-
-def _check_name(name: str) -> None:
-    """Refuse what cannot name a commit, or would be an option.
-
-    Raises:
-        UsageError: It is refused.
-    """
-    if not name or name.startswith("-") or not name.isprintable() or len(name) > _MAX_NAME:
-        raise UsageError(f"{name!r} cannot be a ref", resolution="name a branch, a tag or a commit")
-
-
-def _named(what: str, names: list[str]) -> str:
-    shown = ", ".join(sorted(names)[:_SHOWN]) or "none"
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return f"{what}: {shown}{more}"

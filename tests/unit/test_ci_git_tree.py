@@ -15,7 +15,7 @@ from pytest_microvm.ci.tree import tree_digest
 from pytest_microvm.ci.work_tree import WorkTree
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_bundle import Repository
-from pytest_microvm.git_commands import GitError, git_talk
+from pytest_microvm.git_commands import GitError, git, git_talk
 
 from .git_world import blob, commit, commit_tree, filled, raw_tree, repository, run
 
@@ -235,6 +235,20 @@ def test_what_is_missing_is_not_fetched(project):
     with pytest.raises(GitError, match="missing"):
         filled(tree)
     assert not mark.exists()
+
+
+def test_what_a_repository_allows_is_not_allowed(project, tmp_path):
+    """Its own configuration says that a transport which is a program may be used."""
+    commit(project, {"a": "a"})
+    mark = trapped(project)
+    for local in (False, True):
+        with pytest.raises(GitError, match=r"not allowed"):
+            git("--git-dir", project / ".git", "fetch", "--quiet", "origin", local=local)
+    assert not mark.exists()
+    git("init", "--quiet", "--bare", tmp_path / "other")
+    git("--git-dir", tmp_path / "other", "fetch", "--quiet", project, "main:main", local=True)
+    with pytest.raises(GitError, match=r"not allowed"):
+        git("--git-dir", tmp_path / "other", "fetch", "--quiet", project, "main:more")
 
 
 # Attacks by path

@@ -142,15 +142,39 @@ def test_a_tag_is_not_taken_for_a_branch(project):
     assert names(sources.changed_since("main")) == ["feature/one", "feature/two"]
 
 
-def test_a_ref_that_is_called_like_a_path_of_refs(project):
-    """A branch may be called refs/heads/main, too: it is not the branch main."""
-    other = tip(project, "feature/one")
-    run(project, "update-ref", "refs/heads/refs/heads/main", other)
+ELSE = ["refs/heads/main", "refs/tags/v1", "refs/pull/7/head", "HEAD", WORKTREE, "origin/main", "a" * 40]
+
+
+@pytest.mark.parametrize("name", ELSE)
+@pytest.mark.parametrize("prefix", ["refs/heads/", "refs/remotes/origin/"])
+def test_a_branch_that_calls_itself_like_something_else(project, prefix, name):
+    """Neither is it taken for that, nor do globs for that match it."""
+    main, evil = tip(project, "main"), commit(project, {"a": "evil"})
+    run(project, "reset", "-q", "--hard", "HEAD~1")
+    for ref in ("refs/tags/v1", "refs/pull/7/head", "refs/remotes/origin/main"):
+        run(project, "update-ref", ref, main)
+    run(project, "update-ref", f"{prefix}{name}", evil)
     sources = CodeRepository(project)
-    assert sources.ref("refs/heads/refs/heads/main") == Source("refs/heads/main", other)
-    assert sources.ref("main").default
-    for source in sources.branches():
-        assert source.default == (source.branch == "main")
+    found = [source for source in sources.branches() if source.commit == evil]
+    if f"{prefix}{name}" == "refs/remotes/origin/HEAD":
+        assert found == []
+    elif name == "origin/main":
+        assert found == [Source("origin/main", evil)]
+    else:
+        assert found == [Source(f"refs/heads/{name}", evil)] == sources.branches([f"refs/heads/{name}"])
+    assert sources.default == Source("main", main, default=True)
+    if f"{prefix}{name}" == "refs/heads/origin/main":  # git, too, takes that first
+        assert sources.ref(name) == Source(name, evil)
+    elif name not in ("a" * 40, WORKTREE):
+        assert sources.ref(name).commit == main
+
+
+def test_a_branch_is_not_taken_for_the_commit_it_is_called_like(project):
+    main = tip(project)
+    run(project, "update-ref", f"refs/heads/{main}", "feature/one")
+    sources = CodeRepository(project)
+    assert sources.ref(main) == Source(main, main)
+    assert names(sources.branches())[-1] == f"refs/heads/{main}"
 
 
 @pytest.mark.parametrize(
@@ -320,7 +344,8 @@ def test_a_bundle_is_a_branch_with_its_history(project, tmp_path):
 
 def test_a_bundle_of_what_is_no_branch(project, tmp_path):
     run(project, "update-ref", "refs/pull/7/head", "feature/one")
-    for number, name in enumerate(("refs/pull/7/head", tip(project, "feature/one"))):
+    run(project, "checkout", "-q", "--detach", "feature/one")
+    for number, name in enumerate(("refs/pull/7/head", tip(project, "feature/one"), "HEAD")):
         (tmp_path / str(number)).mkdir()
         sources = CodeRepository(project)
         assert tip(bundled(sources, sources.ref(name), tmp_path / str(number))) == tip(project, "feature/one")
