@@ -25,10 +25,10 @@ from distributed import KilledWorker
 
 from pytest_microvm.ci.distributed_blobs import Offers
 from pytest_microvm.ci.distributed_connection import ALLOWED_FAILURES, Certificates, connected, own_cluster
-from pytest_microvm.ci.distributed_messages import Order, unpack_reply
+from pytest_microvm.ci.distributed_messages import Order, not_done, unpack_reply
 from pytest_microvm.ci.distributed_worker import WorkerSide, deliver, do, end_run, plugin_name, topic
 from pytest_microvm.ci.executor import Work
-from pytest_microvm.ci.result import TaskResult, Verdict
+from pytest_microvm.ci.result import TaskResult
 from pytest_microvm.ci.tar_tree import write_tree
 from pytest_microvm.ci.task import Source, Task
 from pytest_microvm.errors import HostError, MicroVMError, UsageError
@@ -143,27 +143,27 @@ class DaskExecutor:
     # One task
 
     def _do(self, task: Task) -> TaskResult:
-        """Have an attempt at a task made somewhere, and return what came of it.
-
-        Raises:
-            UsageError: It cannot be done at all: there is no such image.
-        """
+        """Have an attempt at a task made somewhere, and return what came of it."""
         folder = self._work.output / task.id
         folder.mkdir(parents=True, exist_ok=True)
+        with self._lock:
+            self._attempts[task.id] = self._attempts.get(task.id, 0) + 1
+        key = self._key(task)
         try:
-            order, image = self._order(task)
+            order, image = self._order(task, key)
             result = unpack_reply(self._answer(order, image), folder)
-        except UsageError:
-            raise
-        except MicroVMError as error:
-            return self._not_done(task, "infra", error.brief)
+            result = replace(result, lost_workers=max(0, len(self._began.get(key, ())) - 1))
+        except UsageError as error:
+            result = not_done(task, "failed", error.brief)
+        except (MicroVMError, OSError) as error:
+            result = not_done(task, "infra", str(error).splitlines()[0])
         except CancelledError:
-            key = self._key(task)
-            return self._lost(task, key) if self._cancelled_by_loss(key) else self._ended_early(task)
+            result = self._lost(task, key) if self._lost_too_often(key) else self._ended_early(task)
         except KilledWorker:
-            return self._lost(task, self._key(task))
-        lost = len(self._began.get(order.key, ())) - 1
-        return replace(result, lost_workers=max(0, lost))
+            result = self._lost(task, key)
+        if not (folder / "log.txt").exists():
+            (folder / "log.txt").write_text(f"{result.verdict}: {result.reason}\n", encoding="utf-8")
+        return result
 
     def _answer(self, order: Order, image: Image) -> bytes:
         """Wait for the answer to an order.
@@ -171,6 +171,7 @@ class DaskExecutor:
         Raises:
             CancelledError: It was cancelled, by us or with the cluster.
             KilledWorker: Too many workers were lost with it.
+            HostError: A worker could not do it at all.
         """
         resources = _resources(order.task, image, self._require_accel)
         if self._cancelled.is_set():
@@ -184,16 +185,20 @@ class DaskExecutor:
             if self._cancelled.is_set():  # it came between
                 remote.cancel()
             answer: bytes = remote.result()
+        except (CancelledError, KilledWorker):
+            raise
+        except Exception as error:  # whatever a worker's code raises that is of another version, say
+            raise HostError(
+                f"a worker failed: {type(error).__name__}: {error}", resolution="see the worker's log"
+            ) from error
         finally:
             with self._lock:
                 del self._remote[order.key]
             remote.release()
         return answer
 
-    def _order(self, task: Task) -> tuple[Order, Image]:
+    def _order(self, task: Task, key: str) -> tuple[Order, Image]:
         """Return an order, with all that it names on offer."""
-        with self._lock:
-            self._attempts[task.id] = self._attempts.get(task.id, 0) + 1
         with self._making:  # an image or an archive is made once
             image = self._host.images.get(task.job.spec.image, project=self._project, progress=self._host.say)
             sources = self._sources_of(task.source)
@@ -202,7 +207,7 @@ class DaskExecutor:
         job = replace(task.job, spec=replace(task.job.spec, image=f"sha256:{image.digest}"))
         order = Order(
             run=self._run,
-            key=self._key(task),
+            key=key,
             version=version("pytest-microvm"),
             task=replace(task, job=job),
             image=image.name,
@@ -272,32 +277,18 @@ class DaskExecutor:
         if remote is not None and (len(hosts) > ALLOWED_FAILURES + 1 or self._cancelled.is_set()):
             remote.cancel(force=True)
 
-    def _cancelled_by_loss(self, key: str) -> bool:
+    def _lost_too_often(self, key: str) -> bool:
         return len(self._began.get(key, ())) > ALLOWED_FAILURES + 1
 
     def _lost(self, task: Task, key: str) -> TaskResult:
         hosts = self._began.get(key, [])[: ALLOWED_FAILURES + 1]
         reason = f"{len(hosts)} workers were lost while they did it: {', '.join(hosts)}"
-        return replace(self._not_done(task, "infra", reason), lost_workers=len(hosts))
+        return replace(not_done(task, "infra", reason), lost_workers=len(hosts))
 
     def _ended_early(self, task: Task) -> TaskResult:
         if self._cancelled.is_set():
-            return self._not_done(task, "cancelled", "the run was ended early")
-        return self._not_done(
-            task, "infra", "the cluster gave it up: its scheduler was restarted, or is gone"
-        )
-
-    def _not_done(self, task: Task, verdict: Verdict, reason: str) -> TaskResult:
-        source, job = task.source, task.job
-        return TaskResult(
-            task.id,
-            source.branch,
-            source.commit,
-            job.name,
-            verdict,
-            sanitize_line(reason),
-            allow_failure=job.allow_failure,
-        )
+            return not_done(task, "cancelled", "the run was ended early")
+        return not_done(task, "infra", "the cluster gave it up: its scheduler was restarted, or is gone")
 
 
 def _resources(task: Task, image: Image, require_accel: str | None) -> dict[str, float]:

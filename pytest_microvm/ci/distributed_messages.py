@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pytest_microvm.ci.result import TaskResult, task_from_json
+from pytest_microvm.ci.result import TaskResult, Verdict, task_from_json
 from pytest_microvm.ci.task import Task
 from pytest_microvm.errors import TransferError
 from pytest_microvm.extraction import Terms, extract
@@ -60,6 +60,19 @@ class Order:
 
     def __repr__(self) -> str:  # Dask logs and shows it
         return f"<order {self.key}>"
+
+
+def not_done(task: Task, verdict: Verdict, reason: str) -> TaskResult:
+    """Return the result of a task that no machine worked on."""
+    return TaskResult(
+        task.id,
+        task.source.branch,
+        task.source.commit,
+        task.job.name,
+        verdict,
+        sanitize_line(reason),
+        allow_failure=task.job.allow_failure,
+    )
 
 
 def pack_reply(result: TaskResult, folder: Path) -> bytes:

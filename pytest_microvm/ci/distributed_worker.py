@@ -20,10 +20,10 @@ from distributed import Reschedule, Worker, WorkerPlugin, get_worker
 from pytest_microvm.ci.attempt import Attempt
 from pytest_microvm.ci.commands import Stop, Stopped
 from pytest_microvm.ci.distributed_blobs import Inbox
-from pytest_microvm.ci.distributed_messages import Order, pack_reply
+from pytest_microvm.ci.distributed_messages import Order, not_done, pack_reply
 from pytest_microvm.ci.distributed_templates import Borrower, Lender
 from pytest_microvm.ci.executor import Work
-from pytest_microvm.ci.result import RunResult, TaskResult, Verdict
+from pytest_microvm.ci.result import RunResult, TaskResult
 from pytest_microvm.ci.tar_tree import TarTree
 from pytest_microvm.ci.task import Plan, Source, Task
 from pytest_microvm.ci.tree import Tree
@@ -161,7 +161,7 @@ class WorkerSide(WorkerPlugin):
         here = version("pytest-microvm")
         if order.version != here:
             what = f"this host has pytest-microvm {here}, the one that submitted the run {order.version}"
-            return _not_done(order, "infra", what)
+            return not_done(order.task, "infra", what)
         stop = Stop(cancelled)
         try:
             self._get_image(order, reporter, stop)
@@ -169,11 +169,11 @@ class WorkerSide(WorkerPlugin):
             work = Work(sources, output, reporter, order.repository, order.default_branch)
             return Attempt(self.host, order.task, work, cancelled).run()
         except Stopped:
-            return _not_done(order, "cancelled", "the run was ended early")
-        except MicroVMError as error:  # also what only this host lacks: a secret's variable, say
+            return not_done(order.task, "cancelled", "the run was ended early")
+        except MicroVMError as error:
             for line in str(error).splitlines():
                 reporter.line(order.task, sanitize_line(line))
-            return _not_done(order, "infra", error.brief)
+            return not_done(order.task, "infra", error.brief)
 
     def _get_image(self, order: Order, reporter: _Reporter, stop: Stop) -> None:
         """See that the image is here; what is missing of it comes from the submitting host."""
@@ -277,16 +277,3 @@ class _Reporter:
             lines, self._lines = self._lines, []
             if lines:
                 self._tell({"kind": "lines", "task": self._task, "lines": lines})
-
-
-def _not_done(order: Order, verdict: Verdict, reason: str) -> TaskResult:
-    task = order.task
-    return TaskResult(
-        task.id,
-        task.source.branch,
-        task.source.commit,
-        task.job.name,
-        verdict,
-        sanitize_line(reason),
-        allow_failure=task.job.allow_failure,
-    )

@@ -367,5 +367,5 @@ def test_a_secret_that_a_worker_lacks_is_its_jobs_result(host, cluster, tmp_path
     granted = GrantedSecret(parse_secrets({name: {"env": name}}, "test")[0])
     with executor(host, cluster, tmp_path) as (running, _watcher):
         result = running.submit(task("task", "true", secrets=(granted,))).result(GUARD)
-    assert result.verdict == "infra"
+    assert result.verdict == "failed"
     assert name in result.reason
