@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pytest_microvm.config import Settings
@@ -23,13 +25,24 @@ def asked_by(settings: Settings) -> dict[str, Any]:
         KitError: The image's kit cannot be used.
     """
     found = {key: value for key, value in settings.asked.items() if key != "image" and value}
-    image = settings.spec.image
-    if shipped_kits() in find_kit(image, project=settings.project).parents:
-        return found
-    kit = load_kit(image, project=settings.project)
-    if "image" in settings.asked:
-        recipe = json.dumps(kit.recipe(), sort_keys=True, default=str)
-        found["image"] = f"{image} (sha256 {hashlib.sha256(recipe.encode()).hexdigest()[:32]})"
-    if settings.spec.network is None and kit.network:
-        found["network"] = [*kit.network]
+    own = own_kit(settings.spec.image, settings.project)
+    if own is not None:
+        shown, network = own
+        if "image" in settings.asked:
+            found["image"] = shown
+        if settings.spec.network is None and network:
+            found["network"] = [*network]
     return found
+
+
+def own_kit(image: str, project: Path) -> tuple[str, Sequence[str]] | None:
+    """Return a kit of the project's own with a digest of all it says, and its network; ``None``: it ships.
+
+    Raises:
+        KitError: There is no such kit, or it cannot be used.
+    """
+    if shipped_kits() in find_kit(image, project=project).parents:
+        return None
+    kit = load_kit(image, project=project)
+    recipe = json.dumps(kit.recipe(), sort_keys=True, default=str)
+    return f"{image} (sha256 {hashlib.sha256(recipe.encode()).hexdigest()[:32]})", kit.network or ()

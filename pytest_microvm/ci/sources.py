@@ -11,10 +11,12 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 from pytest_microvm.ci.definition import OWN_FILE, PYPROJECT, Definition, ci_table, parse_definition
+from pytest_microvm.ci.definition_trust import KITS, asked_by_kits, own_images
 from pytest_microvm.ci.file_names import refusal
 from pytest_microvm.ci.git_objects import OBJECT
 from pytest_microvm.ci.git_tree import GitTree
@@ -273,12 +275,26 @@ def read_definition(repository: CodeRepository, wanted: str | None = None) -> De
         except UnicodeDecodeError as error:
             raise UsageError(f"{where} is not UTF-8: {error}", resolution="save it as UTF-8") from error
         if ci_table(text, where) is not None:
-            return parse_definition(text, where)
+            return _with_kits(repository, commit, parse_definition(text, where))
     raise UsageError(
         f"{shown.format(f'{OWN_FILE}, {PYPROJECT}')}: no jobs are defined there",
         resolution=f'write into {OWN_FILE}: [ci.jobs.test] and steps = ["make test"], and commit it; '
         "`--definition-from worktree` takes it without a commit",
     )
+
+
+def _with_kits(repository: CodeRepository, commit: str, definition: Definition) -> Definition:
+    """Return a definition with what the kits of the same commit ask for."""
+    if not own_images(definition.jobs):
+        return definition
+    with tempfile.TemporaryDirectory(prefix="microvm-kits-") as folder:
+        project = Path(folder)
+        if commit == WORKTREE:
+            project = repository.folder
+        else:
+            repository.export(commit, KITS, project)
+        asked = {**asked_by_kits(definition.jobs, project), **definition.asked}
+    return replace(definition, asked=asked)
 
 
 def _opened(folder: Path) -> tuple[Path, bool, Repository, Path]:

@@ -451,3 +451,25 @@ def test_a_branch_whose_objects_are_gone(project):
     with pytest.raises(GitError):
         sources.tree(sources.ref("feature/one")).digest()
     assert sources.tree(sources.ref("main")).digest()
+
+
+OWN_KIT = 'parent = "base"\nsetup = ["true"]\nnetwork = ["pip"]\n'
+
+
+def test_a_kit_of_the_project_is_asked_for(project):
+    """Its setup runs on this computer; whose kit it is, and what is in it, is what is trusted."""
+    jobs = '[ci.jobs.a]\nsteps = ["x"]\nimage = "${matrix.kit}"\nmatrix = { kit = ["web", "base", "none"] }\n'
+    jobs += '[ci.jobs.b]\nsteps = ["x"]\nimage = "microvm/kits/web"\nnetwork = []\n'
+    commit(project, {"microvm.toml": jobs, "microvm/kits/web/kit.toml": OWN_KIT})
+    asked = read_definition(CodeRepository(project)).asked
+    assert set(asked) == {"ci.image.web", "ci.image.microvm/kits/web", "ci.jobs.a.network"}
+    assert asked["ci.jobs.a.network"] == ["pip"]
+    assert asked == read_definition(CodeRepository(project), WORKTREE).asked
+    (project / "microvm" / "kits" / "web" / "kit.toml").write_text(OWN_KIT.replace("true", "false"))
+    assert asked == read_definition(CodeRepository(project)).asked
+    changed = read_definition(CodeRepository(project), WORKTREE).asked
+    assert changed["ci.image.web"] != asked["ci.image.web"]
+    run(project, "switch", "-q", "-c", "evil")
+    commit(project, {})
+    assert asked == read_definition(CodeRepository(project)).asked
+    assert changed == read_definition(CodeRepository(project), "evil").asked

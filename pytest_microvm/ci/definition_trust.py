@@ -1,0 +1,46 @@
+"""What jobs ask for by their images: kits of the project's own, whose commands run on this computer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pytest_microvm.ci.job import Job
+from pytest_microvm.errors import KitError
+from pytest_microvm.images.kits import shipped_kits
+from pytest_microvm.project_grants import own_kit
+
+KITS = "microvm/kits"
+"""Where a project has its own kits."""
+
+
+def own_images(jobs: Iterable[Job]) -> set[str]:
+    """Return the images that do not ship."""
+    images = {job.spec.image for job in jobs}
+    return {image for image in images if "/" in image or not (shipped_kits() / image / "kit.toml").is_file()}
+
+
+def asked_by_kits(jobs: Iterable[Job], project: Path) -> dict[str, Any]:
+    """Return what the kits of a project's own ask for: each with a digest of all it says, and its network.
+
+    A kit that is not there, or cannot be used, asks for nothing: no machine will be made of it.
+
+    Args:
+        jobs: The jobs.
+        project: The folder that has the kits.
+    """
+    jobs = list(jobs)
+    asked: dict[str, Any] = {}
+    for image in sorted(own_images(jobs)):
+        try:
+            own = own_kit(image, project)
+        except KitError:
+            continue
+        if own is None:
+            continue
+        asked[f"ci.image.{image}"], network = own
+        for job in jobs:
+            if job.spec.image == image and job.spec.network is None and network:
+                asked[f"ci.jobs.{job.key}.network"] = [*network]
+    return asked
