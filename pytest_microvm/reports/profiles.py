@@ -57,7 +57,7 @@ PROFILES = {
             file_limit=30_000_000,
         ),
         Profile("jenkins", places=False, case_properties=False, safe_paths=True, attachments="absolute"),
-        Profile("buildkite", case_properties=False, interim=False),
+        Profile("buildkite", case_properties=False, interim=False, case_limit=5000),
     )
 }
 DEFAULT_PROFILE = "generic"
