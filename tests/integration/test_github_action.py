@@ -1,5 +1,6 @@
-"""The GitHub Action's steps, run for real: a suite from a cold and from a warm cache."""
+"""The GitHub Action's steps, run for real: a suite from cold and warm caches, and branches of strangers."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 from junitparser import JUnitXml
 
 from pytest_microvm.images.store import cache_root
+from tests.branches import DEFINITION, TESTS, TIMEOUT, VERDICTS, Branches
 from tests.github_runner import Runner
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -168,60 +170,49 @@ def test_the_summary_shows_what_failed(cold):
     assert "### `tests.test_small: test_fails`" in summary
 
 
-DEFINITION = """
-[ci.jobs.check]
-image = "base"
-steps = ["sh check.sh"]
-artifacts = ["out/**"]
-"""
-CHECK = """
-mkdir out
-echo kept > 'out/a:b.txt'
-echo '::error::a guest says'
-echo '##[warning]a guest says'
-exit {status}
-"""
-
-
-@pytest.fixture(scope="module")
-def branches(tmp_path_factory):
-    """A repository whose branch fails, and defines jobs of its own that nobody asks about."""
-    folder = tmp_path_factory.mktemp("branches")
-    git(folder, "init", "-q", "-b", "main")
-    for branch, status, definition in (
-        ("main", 0, DEFINITION),
-        ("bad", 3, DEFINITION.replace("check.sh", "other.sh")),
-    ):
-        git(folder, "checkout", "-q", "-B", branch)
-        (folder / "microvm.toml").write_text(definition)
-        (folder / "check.sh").write_text(CHECK.format(status=status))
-        git(folder, "add", ".")
-        git(folder, "commit", "-qm", branch)
-    return folder
-
-
-def test_the_jobs_of_each_branch(tmp_path, branches, host):
-    github = tmp_path / "github"
-    images_only(github / "home", host.images.get("base", progress=print))
+def test_the_branches_of_strangers(tmp_path, github, warm):
+    """The same branches as test_ci_branches.py, through the action's steps."""
+    branches = Branches(tmp_path)
+    others = [branch for branch in VERDICTS if branch != "hanging"]
+    more_time = DEFINITION.replace(f"timeout = {TIMEOUT}\n", f"timeout = 600\nbranches = {others}\n")
+    little = DEFINITION.replace(f"timeout = {TIMEOUT}\n", 'timeout = 15\nbranches = ["hanging"]\n')
+    branches.write("pyproject.toml", more_time + little.replace("jobs.test", "jobs.hang").split('1.0"')[1])
+    branches.commit("time")
     given = {"mode": "ci", "branches": "*", "python": sys.executable, "cache": "false", "kvm": "false"}
-    done = job(tmp_path / "job", github, branches, given)
+    done = job(tmp_path / "job", github, branches.folder, given)
     sys.stdout.write(done.log)
-    assert names(done, "failure") == ["Verdict"]
-    assert done.outputs["exit-code"] == "1"
-    assert (done.outputs["tests"], done.outputs["failures"]) == ("2", "1")
-    report = done.steps["report"]
+    assert (names(done, "failure"), done.outputs["exit-code"]) == (["Verdict"], "1")
+    results = json.loads(Path(done.outputs["output-path"], "results.json").read_text())
+    assert branches.verdicts(results["tasks"]) == VERDICTS
+    failed = sum(failures for _passed, failures in TESTS.values())
+    assert int(done.outputs["failures"]) >= failed
+    assert int(done.outputs["tests"]) >= failed + sum(passed for passed, _failures in TESTS.values())
+
+    # Nothing that a branch printed or named is a command, an output, or a link in what is uploaded.
+    assert "forged" in done.log
     assert {command.name for command in done.commands} <= {"error", "warning", "remove-matcher"}
-    assert all("a guest says" not in command.data for command in done.commands)
-    assert any("bad" in command.properties["title"] for command in report.commands if command.name == "error")
-    assert "bad" in report.summary
+    assert all("forged" not in command.properties.get("title", "") for command in done.commands)
+    errors = [command for command in done.steps["report"].commands if command.name == "error"]
+    for branch, verdict in VERDICTS.items():
+        assert any(branch in str(error) for error in errors) == (verdict != "passed"), branch
+    assert all("file" not in error.properties for error in errors)  # other branches' files are not here
+    assert all(branch in done.steps["report"].summary for branch in VERDICTS)
     uploaded = tmp_path / "job" / "artifacts" / "microvm-results"
-    assert {path.name for path in uploaded.rglob("*.txt")} >= {"a%3Ab.txt", "log.txt"}
-    assert (uploaded / "junit.xml").is_file()
+    assert (uploaded / "main.test" / "artifacts" / "out" / "made.txt").is_file()
+    assert not any(b"root:" in path.read_bytes() for path in uploaded.rglob("*") if path.is_file())
+    assert not branches.marker.exists()
 
 
-def test_no_other_branch_passes_for_the_default_one(tmp_path, branches):
+def test_no_other_branch_passes_for_the_default_one(tmp_path):
+    code = tmp_path / "code"
+    code.mkdir()
+    git(code, "init", "-q", "-b", "main")
+    (code / "microvm.toml").write_text('[ci.jobs.check]\nimage = "base"\nsteps = ["true"]\n')
+    git(code, "add", ".")
+    git(code, "commit", "-qm", "one")
+    git(code, "branch", "bad")
     shallow = tmp_path / "shallow"
-    git(tmp_path, "clone", "-q", "--depth=1", "--branch=bad", f"file://{branches}", shallow)
+    git(tmp_path, "clone", "-q", "--depth=1", "--branch=bad", f"file://{code}", shallow)
     given = {"mode": "ci", "python": sys.executable, "cache": "false", "kvm": "false"}
     done = job(tmp_path / "job", tmp_path / "github", shallow, given, GITHUB_REF="refs/heads/bad")
     assert names(done, "failure") == ["Plan"]
