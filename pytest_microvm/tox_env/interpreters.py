@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -134,16 +135,17 @@ def _satisfies(python: PythonInfo, spec: PythonSpec) -> bool:
 
 def _info(told: dict[str, Any]) -> PythonInfo:
     major, minor, micro, level, serial = told["version_info"]
-    markers = {str(key): str(value) for key, value in told["markers"].items()}
-    return PythonInfo(
-        implementation=str(told["implementation"]),
-        version_info=VersionInfo(int(major), int(minor), int(micro), str(level), int(serial)),
-        version=str(told["version"]),
-        is_64=bool(told["is_64"]),
-        platform=str(told["platform"]),
-        extra={"executable": Path(str(told["executable"])), "called": str(told["called"])},
-        free_threaded=bool(told["free_threaded"]),
-        debug=bool(told["debug"]),
-        machine=str(told["machine"]),
-        marker_environment=markers,  # type: ignore[arg-type]  # the keys of PEP 508
-    )
+    known: dict[str, Any] = {
+        "implementation": str(told["implementation"]),
+        "version_info": VersionInfo(int(major), int(minor), int(micro), str(level), int(serial)),
+        "version": str(told["version"]),
+        "is_64": bool(told["is_64"]),
+        "platform": str(told["platform"]),
+        "extra": {"executable": Path(str(told["executable"])), "called": str(told["called"])},
+        "free_threaded": bool(told["free_threaded"]),
+        "debug": bool(told["debug"]),
+        "machine": str(told["machine"]),
+        "marker_environment": {str(key): str(value) for key, value in told["markers"].items()},
+    }
+    fields = {field.name for field in dataclasses.fields(PythonInfo)}  # tox 4.60 has no marker_environment
+    return PythonInfo(**{name: value for name, value in known.items() if name in fields})

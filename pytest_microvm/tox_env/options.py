@@ -48,10 +48,11 @@ def switch_over(options: Parsed) -> None:
             REGISTER.add_run_env(_as(name))
     if not options.no_provision:
         options.no_provision = True
-    if MANAGER.inline_module is not None:
+    inline = MANAGER.inline_module
+    if inline is not None:
         _log.warning(
             "%s has run on this computer: tox loads it before any plug-in; see docs/reference/tox.md",
-            getattr(MANAGER.inline_module, "__file__", "toxfile.py"),
+            getattr(inline, "__file__", "toxfile.py"),
         )
 
 

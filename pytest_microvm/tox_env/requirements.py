@@ -77,6 +77,8 @@ def _note(option: str, value: str, folder: Path, root: Path, files: dict[str, No
     files[name] = None
     if len(files) > _MOST:
         raise UsageError(f"{name}: more than {_MOST} requirement files")
+    if not path.is_file():
+        raise UsageError(f"{path} is no file", resolution="check the name of the requirement file")
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:

@@ -17,12 +17,11 @@ from tox.config.types import Command
 from tox.execute.request import StdinSource
 from tox.tox_env.errors import Fail
 from tox.tox_env.python.api import PythonInfo
-from tox.tox_env.python.extras import resolve_extras_static
 from tox.tox_env.python.runner import PythonRun
 from virtualenv.discovery.py_spec import PythonSpec
 
 from pytest_microvm.errors import MicroVMError
-from pytest_microvm.tox_env import environment
+from pytest_microvm.tox_env import environment, folders
 from pytest_microvm.tox_env.installer import GuestPip, Plan
 
 if TYPE_CHECKING:
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 _PROJECT_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 _ARTIFACTS_TIMEOUT = 600.0
 _GENERATION = "generation"
+_LONGEST = 16  # bytes of it
 _log = logging.getLogger(__name__)
 
 
@@ -69,8 +69,8 @@ class MicrovmRunner(PythonRun):
 
         # A folder of its own, so that switching to machines and back costs no native environment.
         own = self.core.get("work_dir", Path) / ".microvm" / self.conf.name
-        folders = {"env_dir": own, "env_tmp_dir": own / "tmp", "env_log_dir": own / "log"}
-        self.conf.loaders.append(MemoryLoader(**folders))
+        places = {"env_dir": own, "env_tmp_dir": own / "tmp", "env_log_dir": own / "log"}
+        self.conf.loaders.append(MemoryLoader(**places))
         super().register_config()
         self.conf.add_config(
             keys=["system_site_packages", "sitepackages"],
@@ -261,40 +261,21 @@ class MicrovmRunner(PythonRun):
         )
 
     def _plan_package(self) -> None:
-        extras = self.conf.get("extras", set[str])
-        if self.pkg_type == "deps-only":
-            deps = resolve_extras_static(self.core.get("package_root", Path), extras)
-            if deps is None:
-                raise Fail("package = deps-only needs dependencies that are written in pyproject.toml")
-            if deps:
-                self.installer.install(deps, type(self).__name__, "package_deps")
-            return
+        from pytest_microvm.tox_env.package import Package as Wanted  # noqa: PLC0415 - see tox_plugin
+        from pytest_microvm.tox_env.package import plan_package  # noqa: PLC0415
+
         if self.options.package_only:
             raise Fail("a package built in a machine stays in it: leave --pkg-only out")
-        suffix = f"[{','.join(sorted(extras))}]" if extras else ""
-        constraints = self.installer.package_constraints()
-        root = str(self.core.get("package_root", Path))
-        if self.pkg_type.startswith("editable"):
-            self.installer.note(["-e", root + suffix, *constraints], "package")
-            return
-        built = self.env_dir / ".pkg"
-        if self.pkg_type == "external":
-            given = self.options.install_pkg
-            assert given is not None  # that is what makes it external
-            self._plan.pushed[str(built / given.name)] = given
-            self._plan.files[str(built / "package.txt")] = f"{built / given.name}{suffix}\n"
-        else:
-            self._plan_build(root, built, suffix)
-        self.installer.note(["-r", str(built / "package.txt"), *constraints], "package")
-
-    def _plan_build(self, root: str, built: Path, suffix: str) -> None:
-        from pytest_microvm.tox_env.guest import program  # noqa: PLC0415 - see tox_plugin
-
-        script = str(built.with_name("build_package.py"))
-        self._plan.files[script] = program("build_package")
-        how = "wheel" if self.pkg_type == "wheel" else "sdist"
-        command = (str(self.env_python()), "-I", script, how, root, str(built), suffix)
-        self._plan.commands.append((command, "build_package"))
+        external = self.pkg_type == "external"
+        wanted = Wanted(
+            how=self.pkg_type,
+            root=self.core.get("package_root", Path),
+            extras=frozenset(self.conf.get("extras", set[str])),
+            given=self.options.install_pkg if external else None,
+            env_dir=self.env_dir,
+            python=self.env_python(),
+        )
+        plan_package(wanted, self.installer, self._plan)
 
     def _skips_package(self) -> bool:
         return any(getattr(self.options, name, False) for name in ("skip_pkg_install", "skip_env_install"))
@@ -303,11 +284,13 @@ class MicrovmRunner(PythonRun):
         """Return what makes templates other ones after ``tox -r``, though their inputs are the same."""
         file = self.env_dir / _GENERATION
         if self._recreated and self._generation_now is None:
-            self._generation_now = secrets.token_hex(8)
+            mark = secrets.token_bytes(_LONGEST)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(self._generation_now, encoding="ascii")
+            file.write_bytes(mark)
+            self._generation_now = mark.hex()
         if self._generation_now is None:
-            self._generation_now = file.read_text(encoding="ascii") if file.is_file() else ""
+            known = file.read_bytes()[:_LONGEST] if file.is_file() else b""
+            self._generation_now = known.hex()
         return self._generation_now
 
     # Commands
@@ -336,6 +319,8 @@ class MicrovmRunner(PythonRun):
         if guest is None or guest.machine is None or not guest.settings.artifacts:
             return
         folder, root = self.env_dir / "artifacts", PurePosixPath(self.core.get("tox_root", Path))
+        if folder.is_symlink():
+            raise Fail(f"{folder} is a link: delete it")
         collection = Collection(guest.machine, root, time.monotonic() + _ARTIFACTS_TIMEOUT)
         with _in_tox_words():
             taken = collection.take(guest.settings.artifacts, folder)
@@ -372,22 +357,14 @@ class MicrovmRunner(PythonRun):
         Raises:
             Fail: One lies elsewhere.
         """
-        roots = [self.core.get("tox_root", Path).resolve()]
+        roots = [self.core.get("tox_root", Path)]
         if self.options.work_dir is not None:
-            roots.append(Path(self.options.work_dir).resolve())
-
-        def ours(folder: Path) -> bool:
-            real = folder.resolve()
-            return any(real != root and real.is_relative_to(root) for root in roots)
-
-        emptied = {key: self.conf.get(key, Path) for key in ("env_dir", "env_log_dir")}
-        emptied["temp_dir"] = self.core.get("temp_dir", Path)
-        for key, folder in emptied.items():
-            if not ours(folder):
-                raise Fail(f"{key} is {folder}, which is not in the project: tox would empty it")
-        change_dir = self.conf.get("change_dir", Path)
-        if not (change_dir.exists() or ours(change_dir)):
-            raise Fail(f"change_dir is {change_dir}, which is not in the project: tox would make it")
+            roots.append(Path(self.options.work_dir))
+        with _in_tox_words():
+            folders.check_environment(self.conf.get("env_dir", Path), roots)
+            folders.check_logs(self.conf.get("env_log_dir", Path), roots)
+            folders.check_made("temp_dir", self.core.get("temp_dir", Path), roots)
+            folders.check_made("change_dir", self.conf.get("change_dir", Path), roots)
 
     def _handle_env_tmp_dir(self) -> None:
         """Leave this computer's alone: the folder is the machine's."""

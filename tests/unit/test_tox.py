@@ -15,7 +15,7 @@ from tox.tox_env.python.api import PythonInfo, VersionInfo
 
 from pytest_microvm import project_trust
 from pytest_microvm.errors import UsageError
-from pytest_microvm.tox_env import environment, settings
+from pytest_microvm.tox_env import environment, folders, settings
 from pytest_microvm.tox_env.display import TerminalText
 from pytest_microvm.tox_env.executor import allowed_command
 from pytest_microvm.tox_env.interpreters import chosen
@@ -102,6 +102,42 @@ def test_a_requirement_file_elsewhere_is_refused(tmp_path):
     for name in ("../r.txt", str(tmp_path / "r.txt"), "link.txt"):
         with pytest.raises(UsageError, match="is not in the project"):
             needed(["-r", name], project)
+
+
+# Folders
+
+
+def test_tox_empties_what_is_its_own(tmp_path):
+    folder = tmp_path / ".tox" / "py"
+    folders.check_environment(folder, [tmp_path])
+    (folder / "log").mkdir(parents=True)
+    (folder / ".tox-info.json").write_text("{}")
+    (folder / "log" / "1-run.log").write_text("")
+    folders.check_environment(folder, [tmp_path])
+    folders.check_logs(folder / "log", [tmp_path])
+
+
+def test_tox_empties_nothing_else(tmp_path):
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "code.py").write_text("")
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "link").symlink_to(tmp_path)
+    for folder, roots in [
+        (tmp_path / "src", [tmp_path]),
+        (tmp_path, [tmp_path]),
+        (tmp_path / "p" / "link", [tmp_path / "p"]),
+        (tmp_path / "p" / ".." / "x", [tmp_path / "p"]),
+    ]:
+        for check in (folders.check_environment, folders.check_logs):
+            with pytest.raises(UsageError, match=r"env_.*dir is "):
+                check(folder, roots)
+
+
+def test_tox_makes_no_folder_elsewhere(tmp_path):
+    folders.check_made("change_dir", Path("/"), [tmp_path])  # it is there
+    folders.check_made("change_dir", tmp_path / "a" / "b", [tmp_path])
+    with pytest.raises(UsageError, match="change_dir is "):
+        folders.check_made("change_dir", tmp_path / "b", [tmp_path / "a"])
 
 
 # Interpreters
@@ -271,18 +307,18 @@ def test_loading_it_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names = {"pytest_microvm.tox_plugin", "pytest_microvm.tox_env"}
-    names |= {f"pytest_microvm.tox_env.{name}" for name in ("environment", "installer", "runner")}
+    names |= {f"pytest_microvm.tox_env.{name}" for name in ("environment", "folders", "installer", "runner")}
     assert set(eval(done.stdout)) <= {"pytest_microvm", "pytest_microvm.errors", *names}  # noqa: S307 - ours
 
 
-def test_the_option_switches_every_runner(monkeypatch):
+def test_the_option_switches_every_runner(monkeypatch, tmp_path):
     from tox.plugin.manager import MANAGER  # noqa: PLC0415 - tox is only needed here
     from tox.tox_env.register import REGISTER  # noqa: PLC0415
 
     from pytest_microvm.tox_env.options import switch_over  # noqa: PLC0415
     from pytest_microvm.tox_env.runner import MicrovmRunner  # noqa: PLC0415
 
-    MANAGER.load_plugins(None)
+    MANAGER.load_plugins(tmp_path / "tox.ini")
     monkeypatch.setattr(REGISTER, "_run_envs", dict(REGISTER._run_envs))
     given = Parsed(no_provision=False)
     switch_over(given)
