@@ -191,7 +191,8 @@ def _show(plan: Plan) -> None:
         spec = job.spec_for(source.branch, default=source.default)
         made_of += [f"secret {secret.name}" for secret in spec.secrets]
         made_of += [f"credential for {one.host}" for one in spec.credentials]
-        print(f"    {', '.join(made_of)}; {len(job.steps)} steps within {job.timeout:g} s")
+        steps = f"{len(job.steps)} step{'s' * (len(job.steps) != 1)}"
+        print(f"    {', '.join(made_of)}; {steps} within {job.timeout:g} s")
         for step in job.steps:
             print("\n".join(f"    $ {line}" for line in sanitize(step.run).splitlines()))
 

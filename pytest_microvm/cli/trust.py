@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pytest_microvm import project_trust
+from pytest_microvm.ci.sources import CodeRepository, read_definition
 from pytest_microvm.config import load_settings
+from pytest_microvm.errors import UsageError
 from pytest_microvm.project_grants import asked_by
 from pytest_microvm.sanitize import sanitize
 
@@ -18,7 +22,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="allow a project the network, secrets and directories that its configuration asks for",
         description="`pytest --microvm` gives a project's tests nothing beyond their own files unless you "
         "allow it. This allows what the project's pyproject.toml asks for now; if it asks for something else "
-        "later, you are asked again. Where whoever runs the tests answers for them, as in a CI job, "
+        "later, you are asked again. So do the jobs of `pytest-microvm ci run`, as they are on the default "
+        "branch. Where whoever runs the tests answers for them, as in a CI job, "
         "the variable PYTEST_MICROVM_TRUST=1 does the same.",
     )
     parser.add_argument(
@@ -38,7 +43,7 @@ def _run(arguments: argparse.Namespace) -> int:
         done = project_trust.revoke(project)
         print("nothing is allowed any more" if done else "nothing was allowed")
         return 0
-    asked = asked_by(load_settings(project, {}))
+    asked = {**asked_by(load_settings(project, {})), **_asked_by_jobs(project)}
     for line in project_trust.shown(asked):
         print(sanitize(line))
     if not asked:
@@ -49,3 +54,12 @@ def _run(arguments: argparse.Namespace) -> int:
         project_trust.trust(project, asked)
         print("allowed")
     return 0
+
+
+def _asked_by_jobs(project: Path) -> Mapping[str, Any]:
+    """Return what the CI jobs ask for that the project's repository defines, if it defines any."""
+    try:
+        repository = CodeRepository(project)
+        return read_definition(repository).asked if repository.folder == project else {}
+    except UsageError:  # no repository, or no jobs
+        return {}
