@@ -8,11 +8,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from pytest_microvm.ci.github_commands import stopped
 from pytest_microvm.ci.github_inputs import Inputs
 from pytest_microvm.project_trust import VARIABLE
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # -I: the folder it starts in is the project's, and Python would look there first for what it imports.
 _PYTHON = (sys.executable, "-I")
@@ -71,20 +74,50 @@ def run_guarded(command: Sequence[str], inputs: Inputs, output: IO[str]) -> int:
     environment = {name: value for name, value in os.environ.items() if name not in _GITHUB_FILES}
     if inputs.trust:
         environment[VARIABLE] = "1"
-    with stopped(output), subprocess.Popen(command, cwd=inputs.project, env=environment) as process:
-        return _wait(process)
+    with (
+        stopped(output),
+        _Interrupts() as interrupts,
+        subprocess.Popen(command, cwd=inputs.project, env=environment) as process,
+    ):
+        interrupts.hand_to(process)
+        code = process.wait()
+    return code if code >= 0 else 128 - code
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    interrupts = 0
-    while True:
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:  # GitHub sends SIGINT, then SIGTERM, to us alone
-            interrupts += 1
-            process.send_signal(signal.SIGINT if interrupts == 1 else signal.SIGTERM)
+class _Interrupts:
+    """Hands interrupts on to a process, also those that come before it has quite started.
+
+    GitHub sends SIGINT, then SIGTERM, and to the step's own process alone.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._early = self._handed = 0
+
+    def __enter__(self) -> Self:
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        self._before = {kind: signal.signal(kind, self._take) for kind in kinds}
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler)
+
+    def hand_to(self, process: subprocess.Popen[bytes]) -> None:
+        """Name the process."""
+        self._process = process
+        for _ in range(self._early):
+            self._hand_on(process)
+
+    def _take(self, _kind: int, _frame: object) -> None:
+        if self._process is None:
+            self._early += 1
         else:
-            return code if code >= 0 else 128 - code
+            self._hand_on(self._process)
+
+    def _hand_on(self, process: subprocess.Popen[bytes]) -> None:
+        self._handed += 1
+        process.send_signal(signal.SIGINT if self._handed == 1 else signal.SIGTERM)
 
 
 def _ci_words(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
