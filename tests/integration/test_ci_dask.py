@@ -6,6 +6,7 @@ The second worker has a cache of its own, as another computer would: it fetches 
 from __future__ import annotations
 
 import io
+import json
 import os
 import queue
 import re
@@ -21,6 +22,7 @@ from dataclasses import replace
 import psutil
 import pytest
 import trustme
+from junitparser import JUnitXml
 
 from pytest_microvm.ci.distributed import DaskExecutor
 from pytest_microvm.ci.distributed_connection import Certificates
@@ -33,6 +35,7 @@ from pytest_microvm.images.store import cache_root
 from pytest_microvm.secret_values import parse_secrets
 from pytest_microvm.spec import MachineSpec
 from pytest_microvm.templates.store import TemplateStore
+from tests.branches import TESTS, VERDICTS, Branches
 
 GUARD = 600  # seconds; only against hanging
 COMMAND = [sys.executable, "-c", "import sys; from pytest_microvm.cli import main; sys.exit(main())"]
@@ -369,3 +372,26 @@ def test_a_secret_that_a_worker_lacks_is_its_jobs_result(host, cluster, tmp_path
         result = running.submit(task("task", "true", secrets=(granted,))).result(GUARD)
     assert result.verdict == "failed"
     assert name in result.reason
+
+
+def test_branches_of_strangers_on_a_cluster_of_the_runs_own(tmp_path):
+    branches = Branches(tmp_path)
+    command = [*COMMAND, "ci", "run", "--branch", "*", "--executor", "dask", "--jobs", "2"]
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path / "out")],
+        cwd=branches.folder, env={**os.environ, "CI": "true"}, capture_output=True, timeout=GUARD,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert {task["branch"]: task["verdict"] for task in results["tasks"]} == VERDICTS
+    assert {task["worker"] for task in results["tasks"]} == {"0", "1"}
+    tests = {task["branch"]: task["tests"] for task in results["tasks"]}
+    assert {branch: (tests[branch]["passed"], tests[branch]["failed"]) for branch in TESTS} == TESTS
+    suites = JUnitXml.fromfile(str(tmp_path / "out/junit.xml"))
+    assert {suite.name for suite in suites} == {f"{branch} / test" for branch in VERDICTS}
+    assert not branches.marker.exists()
+    said = done.stdout + done.stderr
+    assert b"forged" in said
+    assert b"\x1b]0;" not in said
+    assert not any(line.lstrip().startswith(b"::") for line in said.splitlines())
