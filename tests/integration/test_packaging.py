@@ -59,6 +59,7 @@ def test_the_source_distribution_holds_what_the_wheel_and_the_check_need(sdist):
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert {"Makefile", "ci/setup.sh", "LICENSE", "README.md", "pyproject.toml"} <= held
     assert tracked("tests") | tracked("images") | tracked("examples") <= held
+    assert tracked("ci") | tracked("github-action") | tracked(".github") <= held
 
 
 def test_the_command_starts(environment):
