@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import tempfile
 import threading
@@ -27,8 +28,10 @@ from pytest_microvm.ci.task import WORKTREE, Plan, Source, Task, make_plan
 from pytest_microvm.ci.tree import Tree
 from pytest_microvm.ci.watching import OneAtATime, Watcher
 from pytest_microvm.disk import explained
-from pytest_microvm.errors import UsageError
+from pytest_microvm.errors import HostError, UsageError
 from pytest_microvm.images.kits import find_kit
+
+_log = logging.getLogger("pytest_microvm")
 
 KITS = "microvm/kits"
 """Where a project's own kits are; those of the trusted definition's commit count."""
@@ -225,7 +228,10 @@ def run_plan(
     )
     with explained(outputs.work.output):
         outputs.write(run)
-    history.add(run, _cases(outputs.work.output, run))
+    try:
+        history.add(run, _cases(outputs.work.output, run))
+    except HostError as error:  # the run is whole without
+        _log.warning("%s", error)
     watcher.ended(run)
     return run
 
