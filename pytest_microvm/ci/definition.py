@@ -64,10 +64,10 @@ def parse_definition(text: str, where: str) -> Definition:
     Raises:
         UsageError: It defines none, or something in it is wrong: the error names the key.
     """
-    table = ci_table(text, where)
-    if table is None:
+    written = ci_table(text, where)
+    if written is None:
         raise UsageError(f"{where}: no jobs are defined", resolution=f"write\n{_EXAMPLE}")
-    check_keys(table, ("jobs", "defaults"), f"{where}: ci", "[ci.jobs.NAME]")
+    table = check_keys(written, ("jobs", "defaults"), f"{where}: ci", "[ci.jobs.NAME]")
     defaults = _defaults(table.get("defaults", {}), where)
     jobs = table.get("jobs")
     if not isinstance(jobs, Mapping) or not jobs:

@@ -27,6 +27,7 @@ from pytest_microvm.ci.definition_values import (
     parse_variables,
     parse_when,
     parse_with_minimum,
+    without_quotes,
 )
 from pytest_microvm.ci.job import DEFAULT_RETRIES, DEFAULT_TIMEOUT
 from pytest_microvm.ci.matrix import MOST, NAME, RESERVED, parse_matrix
@@ -59,11 +60,21 @@ class Key:
     trust: bool = False
 
 
+def whole(pattern: str) -> str:
+    """Return a pattern for all of a text, to those too for whom ``$`` is before a newline as well."""
+    return f"^(?:{pattern})$(?!\\n)"
+
+
+_LINE = r"[^\u0000-\u001f\u007f]*[^\s\u0000-\u001f\u007f][^\u0000-\u001f\u007f]*"
 _TEXT = {"type": "string", "pattern": r"\S"}
 _TEXTS = {"type": "array", "items": {"type": "string", "minLength": 1}}
 _RELATIVE = {
     "type": "array",
-    "items": {"type": "string", "minLength": 1, "pattern": r"^(?!/)(?!(.*/)?\.\.(/|$))[^\u0000]*$"},
+    "items": {
+        "type": "string",
+        "minLength": 1,
+        "pattern": whole(r"(?!/)(?!([^\u0000]*/)?\.\.(/|$(?!\n)))[^\u0000]*"),
+    },
 }
 _RULES = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}
 _FLAG = {"type": "boolean"}
@@ -71,10 +82,12 @@ _BRANCHES = {**_TEXTS, "minItems": 1}
 _COMMAND = {**_TEXT, "maxLength": MAX_TEXT}
 _SOURCE_KEYS = dict.fromkeys(KINDS, _TEXT)
 _ONE_SOURCE = [{"required": [kind]} for kind in KINDS]
-_VALUE = {"anyOf": [{"type": "string", "minLength": 1, "maxLength": 200}, {"type": "number"}]}
+_VALUE = {
+    "anyOf": [{"type": "string", "pattern": whole(r"[^\u0000-\u001f\u007f]{1,200}")}, {"type": "number"}]
+}
 _SIZE_TEXT = {
     "type": "string",
-    "pattern": r"^\s*0*[1-9][0-9]{0,17}\s*([KkMmGgTt][Ii]?)?[Bb]?\s*$",
+    "pattern": whole(r"\s*0*[1-9][0-9]{0,17}\s*([KkMmGgTt][Ii]?)?[Bb]?\s*"),
 }
 
 
@@ -92,7 +105,11 @@ def _table(properties: Mapping[str, Schema], **more: Any) -> Schema:
 
 STEP_KEYS: dict[str, Key] = {
     "run": Key(parse_command, _COMMAND, "the command, for the machine's `/bin/sh -e`"),
-    "name": Key(parse_title, {**_TEXT, "maxLength": MAX_TITLE}, "what reports call it; default: the command"),
+    "name": Key(
+        parse_title,
+        {"type": "string", "pattern": whole(_LINE), "maxLength": MAX_TITLE},
+        "what reports call it; default: the command",
+    ),
     "when": Key(
         parse_when,
         {"enum": [*WHENS]},
@@ -125,7 +142,7 @@ KEYS: dict[str, Key] = {
                 name: {"type": "array", "items": {"type": "object", "minProperties": 1}} for name in RESERVED
             },
             "patternProperties": {
-                f"^(?!({'|'.join(RESERVED)})$){NAME}$": {
+                whole(f"(?!({'|'.join(RESERVED)})$){NAME}"): {
                     "type": "array",
                     "minItems": 1,
                     "maxItems": MOST,
@@ -156,7 +173,7 @@ KEYS: dict[str, Key] = {
         {
             "type": "object",
             "patternProperties": {
-                f"^{VARIABLE}$": {"anyOf": [{"type": "string", "maxLength": MAX_TEXT}, {"type": "number"}]}
+                whole(VARIABLE): {"anyOf": [{"type": "string", "maxLength": MAX_TEXT}, {"type": "number"}]}
             },
             "additionalProperties": False,
         },
@@ -174,7 +191,7 @@ KEYS: dict[str, Key] = {
                 {"type": "number", "exclusiveMinimum": 0},
                 {
                     "type": "string",
-                    "pattern": r"^(?=.*[1-9])([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,7}s)?$",
+                    "pattern": whole(r"(?=.*[1-9])([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,7}s)?"),
                 },
             ]
         },
@@ -182,7 +199,7 @@ KEYS: dict[str, Key] = {
     ),
     "allow_failure": Key(parse_flag, _FLAG, "whether the run may succeed without it; default `false`"),
     "retries": Key(
-        parse_count(MAX_RETRIES, "tries"),
+        without_quotes(parse_count(MAX_RETRIES, "tries")),
         _whole(0, MAX_RETRIES),
         f"how often it is tried again if its machine never reached its steps; default {DEFAULT_RETRIES}",
     ),
@@ -200,7 +217,7 @@ KEYS: dict[str, Key] = {
         {
             "type": "object",
             "patternProperties": {
-                f"^{VARIABLE}$": _table(
+                whole(VARIABLE): _table(
                     {**_SOURCE_KEYS, "as": {"enum": [*get_args(Delivery)]}, "branches": _BRANCHES},
                     oneOf=_ONE_SOURCE,
                 )
@@ -228,21 +245,27 @@ KEYS: dict[str, Key] = {
         trust=True,
     ),
     "cpus": Key(
-        PARSERS["cpus"],
+        without_quotes(PARSERS["cpus"]),
         {"type": "number", "minimum": MIN_THROTTLE, "maximum": MAX_CPUS},
         "CPUs of its machine",
     ),
     "memory": Key(parse_with_minimum("memory"), _size(MIN_MEMORY), "memory of its machine"),
     "disk": Key(parse_with_minimum("disk"), _size(MIN_DISK), "what it may write to its disk"),
-    "pids": Key(PARSERS["pids"], _whole(1, MAX_PIDS), "processes and threads at the same time"),
+    "pids": Key(
+        without_quotes(PARSERS["pids"]), _whole(1, MAX_PIDS), "processes and threads at the same time"
+    ),
     "cpu_seconds": Key(
-        PARSERS["cpu_seconds"], {"type": "number", "exclusiveMinimum": 0}, "CPU time that it may use"
+        without_quotes(PARSERS["cpu_seconds"]),
+        {"type": "number", "exclusiveMinimum": 0},
+        "CPU time that it may use",
     ),
     "output": Key(PARSERS["output"], _size(), "what one step may print"),
     "network_bytes": Key(
         PARSERS["network_bytes"], _size(), "what it may send to and receive from the network"
     ),
-    "connections": Key(PARSERS["connections"], _whole(1, 10**9 - 1), "how many connections it may make"),
+    "connections": Key(
+        without_quotes(PARSERS["connections"]), _whole(1, 10**9 - 1), "how many connections it may make"
+    ),
     "bandwidth": Key(PARSERS["bandwidth"], _size(), "bytes a second over the network"),
 }
 """The keys of a job, in the order in which the reference tells them."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pytest_microvm.ci.definition import NOT_DEFAULTS
-from pytest_microvm.ci.definition_keys import JOB_NAME, KEYS, Key
+from pytest_microvm.ci.definition_keys import JOB_NAME, KEYS, Key, whole
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -33,7 +33,7 @@ def definition_schema() -> dict[str, Any]:
                 "type": "object",
                 "description": "The jobs, by name.",
                 "minProperties": 1,
-                "patternProperties": {f"^{JOB_NAME}$": {"$ref": "#/$defs/job"}},
+                "patternProperties": {whole(JOB_NAME): {"$ref": "#/$defs/job"}},
                 "additionalProperties": False,
             },
         },

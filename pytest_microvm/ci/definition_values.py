@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pytest_microvm.ci.job import GrantedCredential, GrantedSecret, Step, When
 from pytest_microvm.config import parse_strings
@@ -23,6 +23,8 @@ MAX_TEXT = 64 * 1024
 """Characters of a command or of a variable's value."""
 MAX_TITLE = 60
 """Characters of a step's name."""
+
+T = TypeVar("T")
 
 _STEP_KEYS = ("run", "name", "when")
 _DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,5})m)?(?:([0-9]{1,7})s)?", re.ASCII)
@@ -66,6 +68,17 @@ def parse_with_minimum(name: str) -> Callable[[object, str], int]:
         return size
 
     return parse
+
+
+def without_quotes(parse: Callable[[object, str], T]) -> Callable[[object, str], T]:
+    """Return a parser that takes numbers alone, of one that reads texts of a command line, too."""
+
+    def parse_number(value: object, where: str) -> T:
+        if isinstance(value, str):
+            raise UsageError(f"{where}: {value!r} is no number", resolution="write it without quotes")
+        return parse(value, where)
+
+    return parse_number
 
 
 def parse_duration(value: object, where: str) -> float:

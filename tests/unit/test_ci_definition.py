@@ -336,6 +336,7 @@ MORE_WRONG = [
     ("env", "{ A = true }"), ("env", '{ A = ["x"] }'), ("env", '"A=1"'), ("hosts", "{ a = 1 }"),
     ("prepare", '[""]'), ("needs", '"a"'), ("branches", '[""]'), ("artifacts", '".."'),
     ("artifacts", '[".."]'),
+    ("cpus", '"1"'), ("pids", '"9"'), ("cpu_seconds", '"9"'), ("connections", '"9"'), ("retries", '"1"'),
     ("network", "{}"), ("image", "1"), ("retries", "-1"), ("retries", "true"),
 ]  # fmt: skip
 
