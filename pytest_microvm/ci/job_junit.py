@@ -22,7 +22,7 @@ REPORT = "junit.xml"
 _TAKEN = "junit"  # the folder with the branch's own files
 _EVIDENCE = ("log.txt", "console.txt")
 _MOST_FILES = 1000
-_MOST_BYTES = 256 * 1024 * 1024
+_MOST_BYTES = 128 * 1024 * 1024
 _LOG_TAIL = 64 * 1024
 _WORKSPACE = "/workspace"
 

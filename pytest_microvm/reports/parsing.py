@@ -16,8 +16,9 @@ CASE_LIMIT = 200_000
 OUR_MARK = "microvm.junit_profile"
 """The property of a suite that this package wrote: its lines count from 1."""
 
-_ELEMENT_LIMIT = 4_000_000
+_ELEMENT_LIMIT = 2_000_000
 _DEPTH_LIMIT = 64
+_PART_LIMIT = 8 * 1024 * 1024  # characters of one tag, with its attributes: expat keeps it whole
 _ENTRY_LIMIT = 100  # failures, attempts, outputs of one test
 _PROPERTY_LIMIT = 1000
 _LONGEST = 1e9  # seconds; no test takes 30 years
@@ -104,6 +105,7 @@ class Parsing:
         self._text: list[str] | None = None
         self._root = ""
         self._elements = self._cases = 0
+        self._pending = 0  # characters since the parser last told of something
         # What is fed is text; expat encodes it in this way, whatever the file declares.
         self._parser = parser = expat.ParserCreate("utf-8")
         parser.buffer_text = True
@@ -119,7 +121,10 @@ class Parsing:
             Refused: There is something in it that is not taken.
             expat.ExpatError: It is no XML.
         """
+        self._pending += len(text)
         self._parser.Parse(text, final)
+        if self._pending > _PART_LIMIT:
+            raise Refused(f"it has a tag, or a comment, of more than {_PART_LIMIT:,} characters")
 
     def finish(self) -> list[Suite]:
         """Return the suites, those that have no end as well."""
@@ -130,6 +135,7 @@ class Parsing:
         return self._done
 
     def _start(self, tag: str, attributes: dict[str, str]) -> None:
+        self._pending = 0
         self._elements += 1
         self._stack.append(tag)
         if self._elements > _ELEMENT_LIMIT or len(self._stack) > _DEPTH_LIMIT:
@@ -152,6 +158,7 @@ class Parsing:
             self._property = (attributes.get("name", ""), [attributes.get("value", "")])
 
     def _end(self, tag: str) -> None:
+        self._pending = 0
         self._stack.pop()
         text = ""
         if tag in _TEXTS:
@@ -170,6 +177,7 @@ class Parsing:
             self._end_property()
 
     def _data(self, data: str) -> None:
+        self._pending = 0
         if self._text is not None:
             self._text.append(data)
         elif self._property is not None and self._stack[-1] == "property":

@@ -51,10 +51,10 @@ def write_report(
         OSError: It cannot be written.
     """
     named = _named(suites, profile)
-    limit = profile.text_limit
+    limit = min(profile.text_limit, _longest(named))
     data = _document(named, profile, limit, path.parent, project)
     while len(data) > profile.file_limit and limit > _SMALLEST:
-        limit //= 4
+        limit = max(limit // 4, _SMALLEST)
         data = _document(named, profile, limit, path.parent, project)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -63,6 +63,17 @@ def write_report(
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _longest(suites: Iterable[Suite]) -> int:
+    """Return the length of the longest text; no limit above that shortens anything."""
+    found = _SMALLEST
+    for suite in suites:
+        found = max(found, len(suite.out), len(suite.err))
+        for case in suite.cases:
+            texts = (problem.text for problem in (*case.problems, *case.attempts))
+            found = max(found, len(case.out), len(case.err), *map(len, texts), 0)
+    return 2 * found  # several problems become one text
 
 
 def _named(suites: Iterable[Suite], profile: Profile) -> list[Suite]:

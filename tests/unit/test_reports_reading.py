@@ -292,6 +292,18 @@ def test_too_many_elements(read, monkeypatch):
     assert "more elements" in trouble(read(suite("<a/>" * 200)))
 
 
+@pytest.mark.parametrize("part", ["<!-- {} -->", '<testcase name="{}"/>', "<testcase {}/>"], ids=range(3))
+def test_a_tag_that_has_no_end(read, monkeypatch, part):
+    monkeypatch.setattr(parsing, "_PART_LIMIT", 300_000)
+    assert "a tag, or a comment, of more than 300,000" in trouble(read(suite(part.format("x" * 1_000_000))))
+
+
+def test_a_long_text_is_no_tag(read, monkeypatch):
+    monkeypatch.setattr(parsing, "_PART_LIMIT", 300_000)
+    report = read(suite('<testcase name="a"><failure>' + "x" * 1_000_000 + "</failure></testcase>"))
+    assert (report.trouble, only(report).problems[0].text) == ("", "x" * 1_000_000)
+
+
 def test_what_is_no_file_of_its_own(tmp_path):
     (tmp_path / "link").symlink_to("/etc/passwd")
     os.mkfifo(tmp_path / "fifo")
