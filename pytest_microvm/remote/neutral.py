@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import sysconfig
 from pathlib import Path
@@ -43,6 +44,19 @@ def neutralise(config: pytest.Config) -> None:
     roots = [config.rootpath, config.invocation_params.dir]
     sys.path[:] = [entry for entry in sys.path if entry not in paths and not in_project(entry, roots)]
     forget_failed_filters(config)
+
+
+def keep_project_from_worker(spec: Any) -> None:
+    """Let a worker of pytest-xdist on this computer import nothing from the folder that it starts in.
+
+    Python looks there first, so a project's ``execnet.py`` would run here before any of our code does.
+
+    Args:
+        spec: The worker's execnet specification.
+    """
+    if spec.popen and not spec.python:
+        safe = "-P" if sys.version_info >= (3, 11) else "-I"
+        spec.python = shlex.join([sys.executable, safe])
 
 
 def in_project(path: str, roots: list[Path]) -> bool:

@@ -128,8 +128,10 @@ class RemoteSuite:
         return guest_lines(self._collected)
 
     @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_setupnodes(self) -> None:
+    def pytest_xdist_setupnodes(self, specs: list[Any]) -> None:
         """Let pytest-xdist's controller prepare the template once, before its workers ask for it."""
+        for spec in specs:
+            neutral.keep_project_from_worker(spec)
         self._collect()
 
     def pytest_collection(self, session: pytest.Session) -> bool:

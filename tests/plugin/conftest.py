@@ -3,6 +3,8 @@
 import difflib
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,6 +60,12 @@ class Project:
     def microvm(self, *arguments):
         options = ["--microvm", *self._arguments, "-p", "no:hypothesispytest"]
         return self._pytester.runpytest_subprocess(*options, *arguments)
+
+    def command(self, *arguments):
+        """Run the command ``pytest``; unlike ``python -m pytest`` it looks for no module in the project."""
+        program = Path(sys.executable).with_name("pytest")
+        command = [program, "--microvm", *self._arguments, "-p", "no:hypothesispytest", *arguments]
+        return subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=False)
 
     def assert_same(self, *arguments, prepare=lambda: None):
         """Run both ways and compare everything shown and the exit code."""

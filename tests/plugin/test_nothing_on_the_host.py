@@ -218,3 +218,10 @@ def test_without_the_option_nothing_is_loaded(project):
         test_it="import sys\ndef test_it(): assert not [n for n in sys.modules if 'microvm.remote' in n]"
     )
     project.native().assert_outcomes(passed=1)
+
+
+def test_what_a_worker_imports_first(project, trap):
+    """A worker of pytest-xdist starts in the project's folder, where Python looks first."""
+    project.write(execnet=trap, tests__test_it="def test_it(): pass")
+    done = project.command("-n", "1")
+    assert "1 passed" in done.stdout, done.stdout + done.stderr
