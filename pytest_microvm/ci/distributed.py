@@ -40,6 +40,8 @@ MOST = 64
 """How many tasks are given to a cluster at once; where each runs, and when, its scheduler decides."""
 
 _END = {"kind": "end"}
+_GONE = (OSError, RuntimeError)
+"""What Dask raises where there is no scheduler any more."""
 
 
 class DaskExecutor:
@@ -92,7 +94,7 @@ class DaskExecutor:
             self._offers = Offers(self._client, deliver, self._run)
             stack.callback(self._offers.close)
             self._equip()
-            stack.callback(self._client.unregister_worker_plugin, plugin_name(self._run))
+            stack.callback(self._leave)
             listener = threading.Thread(target=self._listen, daemon=True, name="microvm-cluster")
             listener.start()
             stack.callback(listener.join)
@@ -110,8 +112,9 @@ class DaskExecutor:
     def cancel(self) -> None:
         """End what runs, soon; what has not begun does not begin."""
         self._cancelled.set()
-        with contextlib.suppress(OSError):  # the scheduler is gone: its workers end what runs by themselves
-            self._client.run(end_run, self._run, on_error="ignore")
+        if self._connected():
+            with contextlib.suppress(*_GONE):
+                self._client.run(end_run, self._run, on_error="ignore")
         with self._lock:
             waiting = [remote for key, remote in self._remote.items() if key not in self._began]
         for remote in waiting:
@@ -139,6 +142,15 @@ class DaskExecutor:
                 f"a worker of the cluster cannot do this: {error}",
                 resolution=f"install pytest-microvm {version('pytest-microvm')} on all hosts of the cluster",
             ) from error
+
+    def _leave(self) -> None:
+        if self._connected():
+            with contextlib.suppress(*_GONE):
+                self._client.unregister_worker_plugin(plugin_name(self._run))
+
+    def _connected(self) -> bool:
+        """Whether there is a scheduler; without, its workers end what runs, and Dask tries for a minute."""
+        return bool(self._client.status == "running")
 
     # One task
 
@@ -176,11 +188,13 @@ class DaskExecutor:
         resources = _resources(order.task, image, self._require_accel)
         if self._cancelled.is_set():
             raise CancelledError
+        if not self._connected():
+            raise HostError("the connection to the scheduler is lost", resolution="see its log")
         self._check_room(order.task, resources)
         remote = self._client.submit(do, order, key=order.key, resources=resources, pure=False)
         with self._lock:
             self._remote[order.key] = remote
-            self._tasks[order.key] = order.task
+            self._tasks[order.task.id] = order.task
         try:
             if self._cancelled.is_set():  # it came between
                 remote.cancel()
@@ -255,9 +269,7 @@ class DaskExecutor:
 
     def _hear(self, message: Mapping[str, Any]) -> None:
         with self._lock:
-            task = next((one for one in self._tasks.values() if one.id == message["task"]), None)
-        if task is None:
-            return
+            task = self._tasks[message["task"]]
         watcher = self._work.watcher
         if message["kind"] == "began":
             self._note_begin(task, message["key"], sanitize_line(str(message["host"])))

@@ -26,6 +26,7 @@ from pytest_microvm.errors import HostError, UsageError
 from pytest_microvm.templates.budget import default_limits
 
 CONNECT_TIMEOUT = 60.0
+_NAME = "pytest-microvm"
 ALLOWED_FAILURES = 1
 """How many workers may be lost while they do a task: it is begun once more, not twice."""
 
@@ -106,6 +107,20 @@ def _loopback(host: str) -> bool:
 
 
 @contextmanager
+def _silent() -> Iterator[None]:
+    """Keep Dask's log from the screen, which is a run's: what is lost shows in results."""
+    loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
 def connected(address: str, certificates: Certificates | None) -> Iterator[Client]:
     """Talk to a scheduler that is there.
 
@@ -114,16 +129,18 @@ def connected(address: str, certificates: Certificates | None) -> Iterator[Clien
         HostError: It does not answer, or has no worker.
     """
     security = security_for(address, certificates)
-    try:
-        client = Client(
-            address, security=security, timeout=CONNECT_TIMEOUT, set_as_default=False, name="pytest-microvm"
-        )
-    except (OSError, TimeoutError) as error:
-        raise HostError(
-            f"the scheduler {address} does not answer: {error}",
-            resolution="see whether it runs, and whether certificates and addresses are right",
-        ) from error
-    with client:
+    with ExitStack() as stack:
+        stack.enter_context(_silent())
+        try:
+            client = Client(
+                address, security=security, timeout=CONNECT_TIMEOUT, set_as_default=False, name=_NAME
+            )
+        except (OSError, TimeoutError) as error:
+            raise HostError(
+                f"the scheduler {address} does not answer: {error}",
+                resolution="see whether it runs, and whether certificates and addresses are right",
+            ) from error
+        stack.enter_context(client)
         try:
             client.wait_for_workers(1, timeout=CONNECT_TIMEOUT)
         except TimeoutError as error:
@@ -183,7 +200,7 @@ def own_cluster(slots: int) -> Iterator[Client]:
                     plugins=(_Uninterrupted(),),
                 )
             )
-            client = stack.enter_context(Client(cluster, set_as_default=False, name="pytest-microvm"))
+            client = stack.enter_context(Client(cluster, set_as_default=False, name=_NAME))
         except ImportError as error:
             raise HostError(
                 f"certificates cannot be made: {error}", resolution="install pytest-microvm[distributed]"

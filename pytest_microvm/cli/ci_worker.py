@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -138,6 +139,7 @@ async def _work(
     from pytest_microvm.ci.distributed_connection import NO_PAGES  # noqa: PLC0415
 
     dask.config.set(NO_PAGES)
+    logging.getLogger("distributed.worker").setLevel(logging.WARNING)  # else a line for each call
     ended = asyncio.Event()
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signal_number, ended.set)

@@ -355,6 +355,22 @@ def test_a_worker_that_is_ended_gives_its_job_to_another(host, cluster, tmp_path
     assert (result.verdict, result.worker) == ("passed", "two")
 
 
+def test_a_run_whose_scheduler_dies_ends_at_once_and_leaves_no_machine(host, tmp_path):
+    with ExitStack() as stack:
+        cluster = Cluster(tmp_path, {"one": cache_root()}, stack)
+        cluster.have("one")
+        with executor(host, cluster, tmp_path) as (running, watcher):
+            future = running.submit(hanging(tmp_path))
+            watcher.wait(1, "task", "begun")
+            machines = cluster.workers["one"].machines()
+            cluster.scheduler.end(signal.SIGKILL)
+            results = [future.result(GUARD), running.submit(task("later", "true")).result(GUARD)]
+            assert psutil.wait_procs(machines, timeout=GUARD)[1] == []
+        assert cluster.workers["one"].process.wait(GUARD) == 1  # systemd starts it again
+    assert [result.verdict for result in results] == ["infra", "infra"]
+    assert ["scheduler" in result.reason for result in results] == [True, True]
+
+
 def test_a_stranger_is_refused(host, cluster, tmp_path):
     cluster.have("one")
     with (
