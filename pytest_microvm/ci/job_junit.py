@@ -8,7 +8,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path, PurePosixPath
 
-from pytest_microvm.ci.result import Counts, StepResult, TaskResult
+from pytest_microvm.ci.result import PHASES, Counts, StepResult, TaskResult
 from pytest_microvm.reports.parsing import CASE_LIMIT
 from pytest_microvm.reports.profiles import profile_named
 from pytest_microvm.reports.reading import UNREADABLE, read_report
@@ -218,8 +218,9 @@ def _properties(result: TaskResult) -> Iterator[tuple[str, str]]:
     for name, value in known.items():
         if value:
             yield f"microvm.{name}", value
-    for phase, seconds in result.phases.items():
-        yield f"microvm.{phase}_seconds", f"{seconds:.3f}"
+    for phase in PHASES:
+        if phase in result.phases:
+            yield f"microvm.{phase}_seconds", f"{result.phases[phase]:.3f}"
 
 
 def _timestamp(started: float) -> str:
