@@ -160,6 +160,7 @@ class DaskExecutor:
         folder.mkdir(parents=True, exist_ok=True)
         with self._lock:
             self._attempts[task.id] = self._attempts.get(task.id, 0) + 1
+            self._tasks[task.id] = task
         key = self._key(task)
         try:
             order, image = self._order(task, key)
@@ -194,7 +195,6 @@ class DaskExecutor:
         remote = self._client.submit(do, order, key=order.key, resources=resources, pure=False)
         with self._lock:
             self._remote[order.key] = remote
-            self._tasks[order.task.id] = order.task
         try:
             if self._cancelled.is_set():  # it came between
                 remote.cancel()
@@ -268,8 +268,7 @@ class DaskExecutor:
                 self._hear(message)
 
     def _hear(self, message: Mapping[str, Any]) -> None:
-        with self._lock:
-            task = self._tasks[message["task"]]
+        task = self._tasks[message["task"]]
         watcher = self._work.watcher
         if message["kind"] == "began":
             self._note_begin(task, message["key"], sanitize_line(str(message["host"])))
