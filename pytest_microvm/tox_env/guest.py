@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -12,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from pytest_microvm.config import DEFAULT_TIMEOUT
-from pytest_microvm.errors import MachineError, UsageError
+from pytest_microvm.errors import BudgetExhausted, MachineError, UsageError
 from pytest_microvm.host import Host
 from pytest_microvm.preparing import machine_in_the_making
 from pytest_microvm.remote.workspace import Workspace, scan
@@ -33,6 +34,7 @@ FORMAT = "1"
 """Part of every key; raise it when the way environments are made changes."""
 
 _TIMEOUT = 600.0
+_PAUSE = 0.25  # seconds until it is tried again whether a machine fits into the host budget
 _TITLES = {"tox-env": "making the environment", "tox-package": "building and installing the package"}
 
 _PROGRAMS = Path(__file__).parent
@@ -46,6 +48,10 @@ class Guest:
         project: The project's folder, copied to the same path in each.
         work_dir: tox's own folder in it, which is not copied.
         say: Told what takes long.
+
+    Attributes:
+        machine: The one in which commands run, once it has been started.
+        stopped: To be set when nobody wants it any more.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class Guest:
     ) -> None:
         self.settings = settings
         self.machine: MicroVM | None = None
+        self.stopped = threading.Event()
         self._project = project
         self._work_dir = work_dir
         self._host = Host(project=project, timeout=DEFAULT_TIMEOUT, say=lambda line: say(sanitize(line)))
@@ -160,7 +167,13 @@ class Guest:
 
     def make(self, steps: Sequence[Step]) -> None:
         """Make what is missing of a chain."""
-        self._host.template(self._base, steps)
+        while True:
+            try:
+                self._host.template(self._base, steps)
+            except BudgetExhausted:  # other environments of this run may have all there is, for long
+                self._wait_for_room()
+            else:
+                return
 
     def start(self, steps: Sequence[Step], *, files: bool) -> MicroVM:
         """Start the machine in which commands run.
@@ -188,10 +201,26 @@ class Guest:
             self._host.close()
 
     def _start(self, steps: Sequence[Step]) -> MicroVM:
-        machine = self._host.machine(self._host.template(self._base, steps), self._base)
-        if machine is None:
-            raise MachineError("the host budget gave no place")
+        self.make(steps)
+        template = self._host.template(self._base, steps)
+        told = False
+        while (machine := self._host.machine(template, self._base, wait=False)) is None:
+            if not told:
+                told = True
+                self._host.say(f"waiting: the host budget ({self._host.budget}) is in use by other machines")
+            self._wait_for_room()
         return machine
+
+    def _wait_for_room(self) -> None:
+        """Wait a moment for another machine's end.
+
+        Raises:
+            BudgetExhausted: There can never be room.
+            MachineError: Somebody wants to stop.
+        """
+        self._host.budget.check_hope(self._base.limits.cpus, self._base.limits.memory)
+        if self.stopped.wait(_PAUSE):
+            raise MachineError("interrupted while waiting for room in the host budget")
 
 
 def put(machine: MicroVM, workspace: Workspace) -> None:

@@ -328,6 +328,13 @@ class MicrovmRunner(PythonRun):
             _log.warning("artifacts: %s", note)
         _log.warning("artifacts: %d files in %s", len(taken), folder)
 
+    def interrupt(self) -> None:
+        """Stop the command that runs, and wait for no room any more."""
+        guest = self._guest_made
+        if guest is not None:
+            guest.stopped.set()
+        super().interrupt()
+
     def _teardown(self) -> None:
         super()._teardown()
         if self._guest_made is not None:

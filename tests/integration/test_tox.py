@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -203,6 +205,34 @@ def test_ctrl_c_reaches_the_command_and_no_machine_is_left(project):
     assert "interrupted\n" in said, said
     assert any("qemu" in command for command in children.values())
     assert [pid for pid in children if Path(f"/proc/{pid}/exe").exists()] == []
+
+
+def test_a_terminal_is_one_for_the_command_too(project):
+    """Colours, a prompt without a newline, what is typed; and nothing that acts on this terminal."""
+    code = (
+        "import sys\nprint(sys.stdin.isatty(), sys.stdout.isatty())\n"
+        "print('\\x1b[31mred\\x1b[0m \\x1b]0;title\\x07')\nprint('hello', input('na' + 'me? '))"
+    )
+    (project / "ask.py").write_text(code)
+    ours, theirs = pty.openpty()
+    command = [*TOX, "run", "-e", PYTHON, *OFFLINE, "--", "ask.py"]
+    with subprocess.Popen(
+        command, cwd=project, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    ) as running:
+        os.close(theirs)
+        said, typed = b"", False
+        with suppress(OSError):  # Linux's way to tell that nobody is at the other end any more
+            while data := os.read(ours, 65536):
+                said += data
+                if b"name? " in said and not typed:
+                    typed = True
+                    os.write(ours, b"world\n")
+        assert running.wait(GUARD) == 0, said
+    os.close(ours)
+    assert b"True True" in said
+    assert b"\x1b[31mred\x1b[0m \\x1b]0;title\\x07" in said
+    assert b"hello world" in said
+    assert said.count(b"world") == 2  # typed once, said once
 
 
 def _descendants(pid):
