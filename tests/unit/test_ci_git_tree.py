@@ -438,12 +438,15 @@ def test_a_large_file_that_is_here(project):
     assert tree.digest() == WorkTree(project).digest()
 
 
-@pytest.mark.parametrize("lying", ["missing", "other bytes", "shorter", "a link", "a fifo"])
+@pytest.mark.parametrize("lying", ["missing", "other bytes", "shorter", "a size", "a link", "a fifo"])
 def test_a_large_file_that_is_not_here(project, tmp_path, lying):
     content = b"content" * 100
     name, text = pointer(content)
+    if lying == "a size":
+        text = text.replace("size 700", "size 70")
+        stored(project, name, content)
     commit(project, {"data.bin": text})
-    if lying != "missing":
+    if lying not in ("missing", "a size"):
         place = stored(
             project, name, {"other bytes": content.upper(), "shorter": content[1:]}.get(lying, b"")
         )

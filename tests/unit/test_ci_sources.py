@@ -89,6 +89,13 @@ def test_strange_names_of_branches(project):
     assert {"$(touch_mark)", "a'b", 'a"b', "ünï", "x;y", "-dash"} < set(found)
 
 
+def test_another_name_of_a_branch_is_not_one_more(project):
+    run(project, "symbolic-ref", "refs/heads/alias", "refs/heads/main")
+    sources = CodeRepository(project)
+    assert names(sources.branches()) == ["main", "feature/one", "feature/two"]
+    assert sources.ref("alias").commit == tip(project)
+
+
 # The default branch
 
 
