@@ -80,7 +80,7 @@ _RULES = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}
 _FLAG = {"type": "boolean"}
 _BRANCHES = {**_TEXTS, "minItems": 1}
 _COMMAND = {**_TEXT, "maxLength": MAX_TEXT}
-_SOURCE_KEYS = dict.fromkeys(KINDS, _TEXT)
+_SOURCE_KEYS = {str(kind): _TEXT for kind in KINDS}
 _ONE_SOURCE = [{"required": [kind]} for kind in KINDS]
 _VALUE = {
     "anyOf": [{"type": "string", "pattern": whole(r"[^\u0000-\u001f\u007f]{1,200}")}, {"type": "number"}]
