@@ -141,11 +141,14 @@ def _step(value: object, where: str) -> Step:
     table = check_keys(value, _STEP_KEYS, where, '"make test" or {run = "make test"}')
     if "run" not in table:
         raise UsageError(f"{where}.run: it is missing", resolution="write what the step runs")
-    parsers = {"run": parse_command, "name": parse_title, "when": parse_when}
-    said = {key: parsers[key](each, f"{where}.{key}") for key, each in table.items()}
-    first = sanitize_line(said["run"].strip().splitlines()[0])
+    command = parse_command(table["run"], f"{where}.run")
+    first = sanitize_line(command.strip().splitlines()[0])
     title = first if len(first) <= MAX_TITLE else first[: MAX_TITLE - 3] + "..."
-    return Step(said["run"], said.get("name", title), said.get("when", "success"))
+    return Step(
+        command,
+        parse_title(table["name"], f"{where}.name") if "name" in table else title,
+        parse_when(table.get("when", "success"), f"{where}.when"),
+    )
 
 
 def parse_title(value: object, where: str) -> str:
