@@ -267,6 +267,8 @@ class MicrovmRunner(PythonRun):
         if self.options.package_only:
             raise Fail("a package built in a machine stays in it: leave --pkg-only out")
         external = self.pkg_type == "external"
+        if external and self.options.install_pkg is None:
+            raise Fail("package = external needs --installpkg: no other package is made on this computer")
         wanted = Wanted(
             how=self.pkg_type,
             root=self.core.get("package_root", Path),

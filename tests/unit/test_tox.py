@@ -18,7 +18,9 @@ from pytest_microvm.errors import UsageError
 from pytest_microvm.tox_env import environment, folders, settings
 from pytest_microvm.tox_env.display import TerminalText
 from pytest_microvm.tox_env.executor import allowed_command
+from pytest_microvm.tox_env.installer import Plan
 from pytest_microvm.tox_env.interpreters import chosen
+from pytest_microvm.tox_env.package import Package, plan_package
 from pytest_microvm.tox_env.requirements import Needed, is_local, needed
 
 # Variables
@@ -102,6 +104,64 @@ def test_a_requirement_file_elsewhere_is_refused(tmp_path):
     for name in ("../r.txt", str(tmp_path / "r.txt"), "link.txt"):
         with pytest.raises(UsageError, match="is not in the project"):
             needed(["-r", name], project)
+
+
+# Packages
+
+
+class Noting:
+    """An installer that notes."""
+
+    def __init__(self):
+        self.noted = []
+
+    def package_constraints(self):
+        return ["-c", "c.txt"]
+
+    def note(self, args, of_type):
+        self.noted.append((args, of_type))
+
+    def install(self, arguments, _section, of_type):
+        self.noted.append((sorted(map(str, arguments)), of_type))
+
+
+def planned(how, root, **changes):
+    plan, installer = Plan(), Noting()
+    wanted = {
+        "extras": frozenset(),
+        "given": None,
+        "env_dir": Path("/p/env"),
+        "python": Path("/p/env/bin/python"),
+    }
+    plan_package(Package(how=how, root=root, **{**wanted, **changes}), installer, plan)
+    return plan, installer.noted
+
+
+def test_how_a_package_is_installed(tmp_path):
+    built, requirement = "/p/env/.pkg", ["-r", "/p/env/.pkg/package.txt", "-c", "c.txt"]
+    for how, built_how in {"sdist": "sdist", "sdist-wheel": "sdist", "wheel": "wheel"}.items():
+        plan, noted = planned(how, tmp_path, extras=frozenset("ba"))
+        script = "/p/env/build_package.py"
+        command = ("/p/env/bin/python", "-I", script, built_how, str(tmp_path), built, "[a,b]")
+        assert plan.commands == [(command, "build_package")]
+        assert set(plan.files) == {script}
+        assert noted == [(requirement, "package")]
+    plan, noted = planned("editable", tmp_path, extras=frozenset("a"))
+    assert noted == [(["-e", f"{tmp_path}[a]", "-c", "c.txt"], "package")]
+    assert (plan.commands, plan.files) == ([], {})
+    plan, noted = planned("external", tmp_path, given=Path("/dist/x-1.whl"))
+    assert plan.pushed == {f"{built}/x-1.whl": Path("/dist/x-1.whl")}
+    assert plan.files == {f"{built}/package.txt": f"{built}/x-1.whl\n"}
+    assert noted == [(requirement, "package")]
+
+
+def test_dependencies_alone_have_to_be_written_down(tmp_path):
+    project = tmp_path / "pyproject.toml"
+    project.write_text('[project]\nname = "x"\ndependencies = ["six"]\n')
+    assert planned("deps-only", tmp_path)[1] == [(["six"], "package_deps")]
+    project.write_text('[project]\nname = "x"\ndynamic = ["dependencies"]\n')
+    with pytest.raises(Fail, match="deps-only"):
+        planned("deps-only", tmp_path)
 
 
 # Folders
