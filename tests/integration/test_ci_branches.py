@@ -36,7 +36,7 @@ def test_every_branch_has_its_verdict_and_the_host_is_untouched(tmp_path):
     assert {branch: task["verdict"] for branch, task in tasks.items()} == VERDICTS
     assert "timeout" in tasks["hanging"]["reason"]
     assert "memory" in tasks["hungry"]["reason"]
-    assert "collector.example:443" in tasks["exfiltrating"]["reason"]
+    assert "collector.example:443" in tasks["exfiltrating"]["denied"][0]
 
     # Every test is in the merged report, with what came of it.
     suites = {suite.name: suite for suite in JUnitXml.fromfile(str(tmp_path / "out/junit.xml"))}
