@@ -32,7 +32,7 @@ DEFAULT_RETRIES = 2
 """How often a test whose machine never reached it is tried again in a fresh one."""
 
 ELSEWHERE = ("ci",)
-"""Keys of the table that are no settings: ``ci`` is for :mod:`pytest_microvm.ci.definition`."""
+"""Keys of the table that are no settings: ``ci`` is for :mod:`pytest_microvm.ci.definition.parsing`."""
 
 _MAX_POOL = 64
 _MAX_RETRIES = 100

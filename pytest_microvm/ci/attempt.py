@@ -14,7 +14,7 @@ from pytest_microvm.ci.commands import Stop, Stopped, run_command
 from pytest_microvm.ci.executor import Work
 from pytest_microvm.ci.job import WORKSPACE, Job, Step
 from pytest_microvm.ci.prepared import prepared_template
-from pytest_microvm.ci.result import StepResult, TaskResult, Verdict
+from pytest_microvm.ci.results.result import StepResult, TaskResult, Verdict
 from pytest_microvm.ci.task import Task
 from pytest_microvm.errors import (
     BootError,

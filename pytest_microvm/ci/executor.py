@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pytest_microvm.ci.result import TaskResult
+from pytest_microvm.ci.results.result import TaskResult
+from pytest_microvm.ci.sources.tree import Tree
 from pytest_microvm.ci.task import Source, Task
-from pytest_microvm.ci.tree import Tree
 from pytest_microvm.ci.watching import Watcher
 
 

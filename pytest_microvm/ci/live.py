@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pytest_microvm.ci.result import VERDICTS, RunResult, TaskResult, Verdict
+from pytest_microvm.ci.results.result import VERDICTS, RunResult, TaskResult, Verdict
 from pytest_microvm.ci.task import Plan, Task
 from pytest_microvm.ci.watching import Watcher
 from pytest_microvm.sanitize import sanitize_line

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from pytest_microvm.ci.attempt import Attempt
 from pytest_microvm.ci.executor import Work
-from pytest_microvm.ci.result import TaskResult
+from pytest_microvm.ci.results.result import TaskResult
 from pytest_microvm.ci.task import Task
 from pytest_microvm.host import Host
 

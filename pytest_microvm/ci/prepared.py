@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from pytest_microvm.ci.executor import Sources, Work
 from pytest_microvm.ci.job import WORKSPACE
+from pytest_microvm.ci.sources.tree import Tree
 from pytest_microvm.ci.task import Source, Task
-from pytest_microvm.ci.tree import Tree
 from pytest_microvm.errors import UsageError
 from pytest_microvm.host import Host
 from pytest_microvm.machine import MicroVM

@@ -13,19 +13,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pytest_microvm import project_trust
-from pytest_microvm.ci.definition import Definition
+from pytest_microvm.ci.definition.parsing import Definition
 from pytest_microvm.ci.executor import Executor, Sources, Work
-from pytest_microvm.ci.history import Case, History
 from pytest_microvm.ci.job import Job
-from pytest_microvm.ci.job_junit import own_suites, write_job_junit
-from pytest_microvm.ci.merged_junit import write_merged_junit
 from pytest_microvm.ci.prepared import with_owner
-from pytest_microvm.ci.result import RunResult, TaskResult
+from pytest_microvm.ci.results.history import Case, History
+from pytest_microvm.ci.results.job_junit import own_suites, write_job_junit
+from pytest_microvm.ci.results.merged_junit import write_merged_junit
+from pytest_microvm.ci.results.result import RunResult, TaskResult
+from pytest_microvm.ci.results.summary import write_summary
 from pytest_microvm.ci.scheduling import Schedule
-from pytest_microvm.ci.sources import CodeRepository, read_definition
-from pytest_microvm.ci.summary import write_summary
+from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
+from pytest_microvm.ci.sources.tree import Tree
 from pytest_microvm.ci.task import WORKTREE, Plan, Source, Task, make_plan
-from pytest_microvm.ci.tree import Tree
 from pytest_microvm.ci.watching import OneAtATime, Watcher
 from pytest_microvm.disk import explained
 from pytest_microvm.errors import HostError, UsageError

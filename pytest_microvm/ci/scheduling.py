@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 
 from pytest_microvm.ci.executor import Executor
-from pytest_microvm.ci.result import TaskResult, Verdict
+from pytest_microvm.ci.results.result import TaskResult, Verdict
 from pytest_microvm.ci.task import Plan, Task
 from pytest_microvm.ci.watching import Watcher
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
-from pytest_microvm.ci.result import RunResult, TaskResult
+from pytest_microvm.ci.results.result import RunResult, TaskResult
 from pytest_microvm.ci.task import Plan, Task
 
 
@@ -16,7 +16,7 @@ class Watcher(Protocol):
         """The run begins."""
 
     def phase(self, task: Task, phase: str) -> None:
-        """A task is in one of :data:`pytest_microvm.ci.result.PHASES` now."""
+        """A task is in one of :data:`pytest_microvm.ci.results.result.PHASES` now."""
 
     def line(self, task: Task, text: str) -> None:
         """A task's commands, or we about it, said a line: safe to show, without its newline."""

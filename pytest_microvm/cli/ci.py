@@ -102,7 +102,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def _schema(_arguments: argparse.Namespace) -> int:
-    from pytest_microvm.ci.definition_schema import definition_schema  # noqa: PLC0415
+    from pytest_microvm.ci.definition.schema import definition_schema  # noqa: PLC0415
 
     print(json.dumps(definition_schema(), indent=1))
     return 0
@@ -112,9 +112,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from rich.console import Console  # noqa: PLC0415 - only for the command
 
     from pytest_microvm.ci import running  # noqa: PLC0415
-    from pytest_microvm.ci.history import History  # noqa: PLC0415
     from pytest_microvm.ci.live import live_watcher  # noqa: PLC0415
-    from pytest_microvm.ci.sources import CodeRepository  # noqa: PLC0415
+    from pytest_microvm.ci.results.history import History  # noqa: PLC0415
+    from pytest_microvm.ci.sources.repository import CodeRepository  # noqa: PLC0415
     from pytest_microvm.host import Host  # noqa: PLC0415
     from pytest_microvm.reports.profiles import profile_named  # noqa: PLC0415
 
@@ -170,7 +170,7 @@ def _executor(arguments: argparse.Namespace, host: Host, work: Work, slots: int,
     if arguments.executor == "local":
         return LocalExecutor(host, work, slots)
     ci_worker.require_dask()
-    from pytest_microvm.ci.distributed import DaskExecutor  # noqa: PLC0415
+    from pytest_microvm.ci.cluster.executor import DaskExecutor  # noqa: PLC0415
 
     return DaskExecutor(
         host, work, slots, scheduler=arguments.scheduler, certificates=ci_worker.certificates(arguments),

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pytest_microvm.ci.history import KEPT_DAYS, KEPT_RUNS, Case, Flaky, History
-from pytest_microvm.ci.result import EXIT_INFRA, VERDICTS, RunResult, TaskResult
+from pytest_microvm.ci.results.history import KEPT_DAYS, KEPT_RUNS, Case, Flaky, History
+from pytest_microvm.ci.results.result import EXIT_INFRA, VERDICTS, RunResult, TaskResult
 from pytest_microvm.images.store import cache_root
 from pytest_microvm.sanitize import sanitize_line
 

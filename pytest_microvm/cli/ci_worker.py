@@ -24,7 +24,7 @@ from pytest_microvm.templates.budget import default_limits
 if TYPE_CHECKING:
     from distributed.security import Security
 
-    from pytest_microvm.ci.distributed_connection import Certificates
+    from pytest_microvm.ci.cluster.connection import Certificates
 
 _DESCRIPTION = """Do jobs of `pytest-microvm ci run --executor dask` on this computer, until it is ended. Who
 may talk to the scheduler may run any code here, as you: an address of another computer needs TLS."""
@@ -84,7 +84,7 @@ def certificates(arguments: argparse.Namespace) -> Certificates | None:
         UsageError: Only some of them are given.
     """
     require_dask()
-    from pytest_microvm.ci.distributed_connection import Certificates  # noqa: PLC0415
+    from pytest_microvm.ci.cluster.connection import Certificates  # noqa: PLC0415
 
     given = [arguments.tls_ca, arguments.tls_cert, arguments.tls_key]
     if not any(given):
@@ -106,7 +106,7 @@ def require_dask() -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     require_dask()
-    from pytest_microvm.ci.distributed_connection import security_for  # noqa: PLC0415
+    from pytest_microvm.ci.cluster.connection import security_for  # noqa: PLC0415
 
     security = security_for(arguments.scheduler, certificates(arguments))
     slots = arguments.slots if arguments.slots is not None else os.cpu_count() or 1
@@ -136,7 +136,7 @@ async def _work(
     import dask.config  # noqa: PLC0415 - only for this command
     from distributed import Worker  # noqa: PLC0415
 
-    from pytest_microvm.ci.distributed_connection import NO_PAGES  # noqa: PLC0415
+    from pytest_microvm.ci.cluster.connection import NO_PAGES  # noqa: PLC0415
 
     dask.config.set(NO_PAGES)
     logging.getLogger("distributed.worker").setLevel(logging.WARNING)  # else a line for each call

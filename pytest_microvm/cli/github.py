@@ -29,8 +29,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from pytest_microvm.ci import github_steps  # noqa: PLC0415 - only in a GitHub job
-    from pytest_microvm.ci.github_commands import Annotation  # noqa: PLC0415 - the same
+    from pytest_microvm.ci.github import steps as github_steps  # noqa: PLC0415 - only in a GitHub job
+    from pytest_microvm.ci.github.commands import Annotation  # noqa: PLC0415 - the same
 
     try:
         getattr(github_steps, arguments.step)(arguments.folder.absolute())

@@ -14,9 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from pytest_microvm.ci.gitlab import GitlabStages, ImageNotOffered
-from pytest_microvm.ci.gitlab_settings import find_settings
-from pytest_microvm.ci.holder_socket import STDERR, STDOUT
+from pytest_microvm.ci.gitlab.holder_socket import STDERR, STDOUT
+from pytest_microvm.ci.gitlab.settings import find_settings
+from pytest_microvm.ci.gitlab.stages import GitlabStages, ImageNotOffered
 from pytest_microvm.cli.relay import shell_status
 from pytest_microvm.cli.run import EXIT_QUOTA
 from pytest_microvm.errors import MicroVMError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_microvm import project_trust
-from pytest_microvm.ci.sources import CodeRepository, read_definition
+from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.config import load_settings
 from pytest_microvm.errors import UsageError
 from pytest_microvm.project_grants import asked_by

@@ -24,11 +24,11 @@ import pytest
 import trustme
 from junitparser import JUnitXml
 
-from pytest_microvm.ci.distributed import DaskExecutor
-from pytest_microvm.ci.distributed_connection import Certificates
+from pytest_microvm.ci.cluster.connection import Certificates
+from pytest_microvm.ci.cluster.executor import DaskExecutor
 from pytest_microvm.ci.executor import Work
 from pytest_microvm.ci.job import GrantedSecret, Job, Step
-from pytest_microvm.ci.tar_tree import TarTree
+from pytest_microvm.ci.sources.tar_tree import TarTree
 from pytest_microvm.ci.task import Source, Task
 from pytest_microvm.errors import HostError
 from pytest_microvm.images.store import cache_root

@@ -40,7 +40,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pytest_microvm.ci.definition import parse_definition
+from pytest_microvm.ci.definition.parsing import parse_definition
 from pytest_microvm.config import Settings, merged
 from pytest_microvm.errors import UsageError
 

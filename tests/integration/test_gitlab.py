@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_microvm.ci.gitlab_job import job_key
+from pytest_microvm.ci.gitlab.job import job_key
 from pytest_microvm.templates.budget import runtime_folder
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
-from pytest_microvm.ci.definition import NOT_DEFAULTS, parse_definition
-from pytest_microvm.ci.definition_keys import KEYS, SPEC_KEYS, STEP_KEYS
-from pytest_microvm.ci.definition_schema import definition_schema
+from pytest_microvm.ci.definition.keys import KEYS, SPEC_KEYS, STEP_KEYS
+from pytest_microvm.ci.definition.parsing import NOT_DEFAULTS, parse_definition
+from pytest_microvm.ci.definition.schema import definition_schema
 from pytest_microvm.ci.job import Job, Step
 from pytest_microvm.config import load_settings
 from pytest_microvm.errors import UsageError

@@ -8,11 +8,11 @@ import tarfile
 
 import pytest
 
-from pytest_microvm.ci.file_names import refusal
-from pytest_microvm.ci.git_tree import MAX_FILES, GitTree
-from pytest_microvm.ci.sources import CodeRepository
-from pytest_microvm.ci.tree import tree_digest
-from pytest_microvm.ci.work_tree import WorkTree
+from pytest_microvm.ci.sources.file_names import refusal
+from pytest_microvm.ci.sources.git_tree import MAX_FILES, GitTree
+from pytest_microvm.ci.sources.repository import CodeRepository
+from pytest_microvm.ci.sources.tree import tree_digest
+from pytest_microvm.ci.sources.work_tree import WorkTree
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_bundle import Repository
 from pytest_microvm.git_commands import GitError, git, git_talk

@@ -12,9 +12,9 @@ from contextlib import closing
 
 import pytest
 
-from pytest_microvm.ci import history as module
-from pytest_microvm.ci.history import Case, History
-from pytest_microvm.ci.result import Counts, RunResult, StepResult, TaskResult
+from pytest_microvm.ci.results import history as module
+from pytest_microvm.ci.results.history import Case, History
+from pytest_microvm.ci.results.result import Counts, RunResult, StepResult, TaskResult
 from pytest_microvm.cli import ci_history
 from pytest_microvm.errors import HostError, UsageError
 
@@ -150,8 +150,8 @@ def test_one_run_cannot_fill_the_history(history, monkeypatch):
 WRITER = """
 import sys, time
 from pathlib import Path
-from pytest_microvm.ci.history import Case, History
-from pytest_microvm.ci.result import RunResult, TaskResult
+from pytest_microvm.ci.results.history import Case, History
+from pytest_microvm.ci.results.result import RunResult, TaskResult
 who = sys.argv[2]
 history = History(Path(sys.argv[1]))
 task = TaskResult("t", "main", "a" * 40, "test", "passed")

@@ -6,10 +6,10 @@ from dataclasses import replace
 import junitparser
 import pytest
 
-from pytest_microvm.ci import job_junit
-from pytest_microvm.ci.job_junit import own_suites, write_job_junit
-from pytest_microvm.ci.merged_junit import write_merged_junit
-from pytest_microvm.ci.result import Counts, RunResult, StepResult, TaskResult
+from pytest_microvm.ci.results import job_junit
+from pytest_microvm.ci.results.job_junit import own_suites, write_job_junit
+from pytest_microvm.ci.results.merged_junit import write_merged_junit
+from pytest_microvm.ci.results.result import Counts, RunResult, StepResult, TaskResult
 from pytest_microvm.errors import UsageError
 from pytest_microvm.reports.checking import check_report
 from pytest_microvm.reports.profiles import PROFILES

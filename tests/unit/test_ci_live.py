@@ -10,7 +10,7 @@ from rich.console import Console
 
 from pytest_microvm.ci.job import Job, Step
 from pytest_microvm.ci.live import live_watcher, verdict_text
-from pytest_microvm.ci.result import Counts, RunResult, TaskResult
+from pytest_microvm.ci.results.result import Counts, RunResult, TaskResult
 from pytest_microvm.ci.task import Plan, Source, Task
 
 HOSTILE = [

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from pytest_microvm.ci.job import Job, Step
-from pytest_microvm.ci.result import TaskResult
+from pytest_microvm.ci.results.result import TaskResult
 from pytest_microvm.ci.scheduling import Schedule
 from pytest_microvm.ci.task import Plan, Source, Task, make_plan
 

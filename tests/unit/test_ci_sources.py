@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_microvm.ci.sources import CodeRepository, read_definition
+from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.ci.task import WORKTREE, Source
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_commands import GitError

@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from pytest_microvm.ci import summary_html, summary_markdown
-from pytest_microvm.ci.overview import duration, local_command
-from pytest_microvm.ci.result import VERDICTS, Counts, RunResult, TaskResult
-from pytest_microvm.ci.summary import write_summary
+from pytest_microvm.ci.results import summary_html, summary_markdown
+from pytest_microvm.ci.results.overview import duration, local_command
+from pytest_microvm.ci.results.result import VERDICTS, Counts, RunResult, TaskResult
+from pytest_microvm.ci.results.summary import write_summary
 from pytest_microvm.reports.profiles import PROFILES
 from pytest_microvm.reports.values import Case, Problem, Suite
 from pytest_microvm.reports.writing import write_report

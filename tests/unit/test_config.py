@@ -87,7 +87,10 @@ def test_an_unknown_key_names_file_and_known_keys(project, tmp_path):
     with pytest.raises(UsageError, match="unknown key 'cpu'") as caught:
         project(table("cpu = 2"))
     assert str(tmp_path / "pyproject.toml") in str(caught.value)
-    assert "known keys: args, artifacts, bandwidth, ci, connections, cpu_seconds, cpus" in caught.value.resolution
+    assert (
+        "known keys: args, artifacts, bandwidth, ci, connections, cpu_seconds, cpus"
+        in caught.value.resolution
+    )
 
 
 def test_an_unknown_option(tmp_path):

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytest_microvm.ci import github_cache
-from pytest_microvm.ci.github_cache import images_key, set_aside, take_in, templates_folder, templates_key
-from pytest_microvm.ci.github_inputs import read_inputs
-from pytest_microvm.ci.github_project import Needs, needs_of
+from pytest_microvm.ci.github import cache as github_cache
+from pytest_microvm.ci.github.cache import images_key, set_aside, take_in, templates_folder, templates_key
+from pytest_microvm.ci.github.inputs import read_inputs
+from pytest_microvm.ci.github.project import Needs, needs_of
 from pytest_microvm.errors import UsageError
 from pytest_microvm.hypervisors import Accelerator
 from pytest_microvm.templates.store import TemplateStore

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_microvm.ci.github_commands import MOST_ANNOTATIONS, Annotation, fitting, stopped
-from pytest_microvm.ci.github_files import SUMMARY_LIMIT, add_summary, set_outputs, shortened
+from pytest_microvm.ci.github.commands import MOST_ANNOTATIONS, Annotation, fitting, stopped
+from pytest_microvm.ci.github.files import SUMMARY_LIMIT, add_summary, set_outputs, shortened
 from pytest_microvm.errors import UsageError
 from tests.github_runner import Commands, RunnerError, file_commands
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_microvm.ci.github_inputs import read_inputs, saved_inputs
-from pytest_microvm.ci.github_run import checked_out, run_command
+from pytest_microvm.ci.github.inputs import read_inputs, saved_inputs
+from pytest_microvm.ci.github.run import checked_out, run_command
 from pytest_microvm.errors import UsageError
 
 

@@ -5,7 +5,7 @@ from xml.sax.saxutils import quoteattr
 
 import pytest
 
-from pytest_microvm.ci.github_report import (
+from pytest_microvm.ci.github.report import (
     Ground,
     count,
     heading,
@@ -14,7 +14,7 @@ from pytest_microvm.ci.github_report import (
     remarks,
     suite_summary,
 )
-from pytest_microvm.ci.result import Counts
+from pytest_microvm.ci.results.result import Counts
 
 GROUND = Ground("kvm", "kvm boots a guest here", (("python", "a" * 64),), 1)
 TOP = PurePosixPath()

@@ -14,8 +14,8 @@ GUARD = 60  # seconds
 PROGRAM = """
 import sys
 from pathlib import Path
-from pytest_microvm.ci.github_inputs import read_inputs
-from pytest_microvm.ci.github_run import run_guarded
+from pytest_microvm.ci.github.inputs import read_inputs
+from pytest_microvm.ci.github.run import run_guarded
 inputs = read_inputs({"INPUT_WORKING_DIRECTORY": sys.argv[1], "INPUT_TRUST": sys.argv[2]}, Path(sys.argv[1]))
 print("::notice::before")
 code = run_guarded(["/bin/sh", "-c", sys.argv[3]], inputs, sys.stdout)

@@ -2,7 +2,7 @@
 
 import os
 
-from pytest_microvm.ci.github_upload import make_uploadable
+from pytest_microvm.ci.github.upload import make_uploadable
 from tests.github_actions import _REFUSED
 
 

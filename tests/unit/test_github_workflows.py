@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pytest_microvm.ci.definition import parse_definition
+from pytest_microvm.ci.definition.parsing import parse_definition
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ACTION = REPOSITORY / "github-action" / "action.yml"

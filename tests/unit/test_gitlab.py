@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pytest_microvm.ci.gitlab_job import job_key, read_job
-from pytest_microvm.ci.gitlab_settings import (
+from pytest_microvm.ci.gitlab.holder_socket import STDERR, STDOUT
+from pytest_microvm.ci.gitlab.job import job_key, read_job
+from pytest_microvm.ci.gitlab.settings import (
     DEFAULT_FILE,
     KEYS,
     VARIABLE,
@@ -19,7 +20,6 @@ from pytest_microvm.ci.gitlab_settings import (
     machine_values,
     parse_settings,
 )
-from pytest_microvm.ci.holder_socket import STDERR, STDOUT
 from pytest_microvm.cli import main
 from pytest_microvm.cli.gitlab import RawPrinter, SafePrinter
 from pytest_microvm.errors import UsageError
@@ -246,7 +246,7 @@ def test_all_else_is_the_systems_failure(stage, monkeypatch, arguments):
 
 def test_an_unknown_fault_is_no_failure_of_the_job(stage, monkeypatch, capsys):
     environment = {**stage(), "SYSTEM_FAILURE_EXIT_CODE": "72"}
-    monkeypatch.setattr("pytest_microvm.ci.gitlab.version", lambda _name: 1 / 0)
+    monkeypatch.setattr("pytest_microvm.ci.gitlab.stages.version", lambda _name: 1 / 0)
     assert call(monkeypatch, environment, "config") == 72
     assert "ZeroDivisionError" in capsys.readouterr().err
 

@@ -1,0 +1,1 @@
+"""Tasks on several hosts, with Dask."""

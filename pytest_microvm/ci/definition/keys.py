@@ -1,0 +1,277 @@
+"""The keys of a job: how each is read, and what editors are told of it, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from pytest_microvm.ci.definition.matrix import MOST, NAME, RESERVED, parse_matrix
+from pytest_microvm.ci.definition.values import (
+    MAX_RETRIES,
+    MAX_STEPS,
+    MAX_TEXT,
+    MAX_TITLE,
+    VARIABLE,
+    WHENS,
+    parse_branches,
+    parse_command,
+    parse_commands,
+    parse_credentials,
+    parse_duration,
+    parse_hosts,
+    parse_needs,
+    parse_paths,
+    parse_secrets,
+    parse_steps,
+    parse_title,
+    parse_variables,
+    parse_when,
+    parse_with_minimum,
+    without_quotes,
+)
+from pytest_microvm.ci.job import DEFAULT_RETRIES, DEFAULT_TIMEOUT
+from pytest_microvm.config import parse_count, parse_flag
+from pytest_microvm.credentials import SCHEMES
+from pytest_microvm.secret_values import KINDS, Delivery
+from pytest_microvm.spec import MAX_CPUS, MAX_PIDS, MIN_DISK, MIN_MEMORY, MIN_THROTTLE, PARSERS
+
+JOB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
+
+Schema = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a job's table.
+
+    Args:
+        parse: Returns what it says, from the value and the key's place.
+        schema: What values it takes, as JSON Schema.
+        about: What it is, in one line.
+        matrix: Whether ``${matrix.NAME}`` is replaced in it.
+        trust: Whether it asks for more than the job's own files.
+    """
+
+    parse: Callable[[object, str], Any]
+    schema: Schema
+    about: str
+    matrix: bool = False
+    trust: bool = False
+
+
+def whole(pattern: str) -> str:
+    """Return a pattern for all of a text, to those too for whom ``$`` is before a newline as well."""
+    return f"^(?:{pattern})$(?!\\n)"
+
+
+_LINE = r"[^\u0000-\u001f\u007f]*[^\s\u0000-\u001f\u007f][^\u0000-\u001f\u007f]*"
+_TEXT = {"type": "string", "pattern": r"\S"}
+_TEXTS = {"type": "array", "items": {"type": "string", "minLength": 1}}
+_RELATIVE = {
+    "type": "array",
+    "items": {
+        "type": "string",
+        "minLength": 1,
+        "pattern": whole(r"(?!/)(?!([^\u0000]*/)?\.\.(/|$(?!\n)))[^\u0000]*"),
+    },
+}
+_RULES = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}
+_FLAG = {"type": "boolean"}
+_BRANCHES = {**_TEXTS, "minItems": 1}
+_COMMAND = {**_TEXT, "maxLength": MAX_TEXT}
+_SOURCE_KEYS = {str(kind): _TEXT for kind in KINDS}
+_ONE_SOURCE = [{"required": [kind]} for kind in KINDS]
+_VALUE = {
+    "anyOf": [{"type": "string", "pattern": whole(r"[^\u0000-\u001f\u007f]{1,200}")}, {"type": "number"}]
+}
+_SIZE_TEXT = {
+    "type": "string",
+    "pattern": whole(r"\s*0*[1-9][0-9]{0,17}\s*([KkMmGgTt][Ii]?)?[Bb]?\s*"),
+}
+
+
+def _size(least: int = 1) -> Schema:
+    return {"anyOf": [{"type": "integer", "minimum": least}, _SIZE_TEXT]}
+
+
+def _whole(least: int, most: int) -> Schema:
+    return {"type": "integer", "minimum": least, "maximum": most}
+
+
+def _table(properties: Mapping[str, Schema], **more: Any) -> Schema:
+    return {"type": "object", "properties": properties, "additionalProperties": False, **more}
+
+
+STEP_KEYS: dict[str, Key] = {
+    "run": Key(parse_command, _COMMAND, "the command, for the machine's `/bin/sh -e`"),
+    "name": Key(
+        parse_title,
+        {"type": "string", "pattern": whole(_LINE), "maxLength": MAX_TITLE},
+        "what reports call it; default: the command",
+    ),
+    "when": Key(
+        parse_when,
+        {"enum": [*WHENS]},
+        "`success`: unless a step before it failed (default); `failure`: only then; `always`",
+    ),
+}
+"""The keys of a step that is a table."""
+
+KEYS: dict[str, Key] = {
+    "image": Key(PARSERS["image"], _TEXT, "the image: a kit's name or path; default `python`", matrix=True),
+    "steps": Key(
+        parse_steps,
+        {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": MAX_STEPS,
+            "items": {
+                "anyOf": [_COMMAND, _table({k: key.schema for k, key in STEP_KEYS.items()}, required=["run"])]
+            },
+        },
+        "what it does: commands, or tables with the keys below",
+        matrix=True,
+    ),
+    "matrix": Key(
+        parse_matrix,
+        {
+            "type": "object",
+            "not": {"propertyNames": {"enum": [*RESERVED]}},
+            "properties": {
+                name: {"type": "array", "items": {"type": "object", "minProperties": 1}} for name in RESERVED
+            },
+            "patternProperties": {
+                whole(f"(?!({'|'.join(RESERVED)})$){NAME}"): {
+                    "type": "array",
+                    "minItems": 1,
+                    "maxItems": MOST,
+                    "uniqueItems": True,
+                    "items": _VALUE,
+                }
+            },
+            "additionalProperties": False,
+        },
+        "names and their values: the job runs for each combination of them",
+    ),
+    "needs": Key(parse_needs, {**_TEXTS, "uniqueItems": True}, "the jobs that have to succeed first"),
+    "branches": Key(parse_branches, _BRANCHES, "globs of the branches that it is for; default: all"),
+    "prepare": Key(
+        parse_commands,
+        {"type": "array", "items": _COMMAND},
+        "commands run once, before the sources are there; the result is cached",
+        matrix=True,
+    ),
+    "prepare_inputs": Key(
+        parse_paths, _RELATIVE, "files and folders of the sources that these need", matrix=True
+    ),
+    "prepare_network": Key(
+        PARSERS["network"], _RULES, "rules of what these may reach", matrix=True, trust=True
+    ),
+    "env": Key(
+        parse_variables,
+        {
+            "type": "object",
+            "patternProperties": {
+                whole(VARIABLE): {"anyOf": [{"type": "string", "maxLength": MAX_TEXT}, {"type": "number"}]}
+            },
+            "additionalProperties": False,
+        },
+        "variables of its commands",
+        matrix=True,
+    ),
+    "artifacts": Key(
+        parse_paths, _RELATIVE, "globs of files to take back; `**` crosses folders", matrix=True
+    ),
+    "junit": Key(parse_paths, _RELATIVE, "globs of JUnit files to take back and to report", matrix=True),
+    "timeout": Key(
+        parse_duration,
+        {
+            "anyOf": [
+                {"type": "number", "exclusiveMinimum": 0},
+                {
+                    "type": "string",
+                    "pattern": whole(r"(?=.*[1-9])([0-9]{1,4}h)?([0-9]{1,5}m)?([0-9]{1,7}s)?"),
+                },
+            ]
+        },
+        f"what its steps may take together: seconds, or a text such as `1h30m`; default {DEFAULT_TIMEOUT:g}",
+    ),
+    "allow_failure": Key(parse_flag, _FLAG, "whether the run may succeed without it; default `false`"),
+    "retries": Key(
+        without_quotes(parse_count(MAX_RETRIES, "tries")),
+        _whole(0, MAX_RETRIES),
+        f"how often it is tried again if its machine never reached its steps; default {DEFAULT_RETRIES}",
+    ),
+    "git": Key(parse_flag, _FLAG, "whether it gets a repository with history; default: the files alone"),
+    "fail_on_denied": Key(parse_flag, _FLAG, "whether it fails if it tries to reach what it may not"),
+    "network": Key(PARSERS["network"], _RULES, "rules of what it may reach", matrix=True, trust=True),
+    "hosts": Key(
+        parse_hosts,
+        {"type": "object", "additionalProperties": {"type": "string"}},
+        "where names lead",
+        trust=True,
+    ),
+    "secrets": Key(
+        parse_secrets,
+        {
+            "type": "object",
+            "patternProperties": {
+                whole(VARIABLE): _table(
+                    {**_SOURCE_KEYS, "as": {"enum": [*get_args(Delivery)]}, "branches": _BRANCHES},
+                    oneOf=_ONE_SOURCE,
+                )
+            },
+            "additionalProperties": False,
+        },
+        "values that it may hold, and `branches`: which may",
+        trust=True,
+    ),
+    "credentials": Key(
+        parse_credentials,
+        {
+            "type": "array",
+            "items": _table(
+                {
+                    **dict.fromkeys(("host", "header", "query", "variable"), _TEXT),
+                    "scheme": {"enum": [*SCHEMES]},
+                    "value": _table(_SOURCE_KEYS, oneOf=_ONE_SOURCE),
+                    "branches": _BRANCHES,
+                },
+                required=["host", "value"],
+            ),
+        },
+        "what is added to its requests, and `branches`: for which",
+        trust=True,
+    ),
+    "cpus": Key(
+        without_quotes(PARSERS["cpus"]),
+        {"type": "number", "minimum": MIN_THROTTLE, "maximum": MAX_CPUS},
+        "CPUs of its machine",
+    ),
+    "memory": Key(parse_with_minimum("memory"), _size(MIN_MEMORY), "memory of its machine"),
+    "disk": Key(parse_with_minimum("disk"), _size(MIN_DISK), "what it may write to its disk"),
+    "pids": Key(
+        without_quotes(PARSERS["pids"]), _whole(1, MAX_PIDS), "processes and threads at the same time"
+    ),
+    "cpu_seconds": Key(
+        without_quotes(PARSERS["cpu_seconds"]),
+        {"type": "number", "exclusiveMinimum": 0},
+        "CPU time that it may use",
+    ),
+    "output": Key(PARSERS["output"], _size(), "what one step may print"),
+    "network_bytes": Key(
+        PARSERS["network_bytes"], _size(), "what it may send to and receive from the network"
+    ),
+    "connections": Key(
+        without_quotes(PARSERS["connections"]), _whole(1, 10**9 - 1), "how many connections it may make"
+    ),
+    "bandwidth": Key(PARSERS["bandwidth"], _size(), "bytes a second over the network"),
+}
+"""The keys of a job, in the order in which the reference tells them."""
+
+SPEC_KEYS = (
+    *("image", "network", "hosts", "cpus", "memory", "disk", "pids", "cpu_seconds", "output"),
+    *("network_bytes", "connections", "bandwidth"),
+)
+"""Those that are fields of the machine's spec."""

@@ -1,0 +1,122 @@
+"""What a project needs before its run: kits, and what is prepared; read, never run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pytest_microvm import project_trust
+from pytest_microvm.ci.github.inputs import Inputs
+from pytest_microvm.ci.job import Job
+from pytest_microvm.ci.running import check_trust, trusted_project
+from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
+from pytest_microvm.ci.sources.tree import Tree
+from pytest_microvm.config import Settings, load_settings
+from pytest_microvm.errors import KitError, UsageError
+from pytest_microvm.images.kits import Kit, load_kit, shipped_kits
+from pytest_microvm.images.store import kit_key
+from pytest_microvm.project_grants import asked_by
+from pytest_microvm.remote.workspace import scan
+from pytest_microvm.spec import MachineSpec
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run needs.
+
+    Args:
+        kits: The ``kit.toml`` of every image that can be built before it; a job's kit that is the project's
+            own is not among them, for the run takes it from where the jobs are defined.
+        keys: What every image is built from, digested.
+        prepared: A digest of what is prepared in its machines before its tests come in.
+    """
+
+    kits: tuple[Path, ...]
+    keys: tuple[str, ...]
+    prepared: str
+
+
+def needs_of(inputs: Inputs) -> Needs:
+    """Return what a run needs.
+
+    Raises:
+        UsageError: The project's configuration or the jobs' definition cannot be used, or asks for what
+            nobody has allowed.
+    """
+    return _needs_of_jobs(inputs) if inputs.mode == "ci" else _needs_of_suite(inputs)
+
+
+def _needs_of_suite(inputs: Inputs) -> Needs:
+    settings = load_settings(inputs.project, {"image": inputs.image or None})
+    if not inputs.trust:
+        project_trust.check(settings.project, asked_by(settings))
+    kit = load_kit(settings.spec.image, project=inputs.project)
+    prepared = [_shape(settings.spec), settings.prepare, _suite_inputs(settings)]
+    return Needs((kit.path,), (kit_key(kit),), _digest(prepared))
+
+
+def _suite_inputs(settings: Settings) -> list[object]:
+    if not settings.prepare:
+        return []
+    workspace = scan(settings.project)
+    entries = tuple(entry for entry in workspace.entries if _is_named(entry.path, settings.prepare_inputs))
+    return [replace(workspace, entries=entries).digest(), settings.prepare_network]
+
+
+def _is_named(path: str, names: Sequence[str]) -> bool:
+    tops = [name.rstrip("/") for name in names]
+    return any(path == top or path.startswith(f"{top}/") for top in tops)
+
+
+def _needs_of_jobs(inputs: Inputs) -> Needs:
+    repository = CodeRepository(inputs.project)
+    _check_default_branch(repository, inputs.default_branch)
+    definition = read_definition(repository, inputs.definition_from or None)
+    if not inputs.trust:
+        check_trust(repository, definition)
+    tree = repository.tree(repository.ref("HEAD"))
+    prepared = [_prepared(job, tree) for job in definition.jobs]
+    with trusted_project(repository, inputs.definition_from or None) as (project, _bundles):
+        kits = [_kit(image, project) for image in sorted({job.spec.image for job in definition.jobs})]
+        shipped = tuple(kit.path for kit in kits if shipped_kits() in kit.path.parents)
+        return Needs(shipped, tuple(map(kit_key, kits)), _digest(prepared))
+
+
+def _check_default_branch(repository: CodeRepository, expected: str) -> None:
+    """Refuse a checkout in which another branch would pass for the default one, and get what that may have.
+
+    Raises:
+        UsageError: It is such a checkout.
+    """
+    found = repository.default_branch
+    if expected and found != expected:
+        raise UsageError(
+            f"the default branch {expected!r} is not in this checkout; {found!r} would be taken for it",
+            resolution="give actions/checkout fetch-depth: 0",
+        )
+
+
+def _prepared(job: Job, tree: Tree) -> list[object]:
+    try:
+        digest = tree.digest(job.prepare_inputs) if job.prepare else ""
+    except UsageError:  # what is checked out does not have them: the job will say so
+        digest = "none"
+    return [_shape(job.spec), job.prepare, job.prepare_network, job.env, job.matrix, digest]
+
+
+def _kit(image: str, project: Path) -> Kit:
+    try:
+        return load_kit(image, project=project)
+    except KitError as error:
+        raise KitError(f"image {image!r} of the jobs' definition: {error.brief}") from error
+
+
+def _shape(spec: MachineSpec) -> list[object]:
+    return [spec.image, spec.cpus, spec.memory, spec.disk]
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,130 @@
+"""The run of the GitHub Action: its command, and what it may write to the job's log."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from pytest_microvm.ci.github.commands import stopped
+from pytest_microvm.ci.github.inputs import Inputs
+from pytest_microvm.project_trust import VARIABLE
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# -I: the folder it starts in is the project's, and Python would look there first for what it imports.
+_PYTHON = (sys.executable, "-I")
+_ITSELF = (*_PYTHON, "-c", "import sys; from pytest_microvm.cli import main; sys.exit(main())")
+_GITHUB_FILES = ("GITHUB_OUTPUT", "GITHUB_ENV", "GITHUB_PATH", "GITHUB_STEP_SUMMARY", "GITHUB_STATE")
+
+
+def run_command(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
+    """Return the command of a run.
+
+    Args:
+        inputs: The action's.
+        environ: GitHub's variables: what is checked out.
+    """
+    if inputs.mode == "ci":
+        return [*_ITSELF, *_ci_words(inputs, environ)]
+    words = [*_PYTHON, "-m", "pytest", "--microvm", f"--junitxml={junit_path(inputs)}"]
+    words += [
+        f"--microvm-junit-profile={inputs.junit_profile}",
+        f"--microvm-artifacts={inputs.output / 'machines'}",
+    ]
+    if inputs.image:
+        words.append(f"--microvm-image={inputs.image}")
+    if inputs.require_accel:
+        words.append(f"--microvm-require-accel={inputs.require_accel}")
+    return [*words, *inputs.args]
+
+
+def junit_path(inputs: Inputs) -> Path:
+    """Return where the run's JUnit report will be."""
+    return inputs.output / "junit.xml"
+
+
+def checked_out(environ: Mapping[str, str]) -> str:
+    """Return the ref that is checked out, as actions/checkout names it.
+
+    A pull request is known by its number: its branch's name is chosen by whoever made it, and decides over
+    secrets and caches.
+    """
+    ref = environ.get("GITHUB_REF", "")
+    if ref.startswith("refs/pull/"):
+        return ref.replace("refs/pull/", "refs/remotes/pull/", 1)
+    return ref if ref.startswith(("refs/heads/", "refs/tags/")) else "HEAD"
+
+
+def run_guarded(command: Sequence[str], inputs: Inputs, output: IO[str]) -> int:
+    """Run it with its output on ours, in which the runner obeys nothing meanwhile; return its exit code.
+
+    An interrupt is passed on, and waited for: it ends its machines and writes its reports.
+
+    Args:
+        command: What to run.
+        inputs: The action's.
+        output: The step's standard output.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in _GITHUB_FILES}
+    if inputs.trust:
+        environment[VARIABLE] = "1"
+    with (
+        stopped(output),
+        _Interrupts() as interrupts,
+        subprocess.Popen(command, cwd=inputs.project, env=environment) as process,
+    ):
+        interrupts.hand_to(process)
+        code = process.wait()
+    return code if code >= 0 else 128 - code
+
+
+class _Interrupts:
+    """Hands interrupts on to a process, also those that come before it has quite started.
+
+    GitHub sends SIGINT, then SIGTERM, and to the step's own process alone.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._early = self._handed = 0
+
+    def __enter__(self) -> Self:
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        self._before = {kind: signal.signal(kind, self._take) for kind in kinds}
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        for kind, handler in self._before.items():
+            signal.signal(kind, handler)
+
+    def hand_to(self, process: subprocess.Popen[bytes]) -> None:
+        """Name the process."""
+        self._process = process
+        for _ in range(self._early):
+            self._hand_on(process)
+
+    def _take(self, _kind: int, _frame: object) -> None:
+        if self._process is None:
+            self._early += 1
+        else:
+            self._hand_on(self._process)
+
+    def _hand_on(self, process: subprocess.Popen[bytes]) -> None:
+        self._handed += 1
+        process.send_signal(signal.SIGINT if self._handed == 1 else signal.SIGTERM)
+
+
+def _ci_words(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
+    words = ["ci", "run", f"--output={inputs.output}", f"--junit-profile={inputs.junit_profile}"]
+    words += [f"--branch={branch}" for branch in inputs.branches] or [f"--ref={checked_out(environ)}"]
+    if inputs.definition_from:
+        words.append(f"--definition-from={inputs.definition_from}")
+    if inputs.require_accel:
+        words.append(f"--require-accel={inputs.require_accel}")
+    return [*words, *inputs.args]

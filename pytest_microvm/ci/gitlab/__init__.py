@@ -1,0 +1,1 @@
+"""GitLab's custom executor: its stages, and the machine that outlives them."""

@@ -1,0 +1,264 @@
+"""A held machine as its users see it: start its holder, run scripts in it, end it for sure."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pytest_microvm.ci.gitlab.holder_socket import SCRIPT, FrameSocket, message_of, short_path
+from pytest_microvm.ci.gitlab.holding import ENDED, FACTS, LOCK, LOG, SOCKET, Terms
+from pytest_microvm.errors import HostError, MachineError, UsageError
+from pytest_microvm.templates.budget import runtime_folder
+from pytest_microvm.wire.frames import Kind, WireError
+
+_END_TIMEOUT = 60.0  # seconds that a holder has to end its machine and itself before it is killed
+_FORGOTTEN = 24 * 3600.0  # seconds after which the folder of a holder that ended is nobody's
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a script ended.
+
+    Args:
+        code: Its exit status, ``None`` if its machine ended first.
+        error: Why, then.
+        quota: Whether the machine was ended because it used more than it may.
+    """
+
+    code: int | None
+    error: str = ""
+    quota: bool = False
+
+
+class HeldMachine:
+    """The machine of one key.
+
+    Args:
+        key: Its name: letters and digits.
+    """
+
+    def __init__(self, key: str) -> None:
+        assert key.isalnum()
+        self._folder = runtime_folder() / "held" / key
+
+    def start(
+        self,
+        machine: Mapping[str, Any],
+        terms: Terms,
+        *,
+        relative_to: Path,
+        where: str,
+        say: Callable[[str], None],
+    ) -> str:
+        """Start a holder with a machine and return the machine's id.
+
+        Args:
+            machine: What it is made of, as written.
+            terms: How long it is held.
+            relative_to: What relative paths in ``machine`` are relative to.
+            where: What the values were written in, for errors.
+            say: Told what takes long.
+
+        Raises:
+            UsageError: A value cannot be used.
+            HostError: The machine, or its holder, did not start.
+        """
+        self.end()
+        self._make_folder()
+        wanted = {
+            "folder": str(self._folder),
+            "machine": machine,
+            "terms": asdict(terms),
+            "relative_to": str(relative_to),
+            "where": where,
+        }
+        holder = _spawn(self._folder)
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        with holder.stdin, holder.stdout:  # closed before "go": the holder ends
+            _write(holder.stdin, json.dumps(wanted).encode() + b"\n")
+            for line in io.BufferedReader(holder.stdout):  # type: ignore[type-var]
+                told = json.loads(line)
+                if "say" in told:
+                    say(told["say"])
+                elif "error" in told:
+                    raise (UsageError if told["kind"] == "usage" else HostError)(told["error"])
+                else:
+                    _write(holder.stdin, b"go\n")
+                    return str(told["machine"])
+        raise HostError("the process that holds the machine ended", details=self._log())
+
+    def run(self, shell: str, script: bytes, output: Callable[[int, bytes], None]) -> Ended:
+        """Run a script in the machine; SIGTERM or SIGINT stops it.
+
+        Args:
+            shell: What reads it from stdin.
+            script: What it reads.
+            output: Told what the script says: the stream (see :mod:`holder_socket`) and bytes.
+
+        Raises:
+            MachineError: Nobody holds the machine, or whoever held it has gone.
+        """
+        with self._connect() as holder, _signals_stop(holder):
+            try:
+                holder.message(do="run", shell=shell)
+                holder.data(SCRIPT, script)
+                holder.close_stream(SCRIPT)
+                for frame in holder.frames():
+                    if frame.kind is Kind.DATA:
+                        output(frame.stream, frame.payload)
+                        continue
+                    told = message_of(frame)
+                    if "exit" in told:
+                        return Ended(int(told["exit"]))
+                    return Ended(None, str(told.get("error", "")), quota=told.get("kind") == "quota")
+            except (OSError, ValueError, WireError) as error:
+                raise self._gone() from error
+            raise self._gone()
+
+    def end(self) -> None:
+        """End machine and holder, and see that they have; without any there is nothing to do.
+
+        Raises:
+            HostError: They could not be ended.
+        """
+        if not self._folder.exists():
+            return
+        with contextlib.suppress(OSError, MachineError, WireError), self._connect() as holder:
+            holder.message(do="end")
+            holder.wait_end(_END_TIMEOUT)
+        lock = FileLock(self._folder / LOCK)
+        try:
+            lock.acquire(timeout=_END_TIMEOUT)
+        except Timeout:
+            self._kill()
+            try:
+                lock.acquire(timeout=_END_TIMEOUT)
+            except Timeout:
+                raise HostError(f"the holder in {self._folder} does not end") from None
+        lock.release()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _kill(self) -> None:
+        """Kill a holder that holds its lock: its id is its own as long as it does."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            pid = json.loads((self._folder / FACTS).read_text())["pid"]
+            holder = os.pidfd_open(pid)
+            try:
+                signal.pidfd_send_signal(holder, signal.SIGKILL)
+                select.select([holder], [], [], _END_TIMEOUT)
+            finally:
+                os.close(holder)
+
+    def _connect(self) -> FrameSocket:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with short_path(self._folder / SOCKET) as path:
+                connection.connect(path)
+        except OSError as error:
+            connection.close()
+            raise self._gone() from error
+        return FrameSocket(connection)
+
+    def _gone(self) -> MachineError:
+        with contextlib.suppress(OSError):
+            why = (self._folder / ENDED).read_text()
+            return MachineError(f"the machine was ended: {why}")
+        return MachineError("nobody holds this job's machine any more", details=self._log())
+
+    def _log(self) -> str:
+        with contextlib.suppress(OSError):
+            return (self._folder / LOG).read_text(errors="replace")[-4000:]
+        return ""
+
+    def _make_folder(self) -> None:
+        """Make the folder, where nobody else can look into it.
+
+        Raises:
+            HostError: The place belongs to somebody else.
+        """
+        held = self._folder.parent
+        held.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in (held.parent, held):
+            if folder.lstat().st_uid != os.getuid():
+                raise HostError(
+                    f"{folder} belongs to another user (uid {folder.lstat().st_uid})",
+                    resolution="set XDG_RUNTIME_DIR to a folder of your own, or have it removed",
+                )
+        held.chmod(0o700)
+        _sweep(held)
+        self._folder.mkdir(mode=0o700)
+
+
+@contextlib.contextmanager
+def _signals_stop(holder: FrameSocket) -> Iterator[None]:
+    """Stop the script at the first SIGTERM or SIGINT; whoever repeats it wants to leave."""
+
+    def stop(_number: int, _frame: object) -> None:
+        for number in before:
+            signal.signal(number, signal.default_int_handler)
+        # Not here: the handler may have interrupted a thread that is sending.
+        threading.Thread(target=send, daemon=True).start()
+
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            holder.message(do="stop")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _spawn(folder: Path) -> subprocess.Popen[bytes]:
+    """Start a holder in a session of its own: what ends the starter's process group is not for it.
+
+    It gets none of the starter's files, or whoever reads the starter's output would wait for the holder's
+    end; and nothing of a job's variables.
+    """
+    with (folder / LOG).open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pytest_microvm.ci.gitlab.holding"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            bufsize=0,
+            start_new_session=True,
+            cwd="/",
+            env={name: value for name, value in os.environ.items() if not name.startswith("CUSTOM_ENV_")},
+        )
+
+
+def _write(pipe: Any, data: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it ended; what it reports tells why
+        pipe.write(data)
+
+
+def _sweep(held: Path) -> None:
+    """Remove folders of holders that ended by themselves and that nobody came back for."""
+    for folder in held.iterdir():
+        with contextlib.suppress(OSError, Timeout):
+            if folder.stat().st_mtime < time.time() - _FORGOTTEN:
+                with FileLock(folder / LOCK, timeout=0):
+                    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,306 @@
+"""A process that holds one machine for others that come and go: each stage of a GitLab job is a process.
+
+A machine ends with the process that started it, so a stage's would end with the stage. The holder is started
+by the first stage in a session of its own, is told on stdin what to start, says on stdout how that went,
+and then serves scripts over a Unix socket. It ends, and its machine with it, when it is told to, when the
+machine has existed for its lifetime, when nobody came for a while, and when its folder has gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from pytest_microvm.ci.gitlab.holder_socket import SCRIPT, STDERR, STDOUT, FrameSocket, message_of, short_path
+from pytest_microvm.errors import MicroVMError, QuotaExceeded, UsageError
+from pytest_microvm.host import Host
+from pytest_microvm.mounts import parse_mounts
+from pytest_microvm.spec import MachineSpec
+from pytest_microvm.termination import interrupt_on_sigterm
+from pytest_microvm.wire.frames import Kind, WireError
+
+if TYPE_CHECKING:
+    from pytest_microvm.machine import MicroVM
+    from pytest_microvm.process import GuestProcess
+
+SOCKET, LOCK, FACTS, ENDED, LOG = "socket", "lock", "holder.json", "ended", "log"
+"""Files of a holder's folder. Who can lock ``lock`` knows that no holder runs."""
+
+MAX_SCRIPT = 64 * 1024**2
+_LOOK = 2.0  # seconds between two looks at the folder: nothing wakes up a process when a folder goes
+_SILENCE = 2.0  # seconds that what a script left running may go on talking after the script's end
+_STEP = 0.2  # seconds between two looks at a process group, in the machine
+_STOP_TIMEOUT = 60.0  # seconds beyond the grace that a slow machine has to stop a script
+_PIECE = 65536
+_log = logging.getLogger("pytest_microvm")  # its last resort is stderr, a holder's log
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How long a holder holds.
+
+    Args:
+        lifetime: Seconds at most.
+        idle: Seconds without anybody.
+        grace: Seconds between SIGTERM and SIGKILL for a script that is stopped.
+    """
+
+    lifetime: float
+    idle: float
+    grace: float
+
+
+@dataclass
+class Holder:
+    """Serves one machine.
+
+    Args:
+        machine: The machine; not closed here.
+        folder: Where its socket is.
+        terms: How long.
+    """
+
+    machine: MicroVM
+    folder: Path
+    terms: Terms
+    _visitors: int = 0
+    _last: float = field(default_factory=time.monotonic)
+    _over: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _asked_to_end: list[FrameSocket] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[socket.socket]:
+        """Bind the socket."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+            with short_path(self.folder / SOCKET) as path:
+                server.bind(path)
+            server.listen(8)
+            yield server
+
+    def serve(self, server: socket.socket) -> str:
+        """Answer until it is over; return why it is."""
+        end = time.monotonic() + self.terms.lifetime
+        while not self._over:
+            left = end - time.monotonic()
+            unused = _LOOK if self._visitors else self._last + self.terms.idle - time.monotonic()
+            if left <= 0:
+                return f"it had existed for {self.terms.lifetime:g} seconds, as long as it may"
+            if unused <= 0:
+                return f"nobody used it for {self.terms.idle:g} seconds"
+            if not (self.folder / SOCKET).exists():
+                return "its folder has gone"
+            server.settimeout(min(_LOOK, left, unused))
+            try:
+                connection, _address = server.accept()
+            except TimeoutError:
+                continue
+            except OSError:  # the socket was shut down to wake this up
+                break
+            connection.settimeout(None)
+            with self._lock:
+                self._visitors += 1
+            threading.Thread(target=self._visit, args=(FrameSocket(connection), server), daemon=True).start()
+        return "it was told to"
+
+    def say_goodbye(self) -> None:
+        """Tell those who asked for the end that the machine is gone."""
+        for visitor in self._asked_to_end:
+            with contextlib.suppress(OSError):
+                visitor.message(ended=True)
+            visitor.close()
+
+    def _visit(self, visitor: FrameSocket, server: socket.socket) -> None:
+        stays = False
+        try:
+            frames = visitor.frames()
+            wanted = message_of(next(frames))
+            if wanted.get("do") == "end":
+                stays = True
+                self._asked_to_end.append(visitor)
+                self._over = True
+                server.shutdown(socket.SHUT_RDWR)  # wakes up accept()
+            elif wanted.get("do") == "run":
+                _Run(self.machine, visitor, self.terms.grace).serve([str(wanted.get("shell"))], frames)
+        except (OSError, ValueError, StopIteration, WireError) as error:
+            _log.warning("a visitor was dismissed: %r", error)
+        finally:
+            if not stays:
+                visitor.close()
+            with self._lock:
+                self._visitors -= 1
+                self._last = time.monotonic()
+
+
+class _Run:
+    """One script for one visitor, who may stop it, or leave."""
+
+    def __init__(self, machine: MicroVM, visitor: FrameSocket, grace: float) -> None:
+        self._machine = machine
+        self._visitor = visitor
+        self._grace = grace
+        self._done = threading.Event()
+        self._stopping = threading.Event()
+
+    def serve(self, command: list[str], frames: Iterator[Any]) -> None:
+        script = bytearray()
+        for frame in frames:
+            if frame.kind is Kind.CLOSE and frame.stream == SCRIPT:
+                break
+            script += frame.payload
+            if len(script) > MAX_SCRIPT:
+                raise ValueError("a script that is too large")
+        else:
+            return  # it left before it had said all
+        try:
+            self._visitor.message(exit=self._run(command, bytes(script), frames))
+        except (MicroVMError, FileNotFoundError, PermissionError) as error:
+            kind = "quota" if isinstance(error, QuotaExceeded) else "machine"
+            self._visitor.message(error=str(error), kind=kind)
+
+    def _run(self, command: list[str], script: bytes, frames: Iterator[Any]) -> int:
+        with self._machine.popen(command, stdin=True, text=False) as process:
+            threads = [
+                threading.Thread(target=work, args=arguments, daemon=True)
+                for work, arguments in (
+                    (self._feed, (process, script)),
+                    (self._pass_on, (process, process.stdout, STDOUT)),
+                    (self._pass_on, (process, process.stderr, STDERR)),
+                    (self._obey, (process, frames)),
+                )
+            ]
+            for thread in threads:
+                thread.start()
+            try:
+                code = process.wait()
+            finally:
+                self._done.set()
+            if self._stopping.is_set():
+                threads[3].join()  # the next script shall not find any of this one
+            for thread in threads[1:3]:
+                thread.join(_SILENCE)
+            return code
+
+    def _feed(self, process: GuestProcess, script: bytes) -> None:
+        assert process.stdin is not None
+        with contextlib.suppress(OSError, ValueError, MicroVMError):  # it need not read all of it
+            process.stdin.write(script)
+            process.stdin.close()
+
+    def _pass_on(self, process: GuestProcess, source: Any, stream: int) -> None:
+        try:
+            while data := source.read1(_PIECE):
+                self._visitor.data(stream, data)
+        except MicroVMError:
+            return  # whoever waits for the script is told the same
+        except (OSError, ValueError):
+            self._stop(process)  # nobody listens any more
+
+    def _obey(self, process: GuestProcess, frames: Iterator[Any]) -> None:
+        """Stop the script when its visitor asks for it, or has gone."""
+        with contextlib.suppress(OSError, ValueError, WireError):
+            next((frame for frame in frames if message_of(frame).get("do") == "stop"), None)
+        self._stop(process)
+
+    def _stop(self, process: GuestProcess) -> None:
+        """End the script and what it started: its process group, which may outlive the shell."""
+        if self._done.is_set() or self._stopping.is_set():
+            return
+        self._stopping.set()
+        with contextlib.suppress(MicroVMError, TimeoutError, subprocess.TimeoutExpired):
+            process.terminate()
+            tries = max(1, round(self._grace / _STEP))
+            runs = f"kill -s 0 -- -{process.pid} && [ $n -lt {tries} ]"
+            self._machine.run(
+                f"n=0; while {runs}; do sleep {_STEP}; n=$((n+1)); done; kill -s KILL -- -{process.pid}",
+                timeout=self._grace + _STOP_TIMEOUT,
+            )
+
+
+def spec_of(values: Mapping[str, Any], folder: Path, where: str) -> MachineSpec:
+    """Return a spec from its fields as written; mounts are relative to ``folder``.
+
+    Raises:
+        UsageError: A value is impossible.
+    """
+    values = dict(values)
+    if "mounts" in values:
+        values["mounts"] = parse_mounts(values["mounts"], f"{where}: mounts", folder)
+    return MachineSpec().with_changes(values, where)
+
+
+def hold(spec: MachineSpec, folder: Path, terms: Terms, orders: IO[bytes], report: IO[bytes]) -> None:
+    """Start a machine, say how that went, and serve it until it is over.
+
+    Args:
+        spec: What it is made of.
+        folder: The holder's own.
+        terms: How long.
+        orders: Where ``go`` comes from when the starter knows that it is ready; its end before ends this.
+        report: Where it goes to, a JSON object a line: ``say``, then ``ready`` or ``error``.
+    """
+
+    def tell(**values: Any) -> None:
+        with contextlib.suppress(OSError, ValueError):  # once it is ready nobody listens
+            report.write(json.dumps(values).encode() + b"\n")
+            report.flush()
+
+    threading.Thread(target=_end_without_orders, args=(orders,), daemon=True).start()
+    host = Host(project=folder, say=lambda line: tell(say=line))
+    try:
+        with host.start(spec) as machine:
+            holder = Holder(machine, folder, terms)
+            with holder.listening() as server:
+                facts = {"pid": os.getpid(), "machine": machine.id, "vmm": machine.instance.vmm.pid}
+                (folder / FACTS).write_text(json.dumps(facts))
+                tell(ready=True, machine=machine.id, accelerator=machine.facts.accelerator)
+                why = holder.serve(server)
+        with contextlib.suppress(OSError):  # the folder may have gone
+            (folder / SOCKET).unlink()
+            (folder / ENDED).write_text(why)
+        holder.say_goodbye()
+    except MicroVMError as error:
+        tell(error=str(error), kind="usage" if isinstance(error, UsageError) else "host")
+    finally:
+        host.close()
+
+
+def _end_without_orders(orders: IO[bytes]) -> None:
+    """End this process if its starter ends before it has said ``go``."""
+    if orders.readline() != b"go\n":
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> int:
+    """Read what to hold from stdin, and hold it."""
+    interrupt_on_sigterm()
+    # Unbuffered: a thread that waits in a buffered file keeps Python from ending.
+    orders = open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)  # noqa: SIM115
+    report = sys.stdout.buffer
+    wanted = json.loads(orders.readline())
+    folder = Path(wanted["folder"])
+    spec = spec_of(wanted["machine"], Path(wanted["relative_to"]), wanted["where"])
+    with (folder / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            hold(spec, folder, Terms(**wanted["terms"]), orders, report)
+        except KeyboardInterrupt:
+            return 128 + signal.SIGTERM
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a run leaves: results, reports, summaries, a history."""

@@ -1,0 +1,63 @@
+"""Git LFS: which blobs stand for a large file, and that file if it is on this computer.
+
+A pointer's form: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md. git-lfs is not run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from pytest_microvm.ci.sources.plain_files import plain_file
+
+MAX_POINTER = 1023
+"""Bytes of the longest pointer."""
+
+_POINTER = re.compile(
+    rb"version https://git-lfs\.github\.com/spec/v1\n(?:ext-[^\n]+\n)*"
+    rb"oid sha256:([0-9a-f]{64})\nsize ([0-9]{1,15})\n"
+)
+_PIECE = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What a pointer stands for: the content's SHA-256, and its bytes."""
+
+    sha256: str
+    size: int
+
+
+def parse_pointer(data: bytes) -> Pointer | None:
+    """Return the pointer that a blob is, if it is one."""
+    found = _POINTER.fullmatch(data) if len(data) <= MAX_POINTER else None
+    return Pointer(found[1].decode(), int(found[2])) if found else None
+
+
+@contextmanager
+def large_file(repository: Path, pointer: Pointer) -> Iterator[IO[bytes] | None]:
+    """Give the file that a pointer stands for, ``None`` if it is not here or is another one.
+
+    Args:
+        repository: The folder with the repository's objects, in which LFS keeps its own.
+        pointer: What is wanted.
+    """
+    name = pointer.sha256
+    path = repository / "lfs" / "objects" / name[:2] / name[2:4] / name
+    with plain_file(path) as found:
+        yield found[0] if found and _is_it(*found, pointer) else None
+
+
+def _is_it(file: IO[bytes], size: int, pointer: Pointer) -> bool:
+    if size != pointer.size:
+        return False
+    digest = hashlib.sha256()
+    while piece := file.read(_PIECE):
+        digest.update(piece)
+    file.seek(0)
+    return digest.hexdigest() == pointer.sha256

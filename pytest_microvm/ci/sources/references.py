@@ -1,0 +1,139 @@
+"""The branches, tags and other references of a repository, and what a name stands for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from pytest_microvm.ci.sources.git_objects import OBJECT
+from pytest_microvm.ci.task import WORKTREE
+from pytest_microvm.errors import UsageError
+from pytest_microvm.git_commands import GitError, git, git_talk
+
+_HEADS, _REMOTE, _TAGS = "refs/heads/", "refs/remotes/origin/", "refs/tags/"
+_MAX_REFS = 100_000
+_MAX_NAME = 500  # characters of a ref that somebody asks for
+_SHOWN = 20  # branches that an error names
+
+
+class References:
+    """The references of a repository, as they are whenever they are asked for.
+
+    Args:
+        folder: What it is called, for errors.
+        directory: The folder with its HEAD.
+        bare: Whether it has no work tree; its HEAD names the default branch then.
+    """
+
+    def __init__(self, folder: Path, directory: Path, *, bare: bool) -> None:
+        self._folder = folder
+        self._directory = directory
+        self._bare = bare
+
+    def branches(self, *options: str) -> dict[str, str]:
+        """Return all branches and their commits: local ones, and origin's without a local one.
+
+        Args:
+            *options: For git-for-each-ref(1).
+        """
+        refs = self._listed(*options, _HEADS, _REMOTE)
+        theirs = {name.removeprefix(_REMOTE): tip for name, tip in refs.items() if name.startswith(_REMOTE)}
+        ours = {name.removeprefix(_HEADS): tip for name, tip in refs.items() if name.startswith(_HEADS)}
+        theirs.pop("HEAD", None)
+        return {_called(name): tip for name, tip in {**theirs, **ours}.items()}
+
+    def tags(self, commit: str) -> dict[str, str]:
+        """Return the tags of the history of a commit, with their whole names, and what they name."""
+        return self._listed(f"--merged={commit}", _TAGS)
+
+    def default(self) -> str | None:
+        """Return the default branch: what origin says, else ``main``, ``master`` or the only one."""
+        known = self.branches()
+        candidates = ["main", "master", *(known if len(known) == 1 else [])]
+        try:
+            said = self._git("symbolic-ref", "--quiet", "HEAD" if self._bare else f"{_REMOTE}HEAD")
+            candidates.insert(0, said.removeprefix(_REMOTE).removeprefix(_HEADS))
+        except GitError:
+            pass
+        return next((name for name in candidates if name in known), None)
+
+    def resolved(self, name: str) -> tuple[str, str]:
+        """Return the whole name of the ref that ``name`` stands for, nothing if it is none, and its commit.
+
+        The order is git's own, see gitrevisions(7), but that a branch goes before a tag, and a commit before
+        all. A branch that only calls itself like a commit, a ref or a branch of origin is not found by that.
+
+        Raises:
+            UsageError: There is none.
+        """
+        _check(name)
+        refs = self._listed(_HEADS, _REMOTE)
+        exact = name.startswith("refs/") or name in ("HEAD", "@") or OBJECT.fullmatch(name)
+        candidates = [name] if exact else [_HEADS + name, f"refs/remotes/{name}", _REMOTE + name]
+        for full in candidates:
+            if full in refs:
+                return full, refs[full]
+        full = "" if OBJECT.fullmatch(name) else self._said("--symbolic-full-name", name)
+        commit = self._said(f"{full or name}^{{commit}}")
+        if not OBJECT.fullmatch(commit):
+            raise UsageError(
+                f"{self._folder}: {name!r} is no commit of this repository",
+                details=shown_names(self.branches()),
+                resolution="fetch it first, or name another one",
+            )
+        return full, commit
+
+    def _listed(self, *arguments: str) -> dict[str, str]:
+        """Return references that name commits, and what they name; of symbolic ones none."""
+        form = "--format=%(refname)%00%(objectname)%00%(*objecttype)%(objecttype)%00%(symref)"
+        found: dict[str, str] = {}
+        with git_talk("--git-dir", self._directory, "for-each-ref", form, *arguments) as talk:
+            for line in talk.words(b"\n"):
+                name, tip, kind, symbolic = os.fsdecode(line).split("\0")
+                if kind in ("commit", "committag") and not symbolic:
+                    found[name] = tip
+                if len(found) > _MAX_REFS:
+                    raise UsageError(f"{self._folder} has more than {_MAX_REFS} references")
+        return found
+
+    def _said(self, *arguments: str) -> str:
+        """Return what git-rev-parse(1) says, nothing where it fails."""
+        try:
+            return self._git("rev-parse", "--verify", "--quiet", *arguments)
+        except GitError:
+            return ""
+
+    def _git(self, *arguments: str) -> str:
+        return git("--git-dir", self._directory, *arguments).rstrip("\n")
+
+
+def branch_name(full: str) -> str | None:
+    """Return what the branch with a whole name is called, ``None`` if that names no branch."""
+    for prefix in (_HEADS, _REMOTE):
+        if full.startswith(prefix):
+            return _called(full.removeprefix(prefix))
+    return None
+
+
+def shown_names(branches: Iterable[str]) -> str:
+    """Return the names of some branches, for an error."""
+    names = sorted(branches)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"branches: {', '.join(names[:_SHOWN]) or 'none'}{more}"
+
+
+def _called(branch: str) -> str:
+    """Return what a branch is called; one that calls itself like something else, with its whole name."""
+    strange = branch.startswith("refs/") or branch in (WORKTREE, "HEAD") or OBJECT.fullmatch(branch)
+    return f"{_HEADS}{branch}" if strange else branch
+
+
+def _check(name: str) -> None:
+    """Refuse what cannot name a commit, or would be an option.
+
+    Raises:
+        UsageError: It is refused.
+    """
+    if not name or name.startswith("-") or not name.isprintable() or len(name) > _MAX_NAME:
+        raise UsageError(f"{name!r} cannot be a ref", resolution="name a branch, a tag or a commit")

@@ -1,0 +1,316 @@
+"""A repository of this computer as a source of branches: it is read, never checked out.
+
+References are looked up in it; files come from its objects alone, see
+:mod:`pytest_microvm.ci.sources.git_objects`. No hook, filter, attribute or program that it names takes part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO
+
+from pytest_microvm.ci.definition.parsing import OWN_FILE, PYPROJECT, Definition, ci_table, parse_definition
+from pytest_microvm.ci.definition.trust import KITS, asked_by_kits, own_images
+from pytest_microvm.ci.job import matches
+from pytest_microvm.ci.sources.file_names import refusal
+from pytest_microvm.ci.sources.git_objects import OBJECT
+from pytest_microvm.ci.sources.git_tree import GitTree
+from pytest_microvm.ci.sources.plain_files import plain_file
+from pytest_microvm.ci.sources.references import References, branch_name, shown_names
+from pytest_microvm.ci.sources.tree import Tree
+from pytest_microvm.ci.sources.work_tree import WorkTree
+from pytest_microvm.ci.task import WORKTREE, Source
+from pytest_microvm.errors import UsageError
+from pytest_microvm.git_bundle import Repository, borrowing
+from pytest_microvm.git_commands import GitError, git
+from pytest_microvm.remote.workspace import DEFAULT_LIMIT
+
+_MAX_DEFINITION = 1024 * 1024  # bytes
+
+
+class CodeRepository:
+    """A repository; only what is asked for is looked up, when it is.
+
+    Args:
+        folder: A folder of its work tree, or a bare repository.
+
+    Attributes:
+        folder: The work tree's top, or the bare repository.
+        identity: What tells it from other repositories of this computer; a file's name can have it.
+
+    Raises:
+        UsageError: There is no repository.
+        HostError: git is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._bare, self._repository, self._directory = _opened(folder)
+        common = self._repository.directory.resolve()
+        digest = hashlib.sha256(os.fsencode(common)).hexdigest()[:12]
+        top = common.parent if common.name == ".git" else common
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", top.name).strip(".-")[:40]
+        self.identity = f"{name or 'repository'}-{digest}"
+        self._references = References(self.folder, self._directory, bare=self._bare)
+        self._contents: dict[str, str] = {}  # SHA-256 by blob
+        self._trees: dict[str, GitTree] = {}
+        self._work_trees: dict[str, WorkTree] = {}
+
+    @property
+    def default_branch(self) -> str:
+        """The default branch's name: what origin says, else ``main``, ``master`` or the only one.
+
+        Raises:
+            UsageError: That says nothing.
+        """
+        return self.default.branch
+
+    @property
+    def default(self) -> Source:
+        """The default branch.
+
+        Raises:
+            UsageError: Which one that is cannot be told.
+        """
+        branches, name = self._references.branches(), self._references.default()
+        if name is None:
+            raise UsageError(
+                f"{self.folder}: which branch is the default one cannot be told",
+                details=shown_names(branches),
+                resolution="`git remote set-head origin --auto` asks origin; or name a branch main",
+            )
+        return Source(name, branches[name], default=True)
+
+    def branches(self, globs: Sequence[str] = ("*",)) -> list[Source]:
+        """Return the branches that one of ``globs`` matches: local ones, and origin's without a local one.
+
+        The default branch comes first, then they come by name.
+
+        Raises:
+            UsageError: A glob matches none.
+        """
+        known = self._references.branches()
+        for glob in globs:
+            if not any(matches(name, [glob]) for name in known):
+                raise UsageError(
+                    f"{self.folder}: no branch matches {glob!r}",
+                    details=shown_names(known),
+                    resolution="fetch it, or name another one",
+                )
+        default = self._references.default()
+        return [
+            Source(name, known[name], default=name == default)
+            for name in sorted(known, key=lambda name: (name != default, name))
+            if matches(name, globs)
+        ]
+
+    def changed_since(self, ref: str) -> list[Source]:
+        """Return the branches that have commits which ``ref`` has not.
+
+        Raises:
+            UsageError: There is no such ref.
+        """
+        _full, base = self._references.resolved(ref)
+        changed = self._references.branches(f"--no-merged={base}").values()
+        return [source for source in self.branches() if source.commit in changed]
+
+    def ref(self, name: str) -> Source:
+        """Return what a ref or commit names: ``main``, ``origin/main``, ``refs/pull/7/head``, ``1a2b3c4``.
+
+        A branch goes before a tag of the same name. What is no branch is not called like one: a tag is
+        ``refs/tags/NAME``, a commit its whole name, so that neither gets what a branch of that name may have.
+
+        Raises:
+            UsageError: There is none.
+        """
+        full, commit = self._references.resolved(name)
+        branch = branch_name(full)
+        if branch is not None and self._references.branches().get(branch) == commit:
+            return Source(branch, commit, default=branch == self._references.default())
+        return Source(full or commit, commit)
+
+    def worktree(self) -> Source:
+        """Return the work tree, as it is now.
+
+        Raises:
+            UsageError: The repository has none.
+        """
+        if self._bare:
+            raise UsageError(
+                f"{self.folder} is a bare repository, which has no work tree", resolution="name a branch"
+            )
+        tree = WorkTree(self.folder)
+        digest = tree.digest()
+        self._work_trees[digest] = tree
+        return Source(WORKTREE, digest)
+
+    def tree(self, source: Source) -> Tree:
+        """Return the files of a source that this repository gave."""
+        return self._work_trees.get(source.commit) or self._tree(source.commit)
+
+    def notes(self, source: Source) -> list[str]:
+        """Return what is to be told about a source's files, in lines, once they were used."""
+        tree = self._trees.get(source.commit)
+        return [] if tree is None else list(tree.notes)
+
+    def read(self, commit: str, path: str, limit: int) -> bytes | None:
+        """Return the content of a plain file, ``None`` where there is none.
+
+        Args:
+            commit: A commit's whole name, or :data:`pytest_microvm.ci.task.WORKTREE`.
+            path: Relative to the top.
+            limit: Bytes that it may have.
+
+        Raises:
+            UsageError: It has more.
+        """
+        if refusal(os.fsencode(path)):
+            return None
+        if commit != WORKTREE:
+            return self._tree(commit).read(path, limit)
+        with plain_file(self.folder / path) as found:
+            if found is None:
+                return None
+            file, size = found
+            if size > limit:
+                raise UsageError(f"{path} has {size} bytes, more than {limit}", resolution="make it smaller")
+            return file.read(limit)
+
+    def export(self, ref: str, prefix: str, folder: Path) -> bool:
+        """Write the plain files below ``prefix`` of a ref into an empty folder of this computer.
+
+        Returns:
+            Whether there are any.
+
+        Raises:
+            UsageError: There is no such ref.
+        """
+        tree = self._tree(self._references.resolved(ref)[1])
+        files = tree.plain_files(prefix)
+        for file in files:
+            target = folder / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            content = tree.read(file.path, DEFAULT_LIMIT)
+            with target.open("xb") as out:
+                out.write(content or b"")
+            target.chmod(int(file.kind, 8))
+        return bool(files)
+
+    def bundle(self, source: Source, file: IO[bytes]) -> None:
+        """Write the history of a source as a git bundle: its commit as a branch and as HEAD, and its tags.
+
+        What is not reachable from the commit is not in it. Of a work tree it is the history of what is
+        checked out.
+
+        Args:
+            source: What this repository gave.
+            file: Where to.
+
+        Raises:
+            UsageError: Parts of the history are not here.
+        """
+        commit, branch = source.commit, source.branch
+        if source.branch == WORKTREE and source.commit in self._work_trees:
+            full, commit = self._references.resolved("HEAD")
+            branch = full.removeprefix("refs/heads/")
+        if (self._repository.directory / "shallow").exists():
+            raise UsageError(
+                f"{self.folder} is a shallow clone, and the job wants history (git = true)",
+                resolution="fetch all of it: `git fetch --unshallow`; with actions/checkout: fetch-depth: 0",
+            )
+        tags = self._references.tags(commit)
+        with tempfile.TemporaryDirectory(prefix="microvm-bundle-") as folder:
+            made = borrowing(self._repository, Path(folder) / "git")
+            branch = "refs/heads/" + ("detached" if branch == "HEAD" else branch.removeprefix("refs/"))
+            made.git("update-ref", branch, commit)
+            made.git("symbolic-ref", "HEAD", branch)
+            for name, tagged in tags.items():
+                made.git("update-ref", name, tagged)
+            made.git("bundle", "create", "--quiet", Path(folder) / "bundle", "--all", "HEAD")
+            with (Path(folder) / "bundle").open("rb") as content:
+                while piece := content.read(1024 * 1024):
+                    file.write(piece)
+
+    # How it is looked up
+
+    def _tree(self, commit: str) -> GitTree:
+        if not OBJECT.fullmatch(commit):
+            raise UsageError(f"{commit!r} is not the name of a commit", resolution="look it up with ref()")
+        if commit not in self._trees:
+            modules = [self._repository.directory / "modules", self._directory / "modules"]
+            tree = GitTree(self._repository, commit, modules=modules, known=self._contents)
+            self._trees.setdefault(commit, tree)
+        return self._trees[commit]
+
+
+def read_definition(repository: CodeRepository, wanted: str | None = None) -> Definition:
+    """Return the jobs that a repository defines; ``microvm.toml`` goes before ``pyproject.toml``.
+
+    Args:
+        repository: Whose.
+        wanted: The ref that is trusted to define them, or ``worktree``: the files as they lie there;
+            ``None``: the default branch.
+
+    Raises:
+        UsageError: It defines none, or something in it is wrong.
+    """
+    if wanted == WORKTREE:
+        commit, shown = WORKTREE, "{}"
+    else:
+        source = repository.default if wanted is None else repository.ref(wanted)
+        commit = source.commit
+        shown = f"{source.branch if source.branch != commit else 'commit'}:{{}} ({commit[:7]})"
+    for name in (OWN_FILE, PYPROJECT):
+        content = repository.read(commit, name, _MAX_DEFINITION)
+        where = shown.format(name)
+        if content is None:
+            continue
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{where} is not UTF-8: {error}", resolution="save it as UTF-8") from error
+        if ci_table(text, where) is not None:
+            return _with_kits(repository, commit, parse_definition(text, where))
+    raise UsageError(
+        f"{shown.format(f'{OWN_FILE}, {PYPROJECT}')}: no jobs are defined there",
+        resolution=f'write into {OWN_FILE}: [ci.jobs.test] and steps = ["make test"], and commit it; '
+        "`--definition-from worktree` takes it without a commit",
+    )
+
+
+def _with_kits(repository: CodeRepository, commit: str, definition: Definition) -> Definition:
+    """Return a definition with what the kits of the same commit ask for."""
+    if not own_images(definition.jobs):
+        return definition
+    with tempfile.TemporaryDirectory(prefix="microvm-kits-") as folder:
+        project = Path(folder)
+        if commit == WORKTREE:
+            project = repository.folder
+        else:
+            repository.export(commit, KITS, project)
+        asked = {**asked_by_kits(definition.jobs, project), **definition.asked}
+    return replace(definition, asked=asked)
+
+
+def _opened(folder: Path) -> tuple[Path, bool, Repository, Path]:
+    """Return the repository's folder, whether it is bare, its objects, and the folder with its HEAD."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is no directory", resolution="start it in the repository")
+
+    def told(option: str) -> str:  # git has a working directory of its own
+        return git("-C", folder.absolute(), "rev-parse", "--path-format=absolute", option).removesuffix("\n")
+
+    try:
+        bare = told("--is-bare-repository") == "true"
+        directory, common = Path(told("--git-dir")), Path(told("--git-common-dir"))
+        top = directory if bare else Path(told("--show-toplevel"))
+        return top, bare, Repository(common, told("--show-object-format")), directory
+    except GitError as error:
+        raise UsageError(
+            f"{folder} is no git repository", details=error.details, resolution="start it in the repository"
+        ) from error
