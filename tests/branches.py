@@ -5,22 +5,27 @@ import subprocess
 import textwrap
 from pathlib import Path
 
-TIMEOUT = 40  # seconds; what hangs is ended then, what is good takes a few even on a busy computer
-
+OTHERS = ("main", "good", "failing", "hungry", "exfiltrating", "attacking")
 DEFINITION = f"""
 [project]
 name = "calculator"
 version = "1.0"
 
-[tool.pytest-microvm.ci.jobs.test]
+[tool.pytest-microvm.ci.defaults]
 image = "python"
 memory = "256M"
-timeout = {TIMEOUT}
 steps = ["python3 -m pytest -q --junitxml=out/junit.xml"]
 junit = ["out/junit.xml"]
 artifacts = ["out/*.txt"]
-fail_on_denied = true
 retries = 2
+
+[tool.pytest-microvm.ci.jobs.test]
+branches = {list(OTHERS)}
+timeout = 900
+
+[tool.pytest-microvm.ci.jobs.hang]
+branches = ["hanging"]
+timeout = 15
 """
 GOOD = """
 from calculator import add
@@ -69,6 +74,9 @@ VERDICTS = {
     "attacking": "failed",
 }
 """What has to come of each branch."""
+
+SUITES = {f"{branch} / {'hang' if branch == 'hanging' else 'test'}" for branch in VERDICTS}
+"""The suites of the merged report."""
 
 TESTS = {"main": (6, 0), "good": (7, 0), "failing": (6, 1), "exfiltrating": (6, 1)}
 """How many tests pass and fail where pytest lives to tell."""

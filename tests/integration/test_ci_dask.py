@@ -35,7 +35,7 @@ from pytest_microvm.images.store import cache_root
 from pytest_microvm.secret_values import parse_secrets
 from pytest_microvm.spec import MachineSpec
 from pytest_microvm.templates.store import TemplateStore
-from tests.branches import TESTS, VERDICTS, Branches
+from tests.branches import SUITES, TESTS, VERDICTS, Branches
 
 GUARD = 600  # seconds; only against hanging
 COMMAND = [sys.executable, "-c", "import sys; from pytest_microvm.cli import main; sys.exit(main())"]
@@ -405,7 +405,7 @@ def test_branches_of_strangers_on_a_cluster_of_the_runs_own(tmp_path):
     tests = {task["branch"]: task["tests"] for task in results["tasks"]}
     assert {branch: (tests[branch]["passed"], tests[branch]["failed"]) for branch in TESTS} == TESTS
     suites = JUnitXml.fromfile(str(tmp_path / "out/junit.xml"))
-    assert {suite.name for suite in suites} == {f"{branch} / test" for branch in VERDICTS}
+    assert {suite.name for suite in suites} == SUITES
     assert not branches.marker.exists()
     said = done.stdout + done.stderr
     assert b"forged" in said

@@ -10,7 +10,7 @@ import pytest
 from junitparser import JUnitXml
 
 from pytest_microvm.images.store import cache_root
-from tests.branches import DEFINITION, TESTS, TIMEOUT, VERDICTS, Branches
+from tests.branches import TESTS, VERDICTS, Branches
 from tests.github_runner import Runner
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -173,11 +173,6 @@ def test_the_summary_shows_what_failed(cold):
 def test_the_branches_of_strangers(tmp_path, github, warm):
     """The same branches as test_ci_branches.py, through the action's steps."""
     branches = Branches(tmp_path)
-    others = [branch for branch in VERDICTS if branch != "hanging"]
-    more_time = DEFINITION.replace(f"timeout = {TIMEOUT}\n", f"timeout = 600\nbranches = {others}\n")
-    little = DEFINITION.replace(f"timeout = {TIMEOUT}\n", 'timeout = 15\nbranches = ["hanging"]\n')
-    branches.write("pyproject.toml", more_time + little.replace("jobs.test", "jobs.hang").split('1.0"')[1])
-    branches.commit("time")
     given = {"mode": "ci", "branches": "*", "python": sys.executable, "cache": "false", "kvm": "false"}
     done = job(tmp_path / "job", github, branches.folder, given)
     sys.stdout.write(done.log)

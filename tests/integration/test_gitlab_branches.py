@@ -5,7 +5,7 @@ import pytest
 from tests.branches import VERDICTS, Branches
 from tests.gitlab_stages import GitlabRunner, Job, served
 
-HANGING = 30  # seconds
+HANGING = 15  # seconds
 GUARD = 1800  # seconds
 STATUSES = {"good": "success", "hanging": "timeout"}
 

@@ -120,6 +120,10 @@ def test_the_only_branch_is_the_default_one(tmp_path):
     commit(folder, {})
     run(folder, "branch", "-q", "-m", "main", "only")
     assert CodeRepository(folder).default_branch == "only"
+    run(tmp_path, "clone", "-q", "--depth=1", f"file://{folder}", "clone")
+    run(tmp_path / "clone", "symbolic-ref", "--delete", "refs/remotes/origin/HEAD")
+    with pytest.raises(UsageError, match="which branch is the default one"):  # it may be a stranger's
+        _ = CodeRepository(tmp_path / "clone").default_branch
 
 
 # Refs

@@ -165,11 +165,21 @@ class _Run:
                 raise ValueError("a script that is too large")
         else:
             return  # it left before it had said all
+        before = self._machine.instance.requests.added
         try:
-            self._visitor.message(exit=self._run(command, bytes(script), frames))
+            code = self._run(command, bytes(script), frames)
+            self._tell_denied(before)
+            self._visitor.message(exit=code)
         except (MicroVMError, FileNotFoundError, PermissionError) as error:
             kind = "quota" if isinstance(error, QuotaExceeded) else "machine"
             self._visitor.message(error=str(error), kind=kind)
+
+    def _tell_denied(self, before: int) -> None:
+        """Say on stderr what was denied since there were ``before`` requests."""
+        self._machine.network.settle()
+        for request in self._machine.instance.requests.since(before):
+            if not request.allowed:
+                self._visitor.data(STDERR, f"{request}\n".encode())
 
     def _run(self, command: list[str], script: bytes, frames: Iterator[Any]) -> int:
         with self._machine.popen(command, stdin=True, text=False) as process:

@@ -48,15 +48,26 @@ class References:
         return self._listed(f"--merged={commit}", _TAGS)
 
     def default(self) -> str | None:
-        """Return the default branch: what origin says, else ``main``, ``master`` or the only one."""
+        """Return the default branch: what origin says, else ``main``, ``master`` or the only one.
+
+        In a clone the only branch may be the one that was fetched, a stranger's: it counts for nothing.
+        """
         known = self.branches()
-        candidates = ["main", "master", *(known if len(known) == 1 else [])]
+        candidates = ["main", "master", *(known if len(known) == 1 and not self._cloned() else [])]
         try:
             said = self._git("symbolic-ref", "--quiet", "HEAD" if self._bare else f"{_REMOTE}HEAD")
             candidates.insert(0, said.removeprefix(_REMOTE).removeprefix(_HEADS))
         except GitError:
             pass
         return next((name for name in candidates if name in known), None)
+
+    def _cloned(self) -> bool:
+        """Whether the repository knows another one that it may have come from."""
+        try:
+            self._git("config", "--local", "--no-includes", "--get-regexp", r"^remote\..*\.url$")
+        except GitError:
+            return False
+        return True
 
     def resolved(self, name: str) -> tuple[str, str]:
         """Return the whole name of the ref that ``name`` stands for, nothing if it is none, and its commit.

@@ -63,7 +63,7 @@ class CodeRepository:
 
     @property
     def default_branch(self) -> str:
-        """The default branch's name: what origin says, else ``main``, ``master`` or the only one.
+        """The default branch's name: what origin says, else ``main``, ``master``; the only one if no clone.
 
         Raises:
             UsageError: That says nothing.
