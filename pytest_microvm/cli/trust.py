@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pytest_microvm import project_trust
-from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.config import load_settings
 from pytest_microvm.errors import UsageError
 from pytest_microvm.project_grants import asked_by
@@ -57,9 +56,22 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _asked_by_jobs(project: Path) -> Mapping[str, Any]:
-    """Return what the CI jobs ask for that the project's repository defines, if it defines any."""
+    """Return what the CI jobs ask for that the project's repository defines, if it defines any.
+
+    Raises:
+        UsageError: The definition cannot be used.
+    """
+    from pytest_microvm.ci.definition.parsing import NoJobs  # noqa: PLC0415 - only for this command
+    from pytest_microvm.ci.sources.repository import CodeRepository, read_definition  # noqa: PLC0415
+
+    if not (project / ".git").exists():
+        return {}
+    repository = CodeRepository(project)
     try:
-        repository = CodeRepository(project)
-        return read_definition(repository).asked if repository.folder == project else {}
-    except UsageError:  # no repository, or no jobs
+        default = repository.default_branch
+    except UsageError:  # there is no commit yet, say: nothing that `ci run` would take jobs from
+        return {}
+    try:
+        return read_definition(repository, default).asked
+    except NoJobs:
         return {}

@@ -29,6 +29,10 @@ NOT_DEFAULTS = ("matrix", "needs")
 _EXAMPLE = '[ci.jobs.test]\nsteps = ["make test"]'
 
 
+class NoJobs(UsageError):
+    """Nothing is defined."""
+
+
 @dataclass(frozen=True)
 class Definition:
     """The jobs of a project.
@@ -62,11 +66,12 @@ def parse_definition(text: str, where: str) -> Definition:
         where: What it is, for errors; where ``pyproject.toml`` is in it, it is one, else a ``microvm.toml``.
 
     Raises:
-        UsageError: It defines none, or something in it is wrong: the error names the key.
+        NoJobs: It defines none.
+        UsageError: Something in it is wrong: the error names the key.
     """
     written = ci_table(text, where)
     if written is None:
-        raise UsageError(f"{where}: no jobs are defined", resolution=f"write\n{_EXAMPLE}")
+        raise NoJobs(f"{where}: no jobs are defined", resolution=f"write\n{_EXAMPLE}")
     table = check_keys(written, ("jobs", "defaults"), f"{where}: ci", "[ci.jobs.NAME]")
     defaults = _defaults(table.get("defaults", {}), where)
     jobs = table.get("jobs")

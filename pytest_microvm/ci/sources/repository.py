@@ -15,7 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from pytest_microvm.ci.definition.parsing import OWN_FILE, PYPROJECT, Definition, ci_table, parse_definition
+from pytest_microvm.ci.definition.parsing import (
+    OWN_FILE,
+    PYPROJECT,
+    Definition,
+    NoJobs,
+    ci_table,
+    parse_definition,
+)
 from pytest_microvm.ci.definition.trust import KITS, asked_by_kits, own_images
 from pytest_microvm.ci.job import matches
 from pytest_microvm.ci.sources.file_names import refusal
@@ -257,7 +264,8 @@ def read_definition(repository: CodeRepository, wanted: str | None = None) -> De
             ``None``: the default branch.
 
     Raises:
-        UsageError: It defines none, or something in it is wrong.
+        NoJobs: It defines none.
+        UsageError: Something in it is wrong.
     """
     if wanted == WORKTREE:
         commit, shown = WORKTREE, "{}"
@@ -276,7 +284,7 @@ def read_definition(repository: CodeRepository, wanted: str | None = None) -> De
             raise UsageError(f"{where} is not UTF-8: {error}", resolution="save it as UTF-8") from error
         if ci_table(text, where) is not None:
             return _with_kits(repository, commit, parse_definition(text, where))
-    raise UsageError(
+    raise NoJobs(
         f"{shown.format(f'{OWN_FILE}, {PYPROJECT}')}: no jobs are defined there",
         resolution=f'write into {OWN_FILE}: [ci.jobs.test] and steps = ["make test"], and commit it; '
         "`--definition-from worktree` takes it without a commit",
