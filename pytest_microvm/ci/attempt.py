@@ -28,6 +28,7 @@ from pytest_microvm.errors import (
 from pytest_microvm.host import Host
 from pytest_microvm.machine import MicroVM
 from pytest_microvm.sanitize import sanitize, sanitize_line
+from pytest_microvm.spec import DEFAULT_OUTPUT
 from pytest_microvm.templates.chain import Base
 from pytest_microvm.templates.store import Template
 from pytest_microvm.transfer import send_file, send_tar
@@ -99,7 +100,8 @@ class Attempt:
         self._phase("prepare")
         spec = self._job.spec_for(self._task.source.branch, default=self._task.source.default)
         base = self._host.base(spec)
-        base = replace(base, limits=replace(base.limits, timeout=_TRANSFER_TIMEOUT))
+        output = base.limits.output or DEFAULT_OUTPUT
+        base = replace(base, limits=replace(base.limits, timeout=_TRANSFER_TIMEOUT, output=output))
         stop = Stop(self._cancelled)
         template = prepared_template(
             self._host, base, self._task, self._work, lambda vm, line: self._prepare(vm, line, stop)

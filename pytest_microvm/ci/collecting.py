@@ -15,6 +15,7 @@ from pytest_microvm.errors import TransferError
 from pytest_microvm.machine import MicroVM
 from pytest_microvm.sanitize import sanitize_line
 from pytest_microvm.spec import format_size
+from pytest_microvm.transfer import receive_file
 
 MAX_FILES = 1000
 MAX_BYTES = 1024**3
@@ -77,19 +78,32 @@ class Collection:
     def _taken(self, path: str, target: Path) -> bool:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._machine.pull(self._workspace / path, target)
-            self._bytes += target.stat().st_size
+            self._receive(path, target)
         except (OSError, TransferError) as error:
+            target.unlink(missing_ok=True)
             self.notes.append(f"{sanitize_line(path)}: {sanitize_line(str(error).splitlines()[0])}")
             return False
+        self._bytes += target.stat().st_size
         self._files += 1
-        if self._bytes > MAX_BYTES:
-            target.unlink()
-            return self._has_room()
         return True
+
+    def _receive(self, path: str, target: Path) -> None:
+        machine, room = self._machine, MAX_BYTES - self._bytes
+        source = machine.path(self._workspace / path)
+        with machine.explained(), machine.limited("collect"):
+            size = source.stat()["size"]
+            if size > room:  # asked first: else all that fits would come
+                raise TransferError(f"it has {size} bytes, and {room} are left")
+            with target.open("xb") as file:
+                receive_file(machine.link(), source.pure, file, room)
 
     def _listed(self, glob: str) -> list[str]:
         """Return the files that match, as the machine names them."""
+        try:
+            matching = glob_pattern(glob)
+        except re.error as error:  # [z-a]
+            self.notes.append(f"{glob!r} is no glob: {error}")
+            return []
         top, depth = _where(glob)
         command = ["find", top, *depth, "-type", "f", "-print0"]
         try:
@@ -97,7 +111,6 @@ class Collection:
         except (OSError, subprocess.TimeoutExpired) as error:
             self.notes.append(f"{glob}: the files cannot be listed: {sanitize_line(str(error))}")
             return []
-        matching = glob_pattern(glob)
         names = (os.fsdecode(raw)[2:] for raw in done.stdout[:_MAX_LISTED].split(b"\0") if raw[:2] == b"./")
         return [name for name in names if _plain(name) and matching.fullmatch(name)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -11,7 +12,10 @@ from pytest_microvm.ci.executor import Executor
 from pytest_microvm.ci.results.result import TaskResult, Verdict
 from pytest_microvm.ci.task import Plan, Task
 from pytest_microvm.ci.watching import Watcher
+from pytest_microvm.sanitize import sanitize_line
 
+_log = logging.getLogger("pytest_microvm")
+_LOOK = 1.0  # seconds: a signal that comes just before Python blocks is only seen when it wakes up
 _GRACE = 120.0  # seconds in which what is cancelled gives back what it has
 
 
@@ -71,7 +75,7 @@ class Schedule:
             self._start()
             if not self._running:
                 continue  # what was waiting was skipped
-            done, _running = wait(self._running, return_when=FIRST_COMPLETED)
+            done, _running = wait(self._running, _LOOK, FIRST_COMPLETED)
             for future in done:
                 self._ended(future)
 
@@ -94,7 +98,7 @@ class Schedule:
         task = self._running.pop(future, None)
         if task is None:
             return  # it was among those that were ended
-        result = future.result()
+        result = self._outcome(task, future)
         attempts = self._attempts[task.id]
         self._lost[task.id] = self._lost.get(task.id, 0) + result.lost_workers
         again = result.verdict == "infra" and result.lost_workers <= 1  # what loses two may lose more
@@ -114,6 +118,14 @@ class Schedule:
         self._settle(task, result)
         if self._fail_fast and not result.harmless and result.verdict != "cancelled":
             self._give_up(f"{result.title} {result.verdict}, and --fail-fast was given")
+
+    def _outcome(self, task: Task, future: Future[TaskResult]) -> TaskResult:
+        """Return a task's result; what should not have happened is told, and costs the others nothing."""
+        error = future.exception()
+        if error is None:
+            return future.result()
+        _log.error("%s: this is a bug of pytest-microvm", task.title, exc_info=error)
+        return self._not_run(task, "infra", f"internal error: {sanitize_line(repr(error))}")
 
     def _settle(self, task: Task, result: TaskResult) -> None:
         result = self._finish(task, result)
@@ -139,9 +151,8 @@ class Schedule:
 
     def _ended_early(self, task: Task, future: Future[TaskResult], why: str) -> None:
         begun = self._begun[task.id]
-        result = replace(
-            future.result(), attempts=self._attempts[task.id], started=begun, seconds=time.time() - begun
-        )
+        result, attempts = self._outcome(task, future), self._attempts[task.id]
+        result = replace(result, attempts=attempts, started=begun, seconds=time.time() - begun)
         if result.verdict == "cancelled":
             result = replace(result, reason=why)
         self._settle(task, result)

@@ -46,6 +46,15 @@ allow_failure = true
 steps = ["mkdir out; echo kept > out/kept.txt", "echo c > /proc/sysrq-trigger; sleep 60"]
 artifacts = ["out/*"]
 
+[ci.jobs.floods]
+allow_failure = true
+output = "1M"
+steps = [
+  "mkdir out; truncate -s 8G out/large; ln -s /dev/zero out/link; mkfifo out/pipe; echo small > out/small",
+  "yes",
+]
+artifacts = ["out/*", "[z-a]"]
+
 [ci.jobs.secret]
 steps = ['echo "it is ${TOKEN:-nothing}"; test -n "${TOKEN:-}" && echo it is there || echo it is not']
 secrets = { TOKEN = { env = "CI_TEST_TOKEN" } }
@@ -121,7 +130,7 @@ def test_each_job_has_its_verdict(done):
     verdicts = {title: task["verdict"] for title, task in tasks.items()}
     wanted = {
         "build": "passed", "check (level=low)": "passed", "check (level=high)": "failed", "after": "skipped",
-        "dies": "crashed", "secret": "passed", "history": "passed", "prepared": "passed",
+        "dies": "crashed", "floods": "quota", "secret": "passed", "history": "passed", "prepared": "passed",
     }  # fmt: skip
     assert verdicts == {
         (branch, job): verdict for branch in ("main", "feature/x") for job, verdict in wanted.items()
@@ -149,6 +158,18 @@ def test_files_come_back_as_far_as_they_got(done):
     assert "panic" in (output / dead["id"] / "console.txt").read_text().lower()
     assert dead["attempts"] == 1  # what died while it worked is not tried again
     assert all((output / task["id"] / "junit.xml").exists() for task in tasks.values())
+
+
+def test_what_a_job_gives_back_has_bounds(done):
+    _process, tasks, output = done
+    task = tasks["main", "floods"]
+    assert task["reason"].startswith("output: limit 1 MiB")
+    assert task["artifacts"] == []  # what was there when it was ended is told below
+    folder = output / task["id"]
+    assert [path.name for path in (folder / "artifacts/out").iterdir()] == ["small"]
+    assert "not taken back: out/large: it has 8589934592 bytes" in log(done, ("main", "floods"))
+    assert "'[z-a]' is no glob" in log(done, ("main", "floods"))
+    assert (folder / "log.txt").stat().st_size < 8 * 2**20
 
 
 def test_a_branch_has_what_its_definition_grants_it(done):

@@ -172,6 +172,20 @@ def test_what_failed_is_not_tried_again(verdict):
     assert (result.verdict, result.attempts, executor.log) == (verdict, 1, ["a.test"])
 
 
+def test_an_error_that_should_not_be_costs_its_own_task_alone(caplog):
+    plan = make_plan([Source("a", "1"), Source("b", "1")], [job("test", retries=0)])
+
+    def work(task, _executor):
+        if task.source.branch == "a":
+            raise ZeroDivisionError("a bug")
+        return "passed"
+
+    results, _executor, _told, _schedule = scheduled(plan, work)
+    assert [result.verdict for result in results] == ["infra", "passed"]
+    assert "ZeroDivisionError" in results[0].reason
+    assert "Traceback" in caplog.text
+
+
 def until_cancelled(_task, executor):
     assert executor.cancelled.wait(60)
     return "cancelled"
