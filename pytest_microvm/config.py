@@ -134,7 +134,9 @@ def merged(settings: Settings, values: Mapping[str, Any], where: str) -> Setting
     return replace(settings, spec=spec, **changes)
 
 
-def _choice(*allowed: str) -> Callable[[object, str], str]:
+def parse_choice(*allowed: str) -> Callable[[object, str], str]:
+    """Return a parser of one of ``allowed``."""
+
     def parse(value: object, name: str) -> str:
         if value not in allowed:
             raise UsageError(f"{name}: {value!r} is not allowed", resolution="allowed: " + ", ".join(allowed))
@@ -193,7 +195,7 @@ def _arguments(value: object, name: str) -> tuple[str, ...]:
 
 
 _PARSERS: dict[str, Callable[[object, str], Any]] = {
-    "isolation": _choice(*ISOLATIONS),
+    "isolation": parse_choice(*ISOLATIONS),
     "pool": parse_count(_MAX_POOL, "machines"),
     "retries": parse_count(_MAX_RETRIES, "tries"),
     "artifacts": _folder,
@@ -202,7 +204,7 @@ _PARSERS: dict[str, Callable[[object, str], Any]] = {
     "prepare_network": parse_network,
     "fail_on_denied": parse_flag,
     "args": _arguments,
-    "keep": _choice(*KEEPS),
-    "require_accel": _choice(*ACCELERATORS),
-    "junit_profile": _choice(*JUNIT_PROFILES),
+    "keep": parse_choice(*KEEPS),
+    "require_accel": parse_choice(*ACCELERATORS),
+    "junit_profile": parse_choice(*JUNIT_PROFILES),
 }

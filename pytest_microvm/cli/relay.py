@@ -6,15 +6,14 @@ import os
 import shutil
 import signal
 import sys
-import termios
 import threading
-import tty
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.errors import MachineError
 from pytest_microvm.said import safe_text
+from pytest_microvm.terminal import raw_terminal
 
 if TYPE_CHECKING:
     from pytest_microvm.machine import MicroVM
@@ -91,7 +90,7 @@ def _on_terminal(process: GuestProcess) -> int:
 
     previous = signal.signal(signal.SIGWINCH, resize)
     try:
-        with _raw_terminal():
+        with raw_terminal():
             threading.Thread(target=send, daemon=True).start()  # ends with this process
             while data := stdout.read1(_PIECE):  # type: ignore[attr-defined]
                 os.write(sys.stdout.fileno(), data)
@@ -146,13 +145,3 @@ def _interrupts_go_to(process: GuestProcess) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-@contextmanager
-def _raw_terminal() -> Iterator[None]:
-    before = termios.tcgetattr(sys.stdin)
-    tty.setraw(sys.stdin)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

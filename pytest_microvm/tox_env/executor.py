@@ -18,9 +18,10 @@ from tox.tox_env.errors import Fail
 
 from pytest_microvm.errors import MicroVMError
 from pytest_microvm.said import safe_text
+from pytest_microvm.terminal import raw_terminal
 from pytest_microvm.tox_env.display import TerminalText
 from pytest_microvm.tox_env.status import GuestStatus, NotStarted
-from pytest_microvm.tox_env.terminal import forwarded_input, raw_terminal
+from pytest_microvm.tox_env.terminal import forwarded_input
 
 if TYPE_CHECKING:
     from tox.execute.stream import SyncWrite

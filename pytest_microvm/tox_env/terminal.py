@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import select
 import sys
-import termios
 import threading
-import tty
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
@@ -59,14 +57,3 @@ def _forward(process: GuestProcess, leave: int, terminal: bool) -> None:
             else:
                 target.close()
                 return
-
-
-@contextmanager
-def raw_terminal() -> Iterator[None]:
-    """Let every key through as it is, Ctrl-C too."""
-    before = termios.tcgetattr(sys.stdin)
-    tty.setraw(sys.stdin)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

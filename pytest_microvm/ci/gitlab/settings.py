@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_microvm.ci.gitlab.holding import spec_of
+from pytest_microvm.config import parse_choice
 from pytest_microvm.errors import UsageError
 from pytest_microvm.network.rules import parse_rules
 from pytest_microvm.spec import PARSERS, parse_seconds
@@ -150,15 +151,6 @@ def _text(value: object, name: str) -> str:
     return value
 
 
-def _choice(*allowed: str) -> Callable[[object, str], str]:
-    def parse(value: object, name: str) -> str:
-        if value not in allowed:
-            raise UsageError(f"{name}: {value!r} is not allowed", resolution="allowed: " + ", ".join(allowed))
-        return str(value)
-
-    return parse
-
-
 def _guest_folder(value: object, name: str) -> str:
     text = _text(value, name)
     if not _FOLDER.fullmatch(text) or ".." in text.split("/"):
@@ -188,8 +180,8 @@ _PARSERS: dict[str, Callable[[object, str], Any]] = {
     "images": _images,
     "machine": _machine,
     "protected": _machine,
-    "shell": _choice(*_SHELLS),
-    "output": _choice(*_OUTPUTS),
+    "shell": parse_choice(*_SHELLS),
+    "output": parse_choice(*_OUTPUTS),
     "builds_dir": _guest_folder,
     "cache_dir": _guest_folder,
     "lifetime": parse_seconds,
