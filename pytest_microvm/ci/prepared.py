@@ -8,7 +8,9 @@ the default branch's, byte for byte, has no say in what comes of them: its templ
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from pytest_microvm.ci.executor import Sources, Work
@@ -17,14 +19,23 @@ from pytest_microvm.ci.sources.tree import Tree
 from pytest_microvm.ci.task import Source, Task
 from pytest_microvm.errors import UsageError
 from pytest_microvm.host import Host
+from pytest_microvm.instance import Instance
 from pytest_microvm.machine import MicroVM
-from pytest_microvm.preparing import prepared_step
+from pytest_microvm.preparing import machine_in_the_making, prepared_step
 from pytest_microvm.spec import MachineSpec
 from pytest_microvm.templates.chain import Base, Step
 from pytest_microvm.templates.store import Template
 from pytest_microvm.transfer import send_tar
 
 Run = Callable[[MicroVM, str], tuple[int, str]]
+
+_WARM = """\
+command -v python3 && python3 -c 'import pytest' && cd "$(mktemp -d)" || exit 0
+echo 'def test(): assert True' > test_it.py
+python3 -m pytest -q --junitxml=it.xml -p no:cacheprovider
+rm -r "$PWD"
+"""
+_WARM_TIMEOUT = 120.0
 
 
 def prepared_template(host: Host, base: Base, task: Task, work: Work, run: Run) -> Template:
@@ -42,12 +53,13 @@ def prepared_template(host: Host, base: Base, task: Task, work: Work, run: Run) 
         UsageError: An input is not in the commit.
     """
     if not task.job.prepare:
-        return host.template(base)
+        return host.template(base, [_warm_step(host, base)])
     tree = work.sources.tree(task.source)
     digest = tree.digest(task.job.prepare_inputs)
 
     def steps(branch: str) -> list[Step]:
-        return [_step(host, base, task, tree, inputs=(digest, work.repository, branch), run=run)]
+        prepared = _step(host, base, task, tree, inputs=(digest, work.repository, branch), run=run)
+        return [prepared, _warm_step(host, base)]
 
     found = host.cached(base, steps(work.default_branch))
     return found or host.template(base, steps(task.prepared_as or task.source.branch))
@@ -67,6 +79,22 @@ def with_owner(task: Task, sources: Sources, default: Source) -> Task:
     except UsageError:  # one of them does not have them; its own attempt will tell
         same = False
     return replace(task, prepared_as=default.branch if same else task.source.branch)
+
+
+def _warm_step(host: Host, base: Base) -> Step:
+    """Return the link in which pytest runs once, if there is one: its files are in memory from then on.
+
+    Reading and unpacking them is two thirds of what a job's first pytest takes.
+    """
+
+    def work(instance: Instance) -> dict[str, bytes]:
+        machine = machine_in_the_making(host, base, instance)
+        with suppress(subprocess.TimeoutExpired):
+            machine.run(["/bin/sh", "-c", _WARM], timeout=_WARM_TIMEOUT)
+        instance.take_away()
+        return {}
+
+    return Step("warm", (_WARM,), work, "running pytest once")
 
 
 def _step(host: Host, base: Base, task: Task, tree: Tree, *, inputs: tuple[str, ...], run: Run) -> Step:

@@ -133,12 +133,12 @@ def _run(arguments: argparse.Namespace) -> int:
         print("there is nothing to do: no job is for what was asked for", file=sys.stderr)
         return 0
     slots = _slots(arguments.jobs, cluster=arguments.scheduler is not None)
-    output = _emptied(arguments.output)
     console = Console(stderr=False)
     plain = arguments.plain or not console.is_terminal or os.environ.get("CI") == "true"
     with running.trusted_project(repository, arguments.definition_from) as (project, bundles):
         sources = running.RepositorySources(repository, bundles)
         plan = running.ready(plan, repository, sources, project)
+        output = _emptied(arguments.output)
         with live_watcher(console, plain=plain, jobs=slots) as watcher:
             work = running.new_work(repository, output, watcher, sources)
             host = Host(

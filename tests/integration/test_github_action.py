@@ -212,5 +212,5 @@ def test_no_other_branch_passes_for_the_default_one(tmp_path):
     done = job(tmp_path / "job", tmp_path / "github", shallow, given, GITHUB_REF="refs/heads/bad")
     assert names(done, "failure") == ["Plan"]
     [error] = done.commands
-    assert "'bad' would be taken for it" in error.data
+    assert "which branch is the default one cannot be told" in error.data
     assert "fetch-depth: 0" in error.data

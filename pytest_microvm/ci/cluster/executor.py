@@ -112,13 +112,13 @@ class DaskExecutor:
     def cancel(self) -> None:
         """End what runs, soon; what has not begun does not begin."""
         self._cancelled.set()
+        with self._lock:
+            waiting = [remote for key, remote in self._remote.items() if key not in self._began]
+        for remote in waiting:  # first: what ends makes room
+            remote.cancel()
         if self._connected():
             with contextlib.suppress(*_GONE):
                 self._client.run(end_run, self._run, on_error="ignore")
-        with self._lock:
-            waiting = [remote for key, remote in self._remote.items() if key not in self._began]
-        for remote in waiting:
-            remote.cancel()
 
     def close(self) -> None:
         """Leave the cluster; what runs is ended first, and not waited for."""

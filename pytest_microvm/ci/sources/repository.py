@@ -89,7 +89,8 @@ class CodeRepository:
             raise UsageError(
                 f"{self.folder}: which branch is the default one cannot be told",
                 details=shown_names(branches),
-                resolution="`git remote set-head origin --auto` asks origin; or name a branch main",
+                resolution="`git remote set-head origin --auto` asks origin; in a CI system's checkout fetch "
+                "all branches (actions/checkout: fetch-depth: 0); or name a branch main",
             )
         return Source(name, branches[name], default=True)
 
