@@ -5,6 +5,7 @@ The second worker has a cache of its own, as another computer would: it fetches 
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -37,6 +38,9 @@ from pytest_microvm.spec import MachineSpec
 from pytest_microvm.templates.store import TemplateStore
 from tests.branches import SUITES, TESTS, VERDICTS, Branches
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:unclosed:ResourceWarning"
+)  # of Dask's, when its peer is killed
 GUARD = 600  # seconds; only against hanging
 COMMAND = [sys.executable, "-c", "import sys; from pytest_microvm.cli import main; sys.exit(main())"]
 DASK = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
@@ -218,6 +222,13 @@ def executor(host, cluster, folder, **options):
 def task(name, *steps, **changes):
     job = Job("unit", "unit", tuple(Step(step, step[:20]) for step in steps), spec=MachineSpec(image="base"))
     return Task(name, Source("main", "c" * 40, default=True), replace(job, **changes))
+
+
+@pytest.fixture(autouse=True)
+def _collected():
+    """Have what a lost connection leaves collected within its own test, where its warnings are ignored."""
+    yield
+    gc.collect()
 
 
 def test_jobs_run_where_there_is_room_and_images_come_by_digest(host, cluster, other_cache, tmp_path):
