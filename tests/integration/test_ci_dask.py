@@ -323,8 +323,8 @@ def test_what_is_cancelled_ends_its_machine_and_gives_back_what_it_has(host, clu
     cluster.have("one")
     with executor(host, cluster, tmp_path) as (running, watcher):
         future = running.submit(hanging(tmp_path))
-        waiting = running.submit(task("waiting", "true"))  # there is one slot
         watcher.wait(1, "task", '$ eval "$WHAT"')
+        waiting = running.submit(task("waiting", "true"))  # there is one slot, and it is taken
         machines = cluster.workers["one"].machines()
         running.cancel()
         results = [future.result(GUARD), waiting.result(GUARD)]
