@@ -42,7 +42,7 @@ class Copy:
     def __init__(self, machine: MicroVM, mount: Mount) -> None:
         self._machine = machine
         self._mount = mount
-        self._source = _resolved(mount)
+        self._source = resolved(mount)
         self._handed = Handover()
         self._left_out: dict[str, str] = {}  # what was told already
         self.single = not self._source.is_dir()
@@ -158,8 +158,12 @@ class Copy:
         return changes
 
 
-def _resolved(what: Mount) -> Path:
-    """Return where the source's links lead to, made if it is missing and may be written."""
+def resolved(what: Mount) -> Path:
+    """Return where the source's links lead to, made if it is missing and may be written.
+
+    Raises:
+        UsageError: It is not there, or nothing that can be handed over.
+    """
     try:
         if what.access == "rw" and not what.source.exists():
             what.source.mkdir(parents=True)

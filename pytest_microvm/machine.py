@@ -398,8 +398,9 @@ class MicroVM:
         """Copy back what the machine changed in its mounts, for the last time: :meth:`close` will not."""
         mounted, self.mounts = self.mounts, []
         if mounted and not self.instance.vmm.alive:
-            places = ", ".join(str(one.mount.target) for one in mounted)
-            _log.warning("machine %s has ended: nothing came back of %s", self.id, places)
+            places = ", ".join(str(one.mount.target) for one in mounted if one.mount.kind != "live")
+            if places:
+                _log.warning("machine %s has ended: nothing came back of %s", self.id, places)
             return []
         return copy_all_back(mounted)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from pytest_microvm.copying import Copy
 from pytest_microvm.errors import MicroVMError, MountConflict, TransferError, UsageError
 from pytest_microvm.git_handover import Clone
 from pytest_microvm.mounts import Changes, Mount
+from pytest_microvm.sharing import Share
 from pytest_microvm.transfer import TIMEOUT
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ _log = logging.getLogger("pytest_microvm")
 
 
 class _Handed(Protocol):
-    """What was handed over: a :class:`Copy` or a :class:`Clone`."""
+    """What was handed over: a :class:`Copy`, a :class:`Clone` or a :class:`Share`."""
 
     single: bool
 
@@ -71,7 +72,8 @@ class Mounted:
 
         What changed on both sides since it was handed over (or copied back before) is left alone on the
         host; the machine's version is put beside it, with the machine's id behind its name. Of a repository
-        the commits come back, as a branch.
+        the commits come back, as a branch. Of a live mount everything is there already, but for what programs
+        wrote through memory maps.
 
         Returns:
             What was taken over; nothing if the mount is ``ro``.
@@ -83,6 +85,9 @@ class Mounted:
         """
         if self.mount.access == "ro":
             return Changes()
+        if self.mount.kind == "live":
+            with self._machine.explained(), self._machine.limited(f"write {self.mount.target} out"):
+                return self._handed.bring_back()
         machine, target = self._machine, self.mount.target
         try:
             with machine.explained(), machine.limited(f"copy {target} back"):
@@ -102,6 +107,9 @@ class Mounted:
         self.closed = True
         if self in self._machine.mounts:
             self._machine.mounts.remove(self)
+        if isinstance(self._handed, Share):
+            self._handed.take_away()
+            return
         path = self._machine.path(self.mount.target)
         if self.mount.access == "ro":
             with self._machine.explained():
@@ -112,26 +120,21 @@ class Mounted:
             path.rmtree()
 
 
+_KINDS: dict[str, Callable[[MicroVM, Mount], _Handed]] = {"copy": Copy, "git": Clone, "live": Share}
+
+
 def mount(machine: MicroVM, what: Mount) -> Mounted:
     """Hand a directory or a file of the host to a machine.
 
     Raises:
-        UsageError: There is no such directory, the machine has something else at that place, or this kind of
-            mount is not available.
+        UsageError: There is no such directory, or the machine has something else at that place.
         TransferError: The machine could not take it.
     """
-    if what.kind == "live":
-        raise UsageError(
-            f"{what.target}: a live mount is not available",
-            details="machines are copies of a frozen one: their memory cannot be shared with a file server "
-            "(virtiofs), and a machine with a share cannot be frozen; see docs/adr/0013-mounts.md",
-            resolution="mount it as copy, and call copy_back() whenever its changes are wanted",
-        )
-    handed: _Handed = Clone(machine, what) if what.kind == "git" else Copy(machine, what)
+    handed: _Handed = _KINDS[what.kind](machine, what)
     _check_place(machine, what, single=handed.single)
     with machine.explained(), machine.limited(f"mount {what.target}"):
         handed.hand_over()
-        if what.access == "ro":
+        if what.access == "ro" and what.kind != "live":
             machine.link().call("path", timeout=TIMEOUT, do="freeze", path=str(what.target))
     return Mounted(machine, what, handed)
 
@@ -147,7 +150,9 @@ def copy_all_back(mounted: Sequence[Mounted]) -> list[Changes]:
     failed: list[MicroVMError] = []
     for one in mounted:
         try:
-            done.append(one.copy_back())
+            changes = one.copy_back()
+            if one.mount.kind != "live":  # of which there is nothing to tell
+                done.append(changes)
         except MicroVMError as error:
             failed.append(error)
     for other in failed[1:]:

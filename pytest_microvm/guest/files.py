@@ -170,6 +170,11 @@ def _thaw(path: str, _request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _sync(_path: str, _request: dict[str, Any]) -> dict[str, Any]:
+    os.sync()
+    return {}
+
+
 def _mount(source: str | None, target: str, flags: int) -> None:
     import ctypes  # noqa: PLC0415 - not before it is needed
 
@@ -186,5 +191,5 @@ def _rmdir(path: str, _request: dict[str, Any]) -> dict[str, Any]:
 OPERATIONS: dict[str, Callable[[str, dict[str, Any]], dict[str, Any]]] = {
     "chmod": _chmod, "freeze": _freeze, "list": _list, "mkdir": _mkdir, "readlink": _readlink,
     "rename": _rename, "rmdir": _rmdir, "rmtree": _rmtree, "stat": _stat, "symlink": _symlink,
-    "thaw": _thaw, "unlink": _unlink,
+    "sync": _sync, "thaw": _thaw, "unlink": _unlink,
 }  # fmt: skip

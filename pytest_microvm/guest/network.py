@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 from pytest_microvm.guest import tun
 from pytest_microvm.guest.connections import READ, WRITE, Connection, Reaching, whole_number
 from pytest_microvm.guest.packets import judge
-from pytest_microvm.guest.port import open_port
+from pytest_microvm.guest.port import Reader, open_port
+from pytest_microvm.guest.share import Share
 from pytest_microvm.wire.channel import Channel, Closed, Credit, Data, Message
 from pytest_microvm.wire.frames import MAX_STREAM, WireError
 from pytest_microvm.wire.network import CONNECTIONS, PORT, WINDOW
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _READ_SIZE = 65536
-_PIECES = 16  # read at a time: the kernel hands out a page of the port at once
 _HIGH = 256 * 1024  # bytes that wait for the port; above it nothing more is read from sockets
 _LOW = 64 * 1024
 _PACKETS = 32  # at a time, so that a flood of them does not stop connections
@@ -56,6 +56,7 @@ class Network:
     def __init__(self, port: int, listener: socket.socket, device: int | None = None) -> None:
         self.reaching: set[Reaching] = set()
         self._port = port
+        self._reader = Reader(port)
         self._listener = listener
         self._device = device
         self._selector = selectors.DefaultSelector()
@@ -78,8 +79,8 @@ class Network:
         self._spoke = False  # until then the hello stays in the channel
         self._resting = False  # whether the answer to a rest is under way
         self._waiting: dict[int, socket.socket] = {}
-        self._connections: dict[int, Connection] = {}
-        self._lingering: set[Connection] = set()
+        self._connections: dict[int, Connection | Share] = {}
+        self._lingering: set[Connection | Share] = set()
         self._told: set[Any] = set()
 
     def serve(self) -> None:
@@ -116,7 +117,7 @@ class Network:
         elif known.events != events:
             self._selector.modify(file, events, ready)
 
-    def forget(self, stream: int, connection: Connection) -> None:
+    def forget(self, stream: int, connection: Connection | Share) -> None:
         """Drop a connection that has ended here."""
         self._lingering.discard(connection)
         if self._connections.get(stream) is connection:
@@ -183,15 +184,12 @@ class Network:
             self._receive()
 
     def _receive(self) -> None:
-        data = b""
-        with contextlib.suppress(BlockingIOError):
-            for _ in range(_PIECES):
-                piece = os.read(self._port, _READ_SIZE)
-                if not piece:
-                    raise EOFError("the host closed the port")
-                data += piece
-        if not data:
+        try:
+            data = self._reader.read()
+        except BlockingIOError:
             return
+        if not data:
+            raise EOFError("the host closed the port")
         self._spoke = True
         for event in self.channel.receive(data):
             if isinstance(event, Message):
@@ -226,6 +224,7 @@ class Network:
 
     def _connect(self, body: dict[str, Any]) -> None:
         stream = whole_number(body, "stream", MAX_STREAM)
+        self._check_path(body)
 
         def done(sock: socket.socket | None, error: OSError | None) -> None:
             if sock is None:
@@ -237,6 +236,8 @@ class Network:
         Reaching(self, body, done, again=False)
 
     def _wait(self, body: dict[str, Any]) -> None:
+        self._check_path(body)
+
         def done(sock: socket.socket | None, error: OSError | None) -> None:
             if sock is None:
                 self._reply_error(body["id"], error)
@@ -245,6 +246,30 @@ class Network:
             self.channel.send({"id": body["id"], "result": {}})
 
         Reaching(self, body, done, again=True)
+
+    def _check_path(self, body: dict[str, Any]) -> None:
+        """Refuse a Unix socket in a live mount: this process would wait for itself."""
+        shares = [each for each in self._connections.values() if isinstance(each, Share)]
+        if "path" in body and any(share.holds(body["path"]) for share in shares):
+            raise ValueError("it is in a live mount, where no sockets are")
+
+    def _share(self, body: dict[str, Any]) -> None:
+        stream = whole_number(body, "stream", MAX_STREAM)
+        try:
+            share = Share(self, body["path"], stream, read_only=body["read_only"])
+        except OSError as error:
+            self._reply_error(body["id"], error)
+            return
+        self.channel.open(stream)
+        self._connections[stream] = share
+        self.channel.send({"id": body["id"], "result": {}})
+        share.update()
+
+    def _unshare(self, body: dict[str, Any]) -> None:
+        share = self._connections.get(body["stream"])
+        if share is not None:  # else somebody has unmounted it here
+            share.reset()
+        self.channel.send({"id": body["id"], "result": {}})
 
     def _end(self, body: dict[str, Any]) -> None:
         connection = self._connections.get(body["stream"])
@@ -328,6 +353,8 @@ _OPERATIONS: dict[str, Callable[[Network, dict[str, Any]], None]] = {
     "refuse": Network._refuse,
     "reset": Network._reset,
     "rest": Network._rest,
+    "share": Network._share,
+    "unshare": Network._unshare,
     "wait": Network._wait,
 }
 

@@ -36,6 +36,35 @@ def open_port(name: str) -> int:
     raise FileNotFoundError(f"no virtio-serial port is called {name!r}")
 
 
+class Reader:
+    """Reads a port that does not block, as much at once as is there.
+
+    Args:
+        fd: Its descriptor.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._pieces = [bytearray(_PAGE) for _ in range(_PAGES)]
+
+    def read(self) -> bytes:
+        """Return what is there; nothing once the host has closed the port.
+
+        Raises:
+            BlockingIOError: There is nothing now.
+        """
+        data = read(self._fd, _PAGE)
+        return data if len(data) < _PAGE else data + self._more()
+
+    def _more(self) -> bytes:
+        """Return what else is there; a copy's first, short message does not come to this."""
+        try:
+            size = readv(self._fd, self._pieces)
+        except BlockingIOError:
+            return b""
+        return b"".join(self._pieces)[:size]  # only the last may be short
+
+
 class Port:
     """A channel on a descriptor; :meth:`receive` and :meth:`flush` wait.
 
@@ -48,7 +77,7 @@ class Port:
         self._role = role
         self.channel = Channel(role)
         self.generation = 0
-        self._pieces = [bytearray(_PAGE) for _ in range(_PAGES)]
+        self._reader = Reader(fd)
         os.set_blocking(fd, False)
 
     def receive(self) -> Iterator[Event]:
@@ -78,19 +107,9 @@ class Port:
     def _read(self) -> bytes:
         while True:
             try:
-                data = read(self.fd, _PAGE)
+                return self._reader.read()
             except BlockingIOError:
                 self._wait(POLLIN)
-            else:
-                return data if len(data) < _PAGE else data + self._more()
-
-    def _more(self) -> bytes:
-        """Return what else is there; a copy's first, short message does not come to this."""
-        try:
-            size = readv(self.fd, self._pieces)
-        except BlockingIOError:
-            return b""
-        return b"".join(self._pieces)[:size]  # only the last may be short
 
     def _wait(self, events: int) -> None:
         waiting = poll()

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 INIT = Path(__file__).with_name("init.sh")
 
-# What a machine needs to reach its disks and its host, whichever machine type the hypervisor chose; and where
-# packets lead that go nowhere.
+# What a machine needs to reach its disks and its host, whichever machine type the hypervisor chose; where
+# packets lead that go nowhere; live mounts.
 BOOT_MODULES = (
-    "virtio_mmio", "virtio_pci", "virtio_console", "virtio_blk", "squashfs", "overlay", "ext4", "tun"
+    "virtio_mmio", "virtio_pci", "virtio_console", "virtio_blk", "squashfs", "overlay", "ext4", "tun", "fuse"
 )  # fmt: skip
 
 _FOLDERS = (

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import re
 import socket
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import MachineCrashed, MachineError
@@ -22,7 +23,7 @@ from pytest_microvm.wire.frames import WireError
 from pytest_microvm.wire.network import CONNECTIONS, WINDOW
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator
 
     from pytest_microvm.network.forwarding import Forwarding
 
@@ -34,6 +35,9 @@ _READER = 32 * 1024
 _MAX_PACKETS = 10_000  # reports of packets; a guest that behaves sends a tenth
 _MAX_ADDRESS = 64
 _MAX_NAME = 1100  # of 255 bytes, each as \ddd at most
+Served = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+"""What serves one stream until it ends."""
+
 _PROTOCOL = re.compile(r"TCP|UDP|ICMP|DNS|IP/[0-9]{1,3}")
 
 
@@ -50,7 +54,7 @@ class NetworkPort:
     def __init__(
         self,
         sock: socket.socket,
-        serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+        serve: Served,
         packet: Callable[[str, str, int, str], None],
         on_violation: Callable[[], None],
     ) -> None:
@@ -92,16 +96,7 @@ class NetworkPort:
             MachineError: The machine has ended.
         """
         async with self._reaching:
-            stream = self._open()
-            asked = self.loop.create_task(self._ask(op="connect", stream=stream.number, **_target(target)))
-            try:
-                await asyncio.shield(asked)
-            except asyncio.CancelledError:  # the guest may say yes all the same
-                asked.add_done_callback(lambda done: self._reached_too_late(stream, done))
-                raise
-            except GuestError:
-                self._unopened(stream)
-                raise
+            stream = await self._reach(op="connect", **_target(target))
             reader, writer = connect_streams(stream, self.loop, _READER)
             try:
                 yield reader, writer
@@ -110,6 +105,33 @@ class NetworkPort:
                 raise
             finally:
                 writer.close()
+
+    async def share(self, path: str, serve: Served, *, read_only: bool) -> int:
+        """Mount a directory of this computer in the guest, until the machine ends or :meth:`unshare`.
+
+        Args:
+            path: Where: an empty directory of the guest.
+            serve: Answers what the guest's kernel asks, until it does no more.
+            read_only: Whether the guest's kernel shall refuse changes by itself.
+
+        Returns:
+            What :meth:`unshare` takes.
+
+        Raises:
+            GuestError: It cannot be mounted there.
+            MachineError: The machine has ended.
+        """
+        stream = await self._reach(op="share", path=path, read_only=read_only)
+        self._serve_stream(stream, serve)
+        return stream.number
+
+    async def unshare(self, number: int) -> None:
+        """Unmount what :meth:`share` has mounted.
+
+        Raises:
+            MachineError: The machine has ended.
+        """
+        await self._ask(op="unshare", stream=number)
 
     async def wait(self, target: int | str, timeout: float) -> None:
         """Wait until somebody in the guest listens.
@@ -304,16 +326,12 @@ class NetworkPort:
         stream = self._open()
         self._of_guest.add(stream.number)
         self._channel.send({"op": "accept", "connection": connection, "stream": stream.number})
-        reader, writer = connect_streams(stream, self.loop, _READER)
-        task = self.loop.create_task(self._serve_until_end(reader, writer))
+        self._serve_stream(stream, self._serve)
+
+    def _serve_stream(self, stream: Stream, serve: Served) -> None:
+        task = self.loop.create_task(_serve_until_end(serve, *connect_streams(stream, self.loop, _READER)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _serve_until_end(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await self._serve(reader, writer)
-        finally:
-            writer.close()
 
     def _report(self, body: dict[str, Any]) -> None:
         self._packets += 1
@@ -343,6 +361,20 @@ class NetworkPort:
             request.set_result(None)
 
     # Bookkeeping
+
+    async def _reach(self, **body: Any) -> Stream:
+        """Ask the guest for what a new stream leads to; return the stream."""
+        stream = self._open()
+        asked = self.loop.create_task(self._ask(stream=stream.number, **body))
+        try:
+            await asyncio.shield(asked)
+        except asyncio.CancelledError:  # the guest may say yes all the same
+            asked.add_done_callback(lambda done: self._reached_too_late(stream, done))
+            raise
+        except GuestError:
+            self._unopened(stream)
+            raise
+        return stream
 
     def _open(self) -> Stream:
         if self._channel.open_streams >= MAX_STREAMS:
@@ -381,6 +413,13 @@ class NetworkPort:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _serve_until_end(serve: Served, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        await serve(reader, writer)
+    finally:
+        writer.close()
 
 
 def _whole(body: dict[str, Any], key: str) -> int:

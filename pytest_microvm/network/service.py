@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from pytest_microvm.network.forwarding import Address
-    from pytest_microvm.network.port import NetworkPort
+    from pytest_microvm.network.port import NetworkPort, Served
 
 _ANSWER = 10.0  # seconds for the guest's network process, which may have been killed
 _END = 10.0  # seconds for what served connections to end
@@ -108,6 +108,37 @@ class MachineNetwork:
 
         with forwarded(self._open(), target, unix=unix) as address:
             yield address
+
+    def share(self, path: str, serve: Served, *, read_only: bool) -> int:
+        """Mount a directory of this computer in the guest, until the machine ends or :meth:`unshare`.
+
+        Args:
+            path: Where: an empty directory of the guest.
+            serve: Answers what the guest's kernel asks, until it does no more.
+            read_only: Whether the guest's kernel shall refuse changes by itself.
+
+        Returns:
+            What :meth:`unshare` takes.
+
+        Raises:
+            GuestError: The guest cannot mount it.
+            TimeoutError: Its network process did not answer.
+            MachineCrashed: The machine has ended.
+        """
+        from pytest_microvm.network.loop import run  # noqa: PLC0415 - asyncio, once it is needed
+
+        return run(self._open().share(path, serve, read_only=read_only), _ANSWER)
+
+    def unshare(self, number: int) -> None:
+        """Unmount what :meth:`share` has mounted.
+
+        Raises:
+            TimeoutError: The guest's network process did not answer.
+            MachineCrashed: The machine has ended.
+        """
+        from pytest_microvm.network.loop import run  # noqa: PLC0415 - it is there already
+
+        run(self._open().unshare(number), _ANSWER)
 
     def wait_for(self, target: int | str, timeout: float) -> None:
         """Wait until somebody in the guest listens on a TCP port or Unix socket.

@@ -119,7 +119,9 @@ class RunnerLease:
         lines = []
         for mounted in self._machine.mounts:
             try:
-                lines.append(f"{mounted.mount.target}: {mounted.copy_back()}")
+                changes = mounted.copy_back()
+                if mounted.mount.kind != "live":  # of which there is nothing to tell
+                    lines.append(f"{mounted.mount.target}: {changes}")
             except MicroVMError as error:
                 lines.append(str(error))
         return lines

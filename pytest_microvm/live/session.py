@@ -1,0 +1,117 @@
+"""One live mount as its kernel knows it: the directory, nodes, and handles."""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass, field
+
+from pytest_microvm.live import messages
+from pytest_microvm.live.folder import Folder, error
+from pytest_microvm.live.nodes import Node, Nodes
+
+MAX_HANDLES = 256
+"""Files and directories that a machine may have open at once in one mount: a file is a descriptor here."""
+
+
+@dataclass
+class Handle:
+    """An open file, or the names of a directory as they were when it was opened."""
+
+    node: Node
+    file: int | None = None
+    names: tuple[str, ...] = ()
+
+
+class Handles:
+    """All that is open."""
+
+    def __init__(self) -> None:
+        self.names = 0  # in all of them together
+        self._handles: dict[int, Handle] = {}
+        self._next = 1
+
+    def check_room(self) -> None:
+        """Refuse to open one more, if too many are.
+
+        Raises:
+            OSError: They are.
+        """
+        if len(self._handles) >= MAX_HANDLES:
+            raise error(errno.ENFILE)
+
+    def add(self, handle: Handle) -> int:
+        """Return the number by which the kernel means it."""
+        number = self._next
+        self._next += 1
+        self._handles[number] = handle
+        self.names += len(handle.names)
+        return number
+
+    def get(self, number: int) -> Handle:
+        """Return what a number means.
+
+        Raises:
+            OSError: Nothing.
+        """
+        try:
+            return self._handles[number]
+        except KeyError:
+            raise error(errno.EBADF) from None
+
+    def file(self, number: int) -> int:
+        """Return the descriptor of an open file.
+
+        Raises:
+            OSError: It is none.
+        """
+        file = self.get(number).file
+        if file is None:
+            raise error(errno.EISDIR)
+        return file
+
+    def file_of(self, node: Node) -> int | None:
+        """Return a descriptor of what was at a place, if it is open."""
+        files = (one.file for one in self._handles.values() if one.node is node and one.file is not None)
+        return next(files, None)
+
+    def release(self, number: int) -> None:
+        """Close it.
+
+        Raises:
+            OSError: There is no such handle.
+        """
+        handle = self.get(number)
+        del self._handles[number]
+        self.names -= len(handle.names)
+        if handle.file is not None:
+            os.close(handle.file)
+
+    def close(self) -> None:
+        """Close all."""
+        for number in list(self._handles):
+            self.release(number)
+
+
+@dataclass
+class Session:
+    """What the operations of a mount work on.
+
+    Args:
+        folder: What is mounted.
+        nodes: The places that the kernel knows.
+        handles: What its programs have open.
+    """
+
+    folder: Folder
+    nodes: Nodes = field(default_factory=Nodes)
+    handles: Handles = field(default_factory=Handles)
+
+    def entry(self, parent: Node, name: str) -> bytes:
+        """Return the node of a place, and what is there; the kernel knows it from now on.
+
+        Raises:
+            OSError: Nothing is there, or the kernel knows too many.
+        """
+        status = self.folder.status([*parent.segments(), name])
+        return messages.entry(self.nodes.tell(parent, name).number, status)
