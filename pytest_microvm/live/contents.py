@@ -37,9 +37,8 @@ def open_file(session: Session, request: Request) -> bytes:
     """Open a file."""
     flags, _open_flags = request.fields(_OPEN)
     session.handles.check_room()
-    node = session.nodes.get(request.node)
-    file = session.folder.open(node.segments(), flags)
-    return messages.opened(session.handles.add(Handle(node, file)))
+    file = session.folder.open(session.where(request.node), flags)
+    return messages.opened(session.handles.add(Handle(session.nodes.get(request.node), file)))
 
 
 def create(session: Session, request: Request) -> bytes:
@@ -48,14 +47,13 @@ def create(session: Session, request: Request) -> bytes:
     session.handles.check_room()
     parent, name = place(session, request, *request.names(1, _CREATE))
     file = session.folder.create([*parent.segments(), name], flags, mode)
+    status = os.fstat(file)
     try:
-        node = session.nodes.tell(parent, name)
+        node = session.nodes.tell(parent, name, status)
     except OSError:
         os.close(file)
         raise
-    return messages.entry(node.number, os.fstat(file)) + messages.opened(
-        session.handles.add(Handle(node, file))
-    )
+    return messages.entry(node.number, status) + messages.opened(session.handles.add(Handle(node, file)))
 
 
 def read(session: Session, request: Request) -> bytes:
@@ -116,32 +114,31 @@ def setattr_(session: Session, request: Request) -> bytes:
     if (valid & _UID and uid) or (valid & _GID and gid):
         raise error(errno.EPERM)
     if valid & _MODE:
-        session.folder.set_mode(node.segments(), mode)
+        session.folder.set_mode(session.where(request.node), mode)
     if valid & _SIZE:
-        _resize(session, node, file, size)
+        _resize(session, request.node, file, size)
     if valid & (_ATIME | _MTIME):
         times = (
             _time(accessed, accessed_ns, valid, given=_ATIME, now=_ATIME_NOW),
             _time(modified, modified_ns, valid, given=_MTIME, now=_MTIME_NOW),
         )
-        session.folder.set_times(node.segments(), *times)
+        session.folder.set_times(session.where(request.node), *times)
     return _attributes(session, node, file)
 
 
 def _attributes(session: Session, node: Node, file: int | None) -> bytes:
-    if file is None and node.gone:
+    if file is None and node.gone:  # and perhaps still open
         file = session.handles.file_of(node)
-    status = session.folder.status(node.segments()) if file is None else os.fstat(file)
-    return messages.attributes_of_node(status)
+    return messages.attributes_of_node(session.status(node) if file is None else os.fstat(file))
 
 
-def _resize(session: Session, node: Node, file: int | None, size: int) -> None:
+def _resize(session: Session, node: int, file: int | None, size: int) -> None:
     if size > _LAST_OFFSET:
         raise error(errno.EFBIG)
     if file is not None:
         session.folder.resize(file, size)
         return
-    opened = session.folder.open(node.segments(), os.O_WRONLY)
+    opened = session.folder.open(session.where(node), os.O_WRONLY)
     try:
         session.folder.resize(opened, size)
     finally:

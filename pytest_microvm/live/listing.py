@@ -20,8 +20,8 @@ _DOTS = (".", "..")
 def opendir(session: Session, request: Request) -> bytes:
     """Open a directory."""
     session.handles.check_room()
+    names = session.folder.names(session.where(request.node), MAX_PATHS - session.handles.names)
     node = session.nodes.get(request.node)
-    names = session.folder.names(node.segments(), MAX_PATHS - session.handles.names)
     return messages.opened(session.handles.add(Handle(node, names=(*_DOTS, *names))))
 
 

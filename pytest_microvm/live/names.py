@@ -68,7 +68,7 @@ def mkdir(session: Session, request: Request) -> bytes:
 def link(session: Session, request: Request) -> bytes:
     """Give a file one more name."""
     (number,) = request.fields(_LINK)
-    old = session.nodes.get(number).segments()
+    old = session.where(number)
     (name,) = request.names(1, _LINK)
     return _made(session, request, name, lambda segments: session.folder.make_name(old, segments))
 
@@ -114,4 +114,4 @@ def _move(session: Session, request: Request, number: int, old: bytes, new: byte
 
 def readlink(session: Session, request: Request) -> bytes:
     """Tell where a link points."""
-    return session.folder.target(session.nodes.get(request.node).segments())
+    return session.folder.target(session.where(request.node))

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 
 from pytest_microvm.live.messages import ROOT
 from pytest_microvm.manifest import MAX_DEPTH, MAX_PATHS
 
+Identity = tuple[int, int, int]
+"""What tells files apart: device, inode, and what kind of thing it is."""
+
 
 class Node:
-    """A place: a name in another node's directory; ``None`` once nothing is there any more.
+    """A file at a place: a name in another node's directory; ``None`` once it is not there any more.
 
-    A machine may know a place for long; what is there is looked at anew each time, so nothing is held open.
+    A machine may know it for long; its place is looked at anew each time, so nothing is held open.
     """
 
-    __slots__ = ("known", "name", "number", "parent")
+    __slots__ = ("identity", "known", "name", "number", "parent")
 
-    def __init__(self, number: int, parent: Node | None, name: str | None) -> None:
+    def __init__(self, number: int, parent: Node | None, name: str | None, identity: Identity | None) -> None:
         self.number = number
         self.parent = parent
         self.name = name
+        self.identity = identity
         self.known = 0  # how often the kernel was told of it, and has not forgotten it since
 
     @property
     def gone(self) -> bool:
-        """Whether what was here has been removed."""
+        """Whether it has been removed, or something else is in its place."""
         return self.parent is not None and self.name is None
 
     def segments(self) -> list[str]:
@@ -50,7 +55,7 @@ class Nodes:
     """All nodes that a kernel knows."""
 
     def __init__(self) -> None:
-        self._by_number = {ROOT: Node(ROOT, None, None)}
+        self._by_number = {ROOT: Node(ROOT, None, None, None)}
         self._by_place: dict[tuple[int, str], Node] = {}
         self._next = ROOT + 1
 
@@ -65,17 +70,20 @@ class Nodes:
         except KeyError:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
 
-    def tell(self, parent: Node, name: str) -> Node:
-        """Return the node of a place, which the kernel is told of.
+    def tell(self, parent: Node, name: str, status: os.stat_result) -> Node:
+        """Return the node of what is at a place, which the kernel is told of.
 
         Raises:
             OSError: It knows too many.
         """
         node = self._by_place.get((parent.number, name))
+        if node is not None and node.identity != identity(status):
+            self.remove(parent, name)
+            node = None
         if node is None:
             if len(self._by_number) > MAX_PATHS:
                 raise OSError(errno.ENFILE, f"more than {MAX_PATHS} files are known at once")
-            node = Node(self._next, parent, name)
+            node = Node(self._next, parent, name, identity(status))
             self._next += 1
             self._by_number[node.number] = self._by_place[parent.number, name] = node
         node.known += 1
@@ -92,7 +100,7 @@ class Nodes:
             self._vacate(node)
 
     def remove(self, parent: Node, name: str) -> None:
-        """Take note that nothing is at a place any more."""
+        """Take note that what was at a place is not there any more."""
         node = self._by_place.get((parent.number, name))
         if node is not None:
             self._vacate(node)
@@ -111,3 +119,8 @@ class Nodes:
             place = (node.parent.number, node.name)
             if self._by_place.get(place) is node:
                 del self._by_place[place]
+
+
+def identity(status: os.stat_result) -> Identity:
+    """Return what tells a file from others."""
+    return status.st_dev, status.st_ino, stat.S_IFMT(status.st_mode)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pytest_microvm.live import messages
 from pytest_microvm.live.folder import Folder, error
-from pytest_microvm.live.nodes import Node, Nodes
+from pytest_microvm.live.nodes import Node, Nodes, identity
 
 MAX_HANDLES = 256
 """Files and directories that a machine may have open at once in one mount: a file is a descriptor here."""
@@ -108,10 +108,31 @@ class Session:
     handles: Handles = field(default_factory=Handles)
 
     def entry(self, parent: Node, name: str) -> bytes:
-        """Return the node of a place, and what is there; the kernel knows it from now on.
+        """Return the node of what is at a place, and what it is like; the kernel knows it from now on.
 
         Raises:
             OSError: Nothing is there, or the kernel knows too many.
         """
         status = self.folder.status([*parent.segments(), name])
-        return messages.entry(self.nodes.tell(parent, name).number, status)
+        return messages.entry(self.nodes.tell(parent, name, status).number, status)
+
+    def status(self, node: Node) -> os.stat_result:
+        """Return what a node is like.
+
+        Raises:
+            OSError: It is not there any more; the kernel then looks what is.
+        """
+        status = self.folder.status(node.segments())
+        if node.parent is not None and node.identity != identity(status):
+            raise error(errno.ESTALE)
+        return status
+
+    def where(self, number: int) -> list[str]:
+        """Return the place of a node, at which it still is.
+
+        Raises:
+            OSError: It is not.
+        """
+        node = self.nodes.get(number)
+        self.status(node)
+        return node.segments()

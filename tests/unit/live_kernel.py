@@ -1,17 +1,17 @@
-"""A live mount on this computer: its own kernel asks, through /dev/fuse, what a machine's would ask."""
+"""A live mount on this computer: its own kernel asks, through /dev/fuse, what a machine's would ask.
+
+The server is a process of its own: a page of a mapped file that it has to bring would else wait for itself.
+"""
 
 import contextlib
 import ctypes
 import os
-import threading
+import subprocess
+import sys
 from pathlib import Path
 
-from pytest_microvm.live.folder import Folder, Growth
-from pytest_microvm.live.messages import MAX_REQUEST
-from pytest_microvm.live.server import Server
-
-_libc = ctypes.CDLL(None, use_errno=True)
 _MNT_DETACH = 2
+_PATIENCE = 60
 
 
 def can_mount():
@@ -21,37 +21,43 @@ def can_mount():
 @contextlib.contextmanager
 def mounted(source, target, *, writable=True, limit=2**40):
     """Mount ``source`` at ``target`` as a machine would see it."""
-    root = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
-    server = Server(Folder(root, Growth(limit), writable=writable))
     device = os.open("/dev/fuse", os.O_RDWR)
-    options = f"fd={device},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions".encode()
-    if _libc.mount(b"microvm", os.fsencode(target), b"fuse", ctypes.c_ulong(2 | 4), options):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    failures = []
-    thread = threading.Thread(target=_serve, args=(device, server, failures), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        _libc.umount2(os.fsencode(target), _MNT_DETACH)
-        thread.join(30)
+    _mount(target, device)
+    arguments = [sys.executable, __file__, str(device), source, "rw" if writable else "ro", str(limit)]
+    with subprocess.Popen(arguments, pass_fds=[device]) as process:
         os.close(device)
-        server.close()
-        assert not failures
-        assert not thread.is_alive()
+        try:
+            yield
+        finally:
+            ctypes.CDLL(None).umount2(os.fsencode(target), _MNT_DETACH)
+            try:
+                assert process.wait(_PATIENCE) == 0
+            finally:
+                process.kill()
 
 
-def _serve(device, server, failures):
-    while True:
-        try:
-            request = os.read(device, MAX_REQUEST)
-        except OSError:  # unmounted (ENODEV)
-            return
-        try:
+def _mount(target, device):
+    options = f"fd={device},rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions".encode()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"microvm", os.fsencode(target), b"fuse", ctypes.c_ulong(2 | 4), options):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _serve(device, source, access, limit):
+    from pytest_microvm.live.folder import Folder, Growth  # noqa: PLC0415 - of the process alone
+    from pytest_microvm.live.messages import MAX_REQUEST  # noqa: PLC0415
+    from pytest_microvm.live.server import Server  # noqa: PLC0415
+
+    root = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
+    server = Server(Folder(root, Growth(limit), writable=access == "rw"))
+    with contextlib.suppress(OSError):  # unmounted (ENODEV)
+        while request := os.read(device, MAX_REQUEST):
             answer = server.answer(request)
-        except BaseException as error:  # noqa: BLE001 - the test is told
-            failures.append(error)
-            return
-        if answer is not None:
-            with contextlib.suppress(FileNotFoundError):  # nobody waits for it any more
-                os.write(device, answer)
+            if answer is not None:
+                with contextlib.suppress(FileNotFoundError):  # nobody waits for it any more
+                    os.write(device, answer)
+    server.close()
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))
