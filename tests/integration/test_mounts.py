@@ -247,12 +247,6 @@ def test_where_nothing_may_be_written_beside(vm, place, source):
         subprocess.run(["umount", folder], check=True)
 
 
-def test_live_is_refused_with_a_reason(vm, place, source):
-    with pytest.raises(UsageError, match="live mount is not available") as caught:
-        vm.mount(source, place, kind="live")
-    assert "frozen" in caught.value.details
-
-
 def test_at_the_end_of_the_machine(host, tmp_path, caplog):
     with host.start(image="base", timeout=300) as machine:
         machine.mount(tmp_path / "out", "/out")
