@@ -33,8 +33,8 @@ GRANTS = {
         "a value for it, such as TOKEN=env:TOKEN[,as=file]; file:, command:, keyring: too",
     ),
     "mount": (
-        "SOURCE:/TARGET[:ro][:git]",
-        "a directory, copied in, and back unless :ro; :git hands a clone over",
+        "SOURCE:/TARGET[:ro][:git|:live]",
+        "a directory, copied in, and back unless :ro; :git hands a clone over; :live is worked in",
     ),
 }
 _KEYS = {"network": "network", "host": "hosts", "credential": "credentials", "secret": "secrets"}

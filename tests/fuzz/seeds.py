@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import struct
 import sys
 import tarfile
 from pathlib import Path
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from network_world import client_hello, in_records, request
 from replayed import real_reports
 
+from pytest_microvm.live.messages import Op
 from pytest_microvm.wire.channel import Channel
 from pytest_microvm.wire.frames import Kind, encode
 
@@ -78,6 +80,41 @@ def warning():
             "category": ["own.Late", "DeprecationWarning"], "lineno": 3, "line": "x()"}  # fmt: skip
 
 
+def fuse():
+    """What a kernel asks of a live mount: 1 is its root, 2 is "a", from 3 on what it makes."""
+
+    def ask(op, node, body=b""):
+        return struct.pack("<IIQQIIIHH", 40 + len(body), op, 1, node, 0, 0, 0, 0, 0) + body
+
+    def words(*values):
+        return struct.pack(f"<{len(values)}I", *values)
+
+    def longs(*values):
+        return struct.pack(f"<{len(values)}Q", *values)
+
+    part = words(4, 0) + longs(0) + words(0, 0)
+    looking = [
+        ask(Op.INIT, 0, words(7, 38, 131072, 2**32 - 1)),
+        ask(Op.LOOKUP, 1, b"a\0"), ask(Op.GETATTR, 2, bytes(16)), ask(Op.STATFS, 1),
+        ask(Op.OPEN, 2, words(2, 0)), ask(Op.READ, 2, longs(1, 0) + part),
+        ask(Op.WRITE, 2, longs(1, 9) + part + b"four"), ask(Op.FLUSH, 2, longs(1, 0, 0)),
+        ask(Op.SETATTR, 2, words(0x69, 0) + longs(1, 8, 0, 5, 5, 0) + words(0, 0, 0, 0o755, 0, 0, 0, 0)),
+        ask(Op.RELEASE, 2, longs(1, 0, 0)), ask(Op.OPENDIR, 1, words(0, 0)),
+        ask(Op.READDIR, 1, longs(2, 0) + words(4096, 0) + longs(0) + words(0, 0)),
+        ask(Op.READDIRPLUS, 1, longs(2, 2) + words(4096, 0) + longs(0) + words(0, 0)),
+        ask(Op.FORGET, 2, longs(1)), ask(Op.BATCH_FORGET, 0, words(1, 0) + longs(2, 9)),
+    ]  # fmt: skip
+    making = [
+        ask(Op.LOOKUP, 1, b"a\0"), ask(Op.MKDIR, 1, words(0o755, 0) + b"d\0"),
+        ask(Op.SYMLINK, 3, b"l\0../a\0"), ask(Op.READLINK, 4), ask(Op.LINK, 3, longs(2) + b"h\0"),
+        ask(Op.CREATE, 3, words(2, 0o644, 0, 0) + b"c\0"),
+        ask(Op.MKNOD, 3, words(0o100644, 0, 0, 0) + b"n\0"),
+        ask(Op.RENAME, 3, longs(1) + b"c\0e\0"), ask(Op.RENAME2, 3, longs(1, 0) + b"l\0l\0"),
+        ask(Op.UNLINK, 1, b"e\0"), ask(Op.RMDIR, 1, b"sub\0"),
+    ]  # fmt: skip
+    return b"".join(looking), b"".join(making)
+
+
 CONSOLE = b"""[    1.0] Out of memory: Killed process 77 (py\x1b[2Jthon) anon-rss:900kB, shmem-rss:8kB
 Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009
 BUG: unable to handle page fault\r
@@ -112,6 +149,8 @@ def main():
     )
     for number, one in enumerate(asking):
         write(f"proxy/{number}", one)
+    for number, asked in enumerate(fuse()):
+        write(f"fuse/{number}", asked)
     write("text/hostile", "plain \x1b[31mred\x1b[0m \x1b[2J\u202e\n ::error::x\n##[group]y \ufffe".encode())
     kinds = {}
     for report in real_reports(("long", "native")):

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import io
 import json
+import os
 import re
 import socket
 import tempfile
@@ -24,6 +25,9 @@ from pytest_microvm.console import ConsoleReader
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation, TransferError
 from pytest_microvm.extraction import extract
 from pytest_microvm.link import GuestError, Link
+from pytest_microvm.live.folder import Folder, Growth
+from pytest_microvm.live.messages import LENGTH, BadRequest
+from pytest_microvm.live.server import Server
 from pytest_microvm.network.access import Access
 from pytest_microvm.network.client_hello import MAX_BYTES, BadHello, HelloReader
 from pytest_microvm.network.log import NetworkLog
@@ -329,6 +333,25 @@ async def _served(data, asked, log):
     assert bytes(answer[:9]) in {b"", b"HTTP/1.1 "}, bytes(answer)
 
 
+def fuse(data):
+    """Requests of a live mount leave everything but the directory alone; each begins with its length."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as top:
+        inside = Path(top) / "inside"
+        (inside / "sub").mkdir(parents=True)
+        (inside / "a").write_text("a")
+        server = Server(Folder(os.open(inside, os.O_RDONLY), Growth(10**6), writable=True))
+        with contextlib.suppress(BadRequest):
+            while data:
+                size = LENGTH.unpack(data[:4])[0] if len(data) >= 4 else 0
+                answer = server.answer(data[: max(size, 1)])
+                assert answer is None or LENGTH.unpack(answer[:4])[0] == len(answer)
+                data = data[max(size, 1) :]
+        server.close()
+        assert [path.name for path in Path(top).iterdir()] == ["inside"]
+        for path in inside.rglob("*"):
+            assert not path.is_symlink() or path.resolve().is_relative_to(inside.resolve())
+
+
 def _seeds(name):
     return [path.read_bytes() for path in sorted((CORPUS / name).glob("*.json*"))]
 
@@ -347,5 +370,6 @@ TARGETS = {
         console,
         client_hello,
         proxy,
+        fuse,
     )
 }
