@@ -33,6 +33,7 @@ WORST = """
         for _ in range(2**30 // 2**20):
             os.write(1, b"x" * 2**20)
 
+    @pytest.mark.microvm(timeout=5)
     def test_endless_loop():
         while True:
             pass
@@ -109,7 +110,7 @@ def worst(tmp_path_factory):
     )
     output = project.run(
         "--microvm", "-v", "--junitxml=report.xml", "--microvm-artifacts=artifacts", "--microvm-pids=100",
-        "--microvm-disk=1G", "--microvm-output=10M", "--microvm-timeout=30",
+        "--microvm-disk=1G", "--microvm-output=10M", "--microvm-timeout=300",
         *(f"test_worst.py::{name}" for name in order), status=1,
     )  # fmt: skip
     return project, output, project.outcomes()
