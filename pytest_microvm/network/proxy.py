@@ -9,11 +9,12 @@ from pytest_microvm.network.access import Access
 from pytest_microvm.network.exchange import Broken
 from pytest_microvm.network.http import Conversation
 from pytest_microvm.network.log import NetworkLog
+from pytest_microvm.network.lookups import Lookups
 from pytest_microvm.network.meter import Meter, QuotaReached
 from pytest_microvm.network.patience import HEAD, IDLE, Patience
 from pytest_microvm.network.relaying import GuestGone, GuestStream
 from pytest_microvm.network.tunnels import Tunnel
-from pytest_microvm.network.upstream import Outbound, Resolver, system_resolver
+from pytest_microvm.network.upstream import Outbound, Resolver
 
 MAX_CONNECTIONS = 512
 """Connections that one guest may have open at a time; more are closed at once."""
@@ -26,7 +27,7 @@ class Proxy:
         access: What the machine may reach, and with whose credentials.
         log: Where each request is written down.
         meter: Counts what moves, and slows it down.
-        resolve: Gives the addresses of names.
+        resolve: Gives the addresses of names; ``None``: this computer's resolver.
         redact: Takes out of a text for the log what nobody may see.
     """
 
@@ -36,10 +37,11 @@ class Proxy:
         log: NetworkLog,
         meter: Meter,
         *,
-        resolve: Resolver = system_resolver,
+        resolve: Resolver | None = None,
         redact: Callable[[str], str] = str,
     ) -> None:
-        self._outbound = Outbound(access, log, meter, resolve, redact)
+        self._lookups = Lookups()
+        self._outbound = Outbound(access, log, meter, resolve or self._lookups, redact)
         self._works: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -71,6 +73,7 @@ class Proxy:
         self._closed = True
         self._end_all()
         await asyncio.gather(*self._works, return_exceptions=True)
+        self._lookups.close()
 
     def _end_all(self) -> None:
         for work in self._works:

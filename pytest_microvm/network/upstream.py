@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable
@@ -35,16 +34,6 @@ _BUNDLES = (
     "/etc/ssl/ca-bundle.pem",
     "/etc/ssl/cert.pem",
 )
-
-
-async def system_resolver(host: str, port: int) -> list[str]:
-    """Return the addresses that this computer's resolver gives for a name.
-
-    Raises:
-        OSError: It gives none.
-    """
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(entry[4][0]) for entry in found]
 
 
 def trust_store() -> ssl.SSLContext:

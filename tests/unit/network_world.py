@@ -16,7 +16,6 @@ from pytest_microvm.network.log import NetworkLog
 from pytest_microvm.network.meter import Meter
 from pytest_microvm.network.proxy import Proxy
 from pytest_microvm.network.rules import parse_rules
-from pytest_microvm.network.upstream import system_resolver
 
 GUARD = 30  # seconds
 PUBLIC = trustme.CA()
@@ -203,7 +202,7 @@ class World:
         *,
         credentials=(),
         authority=None,
-        resolve=system_resolver,
+        resolve=None,
         redact=str,
         **quotas,
     ):

@@ -1,5 +1,6 @@
 """The policy proxy, from a guest's side: what is allowed arrives whole, and each step is written down."""
 
+import asyncio
 import json
 import socket
 import ssl
@@ -9,7 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 import h11
 import pytest
 
+from pytest_microvm.network.access import Access
 from pytest_microvm.network.authority import new_authority
+from pytest_microvm.network.log import NetworkLog
+from pytest_microvm.network.proxy import Proxy
+from pytest_microvm.network.rules import parse_rules
 
 from .network_world import GUARD, PUBLIC, Server, Speaker, World, headers_of, receive, request
 
@@ -504,6 +509,32 @@ def test_a_name_that_does_not_resolve():
     with World(["a.example"], resolve=fail) as world:
         assert world.get("http://a.example/")[0] == 502
     assert world.log.list()[0].reason == "a.example does not resolve"
+
+
+def test_names_that_never_resolve_keep_no_other_machine_waiting(plain, monkeypatch):
+    stuck = threading.Event()
+
+    def look_up(host, *_words, **_keys):
+        if host != "a.example":
+            stuck.wait(GUARD)
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    rules = parse_rules([f"a.example:{plain.port}", "127.0.0.1"], "test")
+    with World(["*.b.example"]) as world:
+        other = Proxy(Access(rules), NetworkLog(), world.meter)  # of another machine, on the same loop
+        for number in range(50):
+            host = f"n{number}.b.example"
+            world.connect().sendall(request(f"http://{host}/", host=host))
+        world.wait(asyncio.sleep(0))  # each is with its proxy
+        hostile, world.proxy = world.proxy, other
+        try:
+            assert world.get(f"http://a.example:{plain.port}/")[2] == b"hello"
+        finally:
+            stuck.set()
+            world.proxy = hostile
+            world.wait(other.close())
 
 
 def test_names_that_are_loopback_by_themselves(plain):
