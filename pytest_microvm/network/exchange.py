@@ -56,7 +56,7 @@ class Line:
         """Prepare for another request; return whether that is possible."""
         if (self.http.our_state, self.http.their_state) != (h11.DONE, h11.DONE):
             return False
-        if self.stream.ended or self.http.trailing_data != (b"", False):
+        if self.http.trailing_data != (b"", False):
             return False  # what came without being asked for would be taken for the next response
         self.http = h11.Connection(h11.CLIENT, MAX_HEAD)
         return True

@@ -90,7 +90,7 @@ class Conversation:
         try:
             decision = self._outbound.decide(request)
             credentials = for_request(self._outbound.access.credentials, asked)
-            if not self._can_reuse(asked):
+            if not await self._can_reuse(asked):
                 self._hang_up()
                 places = await self._outbound.places(request)
         except Refused as refused:
@@ -124,16 +124,16 @@ class Conversation:
     def _status_noted(self, number: int) -> Callable[[int], None]:
         return lambda status: self._outbound.log.update(number, status=status)
 
-    def _can_reuse(self, asked: Asked) -> bool:
+    async def _can_reuse(self, asked: Asked) -> bool:
         """Tell whether the connection there is may be used: for what can be asked again if it has ended."""
         line = self._line
         return (
             line is not None
             and line.origin == asked.origin
-            and not line.stream.ended
             and asked.method in _REPEATABLE
             and asked.length == 0
             and not asked.websocket
+            and await line.stream.is_quiet()
         )
 
     def _hang_up(self) -> None:

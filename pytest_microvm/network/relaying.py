@@ -162,10 +162,17 @@ class ServerStream:
             return True
         return False
 
-    @property
-    def ended(self) -> bool:
-        """Whether the server has closed it, or sent what nobody asked for."""
-        return self._reader.at_eof() or self._writer.is_closing() or bool(self._ahead)
+    async def is_quiet(self) -> bool:
+        """Tell whether the server has neither closed it nor sent what nobody asked for; else drop it."""
+        if self._ahead or self._writer.is_closing():
+            return False
+        reading = asyncio.ensure_future(self._reader.read(1))
+        try:
+            await asyncio.sleep(0)  # what has come is read at once, the end too; nothing else is waited for
+            return not reading.done()
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
 
     def close(self) -> None:
         """Close it at once."""

@@ -38,6 +38,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.heads = []
         self.bodies = []
         self.connections = 0
+        self.go_on, self.gone_on = threading.Event(), threading.Event()
         self.port = self.server_address[1]
         self.tls = None
         if names:
@@ -140,6 +141,13 @@ class _Handler(socketserver.StreamRequestHandler):
 
     def do_two_responses(self, _head):
         self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok" * 2)
+
+    def do_late_response(self, _head):
+        """Send a second response once the test has got the first one, and wait until it is under way."""
+        self.answer(b"ok")
+        self.server.go_on.wait(GUARD)
+        self.answer(b"not asked for")
+        self.server.gone_on.set()
 
     def do_early(self, _head):
         self.answer(b"no need for the body", "Connection: close")

@@ -125,6 +125,18 @@ def test_a_response_nobody_asked_for_is_not_the_next_ones(world, plain):
     assert plain.connections == 2
 
 
+def test_a_response_that_comes_later_is_not_the_next_ones_either(world, plain):
+    sock = world.connect()
+    sock.sendall(request("http://a.example/late-response"))
+    assert receive(sock)[2] == b"ok"
+    plain.go_on.set()
+    assert plain.gone_on.wait(GUARD)
+    world.wait(asyncio.sleep(0.05))  # the loop hears what lies in its socket
+    sock.sendall(request("http://a.example/"))
+    assert receive(sock)[2] == b"hello"
+    assert plain.connections == 2
+
+
 @pytest.mark.parametrize("framing", ["Content-Length: 1000000", "Transfer-Encoding: chunked"])
 def test_a_large_body(world, plain, framing):
     body = bytes(range(250)) * 4000
