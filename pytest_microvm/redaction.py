@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from urllib.parse import quote, quote_plus
 
 MASK = "***"
@@ -19,6 +19,10 @@ MIN_LENGTH = 4
 
 _MIN_LINE = 16  # characters of a line of a longer value (a key in PEM) that is looked for by itself
 _MIN_ENCODED = 8  # characters of base64 that cannot be there by chance
+# What JSON libraries escape although they need not, so that it may stand in HTML: Go, Rails, PHP if told to;
+# Gson; System.Text.Json. Tokens in base64 have some of it.
+_ESCAPED = ("", "<>&", "<>&='", "<>&'+`\"")
+_CODES = ("\\u%04x", "\\u%04X")
 
 
 class Redactor:
@@ -100,12 +104,24 @@ def variants(value: str) -> set[str]:
     found: set[str] = set()
     for text in {value, value.strip(), *lines}:
         raw = text.encode(errors="surrogateescape")
-        found |= {text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1]}
+        found |= {text, *_in_json(text)}
         found |= {quote(raw, safe=""), quote(raw), quote_plus(raw)}
         found |= {re.sub("%[0-9A-F]{2}", lambda code: code[0].lower(), quote(raw, safe=""))}
         for encode in (base64.standard_b64encode, base64.urlsafe_b64encode):
             found = found.union(*(_inner(encode, raw, offset) for offset in range(3)))
     return {text for text in found if len(text) >= MIN_LENGTH}
+
+
+def _in_json(text: str) -> Iterator[str]:
+    """Yield ``text`` as libraries write it in JSON: with the escapes that are needed, and with others."""
+    for ascii_alone in (True, False):
+        written = json.dumps(text, ensure_ascii=ascii_alone)[1:-1]
+        for chars in _ESCAPED:
+            bare = written.replace('\\"', '"') if '"' in chars else written
+            for code in _CODES:
+                escaped = bare.translate({ord(char): code % ord(char) for char in chars})
+                yield escaped
+                yield escaped.replace("/", "\\/")  # PHP
 
 
 def _inner(encode: Callable[[bytes], bytes], raw: bytes, offset: int) -> set[str]:

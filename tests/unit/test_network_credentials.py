@@ -196,6 +196,9 @@ SPELLINGS = {
     "base64": base64.b64encode(VALUE.encode()).decode(),
     "base64 of a pair": base64.b64encode(f"user:{VALUE}".encode()).decode()[7:42],
     "in JSON": json.dumps({"token": VALUE})[11:-2],
+    "in JSON of PHP": VALUE.replace("/", "\\/"),
+    "in JSON of .NET": VALUE.replace("+", "\\u002B"),
+    "in JSON of Gson": VALUE.replace("=", "\\u003d"),
 }
 
 

@@ -13,11 +13,20 @@ from hypothesis import strategies as st
 
 from pytest_microvm.redaction import MASK, RedactedStream, Redactor
 
-TOKEN = "s3cr3t/Tok+en=42&x y"  # noqa: S105 - no real one
+TOKEN = "s3cr3t/Tok+en=42&x y<z>"  # noqa: S105 - no real one
+
+
+def coded(text, chars, code):
+    return "".join(code % ord(char) if char in chars else char for char in text)
+
 
 encodings = {
     "plain": lambda value: value,
     "json": lambda value: json.dumps({"t": value}),
+    "json of PHP": lambda value: json.dumps(value).replace("/", "\\/"),
+    "json of Go": lambda value: coded(json.dumps(value), "<>&", "\\u%04x"),
+    "json of Gson": lambda value: coded(json.dumps(value), "<>&='", "\\u%04x"),
+    "json of .NET": lambda value: coded(json.dumps(value), "<>&'+`", "\\u%04X"),
     "url": lambda value: quote(value, safe=""),
     "url path": quote,
     "form": quote_plus,
