@@ -73,15 +73,22 @@ class Credential:
     def added_to(self, asked: Asked) -> Asked:
         """Return a request with the value in it; what the guest wrote in its place is dropped."""
         if self.query is not None:
-            pairs = [pair for pair in asked.query[1:].split("&") if pair and not self._is_parameter(pair)]
+            pairs = [kept for pair in asked.query[1:].split("&") if (kept := self._without(pair))]
             return replace(asked, query="?" + "&".join([*pairs, f"{self.query}={self.sent}"]))
         assert self.header is not None
         name = self.header.encode("ascii")
-        others = [pair for pair in asked.headers if pair[0].lower() != name.lower()]
+        others = [pair for pair in asked.headers if _as_servers_read(pair[0]) != _as_servers_read(name)]
         return replace(asked, headers=(*others, (name, self.sent.encode("ascii"))))
 
-    def _is_parameter(self, pair: str) -> bool:
-        return unquote_plus(pair.partition("=")[0]) == self.query
+    def _without(self, pair: str) -> str:
+        """Return what stands between two ``&`` of a query without the parameter, as any server may read it.
+
+        Some divide at ``;`` as well, and some take upper and lower case for the same.
+        """
+        assert self.query is not None
+        parts = pair.split(";")
+        mine = [unquote_plus(part.partition("=")[0]).lower() == self.query.lower() for part in parts]
+        return ";".join(part for part, is_mine in zip(parts, mine, strict=True) if not is_mine)
 
 
 def resolve_credential(spec: CredentialSpec) -> Credential:
@@ -131,6 +138,11 @@ def with_credentials(asked: Asked, credentials: tuple[Credential, ...]) -> Asked
     for credential in credentials:
         asked = credential.added_to(asked)
     return asked
+
+
+def _as_servers_read(header: bytes) -> bytes:
+    """Return the name by which CGI and WSGI know a header: ``X_Key`` is ``X-Key`` to them (RFC 3875, 4.1)."""
+    return header.lower().replace(b"-", b"_")
 
 
 def _host(text: str, name: str) -> tuple[str, int | None]:
