@@ -13,6 +13,7 @@ from pytest_microvm.network.echoes import Echoes
 from pytest_microvm.network.heads import MAX_HEAD, Asked, Origin, in_short, kept
 from pytest_microvm.network.refusal import Refused
 from pytest_microvm.network.relaying import ServerStream, Stream, relay
+from pytest_microvm.network.websocket import Frames
 
 _BROKEN = (OSError, h11.RemoteProtocolError)  # how a connection to a server fails
 _FRAMING = (b"content-length", b"transfer-encoding")
@@ -203,7 +204,7 @@ class Exchange:
         reason = self._echoes.blanked(event.reason)
         await self._answer(h11.InformationalResponse(status_code=101, headers=headers, reason=reason))
         line.stream.unread(line.http.trailing_data[0])
-        await relay(self._guest, line.stream, self._echoes.feed)
+        await relay(self._guest, line.stream, Frames(self._echoes.feed).feed if self._echoes else None)
 
     async def _answer(self, head: h11.Response | h11.InformationalResponse) -> None:
         self._note_status(head.status_code)

@@ -169,12 +169,19 @@ class _Handler(socketserver.StreamRequestHandler):
 
     def do_socket(self, head):
         """A WebSocket that sends back what it gets, byte by byte of its frames, and its first header."""
+        return self._socket(head, headers_of(head).get("authorization", "none").encode() + b"\n")
+
+    def do_quiet_socket(self, head):
+        """Speak first never, and send back what comes."""
+        return self._socket(head, b"")
+
+    def _socket(self, head, first):
         key = headers_of(head)["sec-websocket-key"].encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
         self.wfile.write(
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Accept: " + sha1(key).hexdigest().encode() + b"\r\n\r\n"  # noqa: S324
         )
-        self.wfile.write(headers_of(head).get("authorization", "none").encode() + b"\n")
+        self.wfile.write(first)
         while data := self.request.recv(4096):
             self.wfile.write(data)
         return "close"

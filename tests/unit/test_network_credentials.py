@@ -249,11 +249,11 @@ def test_a_compressed_response_is_refused(world):
     assert b"compressed" in body
 
 
-def test_in_a_websocket(world, servers):
+def websocket(world, target):
     tls = world.secure("api.example:443", trusted=world.authority.certificate_pem)
     tls.sendall(
         request(
-            "/socket",
+            target,
             "Connection: Upgrade",
             "Upgrade: websocket",
             "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
@@ -261,6 +261,11 @@ def test_in_a_websocket(world, servers):
             host="api.example",
         )
     )
+    return tls
+
+
+def test_in_a_websocket(world, servers):
+    tls = websocket(world, "/socket")
     came = b""
     while not came.partition(b"\r\n\r\n")[2].endswith(b"\n"):
         came += tls.recv(1000)
@@ -268,6 +273,19 @@ def test_in_a_websocket(world, servers):
     assert "sec-websocket-extensions" not in headers_of(servers[0].heads[0])
     tls.sendall(b"\x81\x05hello")
     assert tls.recv(100) == b"\x81\x05hello"
+
+
+def test_a_message_that_ends_as_the_value_begins_does_not_wait_for_the_next_one(world):
+    tls = websocket(world, "/quiet-socket")
+    came = b""
+    while not came.endswith(b"\r\n\r\n"):
+        came += tls.recv(1000)
+    for message in (b"\x81\x06hellos", b"\x81\x05 s3cr", b"\x88\x00"):
+        tls.sendall(message)
+        assert tls.recv(100) == message
+    value = VALUE.encode()
+    tls.sendall(b"\x81" + bytes([len(value)]) + value)
+    assert tls.recv(100) == b"\x81" + bytes([len(value)]) + b"*" * len(value)
 
 
 @given(
