@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Collection
@@ -47,7 +50,7 @@ def answer(
 
         def end() -> None:
             late.set()
-            process.kill()
+            _kill(process)
 
         timer = Timer(TIMEOUT, end)
         timer.start()
@@ -55,7 +58,7 @@ def answer(
             assert process.stdout is not None
             printed = process.stdout.read(MAX_ANSWER + 1)
             if len(printed) > MAX_ANSWER:
-                process.kill()
+                _kill(process)
         timer.cancel()
         said.seek(0)
         beside = without_login(said.read(MAX_ANSWER).decode(errors="replace").strip())
@@ -73,6 +76,13 @@ def answer(
             resolution="run it by hand, or write the hosts themselves as rules",
         )
     return printed.decode(errors="replace"), beside
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a client with all that it has started: as long as one of them lives, its answer has no end."""
+    if process.returncode is None:  # else the number may be another's by now
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def without_login(text: str) -> str:

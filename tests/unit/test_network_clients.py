@@ -38,6 +38,13 @@ def test_it_never_answers(monkeypatch):
         python("import signal; signal.pause()")
 
 
+def test_what_it_started_is_ended_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(clients, "TIMEOUT", 0.2)
+    with pytest.raises(HostError, match=r"failed \(no answer in 0.2 s\)"):
+        answer(["sh", "-c", '(sleep 5; touch "$0") & wait', str(tmp_path / "lived")], what="the question")
+    assert not (tmp_path / "lived").exists()  # it was not waited for
+
+
 def test_it_says_too_much(monkeypatch):
     monkeypatch.setattr(clients, "MAX_ANSWER", 1000)
     with pytest.raises(HostError, match="its answer is longer than 1000 bytes"):
