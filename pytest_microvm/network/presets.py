@@ -222,12 +222,18 @@ def _rewriting(git: str, project: Path) -> dict[str, str]:
         what="preset git", folder=project, statuses=(0, 1),
     )  # fmt: skip
     pairs = [match.groups() for line in told.splitlines() if (match := _INSTEAD.fullmatch(line))]
-    pairs = [(new, old) for new, old in pairs if new == without_login(new)]
+    pairs = [(new, old) for new, old in pairs if not _has_secret(new) and not _has_secret(old)]
     environment = {"GIT_CONFIG_COUNT": str(len(pairs)) if pairs else ""}
     for number, (new, old) in enumerate(pairs):
         environment[f"GIT_CONFIG_KEY_{number}"] = f"url.{new}.insteadOf"
         environment[f"GIT_CONFIG_VALUE_{number}"] = old
     return environment
+
+
+def _has_secret(url: str) -> bool:
+    """Tell whether a URL, or the beginning of one, has a login in it that is more than a name for ssh."""
+    login = url.partition("://")[2].partition("/")[0].rpartition("@")[0]
+    return bool(login) and (":" in login or url.lower().startswith(("http:", "https:")))
 
 
 # All

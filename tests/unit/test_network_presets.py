@@ -298,6 +298,23 @@ def test_git_is_sent_to_the_remotes_of_the_project(repository):
     assert "hunter2" not in repr(preset)
 
 
+def test_git_keeps_the_logins_of_what_it_replaces(repository):
+    folder, git = repository
+    git("remote", "add", "origin", "https://git.example/a.git")
+    for old in (
+        "https://me:hunter2@old.example/",
+        "https://hunter2@b.example/",
+        "ssh://me:hunter2@c.example/",
+    ):
+        git("config", "--global", "--add", "url.https://git.example/.insteadOf", old)
+    git("config", "--global", "--add", "url.https://git.example/.insteadOf", "ssh://git@shell.example/")
+    git("config", "--global", "url.https://hunter2@git.example/.insteadOf", "https://new.example/")
+    preset = read_preset("git", folder)
+    assert "hunter2" not in repr(preset)
+    assert dict(preset.environment)["GIT_CONFIG_COUNT"] == "1"
+    assert dict(preset.environment)["GIT_CONFIG_VALUE_0"] == "ssh://git@shell.example/"
+
+
 def test_git_without_a_remote_over_http(repository):
     folder, git = repository
     git("remote", "add", "shell", "ssh://git:hunter2@ssh.example/a.git")
