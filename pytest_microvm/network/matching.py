@@ -147,6 +147,7 @@ class Rule:
         path: Unescaped; ``/*`` at the end stands for everything below.
         methods: In upper case; none: every one.
         preset: The preset that it comes from, if it does.
+        public_only: Somebody outside told the preset of the host, not the user's own configuration.
     """
 
     target: Target
@@ -156,6 +157,7 @@ class Rule:
     path: str = EVERY_PATH
     methods: tuple[str, ...] = ()
     preset: str | None = None
+    public_only: bool = False
 
     def __str__(self) -> str:
         host = str(self.target)
@@ -173,6 +175,11 @@ class Rule:
     def is_partial(self) -> bool:
         """Tell whether the rule is about some requests to its host and not about others."""
         return self.path != EVERY_PATH or bool(self.methods)
+
+    @property
+    def may_lead_inside(self) -> bool:
+        """Tell whether its name may lead to an organisation's own addresses that no rule names."""
+        return self.preset is not None and not self.public_only
 
     @property
     def any_protocol(self) -> bool:

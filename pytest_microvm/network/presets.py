@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from pytest_microvm.errors import HostError, UsageError
-from pytest_microvm.network.addresses import special_range
+from pytest_microvm.network.addresses import parse_address, special_range
 from pytest_microvm.network.clients import answer, without_login
 from pytest_microvm.network.hosts import as_address, is_loopback_name
 from pytest_microvm.network.matching import Name, Rule
@@ -91,12 +92,12 @@ def _read(name: str, project: Path | None, rootfs: Path | None) -> Preset:
 
 
 def _pip() -> Preset:
-    told, said = answer(
+    answered, said = answer(
         [_python_with_pip(), "-"],
         what="preset pip",
         program=Path(__file__).with_name("ask_pip.py").read_text(encoding="utf-8"),
     )
-    found = json.loads(told)
+    found = json.loads(answered)
     indexes, links, files = found["indexes"], found["links"], found["files"]
     if not indexes and not links:
         raise UsageError(
@@ -112,7 +113,7 @@ def _pip() -> Preset:
     silent = [url for url in [*indexes, *links] if not files[url]]
     hints = [f"{url} told no files: if it has them on another host, allow that one too" for url in silent]
     hints += [_CREDENTIAL] if found["login"] else []
-    urls = [*indexes, *links, *(file for url in files for file in files[url] if _may_lead(url, file))]
+    told = {url: [file for file in files[url] if _may_lead(url, file)] for url in [*indexes, *links]}
     environment = {
         "PIP_INDEX_URL": indexes[0] if indexes else "",
         "PIP_EXTRA_INDEX_URL": " ".join(indexes[1:]),
@@ -120,7 +121,7 @@ def _pip() -> Preset:
         "PIP_FIND_LINKS": " ".join(links),
         "PIP_TRUSTED_HOST": " ".join(found["trusted"]),
     }
-    return _preset("pip", urls, environment, hints)
+    return _preset("pip", [*indexes, *links], environment, hints, told)
 
 
 def _python_with_pip() -> str:
@@ -157,7 +158,7 @@ def _npm() -> Preset:
     told, _said = answer([npm, "view", "npm", "dist.tarball", *options], what=f"preset npm: {registry}")
     tarball = json.loads(told)
     files = [tarball] if isinstance(tarball, str) and _may_lead(registry, tarball) else []
-    return _preset("npm", [registry, *scoped, *files], {"NPM_CONFIG_REGISTRY": registry})
+    return _preset("npm", [registry, *scoped], {"NPM_CONFIG_REGISTRY": registry}, told={registry: files})
 
 
 # apt
@@ -240,9 +241,19 @@ def _has_secret(url: str) -> bool:
 
 
 def _preset(
-    name: str, urls: Iterable[str], environment: dict[str, str] | None = None, hints: Iterable[str] = ()
+    name: str,
+    urls: Iterable[str],
+    environment: dict[str, str] | None = None,
+    hints: Iterable[str] = (),
+    told: Mapping[str, Sequence[str]] | None = None,
 ) -> Preset:
+    """Return a preset of the URLs that are configured, and of those that each of them told of."""
     rules = dict.fromkeys(_rule(name, url) for url in urls)
+    for url, files in (told or {}).items():
+        found = {_rule(name, file): None for file in files}
+        if new := [rule for rule in found if rule not in rules]:
+            outside = not _leads_inside(url)
+            rules |= dict.fromkeys(replace(rule, public_only=outside) for rule in new)
     if len(rules) > _MAX_HOSTS:
         raise HostError(
             f"preset {name}: {len(rules)} hosts are more than anybody configures",
@@ -275,6 +286,17 @@ def _is_inside(url: str) -> bool:
         return is_loopback_name(target.name)
     address = as_address(str(target))
     return address is None or special_range(address) is not None
+
+
+def _leads_inside(url: str) -> bool:
+    """Tell whether a URL's host is inside the network, as its addresses tell."""
+    if _is_inside(url):
+        return True
+    try:
+        answers = socket.getaddrinfo(urlsplit(url).hostname, None, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    return any(special_range(parse_address(str(answer[4][0]))) is not None for answer in answers)
 
 
 def _installed(program: str, preset: str) -> str:

@@ -98,10 +98,10 @@ class Policy:
             return True
         return any(
             self._names(rule, found, asked.port)
-            if asked.address is None and not rule.preset
+            if asked.address is None and not rule.may_lead_inside
             else rule.match(asked) is not Match.NOTHING
             for rule in self.rules
-            if not rule.deny and (rule.preset or _is_one(rule, found))
+            if not rule.deny and (rule.may_lead_inside or _is_one(rule, found))
         )
 
     def _decide(self, asked: Asked) -> tuple[Decision, list[Rule]]:
@@ -135,7 +135,7 @@ class Policy:
             return "" if ours else f"{asked.host} is loopback by its name, and {address} is not"
         if special is None or any(self._names(one, address, asked.port) for one in self.rules):
             return ""
-        if special.kind in OWN and any(rule.preset for rule in allowing):
+        if special.kind in OWN and any(rule.may_lead_inside for rule in allowing):
             return ""
         return (
             f"{asked.host} resolves to {address}, which is {special.kind}, "

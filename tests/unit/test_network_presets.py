@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+import socket
 import subprocess
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +13,7 @@ import pytest
 from pytest_microvm.errors import HostError, UsageError
 from pytest_microvm.network import presets
 from pytest_microvm.network.presets import named_presets, preset_rules, read_preset
-from pytest_microvm.network.rules import Request, parse_rules
+from pytest_microvm.network.rules import Policy, Request, parse_rules
 
 WHEEL = "pip-99.0-py3-none-any.whl"
 JSON = "application/vnd.pypi.simple.v1+json"
@@ -155,6 +156,27 @@ def test_an_index_is_asked_once(index, pip_uses, tmp_path):
 )
 def test_an_index_opens_no_way_into_the_network_it_is_not_in(index_url, file, may):
     assert presets._may_lead(index_url, file) is may
+
+
+@pytest.mark.parametrize(("at", "may"), [("198.51.100.7", False), ("10.0.0.7", True), (None, False)])
+def test_an_index_opens_no_way_by_names_either(monkeypatch, at, may):
+    """Where a name leads is known later, and decided by whoever owns it."""
+
+    def look_up(host, *_words, **_keys):
+        assert host == "index.example"
+        if at is None:
+            raise socket.gaierror(-2, "Name or service not known")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (at, 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    index, files = "https://index.example/simple", ["https://index.example", "https://files.example"]
+    made = presets._preset("pip", [index], told={index: files})
+    assert texts(made) == ["https://index.example", "https://files.example"]
+    policy = Policy(made.rules)
+    for host, expected in {"index.example": True, "files.example": may}.items():
+        request = Request(host, 443, "https", "GET", "/")
+        assert policy.decide_address(request, "93.184.216.34").allowed
+        assert policy.decide_address(request, "10.0.0.1").allowed is expected
 
 
 @pytest.mark.parametrize("name", ["pip", "npm", "apt", "git"])
