@@ -56,6 +56,7 @@ class GuestStream:
         self._reader = reader
         self._writer = writer
         self._ahead = b""
+        self._ended = False
         self.touched = 0.0  # when bytes last moved, on the loop's clock
 
     async def read(self) -> bytes:
@@ -75,7 +76,13 @@ class GuestStream:
         self._ahead = data + self._ahead
 
     async def write(self, data: bytes) -> None:
-        """Send bytes, as fast as the guest takes them."""
+        """Send bytes, as fast as the guest takes them.
+
+        Raises:
+            GuestGone: It broke, or the end was sent before.
+        """
+        if self._ended:
+            raise GuestGone
         self._writer.write(data)  # before anything is awaited: what GuestTls relies on
         try:
             await self._writer.drain()
@@ -85,6 +92,7 @@ class GuestStream:
 
     async def end(self) -> bool:
         """Send the end; the guest can still send."""
+        self._ended = True
         if self._writer.can_write_eof():
             self._writer.write_eof()
             return True

@@ -196,6 +196,14 @@ class Speaker(socketserver.StreamRequestHandler):
         self.wfile.write(b"you said " + told)
 
 
+class Silent(socketserver.StreamRequestHandler):
+    """A server that ends its own direction at once, and hears the other one to its end."""
+
+    def handle(self):
+        self.request.shutdown(socket.SHUT_WR)
+        self.rfile.read()
+
+
 def headers_of(head):
     pairs = (line.split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line)
     return {name.decode().lower(): value.strip().decode("latin-1") for name, value in pairs}

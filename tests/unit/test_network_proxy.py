@@ -16,7 +16,18 @@ from pytest_microvm.network.log import NetworkLog
 from pytest_microvm.network.proxy import Proxy
 from pytest_microvm.network.rules import parse_rules
 
-from .network_world import GUARD, PUBLIC, Server, Speaker, World, headers_of, receive, request
+from .network_world import (
+    GUARD,
+    PUBLIC,
+    Server,
+    Silent,
+    Speaker,
+    World,
+    client_hello,
+    headers_of,
+    receive,
+    request,
+)
 
 ACCESS_DENIED = r"(?i)access.denied"  # OpenSSL 1 and 3 write it differently
 
@@ -327,6 +338,18 @@ def test_another_name_on_a_port_of_its_own(secure):
             assert receive(tls)[2] == b"hello"
         with pytest.raises(ssl.SSLError, match=ACCESS_DENIED):
             world.secure("secure.example:8443", name="other.example")
+    assert "other.example" in world.denied[0].reason
+
+
+def test_another_name_after_the_server_has_ended():
+    with (
+        Server(handler=Silent) as silent,
+        World(["secure.example:8443"], {"secure.example": silent}) as world,
+    ):
+        sock, status = world.tunnel("secure.example:8443")
+        assert (status, sock.recv(1)) == (200, b"")
+        sock.sendall(client_hello("other.example"))
+        world.served.result(GUARD)
     assert "other.example" in world.denied[0].reason
 
 
