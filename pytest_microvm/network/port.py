@@ -146,7 +146,7 @@ class NetworkPort:
         """Take in what the guest has said by now."""
         for _ in range(_HEARD_AT_ONCE):
             before = self.bytes_received
-            if self.failure is None:
+            if self.failure is None and not self.full:
                 self._readable()
             if self.bytes_received == before:
                 return

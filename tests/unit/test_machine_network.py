@@ -533,6 +533,20 @@ def test_a_guest_that_reads_nothing_is_not_heard_without_end(machine):
     assert not machine.violated.is_set()
 
 
+def test_nor_is_it_when_somebody_looks_at_its_requests(machine):
+    machine.sock.setblocking(False)
+    asked = bytearray(HELLO + encode(Kind.MESSAGE, 0, b'{"event":"connect","connection":9}') * 200_000)
+    heard = []
+    for _ in range(12):
+        with contextlib.suppress(BlockingIOError):
+            while asked:
+                del asked[: machine.sock.send(asked)]
+        assert machine.network.denied == []
+        heard.append(machine.network.bytes_received)
+    assert asked
+    assert heard[-1] == heard[-4]
+
+
 HELLO = Channel("network", WINDOW).take()
 
 
