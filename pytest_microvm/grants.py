@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.network.access import Access
+from pytest_microvm.network.hosts import by_canonical_host
 from pytest_microvm.network.rules import Policy, parse_rules
 from pytest_microvm.network.trust import company_certificates
 from pytest_microvm.redaction import Redactor
@@ -193,7 +194,7 @@ def resolve(
         environment=environment,
         credentials=_resolved(spec),
         secrets=secrets,
-        hosts=dict(spec.hosts),
+        hosts=by_canonical_host(spec.hosts),
         trust=company_certificates() if policy.rules else "",
     )
 

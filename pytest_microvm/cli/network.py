@@ -16,7 +16,7 @@ from pytest_microvm.config import Settings, load_settings
 from pytest_microvm.errors import ImageError, UsageError
 from pytest_microvm.images.kits import load_kit
 from pytest_microvm.images.store import ImageStore, cache_root
-from pytest_microvm.network.hosts import as_address, canonical_host, is_loopback_name
+from pytest_microvm.network.hosts import as_address, by_canonical_host, canonical_host, is_loopback_name
 from pytest_microvm.network.own_addresses import decide_here
 from pytest_microvm.network.presets import named_presets, preset_rules, read_preset
 from pytest_microvm.network.rules import Decision, Policy, Request, parse_rules
@@ -165,7 +165,7 @@ def _asked_about(arguments: argparse.Namespace) -> _Rules:
     with suppress(ImageError):  # not built yet: the sources of this computer's apt are taken for its own
         rootfs = ImageStore(cache_root()).inspect(settings.spec.image).image.rootfs
     policy = parse_rules(texts, where, preset_rules(project, rootfs))
-    return _Rules(texts, where, policy, project, rootfs, dict(settings.spec.hosts))
+    return _Rules(texts, where, policy, project, rootfs, by_canonical_host(settings.spec.hosts))
 
 
 def _written(arguments: argparse.Namespace, settings: Settings) -> tuple[tuple[str, ...], str]:

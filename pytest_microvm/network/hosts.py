@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from ipaddress import IPv4Address
+from typing import TypeVar
 
+from pytest_microvm.errors import UsageError
 from pytest_microvm.network.addresses import Address, parse_address
 
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
@@ -14,6 +17,8 @@ _MAX_NAME = 253
 # Two generations of the rules for international names turn these into different names.
 _AMBIGUOUS = re.compile("[\u00df\u03c2\u200c\u200d\u1e9e]")
 LOOPBACK_NAME = "localhost"
+
+_Place = TypeVar("_Place")
 
 
 def canonical_host(text: str) -> str:
@@ -41,6 +46,23 @@ def canonical_host(text: str) -> str:
     if len(name) > _MAX_NAME or not all(_LABEL.fullmatch(label) for label in labels):
         raise ValueError("it is neither a host's name nor an address")
     return name
+
+
+def by_canonical_host(places: Iterable[tuple[str, _Place]]) -> dict[str, _Place]:
+    """Return where names lead, by the spelling in which requests are compared.
+
+    Raises:
+        UsageError: One of them is no host.
+    """
+    found: dict[str, _Place] = {}
+    for name, place in places:
+        try:
+            found[canonical_host(name)] = place
+        except ValueError as error:
+            raise UsageError(
+                f"hosts: {name!r} is no host: {error}", resolution="write a name such as api.example.com"
+            ) from None
+    return found
 
 
 def as_address(host: str) -> Address | None:

@@ -99,6 +99,13 @@ def test_wrong_rules_name_where_they_are_written():
         grants(["http//example.com"])
 
 
+def test_where_names_lead_is_known_by_their_one_spelling():
+    given = grants(["all"], hosts={"B\u00fccher.Example.": "127.0.0.1:8443", "127.1": "127.0.0.2"})
+    assert given.hosts == {"xn--bcher-kva.example": ("127.0.0.1", 8443), "127.0.0.1": ("127.0.0.2", None)}
+    with pytest.raises(UsageError, match="hosts: 'a b' is no host"):
+        grants(["all"], hosts={"a b": "127.0.0.1"})
+
+
 def test_grants_with_rules_are_not_nothing():
     assert Grants(parse_rules(["example.com"], "test")).for_machine("vm-1") is not NOTHING
     assert Grants(Policy()).for_machine("vm-1") is NOTHING
