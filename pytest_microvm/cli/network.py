@@ -16,6 +16,7 @@ from pytest_microvm.config import Settings, load_settings
 from pytest_microvm.errors import ImageError, UsageError
 from pytest_microvm.images.kits import load_kit
 from pytest_microvm.images.store import ImageStore, cache_root
+from pytest_microvm.network.credentials import credential_host, needs_tls
 from pytest_microvm.network.hosts import as_address, by_canonical_host, canonical_host, is_loopback_name
 from pytest_microvm.network.own_addresses import decide_here
 from pytest_microvm.network.presets import named_presets, preset_rules, read_preset
@@ -97,6 +98,7 @@ class _Rules:
         project: The project's folder.
         rootfs: The image's root file system, if there is one.
         hosts: Where the user lets names lead.
+        credentials: Hosts that get one, with their port if it is not 443.
     """
 
     texts: tuple[str, ...]
@@ -105,12 +107,13 @@ class _Rules:
     project: Path
     rootfs: Path | None
     hosts: Mapping[str, tuple[str, int | None]]
+    credentials: tuple[tuple[str, int | None], ...] = ()
 
 
 def _check(arguments: argparse.Namespace) -> int:
     rules = _asked_about(arguments)
     request = _request(arguments.url, arguments.method)
-    decision, looked_into = _decide(rules.policy, request)
+    decision, looked_into = _decide(rules, request)
     found = _addresses(rules, request, looked_into) if decision.allowed else {}
     allowed = decision.allowed and (not found or any(each.allowed for each in found.values()))
     inspected = looked_into.path is not None
@@ -165,7 +168,10 @@ def _asked_about(arguments: argparse.Namespace) -> _Rules:
     with suppress(ImageError):  # not built yet: the sources of this computer's apt are taken for its own
         rootfs = ImageStore(cache_root()).inspect(settings.spec.image).image.rootfs
     policy = parse_rules(texts, where, preset_rules(project, rootfs))
-    return _Rules(texts, where, policy, project, rootfs, by_canonical_host(settings.spec.hosts))
+    # Steps of `prepare` are given none.
+    credentials = () if arguments.prepare else tuple(map(credential_host, settings.spec.credentials))
+    hosts = by_canonical_host(settings.spec.hosts)
+    return _Rules(texts, where, policy, project, rootfs, hosts, credentials)
 
 
 def _written(arguments: argparse.Namespace, settings: Settings) -> tuple[tuple[str, ...], str]:
@@ -204,14 +210,22 @@ def _request(url: str, method: str) -> Request:
     return Request(host, port or _PORTS[scheme], scheme, method.upper(), parts.path or "/")
 
 
-def _decide(policy: Policy, request: Request) -> tuple[Decision, Request]:
+def _decide(rules: _Rules, request: Request) -> tuple[Decision, Request]:
     """Return the decision as a machine's proxy comes to it, and the request as far as it gets to see it."""
     if request.scheme in ("https", "wss"):
         tunnel = replace(request, scheme=None, method=None, path=None)
-        decision = policy.decide(tunnel)
-        if not decision.allowed or not decision.inspect:
+        decision = rules.policy.decide(tunnel)
+        gets_one = any(
+            (host, port or 443) == (request.host, request.port) for host, port in rules.credentials
+        )
+        if not decision.allowed or not (decision.inspect or gets_one):
             return decision, tunnel
-    return policy.decide(request), request
+        return rules.policy.decide(request), request
+    decision = rules.policy.decide(request)
+    has_one = any(host == request.host and port in (None, request.port) for host, port in rules.credentials)
+    if decision.allowed and has_one and request.scheme is not None:
+        decision = Decision(False, needs_tls(request.host), None)
+    return decision, request
 
 
 def _addresses(rules: _Rules, request: Request, looked_into: Request) -> dict[str, Decision]:

@@ -98,7 +98,7 @@ def resolve_credential(spec: CredentialSpec) -> Credential:
         UsageError: There is no value, or it cannot be sent, or its host is none.
     """
     name = f"credential for {spec.host}"
-    host, port = _host(spec.host, name)
+    host, port = credential_host(spec)
     value = spec.source.read(name)
     text = value.reveal()
     # Shorter ones could not be taken out of what a server sends back, which may be anything.
@@ -125,8 +125,13 @@ def for_request(credentials: Iterable[Credential], asked: Asked) -> tuple[Creden
     if origin.scheme == "https":
         return tuple(credential for credential in credentials if credential.covers(origin))
     if any(each.host == origin.host and each.port in (None, origin.port) for each in credentials):
-        raise Refused(403, f"{origin.host} has a credential, which goes over TLS only: use https")
+        raise Refused(403, needs_tls(origin.host))
     return ()
+
+
+def needs_tls(host: str) -> str:
+    """Return why a request to a host is refused that would show its credential to everybody on the way."""
+    return f"{host} has a credential, which goes over TLS only: use https"
 
 
 def with_credentials(asked: Asked, credentials: tuple[Credential, ...]) -> Asked:
@@ -145,7 +150,13 @@ def _as_servers_read(header: bytes) -> bytes:
     return header.lower().replace(b"-", b"_")
 
 
-def _host(text: str, name: str) -> tuple[str, int | None]:
+def credential_host(spec: CredentialSpec) -> tuple[str, int | None]:
+    """Return the only host that gets a credential, and its port if it is not 443.
+
+    Raises:
+        UsageError: It is none.
+    """
+    text, name = spec.host, f"credential for {spec.host}"
     found = _HOST.fullmatch(text)
     port = int(found[2]) if found and found[2] else None
     try:

@@ -116,6 +116,22 @@ def test_where_the_project_lets_a_name_lead(run, tmp_path):
     assert "denied   127.0.0.1:443  127.0.0.1 is forbidden by deny:127.0.0.0/8" in out
 
 
+def test_a_host_with_a_credential(run, tmp_path):
+    configure(
+        tmp_path,
+        'network = ["api.invalid", "api.invalid:8443"]\nprepare_network = ["api.invalid"]\n'
+        'credentials = [{ host = "API.invalid", value = { env = "TOKEN_THAT_IS_NOT_SET" } }]\n',
+    )
+    status, out = run("check", "http://api.invalid/")
+    assert status == 1
+    assert "denied   api.invalid  api.invalid has a credential, which goes over TLS only: use https" in out
+    assert run("check", "--prepare", "http://api.invalid/")[0] == 0
+    for url, looked_into in {"https://api.invalid/": True, "https://api.invalid:8443/": False}.items():
+        status, out = run("check", url)
+        assert status == 0
+        assert ("nobody looks at methods and paths" not in out) is looked_into
+
+
 def test_json(run):
     status, out = run(
         "check", "--json", "--network", "GET https://*.localhost/a/*", "https://x.localhost/a/b"
