@@ -212,4 +212,5 @@ class Exchange:
         await self._guest.write(self._http.send(head) or b"")
 
     def _headers(self, event: h11.Response | h11.InformationalResponse) -> list[tuple[bytes, bytes]]:
-        return [(name, self._echoes.blanked(value)) for name, value in kept(event.headers.raw_items())]
+        blanked = self._echoes.blanked
+        return [(blanked(name), blanked(value)) for name, value in kept(event.headers.raw_items())]

@@ -106,7 +106,7 @@ class _Handler(socketserver.StreamRequestHandler):
 
     def do_head_echo(self, head):
         value = headers_of(head).get("authorization", "")
-        self.answer(head, f"X-Echo: {value}")
+        self.answer(head, f"X-Echo: {value}", *headers_of(head).get("x-as-header", "").split())
 
     def do_body_echo(self, _head):
         self.answer(self.server.bodies[-1])
