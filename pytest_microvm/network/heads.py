@@ -102,6 +102,10 @@ class Asked:
             headers.append((b"Transfer-Encoding", b"chunked"))
         elif self.length or self.method in ("POST", "PUT", "PATCH"):
             headers.append((b"Content-Length", b"%d" % self.length))
+        if self.length != 0:
+            # A server that does not read a body would take it for the next request, one that nobody decided
+            # upon, or the next request for the rest of one that a guest began there.
+            headers.append((b"Connection", b"close"))
         return h11.Request(method=self.method, target=self.path + self.query, headers=headers)
 
 

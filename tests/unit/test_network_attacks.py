@@ -209,6 +209,21 @@ def test_a_request_hidden_in_a_body(world, server):
     assert len(world.log.list()) == 1
 
 
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("rest", ["\r\n", "X-Rest: "], ids=["whole", "begun"])
+def test_a_request_hidden_in_a_body_that_the_server_does_not_read(world, server, method, rest):
+    hidden = f"GET /hidden HTTP/1.1\r\nHost: a.example\r\n{rest}".encode()
+    sock = world.connect()
+    sock.sendall(
+        request("http://a.example/no-body", f"Content-Length: {len(hidden)}", method=method) + hidden
+    )
+    assert receive(sock)[2] == b"hello"
+    sock.sendall(request(URL))
+    assert receive(sock)[2] == b"hello"
+    assert [head.split(b" ")[1] for head in server.heads] == [b"/no-body", b"/"]
+    assert server.connections == 2
+
+
 @pytest.mark.parametrize("chunk", [b"-1\r\n", b"1\r\nab\r\n", b"zz\r\n", b"0" * 30 + b"\r\n"])
 def test_a_chunk_that_is_none(world, chunk):
     status, _headers, _body = world.send(
