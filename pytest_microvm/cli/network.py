@@ -17,6 +17,7 @@ from pytest_microvm.errors import ImageError, UsageError
 from pytest_microvm.images.kits import load_kit
 from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.network.credentials import credential_host, needs_tls
+from pytest_microvm.network.heads import NEVER
 from pytest_microvm.network.hosts import as_address, by_canonical_host, canonical_host, is_loopback_name
 from pytest_microvm.network.own_addresses import decide_here
 from pytest_microvm.network.presets import named_presets, preset_rules, read_preset
@@ -212,6 +213,14 @@ def _request(url: str, method: str) -> Request:
 
 def _decide(rules: _Rules, request: Request) -> tuple[Decision, Request]:
     """Return the decision as a machine's proxy comes to it, and the request as far as it gets to see it."""
+    decision, looked_into = _by_rules(rules, request)
+    if decision.allowed and looked_into.method in NEVER:
+        decision = Decision(False, f"{looked_into.method} is not passed on", None)
+    return decision, looked_into
+
+
+def _by_rules(rules: _Rules, request: Request) -> tuple[Decision, Request]:
+    """Return what rules and credentials come to, and the request as far as the proxy gets to see it."""
     if request.scheme in ("https", "wss"):
         tunnel = replace(request, scheme=None, method=None, path=None)
         decision = rules.policy.decide(tunnel)

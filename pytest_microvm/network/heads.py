@@ -20,6 +20,9 @@ from pytest_microvm.network.rules import Request
 MAX_HEAD = 64 * 1024
 """The longest head of a message, in bytes."""
 
+NEVER = frozenset({"TRACE", "TRACK"})
+"""Methods that no rule allows: they give back what a request had in it."""
+
 PORTS = {"http": 80, "https": 443}
 _SCHEMES = {"http": "http", "ws": "http", "https": "https", "wss": "https"}
 
@@ -183,7 +186,7 @@ def kept(headers: Iterable[tuple[bytes, bytes]]) -> tuple[tuple[bytes, bytes], .
 
 def _asked(head: h11.Request, fixed: Origin | None) -> Asked:
     method = head.method.decode("ascii")
-    if method in ("TRACE", "TRACK") or (method == "CONNECT" and fixed):
+    if method in NEVER or (method == "CONNECT" and fixed):
         raise Refused(405, f"{method} is not passed on")
     if method == "CONNECT":
         asked = Asked(_tunnel(head.target.decode("ascii")), method)

@@ -66,6 +66,8 @@ def test_the_rules_of_the_kit_where_the_project_says_nothing(run, tmp_path):
             "allowed  127.0.0.1  allowed by 127.0.0.1:5432",
         ),
         (["--network", "a.invalid", "https://a.invalid/x"], 0, "a.invalid does not resolve on this computer"),
+        (["--network", "all", "--method", "trace", "http://a.invalid/"], 1, "TRACE is not passed on"),
+        (["--network", "all", "--method", "trace", "https://a.invalid/"], 0, "nobody looks"),
         (["--network", "a.invalid", "https://a.invalid/x"], 0, "nobody looks at methods and paths"),
         (
             ["--network", "a.invalid", "a.invalid:22"],
