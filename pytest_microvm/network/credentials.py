@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # credentials are resolved where nothing is sent
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]+)(?::([0-9]{1,5}))?")
 _VALUE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
 # A part of a response, or a compressed one, cannot be searched for what it must not hold.
-_UNSEARCHABLE = frozenset((b"accept-encoding", b"range", b"if-range", b"sec-websocket-extensions", b"a-im"))
+_UNSEARCHABLE = frozenset((b"accept_encoding", b"range", b"if_range", b"sec_websocket_extensions", b"a_im"))
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def with_credentials(asked: Asked, credentials: tuple[Credential, ...]) -> Asked
     """Return a request as it goes out: with the credentials, and asking for what can be searched for them."""
     if not credentials:
         return asked
-    headers = tuple(pair for pair in asked.headers if pair[0].lower() not in _UNSEARCHABLE)
+    headers = tuple(pair for pair in asked.headers if _as_servers_read(pair[0]) not in _UNSEARCHABLE)
     asked = replace(asked, headers=(*headers, (b"Accept-Encoding", b"identity")))
     for credential in credentials:
         asked = credential.added_to(asked)

@@ -14,7 +14,12 @@ from pytest_microvm.network.refusal import Refused
 from pytest_microvm.redaction import Redactor, variants
 
 _BLANK = b"*"
-_PLAIN = (b"", b"identity")
+# Values of headers that say how what follows is encoded.
+_SEARCHABLE = {
+    b"content-encoding": (b"", b"identity"),
+    b"transfer-encoding": (b"", b"identity", b"chunked"),
+    b"sec-websocket-extensions": (b"",),
+}
 
 
 class Echoes:
@@ -53,17 +58,15 @@ class Echoes:
         return self.blanked(data[:sure])
 
     def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Refuse a response that cannot be searched.
+        """Refuse a response, or a WebSocket, that cannot be searched.
 
         Raises:
             Refused: It is compressed, although that was not asked for.
         """
         if self:
             for name, value in headers:
-                if name.lower() in (b"content-encoding", b"transfer-encoding") and value.lower() not in (
-                    *_PLAIN,
-                    b"chunked",
-                ):
+                allowed = _SEARCHABLE.get(name.lower())
+                if allowed is not None and value.lower() not in allowed:
                     raise Refused(502, "the response is compressed, so its credential could be hidden in it")
 
 

@@ -200,6 +200,7 @@ class Exchange:
         """Go on as a WebSocket: bytes both ways that nobody looks into but for credentials."""
         if dict(event.headers).get(b"upgrade", b"").lower() != b"websocket":
             raise Refused(502, f"{line.origin.host} switches to a protocol that was not asked for")
+        self._echoes.check(event.headers)
         headers = [*self._headers(event), (b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
         reason = self._echoes.blanked(event.reason)
         await self._answer(h11.InformationalResponse(status_code=101, headers=headers, reason=reason))

@@ -180,7 +180,10 @@ class _Handler(socketserver.StreamRequestHandler):
         key = headers_of(head)["sec-websocket-key"].encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
         self.wfile.write(
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            b"Sec-WebSocket-Accept: " + sha1(key).hexdigest().encode() + b"\r\n\r\n"  # noqa: S324
+            + (b"Sec-WebSocket-Extensions: x-any\r\n" if b"deflate" in head.lower() else b"")
+            + b"Sec-WebSocket-Accept: "
+            + sha1(key).hexdigest().encode()  # noqa: S324 - WebSocket's own
+            + b"\r\n\r\n"
         )
         self.wfile.write(first)
         while data := self.request.recv(4096):

@@ -248,13 +248,23 @@ def test_a_place_it_leads_to(world):
 
 def test_responses_that_could_not_be_searched_are_not_asked_for(world, servers):
     ask(world, "/", "Accept-Encoding: gzip, br", "Range: bytes=5-9", "If-Range: x", "A-IM: gdiff")
-    found = headers_of(servers[0].heads[0])
-    assert found["accept-encoding"] == "identity"
-    assert not {"range", "if-range", "a-im"} & set(found)
+    ask(
+        world, "/", "Accept_Encoding: gzip", "If_Range: x", "A_IM: gdiff", "Sec_WebSocket_Extensions: deflate"
+    )
+    for head in servers[0].heads:
+        assert set(headers_of(head)) == {"host", "authorization", "accept-encoding"}
+        assert headers_of(head)["accept-encoding"] == "identity"
 
 
 def test_a_compressed_response_is_refused(world):
     status, _headers, body = ask(world, "/gzip")
+    assert status == 502
+    assert b"compressed" in body
+
+
+def test_a_compressed_websocket_is_refused(world):
+    tls = websocket(world, "/quiet-socket?deflate")
+    status, _headers, body = receive(tls)
     assert status == 502
     assert b"compressed" in body
 
