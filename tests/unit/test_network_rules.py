@@ -492,3 +492,19 @@ def test_a_forbidden_preset_forbids_its_hosts_altogether():
 )
 def test_reasons(url, reason):
     assert policy("*.example", "deny:b.a.example").decide(ask(url)).reason == reason
+
+
+@pytest.mark.parametrize(
+    "address",
+    # Sources: the data sources of cloud-init (Scaleway, Akamai, Oracle), Tencent's and Alibaba's manuals.
+    ["169.254.42.42", "fd00:42::42", "fd00:a9fe:a9fe::1", "fd00:c1::a9fe:a9fe", "169.254.0.23",
+     "fd00:100::100:200"],
+)  # fmt: skip
+def test_metadata_addresses_are_named_by_themselves_alone(address):
+    shown = f"[{address}]" if ":" in address else address
+    around = "fd00::/8" if ":" in address else "169.254.0.0/16"
+    assert not allows(policy(around), f"http://{shown}/")
+    assert allows(policy(shown), f"http://{shown}/")
+    assert not allows(preset("pip", "files.example"), "http://files.example/", address=address)
+    assert not allows(policy("files.example", around), "http://files.example/", address=address)
+    assert allows(policy("files.example", shown), "http://files.example/", address=address)
