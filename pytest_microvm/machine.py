@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from pytest_microvm.errors import MachineCrashed, MicroVMError, QuotaExceeded, UsageError
+from pytest_microvm.errors import MachineCrashed, MicroVMError, QuotaExceeded, TransferError, UsageError
 from pytest_microvm.events import Event
 from pytest_microvm.instance import Instance, MachineFacts, Usage
 from pytest_microvm.link import Link
@@ -437,9 +437,16 @@ class MicroVM:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn "the machine ended" into why it did: the quota, or a crash with the console's tail."""
+        """Turn "the machine ended" into why it did: the quota, or a crash with the console's tail.
+
+        Secrets are taken out of what is said of a transfer: a machine chose the names in it.
+        """
         try:
             yield
+        except TransferError as error:
+            error.brief, error.details = map(self.redactor.text, (error.brief, error.details))
+            error.args = (error.brief,)
+            raise
         except MachineCrashed as error:
             if self.closed or error.details:
                 raise

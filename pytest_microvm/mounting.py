@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from pytest_microvm.copying import Copy
 from pytest_microvm.errors import MicroVMError, MountConflict, TransferError, UsageError
 from pytest_microvm.git_handover import Clone
 from pytest_microvm.mounts import Changes, Mount
+from pytest_microvm.sanitize import sanitize_line
 from pytest_microvm.sharing import Share
 from pytest_microvm.transfer import TIMEOUT
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from pytest_microvm.machine import MicroVM
 
+_MAX_SAID = 2000  # characters of what a machine said
 _log = logging.getLogger("pytest_microvm")
 
 
@@ -86,11 +89,12 @@ class Mounted:
         if self.mount.access == "ro":
             return Changes()
         if self.mount.kind == "live":
-            with self._machine.explained(), self._machine.limited(f"write {self.mount.target} out"):
+            what = f"write {self.mount.target} out"
+            with self._machine.explained(), self._machine.limited(what), _as_transfer_error(self.mount.target):
                 return self._handed.bring_back()
         machine, target = self._machine, self.mount.target
         try:
-            with machine.explained(), machine.limited(f"copy {target} back"):
+            with machine.explained(), machine.limited(f"copy {target} back"), _as_transfer_error(target):
                 changes = self._handed.bring_back()
         except MountConflict as error:
             machine.instance.events.add("copy_back", error.brief)
@@ -133,7 +137,8 @@ def mount(machine: MicroVM, what: Mount) -> Mounted:
     handed: _Handed = _KINDS[what.kind](machine, what)
     _check_place(machine, what, single=handed.single)
     with machine.explained(), machine.limited(f"mount {what.target}"):
-        handed.hand_over()
+        with _as_transfer_error(what.source):
+            handed.hand_over()
         if what.access == "ro" and what.kind != "live":
             machine.link().call("path", timeout=TIMEOUT, do="freeze", path=str(what.target))
     return Mounted(machine, what, handed)
@@ -160,6 +165,18 @@ def copy_all_back(mounted: Sequence[Mounted]) -> list[Changes]:
     if failed:
         raise failed[0]
     return done
+
+
+@contextlib.contextmanager
+def _as_transfer_error(what: object) -> Iterator[None]:
+    """Turn an OSError, the host's or one that the machine claims, into what users of mounts wait for."""
+    try:
+        yield
+    except OSError as error:
+        raise TransferError(
+            f"{what} cannot be copied: {sanitize_line(str(error), _MAX_SAID)}",
+            resolution="check rights and free space on both sides, then try again",
+        ) from error
 
 
 def _check_place(machine: MicroVM, what: Mount, *, single: bool) -> None:

@@ -222,10 +222,12 @@ def as_os_error(error: GuestError, path: str) -> Exception:
 def _send(link: Link, op: str, target: str, work: Callable[[Stream], object], **options: object) -> None:
     stream = link.open_stream()
     request = link.request(op, path=target, stream=stream.number, **options)
-    # If the guest gives up it closes the stream: its answer says why.
-    with contextlib.suppress(BrokenPipeError):
-        work(stream)
-    stream.discard()
+    try:
+        # If the guest gives up it closes the stream: its answer says why.
+        with contextlib.suppress(BrokenPipeError):
+            work(stream)
+    finally:  # also if what is to be sent cannot be read: the guest would wait for the rest
+        stream.discard()
     try:
         request.wait(TIMEOUT)
     except GuestError as error:

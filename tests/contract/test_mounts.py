@@ -1,0 +1,81 @@
+"""Mounts whose machine, or whose host, fails in the middle."""
+
+import pytest
+
+from pytest_microvm import copying, manifest
+from pytest_microvm.errors import TransferError, UsageError
+from pytest_microvm.link import GuestError
+from pytest_microvm.mounts import Changes
+from pytest_microvm.redaction import Redactor
+from pytest_microvm.transfer import as_os_error
+
+OPEN_STREAMS_TIMEOUT = 60  # seconds
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "a").write_text("a\n")
+    return folder
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Let the machine answer, behind a whole archive of a place, that it could not read all of it."""
+    receive_tree = copying.receive_tree
+    places = set()
+
+    def receive(link, path, *rest):
+        receive_tree(link, path, *rest)
+        if str(path) in places:
+            raise as_os_error(GuestError("FileNotFoundError", "", 2), str(path))
+
+    monkeypatch.setattr(copying, "receive_tree", receive)
+    return places
+
+
+def test_an_error_of_the_machine_s_costs_the_other_mounts_nothing(vm, place, tmp_path, failing):
+    first = vm.mount(tmp_path / "first", place.pure / "first")
+    second = vm.mount(tmp_path / "second", place.pure / "second")
+    (place / "second" / "x").write_text("1")
+    failing.add(str(place / "first"))
+    with pytest.raises(TransferError, match="first cannot be copied.*No such file"):
+        vm.copy_back()
+    assert (tmp_path / "second" / "x").read_text() == "1"
+    assert second.copy_back() == Changes()
+    for mounted in (first, second):
+        mounted.close()
+
+
+def test_what_the_host_cannot_hand_over_leaves_no_stream_open(vm, place, source, monkeypatch):
+    monkeypatch.setattr(manifest, "MAX_PATHS", 0)
+    with pytest.raises(UsageError, match="more than 0 files"):
+        vm.mount(source, place.pure / "data")
+    link = vm.link()
+    with link.changed:
+        assert link.changed.wait_for(lambda: not link.channel.open_streams, OPEN_STREAMS_TIMEOUT)
+
+
+def test_what_disappears_while_it_is_handed_over(vm, place, source, monkeypatch):
+    open_file = manifest.open_file
+
+    def exchanged(parent, name):
+        (source / name).unlink()
+        (source / name).symlink_to("/etc/passwd")
+        return open_file(parent, name)
+
+    monkeypatch.setattr(manifest, "open_file", exchanged)
+    with pytest.raises(TransferError, match="source cannot be copied"):
+        vm.mount(source, place.pure / "data")
+
+
+def test_a_secret_in_the_name_of_what_is_refused(vm, place, source, monkeypatch):
+    monkeypatch.setattr(type(vm), "redactor", Redactor(["correct-horse"]))
+    mounted = vm.mount(source, place.pure / "data")
+    (place / "data" / "holes-of-correct-horse").write_text("")
+    vm.run(["truncate", "-s", "300G", place.pure / "data" / "holes-of-correct-horse"], check=True)
+    with pytest.raises(TransferError, match="holes-of-.*which is refused") as caught:
+        mounted.copy_back()
+    assert "correct-horse" not in str(caught.value)
+    mounted.close()
