@@ -124,8 +124,13 @@ class Copy:
         finally:
             os.close(content)
             os.close(spare)
-        kept = {path: entry for path, entry in before.items() if is_below(path, left_out)}
-        self._handed.manifest = {**after, **kept}
+        missed = {*left_out, *result.unsaved}  # the next time they are compared with what was handed over
+        self._handed.manifest = {
+            path: entry
+            for side, below in ((after, False), (before, True))
+            for path, entry in side.items()
+            if is_below(path, missed) is below
+        }
         told = {(path, why) for path, why in self._left_out.items() if path in left_out}
         result.conflicts = [conflict for conflict in result.conflicts if conflict[:2] not in told]
         self._left_out = left_out

@@ -10,11 +10,12 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import stat
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
 from pytest_microvm.errors import UsageError
@@ -27,6 +28,12 @@ MAX_PATHS = 300_000
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _PIECE = 256 * 1024
+# Where case does not count these often do not either (HFS+; casefold of ext4 and f2fs): they are
+# Default_Ignorable_Code_Point of Unicode's DerivedCoreProperties.txt.
+_IGNORED = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
+)
 _SWAPPED = frozenset([errno.ELOOP, errno.ENOTDIR, errno.ENOENT])
 
 
@@ -289,5 +296,6 @@ def _link(target: str) -> Entry:
 
 
 def is_git(path: str) -> bool:
-    """Whether a path is one of git's own: what is there makes git run programs."""
-    return any(part.casefold().rstrip(". ") in (".git", "git~1") for part in PurePosixPath(path).parts)
+    """Whether a path is one of git's own, for some file system: what is there makes git run programs."""
+    parts = re.split(r"[/\\]", _IGNORED.sub("", path).casefold())
+    return any(part.partition(":")[0].rstrip(". ") in (".git", "git~1") for part in parts)

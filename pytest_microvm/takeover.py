@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from pytest_microvm.manifest import (
@@ -65,13 +67,17 @@ class _Status(NamedTuple):
 
 @dataclass
 class Result:
-    """What was taken over, by paths relative to the directory, and what was not."""
+    """What was taken over, by paths relative to the directory, and what was not.
+
+    ``unsaved`` are the conflicts of which the machine's version is nowhere but in the machine.
+    """
 
     created: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
     deleted: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     conflicts: list[Conflict] = field(default_factory=list)
+    unsaved: set[str] = field(default_factory=set)
 
 
 class TakeOver:
@@ -198,39 +204,38 @@ class TakeOver:
     def _put_content(self, difference: Difference, parent: int, name: str, status: _Status | None) -> None:
         """Put a file or a link in its place, at once and whole."""
         before, after = difference.before, difference.after
-        with self._received(difference.path) as (folder, received):
-            if status is None:
-                try:
-                    _link_or_copy(folder, received, parent, name)
-                except FileExistsError:
-                    self._conflict(difference, _NEW_HERE)
-                    return
-                self.result.created.append(difference.path)
-            else:
-                keep = before and after and before.mode == after.mode and before.kind == after.kind == "file"
-                _take_rights(folder, received, status, rights=bool(keep))
-                os.rename(received, name, src_dir_fd=folder, dst_dir_fd=parent)
-                self.result.changed.append(difference.path)
+        if status is None:
+            try:
+                self._move(difference.path, parent, partial(_link_or_move, parent=parent, name=name))
+            except FileExistsError:
+                self._conflict(difference, _NEW_HERE)
+                return
+            self.result.created.append(difference.path)
+            return
+        keep = bool(before and after and before.mode == after.mode and before.kind == after.kind == "file")
 
-    @contextlib.contextmanager
-    def _received(self, path: str) -> Iterator[tuple[int, str]]:
-        """Yield where the machine's version is: a directory's descriptor and a name.
+        def exchange(folder: int, received: str) -> None:
+            _take_rights(folder, received, status, rights=keep)
+            os.rename(received, name, src_dir_fd=folder, dst_dir_fd=parent)
+
+        self._move(difference.path, parent, exchange)
+        self.result.changed.append(difference.path)
+
+    def _move(self, path: str, parent: int, put: Callable[[int, str], None]) -> None:
+        """Let ``put`` move the machine's version, a directory's descriptor and a name, to ``parent``.
 
         A file with more than one name (a hard link) is copied: a change to one is not to change the other.
+        So is what has to get to another file system, which may be mounted within the directory.
         """
         *above, name = path.split("/")
         with folder_below(self._content, above) as folder:
             assert folder is not None, "nobody else can enter staging"
             status = os.stat(name, dir_fd=folder, follow_symlinks=False)
-            if not stat.S_ISREG(status.st_mode) or status.st_nlink == 1:
-                yield folder, name
+            if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+                with _copied(folder, name, self._spare) as copy:
+                    _move_or_copy(self._spare, copy, parent, put)
             else:
-                _copy(folder, name, self._spare, "copy")
-                try:
-                    yield self._spare, "copy"
-                finally:
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink("copy", dir_fd=self._spare)
+                _move_or_copy(folder, name, parent, put)
 
     # Conflicts
 
@@ -241,6 +246,7 @@ class TakeOver:
             try:
                 saved = self._save(difference.path)
             except OSError as error:
+                self.result.unsaved.add(difference.path)
                 why += f"; the machine's version could not be put beside it: {error.strerror}"
         self._blocked.add(difference.path)
         self.result.conflicts.append(Conflict(difference.path, why, saved))
@@ -255,8 +261,7 @@ class TakeOver:
             if depth < len(above):
                 return self._save_in(parent, depth, [*above, name])
             new = _new_name(parent, name, self._suffix)
-            with self._received(path) as (folder, received):
-                os.rename(received, new, src_dir_fd=folder, dst_dir_fd=parent)
+            self._move(path, parent, partial(_link_or_move, parent=parent, name=new))
             return "/".join([*above, new])
 
     def _depth(self, segments: list[str]) -> int:
@@ -281,8 +286,7 @@ class TakeOver:
                 below = os.open(segment, FOLDER_FLAGS, dir_fd=here)
                 os.close(here)
                 here = below
-            with self._received("/".join(segments)) as (folder, received):
-                os.rename(received, segments[-1], src_dir_fd=folder, dst_dir_fd=here)
+            self._move("/".join(segments), here, partial(_link_or_move, parent=here, name=segments[-1]))
         finally:
             os.close(here)
         return "/".join([*segments[:depth], self._beside[gone], *segments[depth + 1 :]])
@@ -322,8 +326,8 @@ def _status(parent: int, name: str) -> _Status | None:
     )  # fmt: skip
 
 
-def _link_or_copy(folder: int, received: str, parent: int, name: str) -> None:
-    """Give a received file or link its name; never in the place of anything.
+def _link_or_move(folder: int, received: str, parent: int, name: str) -> None:
+    """Give what was received its name; never in the place of anything.
 
     Raises:
         FileExistsError: Something has that name.
@@ -332,12 +336,23 @@ def _link_or_copy(folder: int, received: str, parent: int, name: str) -> None:
         os.link(received, name, src_dir_fd=folder, dst_dir_fd=parent, follow_symlinks=False)
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links
+    except OSError:  # a directory, or a file system without hard links
         if _status(parent, name) is not None:
-            raise FileExistsError(name) from None
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name) from None
         os.rename(received, name, src_dir_fd=folder, dst_dir_fd=parent)
     else:
         os.unlink(received, dir_fd=folder)
+
+
+def _move_or_copy(folder: int, name: str, parent: int, put: Callable[[int, str], None]) -> None:
+    """Let ``put`` move something to ``parent``, from a copy there if that is another file system."""
+    try:
+        put(folder, name)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with _copied(folder, name, parent) as copy:
+            put(parent, copy)
 
 
 def _take_rights(folder: int, name: str, status: _Status, *, rights: bool) -> None:
@@ -349,14 +364,58 @@ def _take_rights(folder: int, name: str, status: _Status, *, rights: bool) -> No
             os.fchmod(file.fileno(), status.mode & 0o777)
 
 
+@contextlib.contextmanager
+def _copied(folder: int, name: str, target: int) -> Iterator[str]:
+    """Copy something into another directory; yield what it is called there, until it is moved or removed."""
+    new = f".microvm-{secrets.token_hex(8)}"
+    try:
+        _copy(folder, name, target, new)
+        yield new
+    finally:
+        _remove_copy(target, new)
+
+
 def _copy(folder: int, name: str, target: int, new: str) -> None:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    with (
-        open_file(folder, name) as source,
-        os.fdopen(os.open(new, flags, 0o600, dir_fd=target), "wb") as copy,
-    ):
-        shutil.copyfileobj(source, copy)
-        os.fchmod(copy.fileno(), os.fstat(source.fileno()).st_mode & 0o777)
+    """Copy a file, a link or a directory, rights and a file's times too."""
+    mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+    if stat.S_ISLNK(mode):
+        os.symlink(os.readlink(name, dir_fd=folder), new, dir_fd=target)
+    elif stat.S_ISDIR(mode):
+        os.mkdir(new, _PRIVATE, dir_fd=target)
+        with folder_below(folder, [name]) as source, folder_below(target, [new]) as copy:
+            if source is None or copy is None:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+            for inner in _names(source):
+                _copy(source, inner, copy, inner)
+            os.fchmod(copy, mode & 0o777)
+    else:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with (
+            open_file(folder, name) as content,
+            os.fdopen(os.open(new, flags, 0o600, dir_fd=target), "wb") as file,
+        ):
+            shutil.copyfileobj(content, file)
+            file.flush()
+            status = os.fstat(content.fileno())
+            os.fchmod(file.fileno(), status.st_mode & 0o777)
+            os.utime(file.fileno(), ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _remove_copy(parent: int, name: str) -> None:
+    """Remove a copy, all of a directory, as far as it was made and is still there."""
+    status = _status(parent, name)
+    if status is not None and stat.S_ISDIR(status.mode):
+        with folder_below(parent, [name]) as folder:
+            if folder is not None:
+                for inner in _names(folder):
+                    _remove_copy(folder, inner)
+        os.rmdir(name, dir_fd=parent)
+    elif status is not None:
+        os.unlink(name, dir_fd=parent)
+
+
+def _names(folder: int) -> list[str]:
+    return os.listdir(folder)
 
 
 def _new_name(parent: int, name: str, suffix: str) -> str:

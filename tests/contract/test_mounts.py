@@ -1,9 +1,12 @@
 """Mounts whose machine, or whose host, fails in the middle."""
 
+import errno
+import os
+
 import pytest
 
-from pytest_microvm import copying, manifest
-from pytest_microvm.errors import TransferError, UsageError
+from pytest_microvm import copying, manifest, takeover
+from pytest_microvm.errors import MountConflict, TransferError, UsageError
 from pytest_microvm.link import GuestError
 from pytest_microvm.mounts import Changes
 from pytest_microvm.redaction import Redactor
@@ -40,7 +43,7 @@ def test_an_error_of_the_machine_s_costs_the_other_mounts_nothing(vm, place, tmp
     second = vm.mount(tmp_path / "second", place.pure / "second")
     (place / "second" / "x").write_text("1")
     failing.add(str(place / "first"))
-    with pytest.raises(TransferError, match="first cannot be copied.*No such file"):
+    with pytest.raises(TransferError, match=r"first cannot be copied.*No such file"):
         vm.copy_back()
     assert (tmp_path / "second" / "x").read_text() == "1"
     assert second.copy_back() == Changes()
@@ -75,7 +78,30 @@ def test_a_secret_in_the_name_of_what_is_refused(vm, place, source, monkeypatch)
     mounted = vm.mount(source, place.pure / "data")
     (place / "data" / "holes-of-correct-horse").write_text("")
     vm.run(["truncate", "-s", "300G", place.pure / "data" / "holes-of-correct-horse"], check=True)
-    with pytest.raises(TransferError, match="holes-of-.*which is refused") as caught:
+    with pytest.raises(TransferError, match=r"holes-of-.*which is refused") as caught:
         mounted.copy_back()
     assert "correct-horse" not in str(caught.value)
+    mounted.close()
+
+
+def test_what_could_not_be_put_beside_is_tried_again(vm, place, source, monkeypatch):
+    """On a full disk, say: the machine has the only copy."""
+    mounted = vm.mount(source, place.pure / "data")
+    (place / "data" / "a").write_text("G")
+    (place / "data" / "b").write_text("G")
+    (source / "a").write_text("H")
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(takeover, "_new_name", full)
+        with pytest.raises(MountConflict, match="1 of the changes") as caught:
+            mounted.copy_back()
+    assert "could not be put beside it: No space left" in caught.value.details
+    with pytest.raises(MountConflict, match="1 of the changes"):
+        mounted.copy_back()
+    found = {path.name: path.read_text() for path in source.iterdir()}
+    assert found == {"a": "H", f"a.microvm-{vm.id}": "G", "b": "G"}
+    assert mounted.copy_back() == Changes()
     mounted.close()

@@ -1,5 +1,6 @@
 """Three sides of a directory: handed over, changed in the machine, changed on the host meanwhile."""
 
+import errno
 import os
 import shutil
 import stat
@@ -51,18 +52,22 @@ def manifest(folder):
         os.close(descriptor)
 
 
-def taken_over(base, host, guest, folder, left_out=None):
+def taken_over(base, host, guest, folder, left_out=None, *, staging=None):
     """Return what the host's directory holds after the taking over, and its result."""
-    for name, tree in (("base", base), ("host", host), ("guest", guest), ("spare", {})):
+    staging = staging or folder
+    for name, tree in (("base", base), ("host", host)):
         lay_out(folder / name, tree)
-    opened = [open_folder((folder / name).resolve()) for name in ("host", "guest", "spare")]
+    for name, tree in (("guest", guest), ("spare", {})):
+        lay_out(staging / name, tree)
+    places = [folder / "host", staging / "guest", staging / "spare"]
+    opened = [open_folder(place.resolve()) for place in places]
     try:
         work = TakeOver(*opened, MINE)
-        result = work.run(manifest(folder / "base"), manifest(folder / "guest"), left_out or {})
+        result = work.run(manifest(folder / "base"), manifest(staging / "guest"), left_out or {})
     finally:
         for descriptor in opened:
             os.close(descriptor)
-    assert list((folder / "spare").iterdir()) == []
+    assert list((staging / "spare").iterdir()) == []
     return read(folder / "host"), result
 
 
@@ -192,12 +197,18 @@ def test_git_s_own_files_are_left(tmp_path):
     assert result.left == [".git/config", ".git/hooks", ".git/hooks/pre-commit", "sub/.GIT"]
 
 
-@pytest.mark.parametrize("path", [".git", "a/.git/b", ".GIT/x", ".git.", ".git ", "git~1/config"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        ".git", "a/.git/b", ".GIT/x", ".git.", ".git ", "git~1/config",
+        ".g\u200cit/config", "a/\ufeff.Gi\u00adt", ".git::$INDEX_ALLOCATION/config", "a\\.git\\config",
+    ],
+)  # fmt: skip
 def test_what_is_git_s(path):
     assert is_git(path)
 
 
-@pytest.mark.parametrize("path", ["", "git", ".github/x", "a/.gitignore", "x.git/config"])
+@pytest.mark.parametrize("path", ["", "git", ".github/x", "a/.gitignore", "x.git/config", "\u200c", "\udcff"])
 def test_what_is_not_git_s(path):
     assert not is_git(path)
 
@@ -251,6 +262,67 @@ def test_hard_links_of_the_machine_become_files_of_their_own(tmp_path):
     taken_over({}, {}, {}, tmp_path)
     (tmp_path / "host" / "a").write_text("2")
     assert read(tmp_path / "host") == {"a": "2", "b": "1"}
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A directory on another file system."""
+    shm = Path("/dev/shm")
+    if not os.access(shm, os.W_OK) or shm.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no other file system")
+    with tempfile.TemporaryDirectory(dir=shm) as folder:
+        yield Path(folder)
+
+
+def test_another_file_system_is_mounted_within(elsewhere, tmp_path):
+    base = {"a": "1", "b": "1", "d": "1"}
+    guest = {"a": "G", "b": "G", "d": {"x": {"y": "G", "l": ("link", "y")}}, "new": {"e": "G"}}
+    guest["l"] = ("link", "a")
+    lay_out(elsewhere / "guest", guest)
+    (elsewhere / "guest" / "a").chmod(0o755)
+    os.utime(elsewhere / "guest" / "a", (1, 1))
+    os.link(elsewhere / "guest" / "new" / "e", elsewhere / "guest" / "new" / "f")
+    now, result = taken_over(base, {**base, "b": "H", "d": "H"}, {}, tmp_path, staging=elsewhere)
+    assert now == {
+        **guest, "b": "H", "b" + MINE: "G", "d": "H", "d" + MINE: guest["d"], "new": {"e": "G", "f": "G"},
+    }  # fmt: skip
+    status = (tmp_path / "host" / "a").stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_mtime) == (0o755, 1)
+    assert [conflict.saved for conflict in result.conflicts] == ["d" + MINE, "b" + MINE]
+
+
+def test_a_disk_that_is_full_for_one_file_is_not_for_the_others(tmp_path, monkeypatch):
+    lay_out(tmp_path / "guest", {"a": "G"})
+    for name in "bc":
+        os.link(tmp_path / "guest" / "a", tmp_path / "guest" / name)
+    full, copyfileobj = [True, True], shutil.copyfileobj
+
+    def copy(source, target):
+        if full:
+            full.pop()
+            target.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copyfileobj(source, target)
+
+    monkeypatch.setattr(shutil, "copyfileobj", copy)
+    now, result = taken_over({}, {}, {}, tmp_path)
+    assert now == {"b": "G", "c": "G"}
+    assert [(conflict.path, conflict.saved) for conflict in result.conflicts] == [("a", None)]
+    assert result.unsaved == {"a"}
+
+
+def test_what_is_put_beside_takes_nobodys_place(tmp_path, monkeypatch):
+    new_name = takeover._new_name
+
+    def late(parent, name, suffix):
+        new = new_name(parent, name, suffix)
+        (tmp_path / "host" / new).write_text("made here a moment later")
+        return new
+
+    monkeypatch.setattr(takeover, "_new_name", late)
+    now, result = taken_over({"a": "1"}, {"a": "H"}, {"a": "G"}, tmp_path)
+    assert now == {"a": "H", "a" + MINE: "made here a moment later"}
+    assert result.unsaved == {"a"}
 
 
 @pytest.mark.parametrize("kind", ["fifo", "socket"])
