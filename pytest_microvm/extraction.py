@@ -8,6 +8,7 @@ folder on the way is opened relative to the one before it, and no symbolic link 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
@@ -34,6 +35,8 @@ _PADDING = 64 * 1024  # bytes; tar fills its last record up with zeros
 _LATEST = 2**33 - 1  # seconds since 1970: what tar's own field for it can hold
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_IN_THE_WAY = frozenset([errno.ENOTDIR, errno.ELOOP, errno.ENOENT])  # a file or a link, or nothing
+_NO_NAME = frozenset([errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL])  # as vfat says of a colon
 _HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -113,10 +116,19 @@ def extract(source: IO[bytes], folder: Path, terms: Terms | None = None) -> None
             for member in archive:
                 total += max(0, member.size)
                 entries += 1 + len(member.name) // _LONG_NAME
-                if entries > terms.max_entries or total > terms.max_bytes:
-                    most = f"{terms.max_entries} entries or {terms.max_bytes} bytes"
-                    raise _refused(member, f"more than {most}")
-                entries += _unpack(archive, member, root, terms)
+                _check_amount(member, entries, total, terms)
+                try:
+                    made, copied = _unpack(archive, member, root, terms)
+                except OSError as error:
+                    if terms.left_out is None or error.errno not in _NO_NAME:
+                        raise
+                    _leave_out(
+                        member, terms, _refused(member, f"the host cannot name it so ({error.strerror})")
+                    )
+                else:
+                    entries += made
+                    total += copied
+                    _check_amount(member, entries, total, terms)
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all, in vain
         source.read(_PADDING)  # or the sender would find that nobody reads its last bytes
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
@@ -132,10 +144,21 @@ def extract(source: IO[bytes], folder: Path, terms: Terms | None = None) -> None
         os.close(root)
 
 
-def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int, terms: Terms) -> int:
-    """Unpack one member; return how many folders were made for it on the way."""
+def _check_amount(member: tarfile.TarInfo, entries: int, total: int, terms: Terms) -> None:
+    if entries > terms.max_entries or total > terms.max_bytes:
+        raise _refused(member, f"more than {terms.max_entries} entries or {terms.max_bytes} bytes")
+
+
+def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int, terms: Terms) -> tuple[int, int]:
+    """Unpack one member.
+
+    Returns:
+        How many folders were made for it on the way, and the bytes that it has if it is a hard link: whoever
+        makes a file of it has as many more.
+    """
     if _left_out(member, terms):
-        return 0
+        return 0, 0
+    copied = 0
     *above, name = _segments(member, member.name) or [""]
     if any(key.startswith("GNU.sparse") for key in member.pax_headers):
         raise _refused(member, "a sparse file")
@@ -144,7 +167,7 @@ def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int, terms:
     if not name:  # the folder itself
         if not member.isdir():
             raise _refused(member, "it takes the folder's own place")
-        return 0
+        return 0, 0
     with _folder(root, above, member, make=True) as (parent, made):
         if member.isdir():
             _make_folder(parent, name, member)
@@ -156,10 +179,10 @@ def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int, terms:
             _clear(parent, name, member)
             os.symlink(member.linkname, name, dir_fd=parent)
         elif member.islnk():
-            _make_hard_link(root, parent, name, member)
+            copied = _make_hard_link(root, parent, name, member)
         else:
             raise _refused(member, "neither a file, a folder nor a link")
-    return made
+    return made, copied
 
 
 def _left_out(member: tarfile.TarInfo, terms: Terms) -> bool:
@@ -173,11 +196,22 @@ def _left_out(member: tarfile.TarInfo, terms: Terms) -> bool:
         elif not (member.isreg() or member.isdir() or member.issym() or member.islnk()):
             raise _refused(member, "neither a file, a folder nor a link")
     except TransferError as error:
-        if len(terms.left_out) >= _MAX_LEFT_OUT:
-            raise
-        terms.left_out[path] = error.brief.rpartition(": ")[2]
+        _leave_out(member, terms, error)
         return True
     return False
+
+
+def _leave_out(member: tarfile.TarInfo, terms: Terms, why: TransferError) -> None:
+    """Take note of a member that is left out.
+
+    Raises:
+        TransferError: ``why``, if there are too many of them.
+    """
+    assert terms.left_out is not None, "else the archive is refused"
+    path = "/".join(_segments(member, member.name))
+    if len(terms.left_out) >= _MAX_LEFT_OUT:
+        raise why
+    terms.left_out[path] = why.brief.rpartition(": ")[2]
 
 
 def _handed_over(member: tarfile.TarInfo, terms: Terms) -> bool:
@@ -232,7 +266,9 @@ def _folder(
                         os.mkdir(segment, 0o755, dir_fd=here)
                         made += 1
                 below = os.open(segment, _FOLDER, dir_fd=here)
-            except OSError as error:  # ENOTDIR, ELOOP: a file or a link is in the way
+            except OSError as error:
+                if error.errno not in _IN_THE_WAY:  # a full disk, say
+                    raise
                 raise _refused(member, f"a path through {segment[:100]!r}, which is no folder") from error
             os.close(here)
             here = below
@@ -266,13 +302,15 @@ def _make_file(archive: tarfile.TarFile, parent: int, name: str, member: tarfile
         os.utime(file.fileno(), (moment, moment))
 
 
-def _make_hard_link(root: int, parent: int, name: str, member: tarfile.TarInfo) -> None:
+def _make_hard_link(root: int, parent: int, name: str, member: tarfile.TarInfo) -> int:
+    """Make a hard link; return how many bytes the file has."""
     *above, source = _segments(member, member.linkname) or [""]
     with _folder(root, above, member, make=False) as (folder, _made):
         if not source or not stat.S_ISREG(_mode(folder, source)):
             raise _refused(member, "a hard link to what is no file")
         _clear(parent, name, member)
         os.link(source, name, src_dir_fd=folder, dst_dir_fd=parent, follow_symlinks=False)
+        return os.stat(name, dir_fd=parent, follow_symlinks=False).st_size
 
 
 def _clear(parent: int, name: str, member: tarfile.TarInfo) -> None:

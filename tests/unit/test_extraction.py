@@ -1,6 +1,7 @@
 """Hostile archives: nothing outside the folder is touched, and nothing inside leads out."""
 
 import contextlib
+import errno
 import io
 import os
 import stat
@@ -447,6 +448,40 @@ def test_long_names_count_as_more(inside):
     ]
     with pytest.raises(TransferError, match="more than 5 entries"):
         extract(received(*members), inside, Terms(max_entries=5))
+
+
+def test_a_name_that_the_host_cannot_have_can_be_left_out(inside):
+    left_out = {}
+    members = [
+        member("n" * 300, data=b"1"),
+        folder("d" * 256),
+        link("l" * 256, "good"),
+        member("good", data=b"2"),
+    ]
+    extract(received(*members), inside, Terms(left_out=left_out))
+    assert [path.name for path in inside.iterdir()] == ["good"]
+    assert set(left_out) == {"n" * 300, "d" * 256, "l" * 256}
+    assert set(left_out.values()) == {"the host cannot name it so (File name too long)"}
+    with pytest.raises(TransferError, match="File name too long"):
+        extract(received(*members), inside)
+
+
+def test_a_disk_that_is_full_is_told(inside, monkeypatch):
+    def full(*_arguments, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "mkdir", full)
+    for left_out in (None, {}):
+        with pytest.raises(TransferError, match="No space left on device"):
+            extract(received(member("d/e/f", data=b"1")), inside, Terms(left_out=left_out))
+
+
+def test_a_hard_link_has_as_many_bytes(inside):
+    """What is taken over of it is a file of its own: a small archive must not fill the host's disk."""
+    members = [member("a", data=b"123"), *(hard(f"b{number}", "a") for number in range(3))]
+    extract(received(*members), inside, Terms(max_bytes=12))
+    with pytest.raises(TransferError, match="11 bytes"):
+        extract(received(*members), inside, Terms(max_bytes=11))
 
 
 def test_bytes_are_limited(inside):
