@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import MountConflict, TransferError, UsageError
 from pytest_microvm.extraction import MAX_BYTES, Terms
-from pytest_microvm.manifest import MAX_PATHS, Found, Handover, file_mode, is_git, open_folder, scan
+from pytest_microvm.manifest import (
+    MAX_PATHS,
+    Found,
+    Handover,
+    Manifest,
+    file_mode,
+    is_git,
+    open_folder,
+    scan,
+)
 from pytest_microvm.mounts import Changes, Mount
 from pytest_microvm.sanitize import sanitize_line
 from pytest_microvm.takeover import Result, TakeOver, is_below
@@ -114,12 +123,15 @@ class Copy:
     def _take_over(self, root: int, staging: Path, left_out: dict[str, str]) -> Result:
         content, spare = open_folder(staging.resolve() / "content"), open_folder(staging.resolve() / "spare")
         try:
-            after = scan(content)
+            before, after = self._handed.manifest, scan(content)
+            for path in _leading_out(staging.resolve() / "content", before, after):
+                (staging / "content" / path).unlink()
+                del after[path]
+                left_out[path] = "a link that leads out by way of another"
             for path in after:
                 if is_git(path) and not is_git(path.rpartition("/")[0]):
                     _remove(staging / "content" / path)  # it might come along with a directory that is moved
             work = TakeOver(root, content, spare, f".microvm-{self._machine.id}")
-            before = self._handed.manifest
             result = work.run(before, after, left_out)
         finally:
             os.close(content)
@@ -223,6 +235,17 @@ def _mount_id(path: Path) -> str:
         return str(os.fstat(folder).st_dev)
     finally:
         os.close(folder)
+
+
+def _leading_out(content: Path, before: Manifest, after: Manifest) -> list[str]:
+    """Return the machine's links that lead out through those that the host handed over itself."""
+    return [
+        path
+        for path, entry in after.items()
+        if entry.kind == "link"
+        and before.get(path) != entry
+        and not Path(os.path.realpath(content / path)).is_relative_to(content)
+    ]
 
 
 def _remove(path: Path) -> None:
