@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.network.access import Access
@@ -111,10 +112,7 @@ class Grants:
             for secret, value in self.secrets
             if secret.delivery == "file"
         )
-        redactor = Redactor(
-            [value.reveal() for _secret, value in self.secrets]
-            + [credential.value.reveal() for credential in self.credentials]
-        )
+        redactor = self._redactor
         if not self.policy.rules:
             return Given(environment=environment, files=files, redactor=redactor, secret=True)
         credentials = tuple(credential.for_machine() for credential in self.credentials)
@@ -138,6 +136,12 @@ class Grants:
             redactor=redactor,
             secret=bool(self.secrets),
         )
+
+    @cached_property
+    def _redactor(self) -> Redactor:
+        """What takes all values out of what is shown; it takes a moment to make for a long key."""
+        values = [value for _secret, value in self.secrets] + [each.value for each in self.credentials]
+        return Redactor([value.reveal() for value in values])
 
     def _variables(self) -> list[tuple[tuple[Secret, SecretValue], str]]:
         return [(pair, pair[0].name) for pair in self.secrets if pair[0].delivery == "env"]

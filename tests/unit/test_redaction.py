@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 from urllib.parse import quote, quote_plus
@@ -47,6 +48,78 @@ def test_each_encoding_is_found(name):
     assert redacted.endswith(" after")
     for encode in encodings.values():
         assert encode(TOKEN) not in redacted
+
+
+KEY = (
+    "-----BEGIN KEY-----\n"
+    + "\n".join(hashlib.sha256(b"%d" % n).hexdigest() for n in range(6))
+    + "\n-----END KEY-----\n"
+)
+
+
+@pytest.mark.parametrize("size", [76, 64])
+@pytest.mark.parametrize("value", [TOKEN * 6, KEY, KEY.strip()], ids=["token", "pem", "without its end"])
+def test_base64_that_is_cut_into_lines(value, size):
+    """As base64(1), openssl(1) and Python's encodebytes do it."""
+    encoded = base64.b64encode(value.encode()).decode()
+    lines = [encoded[start : start + size] for start in range(0, len(encoded), size)]
+    shown = Redactor([value]).text("\n".join(lines)).splitlines()
+    assert set(shown) <= {MASK, MASK + "=", MASK + "=="} | {line for line in lines if len(line) < 8}
+    assert base64.encodebytes(value.encode()).decode().splitlines() == lines or size == 64
+
+
+@pytest.mark.parametrize("value", ["horse", "s3cr"])
+def test_base64_of_a_short_value(value):
+    assert Redactor([value]).text(base64.b64encode(value.encode()).decode()) == MASK
+
+
+def compared(value):
+    """Return what pytest says where a value is not what a test expects."""
+    try:
+        assert value == "x"  # rewritten by pytest
+    except AssertionError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("assert 'ghp_A1b2C3d4...2M3n4O5p6Q7r8' == 'x'", "assert '***...***' == 'x'"),
+        ("{'HOME': '/ro...M3n4O5p6Q7r8'}", "{'HOME': '/ro...***'}"),
+        ("ghp_A1b2C3d\N{HORIZONTAL ELLIPSIS}", "***\N{HORIZONTAL ELLIPSIS}"),
+        ("ghp_A1b2... and ...6Q7r8'", "***... and ...6Q7r8'"),
+        ("ghp_ghp_A1b2....7Q7r8", "ghp_***....7Q7r8"),
+        ("ghp_A1b2...p6Q7r8...p6Q7r8", "***...***...***"),
+        ("...", "..."),
+        ("wait ... ghp_A1b2C3 ...", "wait ... ghp_A1b2C3 ..."),
+    ],
+)
+def test_a_value_that_was_cut_short(text, shown):
+    assert Redactor(["ghp_A1b2C3d4E5f6G7h8I9j0K1l2M3n4O5p6Q7r8"]).text(text) == shown
+
+
+def test_a_value_that_pytest_cut_short():
+    value = "ghp_A1b2C3d4E5f6G7h8I9j0K1l2M3n4O5p6Q7r8"
+    said = compared(value)
+    assert value not in said.partition("\n")[0], "pytest shows it whole: this test has no object any more"
+    shown = Redactor([value]).text(said)
+    assert not [value[start : start + 5] for start in range(36) if value[start : start + 5] in shown]
+
+
+def test_many_dots_take_no_time():
+    text = "ghp_A1..." * 100_000
+    assert Redactor(["ghp_A1b2C3d4E5f6G7h8I9j0K1l2M3n4O5p6Q7r8"]).text(text) == "***..." * 100_000
+
+
+def test_a_key_of_many_lines_is_looked_for_at_once():
+    """A pattern of all lines in all encodings took a minute for a megabyte."""
+    bundle = KEY + "".join(hashlib.sha256(b"x%d" % n).hexdigest() + "\n" for n in range(900))
+    redactor = Redactor([bundle])
+    data = ("an ordinary line of a log\n" * 10_000).encode()
+    stream = RedactedStream(redactor)
+    shown = b"".join(stream.feed(data[start : start + 4096]) for start in range(0, len(data), 4096))
+    assert shown + stream.end() == data
+    assert redactor.raw(data + bundle.encode() + data) == data + MASK.encode() + data
 
 
 def test_ordinary_text_stays():
