@@ -24,6 +24,7 @@ _MAX_OUTPUT = 1024 * 1024  # bytes
 _MAX_WORD = 64 * 1024  # bytes of a line, a path or a header that it prints
 _TAIL = 2000  # bytes of what it said that are shown
 _PIECE = 65536
+_CONFIGURATION = "gitconfig"
 
 # Without them it could start a program, ask somebody, or write where nothing is to be written.
 _SETTINGS = (
@@ -181,7 +182,7 @@ def _started(
     options = [part for setting in settings for part in ("-c", setting)]
     limits = "".join(f"ulimit -{letter} {most} 2>/dev/null; " for letter, most in _LIMITS)
     with (
-        tempfile.TemporaryDirectory(prefix="microvm-git-") as home,
+        _home() as home,
         subprocess.Popen(
             ["/bin/sh", "-c", limits + 'exec "$@"', "sh", program, "--no-pager", *options, *arguments],
             env=_environment(home, local=local), cwd=home, stdin=stdin,
@@ -189,6 +190,18 @@ def _started(
         ) as process,
     ):  # fmt: skip
         yield process
+
+
+@contextmanager
+def _home() -> Iterator[str]:
+    """Make a home with a configuration that also counts for the git at the other repository of a fetch.
+
+    What is said with ``-c`` does not (``local_repo_env`` of git's environment.c), and repositories of another
+    user, as root has them in a container, are refused there, too (CVE-2024-32004).
+    """
+    with tempfile.TemporaryDirectory(prefix="microvm-git-") as home:
+        Path(home, _CONFIGURATION).write_text("[safe]\n\tdirectory = *\n", encoding="ascii")
+        yield home
 
 
 def _outcome(process: subprocess.Popen[bytes], what: str) -> str:
@@ -236,7 +249,7 @@ def _environment(home: str, *, local: bool) -> dict[str, str]:
         "LC_ALL": "C",
         "GIT_CONFIG_NOSYSTEM": "1",
         "GIT_CONFIG_SYSTEM": os.devnull,
-        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_GLOBAL": f"{home}/{_CONFIGURATION}",
         "GIT_ATTR_NOSYSTEM": "1",
         "GIT_TERMINAL_PROMPT": "0",
         "GIT_ALLOW_PROTOCOL": "file" if local else "none",  # it overrides what a repository's own says

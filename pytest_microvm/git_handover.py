@@ -52,6 +52,8 @@ class Clone:
         self._source = mount.source.resolve()
         self._repository = _repository(self._source)
         self._base = self._tip = _head(self._source)
+        if mount.access == "rw":
+            self._check_name()
         self._branch: str | None = None  # the last that was made here, at ``_tip``
         self._last = Changes()
 
@@ -86,7 +88,7 @@ class Clone:
         if not _OBJECT.fullmatch(tip):
             raise self._refused("its git names no commit")
         uncommitted = self._uncommitted()
-        if tip in (self._base, self._tip):
+        if tip in (self._base, self._tip) or self._handed_over(tip):
             return replace(self._last, uncommitted=uncommitted)
         with tempfile.TemporaryDirectory(prefix="microvm-bundle-") as folder:
             bundle = Path(folder) / "bundle"
@@ -169,6 +171,27 @@ class Clone:
         self._repository.git(
             "update-ref", "--no-deref", "-m", "microvm: copied back", f"refs/heads/{branch}", new, old
         )
+
+    def _check_name(self) -> None:
+        """Refuse a repository in which no branch below ``microvm/`` can be made: too late to find out later.
+
+        Raises:
+            UsageError: It has a branch of that name.
+        """
+        names = self._repository.git("for-each-ref", "--format=%(refname)", "refs/heads/microvm")
+        if names == "refs/heads/microvm\n":
+            raise UsageError(
+                f"{self._source} has a branch microvm, so that there can be none that begins with microvm/",
+                resolution="rename that branch, or hand the repository over with ro",
+            )
+
+    def _handed_over(self, commit: str) -> bool:
+        """Whether a commit is one that the machine was given: it has gone back to it."""
+        try:
+            self._repository.git("merge-base", "--is-ancestor", commit, self._base)
+        except GitError:
+            return False
+        return True
 
     def _guest_git(self, *arguments: str) -> str:
         """Run the machine's git and return what it printed, which may be anything."""

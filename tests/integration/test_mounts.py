@@ -420,6 +420,14 @@ def test_nothing_committed(agent, place, repository):
     assert git(repository, "branch", "--list", "microvm/*") == ""
 
 
+def test_back_to_what_was_handed_over(agent, place, repository):
+    git(repository, "commit", "-qnam", "second")
+    with agent.mount(repository, place, kind="git") as mounted:
+        in_guest(agent, place, "git reset -q --hard HEAD~1")
+        assert mounted.copy_back() == Changes()
+    assert git(repository, "branch", "--list", "microvm/*") == ""
+
+
 def test_a_branch_of_that_name_stays(agent, place, repository):
     git(repository, "branch", f"microvm/{agent.id}", "trunk")
     with agent.mount(repository, place, kind="git") as mounted:

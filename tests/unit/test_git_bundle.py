@@ -4,13 +4,15 @@ import hashlib
 import os
 import subprocess
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
-from pytest_microvm.errors import HostError
+from pytest_microvm.errors import HostError, UsageError
 from pytest_microvm.git_bundle import BadBundle, Repository, import_commits
 from pytest_microvm.git_commands import GitError, git
+from pytest_microvm.git_handover import Clone
+from pytest_microvm.mounts import Mount
 
 
 def run(folder, *arguments, **options):
@@ -252,6 +254,27 @@ def test_no_other_repository_is_read_unless_asked(host, tmp_path):
         git(*fetch)
     assert "not allowed" in caught.value.details
     git(*fetch, local=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_repository_of_another_user(host, tmp_path):
+    """As root has it in a container, in whose volume a user has checked it out."""
+    for path in (host, *host.rglob("*")):
+        os.chown(path, 1000, 1000, follow_symlinks=False)
+    git("init", "--quiet", tmp_path / "other")
+    git("-C", tmp_path / "other", "fetch", host, "HEAD", local=True)
+
+
+def test_a_branch_that_is_in_the_way_of_ours(host):
+    mount = Mount(host, PurePosixPath("/r"), "rw", "git")
+    Clone(None, mount)
+    run(host, "branch", "microvm/x")
+    Clone(None, mount)
+    run(host, "branch", "-D", "microvm/x")
+    run(host, "branch", "microvm")
+    with pytest.raises(UsageError, match="has a branch microvm"):
+        Clone(None, mount)
+    Clone(None, Mount(host, PurePosixPath("/r"), "ro", "git"))
 
 
 def test_what_git_says_is_safe_to_show_and_short(tmp_path):
