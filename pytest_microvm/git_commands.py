@@ -196,8 +196,8 @@ def _started(
 def _home() -> Iterator[str]:
     """Make a home with a configuration that also counts for the git at the other repository of a fetch.
 
-    What is said with ``-c`` does not (``local_repo_env`` of git's environment.c), and repositories of another
-    user, as root has them in a container, are refused there, too (CVE-2024-32004).
+    What is said with ``-c`` does not (``local_repo_env`` in git's environment.c), and repositories of another
+    user, as root has them in a container, are refused there, too, by git 2.39.5 for one.
     """
     with tempfile.TemporaryDirectory(prefix="microvm-git-") as home:
         Path(home, _CONFIGURATION).write_text("[safe]\n\tdirectory = *\n", encoding="ascii")

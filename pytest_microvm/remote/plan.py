@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,16 +29,13 @@ _OWN = (
 _OPTIONS = (*PARSERS, *_OWN)
 
 
-_GRANTING = frozenset(f"--microvm-{name}" for name in ("network", "host", "credential", "secret", "mount"))
+_GRANTING = frozenset(
+    f"--microvm-{name}" for name in ("image", "network", "host", "credential", "secret", "mount")
+)
 
 
 def settings_from(config: pytest.Config) -> Settings:
-    """Return what the command line says about machines.
-
-    Raises:
-        UsageError: The project's configuration pretends to be the command line, and grants itself something.
-    """
-    refuse_granting(config.getini("addopts"))
+    """Return what the command line says about machines."""
     given = {key: config.getoption(f"microvm_{key}", None) for key in _OPTIONS}
     worker = getattr(config, "workerinput", None) or {}
     count = worker.get("workercount") or getattr(config.option, "numprocesses", None) or 0
@@ -48,6 +46,15 @@ def settings_from(config: pytest.Config) -> Settings:
         worker=str(worker.get("workerid", "")),
         workers=count if isinstance(count, int) else 0,
     )
+
+
+def addopts_of(config: pytest.Config, args: Sequence[str]) -> Sequence[str]:
+    """Return which of the arguments that pytest parses are of its configuration: they come before the user's.
+
+    What ``getini`` says may be something else: they can override themselves (``-o addopts=``).
+    """
+    users = [*shlex.split(os.environ.get("PYTEST_ADDOPTS", "")), *config.invocation_params.args]
+    return args[: max(0, len(args) - len(users))]
 
 
 def refuse_granting(addopts: Sequence[str]) -> None:

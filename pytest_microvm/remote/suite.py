@@ -18,7 +18,13 @@ from pytest_microvm.remote.backend import Backend, CollectPlan, Progress, Settin
 from pytest_microvm.remote.collected import Collected
 from pytest_microvm.remote.collection import Replay, raise_exit
 from pytest_microvm.remote.foreign_warnings import warning_message
-from pytest_microvm.remote.plan import guest_environment, settings_from, workspace_of
+from pytest_microvm.remote.plan import (
+    addopts_of,
+    guest_environment,
+    refuse_granting,
+    settings_from,
+    workspace_of,
+)
 from pytest_microvm.remote.progress import TerminalProgress
 from pytest_microvm.remote.running import Ran, TestRunner
 from pytest_microvm.remote.summary import (
@@ -73,6 +79,7 @@ class RemoteSuite:
         named = [(token.value or "").strip() for token in tokens(args, arity) if token.option == "-p"]
         neutral.refuse_project_plugins(self._config, named)
         with _as_pytest_errors():
+            refuse_granting(addopts_of(self._config, args))
             split = split_arguments(args, arity, self._is_host_plugin)
         args[:] = split.host
         self._guest_arguments = split.guest

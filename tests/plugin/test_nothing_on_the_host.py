@@ -225,3 +225,21 @@ def test_what_a_worker_imports_first(project, trap):
     project.write(execnet=trap, tests__test_it="def test_it(): pass")
     done = project.command("-n", "1")
     assert "1 passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", ["", "-o addopts=-q", "--override-ini=addopts=-q", "-o addopts='' --microvm-memory=1G"]
+)
+@pytest.mark.parametrize("option", ["--microvm-secret='A=command:touch sprung'", "--microvm-image=./kit"])
+def test_addopts_of_the_project_grant_nothing(project, option, words):
+    """They may have been taken for what the user says, and hide themselves."""
+    project.write(pytest__DOT__ini=f"[pytest]\naddopts = {option} {words}\n", test_it="def test_it(): pass")
+    result = project.microvm()
+    result.stderr.fnmatch_lines(["*addopts of the project's configuration has --microvm-*"])
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+
+
+def test_the_user_s_own_words_grant(project, monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-q --microvm-network=a.example")
+    project.write(pytest__DOT__ini="[pytest]\naddopts = -v -o addopts=-q\n", test_it="def test_it(): pass")
+    project.microvm("--microvm-image=base", "--microvm-mount", "out:/out").assert_outcomes(passed=1)

@@ -172,7 +172,14 @@ def test_a_project_behind_a_link(project, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "word", ["--microvm-network=pip", "--microvm-mount", "--microvm-secret=A=env:B", "@options.txt"]
+    "word",
+    [
+        "--microvm-network=pip",
+        "--microvm-mount",
+        "--microvm-secret=A=env:B",
+        "@options.txt",
+        "--microvm-image=x",
+    ],
 )
 def test_addopts_of_the_configuration_grants_nothing(word):
     with pytest.raises(UsageError, match="only who runs it may say"):
