@@ -158,7 +158,7 @@ class Copy:
                 "%s: git's own files changed in the machine and were left there (%s ...): hand a repository "
                 "over as git",
                 self._mount.target,
-                sanitize_line(result.left[0]),
+                sanitize_line(self._machine.redactor.text(result.left[0])),
             )
         if result.conflicts:
             lines = [_line(*conflict) for conflict in result.conflicts[:_SHOWN]]

@@ -433,7 +433,7 @@ class MicroVM:
     def limited(self, what: str) -> AbstractContextManager[None]:
         """Let what happens inside take no longer than the machine's timeout."""
         guard = self.instance.guard
-        return contextlib.nullcontext() if guard is None else guard.limited(what)
+        return contextlib.nullcontext() if guard is None else guard.limited(self.redactor.text(what))
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:

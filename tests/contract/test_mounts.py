@@ -1,5 +1,6 @@
 """Mounts whose machine, or whose host, fails in the middle."""
 
+import contextlib
 import errno
 import os
 
@@ -120,3 +121,18 @@ def test_a_link_that_leads_out_through_one_of_the_host_s(vm, place, source, tmp_
     assert "leads out by way of another" in caught.value.details
     assert sorted(path.name for path in source.iterdir()) == ["a", "b", "e", "f", "sub"]
     mounted.close()
+
+
+def test_a_secret_in_what_took_too_long(vm, monkeypatch):
+    monkeypatch.setattr(type(vm), "redactor", Redactor(["correct-horse"]))
+    waiting = []
+
+    @contextlib.contextmanager
+    def limited(what):
+        waiting.append(what)
+        yield
+
+    monkeypatch.setattr(vm.instance.guard, "limited", limited)
+    vm.run("true correct-horse")
+    assert waiting
+    assert "correct-horse" not in "".join(waiting)
