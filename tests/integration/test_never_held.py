@@ -386,7 +386,7 @@ def test_a_suite_shows_them_nowhere(host, api, source, tmp_path):
     assert "cannot log in with '***'" in said
     assert api.seen == [("api.test", f"Bearer {key.value}/plain")]
     assert "machines that hold secrets are not kept" in said
-    assert not [kept for kept in host.kept() if kept.created >= begin]
+    assert not [kept for kept in host.kept() if kept.since >= begin]
     written = sorted(path.name for path in project.rglob("*") if path.is_file())
     assert {"junit.xml", "console.txt", "events.jsonl", "network.jsonl", "report.txt"} <= set(written)
     assert [one.in_(said.encode()) for one in (source, key)] == [[], []]
