@@ -90,7 +90,11 @@ class Mounted:
             return Changes()
         if self.mount.kind == "live":
             what = f"write {self.mount.target} out"
-            with self._machine.explained(), self._machine.limited(what), _as_transfer_error(self.mount.target):
+            with (
+                self._machine.explained(),
+                self._machine.limited(what),
+                _as_transfer_error(self.mount.target),
+            ):
                 return self._handed.bring_back()
         machine, target = self._machine, self.mount.target
         try:
