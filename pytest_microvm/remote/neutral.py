@@ -26,8 +26,10 @@ _NEUTRAL: dict[str, Any] = {
     "faulthandler_timeout": 0.0,
     "faulthandler_exit_on_timeout": False,
 }
-# Plug-ins that act on the process the tests run in; in the guest they are free to.
-_ACTING = ("timeout", "pytest_timeout", "pytest_cov")
+# Plug-ins that act on the process the tests run in, or import the project; in the guest they are free to.
+_ACTING = ("timeout", "pytest_timeout", "pytest_cov", "django", "pytest_django")
+
+_TRUSTED = ("_pytest", "pytest_microvm")  # whose modules act for pytest itself, and for us
 
 
 def neutralise(config: pytest.Config) -> None:
@@ -44,6 +46,23 @@ def neutralise(config: pytest.Config) -> None:
     roots = [config.rootpath, config.invocation_params.dir]
     sys.path[:] = [entry for entry in sys.path if entry not in paths and not in_project(entry, roots)]
     forget_failed_filters(config)
+
+
+def keep_from_acting_early(config: pytest.Config, plugin: object) -> None:
+    """Keep a plug-in from what it would do ahead of the first conftest.py, which belongs to the project.
+
+    Some set variables there that the project's files name (pytest-env, pytest-dotenv), PATH or trust among
+    them, or import its modules. No conftest.py is loaded here; in the guest they do what they are for.
+
+    Args:
+        config: pytest's configuration, before that moment.
+        plugin: Any that was registered.
+    """
+    hook = config.hook.pytest_load_initial_conftests
+    for implementation in hook.get_hookimpls():
+        module = getattr(implementation.function, "__module__", "")
+        if implementation.plugin is plugin and module.partition(".")[0] not in _TRUSTED:
+            hook._remove_plugin(plugin)  # noqa: SLF001 - pluggy has no other way
 
 
 def keep_project_from_worker(spec: Any) -> None:

@@ -89,6 +89,10 @@ class RemoteSuite:
         plugin = self._config.pluginmanager.get_plugin(name)
         return name in _HOST_PLUGINS or bool(getattr(plugin, "microvm_host_only", False))
 
+    def pytest_plugin_registered(self, plugin: object) -> None:
+        """Let no plug-in act for the project here; called for those that were there before, too."""
+        neutral.keep_from_acting_early(self._config, plugin)
+
     # Session
 
     @pytest.hookimpl(trylast=True)

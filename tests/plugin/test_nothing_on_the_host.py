@@ -1,5 +1,8 @@
 """The host's pytest imports nothing of the project, and stumbles over nothing that only the guest knows."""
 
+import os
+import textwrap
+
 import pytest
 
 # Written by any code of the project that runs outside a guest. The local guest sets the variable; in a
@@ -243,3 +246,37 @@ def test_the_user_s_own_words_grant(project, monkeypatch):
     monkeypatch.setenv("PYTEST_ADDOPTS", "-q --microvm-network=a.example")
     project.write(pytest__DOT__ini="[pytest]\naddopts = -v -o addopts=-q\n", test_it="def test_it(): pass")
     project.microvm("--microvm-image=base", "--microvm-mount", "out:/out").assert_outcomes(passed=1)
+
+
+ACTING = """
+    import os, sys
+    import pytest
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_load_initial_conftests(early_config):
+        os.environ["ACTED"] = "1"
+        sys.path.insert(0, os.fspath(early_config.rootpath))
+        import settings_of_the_project
+"""
+
+
+def test_installed_plugins_do_nothing_for_the_project_ahead_of_its_conftest(project, trap, monkeypatch):
+    """As pytest-env, pytest-dotenv and pytest-django do: set what its files say, import what they name."""
+    site = project.path.parent / f"{project.path.name}-site"
+    (site / "acting-1.0.dist-info").mkdir(parents=True)
+    (site / "acting-1.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: acting\nVersion: 1.0\n"
+    )
+    (site / "acting-1.0.dist-info" / "entry_points.txt").write_text("[pytest11]\nacting = acting\n")
+    (site / "acting.py").write_text(textwrap.dedent(ACTING))
+    monkeypatch.setenv("PYTHONPATH", str(site), prepend=os.pathsep)
+    project.write(
+        settings_of_the_project=trap,
+        test_it="""
+            import os
+            def test_it(): assert "ACTED" not in os.environ
+        """,
+    )
+    result = project.microvm("-p", "no:cacheprovider")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["plugins:*acting-1.0*"])
