@@ -87,7 +87,9 @@ def flush(session: Session, request: Request) -> bytes:
 def release(session: Session, request: Request) -> bytes:
     """Close a file, or a directory."""
     number, *_rest = request.fields(_RELEASE)
-    session.handles.release(number)
+    status = session.handles.release(number)
+    if status is not None and status.st_nlink == 0:
+        session.removed(status)
     return b""
 
 

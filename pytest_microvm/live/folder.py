@@ -222,8 +222,8 @@ class Folder:
             with self._added(NEW_ENTRY):
                 os.link(name, new_name, src_dir_fd=parent, dst_dir_fd=new_parent, follow_symlinks=False)
 
-    def remove(self, segments: list[str], *, folder: bool) -> None:
-        """Remove a file or a link, or an empty directory."""
+    def remove(self, segments: list[str], *, folder: bool) -> os.stat_result:
+        """Remove a file or a link, or an empty directory; return what it was like."""
         self._may_change(segments)
         with self._above(segments) as (parent, name):
             status = _shown(parent, name)
@@ -231,10 +231,11 @@ class Folder:
                 os.rmdir(name, dir_fd=parent)
             else:
                 os.unlink(name, dir_fd=parent)
-        self._growth.give(_freed(status))
+        self._growth.give(NEW_ENTRY)
+        return status
 
-    def move(self, segments: list[str], new: list[str]) -> None:
-        """Give something another name, in the place of what is called so."""
+    def move(self, segments: list[str], new: list[str]) -> os.stat_result | None:
+        """Give something another name; return what what was called so before was like."""
         self._may_change(segments)
         self._may_change(new)
         with self._above(segments) as (parent, name), self._above(new) as (new_parent, new_name):
@@ -244,8 +245,14 @@ class Folder:
             with contextlib.suppress(FileNotFoundError):
                 replaced = _shown(new_parent, new_name)
             os.rename(name, new_name, src_dir_fd=parent, dst_dir_fd=new_parent)
-        if replaced is not None and (replaced.st_dev, replaced.st_ino) != (status.st_dev, status.st_ino):
-            self._growth.give(_freed(replaced))
+        if replaced is None or (replaced.st_dev, replaced.st_ino) == (status.st_dev, status.st_ino):
+            return None
+        self._growth.give(NEW_ENTRY)
+        return replaced
+
+    def gone(self, size: int) -> None:
+        """Take note that the content of a file is no more: it has no name, and nobody has it open."""
+        self._growth.give(size)
 
     def _check_links(self, parent: int, name: str, status: os.stat_result, rise: int, depth: int) -> None:
         """Refuse to bring links to where they lead out: nearer to the top they may do."""
@@ -350,9 +357,3 @@ def _change_mode(name: str, mode: int, flags: int, parent: int) -> None:
         os.fchmod(file, mode)
     finally:
         os.close(file)
-
-
-def _freed(status: os.stat_result) -> int:
-    """Return how many bytes are free once a name of this is gone."""
-    last = stat.S_ISREG(status.st_mode) and status.st_nlink == 1
-    return NEW_ENTRY + (status.st_size if last else 0)

@@ -85,8 +85,9 @@ def rmdir(session: Session, request: Request) -> bytes:
 
 def _remove(session: Session, request: Request, *, folder: bool) -> bytes:
     parent, name = place(session, request, *request.names(1))
-    session.folder.remove([*parent.segments(), name], folder=folder)
+    status = session.folder.remove([*parent.segments(), name], folder=folder)
     session.nodes.remove(parent, name)
+    _lost(session, status)
     return b""
 
 
@@ -107,9 +108,16 @@ def rename2(session: Session, request: Request) -> bytes:
 def _move(session: Session, request: Request, number: int, old: bytes, new: bytes) -> bytes:
     parent, name = place(session, request, old)
     new_parent, new_name = session.nodes.get(number), checked_name(new)
-    session.folder.move([*parent.segments(), name], [*new_parent.segments(), new_name])
+    replaced = session.folder.move([*parent.segments(), name], [*new_parent.segments(), new_name])
     session.nodes.move(parent, name, new_parent, new_name)
+    _lost(session, replaced)
     return b""
+
+
+def _lost(session: Session, status: os.stat_result | None) -> None:
+    """Take note that something lost a name; a file that has no other is gone once nobody has it open."""
+    if status is not None and status.st_nlink == 1:
+        session.removed(status)
 
 
 def readlink(session: Session, request: Request) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 from dataclasses import dataclass, field
 
 from pytest_microvm.live import messages
@@ -75,8 +76,13 @@ class Handles:
         files = (one.file for one in self._handles.values() if one.node is node and one.file is not None)
         return next(files, None)
 
-    def release(self, number: int) -> None:
-        """Close it.
+    def has_open(self, status: os.stat_result) -> bool:
+        """Whether a file is open, whatever it was called."""
+        files = (one.file for one in self._handles.values() if one.file is not None)
+        return any(identity(os.fstat(file)) == identity(status) for file in files)
+
+    def release(self, number: int) -> os.stat_result | None:
+        """Close it; return what a file is like then.
 
         Raises:
             OSError: There is no such handle.
@@ -84,8 +90,11 @@ class Handles:
         handle = self.get(number)
         del self._handles[number]
         self.names -= len(handle.names)
-        if handle.file is not None:
-            os.close(handle.file)
+        if handle.file is None:
+            return None
+        status = os.fstat(handle.file)
+        os.close(handle.file)
+        return status
 
     def close(self) -> None:
         """Close all."""
@@ -136,3 +145,13 @@ class Session:
         node = self.nodes.get(number)
         self.status(node)
         return node.segments()
+
+    def removed(self, status: os.stat_result | None) -> None:
+        """Take note that a file lost a name, or that it was closed.
+
+        Args:
+            status: What it was like; ``None``: there was none.
+        """
+        if status is None or not stat.S_ISREG(status.st_mode) or self.handles.has_open(status):
+            return  # what is open still takes room
+        self.folder.gone(status.st_size)

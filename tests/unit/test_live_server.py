@@ -212,6 +212,34 @@ def test_writing_has_bounds(folder):
         assert (folder / "a").stat().st_size == 9_002
 
 
+def test_what_is_removed_but_open_still_counts(folder):
+    with Guest(folder, limit=1_000_000) as guest:
+        open_files = []
+        for name in (b"one", b"two"):
+            answer = guest.ask(Op.CREATE, ROOT, struct.pack("<4I", os.O_RDWR, 0o644, 0, 0) + name + b"\0")
+            if isinstance(answer, int):
+                break
+            (handle,) = struct.unpack_from("<Q", answer, 128)
+            open_files.append(handle)
+            for offset in range(0, 600_000, 100_000):
+                said = guest.ask(
+                    Op.WRITE,
+                    ROOT,
+                    numbers(handle, offset) + struct.pack("<2IQ2I", 100_000, 0, 0, 0, 0) + bytes(100_000),
+                )
+            if name == b"one":
+                assert said == struct.pack("<II", 100_000, 0)
+                assert guest.ask(Op.UNLINK, ROOT, b"one\0") == b""
+        assert said == errno.EDQUOT
+        assert guest.ask(Op.RELEASE, ROOT, numbers(open_files[0], 0, 0)) == b""
+        tail = numbers(open_files[1], 400_000) + struct.pack("<2IQ2I", 100_000, 0, 0, 0, 0) + bytes(100_000)
+        assert guest.ask(Op.WRITE, ROOT, tail) == struct.pack("<II", 100_000, 0)
+        other = guest.lookup(b"two")[0]
+        assert guest.ask(Op.LINK, ROOT, numbers(other) + b"three\0") != errno.EDQUOT
+        assert guest.ask(Op.UNLINK, ROOT, b"two\0") == b"", "its content has another name"
+        assert guest.ask(Op.WRITE, ROOT, tail.replace(numbers(400_000), numbers(900_000))) == errno.EDQUOT
+
+
 def test_a_kernel_that_forgets_nothing(guest, folder, monkeypatch):
     monkeypatch.setattr(nodes, "MAX_PATHS", 3)
     for name in ("b", "c", "d"):
