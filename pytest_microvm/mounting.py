@@ -109,7 +109,12 @@ class Mounted:
         return changes
 
     def close(self) -> None:
-        """Take it out of the machine without copying anything back; a second call does nothing."""
+        """Take it out of the machine without copying anything back; a second call does nothing.
+
+        Raises:
+            TransferError: The machine did not let go of it.
+            MachineCrashed: The machine ended.
+        """
         if self.closed:
             return
         self.closed = True
@@ -118,10 +123,13 @@ class Mounted:
         if isinstance(self._handed, Share):
             self._handed.take_away()
             return
+        with self._machine.explained(), _as_transfer_error(self.mount.target):
+            self._remove()
+
+    def _remove(self) -> None:
         path = self._machine.path(self.mount.target)
         if self.mount.access == "ro":
-            with self._machine.explained():
-                self._machine.link().call("path", timeout=TIMEOUT, do="thaw", path=str(path))
+            self._machine.link().call("path", timeout=TIMEOUT, do="thaw", path=str(path))
         if self._handed.single:
             path.unlink(missing_ok=True)
         elif path.exists():

@@ -247,6 +247,16 @@ def test_where_nothing_may_be_written_beside(vm, place, source):
         subprocess.run(["umount", folder], check=True)
 
 
+def test_a_machine_that_does_not_let_go_of_its_copy(vm, place, source):
+    mounted = vm.mount(source, place)
+    vm.path(place)._ask("freeze")
+    with pytest.raises(TransferError, match=place):
+        mounted.close()
+    assert mounted not in vm.mounts
+    assert (source / "a").read_text() == "a\n"
+    vm.path(place)._ask("thaw")
+
+
 def test_at_the_end_of_the_machine(host, tmp_path, caplog):
     with host.start(image="base", timeout=300) as machine:
         machine.mount(tmp_path / "out", "/out")
