@@ -278,6 +278,22 @@ STEPS = st.one_of(
 )
 
 
+def follow(top, here, target, hops):
+    """Return where a link leads, as a kernel follows it; ``None`` if it ever leaves ``top``. A loop stays."""
+    for part in target.split("/"):
+        if part in ("", "."):
+            continue
+        here = here.parent if part == ".." else here / part
+        if not here.is_relative_to(top):
+            return None
+        if here.is_symlink() and hops[0]:
+            hops[0] -= 1
+            here = follow(top, here.parent, str(here.readlink()), hops)
+            if here is None:
+                return None
+    return here
+
+
 @settings(max_examples=300, deadline=None)
 @given(steps=st.lists(STEPS, max_size=25))
 def test_no_link_ever_leads_out(tmp_path_factory, steps):
@@ -305,7 +321,7 @@ def test_no_link_ever_leads_out(tmp_path_factory, steps):
     assert names(top) == ["inside"]
     for path in inside.rglob("*"):
         if path.is_symlink():
-            assert str(os.path.realpath(path)).startswith(str(inside)), path
+            assert follow(inside, path.parent, str(path.readlink()), [40]), path
 
 
 @settings(max_examples=500, deadline=None)
