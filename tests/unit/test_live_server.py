@@ -5,7 +5,7 @@ import os
 import struct
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_microvm.live import nodes
@@ -266,15 +266,15 @@ def test_deep_directories(guest, folder):
         pytest.fail("no end")
 
 
-NAMES = st.sampled_from([b"a", b"b", b"c"])
-TARGETS = st.lists(st.sampled_from([b"..", b".", b"a", b"b", b""]), min_size=1, max_size=4).map(b"/".join)
+NAMES = st.sampled_from([b"a", b"b"])
+TARGETS = st.lists(st.sampled_from([b"..", b"a", b"b", b""]), min_size=1, max_size=3).map(b"/".join)
 STEPS = st.one_of(
-    st.tuples(st.just("mkdir"), NAMES, st.integers(0, 9)),
-    st.tuples(st.just("symlink"), NAMES, st.integers(0, 9), TARGETS),
-    st.tuples(st.just("rename"), NAMES, st.integers(0, 9), st.integers(0, 9), NAMES),
-    st.tuples(st.just("link"), NAMES, st.integers(0, 9), st.integers(0, 9)),
-    st.tuples(st.just("unlink"), NAMES, st.integers(0, 9)),
-    st.tuples(st.just("rmdir"), NAMES, st.integers(0, 9)),
+    st.tuples(st.just("mkdir"), NAMES, st.integers(0, 3)),
+    st.tuples(st.just("symlink"), NAMES, st.integers(0, 3), TARGETS),
+    st.tuples(st.just("rename"), NAMES, st.integers(0, 3), st.integers(0, 3), NAMES),
+    st.tuples(st.just("link"), NAMES, st.integers(0, 3), st.integers(0, 3)),
+    st.tuples(st.just("unlink"), NAMES, st.integers(0, 3)),
+    st.tuples(st.just("rmdir"), NAMES, st.integers(0, 3)),
 )
 
 
@@ -294,6 +294,13 @@ def follow(top, here, target, hops):
     return here
 
 
+@example(steps=[("mkdir", b"a", 0), ("symlink", b"b", 1, b".."), ("rename", b"b", 1, 0, b"b")])
+@example(
+    steps=[
+        ("mkdir", b"a", 0), ("mkdir", b"b", 1), ("symlink", b"a", 2, b"../.."), ("rename", b"b", 1, 0, b"b"),
+    ]
+)  # fmt: skip
+@example(steps=[("mkdir", b"a", 0), ("symlink", b"b", 1, b".."), ("link", b"c", 0, 2)])
 @settings(max_examples=300, deadline=None)
 @given(steps=st.lists(STEPS, max_size=25))
 def test_no_link_ever_leads_out(tmp_path_factory, steps):
@@ -317,7 +324,7 @@ def test_no_link_ever_leads_out(tmp_path_factory, steps):
             else:
                 guest.ask(Op.UNLINK if what == "unlink" else Op.RMDIR, node, name + b"\0")
             if isinstance(answer, bytes):
-                known.append(ENTRY.unpack_from(answer)[0])
+                known.append(ENTRY.unpack_from(answer)[0])  # links, too: they can get more names
     assert names(top) == ["inside"]
     for path in inside.rglob("*"):
         if path.is_symlink():
