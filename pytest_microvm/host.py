@@ -99,6 +99,7 @@ class Host:
         self._held: dict[str, Template] = {}
         self._steps: dict[str, Sequence[Step]] = {}
         self._pools: dict[tuple[str, str], Pool[Any]] = {}
+        self._places: dict[str, Instance | None] = {}  # in the budget; None: nothing runs there yet
         self._lock = threading.RLock()
         self._pid = os.getpid()
 
@@ -234,16 +235,18 @@ class Host:
         if keepable and base.grants.secrets:
             keepable = False
             self._tell_once(["machines that hold secrets are not kept: their memory would be on disk"])
-        if wait:
-            self.budget.take(
-                name, base.image.name, limits.cpus, limits.memory, say=self.say, reclaim=self._reclaim
-            )
-        elif not self.budget.try_take(name, base.image.name, limits.cpus, limits.memory):
-            return None
         own: Path | None = None
+        self._places[name] = None
         try:
+            if wait:
+                self.budget.take(
+                    name, base.image.name, limits.cpus, limits.memory, say=self.say, reclaim=self._reclaim
+                )
+            elif not self.budget.try_take(name, base.image.name, limits.cpus, limits.memory):
+                del self._places[name]
+                return None
             own = self.templates.new_draft() if keepable else None
-            instance = self._awake(template, base, port, name, own)
+            instance = self._places[name] = self._awake(template, base, port, name, own)
         except BaseException:
             self.release(name, own)
             raise
@@ -271,6 +274,7 @@ class Host:
         if own is not None:
             self.templates.drop(own)
         self.budget.release(name)
+        self._places.pop(name, None)
 
     def keep(self, instance: Instance, base: Base, facts: MachineFacts, own: Path, about: str) -> KeptMachine:
         """Freeze a keepable machine on disk, to be entered later; it ends here.
@@ -368,7 +372,10 @@ class Host:
             pool.wait_full()
 
     def close(self) -> None:
-        """End what is ready and let templates be removed again; machines in use are their users'."""
+        """End every machine and let templates be removed again.
+
+        Also those that nobody ended because an interrupt (a Ctrl-C can come anywhere) kept them from it.
+        """
         if os.getpid() != self._pid:
             return  # a fork of the process that owns the machines
         with self._lock:
@@ -376,6 +383,10 @@ class Host:
             held, self._held = list(self._held.values()), {}
         for pool in pools:
             pool.close()
+        for name, instance in list(self._places.items()):
+            if instance is not None:
+                instance.close()
+            self.release(name)
         for template in held:
             template.close()
 
@@ -486,8 +497,9 @@ class Host:
         """Hold a place in the host budget for a machine in the making."""
         name = f"template-{secrets.token_hex(4)}"
         cpus, memory = base.limits.cpus, base.limits.memory
-        self.budget.take(name, base.image.name, cpus, memory, say=self.say, reclaim=self._reclaim)
+        self._places[name] = None
         try:
+            self.budget.take(name, base.image.name, cpus, memory, say=self.say, reclaim=self._reclaim)
             yield
         finally:
             self.release(name)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from pytest_microvm.machine import MicroVM
+    from pytest_microvm.vmpath import GuestPath
 
 _MAX_SAID = 2000  # characters of what a machine said
 _log = logging.getLogger("pytest_microvm")
@@ -124,16 +125,10 @@ class Mounted:
             self._handed.take_away()
             return
         with self._machine.explained(), _as_transfer_error(self.mount.target):
-            self._remove()
-
-    def _remove(self) -> None:
-        path = self._machine.path(self.mount.target)
-        if self.mount.access == "ro":
-            self._machine.link().call("path", timeout=TIMEOUT, do="thaw", path=str(path))
-        if self._handed.single:
-            path.unlink(missing_ok=True)
-        elif path.exists():
-            path.rmtree()
+            path = self._machine.path(self.mount.target)
+            if self.mount.access == "ro":
+                self._machine.link().call("path", timeout=TIMEOUT, do="thaw", path=str(path))
+            _remove(path, single=self._handed.single)
 
 
 _KINDS: dict[str, Callable[[MicroVM, Mount], _Handed]] = {"copy": Copy, "git": Clone, "live": Share}
@@ -149,8 +144,14 @@ def mount(machine: MicroVM, what: Mount) -> Mounted:
     handed: _Handed = _KINDS[what.kind](machine, what)
     _check_place(machine, what, single=handed.single)
     with machine.explained(), machine.limited(f"mount {what.target}"):
-        with _as_transfer_error(what.source):
-            handed.hand_over()
+        try:
+            with _as_transfer_error(what.source):
+                handed.hand_over()
+        except MicroVMError:
+            if what.kind != "live" and machine.instance.vmm.alive:
+                with contextlib.suppress(OSError, MicroVMError):  # what failed is more to the point
+                    _remove(machine.path(what.target), single=handed.single)
+            raise
         if what.access == "ro" and what.kind != "live":
             machine.link().call("path", timeout=TIMEOUT, do="freeze", path=str(what.target))
     return Mounted(machine, what, handed)
@@ -177,6 +178,14 @@ def copy_all_back(mounted: Sequence[Mounted]) -> list[Changes]:
     if failed:
         raise failed[0]
     return done
+
+
+def _remove(path: GuestPath, *, single: bool) -> None:
+    """Remove what was handed over."""
+    if single:
+        path.unlink(missing_ok=True)
+    elif path.exists():
+        path.rmtree()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pytest_microvm.answers import Answer
 from pytest_microvm.errors import TransferError, UsageError
 from pytest_microvm.extraction import MAX_BYTES, Terms, extract
-from pytest_microvm.link import GuestError, Link, Stream
+from pytest_microvm.link import GuestError, Link, Request, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ TIMEOUT = 600.0
 KINDS = frozenset(["file", "directory", "symlink", "other"])
 """What a path in a machine can be."""
 
-_REFUSED_WAIT = 10.0  # seconds that a machine has to end what was refused, which it might go on sending
+_REFUSED_WAIT = 10.0  # seconds that a machine has to end what the host has ended; it might go on
 _PIECE = 65536
 
 
@@ -226,7 +226,10 @@ def _send(link: Link, op: str, target: str, work: Callable[[Stream], object], **
         # If the guest gives up it closes the stream: its answer says why.
         with contextlib.suppress(BrokenPipeError):
             work(stream)
-    finally:  # also if what is to be sent cannot be read: the guest would wait for the rest
+    except Exception:  # what is to be sent cannot be read, say
+        _end_early(stream, request)
+        raise
+    finally:
         stream.discard()
     try:
         request.wait(TIMEOUT)
@@ -240,13 +243,19 @@ def _receiving(link: Link, op: str, path: str) -> Iterator[Stream]:
     request = link.request(op, path=path, stream=stream.number)
     try:
         yield stream
-    except TransferError:
-        stream.discard()
-        with contextlib.suppress(GuestError, TimeoutError):
-            request.wait(_REFUSED_WAIT)
+    except Exception:  # what came is refused, or the host's disk is full, say
+        _end_early(stream, request)
         raise
-    stream.discard()
+    finally:
+        stream.discard()
     try:
         request.wait(TIMEOUT)
     except GuestError as error:
         raise as_os_error(error, path) from None
+
+
+def _end_early(stream: Stream, request: Request) -> None:
+    """End a transfer that failed here, and see the machine end its part: nothing is written afterwards."""
+    stream.discard()
+    with contextlib.suppress(GuestError, TimeoutError):
+        request.wait(_REFUSED_WAIT)

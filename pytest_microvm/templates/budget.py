@@ -154,7 +154,8 @@ class HostBudget:
 
     def release(self, machine: str) -> None:
         """Strike a machine that has ended."""
-        (self._folder / f"{machine}.json").unlink(missing_ok=True)
+        for ending in ("json", "new"):  # writing the record may have been interrupted
+            (self._folder / f"{machine}.{ending}").unlink(missing_ok=True)
         with self._released:
             self._released.notify_all()
 

@@ -72,6 +72,7 @@ def test_what_disappears_while_it_is_handed_over(vm, place, source, monkeypatch)
     monkeypatch.setattr(manifest, "open_file", exchanged)
     with pytest.raises(TransferError, match="source cannot be copied"):
         vm.mount(source, place.pure / "data")
+    assert list(place.iterdir()) == []  # nor does anything come later: the next test's machine is this one
 
 
 def test_a_secret_in_the_name_of_what_is_refused(vm, place, source, monkeypatch):

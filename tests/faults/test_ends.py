@@ -74,12 +74,53 @@ def test_at_a_random_moment(warm, way, number):
         below = children(process.pid)
         process.send_signal(way)
         output, _none = process.communicate(timeout=GUARD)
-    early = {-way} if way == signal.SIGTERM else {-way, 1}  # pytest was not there yet to be told
+    early = {-way, -signal.SIGINT, 1}  # pytest was not there yet to be told
     assert process.returncode in {2, *early}, output
     assert wait_gone(below, 2) == []
     if process.returncode == 2:
         assert "KeyboardInterrupt" in output or "no tests ran" in output
         warm.assert_nothing_left(process.pid)
+
+
+INTERRUPTED = """
+    import signal
+
+    from {module} import {name}
+
+    microvm_host_only = True
+    real = {name}.{method}
+
+    def interrupted(self, *arguments, **options):
+        {name}.{method} = real
+        if {after}:
+            real(self, *arguments, **options)
+        signal.raise_signal(signal.SIGTERM)
+
+    def pytest_microvm_started(config, facts, nodeid):
+        {name}.{method} = interrupted
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "after"),
+    [
+        ("pytest_microvm.instance.Instance.close", False),
+        ("pytest_microvm.instance.Instance.adopt", True),
+        ("pytest_microvm.templates.budget.HostBudget.take", True),
+        ("pytest_microvm.templates.budget.HostBudget.started", True),
+        ("pytest_microvm.templates.budget.HostBudget.release", False),
+    ],
+)
+@pytest.mark.parametrize(
+    "target", [["--microvm", "test_suite.py"], ["test_fixtures.py"]], ids=["suite", "fixture"]
+)
+def test_interrupted_at_the_worst_moment(warm, target, moment, after):
+    """Between two steps that belong together: the end of the run makes up for the second."""
+    module, name, method = moment.rsplit(".", 2)
+    text = INTERRUPTED.format(module=module, name=name, method=method, after=after)
+    variables = warm.plug_in("worst_moment", text)
+    output = warm.run("-p", "worst_moment", "--microvm-pool=0", "-q", *target, status=2, env=variables)
+    assert "KeyboardInterrupt: SIGTERM" in output
 
 
 @pytest.mark.parametrize(
