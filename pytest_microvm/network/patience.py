@@ -15,6 +15,8 @@ HEAD = 60.0
 IDLE = 600.0
 """Seconds without a byte either way: models of today think for minutes before they answer."""
 
+_AGAIN = 1.0  # seconds; a cancellation can get lost, see the proxy's
+
 
 class Patience:
     """Cancels the work on a connection when it waits for too long.
@@ -52,5 +54,5 @@ class Patience:
         end = self._guest.touched + self._idle
         if self._loop.time() >= end:
             self._work.cancel()
-        else:
-            self._timer = self._loop.call_at(end, self._look)
+            end = self._loop.time() + _AGAIN
+        self._timer = self._loop.call_at(end, self._look)

@@ -19,6 +19,8 @@ from pytest_microvm.network.upstream import Outbound, Resolver
 MAX_CONNECTIONS = 512
 """Connections that one guest may have open at a time; more are closed at once."""
 
+_AGAIN = 0.5  # seconds; before Python 3.12 wait_for() can lose a cancellation (CPython's issue 86296)
+
 
 class Proxy:
     """Serves one machine's connections; it belongs to one event loop.
@@ -71,8 +73,9 @@ class Proxy:
     async def close(self) -> None:
         """End all connections; those that come later are closed at once."""
         self._closed = True
-        self._end_all()
-        await asyncio.gather(*self._works, return_exceptions=True)
+        while left := [work for work in self._works if not work.done()]:
+            self._end_all()
+            await asyncio.wait(left, timeout=_AGAIN)
         self._lookups.close()
 
     def _end_all(self) -> None:

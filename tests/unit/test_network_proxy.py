@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import socketserver
 import ssl
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -535,6 +536,31 @@ def test_a_name_that_the_user_leads_somewhere(plain):
         assert world.get("http://a.example/")[0] == 403
         assert world.denied[0].rule == "deny:127.0.0.0/8"
     assert names.asked == []
+
+
+class Speechless(socketserver.StreamRequestHandler):
+    """A server that never answers."""
+
+    def handle(self):
+        self.rfile.read()
+
+
+def test_the_end_comes_in_the_very_moment_of_an_answer():
+    """Before Python 3.12 that cancellation is lost, and nobody would end the connection that is made next."""
+    ends = []
+
+    async def resolve(_host, _port):
+        ends.append(asyncio.ensure_future(world.proxy.close()))
+        return ["127.0.0.1"]
+
+    with Server(handler=Speechless) as server:
+        host = f"a.example:{server.port}"
+        with World([host, f"127.0.0.1:{server.port}"], resolve=resolve) as world:
+            client = world.connect()
+            client.sendall(f"GET http://{host}/ HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            client.settimeout(GUARD)
+            assert client.recv(65536) == b""
+        assert [end.done() for end in ends] == [True]
 
 
 def test_a_name_that_does_not_resolve():
