@@ -110,15 +110,7 @@ class MachineNetwork:
             yield address
 
     def share(self, path: str, serve: Served, *, read_only: bool) -> int:
-        """Mount a directory of this computer in the guest, until the machine ends or :meth:`unshare`.
-
-        Args:
-            path: Where: an empty directory of the guest.
-            serve: Answers what the guest's kernel asks, until it does no more.
-            read_only: Whether the guest's kernel shall refuse changes by itself.
-
-        Returns:
-            What :meth:`unshare` takes.
+        """Mount a directory of this computer in the guest; see :meth:`NetworkPort.share`.
 
         Raises:
             GuestError: The guest cannot mount it.
