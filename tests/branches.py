@@ -14,7 +14,7 @@ version = "1.0"
 [tool.pytest-microvm.ci.defaults]
 image = "python"
 memory = "256M"
-steps = ["python3 -m pytest -q --junitxml=out/junit.xml"]
+steps = ["python3 -m pytest -q -p no:hypothesispytest --junitxml=out/junit.xml"]
 junit = ["out/junit.xml"]
 artifacts = ["out/*.txt"]
 retries = 2

@@ -28,7 +28,9 @@ _PIP_INSTALL = (
     "python3 -m pip install --quiet --no-index --no-deps --no-compile --break-system-packages "
     "--root-user-action=ignore --disable-pip-version-check"
 )
-_COMPILE = "python3 -m compileall -q --invalidation-mode unchecked-hash"
+# A wheel is unpacked on the building computer, and not run: Python would read its .pth files as it starts.
+_PYTHON = "python3 -I -S"
+_COMPILE = f"{_PYTHON} -m compileall -q --invalidation-mode unchecked-hash"
 
 # Runs first, inside the new root: mmdebstrap has copied the building computer's name into it.
 _BEGIN = r"""
@@ -141,7 +143,7 @@ def setup_script(kit: Kit) -> str:
         lines.append(f"{_COMPILE} /usr/local/lib/python3*/dist-packages")
     for command in kit.setup:
         lines.append(f"(\n{command}\n)")
-    lines.append(f"if command -v python3 > /dev/null; then python3 /{_STAGING}/trust_pyc.py; fi")
+    lines.append(f"if command -v python3 > /dev/null; then {_PYTHON} /{_STAGING}/trust_pyc.py; fi")
     return "\n".join(lines) + _FINISH % {"staging": _STAGING, "not_kept": _NOT_KEPT}
 
 

@@ -27,7 +27,7 @@ def gitlab(tmp_path_factory):
 def test_a_branch_has_its_verdict(gitlab, branch):
     runner, url, marker = gitlab
     timeout = HANGING if branch == "hanging" else GUARD
-    script = ["python3 -m pytest -q --junitxml=out/junit.xml"]
+    script = ["python3 -m pytest -q -p no:hypothesispytest --junitxml=out/junit.xml"]
     verdict = runner.run(Job(script, repository=url, ref=branch, timeout=timeout))
     assert verdict.status == STATUSES.get(branch, "failed"), verdict.log
     assert "\x1b]0;" not in verdict.log

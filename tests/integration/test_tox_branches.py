@@ -18,7 +18,7 @@ base_python = python3.11
 allowlist_externals = /usr/bin/python3
 microvm_timeout = {timeout}
 microvm_memory = 256M
-commands = /usr/bin/python3 -m pytest -q
+commands = /usr/bin/python3 -m pytest -q -p no:hypothesispytest
 """
 
 

@@ -7,6 +7,7 @@ import os
 import select
 import subprocess
 import tarfile
+import venv
 from collections import deque
 
 import pytest
@@ -94,6 +95,25 @@ def test_the_setup_script_is_valid_shell_and_quotes_what_the_kit_says(kit):
     assert "-m 0640 /microvm-build/files/0 '/srv/it'\"'\"'s/page'" in script
     assert script.index("thing==1.0") < script.index("echo one") < script.index("echo two")
     assert script.index("echo two") < script.index(": > /etc/machine-id")
+
+
+def test_nothing_of_a_wheel_is_run_on_the_building_computer(kit, tmp_path):
+    """What a .pth file says is run by every Python that reads its folder, so none does once it is there."""
+    marker = tmp_path / "run"
+    venv.create(tmp_path / "venv", symlinks=True)
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (packages / "thing.pth").write_text(f"import pathlib; pathlib.Path({str(marker)!r}).touch()\n")
+    (packages / "thing.py").write_text("")
+    lines = [line for line in setup_script(kit).splitlines() if "python3 " in line]
+    assert "pip install" in lines.pop(0)
+    here = {"PATH": f"{tmp_path / 'venv' / 'bin'}:/usr/bin:/bin"}
+    for line in lines:
+        there = line.replace("/usr/local/lib/python3*/dist-packages", str(packages))
+        subprocess.run(["/bin/sh", "-c", there], env=here, check=False, stderr=subprocess.DEVNULL)
+        assert not marker.exists(), line
+    assert list(packages.glob("__pycache__/thing.*.pyc"))
+    subprocess.run(["python3", "-c", ""], env=here, check=True)
+    assert marker.exists()
 
 
 def test_staged_files_belong_to_root_and_have_no_time(kit, tmp_path):
