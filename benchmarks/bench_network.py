@@ -33,7 +33,7 @@ SMALL = 30
 LARGE = 64 * 1024 * 1024  # bytes
 TOGETHER = 200
 MACHINES = 20
-PAIRS = 20
+PAIRS = 40
 KINDS = {"plain": (0.05, 5.0), "TLS": (0.12, 2.0), "TLS looked into": (0.2, 2.0)}
 """Of each way to download: the most seconds a small one may take, and the least MB/s of a large one."""
 
