@@ -11,7 +11,7 @@ from pytest_microvm.grants import NOTHING, Given, Grants
 from pytest_microvm.host import Host
 from pytest_microvm.instance import Instance
 from pytest_microvm.machine import MicroVM
-from pytest_microvm.templates.chain import Base, Step
+from pytest_microvm.templates.chain import IN_THE_MAKING, Base, Step
 
 _TIMEOUT = 3600.0
 _OUTPUT_SHOWN = 30  # lines of a command that failed
@@ -67,7 +67,7 @@ def prepared_step(
 def machine_in_the_making(host: Host, base: Base, instance: Instance, given: Given = NOTHING) -> MicroVM:
     """Return a machine that becomes a template as users have it; it belongs to its template's maker."""
     instance.give(given)
-    instance.adopt("agent", {"hostname": "template", "machine_id": "0" * 32}, given.message())
+    instance.adopt("agent", IN_THE_MAKING, given.message())
     return MicroVM(instance, host.facts(base, "template", 0.0))
 
 

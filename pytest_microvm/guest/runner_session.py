@@ -104,6 +104,7 @@ def _collect(runner: Runner, request: dict[str, Any]) -> None:
     os.environ.update(request.get("env") or {})
     os.makedirs(request["cwd"], exist_ok=True)
     os.chdir(request["cwd"])
+    os.environ["PWD"] = os.getcwd()
     sys.path.insert(0, os.getcwd())
     sys.path[1:1] = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.argv = [os.path.join(os.path.dirname(pytest.__file__), "__main__.py"), *arguments]

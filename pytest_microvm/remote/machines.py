@@ -27,12 +27,12 @@ from pytest_microvm.remote.backend import BackendFacts, CollectPlan, Progress, R
 from pytest_microvm.remote.session import RunnerSession, runner_command
 from pytest_microvm.remote.workspace import Workspace, scan
 from pytest_microvm.spec import DEFAULT_OUTPUT, MachineSpec
-from pytest_microvm.templates.chain import Base, Step
+from pytest_microvm.templates.chain import IN_THE_MAKING, Base, Step
 from pytest_microvm.templates.pool import Pool
 from pytest_microvm.transfer import send_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pytest_microvm.link import Link
     from pytest_microvm.remote.limits import TestLimits
@@ -215,7 +215,11 @@ class MachineBackend:
                 details=f"{workspace.size} bytes of files, {self._base.resources.disk} bytes of disk",
                 resolution="give the machine a larger disk (--microvm-disk), or have git ignore some",
             )
-        steps = [*self._prepared(plan), workspace_step(workspace), self._collected_step(plan)]
+        steps = [*self._prepared(plan), workspace_step(workspace)]
+        early = not steps[:-1] and "PYTHONPATH" not in dict(plan.environment)
+        if early:  # Python starts alike whatever the workspace has in it, which changes more often
+            steps.insert(0, self._started_step(plan))
+        steps.append(self._collected_step(plan, started=early))
         self._template = self._host.template(self._base, steps)
         return self._template.attachment(_COLLECTED)
 
@@ -283,36 +287,56 @@ class MachineBackend:
         spec = MachineSpec(network=self._config.prepare_network, hosts=self._config.spec.hosts)
         return self._host.grants(spec, self._base.image)
 
-    def _collected_step(self, plan: CollectPlan) -> Step:
-        environment = dict(plan.environment)
-        inputs = (json.dumps(plan.arguments), str(plan.directory), json.dumps(environment, sort_keys=True))
+    def _started_step(self, plan: CollectPlan) -> Step:
+        """Return the link in which the runner starts and loads pytest, before it has heard of a workspace."""
 
         def work(instance: Instance) -> dict[str, bytes]:
-            machine = machine_in_the_making(self._host, self._base, instance)
-            machine.path(str(plan.directory)).mkdir(parents=True, exist_ok=True)
-            runner = shlex.join(runner_command(PYTHON, CODE_FOLDER))
-            machine.link().call(  # noqa: S604 - in the guest, and quoted
-                "exec",
-                timeout=_HELLO_TIMEOUT,
-                handle=0,
-                shell=f"exec {runner} </dev/null >/dev/console 2>&1",
-                cwd=str(plan.directory),
-                env={**dict(self._base.resources.environment), **environment},
-                vital=True,
-            )
-            link = instance.link("runner")
-            try:
-                link.wait_hello(_HELLO_TIMEOUT)
+            with self._told(instance):
+                self._start_runner(instance, plan)
+            return {}
+
+        return Step("started", (json.dumps(plan.environment),), work, "starting pytest")
+
+    def _collected_step(self, plan: CollectPlan, *, started: bool) -> Step:
+        inputs = (json.dumps(plan.arguments), str(plan.directory), json.dumps(plan.environment))
+
+        def work(instance: Instance) -> dict[str, bytes]:
+            with self._told(instance):
+                link = (
+                    instance.adopt("runner", IN_THE_MAKING) if started else self._start_runner(instance, plan)
+                )
                 return {_COLLECTED: RunnerSession(link).collect(replace(plan, environment=()))}
-            except MachineCrashed as error:
-                why = instance.end_error("template")
-                if isinstance(why, QuotaExceeded):
-                    raise why from error
-                raise self._not_collected(why.brief, why.details) from error
-            except TimeoutError as error:
-                raise self._not_collected(str(error), instance.console_text()) from error
 
         return Step("collected", inputs, work, "collecting")
+
+    def _start_runner(self, instance: Instance, plan: CollectPlan) -> Link:
+        """Start the runner and wait for its hello, which it says once pytest is loaded."""
+        machine = machine_in_the_making(self._host, self._base, instance)
+        runner = shlex.join(runner_command(PYTHON, CODE_FOLDER))
+        machine.link().call(  # noqa: S604 - in the guest, and quoted
+            "exec",
+            timeout=_HELLO_TIMEOUT,
+            handle=0,
+            shell=f"exec {runner} </dev/null >/dev/console 2>&1",
+            env={**dict(self._base.resources.environment), **dict(plan.environment)},
+            vital=True,
+        )
+        link = instance.link("runner")
+        link.wait_hello(_HELLO_TIMEOUT)
+        return link
+
+    @contextlib.contextmanager
+    def _told(self, instance: Instance) -> Iterator[None]:
+        """Tell why a machine did not get as far as to what it collected."""
+        try:
+            yield
+        except MachineCrashed as error:
+            why = instance.end_error("template")
+            if isinstance(why, QuotaExceeded):
+                raise why from error
+            raise self._not_collected(why.brief, why.details) from error
+        except TimeoutError as error:
+            raise self._not_collected(str(error), instance.console_text()) from error
 
     def _not_collected(self, why: str, details: str) -> MachineError:
         return MachineError(
@@ -326,7 +350,7 @@ def workspace_step(workspace: Workspace) -> Step:
     """Return the link of a template's chain in which a workspace is copied in."""
 
     def work(instance: Instance) -> dict[str, bytes]:
-        link = instance.adopt("agent", {"hostname": "template", "machine_id": "0" * 32})
+        link = instance.adopt("agent", IN_THE_MAKING)
         with _tar(workspace) as archive:
             send_file(link, "unpack", str(workspace.top), archive)
         return {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import MachineError, UsageError
 from pytest_microvm.machine import MicroVM
-from pytest_microvm.templates.chain import Base, Step
+from pytest_microvm.templates.chain import IN_THE_MAKING, Base, Step
 from pytest_microvm.transfer import send_file
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def worker_step(host: Host, base: Base) -> Step:
     archive = _archive()
 
     def work(instance: Instance) -> dict[str, bytes]:
-        link = instance.adopt("agent", {"hostname": "template", "machine_id": "0" * 32})
+        link = instance.adopt("agent", IN_THE_MAKING)
         send_file(link, "unpack", FOLDER, io.BytesIO(archive))
         machine = MicroVM(instance, host.facts(base, "template", 0.0))
         try:  # the template then has their compiled forms, and them in memory

@@ -1,4 +1,4 @@
-"""Template chains: image, then prepared, then workspace, then collected; each link made once and cached.
+"""Template chains: boot, then what its user wants in it, link after link; each made once and cached.
 
 A link's key is the digest of its parent's key and of everything its step depends on. To make it, the
 parent's memory and disk are copied, the machine runs on from there, the step works in it, and it is
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 FORMAT = 2
 """Part of every key; raise it when templates made before can no longer be used."""
 
+IN_THE_MAKING = {"hostname": "template", "machine_id": "0" * 32}
+"""The identity of a machine that becomes a template; its copies get one each."""
+
 _BOOT_TRIES = 2
 _LEAST_SLACK = 256 * 1024**2  # more than a machine writes between two looks at it
 
@@ -46,7 +49,7 @@ class Step:
     """One link after the boot.
 
     Args:
-        kind: What it is called in lists: ``prepared``, ``workspace``, ``collected``.
+        kind: What it is called in lists: ``prepared``, ``started``, ``workspace``, ``collected``.
         inputs: Everything it depends on besides its parent.
         work: Does it in a machine; what it returns is kept beside the template, name by name.
         title: What is said while it is made.
@@ -311,7 +314,7 @@ def _await_hello(instance: Instance) -> None:
 
 def _warm_up(instance: Instance) -> None:
     """Let the agent do once what every copy does first, so that its code and data are in memory."""
-    instance.adopt("agent", {"hostname": "template", "machine_id": "0" * 32})
+    instance.adopt("agent", IN_THE_MAKING)
     link = instance.link("agent")
     for _ in range(2):
         request = command_arguments(["true"], {}, None, None)

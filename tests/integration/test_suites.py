@@ -61,7 +61,9 @@ class Project:
         self.folder = folder
 
     def write(self, name, text):
-        (self.folder / name).write_text(textwrap.dedent(text))
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(textwrap.dedent(text))
 
     def run(self, *arguments, status=0, **variables):
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
@@ -169,6 +171,33 @@ def test_prepare_runs_once_and_again_when_its_inputs_change(project):
     second = prepared()
     assert second[0] == "two"
     assert second[1] != first[1]
+
+
+def test_python_starts_once_for_what_is_edited(project):
+    project.write(
+        "test_it.py",
+        """
+        import os, sys
+
+        def test_it(monkeypatch):
+            assert sys.path[0] == os.environ["PWD"] == os.getcwd() == os.path.dirname(__file__)
+            monkeypatch.syspath_prepend("lib")
+            import helper
+        """,
+    )
+    project.write("lib/helper.py", "")
+    project.run("--microvm")
+    project.write("test_it.py", (project.folder / "test_it.py").read_text() + "# edited\n")
+    out = project.run("--microvm")
+    assert "starting pytest" not in out
+    assert "copying the workspace" in out
+
+
+def test_python_starts_in_the_workspace_where_that_shapes_its_start(project):
+    project.write("lib/sitecustomize.py", "import builtins\n\nbuiltins.began = True\n")
+    project.write("lib/helper.py", "")
+    project.write("test_it.py", "import helper\n\ndef test_it():\n    assert began\n")
+    project.run("--microvm", PYTHONPATH=str(project.folder / "lib"))
 
 
 def test_a_failing_prepare_says_what_failed(project):

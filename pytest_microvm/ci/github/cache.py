@@ -21,7 +21,7 @@ from pytest_microvm.images import Image
 from pytest_microvm.images.kits import host_architecture
 from pytest_microvm.templates.chain import FORMAT
 
-_KINDS = ("boot", "prepared")  # what comes after them follows every commit
+_KINDS = ("boot", "prepared")  # of the others most follow every commit, and `started` is soon made
 
 
 def images_key(needs: Needs, more: str) -> str:
