@@ -216,7 +216,7 @@ class MachineBackend:
                 resolution="give the machine a larger disk (--microvm-disk), or have git ignore some",
             )
         steps = [*self._prepared(plan), workspace_step(workspace)]
-        early = not steps[:-1] and "PYTHONPATH" not in dict(plan.environment)
+        early = not steps[:-1] and "PYTHONPATH" not in self._environment(plan)
         if early:  # Python starts alike whatever the workspace has in it, which changes more often
             steps.insert(0, self._started_step(plan))
         steps.append(self._collected_step(plan, started=early))
@@ -318,7 +318,7 @@ class MachineBackend:
             timeout=_HELLO_TIMEOUT,
             handle=0,
             shell=f"exec {runner} </dev/null >/dev/console 2>&1",
-            env={**dict(self._base.resources.environment), **dict(plan.environment)},
+            env=self._environment(plan),
             vital=True,
         )
         link = instance.link("runner")
@@ -337,6 +337,10 @@ class MachineBackend:
             raise self._not_collected(why.brief, why.details) from error
         except TimeoutError as error:
             raise self._not_collected(str(error), instance.console_text()) from error
+
+    def _environment(self, plan: CollectPlan) -> dict[str, str]:
+        """Return the variables that the runner starts with: the image's, and what is passed on."""
+        return {**dict(self._base.resources.environment), **dict(plan.environment)}
 
     def _not_collected(self, why: str, details: str) -> MachineError:
         return MachineError(
