@@ -17,3 +17,15 @@ def host():
     computer = Host(say=print)
     yield computer
     computer.close()
+
+
+class _Said(list):
+    def append(self, line):
+        if not line.startswith("waiting: the host budget"):
+            super().append(line)
+
+
+@pytest.fixture
+def said():
+    """The lines that a host says, but that it waits: other tests' machines use the same budget."""
+    return _Said()

@@ -56,11 +56,6 @@ def filled(images, tmp_path_factory):
 
 
 @pytest.fixture
-def said():
-    return []
-
-
-@pytest.fixture
 def cache(filled, tmp_path):
     """A copy of it that a test may spoil."""
     copy(filled, tmp_path / "cache")

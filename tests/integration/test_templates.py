@@ -28,9 +28,7 @@ def empty_cache(host, tmp_path, monkeypatch):
     return cache
 
 
-def test_made_once_used_again_and_anew_when_damaged(empty_cache):
-    said = []
-
+def test_made_once_used_again_and_anew_when_damaged(empty_cache, said):
     def start():
         host = Host(say=said.append)
         with host.start(SPEC) as machine:
