@@ -292,7 +292,7 @@ class MachineBackend:
 
         def work(instance: Instance) -> dict[str, bytes]:
             with self._told(instance):
-                self._start_runner(instance, plan)
+                self._start_runner(instance, plan, "/")
             return {}
 
         return Step("started", (json.dumps(plan.environment),), work, "starting pytest")
@@ -303,21 +303,25 @@ class MachineBackend:
         def work(instance: Instance) -> dict[str, bytes]:
             with self._told(instance):
                 link = (
-                    instance.adopt("runner", IN_THE_MAKING) if started else self._start_runner(instance, plan)
+                    instance.adopt("runner", IN_THE_MAKING)
+                    if started
+                    else self._start_runner(instance, plan, str(plan.directory))
                 )
                 return {_COLLECTED: RunnerSession(link).collect(replace(plan, environment=()))}
 
         return Step("collected", inputs, work, "collecting")
 
-    def _start_runner(self, instance: Instance, plan: CollectPlan) -> Link:
-        """Start the runner and wait for its hello, which it says once pytest is loaded."""
+    def _start_runner(self, instance: Instance, plan: CollectPlan, folder: str) -> Link:
+        """Start the runner in ``folder`` and wait for its hello, which it says once pytest is loaded."""
         machine = machine_in_the_making(self._host, self._base, instance)
+        machine.path(folder).mkdir(parents=True, exist_ok=True)
         runner = shlex.join(runner_command(PYTHON, CODE_FOLDER))
         machine.link().call(  # noqa: S604 - in the guest, and quoted
             "exec",
             timeout=_HELLO_TIMEOUT,
             handle=0,
             shell=f"exec {runner} </dev/null >/dev/console 2>&1",
+            cwd=folder,
             env=self._environment(plan),
             vital=True,
         )

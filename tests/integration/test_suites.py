@@ -197,7 +197,7 @@ def test_python_starts_in_the_workspace_where_that_shapes_its_start(project):
     project.write("lib/sitecustomize.py", "import builtins\n\nbuiltins.began = True\n")
     project.write("lib/helper.py", "")
     project.write("test_it.py", "import helper\n\ndef test_it():\n    assert began\n")
-    project.run("--microvm", PYTHONPATH=str(project.folder / "lib"))
+    project.run("--microvm", PYTHONPATH="lib")
 
 
 def test_a_failing_prepare_says_what_failed(project):
