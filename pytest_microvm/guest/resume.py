@@ -14,6 +14,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from pytest_microvm.guest import limits
@@ -60,14 +61,17 @@ def make_ready() -> None:
         os.close(os.open(_TRUST, os.O_RDWR | os.O_CLOEXEC))
 
 
-def outdate_openssl() -> None:
+def outdate_openssl(loaded: Callable[[str], Any] = sys.modules.get) -> None:
     """Let OpenSSL take fresh entropy in each copy, when it first needs any.
 
     Its generator lives in the process, so copies would go on with the same numbers. To add entropy in each
     would cost a tenth of a small test under emulation. It seeds itself anew when its last seed lies in the
     future (``ossl_prov_drbg_generate``), so that seed is made there, with the clock put forward for a moment.
+
+    Args:
+        loaded: Returns a loaded module by its name, ``None`` for one that is not.
     """
-    openssl: Any = sys.modules.get("_ssl")
+    openssl = loaded("_ssl")
     if openssl is None:  # whoever loads it later, in a copy, has entropy of that copy
         return
     begin, now = time.monotonic(), time.time()

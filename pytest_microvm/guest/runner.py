@@ -23,6 +23,8 @@ from pytest_microvm.wire.channel import WINDOW, Message
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from pytest_microvm.guest.preload import HeldModules
+
 _getpid = os.getpid
 _exit = os._exit
 _urandom = os.urandom
@@ -36,19 +38,24 @@ class Runner:
     Args:
         port: The connection to the host.
         resume: Called with a ``resume`` message before anything else runs in a clone.
-        settle: Called once the machine holds what its clones shall have, before it is frozen.
+        settle: Called once the machine holds what its clones shall have, before it is frozen, with a function
+            that returns a loaded module by its name.
+
+    Attributes:
+        held: The modules that were imported ahead of the session, if any were.
     """
 
     def __init__(
         self,
         port: Port,
         resume: Callable[[dict[str, Any]], dict[str, Any]],
-        settle: Callable[[], None] = lambda: None,
+        settle: Callable[[Callable[[str], Any]], None] = lambda _loaded: None,
     ) -> None:
         self.port = port
         self.pid = _getpid()
-        self.settle = settle
+        self.held: HeldModules | None = None
         self._resume = resume
+        self._settle = settle
         self._queue: collections.deque[dict[str, Any]] = collections.deque()
 
     def next_request(self) -> dict[str, Any]:
@@ -93,13 +100,20 @@ class Runner:
         """Make this clone its own: kernel entropy, clock, names, random numbers, what it is given."""
         result = self._resume(request)
         os.environ.update(request.get("environment", {}))
-        reseed()
+        reseed(self._loaded)
         self.reply(request, result)
+
+    def settle(self) -> None:
+        """Let loaded libraries forget what clones must not share."""
+        self._settle(self._loaded)
 
     def leave_if_forked(self) -> None:
         """End a child process that a test forked and that ran on into the runner's code."""
         if _getpid() != self.pid:
             _exit(0)
+
+    def _loaded(self, name: str) -> Any:
+        return sys.modules.get(name) if self.held is None else self.held.get(name)
 
     def _receive(self) -> None:
         for event in self.port.receive():
@@ -131,39 +145,52 @@ def _plain(value: object, depth: int = 0) -> object:
     return value if isinstance(value, (str, int, float, bool)) or value is None else repr(value)
 
 
-def reseed() -> None:
-    """Give every random generator that clones share a seed of its own."""
+def reseed(loaded: Callable[[str], Any]) -> None:
+    """Give every random generator that clones share a seed of its own.
+
+    Args:
+        loaded: Returns a loaded module by its name, ``None`` for one that is not.
+    """
     random.seed(_urandom(32))
-    numpy = sys.modules.get("numpy")
+    numpy = loaded("numpy")
     if numpy is not None and hasattr(numpy, "random"):
         numpy.random.seed(int.from_bytes(_urandom(4), "little"))
-    hypothesis = sys.modules.get("hypothesis.core")
+    hypothesis = loaded("hypothesis.core")
     own = getattr(getattr(hypothesis, "threadlocal", None), "_hypothesis_global_random", None)
     if own is not None:
         own.seed(_urandom(32))
-    names = getattr(sys.modules.get("tempfile"), "_name_sequence", None)
+    names = getattr(loaded("tempfile"), "_name_sequence", None)
     if names is not None:
         names.rng.seed(_urandom(32))
 
 
 def main(arguments: list[str]) -> int:
-    """Serve on the port called ``runner``, or on the descriptor of ``--fd N``.
+    """Serve on the port called ``runner``.
 
     Args:
-        arguments: What follows the code folder on the command line.
+        arguments: What follows the code folder on the command line: ``--fd N`` for a descriptor instead of
+            the port, ``--preload`` to import what installed plug-ins import before the host is greeted.
     """
-    fd = int(arguments[1]) if arguments[:1] == ["--fd"] else open_port("runner")
+    fd = int(arguments[arguments.index("--fd") + 1]) if "--fd" in arguments else open_port("runner")
     from pytest_microvm.guest import resume  # noqa: PLC0415 - must be loaded before the code folder is left
 
-    start(Runner(Port(_out_of_the_way(fd), "runner"), resume.apply, resume.outdate_openssl))
+    runner = Runner(Port(_out_of_the_way(fd), "runner"), resume.apply, resume.outdate_openssl)
+    start(runner, preload="--preload" in arguments)
     return 0
 
 
-def start(runner: Runner) -> None:
-    """Load pytest, leave the code folder (``sys.path[0]``) and serve until the host has gone."""
+def start(runner: Runner, *, preload: bool = False) -> None:
+    """Load pytest, leave the code folder (``sys.path[0]``) and serve until the host has gone.
+
+    Args:
+        runner: The connection to the host.
+        preload: Whether to import what installed plug-ins import, before the host is greeted.
+    """
     code_folder = sys.path[0]
-    serve = _import_session()
+    serve, import_ahead = _import_session()
     _forget_own_code(code_folder)
+    if preload:
+        runner.held = import_ahead()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         serve(runner)
 
@@ -179,15 +206,16 @@ def _out_of_the_way(fd: int) -> int:
     return high
 
 
-def _import_session() -> Callable[[Runner], None]:
+def _import_session() -> tuple[Callable[[Runner], None], Callable[[], HeldModules | None]]:
+    """Return what serves the host, and what imports the plug-ins' modules ahead."""
     try:
-        from pytest_microvm.guest import runner_session  # noqa: PLC0415 - needs pytest
+        from pytest_microvm.guest import preload, runner_session, warm_up  # noqa: PLC0415 - needs pytest
     except ModuleNotFoundError as error:
         if error.name not in ("pytest", "_pytest"):
             raise
-        return _serve_without_pytest
-    runner_session.warm_up()
-    return runner_session.serve
+        return _serve_without_pytest, lambda: None
+    warm_up.warm_up()
+    return runner_session.serve, preload.preload
 
 
 def _serve_without_pytest(runner: Runner) -> None:

@@ -6,15 +6,13 @@ import contextlib
 import gc
 import io
 import os
-import shutil
 import sys
-import tempfile
 import traceback
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_microvm.guest import limits
+from pytest_microvm.guest import limits, site_paths
 from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
 
 if TYPE_CHECKING:
@@ -23,18 +21,6 @@ if TYPE_CHECKING:
     from pytest_microvm.guest.runner import Runner
 
 _MARKER = "microvm(**limits): what this test may use (timeout, output, pids, cpu_seconds, lifetime, network)"
-_WARM_UP = """
-import pytest
-
-@pytest.fixture
-def number():
-    yield 1
-
-@pytest.mark.parametrize("value", [1, 2])
-def test_compare(number, value, capsys, monkeypatch):
-    print("warm")
-    assert {"value": number} == {"value": value}
-"""
 
 
 def serve(runner: Runner) -> None:
@@ -43,59 +29,18 @@ def serve(runner: Runner) -> None:
     Raises:
         EOFError: The host has closed the port.
     """
+    done = site_paths.lines_in_effect()
     while True:
         request = runner.next_request()
         op = request.get("op")
         if op == "resume":
             runner.answer_resume(request)
         elif op == "collect":
+            site_paths.catch_up(done)
             _collect(runner, request)
             return
         else:
             runner.refuse(request, "OrderError", f"{op!r} before 'collect'")
-
-
-def warm_up() -> None:
-    """Run a tiny session of our own, so that what pytest loads lazily is loaded before the checkpoint.
-
-    It sees no configuration, plug-in, conftest or test of the user's.
-    """
-    folder = tempfile.mkdtemp()
-    modules, path, directory = set(sys.modules), list(sys.path), os.getcwd()
-    out, err, bytecode = sys.stdout, sys.stderr, sys.dont_write_bytecode
-    environ = dict(os.environ)
-    try:
-        for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS"):
-            os.environ.pop(name, None)
-        os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-        sys.stdout, sys.stderr, sys.dont_write_bytecode = io.StringIO(), io.StringIO(), True
-        file = os.path.join(folder, "test_warm_up_of_the_runner.py")
-        with open(file, "w") as stream:
-            stream.write(_WARM_UP)
-        os.chdir(folder)
-        arguments = [file, "-c", os.devnull, "--rootdir", folder, "--basetemp", os.path.join(folder, "t")]
-        pytest.main(
-            [*arguments, "--noconftest", "-p", "no:cacheprovider", "--import-mode=importlib"], [_Warm()]
-        )
-    finally:
-        sys.stdout, sys.stderr, sys.dont_write_bytecode = out, err, bytecode
-        sys.path[:] = path
-        os.environ.clear()
-        os.environ.update(environ)
-        os.chdir(directory)
-        for name in [name for name in sys.modules if name not in modules and "warm_up_of" in name]:
-            del sys.modules[name]
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-class _Warm:
-    """Serialize the warm-up's reports, as the real session will."""
-
-    def pytest_configure(self, config: pytest.Config) -> None:
-        self._config = config
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        report_record(self._config, report)
 
 
 def _collect(runner: Runner, request: dict[str, Any]) -> None:
@@ -112,6 +57,8 @@ def _collect(runner: Runner, request: dict[str, Any]) -> None:
     sys.stdout, sys.stderr = session.out, session.err
     code: object
     try:
+        if runner.held is not None:
+            runner.held.install()
         code = pytest.main(arguments, plugins=[session])
     except SystemExit as error:
         code, session.reason = error.code if isinstance(error.code, int) else 1, f"SystemExit: {error.code}"

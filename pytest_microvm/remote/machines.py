@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 CODE_FOLDER = "/run/microvm/code"
 PYTHON = "python3"
 _COLLECTED = "collected"
+_OWN_LINK = 16 * 1024**2  # bytes; a larger workspace is copied once for all arguments, in a link more
 _HELLO_TIMEOUT = 120.0
 
 
@@ -215,13 +216,22 @@ class MachineBackend:
                 details=f"{workspace.size} bytes of files, {self._base.resources.disk} bytes of disk",
                 resolution="give the machine a larger disk (--microvm-disk), or have git ignore some",
             )
-        steps = [*self._prepared(plan), workspace_step(workspace)]
-        early = not steps[:-1] and "PYTHONPATH" not in self._environment(plan)
-        if early:  # Python starts alike whatever the workspace has in it, which changes more often
-            steps.insert(0, self._started_step(plan))
-        steps.append(self._collected_step(plan, started=early))
-        self._template = self._host.template(self._base, steps)
+        self._template = self._host.template(self._base, self._steps(plan, workspace))
         return self._template.attachment(_COLLECTED)
+
+    def _steps(self, plan: CollectPlan, workspace: Workspace) -> list[Step]:
+        """Return the chain: what changes least comes first, and an edit makes one link anew."""
+        steps = self._prepared(plan)
+        started = "PYTHONPATH" not in self._environment(
+            plan
+        )  # else the workspace can shape how Python starts
+        if started:
+            steps.append(self._started_step(plan))
+        copied = workspace.size > _OWN_LINK
+        if copied:
+            steps.append(workspace_step(workspace))
+        steps.append(self._collected_step(plan, None if copied else workspace, started=started))
+        return steps
 
     def lease(self) -> RunnerLease:
         """Return a fresh copy of the machine in which collection has happened.
@@ -288,20 +298,31 @@ class MachineBackend:
         return self._host.grants(spec, self._base.image)
 
     def _started_step(self, plan: CollectPlan) -> Step:
-        """Return the link in which the runner starts and loads pytest, before it has heard of a workspace."""
+        """Return the link in which the runner starts and loads pytest and its plug-ins; no workspace yet."""
 
         def work(instance: Instance) -> dict[str, bytes]:
             with self._told(instance):
-                self._start_runner(instance, plan, "/")
+                self._start_runner(instance, plan, "/", preload=True)
             return {}
 
         return Step("started", (json.dumps(plan.environment),), work, "starting pytest")
 
-    def _collected_step(self, plan: CollectPlan, *, started: bool) -> Step:
-        inputs = (json.dumps(plan.arguments), str(plan.directory), json.dumps(plan.environment))
+    def _collected_step(self, plan: CollectPlan, workspace: Workspace | None, *, started: bool) -> Step:
+        """Return the link in which the tests are collected.
+
+        Args:
+            plan: What to collect.
+            workspace: What is copied in before; ``None`` if it is there.
+            started: Whether the runner runs already.
+        """
+        inputs = [json.dumps(plan.arguments), str(plan.directory), json.dumps(plan.environment)]
+        if workspace is not None:
+            inputs += [str(workspace.top), workspace.digest()]
 
         def work(instance: Instance) -> dict[str, bytes]:
             with self._told(instance):
+                if workspace is not None:
+                    send_workspace(instance.adopt("agent", IN_THE_MAKING), workspace)
                 link = (
                     instance.adopt("runner", IN_THE_MAKING)
                     if started
@@ -309,13 +330,15 @@ class MachineBackend:
                 )
                 return {_COLLECTED: RunnerSession(link).collect(replace(plan, environment=()))}
 
-        return Step("collected", inputs, work, "collecting")
+        return Step("collected", tuple(inputs), work, "collecting")
 
-    def _start_runner(self, instance: Instance, plan: CollectPlan, folder: str) -> Link:
+    def _start_runner(
+        self, instance: Instance, plan: CollectPlan, folder: str, *, preload: bool = False
+    ) -> Link:
         """Start the runner in ``folder`` and wait for its hello, which it says once pytest is loaded."""
         machine = machine_in_the_making(self._host, self._base, instance)
         machine.path(folder).mkdir(parents=True, exist_ok=True)
-        runner = shlex.join(runner_command(PYTHON, CODE_FOLDER))
+        runner = shlex.join(runner_command(PYTHON, CODE_FOLDER, preload=preload))
         machine.link().call(  # noqa: S604 - in the guest, and quoted
             "exec",
             timeout=_HELLO_TIMEOUT,
@@ -358,18 +381,26 @@ def workspace_step(workspace: Workspace) -> Step:
     """Return the link of a template's chain in which a workspace is copied in."""
 
     def work(instance: Instance) -> dict[str, bytes]:
-        link = instance.adopt("agent", IN_THE_MAKING)
-        with _tar(workspace) as archive:
-            send_file(link, "unpack", str(workspace.top), archive)
+        send_workspace(instance.adopt("agent", IN_THE_MAKING), workspace)
         return {}
 
     return Step("workspace", (str(workspace.top), workspace.digest()), work, "copying the workspace")
 
 
+def send_workspace(link: Link, workspace: Workspace) -> None:
+    """Copy a workspace into a machine.
+
+    Args:
+        link: The link to the machine's agent.
+        workspace: What to copy.
+    """
+    with _tar(workspace) as archive:
+        send_file(link, "unpack", str(workspace.top), archive)
+
+
 def _unpack(machine: MicroVM, workspace: Workspace) -> None:
     machine.path(str(workspace.top)).mkdir(parents=True, exist_ok=True)
-    with _tar(workspace) as archive:
-        send_file(machine.link(), "unpack", str(workspace.top), archive)
+    send_workspace(machine.link(), workspace)
 
 
 def _chosen(workspace: Workspace, project: Path, wanted: tuple[str, ...]) -> Workspace:

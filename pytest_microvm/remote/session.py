@@ -23,16 +23,21 @@ BOOTSTRAP = (
 )
 
 
-def runner_command(python: str, code_folder: str, fd: int | None = None) -> list[str]:
+def runner_command(
+    python: str, code_folder: str, fd: int | None = None, *, preload: bool = False
+) -> list[str]:
     """Return the command that starts a runner.
 
     Args:
         python: The guest's own Python, which has the project's dependencies.
         code_folder: Where ``pytest_microvm`` (guest and wire) lies in the guest.
         fd: The descriptor to serve on instead of the port called ``runner``.
+        preload: Whether it imports what installed plug-ins import before it says hello.
     """
-    port = [] if fd is None else ["--fd", str(fd)]
-    return [python, "-c", BOOTSTRAP, code_folder, *port]
+    options = [] if fd is None else ["--fd", str(fd)]
+    if preload:
+        options.append("--preload")
+    return [python, "-c", BOOTSTRAP, code_folder, *options]
 
 
 class RunnerSession:

@@ -1,0 +1,369 @@
+"""Import what installed plug-ins import before the workspace comes, and hold it back until it is imported.
+
+Under emulation the plug-ins of an image cost seconds in every collection. They are the same for every
+project, so the runner imports them while it starts. A session must not notice. So a module that was imported
+ahead is not in ``sys.modules`` until something imports it, and it is served only if the import would find
+the same file now. Options (``-p no:NAME``, PYTEST_DISABLE_PLUGIN_AUTOLOAD), the order of imports, and a
+project's own modules of the same name keep their meaning.
+
+1. A forked child runs a session with all installed plug-ins and names the modules that it loaded. Whatever
+   else the plug-ins' hooks did ends with the child.
+2. The runner imports those modules, with pytest's assertion rewriting, and takes them out of ``sys.modules``.
+3. :class:`HeldModules`, the first finder of ``sys.meta_path``, hands them out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import warnings
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
+from typing import TYPE_CHECKING, Any
+
+import _pytest.assertion
+import pytest
+from _pytest.assertion.rewrite import AssertionRewritingHook
+
+from pytest_microvm.guest.warm_up import run_session
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from types import ModuleType
+
+_CHILD_TIMEOUT = 60.0  # seconds; with more plug-ins than load in this time, they load in the session
+_MAX_ANSWER = 4 * 1024 * 1024  # bytes
+
+
+def preload() -> HeldModules:
+    """Import what the installed plug-ins import; nothing where they are not loaded by themselves."""
+    if os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD"):
+        return HeldModules([])
+    loader = _Loader(_modules_of_a_session())
+    run_session([loader], autoload=False)
+    return HeldModules(loader.groups)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Modules that one import loaded.
+
+    Args:
+        modules: By name, in the order in which they were loaded.
+        specs: Their specs, where they have one.
+        files: Modification and change time and size of each file, by path.
+        rewritten: Names that were registered for assertion rewriting meanwhile.
+    """
+
+    modules: dict[str, ModuleType]
+    specs: dict[str, ModuleSpec]
+    files: dict[str, tuple[int, int, int] | None]
+    rewritten: tuple[str, ...]
+
+    @property
+    def of_python(self) -> bool:
+        """Whether all are of the standard library."""
+        return all(name.partition(".")[0] in sys.stdlib_module_names for name in self.modules)
+
+
+class HeldModules:
+    """Modules that were imported ahead: a finder and loader for ``sys.meta_path``.
+
+    Groups are released in the order in which they were loaded, each with all before it, since later ones
+    may refer to earlier ones. Once one cannot be released, those after it never are: they are imported
+    anew, as without this class.
+    """
+
+    def __init__(self, groups: Sequence[_Group]) -> None:
+        self._groups = list(groups)
+        self._places = {name: place for place, group in enumerate(groups) for name in group.modules}
+        self._released = 0  # how many groups are in sys.modules
+        self._hook: AssertionRewritingHook | None = None
+        self._lock = threading.RLock()
+
+    def get(self, name: str) -> ModuleType | None:
+        """Return a module that is loaded, in ``sys.modules`` or held."""
+        place = self._places.get(name)
+        return sys.modules.get(name) or (None if place is None else self._groups[place].modules[name])
+
+    def install(self) -> None:
+        """Serve imports from now on, in front of the rewriting hook that the next session installs."""
+        if not self._groups:
+            return
+        sys.meta_path.insert(0, self)
+        original = _pytest.assertion.install_importhook
+
+        def install_importhook(config: pytest.Config) -> AssertionRewritingHook:
+            _pytest.assertion.install_importhook = original
+            self._hook = original(config)
+            self._mark(self._groups[: self._released])
+            with contextlib.suppress(ValueError):  # nothing is held any more
+                sys.meta_path.remove(self)
+                sys.meta_path.insert(0, self)
+            return self._hook
+
+        _pytest.assertion.install_importhook = install_importhook
+
+    # What importlib calls
+
+    def find_spec(self, name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
+        """Release the module's group and those before it; ``None`` for what is not held."""
+        with self._lock:
+            place = self._places.get(name, -1)
+            if place < self._released or not self._release(place, name):
+                return None
+        return ModuleSpec(name, self, origin="held")  # type: ignore[arg-type] # a loader by its methods
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Return the module itself."""
+        return self._groups[self._places[spec.name]].modules[spec.name]
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give the module its own spec back; it has run."""
+        spec = module.__spec__
+        assert spec is not None
+        module.__spec__ = self._groups[self._places[spec.name]].specs.get(spec.name)
+
+    # How groups are released
+
+    def _release(self, place: int, wanted: str) -> bool:
+        groups = self._groups[self._released : place + 1]
+        if not all(self._as_before(group) for group in groups):
+            self._places = {name: at for name, at in self._places.items() if at < self._released}
+            self._leave()
+            return False
+        self._mark(groups)
+        for group in groups:
+            sys.modules.update({name: module for name, module in group.modules.items() if name != wanted})
+        self._released = place + 1
+        if self._released == len(self._groups):
+            self._leave()
+        return True
+
+    def _mark(self, groups: Iterable[_Group]) -> None:
+        for group in groups:
+            if self._hook is not None:
+                self._hook.mark_rewrite(*group.rewritten)
+
+    def _leave(self) -> None:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
+
+    def _as_before(self, group: _Group) -> bool:
+        """Tell whether importing the group now would load the same files in the same way."""
+        if self._hook is None and not group.of_python:  # --assert=plain: nothing is rewritten
+            return False
+        if any(name in sys.modules for name in group.modules):  # a project's own stand-in
+            return False
+        if any(_stamp(path) != stamp for path, stamp in group.files.items()):
+            return False
+        tops = (name for name in group.specs if "." not in name)
+        return all(_places(self._found(name)) == _places(group.specs[name]) for name in tops)
+
+    def _found(self, name: str) -> ModuleSpec | None:
+        for finder in sys.meta_path:
+            if finder is self or isinstance(finder, AssertionRewritingHook):
+                continue
+            spec = finder.find_spec(name, None)
+            if spec is not None:
+                return spec
+        return None
+
+
+def _places(spec: ModuleSpec | None) -> tuple[str | None, list[str]] | None:
+    return None if spec is None else (spec.origin, list(spec.submodule_search_locations or ()))
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ctime_ns, found.st_size
+
+
+class _Loader:
+    """A plug-in that imports modules, group by group, once its session's rewriting hook is installed.
+
+    Args:
+        names: What to import, in order.
+    """
+
+    def __init__(self, names: _Names) -> None:
+        self.groups: list[_Group] = []
+        self._names = names
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_cmdline_main(self, config: pytest.Config) -> int:
+        """Import, and run no test."""
+        hook = config.pluginmanager.rewrite_hook
+        if isinstance(hook, AssertionRewritingHook):
+            hook.mark_rewrite(*self._names.rewritten)
+            before = set(sys.modules)
+            self._load_all(hook)
+            for name in set(sys.modules) - before:
+                del sys.modules[name]
+        return 0
+
+    def _load_all(self, hook: AssertionRewritingHook) -> None:
+        marked: list[str] = []
+        mark = hook.mark_rewrite
+
+        def marking(*names: str) -> None:
+            marked.extend(names)
+            mark(*names)
+
+        hook.mark_rewrite = marking  # type: ignore[method-assign]
+        for name in self._names.imported:
+            if name not in sys.modules:
+                marked.clear()
+                group = _load(name, marked)
+                if group is None:  # what follows may depend on it
+                    return
+                self.groups.append(group)
+
+
+def _load(name: str, marked: list[str]) -> _Group | None:
+    """Import a module; ``None`` if that fails, warns, or changes more than ``sys.modules``."""
+    before, state = set(sys.modules), _State()
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            filters = list(warnings.filters)
+            __import__(name)
+            harmless = not warned and filters == warnings.filters
+    except BaseException:  # noqa: BLE001 - a plug-in may do anything; in the session it will be seen
+        harmless = False
+    modules = {new: module for new, module in sys.modules.items() if new not in before}
+    if not (state.restore() and harmless):
+        for new in modules:
+            del sys.modules[new]
+        return None
+    specs = {new: spec for new, module in modules.items() if (spec := _spec(module)) is not None}
+    files = {spec.origin: _stamp(spec.origin) for spec in specs.values() if spec.has_location and spec.origin}
+    return _Group(modules, specs, files, tuple(marked))
+
+
+def _spec(module: object) -> Any:
+    return getattr(module, "__spec__", None)
+
+
+class _State:
+    """What an import may change besides ``sys.modules``, as it is now."""
+
+    def __init__(self) -> None:
+        lists: tuple[list[Any], ...] = (sys.path, sys.meta_path, sys.path_hooks)
+        self._lists = [(each, list(each)) for each in lists]
+        self._environ = dict(os.environ)
+        self._others = self._now()
+
+    def restore(self) -> bool:
+        """Undo what was changed; tell whether nothing was."""
+        same = self._others == self._now() and self._environ == dict(os.environ)
+        for each, before in self._lists:
+            same = same and each == before
+            each[:] = before
+        if self._environ != dict(os.environ):
+            os.environ.clear()
+            os.environ.update(self._environ)
+        return same
+
+    @staticmethod
+    def _now() -> tuple[object, ...]:
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+        return (os.getcwd(), threading.active_count(), sys.excepthook, sys.stdout, sys.stderr, *handlers)
+
+
+# The child
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What a session with all plug-ins did.
+
+    Args:
+        imported: The modules it loaded, those of the standard library first.
+        rewritten: The names that pytest rewrites assertions of.
+    """
+
+    imported: list[str]
+    rewritten: list[str]
+
+
+def _modules_of_a_session() -> _Names:
+    """Run a session in a child process; of one that fails, or takes too long, nothing is taken."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with _ending():
+            os.close(reading)
+            os.setsid()
+            _answer(writing)
+    os.close(writing)
+    try:
+        text = _read(reading, time.monotonic() + _CHILD_TIMEOUT)
+    finally:
+        os.close(reading)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child, signal.SIGKILL)  # whatever it has started
+    try:
+        return _Names(**json.loads(text))
+    except (ValueError, TypeError):
+        return _Names([], [])
+
+
+@contextlib.contextmanager
+def _ending() -> Any:
+    """End the process after the block, however it went."""
+    try:
+        yield
+    finally:
+        os._exit(0)
+
+
+def _answer(pipe: int) -> None:
+    quiet = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(quiet, standard)
+    before, marks = set(sys.modules), _Marks()
+    run_session([marks], autoload=True)
+    names = [
+        name
+        for name, module in list(sys.modules.items())
+        if name not in before and getattr(_spec(module), "name", None) == name
+    ]
+    names.sort(key=lambda name: name.partition(".")[0] not in sys.stdlib_module_names)
+    with os.fdopen(pipe, "w") as stream:
+        json.dump({"imported": names, "rewritten": sorted(marks.names)}, stream)
+
+
+class _Marks:
+    """A plug-in that takes note of what its session rewrites."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        self.names = set(getattr(config.pluginmanager.rewrite_hook, "_must_rewrite", ()))
+
+
+def _read(pipe: int, deadline: float) -> bytes:
+    """Return what comes before the deadline and the end; nothing if the end does not come."""
+    data = b""
+    while len(data) < _MAX_ANSWER:
+        ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            return b""
+        piece = os.read(pipe, 65536)
+        if not piece:
+            return data
+        data += piece
+    return b""
