@@ -23,7 +23,7 @@ from pytest_microvm.wire.channel import WINDOW, Message
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from pytest_microvm.guest.preload import HeldModules
+    from pytest_microvm.guest.runner_preload import HeldModules
 
 _getpid = os.getpid
 _exit = os._exit
@@ -209,13 +209,17 @@ def _out_of_the_way(fd: int) -> int:
 def _import_session() -> tuple[Callable[[Runner], None], Callable[[], HeldModules | None]]:
     """Return what serves the host, and what imports the plug-ins' modules ahead."""
     try:
-        from pytest_microvm.guest import preload, runner_session, warm_up  # noqa: PLC0415 - needs pytest
+        from pytest_microvm.guest import (  # noqa: PLC0415 - they need pytest
+            runner_preload,
+            runner_session,
+            runner_warm_up,
+        )
     except ModuleNotFoundError as error:
         if error.name not in ("pytest", "_pytest"):
             raise
         return _serve_without_pytest, lambda: None
-    warm_up.warm_up()
-    return runner_session.serve, preload.preload
+    runner_warm_up.warm_up()
+    return runner_session.serve, runner_preload.preload
 
 
 def _serve_without_pytest(runner: Runner) -> None:

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
     from pytest_microvm.images.process import Progress
 
-# zstd unpacks fast under emulation, and small blocks keep a read of one small file small.
-_OPTIONS = ["-noappend", "-no-progress", "-quiet", "-comp", "zstd", "-Xcompression-level", "6"]
+# Under emulation, lz4 costs a first run 5 % less CPU time than zstd, for a fifth more space. No compression
+# costs it 9 % less, for 2.8 times the space (ADR 0025).
+_OPTIONS = ["-noappend", "-no-progress", "-quiet", "-comp", "lz4", "-Xhc"]
 
 # mksquashfs does not take the root folder itself from a tar archive; its mode would be 0777.
 _TAR_ROOT = ["-root-mode", "0755"]

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from pytest_microvm.images.process import Progress
 
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 """Raise it when the builder's own work changes what an image holds."""
 
 _EPOCH = 1735689600  # 2025-01-01: the newest time stamp in an image, unless SOURCE_DATE_EPOCH says otherwise

@@ -46,7 +46,7 @@ class ForkingRunner(guest.Runner):
             control.sendall(pid.to_bytes(8, "big"))
 
 
-guest.reseed()
+guest.reseed(sys.modules.get)
 forking = ForkingRunner(Port(next_descriptor(), "runner"), lambda message: {"skipped": ["everything"]})
 forking.template = True
 guest.start(forking)

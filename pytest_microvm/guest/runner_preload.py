@@ -31,7 +31,7 @@ import _pytest.assertion
 import pytest
 from _pytest.assertion.rewrite import AssertionRewritingHook
 
-from pytest_microvm.guest.warm_up import run_session
+from pytest_microvm.guest.runner_warm_up import run_session
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _CHILD_TIMEOUT = 60.0  # seconds; with more plug-ins than load in this time, they load in the session
 _MAX_ANSWER = 4 * 1024 * 1024  # bytes
+_STANDARD_LIBRARY: frozenset[str] = getattr(sys, "stdlib_module_names", frozenset())  # Python 3.10
 
 
 def preload() -> HeldModules:
@@ -69,7 +70,7 @@ class _Group:
     @property
     def of_python(self) -> bool:
         """Whether all are of the standard library."""
-        return all(name.partition(".")[0] in sys.stdlib_module_names for name in self.modules)
+        return all(name.partition(".")[0] in _STANDARD_LIBRARY for name in self.modules)
 
 
 class HeldModules:
@@ -340,7 +341,7 @@ def _answer(pipe: int) -> None:
         for name, module in list(sys.modules.items())
         if name not in before and getattr(_spec(module), "name", None) == name
     ]
-    names.sort(key=lambda name: name.partition(".")[0] not in sys.stdlib_module_names)
+    names.sort(key=lambda name: name.partition(".")[0] not in _STANDARD_LIBRARY)
     with os.fdopen(pipe, "w") as stream:
         json.dump({"imported": names, "rewritten": sorted(marks.names)}, stream)
 
