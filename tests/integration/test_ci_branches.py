@@ -7,7 +7,7 @@ import sys
 
 from junitparser import JUnitXml
 
-from tests.branches import SUITES, TESTS, VERDICTS, Branches, git
+from support.branches import SUITES, TESTS, VERDICTS, Branches, git
 
 GUARD = 1800  # seconds
 

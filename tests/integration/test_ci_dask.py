@@ -36,7 +36,7 @@ from pytest_microvm.images.store import cache_root
 from pytest_microvm.secret_values import parse_secrets
 from pytest_microvm.spec import MachineSpec
 from pytest_microvm.templates.store import TemplateStore
-from tests.branches import SUITES, TESTS, VERDICTS, Branches
+from support.branches import SUITES, TESTS, VERDICTS, Branches
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:unclosed:ResourceWarning"

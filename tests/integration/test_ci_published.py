@@ -8,7 +8,7 @@ import tarfile
 
 from junitparser import JUnitXml
 
-from tests.branches import git
+from support.branches import git
 
 GUARD = 900  # seconds
 VERSIONS = ("1.20.1", "1.20.2")

@@ -10,8 +10,8 @@ import pytest
 from junitparser import JUnitXml
 
 from pytest_microvm.images.store import cache_root
-from tests.branches import TESTS, VERDICTS, Branches
-from tests.github_runner import Runner
+from support.branches import TESTS, VERDICTS, Branches
+from support.github.runner import Runner
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ACTION = REPOSITORY / "github-action"

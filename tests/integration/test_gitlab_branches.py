@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.branches import VERDICTS, Branches
-from tests.gitlab_stages import GitlabRunner, Job, served
+from support.branches import VERDICTS, Branches
+from support.gitlab import GitlabRunner, Job, served
 
 HANGING = 15  # seconds
 GUARD = 1800  # seconds

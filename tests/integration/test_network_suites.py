@@ -14,8 +14,7 @@ import pytest
 from junitparser import JUnitXml, Properties
 
 from pytest_microvm import MicroVM
-
-from .local_servers import LocalServer
+from support.local_servers import LocalServer
 
 GUARD = 900  # seconds, on a slow machine
 

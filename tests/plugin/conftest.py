@@ -11,9 +11,7 @@ import pytest
 
 from pytest_microvm.images.store import cache_root
 
-HERE = Path(__file__).parent
-
-
+TESTS = Path(__file__).parents[1]
 BACKEND = os.environ.get("PYTEST_MICROVM_TEST_BACKEND", "local")
 """``local`` (processes of this computer, no hypervisor needed) or ``machines`` (slow: real ones)."""
 
@@ -29,7 +27,7 @@ def backend():
     """Arguments and variables that choose what runs the tests."""
     if BACKEND == "machines":
         return [], {"PYTEST_MICROVM_CACHE": os.fspath(CACHE)}
-    return ["-p", "local_backend"], {"PYTHONPATH": os.fspath(HERE)}
+    return ["-p", "support.local.backend"], {"PYTHONPATH": os.fspath(TESTS)}
 
 
 class Project:

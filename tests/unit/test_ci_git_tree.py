@@ -16,8 +16,7 @@ from pytest_microvm.ci.sources.work_tree import WorkTree
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_bundle import Repository
 from pytest_microvm.git_commands import GitError, git, git_talk
-
-from .git_world import blob, commit, commit_tree, filled, raw_tree, repository, run
+from support.repositories import blob, commit, commit_tree, filled, raw_tree, repository, run
 
 MARK = "a program of the repository ran"
 

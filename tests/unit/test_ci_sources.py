@@ -9,8 +9,7 @@ from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.ci.task import WORKTREE, Source
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_commands import GitError
-
-from .git_world import commit, filled, repository, run
+from support.repositories import commit, filled, repository, run
 
 
 @pytest.fixture

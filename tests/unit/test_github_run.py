@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.github_runner import Commands
+from support.github.runner import Commands
 
 HOSTILE = r"printf '::error::forged\n\r::notice::forged\r##[warning]forged\n::set-output name=a::b'"
 GUARD = 60  # seconds

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from pytest_microvm.errors import ProtocolViolation
 from pytest_microvm.remote import running
-
-from .replayed import (
+from support.replayed_reports import (
     HOSTILE_TEXT,
     assert_harmless,
     changed,
@@ -19,7 +18,8 @@ from .replayed import (
     real_reports,
     show_collection,
 )
-from .replayed import show_reports as show
+from support.replayed_reports import show_reports as show
+
 from .test_collected import GOOD, lines
 
 REPORTS = real_reports()

@@ -13,8 +13,7 @@ import time
 import pytest
 
 from pytest_microvm.live.session import MAX_HANDLES
-
-from .live_kernel import can_mount, mounted
+from support.live_mounts import can_mount, mounted
 
 pytestmark = pytest.mark.skipif(
     not can_mount(), reason="mounting needs root and /dev/fuse; machines do it anyway"

@@ -16,8 +16,7 @@ from pytest_microvm.network.authority import new_authority
 from pytest_microvm.network.log import NetworkLog
 from pytest_microvm.network.proxy import Proxy
 from pytest_microvm.network.rules import parse_rules
-
-from .network_world import (
+from support.network import (
     GUARD,
     PUBLIC,
     Server,

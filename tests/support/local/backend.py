@@ -1,4 +1,4 @@
-"""A backend without machines: ``-p local_backend`` runs the guest's runner as processes of this computer."""
+"""A backend without machines: the guest's runner as local processes (``-p support.local.backend``)."""
 
 import contextlib
 import itertools
@@ -24,7 +24,7 @@ from pytest_microvm.spec import DEFAULT_OUTPUT, Limits
 
 microvm_host_only = True
 HERE = Path(__file__).parent
-PACKAGE = HERE.parent.parent / "pytest_microvm"
+PACKAGE = HERE.parents[2] / "pytest_microvm"
 PYTHON_VARIABLE = "LOCAL_PYTHON"  # the guest's Python and its options, if it is another
 GUEST_VARIABLE = "LOCAL_GUEST"  # set in the runner's process alone
 
@@ -61,7 +61,7 @@ class LocalBackend:
             environment.pop(name, None)
         with guest:
             python = shlex.split(os.environ.get(PYTHON_VARIABLE) or sys.executable)
-            command = [*python, HERE / "local_runner.py", folder, str(guest.fileno())]
+            command = [*python, HERE / "runner.py", folder, str(guest.fileno())]
             self._template = subprocess.Popen(
                 command,
                 pass_fds=[guest.fileno()],

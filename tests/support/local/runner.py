@@ -1,6 +1,6 @@
 """The guest's runner as a local process: once it has collected, every lease is a fork of it.
 
-Usage: local_runner.py CODE_FOLDER CONTROL_FD. The control socket passes one descriptor per lease in, and
+Usage: runner.py CODE_FOLDER CONTROL_FD. The control socket passes one descriptor per lease in, and
 the fork's process id out. Nothing of this computer is changed on resume.
 """
 

@@ -1,4 +1,4 @@
-"""A plug-in that prints what our hooks tell it, at the end (``-p watcher``)."""
+"""A plug-in that prints what our hooks tell it, at the end (``-p support.hook_printer``)."""
 
 microvm_host_only = True
 told = []

@@ -3,7 +3,7 @@
 What it keeps to is the source of GitHub's own (actions/runner: ActionCommand, ActionCommandManager,
 FileCommandManager): each step has files of its own for outputs, variables, PATH and summary, which are read
 when it has ended; lines of its output are taken for commands, unless it stopped them. ``uses:`` steps are
-played by :mod:`tests.github_actions`. Of expressions it knows what the action uses; others are an error.
+played by :mod:`support.github.actions`. Of expressions it knows what the action uses; others are an error.
 """
 
 import os
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from tests.github_actions import ACTIONS
-from tests.github_expressions import evaluate, interpolate, shown
+from support.github.actions import ACTIONS
+from support.github.expressions import evaluate, interpolate, shown
 
 SUMMARY_LIMIT = 1024 * 1024
 _COMMANDS = {
