@@ -7,7 +7,8 @@ import sys
 
 from junitparser import JUnitXml
 
-from support.branches import SUITES, TESTS, VERDICTS, Branches, git
+from support.branches import SUITES, TESTS, VERDICTS, Branches
+from support.repositories import git
 
 GUARD = 1800  # seconds
 

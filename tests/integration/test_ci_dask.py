@@ -37,6 +37,7 @@ from pytest_microvm.secret_values import parse_secrets
 from pytest_microvm.spec import MachineSpec
 from pytest_microvm.templates.store import TemplateStore
 from support.branches import SUITES, TESTS, VERDICTS, Branches
+from support.repositories import git
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:unclosed:ResourceWarning"
@@ -335,12 +336,12 @@ def test_what_is_cancelled_ends_its_machine_and_gives_back_what_it_has(host, clu
 
 def test_who_submits_a_run_and_dies_leaves_no_machine(cluster, tmp_path):
     cluster.have("one")
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
     (tmp_path / "microvm.toml").write_text(
         '[ci.jobs.unit]\nimage = "base"\nsteps = ["echo begun; sleep 10000"]\n'
     )
-    for words in (["init", "-q", "-b", "main", "."], ["add", "."], ["commit", "-qm", "one"]):
-        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    git(tmp_path, "init", "-q", "-b", "main")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "one")
     names = cluster.certificates
     command = [*COMMAND, "ci", "run", "--executor", "dask", "--scheduler", cluster.address, "--plain"]
     command += ["--tls-ca", names.ca, "--tls-cert", names.cert, "--tls-key", names.key]

@@ -8,7 +8,7 @@ import tarfile
 
 from junitparser import JUnitXml
 
-from support.branches import git
+from support.repositories import git
 
 GUARD = 900  # seconds
 VERSIONS = ("1.20.1", "1.20.2")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from junitparser import JUnitXml
 
-from support.branches import git
+from support.repositories import git
 
 GUARD = 900  # seconds
 

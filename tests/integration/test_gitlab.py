@@ -17,6 +17,7 @@ from pytest_microvm.ci.gitlab.job import job_key
 from pytest_microvm.templates.budget import runtime_folder
 from support import gitlab
 from support.gitlab import Job
+from support.repositories import git
 
 GUARD = 120  # seconds; only against hangs
 
@@ -47,11 +48,6 @@ def wait_ended(*watched):
     for descriptor in watched:
         assert select.select([descriptor], [], [], GUARD)[0], "it still runs"
         os.close(descriptor)
-
-
-def git(folder, *arguments):
-    identity = ["-c", "user.name=T", "-c", "user.email=t@example.com", "-c", "commit.gpgsign=false"]
-    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
 
 
 @pytest.fixture

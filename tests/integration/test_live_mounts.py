@@ -16,6 +16,7 @@ import pytest
 
 from pytest_microvm.errors import MachineCrashed, TransferError, UsageError
 from pytest_microvm.mounts import Changes
+from support.repositories import git
 
 GUARD = 300  # seconds; only against hangs
 
@@ -147,7 +148,7 @@ def test_an_attacker_stays_inside(vm, place, source, tmp_path):
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "secret").write_text("secret")
     (source / "out").symlink_to(tmp_path / "outside")
-    subprocess.run(["git", "init", "-q", source], check=True)
+    git(source, "init", "-q")
     hook = (source / ".git" / "config").read_text()
     with vm.mount(source, place, kind="live"):
         done = vm.run(

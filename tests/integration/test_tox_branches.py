@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from support.branches import VERDICTS, Branches, git
+from support.branches import VERDICTS, Branches
+from support.repositories import git
 
 GUARD = 1800  # seconds
 TOX_INI = """

@@ -1,9 +1,9 @@
 """A real git repository whose branches are good, failing, hanging, hungry, exfiltrating and attacking."""
 
-import os
-import subprocess
 import textwrap
 from pathlib import Path
+
+from support.repositories import git
 
 OTHERS = ("main", "good", "failing", "hungry", "exfiltrating", "attacking")
 DEFINITION = f"""
@@ -80,19 +80,6 @@ SUITES = {f"{branch} / {'hang' if branch == 'hanging' else 'test'}" for branch i
 
 TESTS = {"main": (6, 0), "good": (7, 0), "failing": (6, 1), "exfiltrating": (6, 1)}
 """How many tests pass and fail where pytest lives to tell."""
-
-
-def git(folder, *arguments):
-    """Run git as its user would."""
-    environment = {
-        **os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull,
-        "GIT_AUTHOR_NAME": "somebody", "GIT_AUTHOR_EMAIL": "somebody@example.com",
-        "GIT_COMMITTER_NAME": "somebody", "GIT_COMMITTER_EMAIL": "somebody@example.com",
-    }  # fmt: skip
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments], env=environment, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
 
 
 class Branches:

@@ -26,6 +26,8 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from support.repositories import git
+
 BUILD_FAILURE, SYSTEM_FAILURE = 1, 2
 COMMAND = (str(Path(sys.executable).with_name("pytest-microvm")), "gitlab")
 GUARD = 900  # seconds for one stage; only against hangs
@@ -127,8 +129,8 @@ def served(repository: Path, folder: Path) -> Iterator[Served]:
         folder: For a bare copy of it.
     """
     bare = folder / "group" / "project.git"
-    subprocess.run(["git", "clone", "-q", "--bare", str(repository), str(bare)], check=True)
-    subprocess.run(["git", "update-server-info"], cwd=bare, check=True)
+    git(repository, "clone", "-q", "--bare", repository, bare)
+    git(bare, "update-server-info")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()

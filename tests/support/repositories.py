@@ -1,4 +1,4 @@
-"""Real git repositories for tests, made with a git that has no configuration of this computer."""
+"""Real git repositories, made by a git that uses no configuration of this computer."""
 
 import io
 import os
@@ -6,25 +6,51 @@ import subprocess
 import tarfile
 
 TIME = "2026-01-02T03:04:05+00:00"
+"""The author and committer date of every commit."""
+
+_FIXED = {
+    "GIT_CONFIG_NOSYSTEM": "1",
+    "GIT_AUTHOR_NAME": "somebody", "GIT_AUTHOR_EMAIL": "somebody@example.com", "GIT_AUTHOR_DATE": TIME,
+    "GIT_COMMITTER_NAME": "somebody", "GIT_COMMITTER_EMAIL": "somebody@example.com",
+    "GIT_COMMITTER_DATE": TIME,
+}  # fmt: skip
 
 
-def run(folder, *arguments, **options):
-    """Run git as a user would, with hooks, filters and all."""
+def git(folder, *arguments, config=os.devnull, **options):
+    """Run git in a folder as its user would, with the repository's own hooks, filters and configuration.
+
+    It is hermetic: the system's and the user's configuration and the environment are left out, and the
+    identity and the date of commits are fixed.
+
+    Args:
+        folder: Where git runs, and its home directory.
+        arguments: The command line after ``git``.
+        config: The file that takes the place of the user's configuration (``git config --global``).
+        options: For :func:`subprocess.run`; ``input`` is bytes.
+
+    Returns:
+        What git wrote to stdout, without white space at its ends.
+
+    Raises:
+        RuntimeError: git failed; the message has what it wrote to stderr.
+    """
     environment = {
-        "PATH": os.environ["PATH"], "HOME": str(folder), "GIT_CONFIG_NOSYSTEM": "1",
-        "GIT_CONFIG_GLOBAL": os.devnull, "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@x",
-        "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@x", "GIT_AUTHOR_DATE": TIME,
-        "GIT_COMMITTER_DATE": TIME,
+        "PATH": os.environ["PATH"], "HOME": str(folder), "GIT_CONFIG_GLOBAL": str(config), **_FIXED
     }  # fmt: skip
+    # Submodules may come from folders of this computer: without the setting git refuses them.
     command = ["git", "-c", "protocol.file.allow=always", "-C", folder, *arguments]
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, **options)
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, **options)
+    if done.returncode:
+        words = " ".join(map(str, arguments))
+        stderr = done.stderr.decode(errors="replace")
+        raise RuntimeError(f"git {words} failed (exit {done.returncode}): {stderr}")
     return done.stdout.decode(errors="surrogateescape").strip()
 
 
 def repository(folder, *options):
-    """Make a repository with the branch main."""
+    """Make a folder that is a repository with the branch main, without commits; return the folder."""
     folder.mkdir(parents=True)
-    run(folder, "init", "-q", "-b", "main", *options)
+    git(folder, "init", "-q", "-b", "main", *options)
     return folder
 
 
@@ -34,23 +60,25 @@ def commit(folder, files, message="more"):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    run(folder, "add", "-A")
-    run(folder, "commit", "-qm", message, "--allow-empty")
-    return run(folder, "rev-parse", "HEAD")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", message, "--allow-empty")
+    return git(folder, "rev-parse", "HEAD")
 
 
 def raw_tree(folder, *entries):
     """Write a tree object as it is: (mode, name, object); git would refuse some of them."""
     data = b"".join(b"%s %s\0%s" % (mode, name, bytes.fromhex(which)) for mode, name, which in entries)
-    return run(folder, "hash-object", "-t", "tree", "-w", "--literally", "--stdin", input=data)
+    return git(folder, "hash-object", "-t", "tree", "-w", "--literally", "--stdin", input=data)
 
 
 def blob(folder, content):
-    return run(folder, "hash-object", "-w", "--stdin", input=content)
+    """Write an object with ``content``, in bytes; return its name."""
+    return git(folder, "hash-object", "-w", "--stdin", input=content)
 
 
 def commit_tree(folder, tree):
-    return run(folder, "commit-tree", "-m", "made", tree)
+    """Write a commit of a tree, without parents; return its name."""
+    return git(folder, "commit-tree", "-m", "made", tree)
 
 
 def filled(tree, paths=None):
