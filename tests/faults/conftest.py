@@ -12,8 +12,8 @@ import pytest
 from junitparser import JUnitXml, Properties
 
 from pytest_microvm.spec import MachineSpec
+from support import guards
 
-GUARD = 900  # seconds, on a slow machine
 SPEC = MachineSpec(image="base", timeout=120)
 
 
@@ -113,7 +113,7 @@ class Project:
     def run(self, *arguments, status=0, **options):
         """Return what a run printed; its machines must be gone."""
         with self.start(*arguments, **options) as process:
-            output, _none = process.communicate(timeout=GUARD)
+            output, _none = process.communicate(timeout=guards.SUITE)
         assert process.returncode == status, output
         self.assert_nothing_left(process.pid)
         return output

@@ -7,10 +7,9 @@ import sys
 
 from junitparser import JUnitXml
 
+from support import guards
 from support.branches import SUITES, TESTS, VERDICTS, Branches
 from support.repositories import git
-
-GUARD = 1800  # seconds
 
 
 def test_every_branch_has_its_verdict_and_the_host_is_untouched(tmp_path):
@@ -27,7 +26,7 @@ def test_every_branch_has_its_verdict_and_the_host_is_untouched(tmp_path):
     command = "import sys; from pytest_microvm.cli import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", command, "ci", "run", "--branch", "*", "--output", str(tmp_path / "out")],
-        cwd=branches.folder, env={**os.environ, "CI": "true"}, capture_output=True, timeout=GUARD,
+        cwd=branches.folder, env={**os.environ, "CI": "true"}, capture_output=True, timeout=guards.SUITE,
         check=False,
     )  # fmt: skip
     said = done.stdout + done.stderr

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 from junitparser import JUnitXml
 
+from support import guards
 from support.repositories import git
-
-GUARD = 900  # seconds
 
 DEFINITION = """
 [ci.defaults]
@@ -105,7 +104,7 @@ def command(folder, *options):
 def run(folder, output, *options, expect=0, **env):
     done = subprocess.run(
         command(folder, "--output", str(output), *options), env=environment(**env), cwd=output.parent,
-        capture_output=True, text=True, timeout=GUARD, check=False,
+        capture_output=True, text=True, timeout=guards.SUITE, check=False,
     )  # fmt: skip
     assert done.returncode == expect, done.stdout + done.stderr
     results = output / "results.json"
@@ -281,14 +280,14 @@ def test_an_interrupted_run_gives_back_what_there_is(repository, tmp_path, numbe
         with subprocess.Popen(
             command(repository, *options), env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, text=True
         ) as process:
-            guard = threading.Timer(GUARD, process.kill)
+            guard = threading.Timer(guards.SUITE, process.kill)
             guard.start()
             said = []
             for line in process.stdout:
                 said.append(line)
                 if line.strip().endswith("] waiting"):
                     process.send_signal(number)
-            assert process.wait(GUARD) == 130, "".join(said)
+            assert process.wait(guards.SUITE) == 130, "".join(said)
             guard.cancel()
     finally:
         git(repository, "checkout", "--quiet", "--", "microvm.toml")
@@ -342,7 +341,7 @@ def test_bad_input_is_refused_before_anything_runs(repository, tmp_path, options
     (tmp_path / ".gitignore").write_text("*")
     done = subprocess.run(
         command(repository, *options), env=environment(), cwd=tmp_path, capture_output=True, text=True,
-        timeout=GUARD, check=False,
+        timeout=guards.SUITE, check=False,
     )  # fmt: skip
     assert done.returncode in (2, 4), done.stdout + done.stderr
     assert said in done.stderr

@@ -15,11 +15,9 @@ import pytest
 
 from pytest_microvm.ci.gitlab.job import job_key
 from pytest_microvm.templates.budget import runtime_folder
-from support import gitlab
+from support import gitlab, guards
 from support.gitlab import Job
 from support.repositories import git
-
-GUARD = 120  # seconds; only against hangs
 
 
 @pytest.fixture
@@ -46,7 +44,7 @@ def watch(pid):
 
 def wait_ended(*watched):
     for descriptor in watched:
-        assert select.select([descriptor], [], [], GUARD)[0], "it still runs"
+        assert select.select([descriptor], [], [], guards.MACHINE)[0], "it still runs"
         os.close(descriptor)
 
 
@@ -244,7 +242,7 @@ def test_a_prepare_that_is_stopped_leaves_nothing(runner, tmp_path):
             assert process.poll() is None
             select.select([], [], [], 0.01)  # a folder of a process that may not have made it yet
         os.killpg(process.pid, signal.SIGTERM)
-        assert process.wait(GUARD) == gitlab.SYSTEM_FAILURE
+        assert process.wait(guards.MACHINE) == gitlab.SYSTEM_FAILURE
     assert execution.cleanup().returncode == 0  # waits for the holder's end
     assert not folder.exists()
 

@@ -20,6 +20,7 @@ from pytest_microvm.images.artifacts import Artifacts, Built
 from pytest_microvm.images.cpio import CpioEntry, cpio_archive
 from pytest_microvm.images.kits import host_architecture, load_kit
 from pytest_microvm.images.store import ImageStore, cache_root, platform_name_and_key
+from support import guards
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("mmdebstrap") and shutil.which("mksquashfs")),
@@ -38,7 +39,6 @@ GREETING = "good morning"
 [resources]
 memory = "256M"
 """
-GUARD_SECONDS = 600  # no test waits this long unless something hangs
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def command(cache, project, tmp_path):
 
 
 def _finish(process):
-    stdout, stderr = process.communicate(timeout=GUARD_SECONDS)
+    stdout, stderr = process.communicate(timeout=guards.MACHINE)
     return process.returncode, stdout, stderr
 
 
@@ -325,7 +325,7 @@ def boot(tmp_path):
             argv += ["-drive", f"if=none,id=d{number},file={path},format=raw,readonly={readonly}"]
             argv += ["-device", f"virtio-blk-pci,drive=d{number}"]
         done = subprocess.run(
-            argv, capture_output=True, text=True, check=True, timeout=GUARD_SECONDS, stdin=subprocess.DEVNULL
+            argv, capture_output=True, text=True, check=True, timeout=guards.MACHINE, stdin=subprocess.DEVNULL
         )
         return done.stdout
 

@@ -14,9 +14,8 @@ import pytest
 from junitparser import JUnitXml, Properties
 
 from pytest_microvm import MicroVM
+from support import guards
 from support.local_servers import LocalServer
-
-GUARD = 900  # seconds, on a slow machine
 
 SUITE = """
     import os, socket, urllib.request
@@ -96,7 +95,7 @@ def ran(server, tmp_path_factory):
     done = subprocess.run(
         [*command, "-rA", "--junitxml=report.xml", "--microvm-keep=failed"],
         cwd=folder, env={**os.environ, "PYTEST_MICROVM_TRUST": "1"},
-        capture_output=True, text=True, timeout=GUARD, check=False,
+        capture_output=True, text=True, timeout=guards.SUITE, check=False,
     )  # fmt: skip
     cases = {case.name: case for suite in JUnitXml.fromfile(str(folder / "report.xml")) for case in suite}
     return folder, done.stdout + done.stderr, cases
@@ -166,7 +165,13 @@ def test_what_nobody_allowed_is_refused_before_anything_runs(tmp_path):
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
     environment.pop("PYTEST_MICROVM_TRUST", None)
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=GUARD, check=False
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=guards.SUITE,
+        check=False,
     )
     assert done.returncode == 4
     assert 'mounts = ["/etc:/stolen:ro"]' in done.stdout + done.stderr
@@ -208,7 +213,7 @@ def test_all_is_loud_and_a_wrong_rule_is_told_before_anything_runs(tmp_path):
             rule,
         ]
         done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=GUARD, check=False
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=guards.SUITE, check=False
         )
         return done.returncode, done.stdout + done.stderr
 

@@ -24,10 +24,10 @@ from urllib.parse import quote
 import pytest
 
 from pytest_microvm.redaction import variants
+from support import guards
 from support.local_servers import LocalServer
 from support.network import PUBLIC
 
-GUARD = 900  # seconds
 PIECE, OVERLAP = 16 << 20, 256  # bytes
 GIVE = """
 import sys
@@ -385,7 +385,7 @@ def test_a_suite_shows_them_nowhere(host, api, source, tmp_path):
     ]  # fmt: skip
     with watched(source, key) as in_processes:
         done = subprocess.run(
-            command, cwd=project, capture_output=True, text=True, timeout=GUARD, check=False
+            command, cwd=project, capture_output=True, text=True, timeout=guards.SUITE, check=False
         )
     said = done.stdout + done.stderr
     assert "3 failed, 3 passed, 1 skipped" in said, said
@@ -407,7 +407,7 @@ def test_a_command_shows_them_nowhere(source, tmp_path):
         "--", "sh", "-c", "echo $TOKEN; echo $TOKEN | base64 -w0 >&2; echo $TOKEN > /dev/console",
     ]  # fmt: skip
     with watched(source) as in_processes:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=GUARD, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=guards.SUITE, check=True)
     assert done.stdout == "***\n"
     assert "***" in done.stderr
     assert source.in_((done.stdout + done.stderr).encode()) == []

@@ -9,7 +9,7 @@ import textwrap
 import pytest
 from junitparser import JUnitXml, Properties
 
-GUARD = 900  # seconds, on a slow machine
+from support import guards
 
 MIXED = """
     import os, subprocess, warnings
@@ -75,7 +75,7 @@ class Project:
             capture_output=True,
             text=True,
             check=False,
-            timeout=GUARD,
+            timeout=guards.SUITE,
         )
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout
@@ -206,7 +206,7 @@ def test_a_failing_prepare_says_what_failed(project):
     project.write("test_it.py", "def test_it():\n    pass\n")
     command = [sys.executable, "-m", "pytest", "--microvm"]
     done = subprocess.run(
-        command, cwd=project.folder, capture_output=True, text=True, check=False, timeout=GUARD
+        command, cwd=project.folder, capture_output=True, text=True, check=False, timeout=guards.SUITE
     )
     said = done.stdout + done.stderr
     assert done.returncode not in {0, 1}

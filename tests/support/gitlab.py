@@ -26,11 +26,11 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from support import guards
 from support.repositories import git
 
 BUILD_FAILURE, SYSTEM_FAILURE = 1, 2
 COMMAND = (str(Path(sys.executable).with_name("pytest-microvm")), "gitlab")
-GUARD = 900  # seconds for one stage; only against hangs
 PREPARE_TRIES = 3
 
 
@@ -386,7 +386,7 @@ class Execution:
 
         listener = threading.Thread(target=listen)
         listener.start()
-        guard = threading.Timer(GUARD, process.kill)
+        guard = threading.Timer(guards.SUITE, process.kill)
         guard.start()
         errors = process.stderr.read()
         listener.join()

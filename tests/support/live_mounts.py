@@ -10,20 +10,33 @@ import subprocess
 import sys
 from pathlib import Path
 
+from support import guards
+
+SERVER = Path(__file__).with_name("live_mount_server.py")
 _MNT_DETACH = 2
-_PATIENCE = 60
 
 
 def can_mount():
+    """Return whether this process may mount through /dev/fuse."""
     return os.geteuid() == 0 and Path("/dev/fuse").exists()
 
 
 @contextlib.contextmanager
 def mounted(source, target, *, writable=True, limit=2**40):
-    """Mount ``source`` at ``target`` as a machine would see it."""
+    """Mount a folder as a machine would see it, while the context is entered.
+
+    Args:
+        source: The folder that is served.
+        target: The folder where it is seen.
+        writable: Whether the machine may write.
+        limit: Bytes by which ``source`` may grow.
+
+    Raises:
+        OSError: The kernel refused the mount.
+    """
     device = os.open("/dev/fuse", os.O_RDWR)
     _mount(target, device)
-    arguments = [sys.executable, __file__, str(device), source, "rw" if writable else "ro", str(limit)]
+    arguments = [sys.executable, SERVER, str(device), source, "rw" if writable else "ro", str(limit)]
     with subprocess.Popen(arguments, pass_fds=[device]) as process:
         os.close(device)
         try:
@@ -31,7 +44,7 @@ def mounted(source, target, *, writable=True, limit=2**40):
         finally:
             ctypes.CDLL(None).umount2(os.fsencode(target), _MNT_DETACH)
             try:
-                assert process.wait(_PATIENCE) == 0
+                assert process.wait(guards.PROCESS) == 0
             finally:
                 process.kill()
 
@@ -41,23 +54,3 @@ def _mount(target, device):
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mount(b"microvm", os.fsencode(target), b"fuse", ctypes.c_ulong(2 | 4), options):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def _serve(device, source, access, limit):
-    from pytest_microvm.live.folder import Folder, Growth  # noqa: PLC0415 - of the process alone
-    from pytest_microvm.live.messages import MAX_REQUEST  # noqa: PLC0415
-    from pytest_microvm.live.server import Server  # noqa: PLC0415
-
-    root = os.open(source, os.O_RDONLY | os.O_DIRECTORY)
-    server = Server(Folder(root, Growth(limit), writable=access == "rw"))
-    with contextlib.suppress(OSError):  # unmounted (ENODEV)
-        while request := os.read(device, MAX_REQUEST):
-            answer = server.answer(request)
-            if answer is not None:
-                with contextlib.suppress(FileNotFoundError):  # nobody waits for it any more
-                    os.write(device, answer)
-    server.close()
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]))

