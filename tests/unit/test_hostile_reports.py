@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from pytest_microvm.errors import ProtocolViolation
 from pytest_microvm.remote import running
+from support.collected import GOOD, lines
 from support.replayed_reports import (
     HOSTILE_TEXT,
     assert_harmless,
@@ -19,8 +20,6 @@ from support.replayed_reports import (
     show_collection,
 )
 from support.replayed_reports import show_reports as show
-
-from .test_collected import GOOD, lines
 
 REPORTS = real_reports()
 FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
