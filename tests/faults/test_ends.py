@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from support import guards
-
-from .conftest import children, new_project
+from support.processes import children
+from support.projects import new_project
 
 SUITE = """
     import time, pytest

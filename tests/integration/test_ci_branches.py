@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 
 from junitparser import JUnitXml
 
 from support import guards
 from support.branches import SUITES, TESTS, VERDICTS, Branches
+from support.commands import MICROVM
 from support.repositories import git
 
 
@@ -23,9 +23,8 @@ def test_every_branch_has_its_verdict_and_the_host_is_untouched(tmp_path):
             for section, key in (("filter", "smudge"), ("filter", "clean"), ("diff", "textconv"))
         )
     )  # what a branch's .gitattributes would need; a plain checkout of it runs it
-    command = "import sys; from pytest_microvm.cli import main; sys.exit(main())"
     done = subprocess.run(
-        [sys.executable, "-c", command, "ci", "run", "--branch", "*", "--output", str(tmp_path / "out")],
+        [*MICROVM, "ci", "run", "--branch", "*", "--output", str(tmp_path / "out")],
         cwd=branches.folder, env={**os.environ, "CI": "true"}, capture_output=True, timeout=guards.SUITE,
         check=False,
     )  # fmt: skip

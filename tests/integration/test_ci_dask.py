@@ -38,12 +38,12 @@ from pytest_microvm.spec import MachineSpec
 from pytest_microvm.templates.store import TemplateStore
 from support import guards
 from support.branches import SUITES, TESTS, VERDICTS, Branches
+from support.commands import MICROVM
 from support.repositories import git
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:unclosed:ResourceWarning"
 )  # of Dask's, when its peer is killed
-COMMAND = [sys.executable, "-c", "import sys; from pytest_microvm.cli import main; sys.exit(main())"]
 DASK = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
 
 
@@ -130,7 +130,7 @@ class Cluster:
     def _start_worker(self, name):
         options = ["--slots", "1", "--name", name, *self._tls()]
         env = {**os.environ, "PYTEST_MICROVM_CACHE": str(self._caches[name])}
-        worker = Process([*COMMAND, "ci", "worker", self.address, *options], env=env)
+        worker = Process([*MICROVM, "ci", "worker", self.address, *options], env=env)
         self._stack.callback(worker.close)
         worker.await_line("connected to")
         self.workers[name] = worker
@@ -343,7 +343,7 @@ def test_who_submits_a_run_and_dies_leaves_no_machine(cluster, tmp_path):
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-qm", "one")
     names = cluster.certificates
-    command = [*COMMAND, "ci", "run", "--executor", "dask", "--scheduler", cluster.address, "--plain"]
+    command = [*MICROVM, "ci", "run", "--executor", "dask", "--scheduler", cluster.address, "--plain"]
     command += ["--tls-ca", names.ca, "--tls-cert", names.cert, "--tls-key", names.key]
     run = Process(command, cwd=tmp_path)
     try:
@@ -407,7 +407,7 @@ def test_a_secret_that_a_worker_lacks_is_its_jobs_result(host, cluster, tmp_path
 
 def test_branches_of_strangers_on_a_cluster_of_the_runs_own(tmp_path):
     branches = Branches(tmp_path)
-    command = [*COMMAND, "ci", "run", "--branch", "*", "--executor", "dask", "--jobs", "2"]
+    command = [*MICROVM, "ci", "run", "--branch", "*", "--executor", "dask", "--jobs", "2"]
     done = subprocess.run(
         [*command, "--output", str(tmp_path / "out")],
         cwd=branches.folder, env={**os.environ, "CI": "true"}, capture_output=True, timeout=guards.MACHINE,

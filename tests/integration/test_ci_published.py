@@ -9,6 +9,7 @@ import tarfile
 from junitparser import JUnitXml
 
 from support import guards
+from support.commands import MICROVM
 from support.repositories import git
 
 VERSIONS = ("1.20.1", "1.20.2")
@@ -42,9 +43,8 @@ def test_the_suite_of_each_version_counts_as_natively(tmp_path):
         native[version] = JUnitXml.fromfile(str(tmp_path / f"{version}.xml"))
     git(repository, "checkout", "--quiet", "main")
 
-    command = "import sys; from pytest_microvm.cli import main; sys.exit(main())"
     done = subprocess.run(
-        [sys.executable, "-c", command, "ci", "run", "--branch", "v*", "--output", str(tmp_path / "out")],
+        [*MICROVM, "ci", "run", "--branch", "v*", "--output", str(tmp_path / "out")],
         cwd=repository, env=plain(), capture_output=True, text=True, timeout=guards.SUITE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

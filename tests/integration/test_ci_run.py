@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from junitparser import JUnitXml
 
 from support import guards
+from support.commands import MICROVM
 from support.repositories import git
 
 DEFINITION = """
@@ -95,10 +95,7 @@ def environment(**more):
 
 
 def command(folder, *options):
-    return [
-        sys.executable, "-c", "import sys; from pytest_microvm.cli import main; sys.exit(main())",
-        "ci", "run", "-C", str(folder), *options,
-    ]  # fmt: skip
+    return [*MICROVM, "ci", "run", "-C", str(folder), *options]
 
 
 def run(folder, output, *options, expect=0, **env):

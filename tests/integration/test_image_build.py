@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,13 @@ from pytest_microvm.images.cpio import CpioEntry, cpio_archive
 from pytest_microvm.images.kits import host_architecture, load_kit
 from pytest_microvm.images.store import ImageStore, cache_root, platform_name_and_key
 from support import guards
+from support.commands import MICROVM
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("mmdebstrap") and shutil.which("mksquashfs")),
     reason="images cannot be built here: apt-get install mmdebstrap squashfs-tools",
 )
 
-CLI = [sys.executable, "-c", "import sys; from pytest_microvm.cli import main; sys.exit(main())"]
 KIT = """
 description = "for tests"
 suite = "bookworm"
@@ -88,7 +87,7 @@ def command(cache, project, tmp_path):
 
     def start(*arguments):
         return subprocess.Popen(
-            [*CLI, *arguments], cwd=project, env=environment, text=True,
+            [*MICROVM, *arguments], cwd=project, env=environment, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 

@@ -6,7 +6,6 @@ import os
 import re
 import stat
 import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -17,6 +16,7 @@ import pytest
 from pytest_microvm.errors import MachineCrashed, TransferError, UsageError
 from pytest_microvm.mounts import Changes
 from support import guards
+from support.commands import MICROVM, PYTEST
 from support.repositories import git
 
 
@@ -57,9 +57,13 @@ def until(condition):
 
 
 def command(folder, *arguments):
-    program = str(Path(sys.executable).with_name("pytest-microvm"))
     return subprocess.run(
-        [program, *arguments], cwd=folder, timeout=guards.MACHINE, check=False, capture_output=True, text=True
+        [*MICROVM, *arguments],
+        cwd=folder,
+        timeout=guards.MACHINE,
+        check=False,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -258,7 +262,7 @@ def test_tests_of_a_suite(source, tmp_path):
         "def test_one():\n    Path('/live/one').write_text(Path('/live/a').read_text() + 'one')\n\n"
         "def test_two():\n    assert Path('/live/one').read_text() == 'a\\none'\n"
     )
-    suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--microvm"]
+    suite = [*PYTEST, "-q", "--microvm"]
     done = subprocess.run(
         [*suite, "--microvm-mount", f"{source}:/live:live", "test_live.py"],
         cwd=tmp_path, timeout=guards.MACHINE, check=False, capture_output=True, text=True,

@@ -6,7 +6,6 @@ import contextlib
 import http.server
 import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from junitparser import JUnitXml, Properties
 
 from pytest_microvm import MicroVM
 from support import guards
+from support.commands import PYTEST
 from support.local_servers import LocalServer
 
 SUITE = """
@@ -91,7 +91,7 @@ def ran(server, tmp_path_factory):
         mounts = ["data:/data"]
         fail_on_denied = true
     """)  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", "--microvm"]
+    command = [*PYTEST, "-p", "no:randomly", "--microvm"]
     done = subprocess.run(
         [*command, "-rA", "--junitxml=report.xml", "--microvm-keep=failed"],
         cwd=folder, env={**os.environ, "PYTEST_MICROVM_TRUST": "1"},
@@ -161,7 +161,7 @@ def test_what_nobody_allowed_is_refused_before_anything_runs(tmp_path):
     (tmp_path / "pyproject.toml").write_text(
         f'[tool.pytest-microvm]\nsecrets.KEY = {{ command = "touch {mark}" }}\nmounts = ["/etc:/stolen:ro"]\n'
     )
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--microvm"]
+    command = [*PYTEST, "--microvm"]
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
     environment.pop("PYTEST_MICROVM_TRUST", None)
     done = subprocess.run(
@@ -202,16 +202,7 @@ def test_all_is_loud_and_a_wrong_rule_is_told_before_anything_runs(tmp_path):
     (tmp_path / "test_it.py").write_text("def test_it():\n    pass\n")
 
     def run(rule):
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            "--microvm",
-            "--microvm-network",
-            rule,
-        ]
+        command = [*PYTEST, "--microvm", "--microvm-network", rule]
         done = subprocess.run(
             command, cwd=tmp_path, capture_output=True, text=True, timeout=guards.SUITE, check=False
         )

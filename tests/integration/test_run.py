@@ -9,15 +9,13 @@ import re
 import select
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from support import guards
+from support.commands import MICROVM
 
-COMMAND = [str(Path(sys.executable).with_name("pytest-microvm"))]
-RUN = [*COMMAND, "run", "--image", "base"]
+RUN = [*MICROVM, "run", "--image", "base"]
 
 
 def run(*arguments, **options):
@@ -152,12 +150,12 @@ def test_a_kept_machine_can_be_entered():
     assert kept, done.stderr
     try:
         shown = subprocess.run(
-            [*COMMAND, "shell", kept[1], "--", "cat", "/root/note"],
+            [*MICROVM, "shell", kept[1], "--", "cat", "/root/note"],
             capture_output=True, text=True, timeout=guards.MACHINE, check=True, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert shown.stdout == "left\n"
     finally:
-        subprocess.run([*COMMAND, "rm", kept[1]], check=True, timeout=guards.MACHINE, capture_output=True)
+        subprocess.run([*MICROVM, "rm", kept[1]], check=True, timeout=guards.MACHINE, capture_output=True)
 
 
 def test_a_secret_is_given_and_not_shown(tmp_path):

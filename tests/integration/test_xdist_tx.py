@@ -7,20 +7,19 @@ import os
 import select
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from support import guards
+from support.commands import MICROVM, PYTEST
 
-COMMAND = [str(Path(sys.executable).with_name("pytest-microvm"))]
-PYTHON = [*COMMAND, "python", "--quiet"]
+PYTHON = [*MICROVM, "python", "--quiet"]
 BUSY = "import socket, time\nprint(socket.gethostname())\nwhile True: time.sleep(60)"
 
 
 def running():
-    done = subprocess.run([*COMMAND, "ps", "--json"], capture_output=True, check=True, timeout=guards.MACHINE)
+    done = subprocess.run([*MICROVM, "ps", "--json"], capture_output=True, check=True, timeout=guards.MACHINE)
     return {machine["id"] for machine in json.loads(done.stdout) if machine["state"] == "running"}
 
 
@@ -98,11 +97,11 @@ def test_where(number, tmp_path, record_property, worker_id):
     assert not Path({str(host_file)!r}).exists()
     assert number != 3
 """)
-    tx = f"2*popen//python={COMMAND[0]} python --quiet --xdist --workspace {project}"
+    tx = f"2*popen//python={MICROVM[0]} python --quiet --xdist --workspace {project}"
     report = tmp_path / "report.xml"
     # No plug-in of ours: what talks to the machines is pytest-xdist alone.
     command = [
-        *(sys.executable, "-m", "pytest", "-p", "no:microvm", "-p", "no:cacheprovider"),
+        *(*PYTEST, "-p", "no:microvm"),
         *("--dist", "each", "--tx", tx, "--junitxml", str(report)),
     ]
     done = subprocess.run(

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from support import guards
-
-from .conftest import only_locally
+from support.comparison import only_locally
 
 
 @only_locally

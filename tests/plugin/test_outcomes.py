@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 import junitparser
 import pytest
 
-from .conftest import only_locally
+from support.comparison import only_locally
 
 
 def written(project):

@@ -16,7 +16,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -27,10 +26,11 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from support import guards
+from support.commands import MICROVM
 from support.repositories import git
 
 BUILD_FAILURE, SYSTEM_FAILURE = 1, 2
-COMMAND = (str(Path(sys.executable).with_name("pytest-microvm")), "gitlab")
+COMMAND = (*MICROVM, "gitlab")
 PREPARE_TRIES = 3
 
 
