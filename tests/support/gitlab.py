@@ -1,4 +1,4 @@
-"""Drives the stages of GitLab Runner's custom executor as gitlab-runner does, without a GitLab.
+"""Drive the stages of GitLab Runner's custom executor as gitlab-runner does, without a GitLab.
 
 The rules are the runner's (docs.gitlab.com/runner/executors/custom, and executors/custom/custom.go and
 common/build.go of gitlab-runner): every stage is a process in a process group of its own, whose ``TMPDIR``
@@ -36,7 +36,7 @@ PREPARE_TRIES = 3
 
 @dataclass
 class Job:
-    """What a project asks for.
+    """A job as a project defines it.
 
     Args:
         script: The lines of ``script:``.
@@ -65,7 +65,7 @@ class Job:
 
 @dataclass
 class Stage:
-    """What came of one stage: its name (``prepare``, ``build_script``, ...), status, stdout and stderr."""
+    """The result of one stage: its name (``prepare``, ``build_script``, ...), status, stdout and stderr."""
 
     name: str
     returncode: int
@@ -76,7 +76,7 @@ class Stage:
 
 @dataclass
 class Verdict:
-    """What the runner would tell GitLab.
+    """The result of a job as the runner would report it to GitLab.
 
     Args:
         status: ``success``, ``failed`` (the script), ``system`` (the runner), ``timeout`` or ``canceled``.

@@ -1,4 +1,4 @@
-"""A live mount on this computer: its own kernel asks, through /dev/fuse, what a machine's would ask.
+"""Live mounts on this computer: its own kernel asks, through /dev/fuse, what a machine's would ask.
 
 The server is a process of its own: a page of a mapped file that it has to bring would else wait for itself.
 """
