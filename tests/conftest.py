@@ -7,6 +7,7 @@ settings.register_profile("any-speed", deadline=None)
 settings.load_profile("any-speed")
 
 pytest_plugins = ["pytester"]
+pytest.register_assert_rewrite("support")  # its asserts explain themselves, as those of tests do
 
 
 @pytest.fixture(scope="session")

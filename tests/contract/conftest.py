@@ -11,8 +11,9 @@ import pytest
 from pytest_microvm.instance import Instance, MachineFacts, Usage
 from pytest_microvm.machine import MicroVM
 from pytest_microvm.spec import Limits
+from support.local import agent
 
-AGENT = Path(__file__).with_name("local_agent.py")
+AGENT = Path(agent.__file__)
 
 
 class LocalVmm:

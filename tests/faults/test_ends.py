@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import GUARD, children, new_project
+from support import guards
+from support.processes import children
+from support.projects import new_project
 
 SUITE = """
     import time, pytest
@@ -73,7 +75,7 @@ def test_at_a_random_moment(warm, way, number):
         threading.Event().wait(moment)
         below = children(process.pid)
         process.send_signal(way)
-        output, _none = process.communicate(timeout=GUARD)
+        output, _none = process.communicate(timeout=guards.SUITE)
     early = {-way, -signal.SIGINT, 1}  # pytest was not there yet to be told
     assert process.returncode in {2, *early}, output
     assert wait_gone(below, 2) == []
@@ -134,7 +136,7 @@ def test_killed(warm, target):
         below = children(process.pid)
         assert below
         os.kill(process.pid, signal.SIGKILL)
-        process.wait(GUARD)
+        process.wait(guards.SUITE)
     assert wait_gone(below, 2) == []
     warm.run("-q", "test_fixtures.py", "-k", "[3]")
     warm.assert_nothing_left(process.pid)
@@ -188,7 +190,7 @@ def test_the_wait_for_the_budget_is_told(warm):
                 assert line, said
                 said += line
             other.stdin.close()
-            output, _none = process.communicate(timeout=GUARD)
+            output, _none = process.communicate(timeout=guards.SUITE)
         assert process.returncode == 0, said + output
     assert "1 passed" in output
     assert Path(f"/proc/{other.pid}").exists() is False

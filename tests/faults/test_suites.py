@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import new_project
+from support.projects import new_project
 
 WORST = """
     import ctypes, os, signal, subprocess, sys, time

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, os.fspath(HERE))
+sys.path.insert(0, os.fspath(HERE.parent))
 WORK = HERE.parents[1] / ".fuzz"
 LONGEST = {"tar": 16384, "link": 8192}
 TIMEOUT = 30  # seconds that one input may take
@@ -31,7 +31,7 @@ def main():
         return fuzz(options.one, options.seconds)
     if options.replay:
         return replay(options.replay)
-    from targets import TARGETS  # noqa: PLC0415 - under atheris it must be loaded later
+    from fuzz.targets import TARGETS  # noqa: PLC0415 - under atheris it must be loaded later
 
     unknown = set(options.targets) - set(TARGETS)
     if unknown:
@@ -74,7 +74,7 @@ def fuzz(name, seconds):
     import atheris  # noqa: PLC0415 - it may be missing
 
     with atheris.instrument_imports(include=["pytest_microvm", "tarfile"]):
-        from targets import TARGETS  # noqa: PLC0415
+        from fuzz.targets import TARGETS  # noqa: PLC0415
     arguments = [
         sys.argv[0],
         f"-max_total_time={seconds}",
@@ -95,7 +95,8 @@ def make_up(name, seconds, seeds, findings):
     """Let hypothesis make up bytes, and change the seeds, until the time is over."""
     from hypothesis import HealthCheck, given, settings  # noqa: PLC0415 - not where atheris is
     from hypothesis import strategies as st  # noqa: PLC0415
-    from targets import TARGETS  # noqa: PLC0415
+
+    from fuzz.targets import TARGETS  # noqa: PLC0415
 
     good = [path.read_bytes() for path in sorted(seeds.iterdir())]
     cut = st.builds(
@@ -123,7 +124,7 @@ def make_up(name, seconds, seeds, findings):
 
 def replay(path):
     """Run one input; its target is the name of its folder."""
-    from targets import TARGETS  # noqa: PLC0415
+    from fuzz.targets import TARGETS  # noqa: PLC0415
 
     TARGETS[path.parent.name](path.read_bytes())
     print("no finding")

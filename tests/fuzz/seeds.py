@@ -8,14 +8,13 @@ import sys
 import tarfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
-
-from network_world import client_hello, in_records, request
-from replayed import real_reports
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from pytest_microvm.live.messages import Op
 from pytest_microvm.wire.channel import Channel
 from pytest_microvm.wire.frames import Kind, encode
+from support.network import client_hello, in_records, request
+from support.replayed_reports import real_reports
 
 ROOT = Path(__file__).parents[2]
 CORPUS = Path(__file__).parent / "corpus"

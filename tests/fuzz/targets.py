@@ -48,7 +48,7 @@ from pytest_microvm.wire.channel import WINDOW, Channel, Data
 from pytest_microvm.wire.frames import HEADER, MAX_PAYLOAD, FrameReader, WireError
 
 CORPUS = Path(__file__).parent / "corpus"
-GUARD = 20  # seconds
+GUARD = 20  # seconds; shorter than the fuzzers' own timeout (run.py), to say what hung
 
 
 def frames(data):

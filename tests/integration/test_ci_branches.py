@@ -3,13 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 
 from junitparser import JUnitXml
 
-from tests.branches import SUITES, TESTS, VERDICTS, Branches, git
-
-GUARD = 1800  # seconds
+from support import guards
+from support.branches import SUITES, TESTS, VERDICTS, Branches
+from support.commands import MICROVM
+from support.repositories import git
 
 
 def test_every_branch_has_its_verdict_and_the_host_is_untouched(tmp_path):
@@ -23,10 +23,9 @@ def test_every_branch_has_its_verdict_and_the_host_is_untouched(tmp_path):
             for section, key in (("filter", "smudge"), ("filter", "clean"), ("diff", "textconv"))
         )
     )  # what a branch's .gitattributes would need; a plain checkout of it runs it
-    command = "import sys; from pytest_microvm.cli import main; sys.exit(main())"
     done = subprocess.run(
-        [sys.executable, "-c", command, "ci", "run", "--branch", "*", "--output", str(tmp_path / "out")],
-        cwd=branches.folder, env={**os.environ, "CI": "true"}, capture_output=True, timeout=GUARD,
+        [*MICROVM, "ci", "run", "--branch", "*", "--output", str(tmp_path / "out")],
+        cwd=branches.folder, env={**os.environ, "CI": "true"}, capture_output=True, timeout=guards.SUITE,
         check=False,
     )  # fmt: skip
     said = done.stdout + done.stderr

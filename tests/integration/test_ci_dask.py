@@ -36,13 +36,14 @@ from pytest_microvm.images.store import cache_root
 from pytest_microvm.secret_values import parse_secrets
 from pytest_microvm.spec import MachineSpec
 from pytest_microvm.templates.store import TemplateStore
-from tests.branches import SUITES, TESTS, VERDICTS, Branches
+from support import guards
+from support.branches import SUITES, TESTS, VERDICTS, Branches
+from support.commands import MICROVM
+from support.repositories import git
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:unclosed:ResourceWarning"
 )  # of Dask's, when its peer is killed
-GUARD = 600  # seconds; only against hanging
-COMMAND = [sys.executable, "-c", "import sys; from pytest_microvm.cli import main; sys.exit(main())"]
 DASK = [sys.executable, "-m", "distributed.cli.dask_scheduler"]
 
 
@@ -65,7 +66,7 @@ class Process:
         self._lines.put(None)
 
     def await_line(self, pattern):
-        while (line := self._lines.get(timeout=GUARD)) is not None:
+        while (line := self._lines.get(timeout=guards.MACHINE)) is not None:
             self.said.append(line)
             if found := re.search(pattern, line):
                 return found
@@ -79,7 +80,7 @@ class Process:
     def end(self, how=signal.SIGTERM):
         if self.process.poll() is None:
             self.process.send_signal(how)
-        return self.process.wait(GUARD)
+        return self.process.wait(guards.MACHINE)
 
     def close(self):
         self.end(signal.SIGKILL)
@@ -129,7 +130,7 @@ class Cluster:
     def _start_worker(self, name):
         options = ["--slots", "1", "--name", name, *self._tls()]
         env = {**os.environ, "PYTEST_MICROVM_CACHE": str(self._caches[name])}
-        worker = Process([*COMMAND, "ci", "worker", self.address, *options], env=env)
+        worker = Process([*MICROVM, "ci", "worker", self.address, *options], env=env)
         self._stack.callback(worker.close)
         worker.await_line("connected to")
         self.workers[name] = worker
@@ -187,7 +188,7 @@ class Recorder:
     def wait(self, number, *what):
         """Wait until it was told something for the ``number``-th time."""
         with self._more:
-            assert self._more.wait_for(lambda: self.told.count(what) >= number, GUARD), self.told
+            assert self._more.wait_for(lambda: self.told.count(what) >= number, guards.MACHINE), self.told
 
 
 class Archive:
@@ -236,7 +237,7 @@ def test_jobs_run_where_there_is_room_and_images_come_by_digest(host, cluster, o
     command = "cat hello.txt; echo made > made.txt; printf '::error::x\\033[2J\\n'"
     tasks = [task(f"task-{number}", command, "exit 3", artifacts=("*.txt",)) for number in range(2)]
     with executor(host, cluster, tmp_path) as (running, watcher):
-        results = [future.result(GUARD) for future in [running.submit(one) for one in tasks]]
+        results = [future.result(guards.MACHINE) for future in [running.submit(one) for one in tasks]]
     assert [result.verdict for result in results] == ["failed", "failed"]
     assert {result.worker for result in results} == {"one", "two"}  # each has one slot
     assert [result.lost_workers for result in results] == [0, 0]
@@ -264,11 +265,11 @@ def test_prepared_templates_come_from_the_worker_that_has_them(host, cluster, ot
 
     cluster.have("one")
     with executor(host, cluster, tmp_path) as (running, watcher):
-        assert running.submit(preparing("first")).result(GUARD).verdict == "passed"
+        assert running.submit(preparing("first")).result(guards.MACHINE).verdict == "passed"
         made = watcher.told[watcher.told.index(("first", "$ cat /made")) + 1]
         cluster.have("one", "two")
         later = [running.submit(preparing(name)) for name in ("second", "third")]
-        results = [future.result(GUARD) for future in later]
+        results = [future.result(guards.MACHINE) for future in later]
     assert {result.worker for result in results} == {"one", "two"}
     for result in results:
         assert watcher.told.count((result.id, made[1])) == 1  # what was random is the same on both
@@ -300,9 +301,9 @@ def test_a_lost_workers_job_is_done_again_once_and_marked(host, cluster, tmp_pat
         machines = cluster.workers[lost].machines()
         assert len(machines) == 1
         cluster.workers[lost].end(signal.SIGKILL)
-        _gone, alive = psutil.wait_procs(machines, timeout=GUARD)
+        _gone, alive = psutil.wait_procs(machines, timeout=guards.MACHINE)
         assert alive == []  # its machines end with it
-        result = future.result(GUARD)
+        result = future.result(guards.MACHINE)
     assert (result.verdict, result.lost_workers, result.worker != lost) == ("passed", 1, True)
     assert any(text.startswith(f"infra: worker {lost} was lost") for _id, text in watcher.told)
 
@@ -314,7 +315,7 @@ def test_a_job_that_loses_two_workers_is_given_up(host, cluster, tmp_path):
         for number in (1, 2):
             watcher.wait(number, "task", "begun")
             cluster.workers[begun_on(running, future)].end(signal.SIGKILL)
-        result = future.result(GUARD)
+        result = future.result(guards.MACHINE)
     assert (result.verdict, result.lost_workers) == ("infra", 2)
     assert result.reason.startswith("2 workers were lost while they did it: ")
 
@@ -327,22 +328,22 @@ def test_what_is_cancelled_ends_its_machine_and_gives_back_what_it_has(host, clu
         waiting = running.submit(task("waiting", "true"))  # there is one slot, and it is taken
         machines = cluster.workers["one"].machines()
         running.cancel()
-        results = [future.result(GUARD), waiting.result(GUARD)]
-        assert psutil.wait_procs(machines, timeout=GUARD)[1] == []
+        results = [future.result(guards.MACHINE), waiting.result(guards.MACHINE)]
+        assert psutil.wait_procs(machines, timeout=guards.MACHINE)[1] == []
     assert [result.verdict for result in results] == ["cancelled", "cancelled"]
     assert (tmp_path / "out/task/artifacts/taken.txt").read_text() == "hello\n"
 
 
 def test_who_submits_a_run_and_dies_leaves_no_machine(cluster, tmp_path):
     cluster.have("one")
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
     (tmp_path / "microvm.toml").write_text(
         '[ci.jobs.unit]\nimage = "base"\nsteps = ["echo begun; sleep 10000"]\n'
     )
-    for words in (["init", "-q", "-b", "main", "."], ["add", "."], ["commit", "-qm", "one"]):
-        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    git(tmp_path, "init", "-q", "-b", "main")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "one")
     names = cluster.certificates
-    command = [*COMMAND, "ci", "run", "--executor", "dask", "--scheduler", cluster.address, "--plain"]
+    command = [*MICROVM, "ci", "run", "--executor", "dask", "--scheduler", cluster.address, "--plain"]
     command += ["--tls-ca", names.ca, "--tls-cert", names.cert, "--tls-key", names.key]
     run = Process(command, cwd=tmp_path)
     try:
@@ -351,7 +352,7 @@ def test_who_submits_a_run_and_dies_leaves_no_machine(cluster, tmp_path):
         assert len(machines) == 1
     finally:
         run.close()
-    assert psutil.wait_procs(machines, timeout=GUARD)[1] == []
+    assert psutil.wait_procs(machines, timeout=guards.MACHINE)[1] == []
 
 
 def test_a_worker_that_is_ended_gives_its_job_to_another(host, cluster, tmp_path):
@@ -362,7 +363,7 @@ def test_a_worker_that_is_ended_gives_its_job_to_another(host, cluster, tmp_path
         (tmp_path / "what").write_text("true")
         cluster.have("one", "two")
         assert cluster.workers["one"].end(signal.SIGTERM) == 0
-        result = future.result(GUARD)
+        result = future.result(guards.MACHINE)
     assert (result.verdict, result.worker) == ("passed", "two")
 
 
@@ -375,9 +376,12 @@ def test_a_run_whose_scheduler_dies_ends_at_once_and_leaves_no_machine(host, tmp
             watcher.wait(1, "task", "begun")
             machines = cluster.workers["one"].machines()
             cluster.scheduler.end(signal.SIGKILL)
-            results = [future.result(GUARD), running.submit(task("later", "true")).result(GUARD)]
-            assert psutil.wait_procs(machines, timeout=GUARD)[1] == []
-        assert cluster.workers["one"].process.wait(GUARD) == 1  # systemd starts it again
+            results = [
+                future.result(guards.MACHINE),
+                running.submit(task("later", "true")).result(guards.MACHINE),
+            ]
+            assert psutil.wait_procs(machines, timeout=guards.MACHINE)[1] == []
+        assert cluster.workers["one"].process.wait(guards.MACHINE) == 1  # systemd starts it again
     assert [result.verdict for result in results] == ["infra", "infra"]
     assert ["scheduler" in result.reason for result in results] == [True, True]
 
@@ -396,17 +400,17 @@ def test_a_secret_that_a_worker_lacks_is_its_jobs_result(host, cluster, tmp_path
     name = f"NOT_THERE_{secrets.token_hex(4)}"
     granted = GrantedSecret(parse_secrets({name: {"env": name}}, "test")[0])
     with executor(host, cluster, tmp_path) as (running, _watcher):
-        result = running.submit(task("task", "true", secrets=(granted,))).result(GUARD)
+        result = running.submit(task("task", "true", secrets=(granted,))).result(guards.MACHINE)
     assert result.verdict == "failed"
     assert name in result.reason
 
 
 def test_branches_of_strangers_on_a_cluster_of_the_runs_own(tmp_path):
     branches = Branches(tmp_path)
-    command = [*COMMAND, "ci", "run", "--branch", "*", "--executor", "dask", "--jobs", "2"]
+    command = [*MICROVM, "ci", "run", "--branch", "*", "--executor", "dask", "--jobs", "2"]
     done = subprocess.run(
         [*command, "--output", str(tmp_path / "out")],
-        cwd=branches.folder, env={**os.environ, "CI": "true"}, capture_output=True, timeout=GUARD,
+        cwd=branches.folder, env={**os.environ, "CI": "true"}, capture_output=True, timeout=guards.MACHINE,
         check=False,
     )  # fmt: skip
     assert done.returncode == 1, done.stdout + done.stderr

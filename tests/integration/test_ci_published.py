@@ -8,9 +8,10 @@ import tarfile
 
 from junitparser import JUnitXml
 
-from tests.branches import git
+from support import guards
+from support.commands import MICROVM
+from support.repositories import git
 
-GUARD = 900  # seconds
 VERSIONS = ("1.20.1", "1.20.2")
 SUITE = "PYTHONPATH=. python3 -m pytest -q -p no:cacheprovider --junitxml=report.xml tests"
 DEFINITION = f"""
@@ -38,14 +39,13 @@ def test_the_suite_of_each_version_counts_as_natively(tmp_path):
         git(repository, "add", "--all", "--force")
         git(repository, "commit", "--quiet", "-m", version)
         command = SUITE.replace("python3", sys.executable).replace("report.xml", f"{tmp_path}/{version}.xml")
-        subprocess.run(["sh", "-c", command], cwd=repository, env=plain(), timeout=GUARD, check=True)
+        subprocess.run(["sh", "-c", command], cwd=repository, env=plain(), timeout=guards.SUITE, check=True)
         native[version] = JUnitXml.fromfile(str(tmp_path / f"{version}.xml"))
     git(repository, "checkout", "--quiet", "main")
 
-    command = "import sys; from pytest_microvm.cli import main; sys.exit(main())"
     done = subprocess.run(
-        [sys.executable, "-c", command, "ci", "run", "--branch", "v*", "--output", str(tmp_path / "out")],
-        cwd=repository, env=plain(), capture_output=True, text=True, timeout=GUARD, check=False,
+        [*MICROVM, "ci", "run", "--branch", "v*", "--output", str(tmp_path / "out")],
+        cwd=repository, env=plain(), capture_output=True, text=True, timeout=guards.SUITE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     for task in json.loads((tmp_path / "out/results.json").read_text())["tasks"]:
@@ -60,7 +60,7 @@ def test_the_suite_of_each_version_counts_as_natively(tmp_path):
 def published(package, version, folder):
     """Return the unpacked source distribution of a version."""
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]
-    subprocess.run([*download, "-d", folder, f"{package}=={version}"], check=True, timeout=GUARD)
+    subprocess.run([*download, "-d", folder, f"{package}=={version}"], check=True, timeout=guards.SUITE)
     with tarfile.open(folder / f"{package}-{version}.tar.gz") as archive:
         archive.extractall(folder, filter="data")
     return folder / f"{package}-{version}"

@@ -4,16 +4,15 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 from junitparser import JUnitXml
 
-from tests.branches import git
-
-GUARD = 900  # seconds
+from support import guards
+from support.commands import MICROVM
+from support.repositories import git
 
 DEFINITION = """
 [ci.defaults]
@@ -96,16 +95,13 @@ def environment(**more):
 
 
 def command(folder, *options):
-    return [
-        sys.executable, "-c", "import sys; from pytest_microvm.cli import main; sys.exit(main())",
-        "ci", "run", "-C", str(folder), *options,
-    ]  # fmt: skip
+    return [*MICROVM, "ci", "run", "-C", str(folder), *options]
 
 
 def run(folder, output, *options, expect=0, **env):
     done = subprocess.run(
         command(folder, "--output", str(output), *options), env=environment(**env), cwd=output.parent,
-        capture_output=True, text=True, timeout=GUARD, check=False,
+        capture_output=True, text=True, timeout=guards.SUITE, check=False,
     )  # fmt: skip
     assert done.returncode == expect, done.stdout + done.stderr
     results = output / "results.json"
@@ -281,14 +277,14 @@ def test_an_interrupted_run_gives_back_what_there_is(repository, tmp_path, numbe
         with subprocess.Popen(
             command(repository, *options), env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, text=True
         ) as process:
-            guard = threading.Timer(GUARD, process.kill)
+            guard = threading.Timer(guards.SUITE, process.kill)
             guard.start()
             said = []
             for line in process.stdout:
                 said.append(line)
                 if line.strip().endswith("] waiting"):
                     process.send_signal(number)
-            assert process.wait(GUARD) == 130, "".join(said)
+            assert process.wait(guards.SUITE) == 130, "".join(said)
             guard.cancel()
     finally:
         git(repository, "checkout", "--quiet", "--", "microvm.toml")
@@ -342,7 +338,7 @@ def test_bad_input_is_refused_before_anything_runs(repository, tmp_path, options
     (tmp_path / ".gitignore").write_text("*")
     done = subprocess.run(
         command(repository, *options), env=environment(), cwd=tmp_path, capture_output=True, text=True,
-        timeout=GUARD, check=False,
+        timeout=guards.SUITE, check=False,
     )  # fmt: skip
     assert done.returncode in (2, 4), done.stdout + done.stderr
     assert said in done.stderr

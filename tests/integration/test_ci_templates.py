@@ -11,14 +11,10 @@ import pytest
 import yaml
 from junitparser import JUnitXml
 
+from support.repositories import git
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEFINITION = '[ci.jobs.check]\nimage = "base"\nsteps = ["sh check.sh"]\n'
-
-
-def git(folder, *words):
-    identity = ["-c", "user.name=A", "-c", "user.email=a@example.com"]
-    command = ["git", "-C", str(folder), *identity, *words]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ import yaml
 from pytest_microvm.ci.definition.parsing import parse_definition
 from pytest_microvm.config import Settings, merged
 from pytest_microvm.errors import UsageError
+from support import guards
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -59,7 +60,6 @@ SET_UP = (
     r"(sudo )?apt-get (update|install) .*|sudo chmod \S+ /dev/kvm"
     r"|python3? -m (venv|pip install) .*|\. .venv/bin/activate|git clone .*|make setup"
 )
-GUARD = 1800  # seconds for one block, on a slow machine that builds images
 
 
 def check_toml(text):
@@ -230,7 +230,7 @@ def run(argv, project):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=GUARD,
+        timeout=guards.SUITE,
         check=False,
     )
 

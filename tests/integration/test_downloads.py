@@ -11,8 +11,7 @@ import pytest
 
 from pytest_microvm.errors import QuotaExceeded
 from pytest_microvm.host import Host
-
-from .local_servers import LocalServer
+from support.local_servers import LocalServer
 
 MACHINES = 20
 CONNECTIONS = 200

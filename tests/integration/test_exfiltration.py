@@ -1,8 +1,8 @@
 """Inside a machine, as root: nothing gets out but what is allowed, and what was tried is in the log.
 
-The ways are in ``ways_out.py``, a table. One machine tries them all; then it is looked at what came of it:
-listeners of this computer that must have got nothing, and the machine's log. Where the host cannot see an
-attempt, the table says why, and it must fail all the same.
+The ways are a table in ``support/ways_out.py``. One machine tries them all; then it is looked at what came
+of it: listeners of this computer that must have got nothing, and the machine's log. Where the host cannot
+see an attempt, the table says why, and it must fail all the same.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.network_world import PUBLIC, Server
+from support import ways_out
+from support.network import PUBLIC, Server
+from support.ways_out import COUNTERPARTS, LEAD_TO, PLACES, TURNS, WAYS, filled
 
-from .ways_out import COUNTERPARTS, LEAD_TO, PLACES, TURNS, WAYS, filled
-
-GUEST = Path(__file__).with_name("ways_out.py")
+GUEST = Path(ways_out.__file__)
 RESOLVE = socket.getaddrinfo
 SENT_TO_NOBODY = ("multicast", "loopback-card")
 """Ways that the guest's kernel takes for sent, and drops."""

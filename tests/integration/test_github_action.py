@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import pytest
 from junitparser import JUnitXml
 
 from pytest_microvm.images.store import cache_root
-from tests.branches import TESTS, VERDICTS, Branches
-from tests.github_runner import Runner
+from support.branches import TESTS, VERDICTS, Branches
+from support.github.runner import Runner
+from support.repositories import git
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ACTION = REPOSITORY / "github-action"
@@ -28,12 +28,6 @@ def test_fails():
     print("::stop-commands::mine\\n::mine::\\n::set-output name=exit-code::0")
     assert False, "::error::in the message, 100%\\n::error::next, line"
 """
-
-
-def git(folder, *words):
-    identity = ["-c", "user.name=A", "-c", "user.email=a@example.com"]
-    command = ["git", "-C", str(folder), *identity, *words]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 @pytest.fixture(scope="module")

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import fcntl
-import importlib.util
 import json
 import os
 import re
 import select
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pytest_microvm.ci.gitlab.job import job_key
 from pytest_microvm.templates.budget import runtime_folder
-
-
-def sibling(path):
-    """Import a file of the tests, which are no package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-HERE = Path(__file__).parent
-gitlab_stages = sibling(HERE.parent / "gitlab_stages.py")
-Job = gitlab_stages.Job
-GUARD = 120  # seconds; only against hangs
+from support import gitlab, guards
+from support.gitlab import Job
+from support.repositories import git
 
 
 @pytest.fixture
@@ -41,7 +27,7 @@ def runner(tmp_path):
     def make(text='image = "base"\n'):
         config = tmp_path / "gitlab.toml"
         config.write_text(text)
-        return gitlab_stages.GitlabRunner(config, tmp_path)
+        return gitlab.GitlabRunner(config, tmp_path)
 
     return make
 
@@ -58,13 +44,8 @@ def watch(pid):
 
 def wait_ended(*watched):
     for descriptor in watched:
-        assert select.select([descriptor], [], [], GUARD)[0], "it still runs"
+        assert select.select([descriptor], [], [], guards.MACHINE)[0], "it still runs"
         os.close(descriptor)
-
-
-def git(folder, *arguments):
-    identity = ["-c", "user.name=T", "-c", "user.email=t@example.com", "-c", "commit.gpgsign=false"]
-    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
 
 
 @pytest.fixture
@@ -75,7 +56,7 @@ def repository(tmp_path):
     git(work, "init", "-q", "-b", "main")
     git(work, "add", ".")
     git(work, "commit", "-q", "-m", "first")
-    with gitlab_stages.served(work, tmp_path / "served") as served:
+    with gitlab.served(work, tmp_path / "served") as served:
         yield served
 
 
@@ -161,7 +142,7 @@ def test_a_machine_that_dies_is_no_failure_of_the_script(runner):
     assert verdict.status == "system", verdict.log
     assert verdict.exit_code is None
     later = verdict.stage("upload_artifacts_on_failure")
-    assert later.returncode == gitlab_stages.SYSTEM_FAILURE
+    assert later.returncode == gitlab.SYSTEM_FAILURE
     assert "ended" in later.stderr
     assert "sysrq" in later.stderr.lower()  # the console's tail
     assert verdict.stage("cleanup").returncode == 0
@@ -189,7 +170,7 @@ def test_jobs_do_not_reach_each_other_by_name(runner):
     other = runner().start(Job([], variables={"CI_JOB_ID": "1"}, identity=2))
     try:
         assert one.prepare()
-        assert other.script("build_script", "hostname").returncode == gitlab_stages.SYSTEM_FAILURE
+        assert other.script("build_script", "hostname").returncode == gitlab.SYSTEM_FAILURE
         assert "nobody holds" in other.stages[-1].stderr
         assert other.cleanup().returncode == 0
         assert one.script("build_script", "echo mine").stdout == "mine\n"
@@ -214,7 +195,7 @@ def test_a_machine_that_nobody_comes_back_for_ends(runner, terms, why):
         with (folder / "lock").open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # free when the holder has ended
         late = execution.script("build_script", "true")
-        assert late.returncode == gitlab_stages.SYSTEM_FAILURE
+        assert late.returncode == gitlab.SYSTEM_FAILURE
         assert why in late.stderr
     assert execution.cleanup().returncode == 0
     assert not folder.exists()
@@ -226,7 +207,7 @@ def test_a_run_that_is_killed_stops_its_script(runner):
         assert execution.prepare(), execution.stages
         script = execution.folder / "script"
         script.write_text("echo running; sleep 6000")
-        command = [*gitlab_stages.COMMAND, "run", *execution._runner._arguments, str(script), "build_script"]
+        command = [*gitlab.COMMAND, "run", *execution._runner._arguments, str(script), "build_script"]
         with subprocess.Popen(command, env=execution._variables(), stdout=subprocess.PIPE) as process:
             assert process.stdout.readline() == b"running\n"
             process.kill()
@@ -247,21 +228,21 @@ def test_a_holder_that_is_killed_takes_its_machine_along(runner):
     os.kill(facts["pid"], signal.SIGKILL)
     wait_ended(*ends)
     gone = execution.script("build_script", "true")
-    assert gone.returncode == gitlab_stages.SYSTEM_FAILURE
+    assert gone.returncode == gitlab.SYSTEM_FAILURE
     assert "nobody holds this job's machine" in gone.stderr
     assert execution.cleanup().returncode == 0
 
 
 def test_a_prepare_that_is_stopped_leaves_nothing(runner, tmp_path):
     execution = runner().start(Job([]))
-    command = [*gitlab_stages.COMMAND, "prepare", "--config", str(tmp_path / "gitlab.toml")]
+    command = [*gitlab.COMMAND, "prepare", "--config", str(tmp_path / "gitlab.toml")]
     folder = holder_of(execution)
     with subprocess.Popen(command, env=execution._variables(), start_new_session=True) as process:
         while not (folder / "lock").exists():
             assert process.poll() is None
             select.select([], [], [], 0.01)  # a folder of a process that may not have made it yet
         os.killpg(process.pid, signal.SIGTERM)
-        assert process.wait(GUARD) == gitlab_stages.SYSTEM_FAILURE
+        assert process.wait(guards.MACHINE) == gitlab.SYSTEM_FAILURE
     assert execution.cleanup().returncode == 0  # waits for the holder's end
     assert not folder.exists()
 
@@ -277,5 +258,5 @@ def test_cleanup_without_a_machine_and_twice(runner):
 def test_bad_configuration_is_the_operators(runner):
     verdict = runner("imgae = 1\n").run(Job([]))
     assert verdict.status == "system"
-    assert verdict.names == ["config", "cleanup"] * gitlab_stages.PREPARE_TRIES
+    assert verdict.names == ["config", "cleanup"] * gitlab.PREPARE_TRIES
     assert "unknown key 'imgae'" in verdict.log

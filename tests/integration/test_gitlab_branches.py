@@ -2,11 +2,11 @@
 
 import pytest
 
-from tests.branches import VERDICTS, Branches
-from tests.gitlab_stages import GitlabRunner, Job, served
+from support import guards
+from support.branches import VERDICTS, Branches
+from support.gitlab import GitlabRunner, Job, served
 
 HANGING = 15  # seconds
-GUARD = 1800  # seconds
 STATUSES = {"good": "success", "hanging": "timeout"}
 
 
@@ -26,7 +26,7 @@ def gitlab(tmp_path_factory):
 @pytest.mark.parametrize("branch", [branch for branch in VERDICTS if branch != "main"])
 def test_a_branch_has_its_verdict(gitlab, branch):
     runner, url, marker = gitlab
-    timeout = HANGING if branch == "hanging" else GUARD
+    timeout = HANGING if branch == "hanging" else guards.SUITE
     script = ["python3 -m pytest -q -p no:hypothesispytest --junitxml=out/junit.xml"]
     verdict = runner.run(Job(script, repository=url, ref=branch, timeout=timeout))
     assert verdict.status == STATUSES.get(branch, "failed"), verdict.log

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,14 @@ from pytest_microvm.images.artifacts import Artifacts, Built
 from pytest_microvm.images.cpio import CpioEntry, cpio_archive
 from pytest_microvm.images.kits import host_architecture, load_kit
 from pytest_microvm.images.store import ImageStore, cache_root, platform_name_and_key
+from support import guards
+from support.commands import MICROVM
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("mmdebstrap") and shutil.which("mksquashfs")),
     reason="images cannot be built here: apt-get install mmdebstrap squashfs-tools",
 )
 
-CLI = [sys.executable, "-c", "import sys; from pytest_microvm.cli import main; sys.exit(main())"]
 KIT = """
 description = "for tests"
 suite = "bookworm"
@@ -38,7 +38,6 @@ GREETING = "good morning"
 [resources]
 memory = "256M"
 """
-GUARD_SECONDS = 600  # no test waits this long unless something hangs
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def command(cache, project, tmp_path):
 
     def start(*arguments):
         return subprocess.Popen(
-            [*CLI, *arguments], cwd=project, env=environment, text=True,
+            [*MICROVM, *arguments], cwd=project, env=environment, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
@@ -97,7 +96,7 @@ def command(cache, project, tmp_path):
 
 
 def _finish(process):
-    stdout, stderr = process.communicate(timeout=GUARD_SECONDS)
+    stdout, stderr = process.communicate(timeout=guards.MACHINE)
     return process.returncode, stdout, stderr
 
 
@@ -325,7 +324,7 @@ def boot(tmp_path):
             argv += ["-drive", f"if=none,id=d{number},file={path},format=raw,readonly={readonly}"]
             argv += ["-device", f"virtio-blk-pci,drive=d{number}"]
         done = subprocess.run(
-            argv, capture_output=True, text=True, check=True, timeout=GUARD_SECONDS, stdin=subprocess.DEVNULL
+            argv, capture_output=True, text=True, check=True, timeout=guards.MACHINE, stdin=subprocess.DEVNULL
         )
         return done.stdout
 

@@ -8,7 +8,6 @@ import os
 import secrets
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -19,6 +18,7 @@ import pytest
 from pytest_microvm.errors import UsageError
 from pytest_microvm.host import Host
 from pytest_microvm.spec import MachineSpec
+from support.commands import PYTEST
 
 MIB = 1024**2
 SPEC = MachineSpec(image="python", memory=320 * MIB, disk=128 * MIB, timeout=900)
@@ -498,7 +498,7 @@ def test_copies_of_one_interpreter_differ(tmp_path):
     (plugins / "times.py").write_text(TIMES)
     environment = {**os.environ, "PYTHONPATH": str(plugins), "TIMES": str(tmp_path / "times")}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "--microvm", "-p", "times", "-p", "no:cacheprovider"],
+        [*PYTEST, "--microvm", "-p", "times"],
         cwd=project, env=environment, capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -6,7 +6,6 @@ import os
 import re
 import stat
 import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -16,14 +15,15 @@ import pytest
 
 from pytest_microvm.errors import MachineCrashed, TransferError, UsageError
 from pytest_microvm.mounts import Changes
-
-GUARD = 300  # seconds; only against hangs
+from support import guards
+from support.commands import MICROVM, PYTEST
+from support.repositories import git
 
 
 @pytest.fixture(scope="module")
 def vm(host):
     """One machine for all tests that mount something at a place of their own, and take it away again."""
-    with host.start(image="base", timeout=GUARD) as machine:
+    with host.start(image="base", timeout=guards.MACHINE) as machine:
         yield machine
 
 
@@ -50,16 +50,20 @@ def descriptors_into(folder):
 
 
 def until(condition):
-    deadline = time.monotonic() + GUARD
+    deadline = time.monotonic() + guards.MACHINE
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
 def command(folder, *arguments):
-    program = str(Path(sys.executable).with_name("pytest-microvm"))
     return subprocess.run(
-        [program, *arguments], cwd=folder, timeout=GUARD, check=False, capture_output=True, text=True
+        [*MICROVM, *arguments],
+        cwd=folder,
+        timeout=guards.MACHINE,
+        check=False,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -95,7 +99,7 @@ def test_a_program_that_runs_sees_what_the_host_does(vm, place, source):
         (source / "go").touch()
         until(lambda: (source / "answer").exists() and (source / "answer").read_text() == "went\n")
         (source / "go").unlink()
-        assert process.wait(timeout=GUARD) == 0
+        assert process.wait(timeout=guards.MACHINE) == 0
 
 
 def test_read_only(vm, place, source):
@@ -147,7 +151,7 @@ def test_an_attacker_stays_inside(vm, place, source, tmp_path):
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "secret").write_text("secret")
     (source / "out").symlink_to(tmp_path / "outside")
-    subprocess.run(["git", "init", "-q", source], check=True)
+    git(source, "init", "-q")
     hook = (source / ".git" / "config").read_text()
     with vm.mount(source, place, kind="live"):
         done = vm.run(
@@ -172,7 +176,10 @@ def test_an_attacker_stays_inside(vm, place, source, tmp_path):
 
 
 def test_what_it_adds_is_limited_by_its_disk(host, source):
-    with host.start(image="base", disk="64M", timeout=GUARD) as vm, vm.mount(source, "/live", kind="live"):
+    with (
+        host.start(image="base", disk="64M", timeout=guards.MACHINE) as vm,
+        vm.mount(source, "/live", kind="live"),
+    ):
         done = vm.run("dd if=/dev/zero of=/live/big bs=1M count=100; df -k --output=avail /live | tail -1")
         assert "Disk quota exceeded" in done.stderr
         assert int(done.stdout) < 64 * 1024
@@ -182,7 +189,7 @@ def test_what_it_adds_is_limited_by_its_disk(host, source):
 
 
 def test_two_machines_work_in_one_directory(host, vm, place, source):
-    with host.start(image="base", timeout=GUARD) as other:
+    with host.start(image="base", timeout=guards.MACHINE) as other:
         with vm.mount(source, place, kind="live"), other.mount(source, place, kind="live"):
             vm.run(f"echo one > {place}/one", check=True)
             other.run(f"cat {place}/one; echo two > {place}/two", check=True)
@@ -192,7 +199,7 @@ def test_two_machines_work_in_one_directory(host, vm, place, source):
 
 
 def test_what_a_machine_wrote_stays_whatever_becomes_of_it(host, source):
-    machine = host.start(image="base", timeout=GUARD)
+    machine = host.start(image="base", timeout=guards.MACHINE)
     machine.mount(source, "/live", kind="live")
     machine.run("echo kept > /live/kept", check=True)
     with pytest.raises(MachineCrashed):
@@ -217,7 +224,7 @@ def test_a_machine_that_is_kept_lets_go_of_it(source):
 
 
 def test_without_the_network_process_it_is_gone_and_told(host, source):
-    with host.start(image="base", timeout=GUARD) as machine:
+    with host.start(image="base", timeout=guards.MACHINE) as machine:
         machine.mount(source, "/live", kind="live")
         machine.run("kill -9 $(grep -l microvm-network /proc/[0-9]*/comm | cut -d/ -f3)")
         until(lambda: "not connected" in machine.run("cat /live/a").stderr)
@@ -255,10 +262,10 @@ def test_tests_of_a_suite(source, tmp_path):
         "def test_one():\n    Path('/live/one').write_text(Path('/live/a').read_text() + 'one')\n\n"
         "def test_two():\n    assert Path('/live/one').read_text() == 'a\\none'\n"
     )
-    suite = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--microvm"]
+    suite = [*PYTEST, "-q", "--microvm"]
     done = subprocess.run(
         [*suite, "--microvm-mount", f"{source}:/live:live", "test_live.py"],
-        cwd=tmp_path, timeout=GUARD, check=False, capture_output=True, text=True,
+        cwd=tmp_path, timeout=guards.MACHINE, check=False, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout

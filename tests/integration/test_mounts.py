@@ -13,6 +13,7 @@ import pytest
 
 from pytest_microvm.errors import MachineCrashed, MountConflict, TransferError, UsageError
 from pytest_microvm.mounts import Changes
+from support.repositories import git
 
 
 @pytest.fixture(scope="module")
@@ -324,14 +325,6 @@ def test_the_host_s_memory_does_not_grow_with_the_files(tmp_path):
 def agent(host):
     with host.start(image="agent", timeout=300) as machine:
         yield machine
-
-
-def git(folder, *arguments):
-    options = ["-c", "user.name=u", "-c", "user.email=u@x"]
-    done = subprocess.run(
-        ["git", "-C", folder, *options, *arguments], check=True, capture_output=True, text=True
-    )
-    return done.stdout.strip()
 
 
 @pytest.fixture

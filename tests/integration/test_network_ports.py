@@ -20,8 +20,8 @@ from pytest_microvm.instance import Instance
 from pytest_microvm.machine import MicroVM
 from pytest_microvm.spec import MachineSpec
 from pytest_microvm.templates.chain import Step
+from support import guards
 
-GUARD = 120  # seconds; only a test that hangs takes so long
 MIB = 1024**2
 
 # One byte says what is wanted: E echoes, U counts what comes, D sends as many bytes as a line says.
@@ -84,16 +84,16 @@ def vm(host):
 def served(vm):
     """Where the server of the machine is on this computer."""
     with vm.popen(["python3", "-c", SERVER]), vm.forward(7000) as address:
-        vm.wait_for_port(7000, timeout=GUARD)
+        vm.wait_for_port(7000, timeout=guards.MACHINE)
         yield address
 
 
 def connect(address):
-    return socket.create_connection((address.host, address.port), timeout=GUARD)
+    return socket.create_connection((address.host, address.port), timeout=guards.MACHINE)
 
 
 def fetch(url):
-    with urllib.request.urlopen(url, timeout=GUARD) as response:  # noqa: S310 - of the machine
+    with urllib.request.urlopen(url, timeout=guards.MACHINE) as response:  # noqa: S310 - of the machine
         return response.read()
 
 
@@ -105,7 +105,7 @@ def test_an_http_server(vm):
     vm.path("/srv/hello").write_text("hello from the machine")
     server = ["python3", "-m", "http.server", "--bind", "127.0.0.1", "--directory", "/srv", "8080"]
     with vm.popen(server), vm.forward(8080) as address:
-        vm.wait_for_port(8080, timeout=GUARD)
+        vm.wait_for_port(8080, timeout=guards.MACHINE)
         assert fetch(f"{address.url}/hello") == b"hello from the machine"
     assert ("forward", "forward 8080") in [(event.kind, event.about) for event in vm.events]
 
@@ -150,15 +150,16 @@ def test_large_bodies_need_no_memory_of_this_computer(served):
 
 def test_a_daemon_on_a_unix_socket(vm):
     with vm.popen(["python3", "-c", UNIX_SERVER]), vm.forward("/run/daemon.sock", unix=True) as address:
-        vm.wait_for_port("/run/daemon.sock", timeout=GUARD)
+        vm.wait_for_port("/run/daemon.sock", timeout=guards.MACHINE)
         with requests_unixsocket.Session() as session:
             session.trust_env = False
-            assert session.get(f"{address.url}/containers/json", timeout=GUARD).text == "/containers/json"
-            answer = session.post(f"{address.url}/", data=b"body", timeout=GUARD)
+            answer = session.get(f"{address.url}/containers/json", timeout=guards.MACHINE)
+            assert answer.text == "/containers/json"
+            answer = session.post(f"{address.url}/", data=b"body", timeout=guards.MACHINE)
             assert (answer.status_code, answer.content) == (201, b"ydob")
     other = vm.popen(["python3", "-c", UNIX_SERVER.replace("daemon", "other")])
     with other, vm.forward("/run/other.sock") as address:  # a Unix socket there, a port here
-        vm.wait_for_port("/run/other.sock", timeout=GUARD)
+        vm.wait_for_port("/run/other.sock", timeout=guards.MACHINE)
         assert fetch(f"{address.url}/x") == b"/x"
 
 
@@ -167,8 +168,8 @@ def test_waiting_for_a_port(vm):
         vm.wait_for_port(9, timeout=0.5)
     late = "sleep 1; exec python3 -c 'import socket; socket.create_server((\"::1\", 9), family=10).accept()'"
     with vm.popen(late) as server:
-        vm.wait_for_port(9, timeout=GUARD)
-        assert server.wait(GUARD) == 0
+        vm.wait_for_port(9, timeout=guards.MACHINE)
+        assert server.wait(guards.MACHINE) == 0
 
 
 @pytest.mark.parametrize("target", [0, 65536, "relative", "/" + "x" * 107])
@@ -186,7 +187,7 @@ def test_nothing_is_left_of_a_machine_that_ends_during_a_transfer(host, how):
         vm = stack.enter_context(host.start(image="python", timeout=300))
         stack.enter_context(vm.popen(["python3", "-c", SERVER]))
         address = stack.enter_context(vm.forward(7000))
-        vm.wait_for_port(7000, timeout=GUARD)
+        vm.wait_for_port(7000, timeout=guards.MACHINE)
         before = descriptors()
         clients = [stack.enter_context(connect(address)) for _ in range(2)]
         for client in clients:
@@ -202,7 +203,7 @@ def test_nothing_is_left_of_a_machine_that_ends_during_a_transfer(host, how):
         with pytest.raises(ConnectionRefusedError):
             connect(address)
         with pytest.raises(UsageError if how == "closed" else MachineCrashed):
-            vm.wait_for_port(7000, timeout=GUARD)
+            vm.wait_for_port(7000, timeout=guards.MACHINE)
     gc.collect()
     assert descriptors() < before
     assert [thread.name for thread in threading.enumerate()].count("microvm-network") == 1

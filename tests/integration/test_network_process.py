@@ -11,7 +11,7 @@ import pytest
 from pytest_microvm.errors import MachineCrashed
 from pytest_microvm.wire.channel import VERSION
 from pytest_microvm.wire.frames import Kind, encode
-from tests.unit.network_world import Server
+from support.network import Server
 
 # Stop the network process, then find the port. The shell's own words: each program costs time there.
 IN_ITS_PLACE = """

@@ -6,7 +6,6 @@ import contextlib
 import http.server
 import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -14,10 +13,9 @@ import pytest
 from junitparser import JUnitXml, Properties
 
 from pytest_microvm import MicroVM
-
-from .local_servers import LocalServer
-
-GUARD = 900  # seconds, on a slow machine
+from support import guards
+from support.commands import PYTEST
+from support.local_servers import LocalServer
 
 SUITE = """
     import os, socket, urllib.request
@@ -93,11 +91,11 @@ def ran(server, tmp_path_factory):
         mounts = ["data:/data"]
         fail_on_denied = true
     """)  # fmt: skip
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:randomly", "--microvm"]
+    command = [*PYTEST, "-p", "no:randomly", "--microvm"]
     done = subprocess.run(
         [*command, "-rA", "--junitxml=report.xml", "--microvm-keep=failed"],
         cwd=folder, env={**os.environ, "PYTEST_MICROVM_TRUST": "1"},
-        capture_output=True, text=True, timeout=GUARD, check=False,
+        capture_output=True, text=True, timeout=guards.SUITE, check=False,
     )  # fmt: skip
     cases = {case.name: case for suite in JUnitXml.fromfile(str(folder / "report.xml")) for case in suite}
     return folder, done.stdout + done.stderr, cases
@@ -163,11 +161,17 @@ def test_what_nobody_allowed_is_refused_before_anything_runs(tmp_path):
     (tmp_path / "pyproject.toml").write_text(
         f'[tool.pytest-microvm]\nsecrets.KEY = {{ command = "touch {mark}" }}\nmounts = ["/etc:/stolen:ro"]\n'
     )
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--microvm"]
+    command = [*PYTEST, "--microvm"]
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
     environment.pop("PYTEST_MICROVM_TRUST", None)
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=GUARD, check=False
+        command,
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=guards.SUITE,
+        check=False,
     )
     assert done.returncode == 4
     assert 'mounts = ["/etc:/stolen:ro"]' in done.stdout + done.stderr
@@ -198,18 +202,9 @@ def test_all_is_loud_and_a_wrong_rule_is_told_before_anything_runs(tmp_path):
     (tmp_path / "test_it.py").write_text("def test_it():\n    pass\n")
 
     def run(rule):
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            "--microvm",
-            "--microvm-network",
-            rule,
-        ]
+        command = [*PYTEST, "--microvm", "--microvm-network", rule]
         done = subprocess.run(
-            command, cwd=tmp_path, capture_output=True, text=True, timeout=GUARD, check=False
+            command, cwd=tmp_path, capture_output=True, text=True, timeout=guards.SUITE, check=False
         )
         return done.returncode, done.stdout + done.stderr
 

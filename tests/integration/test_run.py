@@ -9,19 +9,18 @@ import re
 import select
 import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-GUARD = 120  # seconds; only against hangs
-COMMAND = [str(Path(sys.executable).with_name("pytest-microvm"))]
-RUN = [*COMMAND, "run", "--image", "base"]
+from support import guards
+from support.commands import MICROVM
+
+RUN = [*MICROVM, "run", "--image", "base"]
 
 
 def run(*arguments, **options):
     return subprocess.run(
-        [*RUN, *arguments], capture_output=True, text=True, timeout=GUARD, check=False, **options
+        [*RUN, *arguments], capture_output=True, text=True, timeout=guards.MACHINE, check=False, **options
     )
 
 
@@ -101,7 +100,7 @@ def test_ctrl_c_reaches_the_command():
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         assert process.stdout.read() == "caught\n"
-        assert process.wait(GUARD) == 9
+        assert process.wait(guards.MACHINE) == 9
 
 
 def test_a_second_ctrl_c_ends_the_wait():
@@ -113,7 +112,7 @@ def test_a_second_ctrl_c_ends_the_wait():
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "caught\n"
         process.send_signal(signal.SIGINT)
-        _out, errors = process.communicate(timeout=GUARD)
+        _out, errors = process.communicate(timeout=guards.MACHINE)
     assert process.returncode == 130
     assert "interrupted" in errors
 
@@ -127,7 +126,7 @@ def test_a_terminal_when_there_is_one():
     def until(text):
         nonlocal said
         while text not in said:
-            assert select.select([master], [], [], GUARD)[0], said
+            assert select.select([master], [], [], guards.MACHINE)[0], said
             said += os.read(master, 4096)
 
     try:
@@ -138,7 +137,7 @@ def test_a_terminal_when_there_is_one():
         assert b"\n/dev/pts/" in said
         os.write(master, b"\x03")
         until(b"interrupted\r\n")
-        assert process.wait(GUARD) == 5
+        assert process.wait(guards.MACHINE) == 5
     finally:
         process.kill()
         process.wait()
@@ -151,12 +150,12 @@ def test_a_kept_machine_can_be_entered():
     assert kept, done.stderr
     try:
         shown = subprocess.run(
-            [*COMMAND, "shell", kept[1], "--", "cat", "/root/note"],
-            capture_output=True, text=True, timeout=GUARD, check=True, stdin=subprocess.DEVNULL,
+            [*MICROVM, "shell", kept[1], "--", "cat", "/root/note"],
+            capture_output=True, text=True, timeout=guards.MACHINE, check=True, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert shown.stdout == "left\n"
     finally:
-        subprocess.run([*COMMAND, "rm", kept[1]], check=True, timeout=GUARD, capture_output=True)
+        subprocess.run([*MICROVM, "rm", kept[1]], check=True, timeout=guards.MACHINE, capture_output=True)
 
 
 def test_a_secret_is_given_and_not_shown(tmp_path):

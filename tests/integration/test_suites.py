@@ -9,7 +9,8 @@ import textwrap
 import pytest
 from junitparser import JUnitXml, Properties
 
-GUARD = 900  # seconds, on a slow machine
+from support import guards
+from support.commands import MICROVM, PYTEST
 
 MIXED = """
     import os, subprocess, warnings
@@ -66,16 +67,15 @@ class Project:
         path.write_text(textwrap.dedent(text))
 
     def run(self, *arguments, status=0, **variables):
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
         environment = {**os.environ, **variables}
         done = subprocess.run(
-            command,
+            [*PYTEST, *arguments],
             cwd=self.folder,
             env=environment,
             capture_output=True,
             text=True,
             check=False,
-            timeout=GUARD,
+            timeout=guards.SUITE,
         )
         assert done.returncode == status, done.stdout + done.stderr
         return done.stdout
@@ -206,7 +206,7 @@ def test_a_failing_prepare_says_what_failed(project):
     project.write("test_it.py", "def test_it():\n    pass\n")
     command = [sys.executable, "-m", "pytest", "--microvm"]
     done = subprocess.run(
-        command, cwd=project.folder, capture_output=True, text=True, check=False, timeout=GUARD
+        command, cwd=project.folder, capture_output=True, text=True, check=False, timeout=guards.SUITE
     )
     said = done.stdout + done.stderr
     assert done.returncode not in {0, 1}
@@ -219,11 +219,10 @@ def test_the_machine_of_a_failed_test_can_be_entered(project):
         "test_it.py", "def test_it():\n    open('/srv/trace', 'w').write('left')\n    assert False\n"
     )
     out = project.run("--microvm", "--microvm-keep=failed", status=1)
-    command = [sys.executable, "-c", "from pytest_microvm.cli import main; raise SystemExit(main())"]
 
     def cli(*arguments):
         return subprocess.run(
-            [*command, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
+            [*MICROVM, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True
         ).stdout
 
     kept = next(row for row in json.loads(cli("ps", "--json")) if row["about"] == "test_it.py::test_it")

@@ -10,8 +10,7 @@ import pytest
 
 from pytest_microvm.cli import main
 from pytest_microvm.cli.top import look
-
-GUARD = 120
+from support import guards
 
 
 @pytest.fixture
@@ -64,5 +63,5 @@ def test_on_a_terminal_until_ctrl_c(busy):
         while busy.id.encode() not in shown:
             shown += os.read(ours, 65536)
         process.send_signal(2)
-        assert process.wait(GUARD) == 130
+        assert process.wait(guards.MACHINE) == 130
     os.close(ours)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-GUARD = 900  # seconds: against hangs only
+from support import guards
+
 PYTHON = "py311"  # what the image has
 SECRETS = {
     "MY_TOKEN": "token-of-the-host",
@@ -39,7 +40,7 @@ def tox(folder, *arguments, check=None, env=None):
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         text=True,
-        timeout=GUARD,
+        timeout=guards.SUITE,
         check=False,
     )
     if check is not None:
@@ -201,7 +202,7 @@ def test_ctrl_c_reaches_the_command_and_no_machine_is_left(project):
             if line == "ready\n":
                 children = _descendants(running.pid)
                 running.send_signal(signal.SIGINT)
-        assert running.wait(GUARD) != 0  # tox itself gives now the command's, now its own
+        assert running.wait(guards.SUITE) != 0  # tox itself gives now the command's, now its own
     assert "interrupted\n" in said, said
     assert any("qemu" in command for command in children.values())
     assert [pid for pid in children if Path(f"/proc/{pid}/exe").exists()] == []
@@ -227,7 +228,7 @@ def test_a_terminal_is_one_for_the_command_too(project):
                 if b"name? " in said and not typed:
                     typed = True
                     os.write(ours, b"world\n")
-        assert running.wait(GUARD) == 0, said
+        assert running.wait(guards.SUITE) == 0, said
     os.close(ours)
     assert b"True True" in said
     assert b"\x1b[31mred\x1b[0m \\x1b]0;title\\x07" in said
@@ -329,7 +330,7 @@ def test_tox_installs_nothing_here_for_a_project_it_does_not_trust(tmp_path):
 def test_a_published_package_has_native_counts(tmp_path):
     """Its own tox.ini, unchanged: a build backend from the index, and unittest."""
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", "."]
-    subprocess.run([*download, "pathspec==0.12.1"], cwd=tmp_path, check=True, timeout=GUARD)
+    subprocess.run([*download, "pathspec==0.12.1"], cwd=tmp_path, check=True, timeout=guards.SUITE)
     subprocess.run(["tar", "xzf", "pathspec-0.12.1.tar.gz"], cwd=tmp_path, check=True)
     folder = tmp_path / "pathspec-0.12.1"
     counts = {}

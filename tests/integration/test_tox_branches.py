@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from tests.branches import VERDICTS, Branches, git
+from support import guards
+from support.branches import VERDICTS, Branches
+from support.repositories import git
 
-GUARD = 1800  # seconds
 TOX_INI = """
 [tox]
 no_package = true
@@ -36,7 +37,7 @@ def test_a_branch_has_its_verdict(branches, branch, tmp_path):
     command = [sys.executable, "-m", "tox", "run", "-c", str(config), "--root", str(tree), "--microvm"]
     done = subprocess.run(
         [*command, "-e", "tests"], cwd=tree, env={**os.environ, "NO_COLOR": "1"}, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=GUARD, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=guards.SUITE, check=False,
     )  # fmt: skip
     said = done.stdout.decode(errors="replace")
     assert (done.returncode == 0) == (VERDICTS[branch] == "passed"), said

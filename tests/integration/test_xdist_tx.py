@@ -7,19 +7,19 @@ import os
 import select
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-GUARD = 600  # seconds; only against hangs
-COMMAND = [str(Path(sys.executable).with_name("pytest-microvm"))]
-PYTHON = [*COMMAND, "python", "--quiet"]
+from support import guards
+from support.commands import MICROVM, PYTEST
+
+PYTHON = [*MICROVM, "python", "--quiet"]
 BUSY = "import socket, time\nprint(socket.gethostname())\nwhile True: time.sleep(60)"
 
 
 def running():
-    done = subprocess.run([*COMMAND, "ps", "--json"], capture_output=True, check=True, timeout=GUARD)
+    done = subprocess.run([*MICROVM, "ps", "--json"], capture_output=True, check=True, timeout=guards.MACHINE)
     return {machine["id"] for machine in json.loads(done.stdout) if machine["state"] == "running"}
 
 
@@ -35,7 +35,7 @@ def test_every_byte_and_the_exit_status():
     data = bytes(range(256)) * 4096
     code = "import shutil, sys; shutil.copyfileobj(sys.stdin.buffer, sys.stdout.buffer); sys.exit(7)"
     done = subprocess.run(
-        [*PYTHON, "-u", "-c", code], input=data, capture_output=True, timeout=GUARD, check=False
+        [*PYTHON, "-u", "-c", code], input=data, capture_output=True, timeout=guards.MACHINE, check=False
     )
     assert (done.returncode, done.stderr) == (7, b"")
     assert done.stdout == data
@@ -43,7 +43,7 @@ def test_every_byte_and_the_exit_status():
 
 def test_stderr_is_apart_and_cannot_act():
     code = r"import sys; sys.stdout.write('\033[2J'); sys.stderr.write('\033]0;title\007 seen\n')"
-    done = subprocess.run([*PYTHON, "-c", code], capture_output=True, timeout=GUARD, check=False)
+    done = subprocess.run([*PYTHON, "-c", code], capture_output=True, timeout=guards.MACHINE, check=False)
     assert done.stdout == b"\033[2J"
     assert b"\033" not in done.stderr
     assert b"seen" in done.stderr
@@ -63,9 +63,9 @@ def test_the_machine_ends_with_its_client(how):
             else:
                 process.stdin.close()
                 process.stdout.close()
-            assert select.select([vmm], [], [], GUARD)[0], "its VMM still runs"
+            assert select.select([vmm], [], [], guards.MACHINE)[0], "its VMM still runs"
             os.close(vmm)
-            assert process.wait(GUARD) == (-signal.SIGKILL if how == "killed" else 130)
+            assert process.wait(guards.MACHINE) == (-signal.SIGKILL if how == "killed" else 130)
         finally:
             process.kill()
     assert machine not in running()
@@ -97,14 +97,16 @@ def test_where(number, tmp_path, record_property, worker_id):
     assert not Path({str(host_file)!r}).exists()
     assert number != 3
 """)
-    tx = f"2*popen//python={COMMAND[0]} python --quiet --xdist --workspace {project}"
+    tx = f"2*popen//python={MICROVM[0]} python --quiet --xdist --workspace {project}"
     report = tmp_path / "report.xml"
     # No plug-in of ours: what talks to the machines is pytest-xdist alone.
     command = [
-        *(sys.executable, "-m", "pytest", "-p", "no:microvm", "-p", "no:cacheprovider"),
+        *(*PYTEST, "-p", "no:microvm"),
         *("--dist", "each", "--tx", tx, "--junitxml", str(report)),
     ]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=GUARD, check=False)
+    done = subprocess.run(
+        command, cwd=project, capture_output=True, text=True, timeout=guards.MACHINE, check=False
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "2 failed, 6 passed" in done.stdout
     text = report.read_text()
@@ -124,6 +126,8 @@ def test_where(number, tmp_path, record_property, worker_id):
     ],
 )
 def test_bad_input(arguments, said):
-    done = subprocess.run([*PYTHON, *arguments], capture_output=True, text=True, timeout=GUARD, check=False)
+    done = subprocess.run(
+        [*PYTHON, *arguments], capture_output=True, text=True, timeout=guards.MACHINE, check=False
+    )
     assert done.returncode == 4, done.stderr
     assert said in done.stderr

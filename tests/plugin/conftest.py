@@ -1,27 +1,13 @@
 """Run a small project natively and with ``--microvm``; the same tests run over every backend."""
 
-import difflib
 import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from pytest_microvm.images.store import cache_root
+from support.comparison import BACKEND, CACHE, Project
 
-HERE = Path(__file__).parent
-
-
-BACKEND = os.environ.get("PYTEST_MICROVM_TEST_BACKEND", "local")
-"""``local`` (processes of this computer, no hypervisor needed) or ``machines`` (slow: real ones)."""
-
-CACHE = cache_root()  # before pytester moves HOME away
-
-only_locally = pytest.mark.skipif(
-    BACKEND != "local", reason="looks at what the guest leaves on this computer"
-)
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -29,75 +15,7 @@ def backend():
     """Arguments and variables that choose what runs the tests."""
     if BACKEND == "machines":
         return [], {"PYTEST_MICROVM_CACHE": os.fspath(CACHE)}
-    return ["-p", "local_backend"], {"PYTHONPATH": os.fspath(HERE)}
-
-
-class Project:
-    """A project in a directory of its own, run in two ways."""
-
-    def __init__(self, pytester, monkeypatch, backend):
-        self.path = pytester.path
-        self._pytester = pytester
-        self._arguments, variables = backend
-        monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
-        monkeypatch.delenv("COV_CORE_SOURCE", raising=False)
-        monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "")
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-
-    def write(self, **files):
-        for name, content in files.items():
-            suffix = "" if "__DOT__" in name else ".py"
-            path = self.path / (name.replace("__DOT__", ".").replace("__", "/") + suffix)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = content.strip("\n").splitlines()
-            indent = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
-            path.write_text("\n".join(line[indent:] for line in lines) + "\n")
-
-    def native(self, *arguments):
-        return self._pytester.runpytest_subprocess("-p", "no:hypothesispytest", *arguments)
-
-    def microvm(self, *arguments):
-        options = ["--microvm", *self._arguments, "-p", "no:hypothesispytest"]
-        return self._pytester.runpytest_subprocess(*options, *arguments)
-
-    def command(self, *arguments):
-        """Run the command ``pytest``; unlike ``python -m pytest`` it looks for no module in the project."""
-        program = Path(sys.executable).with_name("pytest")
-        command = [program, "--microvm", *self._arguments, "-p", "no:hypothesispytest", *arguments]
-        return subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=False)
-
-    def assert_same(self, *arguments, prepare=lambda: None):
-        """Run both ways and compare everything shown and the exit code."""
-        prepare()
-        native = self.native(*arguments)
-        prepare()
-        remote = self.microvm(*arguments)
-        difference = "\n".join(
-            difflib.unified_diff(
-                transcript(native), transcript(remote), "native", "--microvm", lineterm="", n=2
-            )
-        )
-        if difference:
-            pytest.fail(difference, pytrace=False)
-        assert remote.ret == native.ret
-        return remote
-
-
-_ONLY_HERE = re.compile(r"microvm: |platform |rootdir: |configfile: |plugins: |cachedir: ")
-
-
-def transcript(result):
-    """Return what a run showed, without times, places and the lines that only one of the two has."""
-    lines = [line.removeprefix("collecting ... ") for line in result.outlines if line != "collecting ... "]
-    text = "\n".join(line for line in lines if not _ONLY_HERE.match(line))
-    text = re.sub(r"\b\d+\.\d+s\b", "0s", text)
-    text = re.sub(r"\b0x[0-9a-f]+\b", "0x0", text)
-    if BACKEND == "machines":  # the guest has another Python, elsewhere, and other plug-ins
-        text = re.sub(r"/\S*/(importlib/|ast\.py|_pytest/)", r"\1", text)
-        text = re.sub(r"(<frozen importlib\._bootstrap>:)\d+", r"\1", text)
-        text = re.sub(r"(available fixtures:).*", r"\1", text)
-    return re.sub(r"^(=|-)\1+ | (=|-)\2+$", "", text, flags=re.MULTILINE).splitlines()
+    return ["-p", "support.local.backend"], {"PYTHONPATH": os.fspath(TESTS)}
 
 
 @pytest.fixture

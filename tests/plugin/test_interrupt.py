@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import only_locally
+from support import guards
+from support.comparison import only_locally
 
 
 @only_locally
@@ -29,7 +30,7 @@ def test_ctrl_c(project, options):
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     guests = [int(pid) for pid in pids.read_text().split()]  # returns once the test is running
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does
-    output, _ = run.communicate(timeout=120)
+    output, _ = run.communicate(timeout=guards.MACHINE)
     assert run.returncode == 2, output
     assert "KeyboardInterrupt" in output
     assert not [pid for pid in guests if Path(f"/proc/{pid}/exe").exists()]

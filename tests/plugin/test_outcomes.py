@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 import junitparser
 import pytest
 
-from .conftest import only_locally
+from support.comparison import only_locally
 
 
 def written(project):
@@ -345,10 +345,10 @@ def test_xdist(project, options):
     assert suite.tests == 10
 
 
-@only_locally  # the watching plug-in lies beside the local backend
+@only_locally  # the printing plug-in lies beside the local backend
 def test_our_hooks_are_told(project):
     project.write(test_it=MACHINE_ENDS)
-    result = project.microvm("-p", "watcher", "-q")
+    result = project.microvm("-p", "support.hook_printer", "-q")
     told = [line.split()[1:] for line in result.outlines if line.startswith("told: ")]
     assert told == [
         *(["started", "main-1", "test_it.py::test_before"], ["stopped", "main-1"], ["passed", "main-1"]),

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from pytest_microvm.answers import Answer
 from pytest_microvm.errors import ProtocolViolation
-
-from .test_collected import JSON
+from support.collected import JSON
 
 KINDS = frozenset(["file", "directory"])
 READERS = {

@@ -16,8 +16,8 @@ from pytest_microvm.ci.sources.work_tree import WorkTree
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_bundle import Repository
 from pytest_microvm.git_commands import GitError, git, git_talk
-
-from .git_world import blob, commit, commit_tree, filled, raw_tree, repository, run
+from support.repositories import blob, commit, commit_tree, filled, raw_tree, repository
+from support.repositories import git as user_git
 
 MARK = "a program of the repository ran"
 
@@ -157,7 +157,7 @@ def trapped(folder):
         "tar.x.command": program, "interactive.diffFilter": program, "pager.log": program,
         "pager.for-each-ref": program, "sequence.editor": program, "merge.x.driver": program,
     }.items():  # fmt: skip
-        run(folder, "config", key, str(value))
+        user_git(folder, "config", key, str(value))
     (folder / "hooks").mkdir()
     for hooks in (folder / "hooks", folder / ".git" / "hooks"):
         for name in ("post-checkout", "reference-transaction", "post-index-change", "pre-auto-gc", "update"):
@@ -188,7 +188,7 @@ def raw_commit(folder, files):
     """Commit files as they are, past every filter."""
     entries = sorted((name.encode(), blob(folder, content)) for name, content in files.items())
     made = commit_tree(folder, raw_tree(folder, *((b"100644", name, which) for name, which in entries)))
-    run(folder, "update-ref", "refs/heads/main", made)
+    user_git(folder, "update-ref", "refs/heads/main", made)
     return made
 
 
@@ -196,7 +196,7 @@ def test_no_program_of_the_repository_runs(project, tmp_path):
     head = raw_commit(project, BYTES)
     mark = trapped(project)
 
-    run(project, "status")  # the traps are real: what any user would type springs one
+    user_git(project, "status")  # the traps are real: what any user would type springs one
     assert MARK in mark.read_text()
     mark.unlink()
     subprocess.run(["git", "-C", project, "archive", "HEAD"], capture_output=True, check=False, timeout=60)
@@ -222,7 +222,7 @@ def test_no_program_of_the_repository_runs(project, tmp_path):
 def test_what_is_missing_is_not_fetched(project):
     """A partial clone: its remote is a program, which git would run for a blob that is not here."""
     head = commit(project, {"a": "a" * 2000})
-    name = run(project, "rev-parse", "HEAD:a")
+    name = user_git(project, "rev-parse", "HEAD:a")
     mark = trapped(project)
     (project / ".git" / "objects" / name[:2] / name[2:]).unlink()
     run_it = subprocess.run(
@@ -327,11 +327,11 @@ def with_modules(tmp_path):
     inner = repository(tmp_path / "inner")
     commit(inner, {"inner.txt": "inner"})
     middle = repository(tmp_path / "middle")
-    run(middle, "submodule", "--quiet", "add", str(inner), "deep")
+    user_git(middle, "submodule", "--quiet", "add", str(inner), "deep")
     commit(middle, {"middle.txt": "middle"})
     outer = repository(tmp_path / "outer")
-    run(outer, "submodule", "--quiet", "add", "--name", "its/name", str(middle), "lib/middle")
-    run(outer, "submodule", "--quiet", "update", "--init", "--recursive")
+    user_git(outer, "submodule", "--quiet", "add", "--name", "its/name", str(middle), "lib/middle")
+    user_git(outer, "submodule", "--quiet", "update", "--init", "--recursive")
     commit(outer, {"outer.txt": "outer"})
     return outer
 
@@ -352,7 +352,7 @@ def test_the_pinned_commit_and_not_what_is_checked_out(with_modules):
 
 
 def test_submodules_that_are_not_here(with_modules, tmp_path):
-    run(tmp_path, "clone", "-q", str(with_modules), "clone")
+    user_git(tmp_path, "clone", "-q", str(with_modules), "clone")
     tree = tree_of(tmp_path / "clone")
     contents, members = filled(tree)
     assert set(contents) == {".gitmodules", "outer.txt"}
@@ -396,10 +396,10 @@ def test_gitmodules_that_includes_another_file(project, tmp_path):
     included = tmp_path / "included"
     included.write_text('[submodule "lib"]\n\tpath = lib\n')
     commit(repository(tmp_path / "module"), {"a": "a"})
-    pinned = run(tmp_path / "module", "rev-parse", "HEAD")
+    pinned = user_git(tmp_path / "module", "rev-parse", "HEAD")
     for text, found in ((f"[include]\n\tpath = {included}\n", False), (included.read_text(), True)):
         tree = with_module(project, text, pinned)
-        run(
+        user_git(
             tmp_path,
             "clone",
             "-q",
@@ -492,7 +492,7 @@ def test_large_files_count(project):
 
 def test_a_talk_that_is_left_early_ends_git(project):
     everything(project)
-    name = run(project, "rev-parse", "HEAD:large")
+    name = user_git(project, "rev-parse", "HEAD:large")
     command = ("--git-dir", project / ".git", "cat-file", "--batch")
     with pytest.raises(KeyError), git_talk(*command) as talk:  # noqa: PT012 - it is the block that is left
         talk.ask(name.encode() + b"\n")
@@ -506,7 +506,7 @@ def test_a_talk_that_is_left_early_ends_git(project):
 
 def test_a_word_without_an_end(project):
     everything(project)
-    name = run(project, "rev-parse", "HEAD:large")
+    name = user_git(project, "rev-parse", "HEAD:large")
     command = ("--git-dir", project / ".git", "cat-file", "blob", name)
     with pytest.raises(GitError, match="too much"), git_talk(*command) as talk:
         talk.until(b"\xff\xfe\xfd")

@@ -9,8 +9,7 @@ from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.ci.task import WORKTREE, Source
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_commands import GitError
-
-from .git_world import commit, filled, repository, run
+from support.repositories import commit, filled, git, repository
 
 
 @pytest.fixture
@@ -19,20 +18,20 @@ def project(tmp_path):
     folder = repository(tmp_path / "project")
     commit(folder, {"a": "main"})
     for name in ("feature/one", "feature/two"):
-        run(folder, "switch", "-q", "-c", name, "main")
+        git(folder, "switch", "-q", "-c", name, "main")
         commit(folder, {"a": name})
-    run(folder, "switch", "-q", "main")
+    git(folder, "switch", "-q", "main")
     return folder
 
 
 @pytest.fixture
 def clone(project, tmp_path):
-    run(tmp_path, "clone", "-q", str(project), "clone")
+    git(tmp_path, "clone", "-q", str(project), "clone")
     return tmp_path / "clone"
 
 
 def tip(folder, name="HEAD"):
-    return run(folder, "rev-parse", name)
+    return git(folder, "rev-parse", name)
 
 
 def names(sources):
@@ -76,7 +75,7 @@ def test_changed_since(project):
     sources = CodeRepository(project)
     assert names(sources.changed_since("main")) == ["feature/one", "feature/two"]
     assert names(sources.changed_since("feature/one")) == ["feature/two"]
-    run(project, "merge", "-q", "feature/one")
+    git(project, "merge", "-q", "feature/one")
     assert names(sources.changed_since("main")) == ["feature/two"]
     with pytest.raises(UsageError, match="no commit"):
         sources.changed_since("nothing")
@@ -84,13 +83,13 @@ def test_changed_since(project):
 
 def test_strange_names_of_branches(project):
     for name in ("$(touch mark)", "a'b", 'a"b', "ünï", "x;y", "-dash"):
-        run(project, "update-ref", f"refs/heads/{name.replace(' ', '_')}", "HEAD")
+        git(project, "update-ref", f"refs/heads/{name.replace(' ', '_')}", "HEAD")
     found = names(CodeRepository(project).branches())
     assert {"$(touch_mark)", "a'b", 'a"b', "ünï", "x;y", "-dash"} < set(found)
 
 
 def test_another_name_of_a_branch_is_not_one_more(project):
-    run(project, "symbolic-ref", "refs/heads/alias", "refs/heads/main")
+    git(project, "symbolic-ref", "refs/heads/alias", "refs/heads/main")
     sources = CodeRepository(project)
     assert names(sources.branches()) == ["main", "feature/one", "feature/two"]
     assert sources.ref("alias").commit == tip(project)
@@ -101,27 +100,27 @@ def test_another_name_of_a_branch_is_not_one_more(project):
 
 def test_the_default_branch(project, clone, tmp_path):
     assert CodeRepository(project).default_branch == "main"
-    run(project, "branch", "-q", "-m", "main", "trunk")
-    run(project, "switch", "-q", "trunk")
+    git(project, "branch", "-q", "-m", "main", "trunk")
+    git(project, "switch", "-q", "trunk")
     with pytest.raises(UsageError, match="which branch is the default one") as caught:
         _ = CodeRepository(project).default_branch
     assert "feature/one" in caught.value.details
     assert "set-head" in caught.value.resolution
     assert {source.default for source in CodeRepository(project).branches()} == {False}
-    run(project, "branch", "master")
+    git(project, "branch", "master")
     assert CodeRepository(project).default_branch == "master"
-    run(clone, "branch", "-q", "-m", "main", "other")
-    run(clone, "symbolic-ref", "refs/remotes/origin/HEAD", "refs/remotes/origin/feature/two")
+    git(clone, "branch", "-q", "-m", "main", "other")
+    git(clone, "symbolic-ref", "refs/remotes/origin/HEAD", "refs/remotes/origin/feature/two")
     assert CodeRepository(clone).default_branch == "feature/two"
 
 
 def test_the_only_branch_is_the_default_one(tmp_path):
     folder = repository(tmp_path / "project")
     commit(folder, {})
-    run(folder, "branch", "-q", "-m", "main", "only")
+    git(folder, "branch", "-q", "-m", "main", "only")
     assert CodeRepository(folder).default_branch == "only"
-    run(tmp_path, "clone", "-q", "--depth=1", f"file://{folder}", "clone")
-    run(tmp_path / "clone", "symbolic-ref", "--delete", "refs/remotes/origin/HEAD")
+    git(tmp_path, "clone", "-q", "--depth=1", f"file://{folder}", "clone")
+    git(tmp_path / "clone", "symbolic-ref", "--delete", "refs/remotes/origin/HEAD")
     with pytest.raises(UsageError, match="which branch is the default one"):  # it may be a stranger's
         _ = CodeRepository(tmp_path / "clone").default_branch
 
@@ -137,15 +136,15 @@ def test_refs(project):
     for name in (head, head[:8], "main~0", "main^{}"):
         assert sources.ref(name) == Source(head, head)
     other = tip(project, "feature/one")
-    run(project, "update-ref", "refs/pull/7/head", other)
+    git(project, "update-ref", "refs/pull/7/head", other)
     assert sources.ref("refs/pull/7/head") == sources.ref("pull/7/head") == Source("refs/pull/7/head", other)
 
 
 def test_a_tag_is_not_taken_for_a_branch(project):
     """A branch may have secrets that a tag of its name, or one that looks like it, may not."""
     other = tip(project, "feature/one")
-    run(project, "tag", "main", other)
-    run(project, "tag", "-a", "-m", "x", "release-1", other)
+    git(project, "tag", "main", other)
+    git(project, "tag", "-a", "-m", "x", "release-1", other)
     sources = CodeRepository(project)
     assert sources.ref("main") == Source("main", tip(project, "refs/heads/main"), default=True)
     assert sources.ref("refs/tags/main") == Source("refs/tags/main", other)
@@ -161,10 +160,10 @@ ELSE = ["refs/heads/main", "refs/tags/v1", "refs/pull/7/head", "HEAD", WORKTREE,
 def test_a_branch_that_calls_itself_like_something_else(project, prefix, name):
     """Neither is it taken for that, nor do globs for that match it."""
     main, evil = tip(project, "main"), commit(project, {"a": "evil"})
-    run(project, "reset", "-q", "--hard", "HEAD~1")
+    git(project, "reset", "-q", "--hard", "HEAD~1")
     for ref in ("refs/tags/v1", "refs/pull/7/head", "refs/remotes/origin/main"):
-        run(project, "update-ref", ref, main)
-    run(project, "update-ref", f"{prefix}{name}", evil)
+        git(project, "update-ref", ref, main)
+    git(project, "update-ref", f"{prefix}{name}", evil)
     sources = CodeRepository(project)
     found = [source for source in sources.branches() if source.commit == evil]
     if f"{prefix}{name}" == "refs/remotes/origin/HEAD":
@@ -182,7 +181,7 @@ def test_a_branch_that_calls_itself_like_something_else(project, prefix, name):
 
 def test_a_branch_is_not_taken_for_the_commit_it_is_called_like(project):
     main = tip(project)
-    run(project, "update-ref", f"refs/heads/{main}", "feature/one")
+    git(project, "update-ref", f"refs/heads/{main}", "feature/one")
     sources = CodeRepository(project)
     assert sources.ref(main) == Source(main, main)
     assert names(sources.branches())[-1] == f"refs/heads/{main}"
@@ -244,9 +243,9 @@ def test_a_relative_folder(project, monkeypatch):
 
 
 def test_a_bare_repository(project, tmp_path):
-    run(tmp_path, "clone", "-q", "--bare", str(project), "bare.git")
+    git(tmp_path, "clone", "-q", "--bare", str(project), "bare.git")
     bare = tmp_path / "bare.git"
-    run(bare, "symbolic-ref", "HEAD", "refs/heads/feature/one")
+    git(bare, "symbolic-ref", "HEAD", "refs/heads/feature/one")
     sources = CodeRepository(bare)
     assert sources.folder == bare
     assert sources.default_branch == "feature/one"
@@ -257,7 +256,7 @@ def test_a_bare_repository(project, tmp_path):
 
 
 def test_a_linked_work_tree(project, tmp_path):
-    run(project, "worktree", "add", "-q", str(tmp_path / "linked"), "feature/one")
+    git(project, "worktree", "add", "-q", str(tmp_path / "linked"), "feature/one")
     (tmp_path / "linked" / "new").write_text("new")
     sources = CodeRepository(tmp_path / "linked")
     assert sources.folder == tmp_path / "linked"
@@ -268,7 +267,7 @@ def test_a_linked_work_tree(project, tmp_path):
 
 
 def test_a_detached_head(project):
-    run(project, "checkout", "-q", "--detach", "feature/one")
+    git(project, "checkout", "-q", "--detach", "feature/one")
     sources = CodeRepository(project)
     assert sources.ref("HEAD") == Source("HEAD", tip(project))
     assert sources.default_branch == "main"
@@ -277,7 +276,7 @@ def test_a_detached_head(project):
 
 def test_a_shallow_clone(project, tmp_path):
     commit(project, {"b": "b"})
-    run(tmp_path, "clone", "-q", "--depth=1", f"file://{project}", "shallow")
+    git(tmp_path, "clone", "-q", "--depth=1", f"file://{project}", "shallow")
     sources = CodeRepository(tmp_path / "shallow")
     assert filled(sources.tree(sources.ref("main")))[0] == {"a": b"main", "b": b"b"}
     with (tmp_path / "bundle").open("wb") as file, pytest.raises(UsageError, match="shallow") as caught:
@@ -298,21 +297,21 @@ def test_another_hash(tmp_path):
 
 
 def test_objects_that_another_repository_has(project, tmp_path):
-    run(tmp_path, "clone", "-q", "--shared", str(project), "borrower")
+    git(tmp_path, "clone", "-q", "--shared", str(project), "borrower")
     sources = CodeRepository(tmp_path / "borrower")
     assert filled(sources.tree(sources.ref("feature/one")))[0] == {"a": b"feature/one"}
 
 
 def test_objects_in_packs(project):
-    run(project, "gc", "-q")
-    run(project, "pack-refs", "--all")
+    git(project, "gc", "-q")
+    git(project, "pack-refs", "--all")
     sources = CodeRepository(project)
     assert filled(sources.tree(sources.ref("feature/one")))[0] == {"a": b"feature/one"}
 
 
 def test_replaced_objects_are_not_replaced(project):
     """git replace is of this computer alone; a machine gets what the commit says."""
-    run(project, "replace", tip(project, "main"), tip(project, "feature/one"))
+    git(project, "replace", tip(project, "main"), tip(project, "feature/one"))
     sources = CodeRepository(project)
     assert filled(sources.tree(sources.ref("main")))[0] == {"a": b"main"}
 
@@ -332,30 +331,30 @@ def test_many_branches(project):
 def bundled(sources, source, folder):
     with (folder / "bundle").open("wb") as file:
         sources.bundle(source, file)
-    run(folder, "clone", "-q", "bundle", "cloned")
+    git(folder, "clone", "-q", "bundle", "cloned")
     return folder / "cloned"
 
 
 def test_a_bundle_is_a_branch_with_its_history(project, tmp_path):
-    run(project, "tag", "v1", "main")
-    run(project, "tag", "-a", "-m", "x", "v2", "feature/one")
-    run(project, "tag", "-a", "-m", "x", "secret", "feature/two")
+    git(project, "tag", "v1", "main")
+    git(project, "tag", "-a", "-m", "x", "v2", "feature/one")
+    git(project, "tag", "-a", "-m", "x", "secret", "feature/two")
     secret = tip(project, "feature/two")
     sources = CodeRepository(project)
     cloned = bundled(sources, sources.ref("feature/one"), tmp_path)
-    assert run(cloned, "symbolic-ref", "HEAD") == "refs/heads/feature/one"
+    assert git(cloned, "symbolic-ref", "HEAD") == "refs/heads/feature/one"
     assert (cloned / "a").read_text() == "feature/one"
-    assert run(cloned, "tag").split() == ["v1", "v2"]
-    assert run(cloned, "describe") == "v2"
-    objects = run(cloned, "cat-file", "--batch-check", "--batch-all-objects").split()
+    assert git(cloned, "tag").split() == ["v1", "v2"]
+    assert git(cloned, "describe") == "v2"
+    objects = git(cloned, "cat-file", "--batch-check", "--batch-all-objects").split()
     assert tip(project, "feature/one") in objects
     assert secret not in objects
     assert tip(project, "secret") not in objects
 
 
 def test_a_bundle_of_what_is_no_branch(project, tmp_path):
-    run(project, "update-ref", "refs/pull/7/head", "feature/one")
-    run(project, "checkout", "-q", "--detach", "feature/one")
+    git(project, "update-ref", "refs/pull/7/head", "feature/one")
+    git(project, "checkout", "-q", "--detach", "feature/one")
     for number, name in enumerate(("refs/pull/7/head", tip(project, "feature/one"), "HEAD")):
         (tmp_path / str(number)).mkdir()
         sources = CodeRepository(project)
@@ -367,7 +366,7 @@ def test_a_bundle_for_a_work_tree(project, tmp_path):
     sources = CodeRepository(project)
     cloned = bundled(sources, sources.worktree(), tmp_path)
     assert (cloned / "a").read_text() == "main"
-    assert run(cloned, "symbolic-ref", "HEAD") == "refs/heads/main"
+    assert git(cloned, "symbolic-ref", "HEAD") == "refs/heads/main"
 
 
 # Single files
@@ -422,7 +421,7 @@ def keys(definition):
 
 def test_the_definition_comes_from_the_default_branch(project):
     commit(project, {"pyproject.toml": PYPROJECT_JOBS.format("trusted")})
-    run(project, "switch", "-q", "-c", "evil")
+    git(project, "switch", "-q", "-c", "evil")
     commit(project, {"pyproject.toml": PYPROJECT_JOBS.format("evil"), "microvm.toml": JOBS.format("worse")})
     sources = CodeRepository(project)
     definition = read_definition(sources)
@@ -480,7 +479,7 @@ def test_a_kit_of_the_project_is_asked_for(project):
     assert asked == read_definition(CodeRepository(project)).asked
     changed = read_definition(CodeRepository(project), WORKTREE).asked
     assert changed["ci.image.web"] != asked["ci.image.web"]
-    run(project, "switch", "-q", "-c", "evil")
+    git(project, "switch", "-q", "-c", "evil")
     commit(project, {})
     assert asked == read_definition(CodeRepository(project)).asked
     assert changed == read_definition(CodeRepository(project), "evil").asked

@@ -1,11 +1,11 @@
 """``pytest-microvm network``: says what the policy proxy would say."""
 
 import json
-import subprocess
 
 import pytest
 
 from pytest_microvm.cli import main
+from support.repositories import git
 
 
 @pytest.fixture
@@ -148,11 +148,11 @@ def test_json(run):
 
 
 def test_rules_with_presets_expanded(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
-    subprocess.run(["git", "init", "-q"], check=True)
-    url = "https://me:hunter2@git.invalid:8443/a.git"
-    subprocess.run(["git", "remote", "add", "origin", url], check=True)
-    subprocess.run(["git", "config", "--global", "url.https://mirror.invalid/.insteadOf", "m:"], check=True)
+    config = tmp_path / "gitconfig"
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "remote", "add", "origin", "https://me:hunter2@git.invalid:8443/a.git")
+    git(tmp_path, "config", "--global", "url.https://mirror.invalid/.insteadOf", "m:", config=config)
     status, out = run("rules", "--network", "git", "--network", "deny:b.invalid")
     assert status == 0
     assert "  https://git.invalid:8443  (preset git)\n  deny:b.invalid\n  GIT_CONFIG_COUNT=1\n" in out

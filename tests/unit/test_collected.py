@@ -1,7 +1,6 @@
 """What a guest says it collected: good values are read, anything else is a violation."""
 
 import contextlib
-import json
 
 import pytest
 from hypothesis import given
@@ -11,41 +10,7 @@ from pytest_microvm.errors import ProtocolViolation
 from pytest_microvm.remote import collected as collected_module
 from pytest_microvm.remote.checks import Records
 from pytest_microvm.remote.collected import Collected, Mark
-
-GUEST = {"k": "guest", "python": "3.11", "pytest": "7.2", "header": ["a line"]}
-FILE = {
-    "k": "node",
-    "parent": 0,
-    "kind": "file",
-    "class": "Module",
-    "name": "test_a.py",
-    "nodeid": "test_a.py",
-    "path": "/p/test_a.py",
-    "marks": [],
-    "extra": [],
-}
-ITEM = {
-    "k": "node",
-    "parent": 1,
-    "kind": "item",
-    "class": "Function",
-    "name": "test_a",
-    "nodeid": "test_a.py::test_a",
-    "path": "/p/test_a.py",
-    "marks": [["slow", [1], {"level": 2}]],
-    "extra": ["word"],
-    "location": ["test_a.py", 3, "test_a"],
-    "attributes": ["own"],
-}
-SESSION = {"k": "collected", "node": 0, "outcome": "passed", "result": [1]}
-MODULE = {"k": "collected", "node": 1, "outcome": "passed", "result": [2]}
-ORDER = {"k": "items", "order": [2], "markers": ["slow: takes long"]}
-END = {"k": "end"}
-GOOD = [GUEST, FILE, ITEM, SESSION, MODULE, ORDER, END]
-
-
-def lines(*records):
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
+from support.collected import END, FILE, GOOD, GUEST, ITEM, JSON, ORDER, SESSION, lines
 
 
 def test_a_collection_is_read():
@@ -98,13 +63,6 @@ BAD = {
 def test_a_violation_is_one(data):
     with pytest.raises(ProtocolViolation, match=r"the guest's pytest sent"):
         Collected.parse(data)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
 
 
 @given(st.integers(0, len(GOOD) - 1), st.data())

@@ -1,14 +1,8 @@
 """Every input of the fuzzers' corpus once, so that what fuzzing has found stays found without it."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-FUZZ = Path(__file__).parents[1] / "fuzz"
-sys.path.append(str(FUZZ))
-
-from targets import CORPUS, TARGETS  # noqa: E402 - it is no package: the fuzzer runs it as a script
+from fuzz.targets import CORPUS, TARGETS
 
 INPUTS = sorted(path for path in CORPUS.rglob("*") if path.is_file())
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import subprocess
 import zlib
 from pathlib import Path, PurePosixPath
 
@@ -13,25 +12,14 @@ from pytest_microvm.git_bundle import BadBundle, Repository, import_commits
 from pytest_microvm.git_commands import GitError, git
 from pytest_microvm.git_handover import Clone
 from pytest_microvm.mounts import Mount
-
-
-def run(folder, *arguments, **options):
-    environment = {
-        "PATH": os.environ["PATH"], "HOME": str(folder), "GIT_CONFIG_NOSYSTEM": "1",
-        "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@x",
-        "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@x",
-    }  # fmt: skip
-    done = subprocess.run(
-        ["git", "-C", folder, *arguments], env=environment, check=True, capture_output=True, **options
-    )
-    return done.stdout.decode(errors="replace").strip()
+from support.repositories import git as user_git
 
 
 def commit(folder, name, text, message="more"):
     (folder / name).write_text(text)
-    run(folder, "add", name)
-    run(folder, "commit", "-qm", message)
-    return run(folder, "rev-parse", "HEAD")
+    user_git(folder, "add", name)
+    user_git(folder, "commit", "-qm", message)
+    return user_git(folder, "rev-parse", "HEAD")
 
 
 @pytest.fixture
@@ -39,7 +27,7 @@ def host(tmp_path):
     """The user's repository, with work that is not committed."""
     folder = tmp_path / "host"
     folder.mkdir()
-    run(folder, "init", "-q", "-b", "main")
+    user_git(folder, "init", "-q", "-b", "main")
     commit(folder, "a", "a\n", "first")
     (folder / "a").write_text("not committed\n")
     return folder
@@ -48,12 +36,12 @@ def host(tmp_path):
 @pytest.fixture
 def guest(tmp_path, host):
     """The machine's clone of it."""
-    run(tmp_path, "clone", "-q", str(host), "guest")
+    user_git(tmp_path, "clone", "-q", str(host), "guest")
     return tmp_path / "guest"
 
 
 def bundle_of(guest, base, name="HEAD"):
-    run(guest, "bundle", "create", "-q", "../bundle", name, f"^{base}")
+    user_git(guest, "bundle", "create", "-q", "../bundle", name, f"^{base}")
     return guest.parent / "bundle"
 
 
@@ -69,11 +57,11 @@ def state(folder):
         for path in sorted(folder.rglob("*"))
         if path.is_file() and "objects" not in path.relative_to(folder).parts
     }
-    return found, run(folder, "for-each-ref")
+    return found, user_git(folder, "for-each-ref")
 
 
 def test_commits_come_over_and_nothing_else_changes(host, guest):
-    base = run(host, "rev-parse", "HEAD")
+    base = user_git(host, "rev-parse", "HEAD")
     commit(guest, "b", "b\n", "second")
     tip = commit(guest, "c", "c\n", "third \x1b[2J ::error::x")
     before = state(host)
@@ -81,17 +69,17 @@ def test_commits_come_over_and_nothing_else_changes(host, guest):
     assert new.count == 2
     assert new.subjects == ("third \\x1b[2J ::error::x", "second")
     assert state(host) == before
-    assert run(host, "show", f"{tip}:c") == "c"
-    run(host, "fsck", "--strict")
+    assert user_git(host, "show", f"{tip}:c") == "c"
+    user_git(host, "fsck", "--strict")
 
 
 def test_a_subject_of_any_length(host, guest):
-    base = run(host, "rev-parse", "HEAD")
+    base = user_git(host, "rev-parse", "HEAD")
     (guest / "message").write_text("x" * 30_000_000)
     (guest / "b").write_text("b")
-    run(guest, "add", "b")
-    run(guest, "commit", "-qF", "message")
-    tip = run(guest, "rev-parse", "HEAD")
+    user_git(guest, "add", "b")
+    user_git(guest, "commit", "-qF", "message")
+    tip = user_git(guest, "rev-parse", "HEAD")
     assert [len(line) for line in imported(host, bundle_of(guest, base), base, tip).subjects] == [120]
 
 
@@ -105,14 +93,14 @@ def refused(host, bundle, base, tip, match):
 
 @pytest.mark.parametrize("data", [b"", b"PACK", b"# v2 git bundle\n", b"#!/bin/sh\n\nPACK", b"\0" * 100_000])
 def test_what_is_no_bundle(host, data):
-    base = run(host, "rev-parse", "HEAD")
+    base = user_git(host, "rev-parse", "HEAD")
     (host.parent / "bundle").write_bytes(data)
     refused(host, host.parent / "bundle", base, "1" * 40, "no bundle")
 
 
 def test_a_file_without_end(host):
     """Of what never ends, a little is read."""
-    refused(host, Path("/dev/zero"), run(host, "rev-parse", "HEAD"), "1" * 40, "no bundle")
+    refused(host, Path("/dev/zero"), user_git(host, "rev-parse", "HEAD"), "1" * 40, "no bundle")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +111,7 @@ def test_a_file_without_end(host):
     ],
 )  # fmt: skip
 def test_references_that_were_not_asked_for(host, guest, line):
-    base = run(host, "rev-parse", "HEAD")
+    base = user_git(host, "rev-parse", "HEAD")
     tip = commit(guest, "b", "b\n")
     pack = bundle_of(guest, base).read_bytes().partition(b"\n\n")[2]
     (host.parent / "bundle").write_bytes(
@@ -133,13 +121,13 @@ def test_references_that_were_not_asked_for(host, guest, line):
 
 
 def test_another_commit_than_it_said(host, guest):
-    base = run(host, "rev-parse", "HEAD")
+    base = user_git(host, "rev-parse", "HEAD")
     commit(guest, "b", "b\n")
     refused(host, bundle_of(guest, base), base, base, "other references")
 
 
 def test_a_commit_that_is_not_in_it(host, guest):
-    base = run(host, "rev-parse", "HEAD")
+    base = user_git(host, "rev-parse", "HEAD")
     tip = commit(guest, "b", "b\n")
     bundle = bundle_of(guest, base)
     bundle.write_bytes(bundle.read_bytes().replace(tip.encode(), b"1" * 40))
@@ -147,7 +135,7 @@ def test_a_commit_that_is_not_in_it(host, guest):
 
 
 def test_commits_whose_parents_are_not_in_it(host, guest):
-    base = run(host, "rev-parse", "HEAD")
+    base = user_git(host, "rev-parse", "HEAD")
     middle = commit(guest, "b", "b\n")
     tip = commit(guest, "c", "c\n")
     refused(host, bundle_of(guest, middle), base, tip, "git does not accept")
@@ -155,7 +143,7 @@ def test_commits_whose_parents_are_not_in_it(host, guest):
 
 @pytest.mark.parametrize("where", ["middle", "end"])
 def test_a_damaged_pack(host, guest, where):
-    base = run(host, "rev-parse", "HEAD")
+    base = user_git(host, "rev-parse", "HEAD")
     tip = commit(guest, "b", "b\n" * 1000)
     data = bytearray(bundle_of(guest, base).read_bytes())
     if where == "middle":
@@ -167,10 +155,10 @@ def test_a_damaged_pack(host, guest, where):
 
 
 def test_a_tree_is_no_commit(host, guest):
-    base = run(host, "rev-parse", "HEAD")
+    base = user_git(host, "rev-parse", "HEAD")
     commit(guest, "b", "b\n")
-    tree = run(guest, "rev-parse", "HEAD^{tree}")
-    run(guest, "update-ref", "refs/x", tree)
+    tree = user_git(guest, "rev-parse", "HEAD^{tree}")
+    user_git(guest, "update-ref", "refs/x", tree)
     bundle = bundle_of(guest, base, "refs/x")
     bundle.write_bytes(bundle.read_bytes().replace(b"refs/x", b"HEAD"))
     refused(host, bundle, base, tree, "git does not accept")
@@ -198,7 +186,7 @@ def tree_of(*entries):
     ],
 )  # fmt: skip
 def test_trees_that_would_write_elsewhere(host, guest, name, mode):
-    base = run(host, "rev-parse", "HEAD")
+    base = user_git(host, "rev-parse", "HEAD")
     blob = loose(guest, b"blob", b"[core]\n\tfsmonitor = touch /tmp/owned\n")
     inner = loose(guest, b"tree", tree_of((b"100644", b"config", blob)))
     tree = loose(guest, b"tree", tree_of((mode, name, inner if mode == b"40000" else blob)))
@@ -206,12 +194,12 @@ def test_trees_that_would_write_elsewhere(host, guest, name, mode):
         guest, b"commit",
         f"tree {tree}\nparent {base}\nauthor a <a@x> 1 +0000\ncommitter a <a@x> 1 +0000\n\nx\n".encode(),
     )  # fmt: skip
-    run(guest, "update-ref", "--no-deref", "HEAD", tip)
+    user_git(guest, "update-ref", "--no-deref", "HEAD", tip)
     refused(host, bundle_of(guest, base), base, tip, "git does not accept")
 
 
 def test_submodules_that_run_something(host, guest):
-    base = run(host, "rev-parse", "HEAD")
+    base = user_git(host, "rev-parse", "HEAD")
     text = '[submodule "x"]\n\tpath = x\n\turl = -u./payload\n'
     tip = commit(guest, ".gitmodules", text)
     refused(host, bundle_of(guest, base), base, tip, "git does not accept")
@@ -231,15 +219,15 @@ def trap(tmp_path):
 
 
 def test_nothing_of_the_repository_is_run(host, guest, trap, monkeypatch):
-    base = run(host, "rev-parse", "HEAD")
+    base = user_git(host, "rev-parse", "HEAD")
     tip = commit(guest, "b", "b\n")
     bundle = bundle_of(guest, base)
     hooks = host / ".git" / "hooks"
     for name in ("reference-transaction", "post-index-change", "post-checkout", "pre-auto-gc"):
         (hooks / name).symlink_to(trap)
     for key in ("core.fsmonitor", "core.sshCommand", "core.pager", "core.editor", "gc.recentObjectsHook"):
-        run(host, "config", key, str(trap))
-    run(host, "config", "alias.index-pack", f"!{trap}")
+        user_git(host, "config", key, str(trap))
+    user_git(host, "config", "alias.index-pack", f"!{trap}")
     monkeypatch.setenv("GIT_EXTERNAL_DIFF", str(trap))
     monkeypatch.setenv("GIT_PAGER", str(trap))
     monkeypatch.setenv("GIT_DIR", "/nowhere")
@@ -268,10 +256,10 @@ def test_a_repository_of_another_user(host, tmp_path):
 def test_a_branch_that_is_in_the_way_of_ours(host):
     mount = Mount(host, PurePosixPath("/r"), "rw", "git")
     Clone(None, mount)
-    run(host, "branch", "microvm/x")
+    user_git(host, "branch", "microvm/x")
     Clone(None, mount)
-    run(host, "branch", "-D", "microvm/x")
-    run(host, "branch", "microvm")
+    user_git(host, "branch", "-D", "microvm/x")
+    user_git(host, "branch", "microvm")
     with pytest.raises(UsageError, match="has a branch microvm"):
         Clone(None, mount)
     Clone(None, Mount(host, PurePosixPath("/r"), "ro", "git"))
@@ -286,7 +274,7 @@ def test_what_git_says_is_safe_to_show_and_short(tmp_path):
 
 def test_however_much_it_prints(host):
     (host / "a").write_text("x\n" * 1_000_000)
-    run(host, "add", "a")
+    user_git(host, "add", "a")
     with pytest.raises(GitError):
         git("--git-dir", host / ".git", "cat-file", "-p", ":a")
 

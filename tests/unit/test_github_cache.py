@@ -1,6 +1,5 @@
 """What GitHub's cache keeps, and under which keys."""
 
-import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ from pytest_microvm.ci.github.project import Needs, needs_of
 from pytest_microvm.errors import UsageError
 from pytest_microvm.hypervisors import Accelerator
 from pytest_microvm.templates.store import TemplateStore
+from support.repositories import git
 
 NEEDS = Needs((), ("k1", "k2"), "prepared")
 IMAGE = SimpleNamespace(digest="d1")
@@ -140,11 +140,6 @@ def test_what_nobody_allowed_is_refused_before_anything_is_built(tmp_path, monke
     with pytest.raises(UsageError, match="nobody has allowed that"):
         needs_of(project(tmp_path, asking))
     assert needs_of(project(tmp_path, asking, trust="true")).keys
-
-
-def git(folder, *words):
-    identity = ["-c", "user.name=A", "-c", "user.email=a@example.com"]
-    subprocess.run(["git", "-C", folder, *identity, *words], check=True, capture_output=True)
 
 
 def jobs(tmp_path, text, **given):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pytest_microvm.ci.github.commands import MOST_ANNOTATIONS, Annotation, fitting, stopped
 from pytest_microvm.ci.github.files import SUMMARY_LIMIT, add_summary, set_outputs, shortened
 from pytest_microvm.errors import UsageError
-from tests.github_runner import Commands, RunnerError, file_commands
+from support.github.runner import Commands, RunnerError, file_commands
 
 HOSTILE = [
     "::error::forged",

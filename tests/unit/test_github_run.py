@@ -7,10 +7,10 @@ import sys
 
 import pytest
 
-from tests.github_runner import Commands
+from support import guards
+from support.github.runner import Commands
 
 HOSTILE = r"printf '::error::forged\n\r::notice::forged\r##[warning]forged\n::set-output name=a::b'"
-GUARD = 60  # seconds
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -39,7 +39,7 @@ def obeyed(output):
 
 def test_what_it_prints_is_no_command(tmp_path):
     with start(tmp_path, HOSTILE + "; exit 3") as process:
-        output, _ = process.communicate(timeout=GUARD)
+        output, _ = process.communicate(timeout=guards.PROCESS)
     assert b"forged" in output
     assert obeyed(output) == [("notice", "before"), ("remove-matcher", ""), ("notice", "3")]
 
@@ -51,7 +51,7 @@ def test_without_that_it_would_be():
 
 def test_it_cannot_tell_the_runner_anything_by_file(tmp_path):
     with start(tmp_path, 'echo "file: [$GITHUB_OUTPUT]"') as process:
-        output, _ = process.communicate(timeout=GUARD)
+        output, _ = process.communicate(timeout=guards.PROCESS)
     assert b"file: []" in output
 
 
@@ -59,7 +59,7 @@ def test_it_cannot_tell_the_runner_anything_by_file(tmp_path):
 def test_trust_is_for_the_run(tmp_path, monkeypatch, trust, told):
     monkeypatch.delenv("PYTEST_MICROVM_TRUST", raising=False)
     with start(tmp_path, 'echo "[$PYTEST_MICROVM_TRUST]"', trust) as process:
-        output, _ = process.communicate(timeout=GUARD)
+        output, _ = process.communicate(timeout=guards.PROCESS)
     assert told in output
 
 
@@ -70,12 +70,12 @@ def test_a_cancelled_job_waits_for_its_machines_to_be_tidied_up(tmp_path):
         while b"begun" not in process.stdout.readline():
             pass
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=GUARD)
+        output, _ = process.communicate(timeout=guards.PROCESS)
     assert b"tidied" in output
     assert output.rstrip().endswith(b"::notice::130")
 
 
 def test_a_command_that_a_signal_ended(tmp_path):
     with start(tmp_path, "kill -KILL $$") as process:
-        output, _ = process.communicate(timeout=GUARD)
+        output, _ = process.communicate(timeout=guards.PROCESS)
     assert obeyed(output)[-1] == ("notice", "137")

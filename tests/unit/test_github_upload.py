@@ -3,7 +3,7 @@
 import os
 
 from pytest_microvm.ci.github.upload import make_uploadable
-from tests.github_actions import _REFUSED
+from support.github.actions import _REFUSED
 
 
 def names(folder):

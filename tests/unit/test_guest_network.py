@@ -14,8 +14,8 @@ from pytest_microvm.guest.network import Network
 from pytest_microvm.wire.channel import Channel, Closed, Data, Message
 from pytest_microvm.wire.frames import Kind, WireError, encode
 from pytest_microvm.wire.network import CONNECTIONS, WINDOW
+from support import guards
 
-GUARD = 20  # seconds; only a test that hangs takes so long
 RESET = struct.pack("ii", 1, 0)
 
 
@@ -24,7 +24,7 @@ class Guest:
 
     def __init__(self):
         self.sock, self._theirs = socket.socketpair()
-        self.sock.settimeout(GUARD)
+        self.sock.settimeout(guards.PROCESS)
         self.channel = Channel("host", WINDOW)
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=CONNECTIONS)
         self.events = []
@@ -55,7 +55,7 @@ class Guest:
         self.listener.close()
 
     def joined(self):
-        self._thread.join(GUARD)
+        self._thread.join(guards.PROCESS)
         assert not self._thread.is_alive()
         return self.end
 
@@ -82,7 +82,7 @@ class Guest:
             self.events += list(self.channel.receive(data))
 
     def client(self):
-        return socket.create_connection(self.listener.getsockname(), timeout=GUARD)
+        return socket.create_connection(self.listener.getsockname(), timeout=guards.PROCESS)
 
     def accept(self, stream):
         body = self.next(Message).body
@@ -112,7 +112,7 @@ def guest():
 @contextlib.contextmanager
 def server():
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        listener.settimeout(GUARD)
+        listener.settimeout(guards.PROCESS)
         yield listener, listener.getsockname()[1]
 
 
@@ -120,7 +120,7 @@ def test_nothing_is_said_before_there_is_something_to_say(guest):
     guest.sock.setblocking(False)
     with pytest.raises(BlockingIOError):
         guest.sock.recv(1)
-    guest.sock.settimeout(GUARD)
+    guest.sock.settimeout(guards.PROCESS)
     with guest.client():
         assert guest.answer() == {"event": "connect", "connection": 1}
         assert guest.channel.peer.role == "network"
@@ -160,10 +160,10 @@ def test_a_client_that_is_not_heard_is_stopped_and_goes_on(guest):
         guest.sock.settimeout(0.3)
         with pytest.raises(TimeoutError):
             guest.sock.recv(1)
-        guest.sock.settimeout(GUARD)
+        guest.sock.settimeout(guards.PROCESS)
         guest.channel.consumed(1, len(first))
         assert first + guest.read(1, len(data) - len(first)) == data
-        sender.join(GUARD)
+        sender.join(guards.PROCESS)
 
 
 def test_a_client_that_does_not_read_gets_a_window_and_holds_nobody_up(guest):
@@ -179,7 +179,7 @@ def test_a_client_that_does_not_read_gets_a_window_and_holds_nobody_up(guest):
                 guest.flush()
                 for _event in guest.channel.receive(guest.sock.recv(65536)):
                     pass
-        guest.sock.settimeout(GUARD)
+        guest.sock.settimeout(guards.PROCESS)
         guest.channel.write(2, b"hello")
         guest.flush()
         assert other.recv(10) == b"hello"
@@ -239,7 +239,7 @@ def test_connections_beyond_the_limit_wait(guest, monkeypatch):
         guest.sock.settimeout(0.3)
         with pytest.raises(TimeoutError):
             guest.next(Message)
-        guest.sock.settimeout(GUARD)
+        guest.sock.settimeout(guards.PROCESS)
         clients[0].close()
         guest.next(Closed)
         guest.channel.close(1)
@@ -254,7 +254,7 @@ def test_the_host_reaches_a_server(guest):
         assert guest.answer() == {"id": 9, "result": {}}
         accepted, _ = listener.accept()
         with accepted:
-            accepted.settimeout(GUARD)
+            accepted.settimeout(guards.PROCESS)
             guest.channel.write(5, b"hi")
             guest.channel.close(5)
             guest.flush()
@@ -309,7 +309,7 @@ def test_a_server_that_cannot_be_reached(guest, where, kind):
 def test_waiting_for_a_server(guest):
     with server() as (_listener, port):
         pass
-    guest.send(id=1, op="wait", port=port, timeout=GUARD)
+    guest.send(id=1, op="wait", port=port, timeout=guards.PROCESS)
     guest.send(id=2, op="wait", port=port, timeout=0.01)
     answer = guest.answer()
     assert (answer["id"], answer["error"]["type"]) == (2, "ConnectionRefusedError")
@@ -320,7 +320,7 @@ def test_waiting_for_a_server(guest):
 def test_a_unix_server_that_is_full_is_waited_for(guest, tmp_path):
     with contextlib.ExitStack() as stack:
         unix = stack.enter_context(socket.socket(socket.AF_UNIX))
-        unix.settimeout(GUARD)
+        unix.settimeout(guards.PROCESS)
         unix.bind(str(tmp_path / "socket"))
         unix.listen(0)
         first = stack.enter_context(socket.socket(socket.AF_UNIX))
@@ -344,7 +344,7 @@ def test_after_a_rest_it_is_as_it_was(guest, monkeypatch, tmp_path):
         clients[0].sendall(b"x")
         guest.channel.close(2)
         guest.send(op="end", stream=2)  # it lingers
-        guest.send(id=1, op="wait", port=1, timeout=GUARD)
+        guest.send(id=1, op="wait", port=1, timeout=guards.PROCESS)
         guest.send(id=7, op="rest")
         while guest.answer().get("id") != 7:
             pass
@@ -356,7 +356,7 @@ def test_after_a_rest_it_is_as_it_was(guest, monkeypatch, tmp_path):
         guest.sock.settimeout(0.1)
         with pytest.raises(TimeoutError):
             guest.sock.recv(1)
-        guest.sock.settimeout(GUARD)
+        guest.sock.settimeout(guards.PROCESS)
         guest.channel = Channel("host", WINDOW)
         guest.accept(1)
         waits.sendall(b"again")

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from pytest_microvm.errors import ProtocolViolation
 from pytest_microvm.remote import running
-
-from .replayed import (
+from support.collected import GOOD, lines
+from support.replayed_reports import (
     HOSTILE_TEXT,
     assert_harmless,
     changed,
@@ -19,8 +19,7 @@ from .replayed import (
     real_reports,
     show_collection,
 )
-from .replayed import show_reports as show
-from .test_collected import GOOD, lines
+from support.replayed_reports import show_reports as show
 
 REPORTS = real_reports()
 FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

@@ -19,8 +19,8 @@ from pytest_microvm.process import GuestProcess, command_arguments
 from pytest_microvm.transfer import as_os_error, pull
 from pytest_microvm.wire.channel import GRANT, MAX_STREAMS, WINDOW, Closed, Credit, Data, Hello, Message
 from pytest_microvm.wire.frames import MAX_PAYLOAD, Kind, encode
+from support import guards
 
-GUARD = 20  # seconds; only a test that hangs takes so long
 SOON = 0.05
 
 
@@ -28,7 +28,7 @@ class Guest:
     """The guest's end, driven step by step by a test."""
 
     def __init__(self, sock):
-        sock.settimeout(GUARD)
+        sock.settimeout(guards.PROCESS)
         self.sock = sock
         self.port = Port(sock.fileno(), "agent")
         self.channel = self.port.channel
@@ -81,7 +81,7 @@ def guest(sockets):
 def link(sockets, guest):
     link = Link(sockets[0])
     guest.port.flush()
-    link.wait_hello(GUARD)
+    link.wait_hello(guards.PROCESS)
     yield link
     link.close()
 
@@ -102,7 +102,7 @@ def streamed(link, guest):
 
 def failure_of(link):
     with link.changed:
-        assert link.changed.wait_for(lambda: link.failure, GUARD)
+        assert link.changed.wait_for(lambda: link.failure, guards.PROCESS)
         return link.failure
 
 
@@ -110,7 +110,7 @@ def failure_of(link):
 
 
 def test_hello_both_ways(link, guest):
-    assert link.wait_hello(GUARD).role == "agent"
+    assert link.wait_hello(guards.PROCESS).role == "agent"
     assert guest.next(Hello).role == "host"
 
 
@@ -122,11 +122,11 @@ def test_a_hello_that_does_not_come(sockets):
 
 
 def test_a_call_and_its_answer(link, guest, background):
-    answer = background(link.call, "run", argv=["true"], timeout=GUARD)
+    answer = background(link.call, "run", argv=["true"], timeout=guards.PROCESS)
     asked = guest.next(Message).body
     assert asked == {"id": 1, "op": "run", "argv": ["true"]}
     guest.answer(asked["id"], result={"returncode": 0})
-    assert answer.result(GUARD) == {"returncode": 0}
+    assert answer.result(guards.PROCESS) == {"returncode": 0}
 
 
 def test_answers_find_their_requests_in_any_order(link, guest):
@@ -134,7 +134,7 @@ def test_answers_find_their_requests_in_any_order(link, guest):
     numbers = [guest.next(Message).body["id"] for _ in range(3)]
     for number in reversed(numbers):
         guest.answer(number, result={"was": number})
-    assert [request.wait(GUARD)["was"] for request in requests] == numbers
+    assert [request.wait(guards.PROCESS)["was"] for request in requests] == numbers
     assert all(request.done for request in requests)
 
 
@@ -143,7 +143,7 @@ def test_an_error_keeps_its_kind_message_and_number(link, guest):
     error = {"type": "FileNotFoundError", "message": "no such file: /x", "errno": 2}
     guest.answer(guest.next(Message).body["id"], error=error)
     with pytest.raises(GuestError, match="FileNotFoundError: no such file: /x") as caught:
-        request.wait(GUARD)
+        request.wait(guards.PROCESS)
     assert (caught.value.kind, caught.value.errno) == ("FileNotFoundError", 2)
 
 
@@ -155,7 +155,7 @@ def test_an_error_of_any_shape_is_bounded(link, guest, error):
     request = link.request("stat")
     guest.answer(guest.next(Message).body["id"], error=error)
     with pytest.raises(GuestError) as caught:
-        request.wait(GUARD)
+        request.wait(guards.PROCESS)
     assert len(str(caught.value)) < 11_000
     assert caught.value.errno == 0
 
@@ -164,7 +164,7 @@ def test_an_error_of_any_shape_is_bounded(link, guest, error):
 def test_an_answer_without_a_result_is_empty(link, guest, body):
     request = link.request("op")
     guest.answer(guest.next(Message).body["id"], **body)
-    assert request.wait(GUARD) == {}
+    assert request.wait(guards.PROCESS) == {}
 
 
 def test_a_wait_that_timed_out_can_be_taken_up_again(link, guest):
@@ -173,7 +173,7 @@ def test_a_wait_that_timed_out_can_be_taken_up_again(link, guest):
         request.wait(SOON)
     assert not request.done
     guest.answer(guest.next(Message).body["id"], result={"late": True})
-    assert request.wait(GUARD) == {"late": True}
+    assert request.wait(guards.PROCESS) == {"late": True}
 
 
 def test_a_late_answer_nobody_waits_for_does_no_harm(link, guest):
@@ -182,7 +182,7 @@ def test_a_late_answer_nobody_waits_for_does_no_harm(link, guest):
     guest.answer(guest.next(Message).body["id"], result={})
     request = link.request("next")
     guest.answer(guest.next(Message).body["id"], result={"fine": True})
-    assert request.wait(GUARD) == {"fine": True}
+    assert request.wait(guards.PROCESS) == {"fine": True}
 
 
 def test_a_guest_that_answers_nothing_does_not_use_up_the_host(link, monkeypatch):
@@ -198,7 +198,7 @@ def test_a_request_too_large_for_a_message(link, guest):
         link.request("write", data="x" * MAX_PAYLOAD[Kind.MESSAGE])
     request = link.request("op")
     guest.answer(guest.next(Message).body["id"], result={})
-    assert request.wait(GUARD) == {}
+    assert request.wait(guards.PROCESS) == {}
 
 
 # Streams
@@ -207,14 +207,14 @@ def test_a_request_too_large_for_a_message(link, guest):
 def test_more_than_the_window_to_the_guest(link, guest, background):
     stream, number = streamed(link, guest)
     sent = os.urandom(3 * WINDOW + 12345)
-    writing = background(stream.write, sent, GUARD)
+    writing = background(stream.write, sent, guards.PROCESS)
     received = b""
     while len(received) < len(sent):
         data = guest.next(Data).data
         received += data
         guest.channel.consumed(number, len(data))
         guest.port.flush()
-    writing.result(GUARD)
+    writing.result(guards.PROCESS)
     stream.close()
     assert guest.next(Closed).stream == number
     assert received == sent
@@ -223,11 +223,11 @@ def test_more_than_the_window_to_the_guest(link, guest, background):
 def test_more_than_the_window_from_the_guest(link, guest, background):
     stream, number = streamed(link, guest)
     sent = os.urandom(3 * WINDOW + 12345)
-    reading = background(stream.read_all, len(sent), GUARD)
+    reading = background(stream.read_all, len(sent), guards.PROCESS)
     guest.write_all(number, sent)
     guest.channel.close(number)
     guest.port.flush()
-    assert reading.result(GUARD) == sent
+    assert reading.result(guards.PROCESS) == sent
     assert stream.read() == b""
 
 
@@ -241,7 +241,7 @@ def test_a_guest_that_takes_nothing_stops_the_writer_at_the_window(link, guest):
     assert received == WINDOW
     guest.channel.consumed(number, GRANT)
     guest.port.flush()
-    stream.write(b"x", GUARD)
+    stream.write(b"x", guards.PROCESS)
     assert guest.next(Data).data == b"x"
 
 
@@ -252,9 +252,9 @@ def test_answers_to_others_do_not_prolong_a_writers_time(link, guest, background
     while not writing.done():
         request = link.request("ping")
         guest.answer(guest.next(Message).body["id"], result={})
-        request.wait(GUARD)
+        request.wait(guards.PROCESS)
     with pytest.raises(TimeoutError):
-        writing.result(GUARD)
+        writing.result(guards.PROCESS)
 
 
 def test_reading_waits_at_most_its_time(link, guest):
@@ -262,27 +262,27 @@ def test_reading_waits_at_most_its_time(link, guest):
     with pytest.raises(TimeoutError, match=r"nothing came within 0\.05 s"):
         stream.read(timeout=SOON)
     guest.write_all(number, b"abc")
-    assert stream.read(2, timeout=GUARD) == b"ab"
-    assert stream.read(2, timeout=GUARD) == b"c"
+    assert stream.read(2, timeout=guards.PROCESS) == b"ab"
+    assert stream.read(2, timeout=guards.PROCESS) == b"c"
 
 
 def test_writing_to_a_guest_that_closed_is_a_broken_pipe(link, guest, background):
     stream, number = streamed(link, guest)
-    writing = background(stream.write, bytes(WINDOW + 1), GUARD)
+    writing = background(stream.write, bytes(WINDOW + 1), guards.PROCESS)
     received = 0
     while received < WINDOW:
         received += len(guest.next(Data).data)
     guest.channel.close(number)
     guest.port.flush()
     with pytest.raises(BrokenPipeError):
-        writing.result(GUARD)
+        writing.result(guards.PROCESS)
 
 
 def test_writing_after_closing_this_end_is_a_value_error(link, guest):
     stream, _ = streamed(link, guest)
     stream.close()
     with pytest.raises(ValueError, match="closed for writing"):
-        stream.write(b"x", GUARD)
+        stream.write(b"x", guards.PROCESS)
 
 
 def test_closing_wakes_a_writer_in_another_thread(link, guest, background):
@@ -292,13 +292,13 @@ def test_closing_wakes_a_writer_in_another_thread(link, guest, background):
 
     def write():
         started.set()
-        stream.write(b"x", GUARD)
+        stream.write(b"x", guards.PROCESS)
 
     writing = background(write)
-    assert started.wait(GUARD)
+    assert started.wait(guards.PROCESS)
     stream.close()
     with pytest.raises(ValueError, match="closed for writing"):
-        writing.result(GUARD)
+        writing.result(guards.PROCESS)
 
 
 def test_discarding_lets_the_guest_finish(link, guest):
@@ -310,7 +310,7 @@ def test_discarding_lets_the_guest_finish(link, guest):
     guest.port.flush()
     request = link.request("sync")
     guest.answer(guest.next(Message).body["id"], result={})
-    request.wait(GUARD)
+    request.wait(guards.PROCESS)
     assert link.channel.open_streams == 0
 
 
@@ -331,15 +331,15 @@ def test_whichever_stream_has_something_is_read(link, guest, background):
     second, second_number = streamed(link, guest)
     with pytest.raises(TimeoutError, match="nothing came"):
         read_any([first, second], SOON)
-    reading = background(read_any, [first, second], GUARD)
+    reading = background(read_any, [first, second], guards.PROCESS)
     guest.write_all(second_number, b"second")
-    assert reading.result(GUARD) == [(second, b"second")]
+    assert reading.result(guards.PROCESS) == [(second, b"second")]
     guest.channel.close(first_number)
     guest.port.flush()
-    assert read_any([first, second], GUARD) == [(first, b"")]
+    assert read_any([first, second], guards.PROCESS) == [(first, b"")]
     guest.sock.close()
     with pytest.raises(MachineCrashed):
-        read_any([second], GUARD)
+        read_any([second], guards.PROCESS)
 
 
 def test_more_than_is_allowed_ends_the_machine(sockets, guest):
@@ -349,7 +349,7 @@ def test_more_than_is_allowed_ends_the_machine(sockets, guest):
     stream, number = streamed(link, guest)
     guest.write_all(number, b"x" * 11)
     with pytest.raises(ProtocolViolation, match="more than the 10 bytes"):
-        stream.read_all(10, GUARD)
+        stream.read_all(10, guards.PROCESS)
     assert ended.is_set()
     assert isinstance(link.failure, ProtocolViolation)
 
@@ -366,7 +366,7 @@ def test_a_stream_the_guest_never_accepted_is_forgotten(link):
     link.forget(stream)
     assert link.channel.open_streams == 0
     with pytest.raises(BrokenPipeError):
-        stream.write(b"x", GUARD)
+        stream.write(b"x", guards.PROCESS)
     stream.close()
     stream.discard()
 
@@ -380,15 +380,15 @@ def test_the_machines_end_wakes_everyone(link, guest, background):
     other.write(bytes(WINDOW))
     request = link.request("op")
     waiting = [
-        background(request.wait, GUARD),
-        background(stream.read, 1, GUARD),
-        background(other.write, b"x", GUARD),
-        background(stream.read_all, 10, GUARD),
+        background(request.wait, guards.PROCESS),
+        background(stream.read, 1, guards.PROCESS),
+        background(other.write, b"x", guards.PROCESS),
+        background(stream.read_all, 10, guards.PROCESS),
     ]
     guest.sock.close()
     for future in waiting:
         with pytest.raises(MachineCrashed):
-            future.result(GUARD)
+            future.result(guards.PROCESS)
     assert request.done
     for use in (lambda: link.request("op"), link.open_stream, lambda: link.wait_hello(1)):
         with pytest.raises(MachineCrashed):
@@ -402,17 +402,17 @@ def test_what_came_before_the_end_can_still_be_read(link, guest):
     guest.write_all(number, b"last words")
     guest.sock.close()
     failure_of(link)
-    assert stream.read(timeout=GUARD) == b"last words"
+    assert stream.read(timeout=guards.PROCESS) == b"last words"
     with pytest.raises(MachineCrashed):
-        stream.read(timeout=GUARD)
+        stream.read(timeout=guards.PROCESS)
 
 
 def test_closing_this_end_wakes_whoever_waits(link, background):
-    waiting = background(link.call, "op", timeout=GUARD)
+    waiting = background(link.call, "op", timeout=guards.PROCESS)
     link.close()
     link.close()
     with pytest.raises(MachineCrashed):
-        waiting.result(GUARD)
+        waiting.result(guards.PROCESS)
 
 
 VIOLATIONS = {
@@ -433,12 +433,12 @@ def test_a_guest_that_breaks_the_protocol(sockets, guest, violate):
     guest.port.flush()
     request = link.request("op")
     violate(guest)
-    assert ended.acquire(timeout=GUARD)
+    assert ended.acquire(timeout=guards.PROCESS)
     assert isinstance(failure_of(link), ProtocolViolation)
     assert "broke the protocol" in str(link.failure)
     if request.reply is None:
         with pytest.raises(ProtocolViolation):
-            request.wait(GUARD)
+            request.wait(guards.PROCESS)
     link.close()
     assert not ended.acquire(blocking=False)
 
@@ -457,7 +457,7 @@ def test_one_links_fault_stays_its_own(link, guest):
         assert other.recv(4096) == b""
     request = link.request("still there?")
     guest.answer(guest.next(Message).body["id"], result={})
-    assert request.wait(GUARD) == {}
+    assert request.wait(guards.PROCESS) == {}
 
 
 def test_links_come_and_go_while_others_talk(link, guest, background):
@@ -470,10 +470,10 @@ def test_links_come_and_go_while_others_talk(link, guest, background):
                 other_guest = Guest(other)
                 short = Link(host)
                 other_guest.port.flush()
-                assert short.wait_hello(GUARD).role == "agent"
+                assert short.wait_hello(guards.PROCESS).role == "agent"
                 request = short.request("op")
                 other_guest.answer(other_guest.next(Message).body["id"], result={"here": True})
-                assert request.wait(GUARD) == {"here": True}
+                assert request.wait(guards.PROCESS) == {"here": True}
                 other.sendall(b"\x00")  # under way while this end closes
                 short.close()
 
@@ -481,9 +481,9 @@ def test_links_come_and_go_while_others_talk(link, guest, background):
     for turn in range(300):
         request = link.request("op")
         guest.answer(guest.next(Message).body["id"], result={"turn": turn})
-        assert request.wait(GUARD) == {"turn": turn}
+        assert request.wait(guards.PROCESS) == {"turn": turn}
     for future in working:
-        future.result(GUARD)
+        future.result(guards.PROCESS)
 
 
 def test_no_descriptor_and_no_callback_is_left_behind():
@@ -554,7 +554,7 @@ def test_an_error_of_the_guest_is_safe_to_show(link, guest, error, brief, number
     request = link.request("op")
     guest.answer(guest.next(Message).body["id"], error=error)
     with pytest.raises(GuestError) as caught:
-        request.wait(GUARD)
+        request.wait(guards.PROCESS)
     assert (caught.value.brief, caught.value.errno) == (brief, number)
     assert isinstance(as_os_error(caught.value, "/x"), Exception)
 
@@ -590,7 +590,7 @@ def test_a_command_started_with_a_wrong_answer_ends_the_machine(link, guest, bac
         lambda: GuestProcess(link, ["true"], request, stdin=False, text=True, pty=None),
     )
     with pytest.raises(ProtocolViolation, match="'pid' that is no whole number"):
-        doing.result(GUARD)
+        doing.result(guards.PROCESS)
     assert isinstance(link.failure, ProtocolViolation)
 
 
@@ -606,7 +606,7 @@ def test_a_pull_with_a_wrong_answer_ends_the_machine_and_leaves_nothing(
         link, guest, background, result, lambda: pull(link, PurePosixPath("/x"), tmp_path / "x")
     )
     with pytest.raises(ProtocolViolation):
-        doing.result(GUARD)
+        doing.result(guards.PROCESS)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -624,5 +624,5 @@ def test_a_pull_onto_a_folder_of_another_kind_is_a_transfer_error(link, guest, b
     guest.channel.close(stream)
     guest.answer(number, result={})
     with pytest.raises(TransferError, match="cannot put what the machine sent in its place"):
-        doing.result(GUARD)
+        doing.result(guards.PROCESS)
     assert [path.name for path in (tmp_path / "x").rglob("*")] == ["f", "precious"]

@@ -24,8 +24,8 @@ from pytest_microvm.network.service import MachineNetwork
 from pytest_microvm.wire.channel import Channel, Message
 from pytest_microvm.wire.frames import Kind, encode
 from pytest_microvm.wire.network import CONNECTIONS, WINDOW
+from support import guards
 
-GUARD = 20  # seconds; only a test that hangs takes so long
 RESET = struct.pack("ii", 1, 0)
 
 
@@ -89,12 +89,12 @@ class Guest(Machine):
             self.process._selector.close()
 
     def client(self):
-        return socket.create_connection(self.listener.getsockname(), timeout=GUARD)
+        return socket.create_connection(self.listener.getsockname(), timeout=guards.PROCESS)
 
     def close(self):
         self.network.close()
         self._ours.close()
-        self._thread.join(GUARD)
+        self._thread.join(guards.PROCESS)
         assert not self._thread.is_alive()
         self.sock.close()
         self.listener.close()
@@ -122,7 +122,7 @@ def server(handle, address=("127.0.0.1", 0)):
 
         def serve(sock):
             with sock, contextlib.suppress(OSError):
-                sock.settimeout(GUARD)
+                sock.settimeout(guards.PROCESS)
                 handle(sock)
 
         def accept():
@@ -136,9 +136,9 @@ def server(handle, address=("127.0.0.1", 0)):
         accepting.start()
         yield listener.getsockname()[1]
         listener.shutdown(socket.SHUT_RDWR)
-        accepting.join(GUARD)
+        accepting.join(guards.PROCESS)
     for thread in threads:
-        thread.join(GUARD)
+        thread.join(guards.PROCESS)
 
 
 def echo(sock):
@@ -151,7 +151,7 @@ def read_all(sock):
 
 
 def connect(address):
-    return socket.create_connection((address.host, address.port), timeout=GUARD)
+    return socket.create_connection((address.host, address.port), timeout=guards.PROCESS)
 
 
 # From the guest
@@ -186,7 +186,7 @@ def test_many_at_once_each_whole(guest):
             sender = threading.Thread(target=send, args=[client, data[number]])
             sender.start()
             found[number] = read_all(client)
-            sender.join(GUARD)
+            sender.join(guards.PROCESS)
 
     def send(client, content):
         client.sendall(content)
@@ -209,7 +209,7 @@ class Deaf(Echo):
         self.listen = threading.Event()
 
     async def serve(self, reader, writer):
-        await asyncio.to_thread(self.listen.wait, GUARD)
+        await asyncio.to_thread(self.listen.wait, guards.PROCESS)
         await super().serve(reader, writer)
 
 
@@ -229,7 +229,7 @@ def test_a_proxy_that_does_not_read_stops_the_client():
                     time.sleep(0.01)  # the kernel offers nothing to wait for that says "no more"
             assert guest.network.bytes_received < 4 * WINDOW
             guest.proxy.listen.set()
-            client.settimeout(GUARD)
+            client.settimeout(guards.PROCESS)
             client.shutdown(socket.SHUT_WR)
             assert len(read_all(client)) == sent
     finally:
@@ -310,7 +310,7 @@ def test_a_client_that_resets_is_an_error_for_the_proxy(guest):
     client.sendall(b"x")
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
     client.close()
-    assert told.wait(GUARD)
+    assert told.wait(guards.PROCESS)
 
 
 def test_what_the_guest_sent_past_the_proxy_is_logged(machine):
@@ -325,7 +325,7 @@ def test_what_the_guest_sent_past_the_proxy_is_logged(machine):
     machine.sock.sendall(guest.take())
     guest.send({"event": "connect", "connection": 1})
     machine.sock.sendall(guest.take())
-    machine.sock.settimeout(GUARD)
+    machine.sock.settimeout(guards.PROCESS)
     next_message(guest, machine.sock)
     assert [(found.method, found.host, found.port) for found in machine.network.requests] == [
         ("TCP", "1.2.3.4", 443),
@@ -384,7 +384,7 @@ def heard(client):
     except TimeoutError:
         return False
     finally:
-        client.settimeout(GUARD)
+        client.settimeout(guards.PROCESS)
 
 
 def test_unix_sockets_on_both_sides(guest, tmp_path):
@@ -396,7 +396,7 @@ def test_unix_sockets_on_both_sides(guest, tmp_path):
             assert address.url == "http+unix://" + str(address.path).replace("/", "%2F")
             assert address.path.parent.stat().st_mode & 0o777 == 0o700
             with socket.socket(socket.AF_UNIX) as client:
-                client.settimeout(GUARD)
+                client.settimeout(guards.PROCESS)
                 client.connect(str(address))
                 accepted, _ = daemon.accept()
                 with accepted:
@@ -417,7 +417,7 @@ def test_nobody_listens(guest):
     with pytest.raises(TimeoutError, match=r"Connection refused, for 0.1 s"):
         guest.network.wait_for(port, 0.1)
     with server(echo, ("127.0.0.1", port)):
-        guest.network.wait_for(port, GUARD)
+        guest.network.wait_for(port, guards.PROCESS)
 
 
 def test_a_forwarding_ends_with_its_block(guest):
@@ -459,7 +459,7 @@ def test_everything_ends_with_the_machine(how):
         with pytest.raises(ConnectionRefusedError):
             connect(address)
         with pytest.raises(MachineCrashed):
-            guest.network.wait_for(port, GUARD)
+            guest.network.wait_for(port, guards.PROCESS)
     with pytest.raises(MachineCrashed), guest.network.forward(port):
         pass
     guest.close()
@@ -485,7 +485,7 @@ def test_after_a_rest_both_ends_begin_anew(guest):
     with server(echo) as port, guest.network.forward(port) as address, connect(address) as client:
         client.sendall(b"x")
         assert client.recv(1) == b"x"
-        guest.network.rest(GUARD)
+        guest.network.rest(guards.PROCESS)
         with pytest.raises(ConnectionResetError):
             client.recv(1)
     assert guest.network.silent
@@ -510,7 +510,7 @@ def next_message(channel, sock):
 def test_connections_beyond_the_limit_are_refused(machine):
     guest = Channel("network", WINDOW)
     answers = []
-    machine.sock.settimeout(GUARD)
+    machine.sock.settimeout(guards.PROCESS)
     for number in range(1, CONNECTIONS + 11):
         guest.send({"event": "connect", "connection": number})
         machine.sock.sendall(guest.take())
@@ -587,7 +587,7 @@ PACKET = {"event": "packet", "protocol": "TCP", "address": "1.2.3.4", "port": 80
 def test_a_guest_that_breaks_the_protocol_is_ended(machine, data):
     with contextlib.suppress(OSError):
         machine.sock.sendall(data)
-    assert machine.violated.wait(GUARD)
+    assert machine.violated.wait(guards.PROCESS)
     with pytest.raises(MachineError):
         machine.network.wait_for(80, 1)
 
@@ -597,14 +597,14 @@ def test_more_than_was_granted_ends_it_too(machine):
     guest = Channel("network", WINDOW)
     guest.send({"event": "connect", "connection": 1})
     machine.sock.sendall(guest.take())
-    machine.sock.settimeout(GUARD)
+    machine.sock.settimeout(guards.PROCESS)
     stream = next_message(guest, machine.sock)["stream"]
     machine.sock.setblocking(False)
     waits = bytearray(encode(Kind.DATA, stream, bytes(WINDOW)) * 9)
     while waits and not machine.violated.is_set():
         with contextlib.suppress(BlockingIOError):
             del waits[: machine.sock.send(waits)]
-    assert machine.violated.wait(GUARD)
+    assert machine.violated.wait(guards.PROCESS)
     machine.proxy.listen.set()
 
 
@@ -648,7 +648,7 @@ def test_any_bytes_of_a_guest_end_it_or_are_harmless(greets, frames):
     try:
         machine.sock.sendall((HELLO if greets else b"") + b"".join(frames))
         machine.sock.shutdown(socket.SHUT_WR)
-        machine.sock.settimeout(GUARD)
+        machine.sock.settimeout(guards.PROCESS)
         with contextlib.suppress(MachineError, OSError):
             machine.network.wait_for(1, 0.0)
     finally:

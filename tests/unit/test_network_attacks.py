@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from .network_world import PUBLIC, Server, World, client_hello, in_records, receive, request
+from support.network import PUBLIC, Server, World, client_hello, in_records, receive, request
 
 
 @pytest.fixture(scope="module")

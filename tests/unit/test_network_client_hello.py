@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_microvm.network.client_hello import MAX_BYTES, BadHello, ClientHello, HelloReader
-
-from .network_world import client_hello, in_records
+from support.network import client_hello, in_records
 
 HELLO = client_hello("a.example")
 

@@ -15,8 +15,7 @@ from pytest_microvm.errors import UsageError
 from pytest_microvm.network.authority import new_authority
 from pytest_microvm.network.credentials import resolve_credential
 from pytest_microvm.network.echoes import Echoes
-
-from .network_world import PUBLIC, Server, World, headers_of, receive, request
+from support.network import PUBLIC, Server, World, headers_of, receive, request
 
 VALUE = "s3cret/value+with=odd chars"
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from pytest_microvm.network.heads import Origin, attempted, parse_head, read_head, split_host
 from pytest_microvm.network.refusal import Refused
 from pytest_microvm.network.relaying import GuestStream
-
-from .network_world import request
+from support.network import request
 
 INSIDE = Origin("https", "a.example", 443)
 

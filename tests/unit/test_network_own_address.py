@@ -7,8 +7,7 @@ import threading
 import pytest
 
 from pytest_microvm.network.rules import Request, parse_rules
-
-from .network_world import World
+from support.network import World
 
 
 class Hello(http.server.BaseHTTPRequestHandler):

@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -14,6 +15,7 @@ from pytest_microvm.errors import HostError, UsageError
 from pytest_microvm.network import presets
 from pytest_microvm.network.presets import named_presets, preset_rules, read_preset
 from pytest_microvm.network.rules import Policy, Request, parse_rules
+from support import repositories
 
 WHEEL = "pip-99.0-py3-none-any.whl"
 JSON = "application/vnd.pypi.simple.v1+json"
@@ -296,11 +298,11 @@ def test_apt_in_the_guest_uses_the_sources_of_its_image(apt_uses, tmp_path):
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """Return a repository's folder, and a function that runs git in it with a configuration of its own."""
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
+    config = tmp_path / "gitconfig"
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
     monkeypatch.setenv("GIT_CONFIG_SYSTEM", "/dev/null")
-    folder = tmp_path / "repository"
-    subprocess.run(["git", "init", "-q", str(folder)], check=True)
-    return folder, lambda *words: subprocess.run(["git", "-C", str(folder), *words], check=True)
+    folder = repositories.repository(tmp_path / "repository")
+    return folder, partial(repositories.git, folder, config=config)
 
 
 def test_git_is_sent_to_the_remotes_of_the_project(repository):

@@ -16,9 +16,8 @@ from pytest_microvm.network.authority import new_authority
 from pytest_microvm.network.log import NetworkLog
 from pytest_microvm.network.proxy import Proxy
 from pytest_microvm.network.rules import parse_rules
-
-from .network_world import (
-    GUARD,
+from support import guards
+from support.network import (
     PUBLIC,
     Server,
     Silent,
@@ -68,7 +67,7 @@ def test_a_request_goes_out(world, plain):
     status, _headers, body = world.get("http://a.example/path?secret=1")
     assert (status, body) == (200, b"hello")
     assert plain.heads[0].startswith(b"GET /path?secret=1 HTTP/1.1\r\nHost: a.example\r\n")
-    world.served.result(GUARD)
+    world.served.result(guards.PROCESS)
     (entry,) = world.log.list()
     assert (entry.allowed, entry.method, entry.host, entry.port) == (True, "GET", "a.example", 80)
     assert (entry.path, entry.rule, entry.status) == ("/path", "a.example", 200)
@@ -142,7 +141,7 @@ def test_a_response_that_comes_later_is_not_the_next_ones_either(world, plain):
     sock.sendall(request("http://a.example/late-response"))
     assert receive(sock)[2] == b"ok"
     plain.go_on.set()
-    assert plain.gone_on.wait(GUARD)
+    assert plain.gone_on.wait(guards.PROCESS)
     world.wait(asyncio.sleep(0.05))  # the loop hears what lies in its socket
     sock.sendall(request("http://a.example/"))
     assert receive(sock)[2] == b"hello"
@@ -300,7 +299,7 @@ def test_a_tunnel_carries_tls(secure):
         with world.secure("secure.example:443") as tls:
             tls.sendall(request("/", "Connection: close", host="secure.example"))
             assert receive(tls)[2] == b"hello"
-        world.served.result(GUARD)
+        world.served.result(guards.PROCESS)
     (entry,) = world.log.list()
     assert (entry.method, entry.host, entry.status, entry.path) == ("CONNECT", "secure.example", 200, "")
     assert entry.received_bytes > 500  # the certificate
@@ -328,7 +327,7 @@ def test_a_server_that_speaks_first_on_a_port_of_its_own():
         sock.sendall(b"EHLO")
         sock.shutdown(socket.SHUT_WR)  # half a connection: the answer comes after that
         assert b"".join(iter(lambda: sock.recv(100), b"")) == b"you said EHLO"
-        world.served.result(GUARD)
+        world.served.result(guards.PROCESS)
         assert world.log.list()[0].sent_bytes == 4
 
 
@@ -350,7 +349,7 @@ def test_another_name_after_the_server_has_ended():
         sock, status = world.tunnel("secure.example:8443")
         assert (status, sock.recv(1)) == (200, b"")
         sock.sendall(client_hello("other.example"))
-        world.served.result(GUARD)
+        world.served.result(guards.PROCESS)
     assert "other.example" in world.denied[0].reason
 
 
@@ -558,7 +557,7 @@ def test_the_end_comes_in_the_very_moment_of_an_answer():
         with World([host, f"127.0.0.1:{server.port}"], resolve=resolve) as world:
             client = world.connect()
             client.sendall(f"GET http://{host}/ HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
-            client.settimeout(GUARD)
+            client.settimeout(guards.PROCESS)
             assert client.recv(65536) == b""
         assert [end.done() for end in ends] == [True]
 
@@ -577,7 +576,7 @@ def test_names_that_never_resolve_keep_no_other_machine_waiting(plain, monkeypat
 
     def look_up(host, *_words, **_keys):
         if host != "a.example":
-            stuck.wait(GUARD)
+            stuck.wait(guards.PROCESS)
             raise socket.gaierror(-2, "Name or service not known")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))]
 
@@ -653,7 +652,7 @@ def test_200_downloads_at_once(plain):
         start = threading.Barrier(200)
 
         def download(_number):
-            start.wait(GUARD)
+            start.wait(guards.PROCESS)
             return world.get("http://a.example/big")
 
         with ThreadPoolExecutor(200) as pool:

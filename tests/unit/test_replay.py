@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from pytest_microvm.errors import ProtocolViolation
 from pytest_microvm.remote.replay import error_report, rebuild_test_report
-
-from .test_collected import JSON
+from support.collected import JSON
 
 ITEM = SimpleNamespace(
     nodeid="a.py::test_a",

@@ -2,13 +2,13 @@
 
 import io
 import os
-import subprocess
 import tarfile
 
 import pytest
 
 from pytest_microvm.errors import UsageError
 from pytest_microvm.remote.workspace import scan
+from support.repositories import git
 
 
 def paths(folder, **options):
@@ -20,10 +20,6 @@ def write(folder, **files):
         path = folder / name.replace("__", "/").replace("_DOT_", ".")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-
-
-def git(folder, *arguments):
-    subprocess.run(["git", "-C", folder, *arguments], check=True, capture_output=True)
 
 
 @pytest.fixture

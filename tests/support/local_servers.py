@@ -34,4 +34,4 @@ class LocalServer(http.server.ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, *_):
-        pass  # a client that goes away is none
+        """Ignore it: a client that goes away is no error."""

@@ -1,4 +1,4 @@
-"""What the actions of others do, as far as ours relies on it, on this computer alone."""
+"""The actions that ours uses, as functions of this computer: setup-python, cache, upload-artifact."""
 
 import hashlib
 import shutil
@@ -22,7 +22,7 @@ def _check(action, given):
 
 
 def setup_python(runner, given):
-    """This Python; the job's own environment stays as it is."""
+    """Return this Python; the environment of the job stays as it is."""
     _check("setup-python", given)
     assert given["update-environment"] == "false"
     return {"python-path": sys.executable}
@@ -39,7 +39,7 @@ def _archive(runner, given):
 
 
 def restore(runner, given):
-    """Unpack a cache where it was."""
+    """Unpack a cache to the paths where it was packed."""
     _check("restore", given)
     archive = _archive(runner, given)
     if not archive.exists():
@@ -49,7 +49,7 @@ def restore(runner, given):
 
 
 def save(runner, given):
-    """Pack a cache; one of that key is never replaced."""
+    """Pack a cache, unless there is one with that key: caches are never replaced."""
     _check("save", given)
     archive = _archive(runner, given)
     if not archive.exists() and Path(given["path"]).exists():
@@ -75,6 +75,7 @@ def upload_artifact(runner, given):
     return {"artifact-id": "1"}
 
 
+# Each takes the runner and its inputs, and returns its outputs, by name.
 ACTIONS = {
     "actions/setup-python": setup_python,
     "actions/cache/restore": restore,

@@ -9,7 +9,17 @@ _STATUS = ("always()", "success()", "failure()", "cancelled()")
 
 
 def evaluate(text, contexts, *, condition=False):
-    """Return an expression's value; as a condition it asks for success unless it says otherwise."""
+    """Return the value of an expression.
+
+    Args:
+        text: The expression.
+        contexts: Dictionaries by name (``inputs``, ``steps``, ...), and whether the job has ``failed``.
+        condition: Whether it is an ``if:``, which asks for success unless it names a status.
+
+    Raises:
+        SyntaxError: It is no expression, or uses a part of the language that is not here.
+        KeyError: The context is unknown.
+    """
     if condition and not any(status in text for status in _STATUS):
         text = f"success() && ({text})"
     tokens = _tokens(text)

@@ -1,4 +1,4 @@
-"""What the network tests share: servers that remember, and a guest whose connections a proxy serves."""
+"""Servers that remember what reached them, and a guest whose connections a policy proxy serves."""
 
 import asyncio
 import contextlib
@@ -16,10 +16,10 @@ from pytest_microvm.network.log import NetworkLog
 from pytest_microvm.network.meter import Meter
 from pytest_microvm.network.proxy import Proxy
 from pytest_microvm.network.rules import parse_rules
+from support import guards
 
-GUARD = 30  # seconds
 PUBLIC = trustme.CA()
-"""The authority that vouches for the servers here."""
+"""The certificate authority of the servers here."""
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -27,6 +27,13 @@ class Server(socketserver.ThreadingTCPServer):
 
     Args:
         names: Those of its certificate; without any it speaks no TLS.
+        handler: Serves a connection; by default HTTP, where the path names the kind of answer (``do_...``).
+
+    Attributes:
+        heads: The heads of all requests, in bytes.
+        bodies: The bodies of all requests, in bytes.
+        connections: How many clients connected.
+        port: Its port on 127.0.0.1.
     """
 
     daemon_threads = True
@@ -56,16 +63,17 @@ class Server(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def finish_request(self, request, client_address):
+        """Serve one connection, over TLS if the server has a certificate."""
         self.connections += 1
         with contextlib.suppress(OSError):
-            request.settimeout(GUARD)
+            request.settimeout(guards.PROCESS)
             if self.tls:
                 request = self.tls.wrap_socket(request, server_side=True)
             with request:
                 super().finish_request(request, client_address)
 
     def handle_error(self, *_):
-        pass  # a client that goes away is none
+        """Ignore it: a client that goes away is no error."""
 
 
 class _Handler(socketserver.StreamRequestHandler):
@@ -146,7 +154,7 @@ class _Handler(socketserver.StreamRequestHandler):
     def do_late_response(self, _head):
         """Send a second response once the test has got the first one, and wait until it is under way."""
         self.answer(b"ok")
-        self.server.go_on.wait(GUARD)
+        self.server.go_on.wait(guards.PROCESS)
         self.answer(b"not asked for")
         self.server.gone_on.set()
 
@@ -195,6 +203,7 @@ class Speaker(socketserver.StreamRequestHandler):
     """A server that speaks first, as those of mail do, and says back what it is told until the end."""
 
     def handle(self):
+        """Greet, hear the client to its end, and say its words back."""
         self.wfile.write(b"220 welcome\r\n")
         told = self.rfile.read()
         self.wfile.write(b"you said " + told)
@@ -204,22 +213,32 @@ class Silent(socketserver.StreamRequestHandler):
     """A server that ends its own direction at once, and hears the other one to its end."""
 
     def handle(self):
+        """Send the end at once, and read until the client's."""
         self.request.shutdown(socket.SHUT_WR)
         self.rfile.read()
 
 
 def headers_of(head):
+    """Return the headers of a message's head (bytes), by lower-case name."""
     pairs = (line.split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line)
     return {name.decode().lower(): value.strip().decode("latin-1") for name, value in pairs}
 
 
 class World:
-    """A guest, its policy proxy, and what is decided there.
+    """A guest and its policy proxy, while the context is entered.
 
     Args:
-        rules: What it may reach.
-        servers: Where names lead.
-        quotas: Of the meter.
+        rules: What the guest may reach, as network rules.
+        servers: A server, or a port of this computer, for each name.
+        credentials: What the proxy adds to requests.
+        authority: Issues the certificates for requests that are inspected; ``None``: none is.
+        resolve: Looks names up in place of the resolver of this computer.
+        redact: Makes text safe for the log.
+        quotas: Of the :class:`pytest_microvm.network.meter.Meter`.
+
+    Attributes:
+        log: What was allowed and denied.
+        exceeded: The quotas that were exceeded.
     """
 
     def __init__(
@@ -265,17 +284,18 @@ class World:
         assert not self.errors, self.errors
 
     def wait(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(GUARD)
+        """Run a coroutine on the loop of the proxy and return its result."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(guards.PROCESS)
 
     async def _settled(self):
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:
-            await asyncio.wait(others, timeout=GUARD)
+            await asyncio.wait(others, timeout=guards.PROCESS)
 
     def connect(self):
         """Return a new connection of the guest to its proxy."""
         ours, theirs = socket.socketpair()
-        ours.settimeout(GUARD)
+        ours.settimeout(guards.PROCESS)
         self._sockets.append(ours)
         self.served = asyncio.run_coroutine_threadsafe(self._serve(theirs), self._loop)
         return ours
@@ -320,6 +340,7 @@ class World:
 
     @property
     def denied(self):
+        """The entries of the log whose request was denied."""
         return [entry for entry in self.log.list() if not entry.allowed]
 
 

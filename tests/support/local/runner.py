@@ -1,6 +1,6 @@
 """The guest's runner as a local process: once it has collected, every lease is a fork of it.
 
-Usage: local_runner.py CODE_FOLDER CONTROL_FD. The control socket passes one descriptor per lease in, and
+Usage: runner.py CODE_FOLDER CONTROL_FD. The control socket passes one descriptor per lease in, and
 the fork's process id out. Nothing of this computer is changed on resume.
 """
 
@@ -17,6 +17,7 @@ control = socket.socket(fileno=int(sys.argv[2]))
 
 
 def next_descriptor():
+    """Return the descriptor of the next lease; end the process when the backend has ended."""
     message, fds, _flags, _address = socket.recv_fds(control, 1, 1)
     if not message:
         os._exit(0)
@@ -24,9 +25,12 @@ def next_descriptor():
 
 
 class ForkingRunner(guest.Runner):
+    """A runner that becomes a template once it has collected."""
+
     collected = template = False
 
     def next_request(self):
+        """Return the next request; a template forks first, and only its forks return."""
         if self.template and self.collected:
             self.fork_until_child()
         request = super().next_request()
@@ -34,6 +38,7 @@ class ForkingRunner(guest.Runner):
         return request
 
     def fork_until_child(self):
+        """Fork for every lease; return in the fork alone."""
         while True:
             fd = next_descriptor()
             pid = os.fork()

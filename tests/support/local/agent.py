@@ -1,4 +1,4 @@
-"""The agent as an ordinary process of this computer, on an inherited socket (see conftest.py).
+"""The agent as an ordinary process of this computer, on an inherited socket (see tests/contract/conftest.py).
 
 Everything of the agent is real except what would change the computer itself: it is not PID 1, does not
 end the computer when it ends, and does not take over another name, time or machine id.

@@ -1,4 +1,4 @@
-"""Drives the stages of GitLab Runner's custom executor as gitlab-runner does, without a GitLab.
+"""Drive the stages of GitLab Runner's custom executor as gitlab-runner does, without a GitLab.
 
 The rules are the runner's (docs.gitlab.com/runner/executors/custom, and executors/custom/custom.go and
 common/build.go of gitlab-runner): every stage is a process in a process group of its own, whose ``TMPDIR``
@@ -16,7 +16,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -26,15 +25,18 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from support import guards
+from support.commands import MICROVM
+from support.repositories import git
+
 BUILD_FAILURE, SYSTEM_FAILURE = 1, 2
-COMMAND = (str(Path(sys.executable).with_name("pytest-microvm")), "gitlab")
-GUARD = 900  # seconds for one stage; only against hangs
+COMMAND = (*MICROVM, "gitlab")
 PREPARE_TRIES = 3
 
 
 @dataclass
 class Job:
-    """What a project asks for.
+    """A job as a project defines it.
 
     Args:
         script: The lines of ``script:``.
@@ -63,7 +65,7 @@ class Job:
 
 @dataclass
 class Stage:
-    """What came of one stage: its name (``prepare``, ``build_script``, ...), status, stdout and stderr."""
+    """The result of one stage: its name (``prepare``, ``build_script``, ...), status, stdout and stderr."""
 
     name: str
     returncode: int
@@ -74,7 +76,7 @@ class Stage:
 
 @dataclass
 class Verdict:
-    """What the runner would tell GitLab.
+    """The result of a job as the runner would report it to GitLab.
 
     Args:
         status: ``success``, ``failed`` (the script), ``system`` (the runner), ``timeout`` or ``canceled``.
@@ -127,8 +129,8 @@ def served(repository: Path, folder: Path) -> Iterator[Served]:
         folder: For a bare copy of it.
     """
     bare = folder / "group" / "project.git"
-    subprocess.run(["git", "clone", "-q", "--bare", str(repository), str(bare)], check=True)
-    subprocess.run(["git", "update-server-info"], cwd=bare, check=True)
+    git(repository, "clone", "-q", "--bare", repository, bare)
+    git(bare, "update-server-info")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -384,7 +386,7 @@ class Execution:
 
         listener = threading.Thread(target=listen)
         listener.start()
-        guard = threading.Timer(GUARD, process.kill)
+        guard = threading.Timer(guards.SUITE, process.kill)
         guard.start()
         errors = process.stderr.read()
         listener.join()

@@ -1,9 +1,9 @@
 """A real git repository whose branches are good, failing, hanging, hungry, exfiltrating and attacking."""
 
-import os
-import subprocess
 import textwrap
 from pathlib import Path
+
+from support.repositories import git
 
 OTHERS = ("main", "good", "failing", "hungry", "exfiltrating", "attacking")
 DEFINITION = f"""
@@ -73,33 +73,20 @@ VERDICTS = {
     "exfiltrating": "failed",
     "attacking": "failed",
 }
-"""What has to come of each branch."""
+"""The verdict that ``ci run`` must give each branch."""
 
 SUITES = {f"{branch} / {'hang' if branch == 'hanging' else 'test'}" for branch in VERDICTS}
 """The suites of the merged report."""
 
 TESTS = {"main": (6, 0), "good": (7, 0), "failing": (6, 1), "exfiltrating": (6, 1)}
-"""How many tests pass and fail where pytest lives to tell."""
-
-
-def git(folder, *arguments):
-    """Run git as its user would."""
-    environment = {
-        **os.environ, "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull,
-        "GIT_AUTHOR_NAME": "somebody", "GIT_AUTHOR_EMAIL": "somebody@example.com",
-        "GIT_COMMITTER_NAME": "somebody", "GIT_COMMITTER_EMAIL": "somebody@example.com",
-    }  # fmt: skip
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments], env=environment, capture_output=True, text=True, check=True
-    )
-    return done.stdout.strip()
+"""The numbers of tests that pass and fail, where pytest gets to its end."""
 
 
 class Branches:
-    """The repository.
+    """The repository, made when the object is.
 
     Attributes:
-        folder: Where it is; ``main`` is checked out.
+        folder: The work tree; ``main`` is checked out.
         marker: A file that exists only if something of a branch has run on this computer.
     """
 
@@ -132,14 +119,14 @@ class Branches:
         git(self.folder, "commit", "--quiet", "-m", message)
 
     def branch(self, name, files):
-        """Make a branch of main's with other files."""
+        """Make a branch from main with files, by path, that are added or replaced."""
         git(self.folder, "checkout", "--quiet", "-B", name, "main")
         for path, content in files.items():
             self.write(path, content)
         self.commit(name)
 
     def attack(self):
-        """Make the branch that is after the host: by definition, conftest, git's settings, output, JUnit."""
+        """Make the branch that attacks the host: by definition, conftest, settings of git, output, JUnit."""
         mark = f"with __import__('contextlib').suppress(OSError): open({str(self.marker)!r}, 'w')"
         wide = DEFINITION.replace('image = "python"', 'image = "./kit"\nnetwork = ["all"]')
         wide += '\n[tool.pytest-microvm.ci.jobs.more]\nsteps = ["true"]\nsecrets = {KEY = {env = "HOME"}}\n'
@@ -167,5 +154,5 @@ class Branches:
         })  # fmt: skip
 
     def verdicts(self, tasks):
-        """Return verdicts by branch, of a ``results.json``'s tasks."""
+        """Return the verdicts, by branch, of the tasks of a ``results.json``."""
         return {task["branch"]: task["verdict"] for task in tasks}

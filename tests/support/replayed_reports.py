@@ -158,7 +158,7 @@ def mutated(draw, values):
 
 @dataclass
 class Shown:
-    """What a run showed: its terminal, its JUnit file, which reports were refused or shown."""
+    """The output of a run: its terminal, its JUnit file, which reports were refused or shown."""
 
     code: int = 0
     text: str = ""
@@ -168,6 +168,7 @@ class Shown:
 
 
 def item(number):
+    """Return what stands for the test of that number."""
     nodeid = f"a.py::test_{number}"
     return SimpleNamespace(
         nodeid=nodeid,

@@ -1,4 +1,4 @@
-"""A backend without machines: ``-p local_backend`` runs the guest's runner as processes of this computer."""
+"""A backend without machines: the guest's runner as local processes (``-p support.local.backend``)."""
 
 import contextlib
 import itertools
@@ -24,17 +24,20 @@ from pytest_microvm.spec import DEFAULT_OUTPUT, Limits
 
 microvm_host_only = True
 HERE = Path(__file__).parent
-PACKAGE = HERE.parent.parent / "pytest_microvm"
+PACKAGE = HERE.parents[2] / "pytest_microvm"
 PYTHON_VARIABLE = "LOCAL_PYTHON"  # the guest's Python and its options, if it is another
 GUEST_VARIABLE = "LOCAL_GUEST"  # set in the runner's process alone
 
 
 def pytest_microvm_backend(config, settings, progress):
+    """Return the backend in place of the one with machines."""
     progress("starting a local process")
     return LocalBackend(settings)
 
 
 class LocalBackend:
+    """A process that forks for each lease (a :class:`pytest_microvm.remote.backend.Backend`)."""
+
     facts = BackendFacts("none", "local processes, for tests", "local", "sha256:" + "0" * 64)
 
     def __init__(self, settings):
@@ -53,6 +56,7 @@ class LocalBackend:
         self._name = settings.worker or "main"
 
     def collect(self, plan, progress):
+        """Start the runner and return what it collected."""
         progress("collecting")
         host, guest = socket.socketpair()
         folder = self._code_folder()
@@ -61,7 +65,7 @@ class LocalBackend:
             environment.pop(name, None)
         with guest:
             python = shlex.split(os.environ.get(PYTHON_VARIABLE) or sys.executable)
-            command = [*python, HERE / "local_runner.py", folder, str(guest.fileno())]
+            command = [*python, HERE / "runner.py", folder, str(guest.fileno())]
             self._template = subprocess.Popen(
                 command,
                 pass_fds=[guest.fileno()],
@@ -90,6 +94,7 @@ class LocalBackend:
         return Link(ours)
 
     def lease(self):
+        """Return a fork of the runner, as a machine."""
         started = time.monotonic()
         link = self._connect()
         pid = int.from_bytes(self._control.recv(8, socket.MSG_WAITALL), "big")
@@ -108,6 +113,7 @@ class LocalBackend:
         return machine
 
     def close(self):
+        """Kill all processes."""
         for machine in self._machines:
             machine.kill()
         if self._template is not None:
@@ -118,6 +124,8 @@ class LocalBackend:
 
 
 class LocalMachine:
+    """A fork of the runner (a :class:`pytest_microvm.remote.backend.RunnerMachine`)."""
+
     def __init__(self, link, facts, pid):
         self.link = link
         self.facts = facts
@@ -127,34 +135,41 @@ class LocalMachine:
 
     @property
     def requests(self):
+        """Return an empty log: there is no network proxy."""
         return NetworkLog()
 
     def take_back(self):
+        """Return no changes: nothing is mounted."""
         return []
 
     def exceeded(self):
-        return None
+        """Return none: no quota is enforced."""
 
     def end_for(self, quota):
+        """End the machine for a quota."""
         self.kill()
 
     def end_error(self):
+        """Return the error of a machine that has ended."""
         return MachineCrashed("the machine ended", details="local process: no console")
 
     def save(self, folder, error, about):
+        """Write the error where evidence is saved."""
         folder.mkdir(parents=True)
         (folder / "report.txt").write_text(str(error))
 
     def tighten(self, limits):
-        pass
+        """Change nothing: no limit is enforced."""
 
     def keep(self, about):
-        return None
+        """Return none: the machine is not kept."""
 
     def usage(self):
+        """Return a usage that is always the same."""
         return Usage(peak_memory_bytes=1024, cpu_seconds=0.5)
 
     def kill(self):
+        """Kill the process."""
         if self._pid:
             self.link.close()
             with contextlib.suppress(ProcessLookupError):

@@ -3,7 +3,7 @@
 What it keeps to is the source of GitHub's own (actions/runner: ActionCommand, ActionCommandManager,
 FileCommandManager): each step has files of its own for outputs, variables, PATH and summary, which are read
 when it has ended; lines of its output are taken for commands, unless it stopped them. ``uses:`` steps are
-played by :mod:`tests.github_actions`. Of expressions it knows what the action uses; others are an error.
+played by :mod:`support.github.actions`. Of expressions it knows what the action uses; others are an error.
 """
 
 import os
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from tests.github_actions import ACTIONS
-from tests.github_expressions import evaluate, interpolate, shown
+from support.github.actions import ACTIONS
+from support.github.expressions import evaluate, interpolate, shown
 
 SUMMARY_LIMIT = 1024 * 1024
 _COMMANDS = {
@@ -26,7 +26,7 @@ _ESCAPES = {"%0D": "\r", "%0A": "\n", "%3A": ":", "%2C": ",", "%25": "%"}
 
 
 class RunnerError(Exception):
-    """What GitHub's runner would fail a step for."""
+    """An error for which GitHub's runner fails a step."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Command:
 
 @dataclass
 class Step:
-    """What came of a step."""
+    """The result of a step."""
 
     name: str
     outcome: str = "skipped"  # success, failure, skipped
@@ -52,7 +52,7 @@ class Step:
 
 @dataclass
 class Job:
-    """What came of the action."""
+    """The result of the action."""
 
     steps: dict
     outputs: dict
@@ -70,13 +70,18 @@ class Job:
 
 
 class Commands:
-    """Takes the lines of one step's output, and obeys those that are commands."""
+    """A reader of one step's output that obeys the lines that are commands.
+
+    Attributes:
+        obeyed: The commands, in order.
+    """
 
     def __init__(self):
         self.obeyed = []
         self._word = None
 
     def feed(self, line):
+        """Take one line of output, without its line end."""
         known = _COMMANDS | ({self._word} if self._word else set())
         command = _second_version(line, known) or _first_version(line, known)
         if command is None:
@@ -117,7 +122,11 @@ def _unescaped(text):
 
 
 def file_commands(text):
-    """Return the names and values of a file like GITHUB_OUTPUT."""
+    """Return the names and values of a file like GITHUB_OUTPUT.
+
+    Raises:
+        RunnerError: The format is invalid.
+    """
     found, lines = {}, text.split("\n")
     if lines and lines[-1] == "":
         lines.pop()
@@ -168,7 +177,7 @@ class Runner:
         self.github = {"event": event}
 
     def run(self, action, inputs):
-        """Run the composite action in the folder ``action``."""
+        """Run the composite action in the folder ``action``; return a :class:`Job`."""
         text = yaml.safe_load((action / "action.yml").read_text())
         unknown = set(inputs) - set(text["inputs"])
         assert not unknown, f"unknown inputs: {unknown}"

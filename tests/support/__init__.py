@@ -1,0 +1,1 @@
+"""Code that the tests share: servers, repositories, CI runners, and stand-ins for machines."""

@@ -1,0 +1,1 @@
+"""GitHub Actions on this computer: the runner, its expressions, and the actions of others."""
