@@ -1,10 +1,16 @@
 """What all tests share: hypothesis without wall-clock deadlines, on machines of any speed."""
 
+import signal
+
 import pytest
 from hypothesis import settings
 
 settings.register_profile("any-speed", deadline=None)
 settings.load_profile("any-speed")
+
+# A shell starts its background jobs with Ctrl-C ignored, and every process started here would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest_plugins = ["pytester"]
 pytest.register_assert_rewrite("support")  # its asserts explain themselves, as those of tests do

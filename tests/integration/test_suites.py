@@ -190,7 +190,48 @@ def test_python_starts_once_for_what_is_edited(project):
     project.write("test_it.py", (project.folder / "test_it.py").read_text() + "# edited\n")
     out = project.run("--microvm")
     assert "starting pytest" not in out
-    assert "copying the workspace" in out
+    assert "collecting" in out
+
+
+def test_python_starts_once_after_prepare(project):
+    """An editable installation: the folder of a plug-in is not there yet when Python starts."""
+    (project.folder / "pytest.ini").unlink()
+    project.write(
+        "pyproject.toml",
+        """
+        [tool.pytest-microvm]
+        prepare = ["sh install.sh"]
+        prepare_inputs = ["install.sh"]
+        """,
+    )
+    project.write(
+        "install.sh",
+        """
+        site=$(python3 -c 'import site; print(site.getsitepackages()[0])')
+        echo "$PWD/src" > "$site/editable.pth"
+        mkdir "$site/plug-1.dist-info"
+        printf 'Name: plug\nVersion: 1\n' > "$site/plug-1.dist-info/METADATA"
+        printf '[pytest11]\nplug = plug\n' > "$site/plug-1.dist-info/entry_points.txt"
+        """,
+    )
+    project.write("src/plug.py", "import pytest\n\n@pytest.fixture\ndef number():\n    return 1\n")
+    project.write("test_it.py", "def test_it(number):\n    assert number == 1\n")
+    out = project.run("--microvm")
+    assert (out.count("preparing:"), out.count("starting pytest")) == (1, 1)
+    project.write("src/plug.py", "import pytest\n\n@pytest.fixture\ndef number():\n    return 2\n")
+    project.write("test_it.py", "def test_it(number):\n    assert number == 2\n")
+    out = project.run("--microvm")
+    assert "preparing:" not in out
+    assert "starting pytest" not in out
+
+
+def test_large_workspace_is_not_copied_again_for_other_arguments(project):
+    project.write("test_it.py", "def test_it():\n    pass\n")
+    (project.folder / "large").write_bytes(os.urandom(17 * 1024**2))
+    assert "copying the workspace" in project.run("--microvm")
+    out = project.run("--microvm", "--strict-markers")
+    assert "copying the workspace" not in out
+    assert "collecting" in out
 
 
 def test_python_starts_in_the_workspace_where_that_shapes_its_start(project):
