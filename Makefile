@@ -5,16 +5,18 @@ SHELL := /bin/bash
 BIN := .venv/bin
 ARGS ?=
 FUZZ_SECONDS ?= 60
-# Tests run on all cores; files stay together, since their tests share machines. PARALLEL=0 runs them one by one.
+# Tests run on all cores; those that share machines stay together (tests/conftest.py). PARALLEL=0 runs them one by one.
 PARALLEL ?= $(shell nproc)
-PYTEST = $(BIN)/python -m pytest -n $(PARALLEL) --dist loadfile
+# What `make test` leaves to `make test-all`: repetition, and the many examples of hypothesis.
+CHOSEN ?= -m "not thorough"
+PYTEST = $(BIN)/python -m pytest -n $(PARALLEL) --dist loadgroup --no-loadscope-reorder $(CHOSEN)
 
 STAGES := lint types imports unit contract plugin integration
 
-.PHONY: help setup demo test images bench soak fuzz $(STAGES)
+.PHONY: help setup demo test test-all images bench soak fuzz $(STAGES)
 
 help: ## say what there is
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: ## install missing programs, make .venv with all extras
 	@ci/setup.sh
@@ -24,6 +26,9 @@ demo: setup ## run the example suite, a fresh microVM for every test
 	@$(BIN)/python -m pytest --microvm examples
 
 test: $(STAGES) ## the whole check
+
+test-all: ## the same with all repetition: more hostile branches, image builds, examples of hypothesis
+	@$(MAKE) --no-print-directory test CHOSEN= HYPOTHESIS_PROFILE=thorough
 
 lint: setup ## ruff
 	@printf '\n### %s\n' "$@"
@@ -52,7 +57,7 @@ plugin: images ## the plug-in's options, fixtures and reports
 
 integration: images ## everything together, and every command and snippet of the documentation
 	@printf '\n### %s\n' "$@"
-	@$(PYTEST) tests/integration tests/faults $(ARGS)
+	@$(PYTEST) tests/integration/test_docs.py tests/integration tests/faults $(ARGS)
 
 images: setup
 	@printf '\n### %s\n' "$@"

@@ -16,6 +16,14 @@ pytest_plugins = ["pytester"]
 pytest.register_assert_rewrite("support")  # its asserts explain themselves, as those of tests do
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Let a file's tests run in one process: they share machines. Those with a group of their own do not."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
+
+
 @pytest.fixture(scope="session")
 def host():
     """This computer, with the cache that its user has: images are built once, not for every test run."""

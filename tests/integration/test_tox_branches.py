@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from support import guards
-from support.branches import VERDICTS, Branches
+from support.branches import VERDICTS, Branches, one_by_one
 from support.repositories import git
 
 TOX_INI = """
@@ -28,7 +28,7 @@ def branches(tmp_path_factory):
     return Branches(tmp_path_factory.mktemp("tox"))
 
 
-@pytest.mark.parametrize("branch", [branch for branch in VERDICTS if branch != "main"])
+@pytest.mark.parametrize("branch", one_by_one())
 def test_a_branch_has_its_verdict(branches, branch, tmp_path):
     tree = tmp_path / "tree"
     git(branches.folder, "worktree", "add", "--quiet", "--detach", str(tree), branch)

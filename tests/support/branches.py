@@ -3,6 +3,8 @@
 import textwrap
 from pathlib import Path
 
+import pytest
+
 from support.repositories import git
 
 OTHERS = ("main", "good", "failing", "hungry", "exfiltrating", "attacking")
@@ -74,6 +76,28 @@ VERDICTS = {
     "attacking": "failed",
 }
 """The verdict that ``ci run`` must give each branch."""
+
+_ALWAYS = ("main", "good", "exfiltrating", "attacking")
+"""The branches that every way to run jobs is tested with, each time; test_ci_branches.py has all of them."""
+
+
+def one_by_one():
+    """Return the branches of strangers as parameters of a test; most of them are thorough."""
+    thorough = pytest.mark.thorough
+    return [
+        branch if branch in _ALWAYS else pytest.param(branch, marks=thorough)
+        for branch in VERDICTS
+        if branch != "main"
+    ]
+
+
+def together():
+    """Return tuples of branches as parameters of a test that takes many at once; all of them is thorough."""
+    return [
+        pytest.param(_ALWAYS, id="some"),
+        pytest.param(tuple(VERDICTS), id="all", marks=pytest.mark.thorough),
+    ]
+
 
 SUITES = {f"{branch} / {'hang' if branch == 'hanging' else 'test'}" for branch in VERDICTS}
 """The suites of the merged report."""
