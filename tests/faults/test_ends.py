@@ -61,13 +61,15 @@ def wait_gone(pids, seconds):
     return left
 
 
+def thorough(value):
+    return pytest.param(value, marks=pytest.mark.thorough)
+
+
 def moments(count):
     return [round(random.Random(f"{_SEED} {number}").uniform(0.2, 6.0), 2) for number in range(count)]  # noqa: S311
 
 
-@pytest.mark.parametrize(
-    "number", [0, 1, *(pytest.param(more, marks=pytest.mark.thorough) for more in (2, 3, 4))]
-)
+@pytest.mark.parametrize("number", [0, 1, *map(thorough, (2, 3, 4))])
 @pytest.mark.parametrize("way", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_at_a_random_moment(warm, way, number):
     """pytest ends as interrupted, or by the signal while Python still starts; its machines are gone."""
