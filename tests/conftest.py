@@ -1,5 +1,7 @@
 """What all tests share: hypothesis without wall-clock deadlines, on machines of any speed."""
 
+import gc
+
 import pytest
 from hypothesis import settings
 
@@ -7,6 +9,12 @@ settings.register_profile("any-speed", deadline=None)
 settings.load_profile("any-speed")
 
 pytest_plugins = ["pytester"]
+
+
+def pytest_collection_finish():
+    """Leave what was imported and collected out of garbage collection: it stays, and pytest collects often."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
