@@ -1,18 +1,22 @@
-"""What all tests share: hypothesis without wall-clock deadlines, on machines of any speed."""
+"""What all tests share: how many examples hypothesis makes up, and a host."""
 
 import gc
+import os
 
 import pytest
 from hypothesis import settings
 
-settings.register_profile("any-speed", deadline=None)
-settings.load_profile("any-speed")
+# No wall-clock deadlines: tests run on machines of any speed. A test that needs more or fewer examples than
+# others asks for a multiple of `settings.default.max_examples`, so that it follows the profile.
+settings.register_profile("quick", deadline=None, max_examples=25)
+settings.register_profile("thorough", deadline=None, max_examples=100)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 pytest_plugins = ["pytester"]
 
 
 def pytest_collection_finish():
-    """Leave what was imported and collected out of garbage collection: it stays, and pytest collects often."""
+    """Keep imported modules and collected tests out of garbage collection: they stay until the end."""
     gc.collect()
     gc.freeze()
 

@@ -639,7 +639,7 @@ FRAMES = st.one_of(
 )
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(st.booleans(), st.lists(FRAMES, max_size=12))
 def test_any_bytes_of_a_guest_end_it_or_are_harmless(greets, frames):
     machine = Machine()
