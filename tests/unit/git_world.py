@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import tarfile
 
@@ -24,8 +25,18 @@ def run(folder, *arguments, **options):
 def repository(folder, *options):
     """Make a repository with the branch main."""
     folder.mkdir(parents=True)
-    run(folder, "init", "-q", "-b", "main", *options)
+    run(folder, "init", "-q", "-b", "main", "--template=", *options)
     return folder
+
+
+def copied(made, folder):
+    """Copy repositories that were made once for many tests: that is cheaper than git's processes.
+
+    A clone among them has the copy as its origin.
+    """
+    shutil.copytree(made, folder, symlinks=True, dirs_exist_ok=True)
+    for config in folder.glob("*/.git/config"):
+        config.write_text(config.read_text().replace(str(made), str(folder)))
 
 
 def commit(folder, files, message="more"):
