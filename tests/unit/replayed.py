@@ -1,6 +1,7 @@
 """Real pytest runs in this process that show given reports or a given collection, however strange."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -73,8 +74,9 @@ def pytest_configure(config): global CONFIG; CONFIG = config
 """
 
 
+@functools.cache
 def real_reports(styles=("long", "short", "native", "line", "auto")):
-    """Return the serialized reports of a real run, in every traceback style."""
+    """Return the serialized reports of a real run, in every traceback style, which no caller may change."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         place.joinpath("test_suite.py").write_text(SUITE)
