@@ -8,9 +8,8 @@ import pytest
 from pytest_microvm.reports.reading import FILE_LIMIT
 
 MIB = 1024 * 1024
-BOUND = (
-    80  # MiB, where a quarter of the tests may be kept; a tree of the whole file takes several times as much
-)
+BOUND = 80
+"""MiB, where a quarter of the tests may be kept; a tree of the whole file takes several times as much."""
 WAYS = {
     "tests": ('<testsuite name="s">', lambda number: f'<testcase name="a{number}"/>', "</testsuite>"),
     "lines": (
