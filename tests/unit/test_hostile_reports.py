@@ -22,7 +22,10 @@ from .replayed import (
 from .replayed import show_reports as show
 from .test_collected import GOOD, lines
 
-FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+FEW = settings(
+    max_examples=settings.default.max_examples // 4,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
 def test_real_reports_are_shown():
