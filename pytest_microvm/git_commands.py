@@ -10,6 +10,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -216,7 +217,10 @@ def _outcome(process: subprocess.Popen[bytes], what: str) -> str:
     for reader in readers:
         reader.start()
     try:
-        returncode = process.wait(_TIMEOUT)
+        end = time.monotonic() + _TIMEOUT
+        for reader in readers:  # the pipes close when git ends; to wait for a process is to poll
+            reader.join(max(0, end - time.monotonic()))
+        returncode = process.wait(max(0, end - time.monotonic()))
     except BaseException as error:
         process.kill()
         if isinstance(error, subprocess.TimeoutExpired):

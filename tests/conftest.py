@@ -1,12 +1,17 @@
-"""What all tests share: hypothesis without wall-clock deadlines, on machines of any speed."""
+"""What all tests share: how many examples hypothesis makes up, and a host."""
 
+import gc
+import os
 import signal
 
 import pytest
 from hypothesis import settings
 
-settings.register_profile("any-speed", deadline=None)
-settings.load_profile("any-speed")
+# No wall-clock deadlines: tests run on machines of any speed. A test that needs more or fewer examples than
+# others asks for a multiple of `settings.default.max_examples`, so that it follows the profile.
+settings.register_profile("quick", deadline=None, max_examples=25)
+settings.register_profile("thorough", deadline=None, max_examples=100)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 # A shell starts its background jobs with Ctrl-C ignored, and every process started here would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -22,6 +27,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
+
+
+def pytest_collection_finish():
+    """Keep imported modules and collected tests out of garbage collection: they stay until the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

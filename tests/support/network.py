@@ -313,9 +313,9 @@ class World:
         """Ask as clients of proxies do, over a connection of its own."""
         host = url.split("/")[2]
         lines = [f"{method} {url} HTTP/1.1", f"Host: {host}", "Connection: close", *headers, "", ""]
-        sock = self.connect()
-        sock.sendall("\r\n".join(lines).encode("latin-1") + body)
-        return receive(sock, method)
+        with self.connect() as sock:
+            sock.sendall("\r\n".join(lines).encode("latin-1") + body)
+            return receive(sock, method)
 
     def tunnel(self, target):
         """Return a connection after CONNECT, and the status that came."""

@@ -1,6 +1,7 @@
 """Real pytest runs in this process that show given reports or a given collection, however strange."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -71,37 +72,31 @@ def pytest_runtest_logreport(report):
     with open(OUT, "a") as file: file.write(json.dumps(data) + "\\n")
 def pytest_configure(config): global CONFIG; CONFIG = config
 """
+_RUN = """
+import os, sys, pytest
+for style in sys.argv[1:]:
+    options = ["-q", "-l", f"--tb={style}", "-p", "dump", "-c", os.devnull, "--rootdir", ".", "test_suite.py"]
+    assert pytest.main(options) == 1
+"""
 
 
+@functools.cache
 def real_reports(styles=("long", "short", "native", "line", "auto")):
-    """Return the serialized reports of a real run, in every traceback style."""
+    """Return the serialized reports of a real run, in every traceback style, which no caller may change."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         place.joinpath("test_suite.py").write_text(SUITE)
         place.joinpath("dump.py").write_text(f"OUT = {str(place / 'out')!r}\n{_DUMP}")
-        for style in styles:
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-l",
-                f"--tb={style}",
-                "-p",
-                "dump",
-                "-c",
-                os.devnull,
-            ]
-            environment = {**os.environ, "PYTHONPATH": folder, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-            environment.pop("PYTEST_ADDOPTS", None)
-            run = subprocess.run(
-                [*command, "--rootdir", folder, "test_suite.py"],
-                cwd=folder,
-                env=environment,
-                check=False,
-                capture_output=True,
-            )
-            assert run.returncode == 1, run.stdout.decode()
+        environment = {**os.environ, "PYTHONPATH": folder, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        environment.pop("PYTEST_ADDOPTS", None)
+        run = subprocess.run(
+            [sys.executable, "-c", _RUN, *styles],
+            cwd=folder,
+            env=environment,
+            check=False,
+            capture_output=True,
+        )
+        assert run.returncode == 0, run.stdout.decode() + run.stderr.decode()
         return [json.loads(line) for line in place.joinpath("out").read_text().splitlines()]
 
 

@@ -495,7 +495,7 @@ def is_beyond(error):
     )
 
 
-@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=4 * settings.default.max_examples, suppress_health_check=[HealthCheck.too_slow])
 @given(PARTS)
 def test_parser_and_schema_agree(part):
     key, value = part

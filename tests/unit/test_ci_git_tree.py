@@ -8,15 +8,16 @@ import tarfile
 
 import pytest
 
+from pytest_microvm.ci.sources import git_tree
 from pytest_microvm.ci.sources.file_names import refusal
-from pytest_microvm.ci.sources.git_tree import MAX_FILES, GitTree
+from pytest_microvm.ci.sources.git_tree import GitTree
 from pytest_microvm.ci.sources.repository import CodeRepository
 from pytest_microvm.ci.sources.tree import tree_digest
 from pytest_microvm.ci.sources.work_tree import WorkTree
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_bundle import Repository
 from pytest_microvm.git_commands import GitError, git, git_talk
-from support.repositories import blob, commit, commit_tree, filled, raw_tree, repository
+from support.repositories import blob, commit, commit_tree, copied, filled, raw_tree, repository
 from support.repositories import git as user_git
 
 MARK = "a program of the repository ran"
@@ -158,8 +159,8 @@ def trapped(folder):
         "pager.for-each-ref": program, "sequence.editor": program, "merge.x.driver": program,
     }.items():  # fmt: skip
         user_git(folder, "config", key, str(value))
-    (folder / "hooks").mkdir()
     for hooks in (folder / "hooks", folder / ".git" / "hooks"):
+        hooks.mkdir()
         for name in ("post-checkout", "reference-transaction", "post-index-change", "pre-auto-gc", "update"):
             (hooks / name).write_text(program.read_text())
             (hooks / name).chmod(0o755)
@@ -302,12 +303,13 @@ def test_a_link_stays_a_link(project):
     assert filled(raw(project, raw_tree(project, (b"120000", b"a", long))))[0] == {}
 
 
-def test_a_bomb(project):
+def test_a_bomb(project, monkeypatch):
     """Ten folders with ten folders each, ten deep: ten objects, ten thousand million files."""
+    monkeypatch.setattr(git_tree, "MAX_FILES", 20_000)
     tree = raw_tree(project, *((b"100644", b"f%d" % i, blob(project, b"x")) for i in range(10)))
     for _depth in range(9):
         tree = raw_tree(project, *((b"40000", b"d%d" % i, tree) for i in range(10)))
-    with pytest.raises(UsageError, match=f"more than {MAX_FILES} files"):
+    with pytest.raises(UsageError, match="more than 20000 files"):
         raw(project, tree).digest()
 
 
@@ -321,19 +323,26 @@ def test_too_many_bytes(project):
 # Submodules
 
 
-@pytest.fixture
-def with_modules(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """A repository with a submodule that has a submodule."""
-    inner = repository(tmp_path / "inner")
+    place = tmp_path_factory.mktemp("made")
+    inner = repository(place / "inner")
     commit(inner, {"inner.txt": "inner"})
-    middle = repository(tmp_path / "middle")
+    middle = repository(place / "middle")
     user_git(middle, "submodule", "--quiet", "add", str(inner), "deep")
     commit(middle, {"middle.txt": "middle"})
-    outer = repository(tmp_path / "outer")
+    outer = repository(place / "outer")
     user_git(outer, "submodule", "--quiet", "add", "--name", "its/name", str(middle), "lib/middle")
     user_git(outer, "submodule", "--quiet", "update", "--init", "--recursive")
     commit(outer, {"outer.txt": "outer"})
-    return outer
+    return place
+
+
+@pytest.fixture
+def with_modules(made, tmp_path):
+    copied(made, tmp_path)
+    return tmp_path / "outer"
 
 
 def test_submodules_that_are_here(with_modules):

@@ -9,24 +9,31 @@ from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.ci.task import WORKTREE, Source
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_commands import GitError
-from support.repositories import commit, filled, git, repository
+from support.repositories import commit, copied, filled, git, repository
 
 
-@pytest.fixture
-def project(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
     """A repository with main and two branches that go on from it."""
-    folder = repository(tmp_path / "project")
+    place = tmp_path_factory.mktemp("made")
+    folder = repository(place / "project")
     commit(folder, {"a": "main"})
     for name in ("feature/one", "feature/two"):
         git(folder, "switch", "-q", "-c", name, "main")
         commit(folder, {"a": name})
     git(folder, "switch", "-q", "main")
-    return folder
+    return place
+
+
+@pytest.fixture
+def project(made, tmp_path):
+    copied(made, tmp_path)
+    return tmp_path / "project"
 
 
 @pytest.fixture
 def clone(project, tmp_path):
-    git(tmp_path, "clone", "-q", str(project), "clone")
+    git(tmp_path, "clone", "-q", "--template=", str(project), "clone")
     return tmp_path / "clone"
 
 

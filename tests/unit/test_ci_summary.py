@@ -235,7 +235,10 @@ def test_a_hostile_branch(summary):
 ANY = st.text(st.sampled_from("`|\\[]()<>!#@*_~-=:&;'\"$\n\t a1h.") | st.characters(), max_size=30)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=150)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=3 * settings.default.max_examples // 2,
+)
 @given(ANY, ANY, ANY)
 def test_any_names_and_texts(summary, branch, job, text):
     case = Case(job, text, branch, 3, problems=(Problem("failure", text, text * 3),))

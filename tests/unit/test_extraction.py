@@ -282,7 +282,10 @@ MEMBERS = st.one_of(
 )
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=3 * settings.default.max_examples,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(members=st.lists(MEMBERS, max_size=8), cut=st.integers(0, 12_000))
 def test_no_combination_gets_out(tmp_path_factory, members, cut):
     root = tmp_path_factory.mktemp("x")

@@ -9,9 +9,10 @@ import pytest
 
 from pytest_microvm.errors import HostError, UsageError
 from pytest_microvm.git_bundle import BadBundle, Repository, import_commits
-from pytest_microvm.git_commands import GitError, git
+from pytest_microvm.git_commands import _MAX_OUTPUT, GitError, git
 from pytest_microvm.git_handover import Clone
 from pytest_microvm.mounts import Mount
+from support.repositories import copied
 from support.repositories import git as user_git
 
 
@@ -22,22 +23,28 @@ def commit(folder, name, text, message="more"):
     return user_git(folder, "rev-parse", "HEAD")
 
 
-@pytest.fixture
-def host(tmp_path):
-    """The user's repository, with work that is not committed."""
-    folder = tmp_path / "host"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The user's repository, with work that is not committed, and the machine's clone of it."""
+    place = tmp_path_factory.mktemp("made")
+    folder = place / "host"
     folder.mkdir()
-    user_git(folder, "init", "-q", "-b", "main")
+    user_git(folder, "init", "-q", "-b", "main", "--template=")
     commit(folder, "a", "a\n", "first")
     (folder / "a").write_text("not committed\n")
-    return folder
+    user_git(place, "clone", "-q", "--template=", str(folder), "guest")
+    return place
 
 
 @pytest.fixture
-def guest(tmp_path, host):
-    """The machine's clone of it."""
-    user_git(tmp_path, "clone", "-q", str(host), "guest")
-    return tmp_path / "guest"
+def host(made, tmp_path):
+    copied(made, tmp_path)
+    return tmp_path / "host"
+
+
+@pytest.fixture
+def guest(host):
+    return host.parent / "guest"
 
 
 def bundle_of(guest, base, name="HEAD"):
@@ -75,7 +82,7 @@ def test_commits_come_over_and_nothing_else_changes(host, guest):
 
 def test_a_subject_of_any_length(host, guest):
     base = user_git(host, "rev-parse", "HEAD")
-    (guest / "message").write_text("x" * 30_000_000)
+    (guest / "message").write_text("x" * (3 * _MAX_OUTPUT))
     (guest / "b").write_text("b")
     user_git(guest, "add", "b")
     user_git(guest, "commit", "-qF", "message")
@@ -223,6 +230,7 @@ def test_nothing_of_the_repository_is_run(host, guest, trap, monkeypatch):
     tip = commit(guest, "b", "b\n")
     bundle = bundle_of(guest, base)
     hooks = host / ".git" / "hooks"
+    hooks.mkdir()
     for name in ("reference-transaction", "post-index-change", "post-checkout", "pre-auto-gc"):
         (hooks / name).symlink_to(trap)
     for key in ("core.fsmonitor", "core.sshCommand", "core.pager", "core.editor", "gc.recentObjectsHook"):

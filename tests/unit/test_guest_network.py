@@ -397,7 +397,10 @@ MESSAGES = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=2 * settings.default.max_examples,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.lists(MESSAGES, max_size=6))
 def test_any_messages_are_answered_or_end_it_in_order(messages):
     guest = Guest()

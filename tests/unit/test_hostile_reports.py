@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytest_microvm.errors import ProtocolViolation
-from pytest_microvm.remote import running
+from pytest_microvm.remote import collection, running
 from support.collected import GOOD, lines
 from support.replayed_reports import (
     HOSTILE_TEXT,
@@ -21,16 +21,18 @@ from support.replayed_reports import (
 )
 from support.replayed_reports import show_reports as show
 
-REPORTS = real_reports()
-FEW = settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+FEW = settings(
+    max_examples=settings.default.max_examples // 4,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 
 
 def test_real_reports_are_shown():
-    shown = show(REPORTS)
+    shown = show(real_reports())
     assert_harmless(shown)
     assert not shown.refused
     assert [case.get("name") for case in shown.xml.iter("testcase")] == [
-        f"test_{number}" for number in range(len(REPORTS))
+        f"test_{number}" for number in range(len(real_reports()))
     ]
     assert "boom 1 two" in shown.text
 
@@ -38,9 +40,11 @@ def test_real_reports_are_shown():
 @pytest.mark.parametrize("text", HOSTILE_TEXT, ids=ascii)
 def test_hostile_text_in_every_place_of_a_failure(text):
     """Each text of a failure with a chain, and of one without a traceback, replaced in turn."""
-    richest = max(REPORTS, key=lambda report: len(list(places(report))))
-    native = next(report for report in REPORTS if isinstance(report["longrepr"], str))
-    rich = next(report for report in REPORTS if report["user_properties"] and len(report["sections"]) > 1)
+    richest = max(real_reports(), key=lambda report: len(list(places(report))))
+    native = next(report for report in real_reports() if isinstance(report["longrepr"], str))
+    rich = next(
+        report for report in real_reports() if report["user_properties"] and len(report["sections"]) > 1
+    )
     records = []
     for report in (richest, native, rich):
         texts = [path for path in places(report) if isinstance(at(report, path), str)]
@@ -57,7 +61,10 @@ def at(value, path):
 
 
 @FEW
-@given(records=st.lists(mutated(REPORTS), min_size=8, max_size=8), colour=st.sampled_from(["yes", "no"]))
+@given(
+    records=st.lists(st.deferred(lambda: mutated(real_reports())), min_size=8, max_size=8),
+    colour=st.sampled_from(["yes", "no"]),
+)
 def test_mutated_reports(records, colour):
     shown = show(records, f"--color={colour}")
     assert_harmless(shown)
@@ -72,7 +79,7 @@ def test_mutated_reports(records, colour):
 def test_a_test_cannot_vanish_from_the_results(request, told):
     test = item(0)
     test.config = request.config
-    passed = next(report for report in REPORTS if report["outcome"] == "passed")
+    passed = next(report for report in real_reports() if report["outcome"] == "passed")
     reports = [
         {"k": "report", "data": {**passed, "nodeid": test.nodeid, "when": when, "outcome": outcome}}
         for when, outcome in told
@@ -109,9 +116,10 @@ def test_a_tree_too_deep_to_walk():
     assert "a collection tree with a loop" in shown.refused[0]
 
 
-def test_a_tree_that_names_one_file_forever():
+def test_a_tree_that_names_one_file_forever(monkeypatch):
+    monkeypatch.setattr(collection, "_SPARE_VISITS", 5000)
     reports = [
-        {"k": "collected", "node": 0, "outcome": "passed", "result": [1] * 300_000},
+        {"k": "collected", "node": 0, "outcome": "passed", "result": [1] * 15_000},
         {"k": "collected", "node": 1, "outcome": "passed", "result": []},
     ]
     end = [{"k": "items", "order": [], "markers": []}, {"k": "end"}]

@@ -301,7 +301,7 @@ def follow(top, here, target, hops):
     ]
 )  # fmt: skip
 @example(steps=[("mkdir", b"a", 0), ("symlink", b"b", 1, b".."), ("link", b"c", 0, 2)])
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(steps=st.lists(STEPS, max_size=25))
 def test_no_link_ever_leads_out(tmp_path_factory, steps):
     top = tmp_path_factory.mktemp("top")
@@ -331,7 +331,7 @@ def test_no_link_ever_leads_out(tmp_path_factory, steps):
             assert follow(inside, path.parent, str(path.readlink()), [40]), path
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=5 * settings.default.max_examples)
 @given(
     requests=st.lists(
         st.tuples(st.integers(0, 60), st.integers(0, 5), st.binary(max_size=120)), min_size=1, max_size=10

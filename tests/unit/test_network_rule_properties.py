@@ -169,7 +169,7 @@ def readings(path):
     return {posixpath.normpath(re.sub("/+", "/", each)) for each in found}
 
 
-@settings(max_examples=1000)
+@settings(max_examples=10 * settings.default.max_examples)
 @given(RAW_PATHS)
 @example("/%70ub/")
 def test_an_allowed_path_is_below_the_rules_in_every_reading(path):
@@ -178,7 +178,7 @@ def test_an_allowed_path_is_below_the_rules_in_every_reading(path):
         assert [each for each in readings(path) if not f"{each}/".startswith("/pub/")] == []
 
 
-@settings(max_examples=1000)
+@settings(max_examples=10 * settings.default.max_examples)
 @given(RAW_PATHS)
 def test_a_path_that_is_below_a_forbidden_one_in_any_reading_is_denied(path):
     made = policy("files.example", "deny:https://files.example/private/*")

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from pytest_microvm.quotas import TICK, Guard, Watchdog
+from pytest_microvm import quotas
+from pytest_microvm.quotas import Guard, Watchdog
 from pytest_microvm.spec import Limits
 
 
@@ -82,16 +83,17 @@ def test_limits_can_be_lowered_not_raised():
 
 def test_nothing_is_looked_at_more_often_than_needed():
     _machine, guard = guarded()
-    assert guard.check() == TICK
+    assert guard.check() == quotas.TICK
     _machine, guard = guarded(timeout=100.0, lifetime=100.0)
     with guard.limited("a command"):
-        assert guard.check() == TICK
+        assert guard.check() == quotas.TICK
     _machine, guard = guarded(lifetime=0.1)
     assert 0 <= guard.check() <= 0.1
 
 
 @pytest.fixture
-def watchdog():
+def watchdog(monkeypatch):
+    monkeypatch.setattr(quotas, "TICK", 0.05)
     dog = Watchdog()
     guards = []
 
@@ -107,16 +109,16 @@ def watchdog():
 
 
 def test_a_lifetime_ends(watchdog):
-    machine, guard = watchdog(*guarded(lifetime=0.3))
+    machine, guard = watchdog(*guarded(lifetime=0.1))
     other, its_guard = watchdog(*guarded())
     assert machine.ended.wait(60)
     assert guard.verdict.quota == "lifetime"
-    assert 0.3 <= guard.verdict.observed < 60
+    assert 0.1 <= guard.verdict.observed < 60
     assert its_guard.verdict is None
     assert not other.ended.is_set()
 
 
-@pytest.mark.parametrize("timeout", [0.02, 0.4])
+@pytest.mark.parametrize("timeout", [0.02, 0.1])
 def test_what_takes_too_long_ends_the_machine(watchdog, timeout):
     machine, guard = watchdog(*guarded(timeout=timeout))
     with guard.limited("make coffee"):
@@ -130,21 +132,21 @@ def test_what_ends_in_time_leaves_no_deadline(watchdog):
     for _ in range(3):
         with guard.limited("something short"):
             pass
-    assert not machine.ended.wait(2 * TICK)
+    assert not machine.ended.wait(0.2 + 2 * quotas.TICK)
     assert guard.verdict is None
 
 
 def test_without_a_timeout_nothing_is_limited():
     _machine, guard = guarded(timeout=None)
     with guard.limited("anything"):
-        assert guard.check() == TICK
+        assert guard.check() == quotas.TICK
 
 
 def test_a_removed_guard_is_left_alone(watchdog):
     machine, guard = watchdog(*guarded(lifetime=0.3))
     watchdog.dog.remove(guard)
     watchdog.dog.remove(guard)
-    assert not machine.ended.wait(0.3 + 2 * TICK)
+    assert not machine.ended.wait(0.3 + 2 * quotas.TICK)
 
 
 def test_the_thread_ends_with_the_last_machine_and_comes_back(watchdog):
@@ -167,5 +169,5 @@ def test_many_machines_are_judged_each_by_itself(watchdog):
         machine.cpu_seconds = 100.0
     for machine, _guard in pairs[::2]:
         assert machine.ended.wait(60)
-    deadline = time.monotonic() + 2 * TICK
+    deadline = time.monotonic() + 2 * quotas.TICK
     assert not any(machine.ended.wait(max(0, deadline - time.monotonic())) for machine, _guard in pairs[1::2])

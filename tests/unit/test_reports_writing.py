@@ -180,7 +180,10 @@ def test_nothing_a_test_prints_is_an_attachment(write, profile):
 TEXT = st.text(st.characters(), max_size=40)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    max_examples=3 * settings.default.max_examples // 5,
+)
 @given(name=TEXT, text=TEXT, attribute=TEXT, profile=st.sampled_from(sorted(PROFILES)))
 def test_any_character_a_guest_can_print(tmp_path, name, text, attribute, profile):
     problem = Problem("error", text, text, attribute)

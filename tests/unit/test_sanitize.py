@@ -65,8 +65,8 @@ def test_what_is_too_long_is_cut_and_said():
     "piece", ["\n", " ", "\x1b[", "\x1b[0m", "#", ":", "\t::", "#\x1b[m", "\n:\x1b[m", "##vs"]
 )
 def test_no_text_takes_longer_than_its_length(piece):
-    """A quadratic pattern would need hours for this."""
-    assert sanitize(piece * 500_000)
+    """A quadratic pattern would need an hour for this."""
+    assert sanitize(piece * 200_000)
 
 
 @given(st.text())

@@ -380,7 +380,7 @@ def flat(tree, above=""):
     return found
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(trees, trees, trees)
 def test_nothing_is_lost_whatever_happened(base, host, guest):
     with tempfile.TemporaryDirectory() as folder:
