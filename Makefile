@@ -1,6 +1,8 @@
 # What a developer runs. Every target sets up first what it needs; nothing is done twice.
 
 SHELL := /bin/bash
+# Else each of hundreds of processes would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 BIN := .venv/bin
 ARGS ?=
