@@ -269,6 +269,10 @@ class Instance:
             resolution="end what it runs in the background",
         )
 
+    def resume(self) -> None:
+        """Let a machine that was stopped by :meth:`checkpoint` run on."""
+        self.vmm.resume()
+
     def boot_error(self, brief: str) -> BootError:
         """Return an error that quotes the console."""
         return BootError(

@@ -2,7 +2,8 @@
 
 A link's key is the digest of its parent's key and of everything its step depends on. To make it, the
 parent's memory and disk are copied, the machine runs on from there, the step works in it, and it is
-frozen again. Two runs that need the same link wait for one another; a crash leaves nothing behind.
+frozen again. Where several links are missing, one machine makes them, and a copy of it is frozen at each.
+Two runs that need the same link wait for one another; a crash leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,14 @@ class Base:
     grants: Grants = NO_GRANTS
 
 
+@dataclass(frozen=True)
+class _InTheMaking:
+    """A running machine on files of its own, in a draft."""
+
+    instance: Instance
+    draft: Path
+
+
 class Chain:
     """Makes, finds and copies templates.
 
@@ -133,18 +142,13 @@ class Chain:
         found = self._store.open(key)
         if found is not None:
             return found
-        title = steps[-1].title if steps else f"booting {base.image.name}"
-        with self._alone(key, title):
-            found = self._store.open(key)  # whoever held the lock may have made it
-            if found is None and steps and self._elsewhere(key):
-                found = self._store.open(key)
+        with self._alone(key, _title(base, steps)):
+            found = self._found(key, steps)  # whoever held the lock may have made it
             if found is not None:
                 return found
-            if steps:
-                with self.ensure(base, steps[:-1]) as parent:
-                    self._extend(parent, base, steps[-1], key)
-            else:
-                self._boot(base, key)
+            with ExitStack() as stack:
+                machine, made = self._done(base, steps, stack)
+                self._freeze(machine.instance, key, machine.draft, self._meta(base, steps), made)
         found = self._store.open(key)
         if found is None:
             raise BootError("a template vanished as soon as it was made", resolution="run it again")
@@ -191,51 +195,116 @@ class Chain:
             "disk": base.resources.disk,
         }
         meta = {"kind": KEPT, "image": base.image.name, "image_digest": base.image.digest, **resources}
-        self._freeze(instance, key, own, {**meta, **facts})
+        self._freeze(instance, key, own, {**meta, **facts}, {})
 
-    def _boot(self, base: Base, key: str) -> None:
+    def _found(self, key: str, steps: Sequence[Step]) -> Template | None:
+        """Return a template that is in the store, or comes there from elsewhere."""
+        found = self._store.open(key)
+        if found is None and steps and self._elsewhere(key):
+            found = self._store.open(key)
+        return found
+
+    def _done(
+        self, base: Base, steps: Sequence[Step], stack: ExitStack
+    ) -> tuple[_InTheMaking, dict[str, bytes]]:
+        """Return a machine in which ``steps`` have just been done, and what the last of them returned.
+
+        It goes on from the longest part of the chain that is there. Each link that is made on the way is
+        published, and the machine runs on: that spares the next link a start, and QEMU its translations.
+        """
+        if not steps:
+            return self._booted(base, stack), {}
+        machine = self._before(base, steps, stack)
+        self._say(_title(base, steps))
+        return machine, steps[-1].work(machine.instance)
+
+    def _before(self, base: Base, steps: Sequence[Step], stack: ExitStack) -> _InTheMaking:
+        """Return a machine in which all ``steps`` but the last have been done."""
+        parents = steps[:-1]
+        key = self.key(base, parents)
+        found = self._store.open(key)
+        if found is None:
+            with self._alone(key, _title(base, parents)):
+                found = self._found(key, parents)
+                if found is None:
+                    machine, made = self._done(base, parents, stack)
+                    self._publish_copy(machine, key, self._meta(base, parents), made)
+                    self._watch(machine, base)
+                    return machine
+        with found:
+            machine = self._continued(found, base, stack)
+        self._watch(machine, base)
+        return machine
+
+    def _booted(self, base: Base, stack: ExitStack) -> _InTheMaking:
         for attempt in range(1, _BOOT_TRIES + 1):
-            self._say(f"booting {base.image.name}" + (" again" if attempt > 1 else ""))
-            with self._room(base), self._store.draft() as draft:
+            self._say(_title(base, ()) + (" again" if attempt > 1 else ""))
+            with ExitStack() as on_failure:
+                draft = self._new_draft(base, on_failure)
                 initramfs = draft / "initramfs"
                 initramfs.write_bytes(base.image.initramfs.read_bytes() + self._guest_code)
                 format_scratch(draft / "scratch", base.resources.disk + _disk_slack(base.resources.disk))
                 launch = self._launch(base, draft, share=True, initramfs=initramfs)
-                instance = Instance(self._hypervisor.start(launch, base.accelerator))
+                machine = self._started(launch, base, draft, on_failure)
                 try:
-                    _await_hello(instance)
+                    _await_hello(machine.instance)
                 except BootError:
                     if attempt == _BOOT_TRIES:
                         raise
                     continue
-                else:
-                    initramfs.unlink()
-                    _warm_up(instance)
-                    self._freeze(instance, key, draft, {"kind": "boot", "image": base.image.name})
-                    return
-                finally:
-                    instance.close()
+                initramfs.unlink()
+                _warm_up(machine.instance)
+                stack.push(on_failure.pop_all())
+                return machine
+        raise AssertionError("the last try returns or raises")
 
-    def _extend(self, parent: Template, base: Base, step: Step, key: str) -> None:
-        self._say(step.title or step.kind)
-        with self._room(base), self._store.draft() as draft:
-            copy_sparse(parent.ram, draft / "ram")
-            copy_sparse(parent.scratch, draft / "scratch")
-            launch = self._launch(base, draft, share=True, state=parent.state)
-            instance = Instance(self._hypervisor.start(launch, base.accelerator))
-            instance.watch(replace(base.limits, timeout=None, cpu_seconds=None, lifetime=None))
-            try:
-                attachments = step.work(instance)
-                for name, content in attachments.items():
-                    (draft / name).write_bytes(content)
-                meta = {"kind": step.kind, "image": base.image.name, "parent": parent.key}
-                self._freeze(instance, key, draft, meta)
-            finally:
-                instance.close()
+    def _continued(self, parent: Template, base: Base, stack: ExitStack) -> _InTheMaking:
+        """Return a machine that runs on from ``parent``, on files of its own."""
+        draft = self._new_draft(base, stack)
+        copy_sparse(parent.ram, draft / "ram")
+        copy_sparse(parent.scratch, draft / "scratch")
+        return self._started(self._launch(base, draft, share=True, state=parent.state), base, draft, stack)
 
-    def _freeze(self, instance: Instance, key: str, draft: Path, meta: dict[str, Any]) -> None:
+    def _new_draft(self, base: Base, stack: ExitStack) -> Path:
+        stack.enter_context(self._room(base))
+        return stack.enter_context(self._store.draft())
+
+    def _started(self, launch: Launch, base: Base, draft: Path, stack: ExitStack) -> _InTheMaking:
+        instance = Instance(self._hypervisor.start(launch, base.accelerator))
+        stack.callback(instance.close)
+        return _InTheMaking(instance, draft)
+
+    def _watch(self, machine: _InTheMaking, base: Base) -> None:
+        if machine.instance.guard is None:
+            machine.instance.watch(replace(base.limits, timeout=None, cpu_seconds=None, lifetime=None))
+
+    def _meta(self, base: Base, steps: Sequence[Step]) -> dict[str, Any]:
+        if not steps:
+            return {"kind": "boot", "image": base.image.name}
+        return {"kind": steps[-1].kind, "image": base.image.name, "parent": self.key(base, steps[:-1])}
+
+    def _publish_copy(
+        self, machine: _InTheMaking, key: str, meta: dict[str, Any], made: dict[str, bytes]
+    ) -> None:
+        """Make a machine as it is now the template ``key``, and let it run on."""
+        with self._store.draft() as copy:
+            machine.instance.checkpoint(copy / "state")
+            copy_sparse(machine.draft / "ram", copy / "ram")
+            copy_sparse(machine.draft / "scratch", copy / "scratch")
+            machine.instance.resume()
+            self._publish(key, copy, meta, made)
+
+    def _freeze(
+        self, instance: Instance, key: str, draft: Path, meta: dict[str, Any], made: dict[str, bytes]
+    ) -> None:
+        """Make a machine on files of its own the template ``key``; it ends."""
         instance.checkpoint(draft / "state")
         instance.close()  # its RAM file is only whole once nobody writes to it any more
+        self._publish(key, draft, meta, made)
+
+    def _publish(self, key: str, draft: Path, meta: dict[str, Any], made: dict[str, bytes]) -> None:
+        for name, content in made.items():
+            (draft / name).write_bytes(content)
         self._store.publish(key, draft, meta)
 
     def _launch(
@@ -320,6 +389,11 @@ def _warm_up(instance: Instance) -> None:
         request = command_arguments(["true"], {}, None, None)
         with GuestProcess(link, ["true"], request, stdin=False, text=False, pty=None) as process:
             process.communicate(timeout=BOOT_TIMEOUT)
+
+
+def _title(base: Base, steps: Sequence[Step]) -> str:
+    """Return what is said while a link is made."""
+    return (steps[-1].title or steps[-1].kind) if steps else f"booting {base.image.name}"
 
 
 def _disk_slack(quota: int) -> int:
