@@ -169,13 +169,14 @@ class Network:
             except OSError:  # no more
                 return
             attempt, answer = judge(data, socket.gethostname())
-            if answer is not None:
-                with contextlib.suppress(OSError):  # the device's queue is full
-                    os.write(self._device, answer)
             if attempt is not None and attempt not in self._told and len(self._told) < _MAX_TOLD:
                 self._told.add(attempt)
                 self.channel.send({"event": "packet", **attempt._asdict()})
                 self._spoke = True
+                self._flush()  # the answer may end the test, after which the host looks at what it tried
+            if answer is not None:
+                with contextlib.suppress(OSError):  # the device's queue is full
+                    os.write(self._device, answer)
 
     # The port
 

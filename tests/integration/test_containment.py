@@ -351,6 +351,11 @@ AT_WORK = textwrap.dedent("""
         process.stdin.close()
         return process
 
+    def throttled(group):
+        files = [folder / "cpu.stat" for folder in group.folders if (folder / "cpu.stat").exists()]
+        lines = [line.split() for file in files for line in file.read_text().splitlines()]
+        return sum(int(value) for name, value in lines if name == "nr_throttled")
+
     found = find_cgroups()
     told = {"kind": found.kind, "reason": found.reason, "text": str(found)}
     if found.kind == FOLDERS:
@@ -362,6 +367,7 @@ AT_WORK = textwrap.dedent("""
         processes = [start(group, BUSY, 4) for group in (half, full)]
         told["cpu"] = [float(process.stdout.read()) for process in processes]
         assert [process.wait() for process in processes] == [0, 0]
+        told["throttled"] = [throttled(group) for group in (half, full)]
         folders = [folder for group in (hog, modest, half, full) for folder in group.folders]
         told["there"] = [folder.exists() for folder in folders]
         for group in (hog, modest, half, full):
@@ -377,9 +383,11 @@ def check_at_work(told, version):
     assert told["hog"] == -signal.SIGKILL
     assert told["modest"] == 0
     assert told["ceilings"] == [48 * MIB, None]
-    throttled, free = told["cpu"]
+    throttled, _free = told["cpu"]
     assert throttled <= 0.25 * 1.5  # of a CPU: the kernel gives no more, however idle the computer is
-    assert free >= 1.3 * throttled
+    # The control: the kernel says whom it held back. What the other one gets depends on the load.
+    assert told["throttled"][0] > 0
+    assert told["throttled"][1] == 0
     assert all(told["there"])
     assert told["left"] == []
 

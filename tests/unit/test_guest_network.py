@@ -1,6 +1,7 @@
 """The guest's network process over a socket: its own loop and sockets, and a host that says what it likes."""
 
 import contextlib
+import os
 import socket
 import struct
 import threading
@@ -413,3 +414,30 @@ def test_any_messages_are_answered_or_end_it_in_order(messages):
         assert guest.joined() is not None
     finally:
         guest.close()
+
+
+def test_host_hears_of_an_attempt_before_it_is_answered(monkeypatch):
+    """The answer may end a test, and the host then looks at what the test tried."""
+    question = b"\x12\x34\x01\0\0\1\0\0\0\0\0\0\7example\3com\0\0\1\0\1"
+    udp = struct.pack("!HHHH", 40000, 53, 8 + len(question), 0) + question
+    ends = socket.inet_aton("192.0.0.8") + socket.inet_aton("198.51.100.7")
+    packet = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(udp), 7, 0, 64, 17, 0) + ends + udp
+    written = []
+    write = os.write
+
+    def noted(file, data):
+        written.append(file)
+        return write(file, data)
+
+    with contextlib.ExitStack() as stack:
+        port, _host, device, kernel = map(
+            stack.enter_context, (*socket.socketpair(), *socket.socketpair(type=socket.SOCK_DGRAM))
+        )
+        device.setblocking(False)
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        network = Network(port.fileno(), listener, device.fileno())
+        kernel.send(packet)
+        monkeypatch.setattr(network_module.os, "write", noted)
+        network._packets(0)
+        network._selector.close()
+    assert written == [network._port, network._device]
