@@ -13,6 +13,7 @@ import fcntl
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,16 @@ from pytest_microvm.templates.folders import (
     remove_unheld,
     remove_unused,
 )
-from pytest_microvm.templates.integrity import META, Damaged, Stamps, read_meta, seal, stamps, verified
+from pytest_microvm.templates.integrity import (
+    META,
+    STAMPS,
+    Damaged,
+    Stamps,
+    read_meta,
+    seal,
+    stamps,
+    verified,
+)
 
 if TYPE_CHECKING:
     import builtins
@@ -222,10 +232,12 @@ class TemplateStore:
         """
         with explained(draft):
             need_space(draft, NOTHING_LEFT)  # else what the machine wrote last may have been lost
-            seal(draft, {**meta, "created": time.time()})
-            for path in draft.iterdir():
+            with ThreadPoolExecutor(1) as writer:  # the disk is written while the digests are computed
+                written = writer.map(sync, list(draft.iterdir()))
+                seal(draft, {**meta, "created": time.time()})
+                list(written)
+            for path in (draft / META, draft / STAMPS, draft):
                 sync(path)
-            sync(draft)
             publish_as(draft, self.folder / key)
             sync(self.folder)
         self.shrink(keep=key)
