@@ -11,7 +11,7 @@ FUZZ_SECONDS ?= 60
 PARALLEL ?= $(shell nproc)
 # What `make test` leaves to `make test-all`: repetition, and the many examples of hypothesis.
 CHOSEN ?= -m "not thorough"
-PYTEST = $(BIN)/python -m pytest -n $(PARALLEL) --dist loadgroup --no-loadscope-reorder $(CHOSEN)
+PYTEST = $(BIN)/python -m pytest -n $(PARALLEL) --dist loadfile --no-loadscope-reorder $(CHOSEN)
 
 STAGES := lint types imports unit contract plugin integration
 

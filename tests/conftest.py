@@ -21,12 +21,22 @@ pytest_plugins = ["pytester"]
 pytest.register_assert_rewrite("support")  # its asserts explain themselves, as those of tests do
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Let a file's tests run in one process: they share machines. Those with a group of their own do not."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name}/{item.path.stem}"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With ``--dist loadfile``, let a page of documentation run in any process; other files share machines.
+
+    pytest-xdist's ``loadgroup`` is made for that, but takes no effect with pytest 9.2: ``Item.nodeid`` does
+    not follow the attribute that pytest-xdist 3.8 changes.
+    """
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling  # noqa: PLC0415 - where it is used, it is there
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if "::test_page[" in nodeid else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish():

@@ -67,8 +67,12 @@ def published(package, version, folder):
 
 
 def plain():
-    """Return the environment without what pytest-xdist and pytest tell those that they start."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    """Return the environment without what pytest-xdist and pytest tell those that they start.
+
+    Python writes no compiled modules: they would become part of the branches.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return {**kept, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def names(report):

@@ -267,13 +267,7 @@ def run_page(page, name, project):
     assert tests_not_run is None, f"{tests_not_run}: no command below runs these tests"
 
 
-def page(path):
-    """Return a page as a parameter of a test that any process may run: pages share nothing."""
-    name = str(path.relative_to(REPOSITORY))
-    return pytest.param(path, id=name, marks=pytest.mark.xdist_group(name))
-
-
-@pytest.mark.parametrize("path", [page(path) for path in PAGES])
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_page(path, tmp_path):
     project = tmp_path / f"project-{secrets.token_hex(4)}"  # a new place: no template of an earlier run fits
     project.mkdir()

@@ -327,6 +327,7 @@ def test_tox_installs_nothing_here_for_a_project_it_does_not_trust(tmp_path):
     assert done.returncode != 0
 
 
+@pytest.mark.thorough
 def test_a_published_package_has_native_counts(tmp_path):
     """Its own tox.ini, unchanged: a build backend from the index, and unittest."""
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "-d", "."]
