@@ -89,7 +89,8 @@ EXPECTED = {
     "test_crash_of_the_interpreter": ("crashed", None),
     "test_that_fails": ("failed", None),
 }
-LIMITS = {"pids": "100", "memory": str(512 * 1024**2), "disk": str(256 * 1024**2), "output": str(10 * 1024**2)}
+MIB = 1024**2
+LIMITS = {"pids": "100", "memory": str(512 * MIB), "disk": str(256 * MIB), "output": str(10 * MIB)}
 WORDS = {
     "test_memory_bomb": "memory: limit 512 MiB, observed",
     "test_disk_is_filled": "disk: limit 256 MiB, observed",
