@@ -209,16 +209,16 @@ def _out_of_the_way(fd: int) -> int:
 def _import_session() -> tuple[Callable[[Runner], None], Callable[[], HeldModules | None]]:
     """Return what serves the host, and what imports the plug-ins' modules ahead."""
     try:
-        from pytest_microvm.guest import (  # noqa: PLC0415 - they need pytest
-            runner_preload,
-            runner_session,
-            runner_warm_up,
-        )
+        from pytest_microvm.guest import runner_session, runner_warm_up  # noqa: PLC0415 - they need pytest
     except ModuleNotFoundError as error:
         if error.name not in ("pytest", "_pytest"):
             raise
         return _serve_without_pytest, lambda: None
     runner_warm_up.warm_up()
+    try:
+        from pytest_microvm.guest import runner_preload  # noqa: PLC0415 - it needs pytest's internals
+    except ImportError:  # another pytest than those we know: it imports plug-ins in the session
+        return runner_session.serve, lambda: None
     return runner_session.serve, runner_preload.preload
 
 
