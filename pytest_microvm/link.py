@@ -18,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation
@@ -61,6 +62,11 @@ class _Reactor:
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
         self._lock = threading.Lock()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._woken, self._waker = socket.socketpair()
+        for end in (self._woken, self._waker):
+            end.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ, self._run_calls)
         threading.Thread(target=self._run, name="microvm-io", daemon=True).start()
 
     def set(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
@@ -76,6 +82,16 @@ class _Reactor:
         with self._lock, contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(sock)
 
+    def soon(self, call: Callable[[], None]) -> None:
+        """Run ``call`` on the I/O thread. This takes no lock, so that finalizers may use it.
+
+        Garbage is collected in any thread at any allocation, also while it holds the lock of this object or
+        of a link.
+        """
+        self._calls.append(call)
+        with contextlib.suppress(BlockingIOError):  # it has been woken often enough
+            self._waker.send(b"x")
+
     def _run(self) -> None:
         while True:
             for key, mask in self._selector.select():
@@ -83,9 +99,20 @@ class _Reactor:
                     key.data(mask)
                 except Exception:  # noqa: BLE001 - one link's fault must not end the others' I/O
                     self.remove(key.fileobj)  # type: ignore[arg-type]  # or it would be ready again at once
-                    threading.excepthook(
-                        threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread()))
-                    )
+                    _report_exception()
+
+    def _run_calls(self, _mask: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._woken.recv(_READ_SIZE)
+        while self._calls:
+            try:
+                self._calls.popleft()()
+            except Exception:  # noqa: BLE001 - the others are to run all the same
+                _report_exception()
+
+
+def _report_exception() -> None:
+    threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
 
 
 _reactor: _Reactor | None = None
@@ -295,6 +322,10 @@ class Stream:
             self._link.changed.notify_all()  # another thread may wait to write here
         self._link.flush()
 
+    def close_soon(self) -> None:
+        """Let the I/O thread :meth:`close` it; unlike that, this may be called by a finalizer."""
+        self._link.reactor.soon(self.close)
+
     def discard(self) -> None:
         """Close this end and throw away whatever still comes."""
         with self._link.changed:
@@ -358,7 +389,8 @@ class Link:
         self._next_stream = 1
         self._events = selectors.EVENT_READ
         sock.setblocking(False)
-        reactor().set(sock, selectors.EVENT_READ, self._ready)
+        self.reactor = reactor()
+        self.reactor.set(sock, selectors.EVENT_READ, self._ready)
         self.flush()
 
     def wait_hello(self, timeout: float | None) -> Hello:
@@ -447,7 +479,7 @@ class Link:
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._out else 0)
             if events != self._events:
                 self._events = events
-                reactor().set(self._sock, events, self._ready)
+                self.reactor.set(self._sock, events, self._ready)
 
     def end_for(self, violation: ProtocolViolation) -> None:
         """Drop the connection because the guest broke the protocol."""
@@ -510,6 +542,6 @@ class Link:
             self._streams.clear()
             self._out.clear()
             self.changed.notify_all()
-        reactor().remove(self._sock)
+        self.reactor.remove(self._sock)
         self._sock.close()
         return True

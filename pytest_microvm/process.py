@@ -373,9 +373,9 @@ class StreamFile(io.RawIOBase):
         return len(raw)
 
     def close(self) -> None:
-        """End the stream's direction."""
+        """End the stream's direction, in a moment: this is also what happens to a file that is garbage."""
         if not self.closed and self._mode == "w" and self._ends:
-            self._stream.close()
+            self._stream.close_soon()
         super().close()
 
 

@@ -1,5 +1,6 @@
 """The host's link over a socket, with the guest's own port code on the other end."""
 
+import contextlib
 import io
 import os
 import resource
@@ -15,7 +16,8 @@ from pytest_microvm import link as link_module
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation, TransferError
 from pytest_microvm.guest.port import Port
 from pytest_microvm.link import Drain, GuestError, Link, read_any
-from pytest_microvm.process import GuestProcess, command_arguments
+from pytest_microvm.process import GuestProcess, StreamFile, command_arguments
+from pytest_microvm.redaction import Redactor
 from pytest_microvm.transfer import as_os_error, pull
 from pytest_microvm.wire.channel import GRANT, MAX_STREAMS, WINDOW, Closed, Credit, Data, Hello, Message
 from pytest_microvm.wire.frames import MAX_PAYLOAD, Kind, encode
@@ -299,6 +301,27 @@ def test_closing_wakes_a_writer_in_another_thread(link, guest, background):
     stream.close()
     with pytest.raises(ValueError, match="closed for writing"):
         writing.result(guards.PROCESS)
+
+
+def test_file_that_becomes_garbage_under_a_lock_is_closed(link, guest):
+    """Garbage is collected at any allocation: here while the I/O thread's registrations are changed."""
+    stream, number = streamed(link, guest)
+    files = [
+        StreamFile(
+            stream, "w", explained=contextlib.nullcontext, count=lambda _data: None, redactor=Redactor()
+        )
+    ]
+
+    def collect():
+        with link.reactor._lock:
+            link._events = None  # the socket is full, say: what is sent has to be registered for
+            files.clear()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(guards.PROCESS)
+    assert not thread.is_alive()
+    assert guest.next(Closed).stream == number
 
 
 def test_discarding_lets_the_guest_finish(link, guest):
