@@ -66,7 +66,7 @@ class Project:
             raise SystemExit(f"{command} ended with status {process.returncode}")
 
     def native_process(self, samples: Samples) -> None:
-        """Run the tests natively in a process without plug-ins, and add the seconds it takes to ``samples``."""
+        """Add the seconds that a native process without plug-ins takes for all tests to ``samples``."""
         environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         with samples.timing():
             subprocess.run(PYTEST, cwd=self._folder, env=environment, check=True, stdout=subprocess.DEVNULL)
