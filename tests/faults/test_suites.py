@@ -90,10 +90,10 @@ EXPECTED = {
     "test_that_fails": ("failed", None),
 }
 MIB = 1024**2
-LIMITS = {"pids": "100", "memory": str(512 * MIB), "disk": str(256 * MIB), "output": str(10 * MIB)}
+LIMITS = {"pids": "100", "memory": str(512 * MIB), "disk": str(1024 * MIB), "output": str(10 * MIB)}
 WORDS = {
     "test_memory_bomb": "memory: limit 512 MiB, observed",
-    "test_disk_is_filled": "disk: limit 256 MiB, observed",
+    "test_disk_is_filled": "disk: limit 1 GiB, observed",
     "test_runner_is_killed": "the pytest process in the guest ended",
     "test_kernel_panics": "the guest's kernel panicked",
     "test_power_off": "the guest powered itself off",
@@ -111,7 +111,7 @@ def worst(tmp_path_factory):
     )
     output = project.run(
         "--microvm", "-v", "--junitxml=report.xml", "--microvm-artifacts=artifacts", "--microvm-pids=100",
-        "--microvm-disk=256M", "--microvm-output=10M", "--microvm-timeout=300",
+        "--microvm-disk=1G", "--microvm-output=10M", "--microvm-timeout=300",
         *(f"test_worst.py::{name}" for name in order), status=1,
     )  # fmt: skip
     return project, output, project.outcomes()
