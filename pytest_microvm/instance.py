@@ -140,6 +140,7 @@ class Instance:
         self.guard: Guard | None = None
         self.resumed_with: dict[str, Any] = {}
         self.given = NOTHING
+        self.granted = False  # whether it was ever given anything: its proxy goes on serving by that
         self._violation = ""
         self._links: dict[str, Link] = {}
         self._lock = threading.Lock()
@@ -160,6 +161,7 @@ class Instance:
     def give(self, given: Given) -> None:
         """Let the machine have what it is given, before it is adopted."""
         self.given = given
+        self.granted = self.granted or given is not NOTHING
         self.events.redact = given.redactor.text
 
     def take_away(self) -> None:

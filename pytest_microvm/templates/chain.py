@@ -227,10 +227,16 @@ class Chain:
             with self._alone(key, _title(base, parents)):
                 found = self._found(key, parents)
                 if found is None:
-                    machine, made = self._done(base, parents, stack)
-                    self._publish_copy(machine, key, self._meta(base, parents), made)
-                    self._watch(machine, base)
-                    return machine
+                    with ExitStack() as making:
+                        machine, made = self._done(base, parents, making)
+                        self._publish_copy(machine, key, self._meta(base, parents), made)
+                        if not machine.instance.granted:
+                            stack.push(making.pop_all())
+                            self._watch(machine, base)
+                            return machine
+                    found = self._store.open(key)  # what one link may reach is not for the next one
+        if found is None:
+            raise BootError("a template vanished as soon as it was made", resolution="run it again")
         with found:
             machine = self._continued(found, base, stack)
         self._watch(machine, base)

@@ -8,6 +8,7 @@ import uuid
 
 import pytest
 
+from pytest_microvm.grants import Given
 from pytest_microvm.host import Host
 from pytest_microvm.spec import MachineSpec
 from pytest_microvm.templates.chain import Step
@@ -95,6 +96,33 @@ def test_two_runs_share_the_budget(host, tmp_path):
     assert len(happened) == 16
     for (begin, first), (end, second) in zip(happened[::2], happened[1::2], strict=True):
         assert (begin, end, first) == ("begin", "end", second)  # never two at once
+
+
+@pytest.mark.parametrize("granted", [False, True])
+def test_machine_that_was_granted_something_makes_no_other_link(host, granted):
+    """Its proxy serves it by what it was given: the next link, which runs the project's code, has another."""
+    used = []
+
+    def first(instance):
+        if granted:
+            instance.give(Given())
+            instance.take_away()
+        used.append(instance)
+        return {}
+
+    def second(instance):
+        used.append(instance)
+        return {}
+
+    unique = f"{os.getpid()} {granted}"
+    base = host.base(SPEC)
+    with host._chain(base).ensure(
+        base, [Step("prepared", (unique,), first), Step("made", (), second)]
+    ) as made:
+        keys = made.key, made.meta["parent"]
+    for key in keys:
+        host.templates.remove(key)
+    assert (used[0] is not used[1]) == granted
 
 
 def test_a_chain_of_steps(host):
