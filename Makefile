@@ -55,7 +55,7 @@ contract: images ## what every hypervisor must do
 
 plugin: images ## the plug-in's options, fixtures and reports
 	@printf '\n### %s\n' "$@"
-	@$(PYTEST) --dist worksteal tests/plugin $(ARGS)
+	@$(PYTEST) --dist worksteal tests/plugin tests/attacks $(ARGS)
 
 integration: images ## everything together, and every command and snippet of the documentation
 	@printf '\n### %s\n' "$@"

@@ -1,4 +1,7 @@
-"""The ``microvm`` fixtures: a machine of a test's, class's, module's or run's own, or a factory of them."""
+"""The ``microvm`` fixtures: a machine of a test's, class's, module's or run's own, or a factory of them.
+
+PYTEST_DONT_REWRITE: `pytest-microvm test` has imported it before pytest does.
+"""
 
 from __future__ import annotations
 

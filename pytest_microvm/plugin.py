@@ -1,7 +1,11 @@
-"""Registration with pytest: options, and what they switch on. Nothing heavy is imported here."""
+"""Registration with pytest: options, and what they switch on. Nothing heavy is imported here.
+
+PYTEST_DONT_REWRITE: `pytest-microvm test` has imported it before pytest does.
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +20,7 @@ if TYPE_CHECKING:
 
 pytest_plugins = ["pytest_microvm.fixtures"]
 
-_SUITE = "microvm-suite"
+_SUITE: pytest.StashKey[RemoteSuite] = pytest.StashKey()
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
@@ -125,6 +129,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
         choices=("never", "failed"),
         help="keep the machine of a failed test and print how to enter it (default: never)",
     )
+    group.addoption("--microvm-launched", help=argparse.SUPPRESS)  # by `pytest-microvm test`
     config: Any = pluginmanager.get_plugin("pytestconfig")
     if "--microvm" in _written(config):
         _suite(config)
@@ -140,6 +145,18 @@ def pytest_load_initial_conftests(
     return (yield)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session: pytest.Session) -> None:
+    """End a run in which something else would collect, and run the tests on the host."""
+    config = session.config
+    suite = config.stash.get(_SUITE, None)
+    if config.option.microvm and (suite is None or not config.pluginmanager.is_registered(suite)):
+        raise pytest.UsageError(
+            "--microvm: something has taken the plug-in away that runs tests in machines; none was run\n"
+            "next step: run `pytest-microvm test`, which lets no project do this"
+        )
+
+
 def _written(config: Any) -> list[str]:
     """Return the words pytest was given, as far as they are known while plug-ins are being loaded."""
     words = [*config.invocation_params.args, *os.environ.get("PYTEST_ADDOPTS", "").split()]
@@ -150,12 +167,12 @@ def _written(config: Any) -> list[str]:
 
 def _suite(config: pytest.Config) -> RemoteSuite:
     """Return the plug-in that runs this run's tests in machines, made at first use."""
-    suite: RemoteSuite | None = config.pluginmanager.get_plugin(_SUITE)
+    suite = config.stash.get(_SUITE, None)
     if suite is None:
         from pytest_microvm.remote.suite import RemoteSuite  # noqa: PLC0415 - other runs need not load it
 
-        suite = RemoteSuite(config)
-        config.pluginmanager.register(suite, _SUITE)
+        config.stash[_SUITE] = suite = RemoteSuite(config)
+        config.pluginmanager.register(suite)  # without a name, which `-p no:NAME` could block
     return suite
 
 

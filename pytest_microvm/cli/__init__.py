@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
         report,
         run,
         template,
+        test,
         top,
         trust,
     )
@@ -59,12 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pytest-microvm",
         description="Throwaway microVMs for pytest, CI and agents.",
-        epilog="Run a suite with `pytest --microvm`; `pytest-microvm doctor` says what this computer offers.",
+        epilog="Run your own suite with `pytest --microvm`, a stranger's with `pytest-microvm test`; "
+        "`pytest-microvm doctor` says what this computer offers.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('pytest-microvm')}")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in (
-        *(run, ci, report, python, doctor, image, template, machines, top, network, trust),
+        *(test, run, ci, report, python, doctor, image, template, machines, top, network, trust),
         *(github, gitlab),
     ):
         module.add_parser(verbs)

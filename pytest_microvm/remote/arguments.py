@@ -6,10 +6,13 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import pytest
+
 from pytest_microvm.errors import UsageError
 
 # What the host decides or shows. The guest collects everything, so another -k or -m needs no new template.
-HOST_ONLY = frozenset(
+# None of these names a file, a program or a module.
+SELECTING_AND_SHOWING = frozenset(
     [
         *("-x", "--exitfirst", "--maxfail", "-k", "-m", "--deselect", "--continue-on-collection-errors"),
         *("--lf", "--last-failed", "--ff", "--failed-first", "--nf", "--new-first", "--lfnf"),
@@ -17,17 +20,42 @@ HOST_ONLY = frozenset(
         *("--sw", "--stepwise", "--sw-skip", "--stepwise-skip", "--sw-reset", "--stepwise-reset"),
         *("--co", "--collect-only", "--collectonly"),
         *("-v", "--verbose", "-q", "--quiet", "--verbosity"),  # the sum goes to the guest
-        *("-r", "--no-header", "--no-summary", "--no-fold-skipped", "--force-short-summary"),
-        *("--color", "--code-highlight", "--show-capture", "--durations", "--durations-min"),
-        *("--disable-warnings", "--disable-pytest-warnings", "--max-warnings", "--xfail-tb", "--pastebin"),
-        *("--junit-xml", "--junitxml", "--junit-prefix", "--junitprefix", "-s", "--capture"),
-        *("-h", "--help", "-V", "--version", "--debug", "--trace-config", "--traceconfig"),
-        *("-n", "--numprocesses", "--maxprocesses", "--max-worker-restart", "--dist", "--tx", "--px"),
-        *("-d", "-f", "--looponfail", "--rsyncdir", "--rsyncignore", "--testrunuid", "--maxschedchunk"),
-        *("--loadscope-reorder", "--no-loadscope-reorder"),
-        *("--report-log", "--html", "--self-contained-html", "--css", "--json-report", "--json-report-file"),
+        *("-r", "--report-chars", "--no-header", "--no-summary", "--no-fold-skipped"),
+        *("--force-short-summary", "--color", "--code-highlight", "--show-capture", "--durations"),
+        *("--durations-min", "--disable-warnings", "--disable-pytest-warnings", "--max-warnings"),
+        *("--xfail-tb", "--junit-prefix", "--junitprefix", "-s", "--capture"),
     ]
 )
+_WORKERS_WITH_VALUE = (
+    *("-n", "--numprocesses", "--maxprocesses", "--max-worker-restart", "--dist", "--testrunuid"),
+    "--maxschedchunk",
+)
+WORKERS = frozenset([*_WORKERS_WITH_VALUE, "-d", "--loadscope-reorder", "--no-loadscope-reorder"])
+"""Options of pytest-xdist that say how many workers there are, and what each gets."""
+
+REPORT_FILES = frozenset(["--junit-xml", "--junitxml"])
+"""Options of pytest that name a file which the host writes."""
+
+_ACTING_WITH_VALUE = (
+    *("--tx", "--px", "--rsyncdir", "--rsyncignore"),  # of pytest-xdist: programs, folders
+    *("--report-log", "--html", "--css", "--json-report-file", "--pastebin"),
+)
+ACTING = frozenset(
+    [
+        *_ACTING_WITH_VALUE,
+        *("-f", "--looponfail", "--self-contained-html", "--json-report"),
+        *("--debug", "--trace-config", "--traceconfig", "-h", "--help", "-V", "--version"),
+    ]
+)
+"""Options of the host alone that start a program, write a file, or send something away."""
+
+ARITY_ELSEWHERE = {
+    **dict.fromkeys((*_WORKERS_WITH_VALUE, *_ACTING_WITH_VALUE), "1"),
+    **dict.fromkeys(("-d", "-f", "--looponfail"), "0"),
+}
+"""Whether those of plug-ins take a value, for a pytest that has not loaded them."""
+
+HOST_ONLY = SELECTING_AND_SHOWING | WORKERS | REPORT_FILES | ACTING
 # What would act, on the host, on what only the guest has.
 GUEST_ONLY = frozenset(["-W", "--pythonwarnings"])
 _WITHOUT = "run it without --microvm"
@@ -77,6 +105,12 @@ def option_arity(parser: argparse.ArgumentParser) -> dict[str, str]:
     """Return for each option of ``parser`` whether it takes a value: ``0``, ``1`` or ``?``."""
     actions = parser._option_string_actions  # noqa: SLF001 - argparse has no public list
     return {name: _arity(action) for name, action in actions.items()}
+
+
+def parser_arity(parser: pytest.Parser) -> dict[str, str]:
+    """Return :func:`option_arity` of a pytest parser: what plug-ins have registered up to now."""
+    make = getattr(parser, "_getparser", None)  # before pytest 9 a parser is made when it is needed
+    return option_arity(make() if make else parser.optparser)
 
 
 def _arity(action: argparse.Action) -> str:

@@ -28,14 +28,14 @@ class Settings:
     Args:
         values: The options given, by their key in ``[tool.pytest-microvm]``, as written.
         rootdir: pytest's root directory.
-        inipath: The configuration file pytest uses.
+        written: Where the project's configuration may have files written; ``None``: nowhere.
         worker: The name of this pytest-xdist worker, empty in a run without workers or in the controller.
         workers: How many pytest-xdist workers share the run, 0 without.
     """
 
     values: Mapping[str, Any]
     rootdir: Path
-    inipath: Path | None = None
+    written: Path | None = None
     worker: str = ""
     workers: int = 0
 

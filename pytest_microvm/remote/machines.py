@@ -24,6 +24,7 @@ from pytest_microvm.preparing import machine_in_the_making, prepared_step
 from pytest_microvm.project_grants import asked_by
 from pytest_microvm.redaction import Redactor
 from pytest_microvm.remote.backend import BackendFacts, CollectPlan, Progress, RunOptions, Settings
+from pytest_microvm.remote.plan import artifacts_folder
 from pytest_microvm.remote.session import RunnerSession, runner_command
 from pytest_microvm.remote.workspace import Workspace, scan
 from pytest_microvm.spec import DEFAULT_OUTPUT, MachineSpec
@@ -164,6 +165,7 @@ class MachineBackend:
     ) -> None:
         config = load_settings(settings.rootdir, settings.values)
         project_trust.check(settings.rootdir, asked_by(config))
+        self._artifacts = artifacts_folder(config.artifacts, settings)
         self._config = replace(config, spec=change(config.spec))
         self._host = Host(
             project=settings.rootdir,
@@ -195,7 +197,7 @@ class MachineBackend:
             output=limits.output or DEFAULT_OUTPUT,
             counted=limits.pids is not None,
             retries=self._config.retries,
-            artifacts=self._config.artifacts and self._config.artifacts.absolute(),
+            artifacts=self._artifacts,
             arguments=self._config.args,
             fail_on_denied=self._config.fail_on_denied,
             network=self._config.spec.network or self._base.image.network,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shlex
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pytest_microvm.errors import UsageError
 
 # Configuration that imports, acts or judges where the tests are. The guest reads the real values.
 _NEUTRAL: dict[str, Any] = {
@@ -29,6 +32,8 @@ _NEUTRAL: dict[str, Any] = {
 # Plug-ins that act on the process the tests run in, or import the project; in the guest they are free to.
 _ACTING = ("timeout", "pytest_timeout", "pytest_cov", "django", "pytest_django")
 
+_CACHE = ("README.md", ".gitignore", "CACHEDIR.TAG", "v", "v/cache", "v/cache/lastfailed", "v/cache/nodeids",
+          "v/cache/stepwise")  # fmt: skip
 _TRUSTED = ("_pytest", "pytest_microvm")  # whose modules act for pytest itself, and for us
 
 
@@ -65,16 +70,17 @@ def keep_from_acting_early(config: pytest.Config, plugin: object) -> None:
             hook._remove_plugin(plugin)  # noqa: SLF001 - pluggy has no other way
 
 
-def keep_project_from_worker(spec: Any) -> None:
+def keep_project_from_worker(spec: Any, *, isolated: bool) -> None:
     """Let a worker of pytest-xdist on this computer import nothing from the folder that it starts in.
 
     Python looks there first, so a project's ``execnet.py`` would run here before any of our code does.
 
     Args:
         spec: The worker's execnet specification.
+        isolated: Whether ``PYTHONPATH`` and the user's packages do not count, either.
     """
     if spec.popen and not spec.python:
-        safe = "-P" if sys.version_info >= (3, 11) else "-I"
+        safe = "-P" if sys.version_info >= (3, 11) and not isolated else "-I"
         spec.python = shlex.join([sys.executable, safe])
 
 
@@ -93,7 +99,7 @@ def tell_imports_for_filters(config: pytest.Config) -> None:
     pytest 9.2 reads the filters before any plug-in is loaded, so this cannot be prevented here.
     """
     roots = [config.rootpath, config.invocation_params.dir]
-    for words in config.getini("filterwarnings"):
+    for words in [*config.getini("filterwarnings"), *(config.known_args_namespace.pythonwarnings or ())]:
         category = [*words.split(":"), "", "", ""][2].strip()
         name = category.rpartition(".")[0]
         file = getattr(sys.modules.get(name), "__file__", None)
@@ -137,17 +143,58 @@ def forbid_conftests(config: pytest.Config) -> None:
     namespace.pythonwarnings = None
 
 
-def refuse_project_plugins(config: pytest.Config, names: list[str]) -> None:
-    """End the run if ``-p NAME`` named a module of the project: pytest has imported it on the host.
+def shorten_header(config: pytest.Config) -> None:
+    """Show where the cache is under ``-v`` alone, as pytest does where nobody has chosen the folder."""
+    config._inicache["cache_dir"] = ".pytest_cache"  # noqa: SLF001 - the cache is open already
+
+
+def forget_own_file(config: pytest.Config, file: Path | None) -> None:
+    """Show the project's configuration in the header; pytest has read an empty one of ours."""
+    config._inipath = file  # noqa: SLF001 - nothing reads it any more
+
+
+def refuse_project_plugins(config: pytest.Config, named: list[str]) -> None:
+    """End the run if a plug-in is the project's own: it was imported on the host, and acts there.
+
+    One can be named by ``-p``, be installed from the project's folder, or be found in a folder of
+    ``pythonpath``, which pytest puts on ``sys.path`` before it looks for plug-ins.
+
+    Args:
+        config: pytest's configuration.
+        named: The names given with ``-p``.
 
     Raises:
-        pytest.UsageError: One did.
+        UsageError: One is.
     """
     roots = [config.rootpath, config.invocation_params.dir]
-    for name in names:
-        file = getattr(config.pluginmanager.get_plugin(name), "__file__", None)
-        if file and in_project(file, roots):
-            raise pytest.UsageError(
-                f"-p {name} loads a plug-in of the project on the host, outside any machine\n"
-                f'next step: load it in the machine with --microvm-args="-p {name}"'
+    for name, plugin in config.pluginmanager.list_name_plugin():
+        module = plugin if inspect.ismodule(plugin) else sys.modules.get(type(plugin).__module__)
+        file = getattr(module, "__file__", None)
+        if module is None or not file or module.__name__.partition(".")[0] in _TRUSTED:
+            continue
+        if in_project(file, roots):
+            how = f"-p {name}" if name in named else f"the plug-in {name} of {file}"
+            raise UsageError(
+                f"{how} is of the project, and pytest has loaded it on this computer, outside any machine",
+                resolution="run `pytest-microvm test`, which loads none on this computer; or load it in the "
+                f'machine alone, with -p no:{name} --microvm-args="-p {name}"',
             )
+
+
+def refuse_linked_cache(config: pytest.Config) -> None:
+    """End the run if pytest's cache would be written elsewhere than in the project.
+
+    Raises:
+        UsageError: ``cache_dir`` leads out of it, or something in the cache is a link.
+    """
+    if "cache_dir" not in config._parser._inidict:  # noqa: SLF001 - the plug-in is switched off
+        return
+    named = os.path.expandvars(os.path.expanduser(str(config.getini("cache_dir"))))  # noqa: PTH111 - as pytest does
+    folder = Path(os.path.normpath(config.rootpath / named))
+    written = [folder, *(folder / name for name in _CACHE)]
+    links = [path for path in written if path.is_symlink()]
+    if links or not folder.is_relative_to(config.rootpath):
+        raise UsageError(
+            f"pytest's cache would be at {links[0] if links else folder}, which leads out of the project",
+            resolution="run with -p no:cacheprovider, or `pytest-microvm test`, which keeps it elsewhere",
+        )

@@ -12,10 +12,12 @@ import pytest
 
 from pytest_microvm.errors import UsageError
 from pytest_microvm.remote.backend import Settings
+from pytest_microvm.remote.launch import AUTOLOAD, Launch
+from pytest_microvm.sanitize import sanitize_line
 from pytest_microvm.spec import PARSERS
 
 # Variables that change what pytest itself does or shows, and say nothing about this host.
-_PASSED = ("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "TZ", "LANG", "LC_ALL", "NO_COLOR", "FORCE_COLOR", "PY_COLORS")
+_PASSED = (AUTOLOAD, "TZ", "LANG", "LC_ALL", "NO_COLOR", "FORCE_COLOR", "PY_COLORS")
 _OWN = (
     "isolation",
     "pool",
@@ -29,20 +31,15 @@ _OWN = (
 _OPTIONS = (*PARSERS, *_OWN)
 
 
-_GRANTING = frozenset(
-    f"--microvm-{name}" for name in ("image", "network", "host", "credential", "secret", "mount")
-)
-
-
-def settings_from(config: pytest.Config) -> Settings:
-    """Return what the command line says about machines."""
+def settings_from(config: pytest.Config, launch: Launch | None) -> Settings:
+    """Return what the command line says about machines; ``launch`` is for a launched run."""
     given = {key: config.getoption(f"microvm_{key}", None) for key in _OPTIONS}
     worker = getattr(config, "workerinput", None) or {}
     count = worker.get("workercount") or getattr(config.option, "numprocesses", None) or 0
     return Settings(
         values={key: value for key, value in given.items() if value is not None},
         rootdir=config.rootpath,
-        inipath=config.inipath,
+        written=config.rootpath if launch is None else launch.reports,
         worker=str(worker.get("workerid", "")),
         workers=count if isinstance(count, int) else 0,
     )
@@ -57,19 +54,52 @@ def addopts_of(config: pytest.Config, args: Sequence[str]) -> Sequence[str]:
     return args[: max(0, len(args) - len(users))]
 
 
-def refuse_granting(addopts: Sequence[str]) -> None:
-    """Refuse options in a project's own ``addopts`` that would give its tests more than its files.
+def artifacts_folder(folder: Path | None, settings: Settings) -> Path | None:
+    """Return where artifacts are saved, if they are: a project may name a folder only below its own.
+
+    Args:
+        folder: What the merged configuration says.
+        settings: What the command line says.
 
     Raises:
-        UsageError: There are such, or a file with more of them is named.
+        UsageError: The project names another one.
     """
-    for word in addopts:
-        option = word.partition("=")[0]
-        if option in _GRANTING or word.startswith("@"):
+    if folder is None or "artifacts" in settings.values:
+        return folder and folder.absolute()
+    if settings.written is None:
+        raise UsageError(
+            f"the project's configuration has artifacts = {str(folder)!r}, which writes on this computer",
+            resolution="say --microvm-artifacts=DIR yourself; or --microvm-reports=DIR, a folder for what "
+            "the project may write",
+        )
+    path = Path(os.path.normpath(settings.written / folder))
+    if not path.is_relative_to(settings.written):
+        raise UsageError(
+            f"the project's configuration has artifacts = {str(folder)!r}, outside {settings.written}",
+            resolution="say --microvm-artifacts=DIR yourself",
+        )
+    refuse_links(settings.written, path)
+    return path
+
+
+def refuse_links(project: Path, path: Path) -> None:
+    """Refuse to write where something in the project leads elsewhere.
+
+    Args:
+        project: Its folder.
+        path: What is to be written; outside the project nothing of it is asked.
+
+    Raises:
+        UsageError: A folder on the way, or the file, is a link.
+    """
+    path = Path(os.path.normpath(project / path))
+    steps = [path, *path.parents]
+    for step in steps[: steps.index(project)] if project in steps else []:
+        if step.is_symlink():
             raise UsageError(
-                f"addopts of the project's configuration has {option}, which only who runs it may say",
-                resolution="write the key in [tool.pytest-microvm], then `pytest-microvm trust`; "
-                "or say it on the command line",
+                f"{step} is a link of the project to {sanitize_line(str(step.readlink()))}, which would be "
+                "followed",
+                resolution="remove the link, or name a file elsewhere",
             )
 
 
@@ -104,9 +134,12 @@ def _git_top(folder: Path) -> Path | None:
     return next((parent for parent in [folder, *folder.parents] if parent.resolve() == top.resolve()), None)
 
 
-def guest_environment(plugins: str | None, config: pytest.Config) -> tuple[tuple[str, str], ...]:
+def guest_environment(
+    plugins: str | None, config: pytest.Config, launch: Launch | None
+) -> tuple[tuple[str, str], ...]:
     """Return the variables for the runner: few, and none that may hold a secret."""
-    found = {name: os.environ[name] for name in _PASSED if name in os.environ}
+    environ = {**os.environ, **({} if launch is None else {AUTOLOAD: launch.autoload or ""})}
+    found = {name: environ[name] for name in _PASSED if name in environ}
     for name in ("CI", "BUILD_NUMBER"):  # pytest shows longer explanations when either is set
         if os.environ.get(name):
             found[name] = "1"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ import pytest
 from pytest_microvm.errors import MachineError, MicroVMError
 from pytest_microvm.instance import MachineFacts, Usage
 from pytest_microvm.remote import neutral
-from pytest_microvm.remote.arguments import option_arity, split_arguments, tokens
+from pytest_microvm.remote.addopts import refuse_acting, refuse_granting
+from pytest_microvm.remote.arguments import Split, parser_arity, split_arguments, tokens
 from pytest_microvm.remote.backend import Backend, CollectPlan, Progress, Settings
 from pytest_microvm.remote.collected import Collected
 from pytest_microvm.remote.collection import Replay, raise_exit
 from pytest_microvm.remote.foreign_warnings import warning_message
+from pytest_microvm.remote.launch import launch_of
 from pytest_microvm.remote.plan import (
     addopts_of,
     guest_environment,
-    refuse_granting,
+    refuse_links,
     settings_from,
     workspace_of,
 )
@@ -63,6 +66,7 @@ class RemoteSuite:
         self._tally = Tally()
         self._leave_sigterm = interrupt_on_sigterm()
         self._guest_plugins = os.environ.pop("PYTEST_PLUGINS", None)  # pytest would import them here
+        self._launch = launch_of(config.invocation_params.args)
         neutral.neutralise(config)
 
     def divide(self, parser: pytest.Parser, args: list[str]) -> None:
@@ -74,13 +78,20 @@ class RemoteSuite:
         if self._guest_plugins is not None:
             os.environ["PYTEST_PLUGINS"] = self._guest_plugins  # for the workers of pytest-xdist
         neutral.forget_failed_filters(self._config)
-        make = getattr(parser, "_getparser", None)  # before pytest 9 a parser is made when it is needed
-        arity = option_arity(make() if make else parser.optparser)
-        named = [(token.value or "").strip() for token in tokens(args, arity) if token.option == "-p"]
-        neutral.refuse_project_plugins(self._config, named)
+        arity = parser_arity(parser)
         with _as_pytest_errors():
-            refuse_granting(addopts_of(self._config, args))
-            split = split_arguments(args, arity, self._is_host_plugin)
+            neutral.refuse_project_plugins(self._config, _named_plugins(args, arity))
+            if self._launch is None:
+                neutral.refuse_linked_cache(self._config)
+                count = len(addopts_of(self._config, args))
+                refuse_granting(args[:count])
+                refuse_acting(args[:count], args[count:], arity)
+                split = split_arguments(args, arity, self._is_host_plugin)
+            else:
+                ours, users = args[: self._launch.words], args[self._launch.words :]
+                split = split_arguments(users, arity, self._is_host_plugin)
+                split = Split((*ours, *split.host), (*self._launch.guest, *split.guest))
+                neutral.forget_own_file(self._config, self._launch.file)
         args[:] = split.host
         self._guest_arguments = split.guest
         neutral.forbid_conftests(self._config)
@@ -112,8 +123,12 @@ class RemoteSuite:
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         """Find out what runs the tests."""
         neutral.forget_unknown_keys(session.config)
+        if self._launch is not None:
+            neutral.shorten_header(session.config)
         with _as_pytest_errors(), self._progress as progress:
-            settings = settings_from(session.config)
+            settings = settings_from(session.config, self._launch)
+            self._refuse_linked(session.config.getoption("xmlpath", None))
+            self._refuse_linked(settings.values.get("artifacts"))
             backend = session.config.hook.pytest_microvm_backend(
                 config=session.config, settings=settings, progress=progress
             )
@@ -126,11 +141,14 @@ class RemoteSuite:
 
                 shape_junit(session.config, backend.options.junit_profile)
 
-    def pytest_report_header(self) -> str | None:
+    def pytest_report_header(self) -> list[str] | None:
         """Say what runs the tests."""
         if self._backend is None:
             return None
-        return sanitize(header_line(self._backend.facts, self._backend.options.isolation))
+        lines = [header_line(self._backend.facts, self._backend.options.isolation)]
+        if self._launch is not None and self._launch.left:
+            lines.append(f"microvm: left out of the project's addopts: {', '.join(self._launch.left)}")
+        return [sanitize(line) for line in lines]
 
     def pytest_report_collectionfinish(self) -> list[str]:
         """Say what collected, and what the project's own plug-ins have to say."""
@@ -142,7 +160,7 @@ class RemoteSuite:
     def pytest_xdist_setupnodes(self, specs: list[Any]) -> None:
         """Let pytest-xdist's controller prepare the template once, before its workers ask for it."""
         for spec in specs:
-            neutral.keep_project_from_worker(spec)
+            neutral.keep_project_from_worker(spec, isolated=self._launch is not None)
         self._collect()
 
     def pytest_collection(self, session: pytest.Session) -> bool:
@@ -252,9 +270,13 @@ class RemoteSuite:
             directory=config.invocation_params.dir,
             rootdir=config.rootpath,
             workspace=workspace_of(config),
-            environment=guest_environment(self._guest_plugins, config),
+            environment=guest_environment(self._guest_plugins, config, self._launch),
             timeout=backend.options.collect_timeout,
         )
+
+    def _refuse_linked(self, path: str | None) -> None:
+        if path is not None:
+            refuse_links(workspace_of(self._config), self._config.invocation_params.dir / path)
 
     def _named_paths(self) -> list[Path]:
         directory = self._config.invocation_params.dir
@@ -280,6 +302,10 @@ class RemoteSuite:
             encoding = sys.stdout.encoding or "utf-8"
             sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
             sys.stdout.flush()
+
+
+def _named_plugins(args: list[str], arity: Mapping[str, str]) -> list[str]:
+    return [(token.value or "").strip() for token in tokens(args, arity) if token.option == "-p"]
 
 
 class _Hooks:
@@ -314,4 +340,4 @@ class _as_pytest_errors:  # noqa: N801 - reads as the statement it is
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, MicroVMError):
-            raise pytest.UsageError(str(error)) from None
+            raise pytest.UsageError(sanitize(str(error))) from None

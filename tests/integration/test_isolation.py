@@ -420,11 +420,13 @@ def test_two_at_once_know_nothing_of_each_other(here, vm):
 
 
 def changed_since(folder, begin):
-    """Files below ``folder`` that were written to."""
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            if path.is_file() and path.stat().st_mtime >= begin:
-                yield path
+    """Files below ``folder`` that were written to; others may go while it is looked at."""
+    for here, _folders, names in os.walk(folder):
+        for name in names:
+            path = Path(here, name)
+            with contextlib.suppress(OSError):
+                if path.is_file() and path.stat().st_mtime >= begin:
+                    yield path
 
 
 def overlay(pid):

@@ -2,6 +2,14 @@
 
 import pytest
 
+from support.comparison import ENTRIES
+
+
+@pytest.fixture(params=ENTRIES)
+def entry(request):
+    return request.param
+
+
 SUITE = """
     import logging
     import sys
@@ -164,6 +172,7 @@ def test_from_a_directory_below(suite, monkeypatch):
     suite.assert_same("-v")
 
 
+@pytest.mark.parametrize("entry", ENTRIES[:1])  # the other has a cache of its own
 def test_last_failed(suite):
     def fail_first():
         (suite.path / ".pytest_cache").rename(
@@ -173,6 +182,14 @@ def test_last_failed(suite):
 
     for option in ("--lf", "--ff", "--nf"):
         suite.assert_same(option, "-v", prepare=fail_first)
+
+
+@pytest.mark.parametrize("entry", ENTRIES[1:])
+def test_what_failed_last_is_kept_outside_the_project(project):
+    project.write(test_it="def test_good(): pass\ndef test_bad(): assert 0")
+    project.microvm().assert_outcomes(passed=1, failed=1)
+    project.microvm("--lf").assert_outcomes(failed=1)
+    assert [path.name for path in project.path.iterdir()] == ["test_it.py"]
 
 
 def test_stepwise(suite):

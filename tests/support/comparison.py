@@ -1,15 +1,18 @@
 """A project that is run natively and with --microvm, and a comparison of what is shown."""
 
 import difflib
+import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from pytest_microvm.images.store import cache_root
+from support import guards
 
 BACKEND = os.environ.get("PYTEST_MICROVM_TEST_BACKEND", "local")
 """``local`` (processes of this computer, no hypervisor needed) or ``machines`` (slow: real ones)."""
@@ -21,17 +24,27 @@ only_locally = pytest.mark.skipif(
 )
 
 
+ENTRIES = ("pytest --microvm", "pytest-microvm test")
+TESTS = Path(__file__).parents[1]
+LAUNCHER = Path(sys.executable).with_name("pytest-microvm")
+
+
 class Project:
-    """A project in a directory of its own, run in two ways.
+    """A project in a directory of its own, run natively and with machines.
 
     Args:
         pytester: The fixture; its folder is the project's.
         monkeypatch: The fixture.
         backend: Arguments for pytest and variables that choose what runs the tests.
+        entry: One of :data:`ENTRIES`: how machines come in.
     """
 
-    def __init__(self, pytester, monkeypatch, backend):
+    PYTEST = Path(sys.executable).with_name("pytest")
+
+    def __init__(self, pytester, monkeypatch, backend, entry=ENTRIES[0]):
+        self.entry = entry
         self.path = pytester.path
+        self._monkeypatch = monkeypatch
         self._pytester = pytester
         self._arguments, variables = backend
         monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
@@ -55,15 +68,47 @@ class Project:
         return self._pytester.runpytest_subprocess("-p", "no:hypothesispytest", *arguments)
 
     def microvm(self, *arguments):
-        """Run pytest with ``--microvm``; return pytester's result."""
+        """Run it in machines, by its entry; return pytester's result."""
+        if self.entry == ENTRIES[1]:
+            return self.launched(*arguments)
         options = ["--microvm", *self._arguments, "-p", "no:hypothesispytest"]
         return self._pytester.runpytest_subprocess(*options, *arguments)
 
     def command(self, *arguments):
-        """Run the command ``pytest``; unlike ``python -m pytest`` it looks for no module in the project."""
-        program = Path(sys.executable).with_name("pytest")
-        command = [program, "--microvm", *self._arguments, "-p", "no:hypothesispytest", *arguments]
-        return subprocess.run(command, cwd=self.path, capture_output=True, text=True, check=False)
+        """Run the command ``pytest``, which unlike ``python -m pytest`` imports nothing from here."""
+        return self.run(self.PYTEST, "--microvm", *self._arguments, "-p", "no:hypothesispytest", *arguments)
+
+    def run(self, *command):
+        """Run any command in the current folder; return what pytester would.
+
+        Unlike pytester's own, without the folder on PYTHONPATH.
+        """
+        started = time.monotonic()
+        done = subprocess.run(
+            [os.fspath(word) for word in command], stdin=subprocess.DEVNULL, capture_output=True,
+            encoding="utf-8", errors="replace", timeout=guards.PROCESS, check=False,
+        )  # fmt: skip
+        duration = time.monotonic() - started
+        return pytest.RunResult(done.returncode, done.stdout.splitlines(), done.stderr.splitlines(), duration)
+
+    def launched(self, *arguments):
+        """Run it with ``pytest-microvm test``; return pytester's result.
+
+        What runs the tests is named in a user's configuration: the launcher takes nothing from PYTHONPATH.
+        """
+        folder = self.path.parent / f"{self.path.name}-config"
+        if self._arguments:
+            file = folder / "pytest-microvm" / "config.toml"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            plugins = self._arguments[1::2]
+            lines = [
+                "[test]",
+                f"plugins = {json.dumps(plugins)}",
+                f"plugin_path = {json.dumps([str(TESTS)])}",
+            ]
+            file.write_text("\n".join(lines))
+        self._monkeypatch.setenv("XDG_CONFIG_HOME", os.fspath(folder))
+        return self.run(LAUNCHER, "test", "-p", "no:hypothesispytest", *arguments)
 
     def assert_same(self, *arguments, prepare=lambda: None):
         """Run both ways, and fail the test unless what is shown and the exit code are the same.

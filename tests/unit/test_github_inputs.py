@@ -65,10 +65,12 @@ def test_what_is_refused(tmp_path, given, told):
 def test_the_command_of_a_suite(tmp_path):
     inputs = read(tmp_path, args="-k 'a or b'", image="base", require_accel="tcg", junit_profile="jenkins")
     results = tmp_path / "own" / "results"
-    assert run_command(inputs, {}) == [
-        sys.executable, "-I", "-m", "pytest", "--microvm", f"--junitxml={results}/junit.xml",
-        "--microvm-junit-profile=jenkins", f"--microvm-artifacts={results}/machines", "--microvm-image=base",
-        "--microvm-require-accel=tcg", "-k", "a or b",
+    words = run_command(inputs, {})
+    assert words[:3] == [sys.executable, "-I", "-c"]
+    assert words[4:] == [
+        "test", f"--junitxml={results}/junit.xml", "--microvm-junit-profile=jenkins",
+        f"--microvm-artifacts={results}/machines", f"--microvm-reports={results}/project",
+        "--microvm-image=base", "--microvm-require-accel=tcg", "-k", "a or b",
     ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pytest_microvm.cli import main
 from pytest_microvm.config import load_settings
 from pytest_microvm.errors import UsageError
 from pytest_microvm.project_grants import asked_by
-from pytest_microvm.remote.plan import refuse_granting
+from pytest_microvm.remote.addopts import refuse_granting
 
 ASKED = {"network": ["a.example"], "mounts": ["~/.ssh:/keys"]}
 

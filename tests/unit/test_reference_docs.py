@@ -63,8 +63,12 @@ def section(text, title):
 
 
 def options(pytestconfig):
+    return {name for option in shown_options(pytestconfig) for name in option.names()} | {"--microvm-reports"}
+
+
+def shown_options(pytestconfig):
     group = pytestconfig._parser.getgroup("microvm")
-    return {name for option in group.options for name in option.names()}
+    return [option for option in group.options if option.attrs().get("help") != argparse.SUPPRESS]
 
 
 # options.md
@@ -83,7 +87,7 @@ def test_no_page_names_an_option_that_is_not_there(pytestconfig):
 
 def test_choices_of_options(pytestconfig):
     text = page("options.md")
-    for option in pytestconfig._parser.getgroup("microvm").options:
+    for option in shown_options(pytestconfig):
         choices = option.attrs().get("choices") or ()
         row = next(line for line in text.splitlines() if line.startswith(f"| `{option.names()[0]}` |"))
         assert [choice for choice in choices if f"`{choice}`" not in row] == []

@@ -22,7 +22,7 @@ _SET = {
     "pytest": {
         "--junitxml": "output", "--junit-xml": "output", "--microvm-artifacts": "output",
         "--microvm-image": "image", "--microvm-require-accel": "require-accel",
-        "--microvm-junit-profile": "junit-profile",
+        "--microvm-junit-profile": "junit-profile", "--microvm-reports": "output",
     },
     "ci": {
         "--output": "output", "--branch": "branches", "--ref": "branches", "--junit-profile": "junit-profile",

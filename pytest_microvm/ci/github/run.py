@@ -32,10 +32,13 @@ def run_command(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
     """
     if inputs.mode == "ci":
         return [*_ITSELF, *_ci_words(inputs, environ)]
-    words = [*_PYTHON, "-m", "pytest", "--microvm", f"--junitxml={junit_path(inputs)}"]
-    words += [
+    words = [
+        *_ITSELF,
+        "test",
+        f"--junitxml={junit_path(inputs)}",
         f"--microvm-junit-profile={inputs.junit_profile}",
         f"--microvm-artifacts={inputs.output / 'machines'}",
+        f"--microvm-reports={inputs.output / 'project'}",
     ]
     if inputs.image:
         words.append(f"--microvm-image={inputs.image}")

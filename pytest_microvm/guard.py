@@ -1,0 +1,38 @@
+"""A second plug-in of this package, which ends a run with ``--microvm`` whose first one was switched off.
+
+pytest would take ``--microvm`` for the option of a conftest.py then, and run the tests on the host. Whoever
+switches this one off as well has pytest to himself: `pytest-microvm test` lets no project do that.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+
+import pytest
+
+_PLUGIN = "pytest_microvm.plugin"
+_OPTION = "--microvm"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Refuse a run in which nobody takes ``--microvm`` for what it is; no conftest.py is loaded yet."""
+    plugin = sys.modules.get(_PLUGIN)
+    there = plugin is not None and early_config.pluginmanager.is_registered(plugin)
+    if there or _OPTION not in _words(early_config):
+        return
+    raise pytest.UsageError(
+        f"{_OPTION}: the plug-in that runs tests in machines is switched off, as by `-p no:microvm`; no test "
+        "was run\nnext step: look at addopts in the project's configuration; for a project that you did not "
+        "write there is `pytest-microvm test`"
+    )
+
+
+def _words(config: pytest.Config) -> list[str]:
+    return [
+        *shlex.split(os.environ.get("PYTEST_ADDOPTS", "")),
+        *config.getini("addopts"),
+        *config.invocation_params.args,
+    ]

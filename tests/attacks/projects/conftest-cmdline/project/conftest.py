@@ -1,0 +1,5 @@
+@TRAP@
+
+
+def pytest_cmdline_main(config):
+    @TRAP@

@@ -1,0 +1,5 @@
+@TRAP@
+
+
+class Category(UserWarning):
+    pass

@@ -1,0 +1,5 @@
+@TRAP@
+
+
+def pytest_addoption(parser):
+    parser.addoption("--microvm", action="store_true")
