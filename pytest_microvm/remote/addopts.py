@@ -49,6 +49,8 @@ SHOWN_KEYS: Mapping[str, Callable[[str], bool]] = {
     "junit_duration_report": str.isalpha,
     "junit_family": str.isalnum,
     "verbosity_test_cases": str.isalnum,
+    "verbosity_subtests": str.isalnum,
+    "max_warnings": str.isdecimal,
     "testpaths": lambda text: all(_stays_below(path) for path in shlex.split(text)),
 }
 """Keys of pytest's configuration that say how the host shows results, and what their values may be."""

@@ -1,6 +1,8 @@
 """A project's pytest configuration is read as pytest reads it, and nothing in it is obeyed."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 from _pytest.config import get_config
@@ -14,9 +16,16 @@ from pytest_microvm.remote.addopts import (
     refuse_acting,
     shown_values,
 )
-from pytest_microvm.remote.arguments import ARITY_ELSEWHERE, SELECTING_AND_SHOWING, parser_arity
+from pytest_microvm.remote.arguments import (
+    ARITY_ELSEWHERE,
+    SELECTING_AND_SHOWING,
+    parser_arity,
+    split_arguments,
+)
+from pytest_microvm.remote.neutral import _NEUTRAL
 from pytest_microvm.remote.project_file import MAX_SIZE, find_project_file
 
+REPOSITORY = Path(__file__).parents[2]
 INI = "[pytest]\naddopts = -q\n"
 FILES = {
     "pytest.toml": '[pytest]\naddopts = ["-q"]\n',
@@ -218,3 +227,60 @@ def test_testpaths_that_lead_elsewhere_are_the_machine_s(paths):
 def test_addopts_that_are_none(value):
     with pytest.raises(UsageError, match="addopts"):
         addopts_words(value, None)
+
+
+# docs/reference/project-configuration.md
+
+PAGE = (REPOSITORY / "docs" / "reference" / "project-configuration.md").read_text()
+with_xdist = pytest.mark.skipif(pytest.version_tuple < (9, 2), reason="the page is about pytest 9.2")
+
+
+def rows(title):
+    """Return, for each name in the first column of a section's table, the last two columns."""
+    table = PAGE.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [line.strip("|").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    return {
+        name: (launched, optional.strip(" |"))
+        for names, _does, launched, optional in lines
+        for name in re.findall(r"`([^`]+)`", names)
+    }
+
+
+@pytest.fixture(scope="module")
+def config_with_xdist():
+    config = get_config()
+    config.pluginmanager.load_setuptools_entrypoints("pytest11", name="xdist")
+    return config
+
+
+def who_obeys(words, arity):
+    try:
+        found = divide_addopts(words, (), arity)
+    except UsageError as error:
+        return "below `--microvm-reports`, else refused" if "--microvm-reports" in str(error) else "refused"
+    return " and ".join(name for name in ("host", "guest") if getattr(found, name)) or "nobody"
+
+
+@with_xdist
+def test_the_page_says_of_each_option_what_comes_of_it(config_with_xdist):
+    arity = parser_arity(config_with_xdist._parser)
+    expected = {}
+    for option, takes in arity.items():
+        words = [option, *(["a=b"] if takes == "1" else [])]
+        try:
+            refuse_acting(words, (), arity)
+            split_arguments(words, arity)
+            optional = "obeyed"
+        except UsageError:
+            optional = "refused"
+        expected[option] = (who_obeys(words, arity).replace("guest", "machine"), optional)
+    assert rows("Options in `addopts`") == expected
+
+
+@with_xdist
+def test_the_page_says_of_each_key_who_obeys_it(config_with_xdist):
+    keys = {*config_with_xdist._parser._inidict, "addopts", "minversion", "pythonpath", "required_plugins"}
+    told = rows("Keys")
+    assert set(told) == keys
+    assert {key for key in told if told[key][0].startswith("host and machine")} == set(SHOWN_KEYS)
+    assert {key for key in told if told[key][1].startswith("machine")} == set(_NEUTRAL)
