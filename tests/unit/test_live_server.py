@@ -9,47 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_microvm.live import nodes
-from pytest_microvm.live.folder import Folder, Growth
 from pytest_microvm.live.messages import MAX_WRITE, ROOT, BadRequest, Op
-from pytest_microvm.live.server import Server
-
-ENTRY = struct.Struct("<4Q2I")
-SETATTR = struct.Struct("<2I6Q8I")
-
-
-class Guest:
-    """A kernel that asks by hand."""
-
-    def __init__(self, folder, *, writable=True, limit=2**40):
-        root = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        self.server = Server(Folder(root, Growth(limit), writable=writable))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_exc):
-        self.server.close()
-
-    def ask(self, op, node=ROOT, body=b""):
-        """Return the body of the answer, or the error's number."""
-        length = 40 + len(body)
-        answer = self.server.answer(struct.pack("<IIQQIIIHH", length, op, 77, node, 0, 0, 0, 0, 0) + body)
-        if answer is None:
-            return None
-        size, failure, unique = struct.unpack_from("<IiQ", answer)
-        assert (size, unique) == (len(answer), 77)
-        assert failure <= 0
-        assert not failure or size == 16
-        return -failure if failure else answer[16:]
-
-    def lookup(self, name, node=ROOT):
-        """Return the node that is called so, or the error's number."""
-        answer = self.ask(Op.LOOKUP, node, name + b"\0")
-        return answer if isinstance(answer, int) else (ENTRY.unpack_from(answer)[0],)
-
-    def open(self, node, flags=os.O_RDONLY):
-        answer = self.ask(Op.OPEN, node, struct.pack("<2I", flags, 0))
-        return answer if isinstance(answer, int) else struct.unpack_from("<Q", answer)
+from support.live_guest import ENTRY, SETATTR, Guest, numbers
 
 
 @pytest.fixture
@@ -70,10 +31,6 @@ def guest(folder):
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-def numbers(*values):
-    return struct.pack(f"<{len(values)}Q", *values)
 
 
 @pytest.mark.parametrize("name", [b"..", b".", b"", b"../outside/secret", b"sub/..", b"/etc/passwd"])
