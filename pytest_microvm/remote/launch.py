@@ -18,12 +18,13 @@ import tempfile
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 import pytest
-from _pytest.config import get_config
+from _pytest.config import builtin_plugins, get_config
 
 from pytest_microvm.errors import MicroVMError, UsageError
 from pytest_microvm.remote.addopts import addopts_words, divide_addopts, shown_values
@@ -122,7 +123,10 @@ def prepared(
         rootdir=_last(said, "--rootdir"),
     )
     _refuse_python_path(project.rootdir, environ)
-    users = [word for token in said if token.option not in _OURS for word in token.words]
+    named = [token for token in said if _is_machines_plugin(token)]
+    users = [
+        word for token in said if token not in named and token.option not in _OURS for word in token.words
+    ]
     divided = divide_addopts(
         addopts_words(project.values.get("addopts", []), project.path),
         users,
@@ -133,7 +137,11 @@ def prepared(
         own = _own_words(project, _plugins(user, users, arity), Path(folder))
         launch = Launch(
             words=len(own) + len(divided.host),
-            guest=(*_named_file(said, directory), *divided.guest),
+            guest=(
+                *_named_file(said, directory),
+                *divided.guest,
+                *(word for token in named for word in token.words),
+            ),
             file=project.path,
             left=divided.left,
             autoload=environ.get(AUTOLOAD),
@@ -167,6 +175,15 @@ def _plugins(user: UserFile, users: Sequence[str], arity: Mapping[str, str]) -> 
     if workers and importlib.util.find_spec("xdist") is not None:
         plugins.append("xdist")
     return list(dict.fromkeys(plugins))
+
+
+def _is_machines_plugin(token: Token) -> bool:
+    """Whether a plug-in that the user names is not on this computer, and so can only be the machine's."""
+    name = (token.value or "").strip()
+    if token.option != "-p" or name.startswith("no:") or name in builtin_plugins:
+        return False
+    installed = {entry.name for entry in entry_points(group="pytest11")}
+    return name not in installed and importlib.util.find_spec(name.partition(".")[0]) is None
 
 
 def _refuse_python_path(rootdir: Path, environ: Mapping[str, str]) -> None:

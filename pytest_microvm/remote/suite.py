@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest.config import builtin_plugins
 
 from pytest_microvm.errors import MachineError, MicroVMError
 from pytest_microvm.instance import MachineFacts, Usage
@@ -97,6 +98,8 @@ class RemoteSuite:
         neutral.forbid_conftests(self._config)
 
     def _is_host_plugin(self, name: str) -> bool:
+        if self._launch is not None and not name.startswith("no:") and name not in builtin_plugins:
+            return True  # the machine loads what is installed there
         plugin = self._config.pluginmanager.get_plugin(name)
         return name in _HOST_PLUGINS or bool(getattr(plugin, "microvm_host_only", False))
 

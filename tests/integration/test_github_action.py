@@ -80,7 +80,14 @@ def project(tmp_path_factory, marker):
         (folder / name).write_text(
             f"import os\nif os.path.exists({str(folder)!r} + '/.git'):\n    open({str(marker)!r}, 'w')\n"
         )
-    (folder / "pyproject.toml").write_text("[project]\nname = 'small'\nversion = '1'\n")
+    (folder / "conftest.py").write_text(
+        (folder / "pytest.py").read_text()
+        + "def pytest_addoption(parser):\n    parser.addoption('--microvm', action='store_true')\n"
+    )
+    (folder / "pyproject.toml").write_text(
+        "[project]\nname = 'small'\nversion = '1'\n"  # as tests/attacks has them: they would run here
+        "[tool.pytest.ini_options]\naddopts = '-p no:microvm -p no:microvm-guard -n 3 --junitxml=/x.xml'\n"
+    )
     (folder / "tests" / "test_small.py").write_text(HOSTILE)
     git(folder, "init", "-q", "-b", "main")
     git(folder, "add", ".")
@@ -93,7 +100,7 @@ def cold(tmp_path_factory, github, project, image):
     """The first job: its images are there as if it had built them, all else it does itself."""
     images_only(github / "home", image)
     folder = tmp_path_factory.mktemp("cold")
-    done = job(folder, github, project, {"args": "-rA --maxfail=5", "requirements": "pytest-html"})
+    done = job(folder, github, project, {"args": "-rA --maxfail=5 -p html", "requirements": "pytest-html"})
     sys.stdout.write(done.log)
     shutil.rmtree(github / "home")  # a hosted runner is thrown away
     return done, folder

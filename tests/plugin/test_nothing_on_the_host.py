@@ -279,3 +279,32 @@ def test_installed_plugins_do_nothing_for_the_project_ahead_of_its_conftest(proj
     result = project.microvm("-p", "no:cacheprovider")
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["plugins:*acting-1.0*"])
+
+
+def test_the_launcher_loads_what_is_named_where_it_is(project, trap):
+    """A plug-in that is installed here is for this side, another one for the machine."""
+    project.write(
+        plugins__mine=trap + "    def pytest_report_header(): return 'mine in ' + __file__",
+        pytest__DOT__ini="[pytest]\npythonpath = .\n",
+        test_it="def test_it(): pass",
+    )
+    result = project.launched("-p", "plugins.mine", "-p", "xdist", "-p", "no:junitxml")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["plugins: *xdist-*", "*in the machine:*", "*mine in *plugins/mine.py"])
+
+
+def test_the_launcher_refuses_a_python_path_into_the_project(project, trap, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.fspath(project.path / "src"), prepend=os.pathsep)
+    project.write(test_it="def test_it(): pass")
+    result = project.launched()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["ERROR: PYTHONPATH has */src, *", "next step: unset it*"])
+    result.stdout.no_fnmatch_line("*passed*")
+
+
+def test_a_launched_run_shows_no_file_of_its_own(project):
+    project.write(pytest__DOT__ini="[pytest]\naddopts = -v\n", sub__test_it="def test_it(): pass")
+    result = project.launched("-n", "1")
+    result.stdout.fnmatch_lines(["rootdir: *", "configfile: pytest.ini", "*PASSED sub/test_it.py*"])
+    result.stdout.no_fnmatch_line("*launch.json*")
+    assert not list(project.path.glob("**/.pytest_cache"))
