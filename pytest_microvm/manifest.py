@@ -295,7 +295,12 @@ def _link(target: str) -> Entry:
     return Entry("link", 0, 0, hashlib.sha256(os.fsencode(target)).digest())
 
 
+def folded(name: str) -> str:
+    """Return a name or path as a file system has it on which neither case nor invisible characters count."""
+    return _IGNORED.sub("", name).casefold()
+
+
 def is_git(path: str) -> bool:
     """Whether a path is one of git's own, for some file system: what is there makes git run programs."""
-    parts = re.split(r"[/\\]", _IGNORED.sub("", path).casefold())
+    parts = re.split(r"[/\\]", folded(path))
     return any(part.partition(":")[0].rstrip(". ") in (".git", "git~1") for part in parts)

@@ -10,6 +10,7 @@ from pytest_microvm.copying import resolved
 from pytest_microvm.errors import MachineCrashed, TransferError, UsageError
 from pytest_microvm.link import GuestError
 from pytest_microvm.live.folder import Folder, Growth
+from pytest_microvm.live.lock import lock_file
 from pytest_microvm.live.messages import BadRequest
 from pytest_microvm.live.server import Server
 from pytest_microvm.live.serving import serve
@@ -56,8 +57,7 @@ class Share:
         path = self._machine.path(self._mount.target)
         path.mkdir(parents=True, exist_ok=True)
         writable = self._mount.access == "rw"
-        growth = Growth(self._machine.facts.limits.disk)
-        server = Server(Folder(open_folder(self._source), growth, writable=writable))
+        server = Server(self._open(writable=writable))
 
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:
@@ -79,6 +79,21 @@ class Share:
                 f"{self._mount.target} cannot be mounted live: {error}",
                 resolution="was the machine's process microvm-network ended?",
             ) from error
+
+    def _open(self, *, writable: bool) -> Folder:
+        growth = Growth(self._machine.facts.limits.disk)
+        folder = Folder(open_folder(self._source), growth, writable=writable)
+        if writable:
+            try:
+                with folder.lock:
+                    pass
+            except OSError as error:
+                folder.close()
+                raise TransferError(
+                    f"{self._mount.target} cannot be mounted live: its lock cannot be used: {error}",
+                    resolution=f"have {lock_file().parent} removed, mount it as copy, or read-only",
+                ) from error
+        return folder
 
     def bring_back(self) -> Changes:
         """Let the machine write out what its programs have in memory (mmap(2)); all else is here already."""

@@ -8,8 +8,7 @@ import struct
 import time
 
 from pytest_microvm.live import messages
-from pytest_microvm.live.folder import error
-from pytest_microvm.live.messages import MAX_WRITE, Request
+from pytest_microvm.live.messages import MAX_WRITE, Request, error
 from pytest_microvm.live.names import place
 from pytest_microvm.live.nodes import Node
 from pytest_microvm.live.session import Handle, Session
@@ -38,7 +37,8 @@ def open_file(session: Session, request: Request) -> bytes:
     flags, _open_flags = request.fields(_OPEN)
     session.handles.check_room()
     file = session.folder.open(session.where(request.node), flags)
-    return messages.opened(session.handles.add(Handle(session.nodes.get(request.node), file)))
+    handle = Handle(session.nodes.get(request.node), file, _for_writing(flags))
+    return messages.opened(session.handles.add(handle))
 
 
 def create(session: Session, request: Request) -> bytes:
@@ -53,7 +53,8 @@ def create(session: Session, request: Request) -> bytes:
     except OSError:
         os.close(file)
         raise
-    return messages.entry(node.number, status) + messages.opened(session.handles.add(Handle(node, file)))
+    handle = Handle(node, file, _for_writing(flags))
+    return messages.entry(node.number, status) + messages.opened(session.handles.add(handle))
 
 
 def read(session: Session, request: Request) -> bytes:
@@ -68,7 +69,7 @@ def write(session: Session, request: Request) -> bytes:
     data = request.body[READ.size :]
     if size != len(data) or offset > _LAST_OFFSET - size:
         raise error(errno.EINVAL)
-    return messages.written(session.folder.write(session.handles.file(number), data, offset))
+    return messages.written(session.folder.write(session.file_to_change(number), data, offset))
 
 
 def fsync(session: Session, request: Request) -> bytes:
@@ -112,14 +113,17 @@ def setattr_(session: Session, request: Request) -> bytes:
         accessed_ns, modified_ns, _changed_ns, mode, _unused, uid, gid, _unused_too,
     ) = request.fields(_SETATTR)  # fmt: skip
     node = session.nodes.get(request.node)
-    file = session.handles.file(number) if valid & _FH else None
+    handle = number if valid & _FH else None
+    file = None if handle is None else session.handles.file(handle)
     if (valid & _UID and uid) or (valid & _GID and gid):
         raise error(errno.EPERM)
     if valid & _MODE:
+        session.own(node)
         session.folder.set_mode(session.where(request.node), mode)
     if valid & _SIZE:
-        _resize(session, request.node, file, size)
+        _resize(session, node, handle, size)
     if valid & (_ATIME | _MTIME):
+        session.own(node)
         times = (
             _time(accessed, accessed_ns, valid, given=_ATIME, now=_ATIME_NOW),
             _time(modified, modified_ns, valid, given=_MTIME, now=_MTIME_NOW),
@@ -134,17 +138,21 @@ def _attributes(session: Session, node: Node, file: int | None) -> bytes:
     return messages.attributes_of_node(session.status(node) if file is None else os.fstat(file))
 
 
-def _resize(session: Session, node: int, file: int | None, size: int) -> None:
+def _resize(session: Session, node: Node, handle: int | None, size: int) -> None:
     if size > _LAST_OFFSET:
         raise error(errno.EFBIG)
-    if file is not None:
-        session.folder.resize(file, size)
+    if handle is not None:
+        session.folder.resize(session.file_to_change(handle, size), size)
         return
-    opened = session.folder.open(session.where(node), os.O_WRONLY)
+    opened = session.own_file(node, session.status(node), size)
     try:
         session.folder.resize(opened, size)
     finally:
         os.close(opened)
+
+
+def _for_writing(flags: int) -> bool:
+    return flags & os.O_ACCMODE != os.O_RDONLY
 
 
 def _time(seconds: int, rest: int, valid: int, *, given: int, now: int) -> int | None:

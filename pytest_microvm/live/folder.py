@@ -1,7 +1,7 @@
 """The host's side of a live mount: one directory, what a machine may do in it, and how much it may add.
 
 No symbolic link of the host is followed, and none is made that leads out: the machine's kernel follows links
-in the machine, but programs of the host follow them here.
+in the machine, but programs of the host follow them here. No file is written that has a name elsewhere.
 """
 
 from __future__ import annotations
@@ -9,24 +9,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 
-from pytest_microvm.errors import UsageError
-from pytest_microvm.manifest import MAX_DEPTH, file_mode, folder_below, folder_mode, is_git, links
+from pytest_microvm.live import hard_links
+from pytest_microvm.live.links import Reach, TooLarge, climbs
+from pytest_microvm.live.lock import FolderLock
+from pytest_microvm.live.messages import error
+from pytest_microvm.live.nodes import identity
+from pytest_microvm.live.opening import ALWAYS, check_same, reading, regular, same, shown
+from pytest_microvm.manifest import MAX_DEPTH, file_mode, folder_below, folder_mode, is_git
 
 NEW_ENTRY = 4096
 """Bytes that a new file, link or directory counts as, so that their number is limited, too."""
 
 _CHANGING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
-_ALWAYS = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_MAX_NAME = 255  # bytes
 _MAX_LINK = 4095  # bytes
-
-
-def error(number: int) -> OSError:
-    """Return the error of the system with a number of :mod:`errno`."""
-    return OSError(number, os.strerror(number))
 
 
 class Growth:
@@ -65,8 +64,11 @@ class Folder:
 
     def __init__(self, root: int, growth: Growth, *, writable: bool) -> None:
         self.root = root
+        self.lock = FolderLock(root)
         self._growth = growth
         self._writable = writable
+        self._names = hard_links.KnownNames()
+        self._climbing: bool | None = None
 
     @property
     def room(self) -> int:
@@ -75,6 +77,7 @@ class Folder:
 
     def close(self) -> None:
         """Let go of it."""
+        self.lock.close()
         os.close(self.root)
 
     # Looking
@@ -88,7 +91,7 @@ class Folder:
         if not segments:
             return os.fstat(self.root)
         with self._above(segments) as (parent, name):
-            return _shown(parent, name)
+            return shown(parent, name)
 
     def target(self, segments: list[str]) -> bytes:
         """Return where a link points."""
@@ -117,7 +120,7 @@ class Folder:
     # Files
 
     def open(self, segments: list[str], flags: int) -> int:
-        """Open a file; return its descriptor.
+        """Open a file; return its descriptor, which cannot write yet if the file has names elsewhere.
 
         Args:
             segments: Where it is.
@@ -127,23 +130,61 @@ class Folder:
         if wanted & _CHANGING:
             self._may_change(segments)
         with self._above(segments) as (parent, name):
-            if not stat.S_ISREG(_shown(parent, name).st_mode):
-                raise error(errno.EISDIR)
-            return _regular(os.open(name, wanted | _ALWAYS, dir_fd=parent))
+            return self._opened(parent, name, segments, wanted)
 
     def create(self, segments: list[str], flags: int, mode: int) -> int:
         """Make a file if there is none, and open it; return its descriptor."""
         self._may_change(segments)
-        wanted = flags & (os.O_ACCMODE | os.O_EXCL)
+        wanted = flags & os.O_ACCMODE
         with self._above(segments) as (parent, name):
             with contextlib.suppress(FileNotFoundError):
-                if not stat.S_ISREG(_shown(parent, name).st_mode) or wanted & os.O_EXCL:
+                if not stat.S_ISREG(shown(parent, name).st_mode) or flags & os.O_EXCL:
                     raise error(errno.EEXIST)
-                return _regular(os.open(name, wanted | _ALWAYS, dir_fd=parent))
+                return self._opened(parent, name, segments, wanted)
             with self._added(NEW_ENTRY):
-                return _regular(
-                    os.open(name, wanted | _ALWAYS | os.O_CREAT | os.O_EXCL, file_mode(mode), dir_fd=parent)
+                return regular(
+                    os.open(name, wanted | ALWAYS | os.O_CREAT | os.O_EXCL, file_mode(mode), dir_fd=parent)
                 )
+
+    def only_here(self, status: os.stat_result, segments: list[str] | None) -> bool:
+        """Whether all names of a file are known to be in the directory: now, and not only once.
+
+        Args:
+            status: What the file is like.
+            segments: Where it is, as far as it is known; ``None``: it was removed.
+        """
+        places = self._names.of(identity(status)) + ([] if segments is None else [segments])
+        found: set[tuple[int, int, str]] = set()
+        for place in places:
+            if len(found) >= status.st_nlink:
+                break
+            with contextlib.suppress(OSError), self._above(place) as (parent, name):
+                if identity(shown(parent, name)) == identity(status):
+                    found.add(hard_links.one_name(parent, name))
+        return len(found) >= status.st_nlink
+
+    def own(self, segments: list[str], status: os.stat_result, keep: int | None = None) -> int:
+        """Open a file to write to it; if it has names elsewhere, put a copy in its place first.
+
+        Args:
+            segments: Where it is.
+            status: What it was like when it was looked at.
+            keep: Bytes that are needed of it, because it is about to be cut off there; ``None``: all.
+
+        Raises:
+            OSError: Something else is there; the copy is larger than what may be added; a program of the host
+                wrote to it meanwhile.
+        """
+        self._may_change(segments)
+        with self._above(segments) as (parent, name), reading(parent, name) as file:
+            found = os.fstat(file)
+            if identity(found) != identity(status):
+                raise error(errno.ESTALE)
+            if self.only_here(found, segments):
+                return same(os.open(name, os.O_RDWR | ALWAYS, dir_fd=parent), found)
+            size = found.st_size if keep is None else min(keep, found.st_size)
+            with self._added(size):
+                return self._copied(parent, name, file, size)
 
     def write(self, file: int, data: bytes, offset: int) -> int:
         """Write to an open file; return how much was."""
@@ -168,13 +209,14 @@ class Folder:
             os.fchmod(self.root, folder_mode(mode))
             return
         with self._above(segments) as (parent, name):
-            status = _shown(parent, name)
+            status = shown(parent, name)
             if stat.S_ISLNK(status.st_mode):
                 raise error(errno.EOPNOTSUPP)
-            if stat.S_ISDIR(status.st_mode):
-                _change_mode(name, folder_mode(mode), os.O_DIRECTORY, parent)
-            else:
-                _change_mode(name, file_mode(mode), 0, parent)
+            # fchmodat(2) follows links, and what a machine sees as a file may be one by now
+            with reading(parent, name) as file:
+                self._check_owned(file, segments)
+                folder = stat.S_ISDIR(os.fstat(file).st_mode)
+                os.fchmod(file, folder_mode(mode) if folder else file_mode(mode))
 
     def set_times(self, segments: list[str], accessed: int | None, modified: int | None) -> None:
         """Change times, in nanoseconds since 1970; ``None``: as it is."""
@@ -188,7 +230,12 @@ class Folder:
             os.utime(self.root, ns=times)
             return
         with self._above(segments) as (parent, name):
-            os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
+            if stat.S_ISLNK(status.st_mode):
+                self._set_link_times(parent, name, times)
+                return
+            with reading(parent, name) as file:
+                self._check_owned(file, segments)
+                os.utime(file, ns=times)
 
     # Names
 
@@ -207,30 +254,41 @@ class Folder:
         self._may_change(segments)
         if not target or len(target) > _MAX_LINK:
             raise error(errno.ENAMETOOLONG if target else errno.ENOENT)
-        if leads_out(os.fsdecode(target), len(segments) - 1):
-            raise error(errno.EPERM)
-        with self._above(segments) as (parent, name), self._added(NEW_ENTRY):
-            os.symlink(target, name, dir_fd=parent)
+        with self.lock, self._above(segments) as (parent, name):
+            with _as_error(errno.EPERM):
+                reach = Reach(self.root)
+                reach.check_link(segments[:-1], os.fsdecode(target))
+                self._check_rise(reach)
+            with self._added(NEW_ENTRY):
+                os.symlink(target, name, dir_fd=parent)
 
     def make_name(self, segments: list[str], new: list[str]) -> None:
-        """Give a file one more name."""
+        """Give a file one more name, if it has none elsewhere."""
         self._may_change(segments)
         self._may_change(new)
-        with self._above(segments) as (parent, name), self._above(new) as (new_parent, new_name):
-            if not stat.S_ISREG(_shown(parent, name).st_mode):
+        with (
+            self.lock,
+            self._above(segments) as (parent, name),
+            self._above(new) as (new_parent, new_name),
+        ):
+            status = shown(parent, name)
+            if not stat.S_ISREG(status.st_mode) or not self.only_here(status, segments):
                 raise error(errno.EPERM)  # a link would lead elsewhere from there
             with self._added(NEW_ENTRY):
                 os.link(name, new_name, src_dir_fd=parent, dst_dir_fd=new_parent, follow_symlinks=False)
+            self._names.add(identity(status), segments, new)
 
     def remove(self, segments: list[str], *, folder: bool) -> os.stat_result:
         """Remove a file or a link, or an empty directory; return what it was like."""
         self._may_change(segments)
         with self._above(segments) as (parent, name):
-            status = _shown(parent, name)
+            status = shown(parent, name)
             if folder:
                 os.rmdir(name, dir_fd=parent)
             else:
                 os.unlink(name, dir_fd=parent)
+        if status.st_nlink == 1:
+            self._names.forget(identity(status))
         self._growth.give(NEW_ENTRY)
         return status
 
@@ -238,13 +296,19 @@ class Folder:
         """Give something another name; return what what was called so before was like."""
         self._may_change(segments)
         self._may_change(new)
-        with self._above(segments) as (parent, name), self._above(new) as (new_parent, new_name):
-            status = _shown(parent, name)
-            self._check_links(parent, name, status, len(segments) - len(new), len(new) - 1)
+        with (
+            self.lock,
+            self._above(segments) as (parent, name),
+            self._above(new) as (new_parent, new_name),
+        ):
+            status = shown(parent, name)
+            if not stat.S_ISREG(status.st_mode):
+                self._check_move(segments, new)
             replaced = None
             with contextlib.suppress(FileNotFoundError):
-                replaced = _shown(new_parent, new_name)
+                replaced = shown(new_parent, new_name)
             os.rename(name, new_name, src_dir_fd=parent, dst_dir_fd=new_parent)
+        self._names.move(segments, new)
         if replaced is None or (replaced.st_dev, replaced.st_ino) == (status.st_dev, status.st_ino):
             return None
         self._growth.give(NEW_ENTRY)
@@ -254,23 +318,66 @@ class Folder:
         """Take note that the content of a file is no more: it has no name, and nobody has it open."""
         self._growth.give(size)
 
-    def _check_links(self, parent: int, name: str, status: os.stat_result, rise: int, depth: int) -> None:
-        """Refuse to bring links to where they lead out: nearer to the top they may do."""
-        if rise <= 0:
+    def _set_link_times(self, parent: int, name: str, times: tuple[int, int]) -> None:
+        with self.lock:  # by its name alone can a link be changed: no other may come there
+            if shown(parent, name).st_nlink > 1:
+                raise error(errno.EPERM)
+            os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
+
+    def _check_owned(self, file: int, segments: list[str]) -> None:
+        """Check that an open file may be changed: another may have come to its place."""
+        status = os.fstat(file)
+        if stat.S_ISREG(status.st_mode) and not self.only_here(status, segments):
+            raise error(errno.ESTALE)
+
+    def _check_move(self, segments: list[str], new: list[str]) -> None:
+        """Refuse to move a link or a directory to where something outside could be reached through it."""
+        with _as_error(errno.EXDEV):  # so that mv(1) copies it
+            reach = Reach(self.root, (segments, new))
+            reach.check(new)
+            self._check_rise(reach)
+
+    def _check_rise(self, reach: Reach) -> None:
+        """Refuse a link that leads nearer to the top if a link of the host has ``..`` behind a name.
+
+        That name could be the refused link, and ``..`` would then lead higher than it did.
+        """
+        if not reach.rises:
             return
-        if stat.S_ISLNK(status.st_mode) and leads_out(os.readlink(name, dir_fd=parent), depth):
-            raise error(errno.EPERM)
-        if not stat.S_ISDIR(status.st_mode):
-            return
-        with folder_below(parent, [name]) as folder:
-            if folder is None:
-                raise error(errno.ENOENT)
+        if self._climbing is None:
             try:
-                targets = links(folder)
-            except UsageError:  # too deep to be looked at
-                raise error(errno.EPERM) from None
-        if any(leads_out(target, depth + 1 + path.count("/")) for path, target in targets.items()):
+                self._climbing = any(climbs(target) for _above, target in Reach(self.root).links([]))
+            except TooLarge:
+                self._climbing = True
+        if self._climbing:
             raise error(errno.EPERM)
+
+    def _opened(self, parent: int, name: str, segments: list[str], wanted: int) -> int:
+        status = shown(parent, name)
+        if not stat.S_ISREG(status.st_mode):
+            raise error(errno.EISDIR)
+        if status.st_nlink > 1 and not self.only_here(status, segments):
+            wanted = os.O_RDONLY  # what is open for writing cannot be executed, under any of its names
+        return regular(os.open(name, wanted | ALWAYS, dir_fd=parent))
+
+    def _copied(self, parent: int, name: str, file: int, size: int) -> int:
+        """Put a copy of an open file in its place; return its descriptor."""
+        before = _version(os.fstat(file))
+        temporary = f".microvm-{secrets.token_hex(8)}"
+        copy = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | ALWAYS, 0o600, dir_fd=parent)
+        try:
+            hard_links.copy(file, copy, size)
+            with self.lock:
+                check_same(parent, {name: file, temporary: copy})
+                if _version(os.fstat(file)) != before:
+                    raise error(errno.EBUSY)  # noqa: TRY301 - what was made is removed below
+                os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+        except BaseException:
+            os.close(copy)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=parent)
+            raise
+        return copy
 
     # Places
 
@@ -309,51 +416,14 @@ class Folder:
             raise
 
 
-def checked_name(name: bytes) -> str:
-    """Return a name that a machine gave, if it is one.
-
-    Raises:
-        OSError: It is a path, or too long.
-    """
-    if not name or name in (b".", b"..") or b"/" in name or b"\0" in name:
-        raise error(errno.EINVAL)
-    if len(name) > _MAX_NAME:
-        raise error(errno.ENAMETOOLONG)
-    return os.fsdecode(name)
-
-
-def leads_out(target: str, depth: int) -> bool:
-    """Whether a link in a directory ``depth`` below the mounted one may lead out of that.
-
-    ``..`` is only taken where it cannot follow another link: at the beginning.
-    """
-    if target.startswith("/"):
-        return True
-    parts = [part for part in target.split("/") if part not in ("", ".")]
-    up = next((number for number, part in enumerate(parts) if part != ".."), len(parts))
-    return up > depth or ".." in parts[up:]
-
-
-def _shown(parent: int, name: str) -> os.stat_result:
-    """Return what is called ``name``, if a machine is shown it: no devices, pipes and sockets."""
-    status = os.stat(name, dir_fd=parent, follow_symlinks=False)
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode) or stat.S_ISLNK(status.st_mode)):
-        raise error(errno.ENOENT)
-    return status
-
-
-def _regular(file: int) -> int:
-    """Return a descriptor if it is a regular file's; what else took its place is closed."""
-    if not stat.S_ISREG(os.fstat(file).st_mode):
-        os.close(file)
-        raise error(errno.ENXIO)
-    return file
-
-
-def _change_mode(name: str, mode: int, flags: int, parent: int) -> None:
-    # fchmodat(2) follows links, and what a machine sees as a file may be one by now.
-    file = os.open(name, os.O_RDONLY | flags | _ALWAYS, dir_fd=parent)
+@contextlib.contextmanager
+def _as_error(number: int) -> Iterator[None]:
+    """Raise what is too large to be judged as an error of the system."""
     try:
-        os.fchmod(file, mode)
-    finally:
-        os.close(file)
+        yield
+    except TooLarge:
+        raise error(number) from None
+
+
+def _version(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns

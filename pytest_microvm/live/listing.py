@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 from pytest_microvm.live import messages
 from pytest_microvm.live.contents import READ
-from pytest_microvm.live.folder import error
-from pytest_microvm.live.messages import MAX_WRITE, NO_ENTRY, Request
+from pytest_microvm.live.messages import MAX_WRITE, NO_ENTRY, Request, error
 from pytest_microvm.live.nodes import Node
 from pytest_microvm.live.session import Handle, Session
 from pytest_microvm.manifest import MAX_PATHS

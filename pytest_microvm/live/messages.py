@@ -88,6 +88,11 @@ class Op(IntEnum):
     RENAME2 = 45
 
 
+def error(number: int) -> OSError:
+    """Return the error of the system with a number of :mod:`errno`."""
+    return OSError(number, os.strerror(number))
+
+
 class BadRequest(Exception):
     """What came is not FUSE; the mount cannot go on."""
 

@@ -8,9 +8,9 @@ import stat
 import struct
 from collections.abc import Callable
 
-from pytest_microvm.live.folder import checked_name, error
-from pytest_microvm.live.messages import Request
+from pytest_microvm.live.messages import Request, error
 from pytest_microvm.live.nodes import Node
+from pytest_microvm.live.opening import checked_name
 from pytest_microvm.live.session import Session
 
 _MKNOD = struct.Struct("<4I")  # mode, device, umask
@@ -68,6 +68,7 @@ def mkdir(session: Session, request: Request) -> bytes:
 def link(session: Session, request: Request) -> bytes:
     """Give a file one more name."""
     (number,) = request.fields(_LINK)
+    session.own(session.nodes.get(number))
     old = session.where(number)
     (name,) = request.names(1, _LINK)
     return _made(session, request, name, lambda segments: session.folder.make_name(old, segments))

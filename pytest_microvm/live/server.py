@@ -7,8 +7,8 @@ import struct
 from collections.abc import Callable
 
 from pytest_microvm.live import contents, listing, messages, names
-from pytest_microvm.live.folder import Folder, error
-from pytest_microvm.live.messages import Op, Request
+from pytest_microvm.live.folder import Folder
+from pytest_microvm.live.messages import Op, Request, error
 from pytest_microvm.live.session import Session
 
 _FORGET = struct.Struct("<Q")  # how often it was known

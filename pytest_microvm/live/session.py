@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from dataclasses import dataclass, field
 
 from pytest_microvm.live import messages
-from pytest_microvm.live.folder import Folder, error
+from pytest_microvm.live.folder import Folder
+from pytest_microvm.live.messages import error
 from pytest_microvm.live.nodes import Node, Nodes, identity
 
 MAX_HANDLES = 256
@@ -17,10 +19,18 @@ MAX_HANDLES = 256
 
 @dataclass
 class Handle:
-    """An open file, or the names of a directory as they were when it was opened."""
+    """An open file, or the names of a directory as they were when it was opened.
+
+    Args:
+        node: What was opened.
+        file: A descriptor of the file.
+        writable: Whether the machine opened the file for writing.
+        names: The names.
+    """
 
     node: Node
     file: int | None = None
+    writable: bool = False
     names: tuple[str, ...] = ()
 
 
@@ -75,6 +85,12 @@ class Handles:
         """Return a descriptor of what was at a place, if it is open."""
         files = (one.file for one in self._handles.values() if one.node is node and one.file is not None)
         return next(files, None)
+
+    def replace(self, node: Node, file: int) -> None:
+        """Let all that is open of a node be another file, which has taken its place."""
+        for one in self._handles.values():
+            if one.node is node and one.file is not None:
+                os.dup2(file, one.file, inheritable=False)
 
     def has_open(self, status: os.stat_result) -> bool:
         """Whether a file is open, whatever it was called."""
@@ -146,6 +162,51 @@ class Session:
         self.status(node)
         return node.segments()
 
+    def own(self, node: Node, keep: int | None = None) -> None:
+        """Make sure that a file has no names elsewhere, so that it may be changed.
+
+        Args:
+            node: The file, or anything else.
+            keep: Bytes that are needed of it; ``None``: all.
+
+        Raises:
+            OSError: It is not there any more, or it cannot be copied.
+        """
+        status = self.status(node)
+        if stat.S_ISREG(status.st_mode) and not self.folder.only_here(status, node.segments()):
+            os.close(self.own_file(node, status, keep))
+
+    def file_to_change(self, number: int, keep: int | None = None) -> int:
+        """Return the descriptor of an open file, to write to it; it has no names elsewhere.
+
+        Args:
+            number: The handle.
+            keep: Bytes that are needed of it; ``None``: all.
+
+        Raises:
+            OSError: It was not opened for writing; it was moved out of the directory; it cannot be copied.
+        """
+        file, handle = self.handles.file(number), self.handles.get(number)
+        if not handle.writable:
+            raise error(errno.EBADF)
+        status = os.fstat(file)
+        if not self.folder.only_here(status, self._place(handle.node)) or not _writes(file):
+            os.close(self.own_file(handle.node, status, keep))
+        return file
+
+    def own_file(self, node: Node, status: os.stat_result, keep: int | None) -> int:
+        """Open a file that is about to be changed, or the copy in its place; see :meth:`Folder.own`."""
+        own = self.folder.own(node.segments(), status, keep)
+        node.identity = identity(os.fstat(own))
+        self.handles.replace(node, own)
+        return own
+
+    def _place(self, node: Node) -> list[str] | None:
+        try:
+            return node.segments()
+        except OSError:
+            return None
+
     def removed(self, status: os.stat_result | None) -> None:
         """Take note that a file lost a name, or that it was closed.
 
@@ -155,3 +216,7 @@ class Session:
         if status is None or not stat.S_ISREG(status.st_mode) or self.handles.has_open(status):
             return  # what is open still takes room
         self.folder.gone(status.st_size)
+
+
+def _writes(file: int) -> bool:
+    return fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pytest_microvm.errors import MachineCrashed, TransferError, UsageError
+from pytest_microvm.live import lock
 from pytest_microvm.mounts import Changes
 from support import guards
 from support.commands import MICROVM, PYTEST
@@ -173,6 +174,47 @@ def test_an_attacker_stays_inside(vm, place, source, tmp_path):
         assert path.is_symlink() or path.is_dir() or path.is_file()
     assert stat.S_IMODE((source / "a").stat().st_mode) == 0o755
     assert (source / "a").stat().st_uid == os.getuid()
+
+
+def test_files_of_a_cache_stay_as_they_were(vm, place, source, tmp_path):
+    (tmp_path / "cache").mkdir()
+    for name in ("appended", "emptied", "edited", "run", "again"):
+        (tmp_path / "cache" / name).write_text("cached\n")
+        os.link(tmp_path / "cache" / name, source / name)
+    with vm.mount(source, place, kind="live"):
+        vm.run(
+            f"cd {place}; echo more >> appended; : > emptied; sed -i s/cached/changed/ edited; chmod 755 run;"
+            "ln again another; echo more >> another",
+            check=True,
+        )
+    for path in (tmp_path / "cache").iterdir():
+        assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == ("cached\n", 0o644)
+        assert path.stat().st_nlink == 1
+    for name in ("appended", "again", "another"):
+        assert (source / name).read_text() == "cached\nmore\n"
+    assert ((source / "emptied").read_text(), (source / "edited").read_text()) == ("", "changed\n")
+    assert stat.S_IMODE((source / "run").stat().st_mode) == 0o755
+
+
+def test_links_that_lead_out_keep_their_names(vm, place, source, tmp_path):
+    (tmp_path / "outside").mkdir()
+    (source / "build").mkdir()
+    (source / "sub" / "out").symlink_to(tmp_path / "outside")
+    with vm.mount(source, place, kind="live"):
+        done = vm.run(f"cd {place}; rmdir build; mv sub/out build; mv sub build; ln -s sub build; ls")
+        assert done.stdout == "a\nsub\n"
+        assert done.stderr.count("Operation not permitted") == 3, done.stderr
+    assert sorted(path.name for path in source.iterdir()) == ["a", "sub"]
+
+
+def test_lock_that_cannot_be_used_is_told(vm, place, source, tmp_path, monkeypatch):
+    (tmp_path / "locks").write_text("no folder")
+    monkeypatch.setattr(lock, "lock_file", lambda: tmp_path / "locks" / "live.lock")
+    with pytest.raises(TransferError, match="its lock cannot be used"):
+        vm.mount(source, place, kind="live")
+    with vm.mount(source, place, "ro", "live"):
+        assert vm.run(f"cat {place}/a").stdout == "a\n"
+    assert descriptors_into(source) == []
 
 
 def test_what_it_adds_is_limited_by_its_disk(host, source):

@@ -244,6 +244,37 @@ def test_git_s_own_files_are_read_and_never_written(there, source):
     git(source, "status")  # fails if the repository is damaged
 
 
+def test_files_with_names_elsewhere_are_parted_from_them(there, source, tmp_path):
+    for name in ("appended", "emptied", "mapped", "run", "touched"):
+        (tmp_path / name).write_text("as it was\n")
+        os.link(tmp_path / name, source / name)
+    before = {path: unchanging(path.stat()) for path in tmp_path.iterdir() if path.is_file()}
+    with (there / "appended").open() as reading, (there / "appended").open("a") as file:
+        assert reading.readline() == "as it was\n"
+        file.write("and more\n")
+        file.flush()
+        assert reading.readline() == "and more\n"
+        assert os.fstat(file.fileno()).st_size == (there / "appended").stat().st_size == 19
+    (there / "emptied").write_text("new\n")
+    with (there / "mapped").open("r+b") as file, mmap.mmap(file.fileno(), 9) as memory:
+        assert memory[:2] == b"as"
+        memory[:2] = b"AS"
+    (there / "run").chmod(0o755)
+    os.utime(there / "touched", (0, 0))
+    assert (there / "appended").read_text() == (source / "appended").read_text() == "as it was\nand more\n"
+    assert (there / "emptied").read_text() == "new\n"
+    assert (source / "mapped").read_text() == "AS it was\n"
+    assert stat.S_IMODE((source / "run").stat().st_mode) == 0o755
+    assert (source / "touched").stat().st_mtime == 0
+    for path, status in before.items():
+        assert path.read_text() == "as it was\n"
+        assert unchanging(path.stat()) == status
+
+
+def unchanging(status):
+    return status.st_mode, status.st_ino, status.st_uid, status.st_size, status.st_mtime_ns
+
+
 def test_what_is_neither_file_nor_directory_is_not_there(there, source):
     os.mkfifo(source / "pipe")
     assert "pipe" not in names(there)
