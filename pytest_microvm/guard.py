@@ -1,7 +1,7 @@
-"""A second plug-in of this package, which ends a run with ``--microvm`` whose first one was switched off.
+"""Second plug-in of this package: ends a run with ``--microvm`` if the first plug-in is blocked.
 
-pytest would take ``--microvm`` for the option of a conftest.py then, and run the tests on the host. Whoever
-switches this one off as well has pytest to himself: `pytest-microvm test` lets no project do that.
+Without it a conftest.py could define ``--microvm`` and pytest would run the tests on the host. A project that
+blocks both plug-ins still can; `pytest-microvm test` prevents that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _OPTION = "--microvm"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    """Refuse a run in which nobody takes ``--microvm`` for what it is; no conftest.py is loaded yet."""
+    """Raise a usage error if ``--microvm`` is given but its plug-in is blocked; conftest files load later."""
     plugin = sys.modules.get(_PLUGIN)
     there = plugin is not None and early_config.pluginmanager.is_registered(plugin)
     if there or _OPTION not in _words(early_config):

@@ -1,7 +1,7 @@
-"""What a project's own ``addopts`` may do on the host: a list of what is allowed, not of what is not.
+"""Divide a project's ``addopts`` between the host's pytest and the machine's by an allow-list.
 
-pytest obeys ``addopts`` as if the user had written it. It may choose what is run and how it is shown.
-Whatever else it says is the machine's, where pytest reads the same configuration.
+pytest obeys ``addopts`` as if the user had typed it. On the host a project may select tests and format
+results; every other option goes to the machine, where pytest reads the same configuration.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""``pytest-microvm test``: pytest on the host without anything of the project.
+"""Run the host's pytest for ``pytest-microvm test``, isolated from the project's configuration.
 
-pytest obeys a project's configuration before any plug-in is asked: options, paths to import from and to
-write to, plug-ins found there. So here it never sees that configuration. It is read as data
-(:mod:`pytest_microvm.remote.project_file`); what it may choose on the host is handed to pytest as words
-(:mod:`pytest_microvm.remote.addopts`); the machine obeys the rest, from the original file.
+pytest obeys a project's configuration (options, import paths, output paths, plug-ins) before it calls any
+plug-in. The launcher therefore hides the file from the host's pytest: it parses the file as data
+(:mod:`pytest_microvm.remote.project_file`), passes the allowed part of ``addopts`` as command-line words
+(:mod:`pytest_microvm.remote.addopts`), and leaves the rest to the machine, which reads the original file.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _OURS = frozenset(["-c", "--config-file", "--rootdir", _REPORTS])
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launched pytest must know that it cannot see, or is not to obey.
+    """Facts that the launcher passes to our plug-in and to pytest-xdist's workers, as a JSON file.
 
     Args:
         words: How many of pytest's words are ours; the user's follow.
@@ -64,7 +64,7 @@ class Launch:
 
 
 def launch_of(words: Sequence[str]) -> Launch | None:
-    """Return what :func:`prepared` wrote for a pytest that was started with ``words``, if it did."""
+    """Return the record that :func:`prepared` wrote, ``None`` for a pytest that was not launched."""
     option = f"{_LAUNCHED}="
     path = next((word.removeprefix(option) for word in words if word.startswith(option)), None)
     if path is None:
@@ -101,7 +101,7 @@ def main(words: Sequence[str]) -> int:
 def prepared(
     words: Sequence[str], user: UserFile, directory: Path, environ: MutableMapping[str, str]
 ) -> Iterator[list[str]]:
-    """Yield the words for the host's pytest; what they name is there as long as the block runs.
+    """Yield the command line for the host's pytest; its temporary files exist while the block runs.
 
     Args:
         words: The user's.
@@ -153,7 +153,7 @@ def prepared(
 
 
 def _own_words(project: ProjectFile, plugins: Sequence[str], folder: Path) -> list[str]:
-    """Return what is said before the project's and the user's words: no configuration, no conftest.py."""
+    """Return the options that keep the host's pytest away from the project; they come first."""
     empty = folder / "pytest.ini"
     empty.write_text("[pytest]\n", encoding="ascii")
     return [
@@ -178,7 +178,7 @@ def _plugins(user: UserFile, users: Sequence[str], arity: Mapping[str, str]) -> 
 
 
 def _is_machines_plugin(token: Token) -> bool:
-    """Whether a plug-in that the user names is not on this computer, and so can only be the machine's."""
+    """Whether the token is ``-p NAME`` for a plug-in that is not installed on this computer."""
     name = (token.value or "").strip()
     if token.option != "-p" or name.startswith("no:") or name in builtin_plugins:
         return False
@@ -217,6 +217,6 @@ def _named_file(said: Sequence[Token], directory: Path) -> list[str]:
 
 
 def _cache_of(rootdir: Path) -> Path:
-    """Return where pytest remembers what failed: not in the project, which could have a link there."""
+    """Return pytest's cache folder, outside the project, where a link could redirect it."""
     name = hashlib.sha256(os.fsencode(rootdir.resolve())).hexdigest()[:32]
     return platformdirs.user_state_path("pytest-microvm") / "suites" / name

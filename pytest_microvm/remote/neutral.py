@@ -154,7 +154,7 @@ def forget_own_file(config: pytest.Config, file: Path | None) -> None:
 
 
 def refuse_project_plugins(config: pytest.Config, named: list[str]) -> None:
-    """End the run if a plug-in is the project's own: it was imported on the host, and acts there.
+    """Raise an error if a loaded plug-in lies in the project: its code runs on the host.
 
     One can be named by ``-p``, be installed from the project's folder, or be found in a folder of
     ``pythonpath``, which pytest puts on ``sys.path`` before it looks for plug-ins.

@@ -55,7 +55,7 @@ def addopts_of(config: pytest.Config, args: Sequence[str]) -> Sequence[str]:
 
 
 def artifacts_folder(folder: Path | None, settings: Settings) -> Path | None:
-    """Return where artifacts are saved, if they are: a project may name a folder only below its own.
+    """Return the artifacts folder; a project's configuration may only name one below its own folder.
 
     Args:
         folder: What the merged configuration says.
@@ -83,7 +83,7 @@ def artifacts_folder(folder: Path | None, settings: Settings) -> Path | None:
 
 
 def refuse_links(project: Path, path: Path) -> None:
-    """Refuse to write where something in the project leads elsewhere.
+    """Raise an error if a path inside the project goes through a symbolic link.
 
     Args:
         project: Its folder.

@@ -1,7 +1,7 @@
-"""A project's pytest configuration, read as data: which file it is, and what is in it. Nothing is obeyed.
+"""Find and parse a project's pytest configuration as data, without obeying it.
 
-pytest's own rules (pytest 9, ``_pytest/config/findpaths.py``; the reference is its page "Configuration") with
-bounds, since the file may be an attack: no link is followed, no pipe waited for, and it has an end.
+The search order is pytest's (pytest 9, ``_pytest/config/findpaths.py``; its reference page "Configuration").
+The file may be an attack: links are not followed, only regular files are read, up to :data:`MAX_SIZE` bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ProjectFile:
-    """Where pytest finds a project's configuration, and what it says.
+    """A pytest configuration file and the root directory that pytest derives from it.
 
     Args:
         rootdir: pytest's root directory.
@@ -48,7 +48,7 @@ class ProjectFile:
 def find_project_file(
     directory: Path, paths: Sequence[str], *, file: str | None = None, rootdir: str | None = None
 ) -> ProjectFile:
-    """Return what pytest would take for a project's configuration and root directory.
+    """Return the configuration file and root directory that pytest would use.
 
     Args:
         directory: Where it is started.

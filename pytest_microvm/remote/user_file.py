@@ -1,4 +1,4 @@
-"""``config.toml`` in the user's configuration folder: what `pytest-microvm test` does for every project."""
+"""Read ``config.toml`` of the user's configuration folder: host plug-ins for `pytest-microvm test`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class UserFile:
 
 
 def read_user_file(folder: Path) -> UserFile:
-    """Return what a user's configuration folder has; nothing said where there is none.
+    """Parse ``config.toml`` in ``folder``; a missing file means defaults.
 
     Raises:
         UsageError: The file cannot be used.

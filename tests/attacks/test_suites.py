@@ -56,7 +56,7 @@ class Attack:
         top = PROJECTS / name / "project"
         for source in top.rglob("*"):
             if source.is_file():
-                self.file(os.fspath(source.relative_to(top)), source.read_text())
+                self.file(os.fspath(source.relative_to(top)).removesuffix(".in"), source.read_text())
         if not list(self.project.path.rglob("test_it.py")) and "folder" not in self.about:
             self.file("test_it.py", "def test_it():\n    @RAN@\n")
         for path, target in self.about.get("links", {}).items():

@@ -130,7 +130,7 @@ def test_what_is_no_plain_file_is_not_waited_for(tmp_path):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_a_file_that_cannot_be_used_is_told(tmp_path, name, content, said):
+def test_unusable_file_is_a_usage_error(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError) as caught:
         find_project_file(tmp_path, [])
@@ -218,7 +218,7 @@ def test_values_that_only_show_come_along():
 
 
 @pytest.mark.parametrize("paths", ["/etc", "../other", "a/**", "~", "'", ["../x"], {"a": 1}, 7.5])
-def test_testpaths_that_lead_elsewhere_are_the_machine_s(paths):
+def test_testpaths_outside_the_project_stay_in_the_machine(paths):
     assert list(shown_values({"testpaths": paths})) == []
     assert "testpaths" in SHOWN_KEYS
 

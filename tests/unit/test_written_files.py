@@ -35,14 +35,14 @@ def test_a_project_may_name_no_other(tmp_path, name):
     assert list(outside.iterdir()) == []
 
 
-def test_a_launched_project_may_name_none_unless_there_is_a_folder_for_it(tmp_path):
+def test_launched_project_needs_a_reports_folder(tmp_path):
     with pytest.raises(UsageError, match="--microvm-reports=DIR"):
         artifacts_folder(Path("saved"), settings(tmp_path, None))
     reports = tmp_path / "reports"
     assert artifacts_folder(Path("saved"), settings(tmp_path, reports)) == reports / "saved"
 
 
-def test_links_of_the_project_are_told_and_others_are_the_user_s(tmp_path):
+def test_only_links_inside_the_project_are_refused(tmp_path):
     project, mine = tmp_path / "project", tmp_path / "mine"
     (project / "sub").mkdir(parents=True)
     mine.mkdir()
