@@ -162,6 +162,7 @@ def resolve(
     where: str,
     *,
     project: Path,
+    own: Path | None = None,
     rootfs: Path | None = None,
     say: Callable[[str], None] = lambda _line: None,
 ) -> Grants:
@@ -172,6 +173,7 @@ def resolve(
         rules: What its network key says, or its image's kit.
         where: What that was written in, for errors.
         project: The user's project, whose git remotes the preset ``git`` stands for.
+        own: The folder of which commands that give secrets may use nothing; ``None``: there is none.
         rootfs: The image's root file system, whose sources apt uses.
         say: Told what the user may want to know.
 
@@ -192,20 +194,20 @@ def resolve(
         return found.rules
 
     policy = parse_rules(rules, where, preset)
-    secrets = tuple((secret, secret.source.read(f"secret {secret.name}")) for secret in spec.secrets)
+    secrets = tuple((secret, secret.source.read(f"secret {secret.name}", own)) for secret in spec.secrets)
     return Grants(
         policy=policy,
         environment=environment,
-        credentials=_resolved(spec),
+        credentials=_resolved(spec, own),
         secrets=secrets,
         hosts=by_canonical_host(spec.hosts),
         trust=company_certificates() if policy.rules else "",
     )
 
 
-def _resolved(spec: MachineSpec) -> tuple[Credential, ...]:
+def _resolved(spec: MachineSpec, own: Path | None) -> tuple[Credential, ...]:
     if not spec.credentials:
         return ()
     from pytest_microvm.network.credentials import resolve_credential  # noqa: PLC0415 - where there are any
 
-    return tuple(resolve_credential(each) for each in spec.credentials)
+    return tuple(resolve_credential(each, own) for each in spec.credentials)

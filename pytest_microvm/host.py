@@ -68,6 +68,7 @@ class Host:
     Args:
         cache: The cache folder; see :func:`pytest_microvm.images.store.cache_root`.
         project: The user's project, which may have kits of its own.
+        checkout: The folder of which commands that give secrets may use nothing; ``None``: the project.
         require_accel: The only accelerator that will do.
         timeout: Seconds that a test or command may take where neither spec nor kit say.
         retries: How often a machine that does not wake up is replaced by another.
@@ -80,6 +81,7 @@ class Host:
         *,
         cache: Path | None = None,
         project: Path | None = None,
+        checkout: Path | None = None,
         require_accel: str | None = None,
         timeout: float | None = None,
         retries: int = _RETRIES,
@@ -90,6 +92,7 @@ class Host:
         self.say = say
         self._elsewhere = elsewhere
         self._project = project
+        self._checkout = checkout or project
         self._require_accel = require_accel
         self._timeout = timeout
         self._retries = retries
@@ -167,7 +170,9 @@ class Host:
             self._tell_once(["WARNING: network = all: these machines may reach every public address"])
         where = f"kit {image.name}: network" if kits else "network"
         project = self._project or Path.cwd()
-        return resolve(spec, rules, where, project=project, rootfs=image.rootfs, say=self._tell)
+        return resolve(
+            spec, rules, where, project=project, own=self._checkout, rootfs=image.rootfs, say=self._tell
+        )
 
     def policy(self, rules: Sequence[str], image: Image) -> Policy:
         """Return what rules come to on this computer.

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
 
+from pytest_microvm import secret_commands
 from pytest_microvm.errors import UsageError
 
 Kind = Literal["env", "file", "command", "keyring"]
@@ -28,7 +27,6 @@ FOLDER = "/run/secrets"
 Delivery = Literal["env", "file"]
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}", re.ASCII)
-_COMMAND_TIMEOUT = 120.0  # seconds; a password manager may ask its user
 
 
 class SecretValue:
@@ -68,23 +66,25 @@ class Source:
 
     Args:
         kind: ``env``: a variable; ``file``: a file's content without the line's end; ``command``: what a
-            command prints, the same way; ``keyring``: ``SERVICE/USER`` in the system's keyring.
+            command prints, the same way (it starts in ``/``); ``keyring``: ``SERVICE/USER`` in the system's
+            keyring.
         where: The variable, path, command or entry.
     """
 
     kind: Kind
     where: str
 
-    def read(self, name: str) -> SecretValue:
+    def read(self, name: str, project: Path | None = None) -> SecretValue:
         """Return the value.
 
         Args:
             name: What it is for, for errors and for the value's own name.
+            project: The folder of which a command may use nothing; see :mod:`pytest_microvm.secret_commands`.
 
         Raises:
-            UsageError: There is none, or it is no text that could be one.
+            UsageError: There is none, or it is no text that could be one; or the command uses the project.
         """
-        value = _READERS[self.kind](self.where, name)
+        value = _READERS[self.kind](self.where, name, project)
         if self.kind in ("file", "command"):
             value = value.removesuffix("\n").removesuffix("\r")
         if not value:
@@ -202,7 +202,7 @@ def _secret(name: object, value: object, where: str) -> Secret:
     )
 
 
-def _from_environment(where: str, name: str) -> str:
+def _from_environment(where: str, name: str, _project: Path | None) -> str:
     try:
         return os.environ[where]
     except KeyError:
@@ -211,7 +211,7 @@ def _from_environment(where: str, name: str) -> str:
         ) from None
 
 
-def _from_file(where: str, name: str) -> str:
+def _from_file(where: str, name: str, _project: Path | None) -> str:
     path = Path(where).expanduser()
     try:
         with path.open("rb") as file:
@@ -221,22 +221,8 @@ def _from_file(where: str, name: str) -> str:
     return data.decode(errors="surrogateescape")
 
 
-def _from_command(where: str, name: str) -> str:
-    try:
-        done = subprocess.run(  # the user's own command, as a list: no shell
-            shlex.split(where), stdout=subprocess.PIPE, timeout=_COMMAND_TIMEOUT, check=False
-        )
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        kind = type(error).__name__  # its text may hold output
-        raise UsageError(
-            f"{name}: the command {where.split(maxsplit=1)[0]!r} could not be run ({kind})"
-        ) from None
-    if done.returncode != 0:
-        raise UsageError(
-            f"{name}: the command {_program(where)!r} ended with status {done.returncode}",
-            resolution="run it by hand; it must print the value alone",
-        )
-    return done.stdout.decode(errors="surrogateescape")
+def _from_command(where: str, name: str, project: Path | None) -> str:
+    return secret_commands.run(where, name, project).decode(errors="surrogateescape")
 
 
 def _program(command: str) -> str:
@@ -244,7 +230,7 @@ def _program(command: str) -> str:
     return command.split(maxsplit=1)[0]
 
 
-def _from_keyring(where: str, name: str) -> str:
+def _from_keyring(where: str, name: str, _project: Path | None) -> str:
     service, _, user = where.rpartition("/")
     try:
         import keyring  # noqa: PLC0415 - only where it is used

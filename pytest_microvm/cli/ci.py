@@ -143,6 +143,7 @@ def _run(arguments: argparse.Namespace) -> int:
             work = running.new_work(repository, output, watcher, sources)
             host = Host(
                 project=project,
+                checkout=repository.folder,
                 require_accel=arguments.require_accel,
                 retries=0,  # the plan tries again, and says so
                 say=lambda line: console.print(sanitize_line(line), markup=False, highlight=False),

@@ -7,6 +7,7 @@ import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote_plus
 
@@ -91,15 +92,19 @@ class Credential:
         return ";".join(part for part, is_mine in zip(parts, mine, strict=True) if not is_mine)
 
 
-def resolve_credential(spec: CredentialSpec) -> Credential:
+def resolve_credential(spec: CredentialSpec, project: Path | None = None) -> Credential:
     """Return a credential with its value, which is read here.
+
+    Args:
+        spec: The credential as it was written.
+        project: The folder of which a command that gives the value may use nothing.
 
     Raises:
         UsageError: There is no value, or it cannot be sent, or its host is none.
     """
     name = f"credential for {spec.host}"
     host, port = credential_host(spec)
-    value = spec.source.read(name)
+    value = spec.source.read(name, project)
     text = value.reveal()
     # Shorter ones could not be taken out of what a server sends back, which may be anything.
     if not _VALUE.fullmatch(text) or len(text) < MIN_LENGTH:

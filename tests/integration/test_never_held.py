@@ -70,7 +70,7 @@ class Source:
         script.write_text(GIVE)
         seed = secrets.token_hex(16)
         half = seed[::-1]
-        self.command = f"{sys.executable} {script} {seed}"
+        self.command = f"{Path(sys.executable).resolve()} {script} {seed}"  # no project's Python
         self.value = f"{half}/+=&{seed}"
         coded = [base64.b64encode(b"." * before + half.encode())[4:-4] for before in range(3)]
         self.forms = [half.encode(), *coded]
