@@ -6,15 +6,19 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pytest_microvm.config import Settings
+from pytest_microvm.errors import KitError
 from pytest_microvm.images.kits import find_kit, load_kit, shipped_kits
 from pytest_microvm.mounts import absolute
-
-_PIECE = 256 * 1024  # bytes
+from pytest_microvm.secret_commands import NotStarted, prepared
+from pytest_microvm.secret_values import Source
+from pytest_microvm.spec import MachineSpec
 
 
 def asked_by(settings: Settings) -> dict[str, Any]:
@@ -29,8 +33,11 @@ def asked_by(settings: Settings) -> dict[str, Any]:
 
     Raises:
         KitError: The image's kit cannot be used.
+        UsesProject: A command that gives a secret uses something of the project.
     """
     found = {key: value for key, value in settings.asked.items() if key != "image" and value}
+    sources = _sources(settings.spec)
+    check_commands((source for key in found for source in sources.get(key, ())), settings.project)
     own = own_kit(settings.spec.image, settings.project)
     if own is not None:
         shown, network = own
@@ -40,6 +47,40 @@ def asked_by(settings: Settings) -> dict[str, Any]:
             found["network"] = [*network]
     behind = sorted({line for key in found for line in _behind(key, settings)})
     return {**found, "behind": behind} if behind else found
+
+
+def check_commands(sources: Iterable[Source], project: Path) -> None:
+    """Refuse commands for secrets that use something of a project: nobody can allow that.
+
+    Raises:
+        UsesProject: There is one.
+    """
+    for source in sources:
+        if source.kind == "command":
+            with suppress(NotStarted):  # where its value is read is time enough to say so
+                prepared(source.where, "the project's configuration", project)
+
+
+def started_here(spec: MachineSpec, project: Path) -> list[str]:
+    """Return the commands that give a spec's secrets and credentials, with their programs' paths."""
+    sources = chain.from_iterable(_sources(spec).values())
+    lines = [_command_line(source, project) for source in sources if source.kind == "command"]
+    return list(dict.fromkeys(lines))
+
+
+def built_here(image: str, project: Path) -> list[str]:
+    """Return the commands that build an image whose kit is the project's own."""
+    with suppress(KitError):
+        if own_kit(image, project) is not None:
+            return list(load_kit(image, project=project).setup)
+    return []
+
+
+def _command_line(source: Source, project: Path) -> str:
+    try:
+        return shlex.join(prepared(source.where, "", project).argv)
+    except NotStarted:
+        return source.where
 
 
 def own_kit(image: str, project: Path) -> tuple[str, Sequence[str]] | None:
@@ -56,22 +97,22 @@ def own_kit(image: str, project: Path) -> tuple[str, Sequence[str]] | None:
 
 
 def _behind(key: str, settings: Settings) -> Iterator[str]:
-    """Yield what a key's paths in the project lead to by links, and what the programs are that it has run."""
-    spec, project = settings.spec, settings.project.absolute()
-    sources = {
-        "secrets": [secret.source for secret in spec.secrets],
-        "credentials": [credential.source for credential in spec.credentials],
-    }.get(key, [])
-    paths = [mount.source for mount in spec.mounts] if key == "mounts" else []
+    """Yield what a key's paths in the project lead to by links."""
+    project = settings.project.absolute()
+    sources = _sources(settings.spec).get(key, [])
+    paths = [mount.source for mount in settings.spec.mounts] if key == "mounts" else []
     paths += [absolute(source.where, Path.cwd()) for source in sources if source.kind == "file"]
     for path in paths:
         if _named_in(project, path) and path.resolve() != _without_links(project, path):
             yield f"{path} is {path.resolve()}"
-    for source in sources:
-        for word in _words(source.where) if source.kind == "command" else ():
-            path = Path.cwd() / word
-            if _named_in(project, path) and os.path.isfile(path):  # noqa: PTH113 - any word: no name may raise
-                yield f"{path} (sha256 {_digest(path)})"
+
+
+def _sources(spec: MachineSpec) -> dict[str, list[Source]]:
+    """Return where the values of secrets and credentials are found, by the key that names them."""
+    return {
+        "secrets": [secret.source for secret in spec.secrets],
+        "credentials": [credential.source for credential in spec.credentials],
+    }
 
 
 def _named_in(project: Path, path: Path) -> bool:
@@ -83,18 +124,3 @@ def _without_links(project: Path, path: Path) -> Path:
     """Return where a path in the project would lead if nothing in that were a link."""
     below = path.relative_to(project) if path.is_relative_to(project) else path
     return Path(os.path.normpath(project.resolve() / below))
-
-
-def _words(command: str) -> list[str]:
-    try:
-        return shlex.split(command)
-    except ValueError:  # reading the value will say so
-        return []
-
-
-def _digest(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(_PIECE):
-            total.update(data)
-    return total.hexdigest()[:32]

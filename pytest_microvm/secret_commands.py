@@ -43,6 +43,14 @@ _SCRIPT = 256  # bytes of a script's first line that Linux reads, execve(2)
 _PIECE = re.compile(r"[^\s:;,=|&<>()'\"`@\[\]{}]+")
 
 
+class UsesProject(UsageError):
+    """A command uses something that a branch of the project may change."""
+
+
+class NotStarted(UsageError):
+    """A command cannot be started."""
+
+
 @dataclass(frozen=True)
 class Command:
     """What is started for a secret.
@@ -76,7 +84,8 @@ def prepared(command: str, name: str, project: Path | None) -> Command:
         project: The folder of which it may use nothing; ``None``: there is none.
 
     Raises:
-        UsageError: It cannot be started, or it uses something of the project.
+        UsesProject: It uses something of the project, or is named by a relative path.
+        NotStarted: There is no such program, or the words cannot be read.
     """
     words = _words(command, name)
     folders = () if project is None else changeable(project)
@@ -84,7 +93,7 @@ def prepared(command: str, name: str, project: Path | None) -> Command:
     program = _program(words[0], name, environment["PATH"])
     found = next(_uses(program, words[1:], folders, project), None)
     if found is not None:
-        raise UsageError(
+        raise UsesProject(
             f"{name}: the command {words[0]!r} uses {found}, which belongs to the project",
             details="another branch may have something else there, behind the same words",
             resolution="use a program, and files, outside the project; it starts in / and not in the project",
@@ -106,7 +115,7 @@ def run(command: str, name: str, project: Path | None) -> bytes:
         )
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         kind = type(error).__name__  # its text may hold output
-        raise UsageError(f"{name}: the command {shown!r} could not be run ({kind})") from None
+        raise NotStarted(f"{name}: the command {shown!r} could not be run ({kind})") from None
     if done.returncode != 0:
         raise UsageError(
             f"{name}: the command {shown!r} ended with status {done.returncode}",
@@ -117,16 +126,16 @@ def run(command: str, name: str, project: Path | None) -> bytes:
 
 def _words(command: str, name: str) -> list[str]:
     if len(command) > MAX_LENGTH or "\0" in command:
-        raise UsageError(
+        raise NotStarted(
             f"{name}: the command is longer than {MAX_LENGTH} characters, or has a NUL character",
             resolution="put it into a script outside the project",
         )
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise UsageError(f"{name}: invalid command: {error}", resolution="quote it as for a shell") from None
+        raise NotStarted(f"{name}: invalid command: {error}", resolution="quote it as for a shell") from None
     if not words or not words[0]:
-        raise UsageError(f"{name}: the command is empty", resolution="write a program and its arguments")
+        raise NotStarted(f"{name}: the command is empty", resolution="write a program and its arguments")
     return words
 
 
@@ -135,13 +144,13 @@ def _program(word: str, name: str, path: str) -> str:
     if word.startswith("~/"):
         word = os.path.expanduser(word)  # noqa: PTH111 - a Path would change other spellings
     if "/" in word and not word.startswith("/"):
-        raise UsageError(
+        raise UsesProject(
             f"{name}: the command {word!r} is relative to the folder that it was written for",
             resolution="write a program's name, or an absolute path outside the project",
         )
     found = word if "/" in word else shutil.which(word, path=path)
     if found is None:
-        raise UsageError(
+        raise NotStarted(
             f"{name}: the command {word!r} could not be run: no such program",
             details=f"PATH without what is relative or in the project: {path}",
             resolution="install it outside the project, or write its absolute path",

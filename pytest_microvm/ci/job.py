@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Literal
 
+from pytest_microvm.checkout import matches
 from pytest_microvm.credentials import CredentialSpec
 from pytest_microvm.secret_values import Secret
 from pytest_microvm.spec import MachineSpec
@@ -107,6 +106,15 @@ class Job:
         """Whether it runs for a branch."""
         return matches(branch, self.branches)
 
+    @property
+    def all_grants(self) -> MachineSpec:
+        """The spec of its machine with the secrets and credentials that any branch may have."""
+        return replace(
+            self.spec,
+            secrets=tuple(granted.secret for granted in self.secrets),
+            credentials=tuple(granted.credential for granted in self.credentials),
+        )
+
     def spec_for(self, branch: str, *, default: bool) -> MachineSpec:
         """Return the spec of its machine with the secrets and credentials that a branch may have.
 
@@ -123,8 +131,3 @@ class Job:
             secrets=tuple(granted.secret for granted in self.secrets if may(granted.branches)),
             credentials=tuple(granted.credential for granted in self.credentials if may(granted.branches)),
         )
-
-
-def matches(branch: str, globs: Sequence[str]) -> bool:
-    """Whether one of ``globs`` (``*``, ``?``, ``[...]``; ``*`` crosses slashes) matches a branch's name."""
-    return any(fnmatchcase(branch, glob) for glob in globs)

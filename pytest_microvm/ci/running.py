@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pytest_microvm import project_trust
+from pytest_microvm.checkout import Checkout, checked_out
 from pytest_microvm.ci.definition.parsing import Definition
 from pytest_microvm.ci.executor import Executor, Sources, Work
 from pytest_microvm.ci.job import Job
@@ -30,6 +31,7 @@ from pytest_microvm.ci.watching import OneAtATime, Watcher
 from pytest_microvm.disk import explained
 from pytest_microvm.errors import HostError, UsageError
 from pytest_microvm.images.kits import find_kit
+from pytest_microvm.project_grants import check_commands
 
 _log = logging.getLogger("pytest_microvm")
 
@@ -106,12 +108,32 @@ def _chosen(definition: Definition, keys: Sequence[str]) -> tuple[Job, ...]:
 
 
 def check_trust(repository: CodeRepository, definition: Definition) -> None:
-    """Refuse a definition that asks for what its user has not allowed.
+    """Refuse a definition that asks for what its user has not allowed to the branch that it comes from.
 
     Raises:
-        UsageError: Nobody has.
+        UsageError: Nobody has, or a command for a secret uses something of the work tree.
     """
-    project_trust.check(repository.folder, definition.asked)
+    check_commands_of(definition, repository.folder)
+    project_trust.check(repository.folder, definition.asked, defined_by(repository, definition))
+
+
+def check_commands_of(definition: Definition, folder: Path) -> None:
+    """Refuse commands for secrets of jobs that use something of a work tree.
+
+    Raises:
+        UsageError: There is one.
+    """
+    for job in definition.jobs:
+        spec = job.all_grants
+        check_commands((secret.source for secret in spec.secrets), folder)
+        check_commands((credential.source for credential in spec.credentials), folder)
+
+
+def defined_by(repository: CodeRepository, definition: Definition) -> Checkout:
+    """Return whose jobs they are: a branch's, or what is checked out where the work tree defines them."""
+    if definition.branch == WORKTREE:
+        return checked_out(repository.folder)
+    return Checkout(definition.branch)
 
 
 class RepositorySources:

@@ -1,17 +1,62 @@
-"""``pytest-microvm trust``: allow a project what its configuration asks for."""
+"""``pytest-microvm trust``: allow a project what its configuration asks for, on a branch."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pytest_microvm import project_trust
+from pytest_microvm.checkout import OWN_REMOTE, Checkout, checked_out
 from pytest_microvm.config import load_settings
 from pytest_microvm.errors import UsageError
-from pytest_microvm.project_grants import asked_by
+from pytest_microvm.project_grants import asked_by, built_here, started_here
+from pytest_microvm.project_trust import ANY_BRANCH, Grant
 from pytest_microvm.sanitize import sanitize
+
+_DESCRIPTION = """\
+`pytest --microvm` gives a project's tests nothing beyond their own files unless you allow it. This shows what
+the configuration in a folder asks for, and what it would start on this computer, and allows exactly that:
+  - what pyproject.toml asks for now, and what tox's configuration reads and asks for, to the branch that is
+    checked out;
+  - what the jobs of `pytest-microvm ci run` ask for, to the branch that defines them: the default one.
+If it asks for something else later, or if another branch is checked out, you are asked again. A pull request,
+or a branch that follows another remote than origin, is not the branch of that name, however it is called.
+Where whoever runs the tests answers for them, as in a CI job, PYTEST_MICROVM_TRUST=1 does it for one run.
+"""
+_EPILOG = """\
+examples:
+  pytest-microvm trust --show                    what is asked for, and what was allowed to which branch
+  pytest-microvm trust                           allow it to the branch that is checked out
+  pytest-microvm trust --branch 'feature/*'      allow it to branches by name, now and in future
+  pytest-microvm trust --revoke                  allow nothing any more
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one part of a project asks for.
+
+    Args:
+        part: ``configuration``, ``jobs`` or ``tox``.
+        title: What asks, for people.
+        checkout: Whose it is.
+        asked: What it asks for, by key.
+        notes: What that means, in lines: what is started on this computer.
+    """
+
+    part: str
+    title: str
+    checkout: Checkout
+    asked: Mapping[str, Any]
+    notes: Sequence[str] = ()
+
+    def grant(self, branch: str | None) -> Grant:
+        """Return it as allowed to branches of a name, or to its own."""
+        remote = self.checkout.remote if self.checkout.remote != OWN_REMOTE else ""
+        return Grant(self.part, self.checkout.name if branch is None else branch, remote, self.asked)
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -19,59 +64,113 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser = verbs.add_parser(
         "trust",
         help="allow a project the network, secrets and directories that its configuration asks for",
-        description="`pytest --microvm` gives a project's tests nothing beyond their own files unless you "
-        "allow it. This allows what the project's pyproject.toml asks for now; if it asks for something else "
-        "later, you are asked again. So do the jobs of `pytest-microvm ci run`, as they are on the default "
-        "branch. Where whoever runs the tests answers for them, as in a CI job, "
-        "the variable PYTEST_MICROVM_TRUST=1 does the same.",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "project", nargs="?", type=Path, default=Path(), help="its folder (default: this one)"
     )
+    parser.add_argument(
+        "--branch",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="the branches that it is for, such as 'feature/*' (default: the one that is checked out)",
+    )
+    parser.add_argument(
+        "--any-branch",
+        dest="branch",
+        action="append_const",
+        const=ANY_BRANCH,
+        help="for every branch and commit, strangers' too",
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
-        "--show", action="store_true", help="only show what it asks for, and whether that is allowed"
+        "--show", action="store_true", help="only show what it asks for, and what is allowed to whom"
     )
-    how.add_argument("--revoke", action="store_true", help="allow it nothing any more")
+    how.add_argument("--revoke", action="store_true", help="allow it nothing any more, or not to --branch")
     parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     project: Path = arguments.project.resolve()
     if arguments.revoke:
-        done = project_trust.revoke(project)
+        done = project_trust.revoke(project, arguments.branch)
         print("nothing is allowed any more" if done else "nothing was allowed")
         return 0
-    asked = {**asked_by(load_settings(project, {})), **_asked_by_jobs(project)}
-    for line in project_trust.shown(asked):
-        print(sanitize(line))
-    if not asked:
-        print("it asks for nothing")
-    elif arguments.show:
-        print("allowed" if project_trust.is_trusted(project, asked) else "not allowed")
+    requests = list(_requests(project))
+    if arguments.show:
+        _show_granted(project)
     else:
-        project_trust.trust(project, asked)
-        print("allowed")
+        branches = arguments.branch or [None]
+        project_trust.trust(project, [request.grant(each) for request in requests for each in branches])
+    for request in (asking := [request for request in requests if request.asked]):
+        _show(request, project)
+    if not asking:
+        print("it asks for nothing")
     return 0
 
 
-def _asked_by_jobs(project: Path) -> Mapping[str, Any]:
-    """Return what the CI jobs ask for that the project's repository defines, if it defines any.
+def _show(request: Request, project: Path) -> None:
+    """Print what is asked for, and to whom it is allowed."""
+    print(f"{sanitize(request.title)}, {sanitize(str(request.checkout))}, asks for")
+    for line in (*project_trust.shown(request.asked), *request.notes):
+        print(f"  {sanitize(line)}")
+    allowed = [grant for grant in project_trust.granted(project) if grant.has(request.asked)]
+    allowed = [grant for grant in allowed if grant.part == request.part]
+    if not any(grant.is_for(request.checkout) for grant in allowed):
+        print(f"not allowed for {sanitize(str(request.checkout))}")
+    if allowed:
+        print(f"allowed for {sanitize(', '.join(map(str, allowed)))}")
+
+
+def _show_granted(project: Path) -> None:
+    """Print all that was allowed to a project so far."""
+    for grant in project_trust.granted(project):
+        print(f"{sanitize(str(project))}, {sanitize(str(grant))}, may have ({sanitize(grant.part)})")
+        for line in project_trust.shown(grant.keys):
+            print(f"  {sanitize(line)}")
+
+
+def _requests(project: Path) -> Iterator[Request]:
+    """Yield what each part of a project asks for; the same without keys where it asks for nothing."""
+    checkout = checked_out(project)
+    settings = load_settings(project, {})
+    notes = [f"started on this computer, in /: {line}" for line in started_here(settings.spec, project)]
+    notes += [f"run while the image is built: {line}" for line in built_here(settings.spec.image, project)]
+    yield Request("configuration", str(project / "pyproject.toml"), checkout, asked_by(settings), notes)
+    if (project / ".git").exists():
+        yield from _requests_of_jobs(project)
+
+
+def _requests_of_jobs(project: Path) -> Iterator[Request]:
+    """Yield what the CI jobs ask for that a repository defines, if it defines any.
 
     Raises:
         UsageError: The definition cannot be used.
     """
     from pytest_microvm.ci.definition.parsing import NoJobs  # noqa: PLC0415 - only for this command
+    from pytest_microvm.ci.running import check_commands_of, defined_by, trusted_project  # noqa: PLC0415
     from pytest_microvm.ci.sources.repository import CodeRepository, read_definition  # noqa: PLC0415
 
-    if not (project / ".git").exists():
-        return {}
     repository = CodeRepository(project)
     try:
         default = repository.default_branch
     except UsageError:  # there is no commit yet, say: nothing that `ci run` would take jobs from
-        return {}
+        return
     try:
-        return read_definition(repository, default).asked
+        definition = read_definition(repository, default)
     except NoJobs:
-        return {}
+        return
+    check_commands_of(definition, project)
+    specs = [job.all_grants for job in definition.jobs]
+    found = dict.fromkeys(line for spec in specs for line in started_here(spec, project))
+    notes = [f"started on this computer, in /: {line}" for line in found]
+    with trusted_project(repository, default) as (kits, _bundles):
+        images = {spec.image for spec in specs}
+        notes += [
+            f"run while the image is built: {line}" for each in images for line in built_here(each, kits)
+        ]
+    checkout = defined_by(repository, definition)
+    yield Request("jobs", f"jobs of {definition.where}", checkout, definition.asked, notes)

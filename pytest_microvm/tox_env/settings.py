@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pytest_microvm.checkout import checked_out
 from pytest_microvm.errors import UsageError
 from pytest_microvm.project_trust import VARIABLE, is_trusted, shown
 from pytest_microvm.spec import MachineSpec
@@ -132,7 +133,7 @@ def _check(project: Path, asked: Mapping[str, Any]) -> None:
     Raises:
         UsageError: Nobody has.
     """
-    if not asked or os.environ.get(VARIABLE) == "1" or is_trusted(project, asked):
+    if not asked or os.environ.get(VARIABLE) == "1" or is_trusted(project, asked, checked_out(project)):
         return
     raise UsageError(
         f"the tox configuration of {project} asks for more than its own files, and nobody has allowed that",

@@ -41,11 +41,13 @@ class Definition:
         jobs: One for each combination of each matrix; none comes before what it needs.
         where: Where they are defined, for people.
         asked: What they ask for that needs trust, by the key's place, with the matrix's values put in.
+        branch: What defines them, as :class:`pytest_microvm.ci.task.Source` calls it.
     """
 
     jobs: tuple[Job, ...]
     where: str
     asked: Mapping[str, Any] = field(default_factory=dict)
+    branch: str = ""
 
 
 class _Written(float):

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pytest_microvm.ci.job import matches
+from pytest_microvm.checkout import matches
 from pytest_microvm.ci.results.history_file import HistoryFile, transaction
 from pytest_microvm.ci.results.result import RunResult, TaskResult, task_from_json
 from pytest_microvm.errors import UsageError

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+from pytest_microvm.checkout import matches
 from pytest_microvm.ci.definition.parsing import (
     OWN_FILE,
     PYPROJECT,
@@ -24,7 +25,6 @@ from pytest_microvm.ci.definition.parsing import (
     parse_definition,
 )
 from pytest_microvm.ci.definition.trust import KITS, asked_by_kits, own_images
-from pytest_microvm.ci.job import matches
 from pytest_microvm.ci.sources.file_names import refusal
 from pytest_microvm.ci.sources.git_objects import OBJECT
 from pytest_microvm.ci.sources.git_tree import GitTree
@@ -269,10 +269,11 @@ def read_definition(repository: CodeRepository, wanted: str | None = None) -> De
         UsageError: Something in it is wrong.
     """
     if wanted == WORKTREE:
-        commit, shown = WORKTREE, "{}"
+        branch = commit = WORKTREE
+        shown = "{}"
     else:
         source = repository.default if wanted is None else repository.ref(wanted)
-        commit = source.commit
+        branch, commit = source.branch, source.commit
         shown = f"{source.branch if source.branch != commit else 'commit'}:{{}} ({commit[:7]})"
     for name in (OWN_FILE, PYPROJECT):
         content = repository.read(commit, name, _MAX_DEFINITION)
@@ -284,7 +285,8 @@ def read_definition(repository: CodeRepository, wanted: str | None = None) -> De
         except UnicodeDecodeError as error:
             raise UsageError(f"{where} is not UTF-8: {error}", resolution="save it as UTF-8") from error
         if ci_table(text, where) is not None:
-            return _with_kits(repository, commit, parse_definition(text, where))
+            definition = replace(parse_definition(text, where), branch=branch)
+            return _with_kits(repository, commit, definition)
     raise NoJobs(
         f"{shown.format(f'{OWN_FILE}, {PYPROJECT}')}: no jobs are defined there",
         resolution=f'write into {OWN_FILE}: [ci.jobs.test] and steps = ["make test"], and commit it; '
