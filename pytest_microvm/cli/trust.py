@@ -140,8 +140,18 @@ def _requests(project: Path) -> Iterator[Request]:
     notes = [f"started on this computer, in /: {line}" for line in started_here(settings.spec, project)]
     notes += [f"run while the image is built: {line}" for line in built_here(settings.spec.image, project)]
     yield Request("configuration", str(project / "pyproject.toml"), checkout, asked_by(settings), notes)
+    yield from _requests_of_tox(project)
     if (project / ".git").exists():
         yield from _requests_of_jobs(project)
+
+
+def _requests_of_tox(project: Path) -> Iterator[Request]:
+    """Yield what tox's configuration in a project reads and asks for, if it has one."""
+    from pytest_microvm.tox_env.configuration import find  # noqa: PLC0415 - only for this command
+
+    file = find(project)
+    if file is not None:
+        yield Request("tox", str(file.path), file.checkout, file.all_asked(), file.notes())
 
 
 def _requests_of_jobs(project: Path) -> Iterator[Request]:

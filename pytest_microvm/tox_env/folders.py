@@ -1,4 +1,4 @@
-"""The folders of this computer that tox empties or makes for an environment: a configuration chooses them."""
+"""The folders of this computer that tox reads, empties or makes: a configuration chooses them."""
 
 from __future__ import annotations
 
@@ -50,6 +50,25 @@ def check_made(key: str, folder: Path, roots: Sequence[Path]) -> None:
     """
     if not folder.exists():
         _inside(key, folder, roots)
+
+
+def check_read(key: str, path: Path, folder: Path) -> None:
+    """See that a path which a machine gets, or which is read for it, is the project's.
+
+    Args:
+        key: What names it.
+        path: The path.
+        folder: The project's folder.
+
+    Raises:
+        UsageError: It lies elsewhere.
+    """
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"{key} is {path}, which is not in the project",
+            details=f"a machine would get files of this computer; the project is {folder}",
+            resolution="name a folder in the project; or, on the command line, another project with --root",
+        )
 
 
 def _inside(key: str, folder: Path, roots: Sequence[Path]) -> None:

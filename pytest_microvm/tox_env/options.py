@@ -12,6 +12,7 @@ from pytest_microvm.tox_env.runner import MicrovmRunner
 
 if TYPE_CHECKING:
     from tox.config.cli.parser import Parsed, ToxParser
+    from tox.config.main import Config
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +40,30 @@ def add_options(parser: ToxParser) -> None:
             of_type=str,
             help=f"what {whose} may reach, comma separated, in place of the configuration's; none: nothing",
         )
+    parser.add_argument(
+        "--microvm-pass-env",
+        metavar="NAMES",
+        default=None,
+        of_type=str,
+        help="with --microvm: which of this computer's variables the configuration may read and pass, comma "
+        "separated, globs too; the others are as if they were not set; none: no variable",
+    )
+
+
+def guard_host(conf: Config) -> None:
+    """Let the configuration read nothing of this computer that its user has not allowed.
+
+    Raises:
+        HandledError: This version of tox is not known.
+    """
+    from pytest_microvm.tox_env.configuration import ToxFile  # noqa: PLC0415 - for --microvm alone
+    from pytest_microvm.tox_env.host_values import Guard, install  # noqa: PLC0415
+
+    said = getattr(conf.options, "microvm_pass_env", None)
+    named = None if said is None else [name.strip() for name in said.split(",")]
+    guard = Guard(ToxFile.of(conf.src_path, conf.options), [] if named == ["none"] else named)
+    install(guard)
+    MicrovmRunner.guard = guard
 
 
 def switch_over(options: Parsed) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tox.config.loader.memory import MemoryLoader
 from tox.config.types import Command
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pytest_microvm.machine import MicroVM
     from pytest_microvm.templates.chain import Step
     from pytest_microvm.tox_env.guest import Guest
+    from pytest_microvm.tox_env.host_values import Guard
 
 _PROJECT_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 _ARTIFACTS_TIMEOUT = 600.0
@@ -42,6 +43,9 @@ _log = logging.getLogger(__name__)
 
 class MicrovmRunner(PythonRun):
     """virtual environment in a machine of its own, via pytest-microvm."""
+
+    guard: ClassVar[Guard | None] = None
+    """Decides what the configuration may read of this computer; ``None``: what it likes, as in native tox."""
 
     def __init__(self, create_args: ToxEnvCreateArgs) -> None:
         self._executor: Execute | None = None
@@ -165,7 +169,9 @@ class MicrovmRunner(PythonRun):
 
     @staticmethod
     def _load_pass_env(pass_env: list[str]) -> dict[str, str]:
-        return environment.passed(pass_env, os.environ)
+        found = environment.passed(pass_env, os.environ)
+        guard = MicrovmRunner.guard
+        return found if guard is None else {name: found[name] for name in guard.allowed(found)}
 
     def _make_path(self, existing: str | None = None) -> str:
         return environment.path_of(self._paths, existing)
@@ -346,12 +352,15 @@ class MicrovmRunner(PythonRun):
     def _guest(self) -> Guest:
         """Return where machines come from."""
         if self._guest_made is None:
-            from pytest_microvm.tox_env.guest import Guest  # noqa: PLC0415 - see tox_plugin
+            from pytest_microvm.tox_env.configuration import ToxFile  # noqa: PLC0415 - see tox_plugin
+            from pytest_microvm.tox_env.guest import Guest  # noqa: PLC0415
             from pytest_microvm.tox_env.settings import read  # noqa: PLC0415
 
-            root = self.core.get("tox_root", Path)
+            root, path = self.core.get("tox_root", Path), self.core.get("config_file_path", Path)
+            file = ToxFile.of(path, self.options)
+            self._check_reads(file.folder)
             self._guest_made = Guest(
-                read(self.conf, self.options, root),
+                read(self.conf, self.options, root, file),
                 project=root,
                 work_dir=self.core.get("work_dir", Path),
                 say=lambda line: _log.warning("%s", line),
@@ -359,6 +368,21 @@ class MicrovmRunner(PythonRun):
         return self._guest_made
 
     # Folders of this computer
+
+    def _check_reads(self, folder: Path) -> None:
+        """See that a machine gets nothing but the project: the configuration says what that is.
+
+        Args:
+            folder: Where the configuration is, or what the command line says in its place.
+
+        Raises:
+            UsageError: It names something else.
+        """
+        folders.check_read("tox_root", self.core.get("tox_root", Path), folder)
+        if "package_root" in self.core:  # older versions of tox have it with a package environment alone
+            folders.check_read("package_root", self.core.get("package_root", Path), folder)
+        if self.conf["pylock"]:
+            folders.check_read("pylock", self.core.get("tox_root", Path) / str(self.conf["pylock"]), folder)
 
     def _check_folders(self) -> None:
         """See that tox empties nothing but folders of its own: the configuration chooses them.

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_microvm.checkout import checked_out
 from pytest_microvm.errors import UsageError
-from pytest_microvm.project_trust import VARIABLE, is_trusted, shown
+from pytest_microvm.project_trust import notes, shown
 from pytest_microvm.spec import MachineSpec
 
 if TYPE_CHECKING:
     from tox.config.cli.parser import Parsed
     from tox.config.sets import EnvConfigSet
+
+    from pytest_microvm.tox_env.configuration import ToxFile
 
 
 class Key(NamedTuple):
@@ -79,13 +79,14 @@ def register(conf: EnvConfigSet) -> None:
         conf.add_config(f"microvm_{name}", of_type=key.of_type, default=key.default, desc=key.about)
 
 
-def read(conf: EnvConfigSet, options: Parsed, project: Path) -> Settings:
+def read(conf: EnvConfigSet, options: Parsed, project: Path, file: ToxFile) -> Settings:
     """Return what the configuration and the command line say.
 
     Args:
         conf: The environment's.
         options: The command line's.
-        project: The folder of the configuration.
+        project: The folder that machines get.
+        file: The configuration.
 
     Raises:
         UsageError: A value is impossible, or asks for what nobody has allowed.
@@ -99,7 +100,7 @@ def read(conf: EnvConfigSet, options: Parsed, project: Path) -> Settings:
         if given is not None:
             values[name] = given if name == "image" else _rules(given)
             asked.pop(name, None)
-    _check(project, asked | _own_kit(values["image"], project, options))
+    _check(file, asked, _own_kit(values["image"], project, options))
     where = f"tox environment {conf.name}"
     spec = {name: values[name] for name in ("image", *_QUOTAS, *_GRANTS) if values[name]}
     made = {name: spec[name] for name in ("image", *_QUOTAS) if name in spec}
@@ -118,26 +119,24 @@ def _rules(text: str) -> list[str]:
 
 def _own_kit(image: str, project: Path, options: Parsed) -> dict[str, Any]:
     """Return what the image asks for if its kit is the project's: its commands run on this computer."""
-    from pytest_microvm.config import Settings as ProjectSettings  # noqa: PLC0415 - when one is run
-    from pytest_microvm.project_grants import asked_by  # noqa: PLC0415
+    from pytest_microvm.tox_env.configuration import asked_by_image  # noqa: PLC0415 - when one is run
 
-    if getattr(options, "microvm_image", None) is not None:
-        return {}
-    spec = MachineSpec(image=image, network=())
-    return asked_by(ProjectSettings(spec=spec, asked={"image": image}, project=project))
+    return {} if getattr(options, "microvm_image", None) is not None else asked_by_image(image, project)
 
 
-def _check(project: Path, asked: Mapping[str, Any]) -> None:
-    """Refuse what a project asks for if nobody has allowed it (see docs/adr/0020).
+def _check(file: ToxFile, asked: Mapping[str, Any], kit: Mapping[str, Any]) -> None:
+    """Refuse what a configuration asks for if nobody has allowed it (see docs/adr/0020).
 
     Raises:
         UsageError: Nobody has.
     """
-    if not asked or os.environ.get(VARIABLE) == "1" or is_trusted(project, asked, checked_out(project)):
+    if not (asked or kit) or file.allows(kit):
         return
+    lines = [f"microvm_{line}" for line in shown(json.loads(json.dumps(asked)))]
     raise UsageError(
-        f"the tox configuration of {project} asks for more than its own files, and nobody has allowed that",
-        details="\n".join(f"microvm_{line}" for line in shown(json.loads(json.dumps(asked)))),
-        resolution=f"if you trust it, set {VARIABLE}=1; else give what it may have on the command line, such "
-        "as --microvm-network pip, in place of the configuration's",
+        f"the tox configuration of {file.folder} asks for more than its own files, "
+        f"and nobody has allowed that for {file.checkout}",
+        details="\n".join([*lines, *shown(kit), *notes(file.folder, {**file.asked, **kit})]),
+        resolution="if you trust it, say `pytest-microvm trust`; else give what it may have on the command "
+        "line, such as --microvm-network pip, in place of the configuration's",
     )

@@ -14,8 +14,10 @@ from tox.tox_env.errors import Fail
 from tox.tox_env.python.api import PythonInfo, VersionInfo
 
 from pytest_microvm import project_trust
+from pytest_microvm.cli import main
 from pytest_microvm.errors import UsageError
 from pytest_microvm.tox_env import environment, folders, settings
+from pytest_microvm.tox_env.configuration import ToxFile
 from pytest_microvm.tox_env.display import TerminalText
 from pytest_microvm.tox_env.executor import allowed_command
 from pytest_microvm.tox_env.installer import Plan
@@ -304,18 +306,24 @@ def project(tmp_path, monkeypatch):
     return folder
 
 
+def tox_file(project):
+    return ToxFile(project, project / "tox.ini")
+
+
 def test_defaults_ask_for_nothing(project):
-    read = settings.read(Conf(), options(), project)
+    read = settings.read(Conf(), options(), project, tox_file(project))
     assert (read.spec.image, read.spec.network, read.spec.secrets) == ("python", (), ())
     assert (read.prepare.network, read.artifacts) == (("pip",), ())
 
 
 def test_quotas_are_read(project):
-    read = settings.read(Conf(memory="1G", cpus="2", timeout="60", artifacts=["*.xml"]), options(), project)
+    read = settings.read(
+        Conf(memory="1G", cpus="2", timeout="60", artifacts=["*.xml"]), options(), project, tox_file(project)
+    )
     assert (read.spec.memory, read.spec.cpus, read.spec.timeout) == (1024**3, 2, 60.0)
     assert (read.prepare.memory, read.artifacts) == (1024**3, ("*.xml",))
     with pytest.raises(UsageError, match="tox environment py: memory"):
-        settings.read(Conf(memory="much"), options(), project)
+        settings.read(Conf(memory="much"), options(), project, tox_file(project))
 
 
 @pytest.mark.parametrize(
@@ -330,21 +338,35 @@ def test_quotas_are_read(project):
 )
 def test_what_the_configuration_grants_needs_a_word(project, monkeypatch, asked):
     with pytest.raises(UsageError, match="nobody has allowed that") as refused:
-        settings.read(Conf(**asked), options(), project)
+        settings.read(Conf(**asked), options(), project, tox_file(project))
     assert refused.value.details.startswith(f"microvm_{next(iter(asked))} = ")
     monkeypatch.setenv(project_trust.VARIABLE, "1")
     monkeypatch.setenv("TOKEN", "t")
-    settings.read(Conf(**asked), options(), project)
+    settings.read(Conf(**asked), options(), project, tox_file(project))
+
+
+def test_grants_count_once_their_file_was_allowed(project):
+    (project / "tox.ini").write_text("[testenv]\nmicrovm_network = a.example\n")
+    conf = Conf(network=["a.example"])
+    with pytest.raises(UsageError, match="nobody has allowed that for a folder"):
+        settings.read(conf, options(), project, tox_file(project))
+    assert main(["trust", str(project)]) == 0
+    assert settings.read(conf, options(), project, tox_file(project)).spec.network == ("a.example",)
+    (project / "tox.ini").write_text("[testenv]\nmicrovm_network = b.example\n")
+    with pytest.raises(UsageError, match="nobody has allowed that for a folder"):
+        settings.read(conf, options(), project, tox_file(project))
 
 
 def test_less_needs_none(project):
-    assert settings.read(Conf(prepare_network=[]), options(), project).prepare.network == ()
+    assert (
+        settings.read(Conf(prepare_network=[]), options(), project, tox_file(project)).prepare.network == ()
+    )
 
 
 def test_the_command_line_replaces_the_configuration(project):
     conf = Conf(network=["a.example"], prepare_network=["all"])
     given = options(microvm_network="pip, b.example", microvm_prepare_network="none")
-    read = settings.read(conf, given, project)
+    read = settings.read(conf, given, project, tox_file(project))
     assert (read.spec.network, read.prepare.network) == (("pip", "b.example"), ())
 
 
@@ -352,8 +374,15 @@ def test_a_kit_of_the_projects_own_needs_a_word(project):
     kit = project / "microvm" / "kits" / "mine"
     kit.mkdir(parents=True)
     (kit / "kit.toml").write_text('description = "x"\nparent = "base"\nsetup = ["touch /tmp/built"]\n')
+    (project / "tox.ini").write_text("[testenv]\nmicrovm_image = mine\n")
+    with pytest.raises(UsageError, match="nobody has allowed that") as refused:
+        settings.read(Conf(image="mine"), options(), project, tox_file(project))
+    assert refused.value.details.startswith('tox.image.mine = "mine (sha256 ')
+    assert main(["trust", str(project)]) == 0
+    settings.read(Conf(image="mine"), options(), project, tox_file(project))
+    (kit / "kit.toml").write_text('description = "x"\nparent = "base"\nsetup = ["touch /tmp/other"]\n')
     with pytest.raises(UsageError, match="nobody has allowed that"):
-        settings.read(Conf(image="microvm/kits/mine"), options(), project)
+        settings.read(Conf(image="mine"), options(), project, tox_file(project))
 
 
 # The plug-in
