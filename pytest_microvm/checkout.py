@@ -32,6 +32,11 @@ class Checkout:
     name: str
     remote: str = ""
 
+    @property
+    def is_branch(self) -> bool:
+        """Whether it is a branch of its repository, and called by its name."""
+        return bool(self.name) and not self.name.startswith("refs/") and not _COMMIT.fullmatch(self.name)
+
     def __str__(self) -> str:
         if not self.name:
             return "a folder without a repository"

@@ -27,8 +27,8 @@ VARIABLE = "PYTEST_MICROVM_TRUST"
 GRANTS = ("image", "network", "prepare_network", "hosts", "credentials", "secrets", "mounts")
 """The keys of the configuration that need it; an image does if its kit is the project's own."""
 
-ANY_BRANCH = "*"
-"""As a glob of branches: all of them, strangers' and commits without a branch too."""
+ANY_BRANCH = "any branch"
+"""In place of a glob: every branch, commit and pull request, strangers' too. No branch can be called that."""
 
 _FORMAT = 2  # before there were branches, a note had digests of keys alone
 _SHOWN = 5  # branches that an error names
@@ -53,18 +53,23 @@ class Grant:
     def is_for(self, checkout: Checkout) -> bool:
         """Whether it counts for what is checked out.
 
-        A branch that follows another remote is somebody else's, whatever it is called here.
+        A branch that follows another remote is somebody else's, whatever it is called here; and no glob of
+        branches is for a commit or a pull request.
         """
         if self.branch == ANY_BRANCH:
             return True
-        return checkout.remote in ("", OWN_REMOTE, self.remote) and matches(checkout.name, [self.branch])
+        if checkout.remote not in ("", OWN_REMOTE, self.remote):
+            return False
+        if checkout.is_branch or self.branch.startswith("refs/"):
+            return matches(checkout.name, [self.branch])
+        return self.branch == checkout.name
 
     def has(self, asked: Mapping[str, Any]) -> bool:
         """Whether all that is asked for was allowed, with these values."""
         return all(key in self.keys and self.keys[key] == _plain(value) for key, value in asked.items())
 
     def __str__(self) -> str:
-        return "any branch" if self.branch == ANY_BRANCH else str(Checkout(self.branch, self.remote))
+        return self.branch if self.branch == ANY_BRANCH else str(Checkout(self.branch, self.remote))
 
 
 def check(project: Path, asked: Mapping[str, Any], checkout: Checkout | None = None) -> None:

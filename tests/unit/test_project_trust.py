@@ -183,6 +183,20 @@ def test_a_strangers_branch_is_not_the_one_of_that_name(clone, remote, merge, na
     assert is_allowed(clone)
 
 
+@pytest.mark.parametrize(("glob", "allowed"), [("*", False), (project_trust.ANY_BRANCH, True)])
+def test_no_glob_is_for_a_commit_or_a_pull_request(clone, glob, allowed):
+    allow(clone, ASKED, glob)
+    git(clone, "config", "branch.main.merge", "refs/pull/7/head")
+    assert is_allowed(clone) == allowed
+    git(clone, "config", "branch.main.merge", "refs/heads/main")
+    git(clone, "config", "branch.main.remote", "stranger")
+    assert is_allowed(clone) == allowed
+    git(clone, "checkout", "-q", "--detach")
+    assert is_allowed(clone) == allowed
+    (clone / ".git").rename(clone / "git")
+    assert is_allowed(clone) == allowed
+
+
 def test_a_branch_that_follows_origin_or_a_local_one_is_ones_own(clone):
     allow(clone, ASKED, "main")
     assert checked_out(clone) == Checkout("main", "origin")
