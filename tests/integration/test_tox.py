@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from support import guards
+from support.commands import MICROVM
 
 PYTHON = "py311"  # what the image has
 SECRETS = {
@@ -318,6 +319,39 @@ def test_tox_empties_no_folder_that_is_not_its_own(tmp_path):
         refused = tox(folder, "run", "--microvm", "-r", "-e", env, *OFFLINE, check=1)
         assert "which is not in the project" in refused.stdout
     assert (others / "file").read_text() == "kept"
+
+
+def test_variables_and_files_of_this_computer_need_a_word(tmp_path):
+    """Refused before a machine starts; there with the command line's word, or with trust in the file."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (tmp_path / ".env").write_text("FROM_FILE=file-of-the-host\n")
+    shows = 'commands = python -c "import os; print(sorted(os.environ.items()))"\n'
+    (folder / "tox.ini").write_text(
+        f"[tox]\nno_package = true\n[testenv]\n{shows}"
+        "[testenv:passing]\npass_env = MY_*, CI\nset_env = SET = {env:MY_TOKEN:nothing}\n"
+        f"[testenv:reading]\nset_env = file|{tmp_path}/.env\n"
+    )
+    host = {**SECRETS, "CI": "yes", "XDG_STATE_HOME": str(tmp_path / "state")}
+
+    def run(env, *options, check):
+        return tox(folder, "run", "--microvm", "-e", env, *OFFLINE, *options, check=check, env=host).stdout
+
+    for env, what in {"passing": "MY_TOKEN", "reading": f"{tmp_path}/.env"}.items():
+        said = run(env, check=1)
+        assert f"{what}" in said
+        assert "nobody has allowed that" in said
+        assert "of-the-host" not in said
+    said = run("passing", "--microvm-pass-env", "none", check=0)
+    assert "('CI', 'yes')" in said
+    assert "('SET', 'nothing')" in said
+    assert "of-the-host" not in said
+    said = run("passing", "--microvm-pass-env", "MY_TOKEN", check=0)
+    assert f"('MY_TOKEN', '{SECRETS['MY_TOKEN']}')" in said
+    subprocess.run(
+        [*MICROVM, "trust"], cwd=folder, env={**os.environ, **host}, check=True, timeout=guards.SUITE
+    )
+    assert "('FROM_FILE', 'file-of-the-host')" in run("reading", check=0)
 
 
 def test_tox_installs_nothing_here_for_a_project_it_does_not_trust(tmp_path):
