@@ -40,6 +40,7 @@ MAX_LENGTH = 4096  # characters of a command
 _TIMEOUT = 120.0  # seconds; a password manager may ask its user
 _LINKS = 40  # Linux follows as many, path_resolution(7)
 _SCRIPT = 256  # bytes of a script's first line that Linux reads, execve(2)
+_OTHERS_PLACES = re.compile(r"/proc/[^/]*/(?:cwd|root|fd|task)\b")  # ours is the project, perhaps
 _PIECE = re.compile(r"[^\s:;,=|&<>()'\"`@\[\]{}]+")
 
 
@@ -165,6 +166,8 @@ def _uses(
     if _leads_into(program, folders):
         yield program
     for word in (*arguments, *_interpreter(program)):
+        if (found := _OTHERS_PLACES.search(word)) is not None:
+            yield found[0]
         for path in _named(word):
             if _leads_into(path, folders):
                 yield path

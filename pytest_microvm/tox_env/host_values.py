@@ -1,7 +1,7 @@
 """What tox's configuration may read of this computer under ``--microvm``: variables and files.
 
-tox expands ``{env:NAME}``, ``{glob:...}`` and ``file|PATH`` while it loads the configuration, for commands
-and variables that go into a machine. Its functions are made to ask first: what they read is in the machine.
+tox expands ``{env:NAME}``, ``{glob:...}``, ``file|PATH``, and ``${NAME}`` in requirements, on this computer,
+for commands and variables that go into a machine. Its functions are made to ask first.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tox.config.loader import replacer
 from tox.config.loader.toml import _replace as toml_replacer
 from tox.config.set_env import SetEnv
 from tox.report import HandledError
+from tox.tox_env.python.pip.req import file as requirements
 
 from pytest_microvm.tox_env.configuration import ToxFile
 from pytest_microvm.tox_env.environment import GUEST_PATH, NEVER_PASSED
@@ -133,6 +134,10 @@ class _Os:
     def __init__(self, guard: Guard) -> None:
         self.environ = Variables(guard)
 
+    def getenv(self, name: str, default: str | None = None) -> str | None:
+        """Return a variable's value, or the default."""
+        return self.environ.get(name, default)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(os, name)
 
@@ -170,9 +175,10 @@ def install(guard: Guard) -> None:
         Refused: This version of tox has other functions.
     """
     try:
-        for module in (replacer, toml_replacer):
-            _put(module, "os", _Os(guard))
-            _put(module, "glob", _Glob(module.glob, guard))
+        for reader in (replacer, toml_replacer, requirements):
+            _put(reader, "os", _Os(guard))
+        for finder in (replacer, toml_replacer):
+            _put(finder, "glob", _Glob(finder.glob, guard))
         _put(SetEnv, "_stream_env_file", _guarded(SetEnv._stream_env_file, guard))  # noqa: SLF001 - ADR 0020
     except AttributeError as error:
         raise Refused(

@@ -78,7 +78,8 @@ def test_npm_does_not_find_the_projects_script(project, tmp_path):
         "{project}/../project/token.sh", "env --chdir={project} ./token.sh", "make -C{project} token",
         "sh -c '. {project}/token.sh'", "sh -c 'cd {project}; make token'",
         "cat $HOME/project/key", "cat ~/project/key", "cat --files=a:{project}/key", "cat token.sh",
-        "sh bin/token", "cat file://{project}/key", "{link}", "sh {link}", "sh {through}",
+        "sh bin/token", "make -C /proc/self/cwd token", "sh -c 'make -C /proc/$PPID/cwd token'",
+        "cat file://{project}/key", "{link}", "sh {link}", "sh {through}",
     ],
 )  # fmt: skip
 def test_a_word_that_names_the_projects_files_is_refused(project, tmp_path, monkeypatch, command):

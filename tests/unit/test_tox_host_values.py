@@ -223,6 +223,30 @@ def test_passed_variables_need_a_word(project):
     assert Guard(ToxFile(project, file.path)).allowed(["TOKEN"]) == {"TOKEN"}
 
 
+def test_requirements_do_not_read_variables(project):
+    """Some versions of tox expand ${NAME} in them from all of this computer's variables."""
+    code = """
+from pathlib import Path
+from tox.report import HandledError
+from tox.tox_env.python.pip.req_file import PythonDeps
+from pytest_microvm.tox_env.configuration import ToxFile
+from pytest_microvm.tox_env.host_values import Guard, install
+deps = PythonDeps("six==${TOKEN}", Path())
+print(deps.as_root_args)
+install(Guard(ToxFile(Path().resolve(), Path("tox.ini").resolve())))
+try:
+    print(PythonDeps("six==${TOKEN}", Path()).as_root_args)
+except HandledError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project, check=True, capture_output=True, text=True
+    )
+    before, after = done.stdout.splitlines()
+    assert before == f"['six=={SECRET}']"
+    assert "reads the variables TOKEN of this computer" in after
+
+
 def test_the_runner_passes_what_is_allowed(project, monkeypatch):
     file = ToxFile(project, configured(project, BEGIN) / "tox.ini")
     monkeypatch.setenv("CI", "true")
