@@ -14,8 +14,9 @@ from junitparser import JUnitXml, Properties
 
 from pytest_microvm import MicroVM
 from support import guards
-from support.commands import PYTEST
+from support.commands import MICROVM, PYTEST
 from support.local_servers import LocalServer
+from support.repositories import git, repository
 
 SUITE = """
     import os, socket, urllib.request
@@ -155,26 +156,57 @@ def test_what_a_test_made_in_a_mount_comes_back(ran):
     assert {path.name for path in (folder / "data").iterdir()} == {"in.txt", "out.txt"}
 
 
-def test_what_nobody_allowed_is_refused_before_anything_runs(tmp_path):
-    mark = tmp_path / "ran"
-    (tmp_path / "test_it.py").write_text("def test_it():\n    pass\n")
-    (tmp_path / "pyproject.toml").write_text(
-        f'[tool.pytest-microvm]\nsecrets.KEY = {{ command = "touch {mark}" }}\nmounts = ["/etc:/stolen:ro"]\n'
-    )
-    command = [*PYTEST, "--microvm"]
+@pytest.fixture
+def asking(tmp_path):
+    """A function that gives a project a configuration, and one that runs a command in it."""
+    folder = tmp_path / "project"
+    repository(folder)
+    (folder / "test_it.py").write_text("def test_it():\n    pass\n")
     environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
     environment.pop("PYTEST_MICROVM_TRUST", None)
-    done = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=guards.SUITE,
-        check=False,
-    )
-    assert done.returncode == 4
-    assert 'mounts = ["/etc:/stolen:ro"]' in done.stdout + done.stderr
+
+    def written(configuration):
+        (folder / "pyproject.toml").write_text(f"[tool.pytest-microvm]\n{configuration}\n")
+        return folder
+
+    def run(*command):
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, timeout=guards.SUITE,
+            check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr
+
+    return written, run
+
+
+def test_what_nobody_allowed_is_refused_before_anything_runs(asking, tmp_path):
+    written, run = asking
+    mark = tmp_path / "ran"
+    written(f'secrets.KEY = {{ command = "touch {mark}" }}\nmounts = ["/etc:/stolen:ro"]')
+    status, said = run(*PYTEST, "--microvm")
+    assert status == 4
+    assert 'mounts = ["/etc:/stolen:ro"]' in said
+    assert "nobody has allowed that for branch main" in said
+    assert not mark.exists()
+
+
+def test_what_was_allowed_is_for_its_branch_and_not_for_its_makefile(asking, tmp_path):
+    """`make token` once ran whatever Makefile lay there, with the words that were allowed."""
+    written, run = asking
+    mark = tmp_path / "ran"
+    folder = written('secrets.KEY = { command = "make -s token" }')
+    assert run(*MICROVM, "trust")[0] == 0
+    (folder / "Makefile").write_text(f"token:\n\t@touch {mark}; echo correct-horse\n")
+    status, said = run(*PYTEST, "--microvm")
+    assert status == 4
+    assert "the command '/usr/bin/make' ended with status 2" in said
+    written('secrets.KEY = { command = "echo correct-horse" }')
+    assert run(*MICROVM, "trust")[0] == 0
+    assert run(*PYTEST, "--microvm")[0] == 0
+    git(folder, "checkout", "-q", "-b", "evil")
+    status, said = run(*PYTEST, "--microvm")
+    assert status == 4
+    assert "nobody has allowed that for branch evil" in said
     assert not mark.exists()
 
 
