@@ -130,7 +130,11 @@ def covers(network: AddressNetwork, address: Address) -> bool:
     special = special_range(address)
     if special is None:
         return True
-    outer = special.network
+    return is_subnet(network, special.network)
+
+
+def is_subnet(network: AddressNetwork, outer: AddressNetwork) -> bool:
+    """Tell whether all addresses of a network are in another one; never if only one of them is of IPv6."""
     if isinstance(network, IPv4Network):
         return isinstance(outer, IPv4Network) and network.subnet_of(outer)
     return isinstance(outer, IPv6Network) and network.subnet_of(outer)

@@ -9,10 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, ip_network
+from ipaddress import IPv4Address
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.network.addresses import OWN, Address, covers, parse_address, special_range
+from pytest_microvm.network.addresses import (
+    OWN,
+    Address,
+    AddressNetwork,
+    covers,
+    is_subnet,
+    parse_address,
+    special_range,
+)
 from pytest_microvm.network.hosts import canonical_host, is_loopback_name
 from pytest_microvm.network.matching import Asked, Everything, Match, Name, Network, Request, Rule
 from pytest_microvm.network.rule_text import PRESETS, parse_rule, split_deny
@@ -87,11 +95,16 @@ class Policy:
         why = self._address_refused(asked, found, allowing)
         return Decision(False, why, None) if why else decision
 
-    def expects(self, request: Request, address: str) -> bool:
-        """Tell whether a request that is allowed may go to an address even if it is this computer's own.
+    def expects(self, request: Request, address: str, own: AddressNetwork) -> bool:
+        """Tell whether a request that is allowed may go to an address of this computer or of its links.
 
-        It may if a rule names that very address, if the address is not public (a rule has named its range
-        then), and if the user's own configuration has the host.
+        It may if a rule names the address and no more than the network that it is in, if the address is not
+        public (a rule has named its range then), and if the user's own configuration has the host.
+
+        Args:
+            request: What is asked for.
+            address: Where it would go.
+            own: The network.
         """
         asked, found = Asked.of(request), parse_address(address)
         if special_range(found) is not None:
@@ -101,7 +114,7 @@ class Policy:
             if asked.address is None and not rule.may_lead_inside
             else rule.match(asked) is not Match.NOTHING
             for rule in self.rules
-            if not rule.deny and (rule.may_lead_inside or _is_one(rule, found))
+            if not rule.deny and (rule.may_lead_inside or _is_within(rule, own))
         )
 
     def _decide(self, asked: Asked) -> tuple[Decision, list[Rule]]:
@@ -196,9 +209,9 @@ def parse_rules(
     return Policy(tuple(dict.fromkeys(rules)))
 
 
-def _is_one(rule: Rule, address: Address) -> bool:
-    """Tell whether a rule is about one address, and no other."""
-    return isinstance(rule.target, Network) and rule.target.network == ip_network(address)
+def _is_within(rule: Rule, own: AddressNetwork) -> bool:
+    """Tell whether a rule is about addresses of one network, and no others."""
+    return isinstance(rule.target, Network) and is_subnet(rule.target.network, own)
 
 
 def _first(rules: Iterable[Rule]) -> Rule | None:

@@ -3,11 +3,14 @@
 import http.server
 import socket
 import threading
+from ipaddress import ip_network
 
 import pytest
 
 from pytest_microvm.network.rules import Request, parse_rules
 from support.network import World
+
+OWN = ip_network("203.0.113.7")
 
 
 class Hello(http.server.BaseHTTPRequestHandler):
@@ -83,10 +86,10 @@ def test_a_name_leads_to_it_and_a_rule_names_both(own):
     ],
 )
 def test_what_is_expected_there(rules, expected):
-    assert parse_rules(rules, "test").expects(Request("a.test", 80), "203.0.113.7") is expected
+    assert parse_rules(rules, "test").expects(Request("a.test", 80), "203.0.113.7", OWN) is expected
 
 
 def test_the_users_own_configuration_may_name_it():
     rule = parse_rules(["a.test"], "test").rules[0]
     policy = parse_rules(["pip"], "test", lambda _name: [type(rule)(rule.target, preset="pip")])
-    assert policy.expects(Request("a.test", 443), "203.0.113.7")
+    assert policy.expects(Request("a.test", 443), "203.0.113.7", OWN)
