@@ -24,9 +24,10 @@ from pytest_microvm.instance import BOOT_TIMEOUT, Instance, MachineFacts
 from pytest_microvm.machine import MicroVM
 from pytest_microvm.network.rules import Policy, parse_rules
 from pytest_microvm.spec import RESOURCE_PARSERS, Limits, MachineSpec, Resources, parse_size
-from pytest_microvm.templates.budget import HostBudget, default_limits, runtime_folder
+from pytest_microvm.templates.budget import HostBudget, default_limits
 from pytest_microvm.templates.chain import Base, Chain, Step, guest_code_archive
 from pytest_microvm.templates.pool import Pool
+from pytest_microvm.templates.runtime_folder import runtime_folder
 from pytest_microvm.templates.store import KEPT, Template, TemplateStore
 
 if TYPE_CHECKING:

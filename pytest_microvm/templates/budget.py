@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 import threading
 import time
 from dataclasses import asdict, dataclass, replace
@@ -18,8 +17,9 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from pytest_microvm.errors import BudgetExhausted, HostError, UsageError
+from pytest_microvm.errors import BudgetExhausted, UsageError
 from pytest_microvm.spec import format_cpus, format_size, parse_cpus, parse_size
+from pytest_microvm.templates.runtime_folder import own_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,14 +45,6 @@ class Record:
     owner_started: str
     since: float
     pid: int = 0
-
-
-def runtime_folder() -> Path:
-    """Return this user's folder for what lives as long as its machines (XDG_RUNTIME_DIR, else temporary)."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    if base and os.access(base, os.W_OK):
-        return Path(base) / "pytest-microvm"
-    return Path(tempfile.gettempdir()) / f"pytest-microvm-{os.getuid()}"
 
 
 def default_limits() -> tuple[float, int]:
@@ -81,12 +73,13 @@ class HostBudget:
         folder: Where the records are.
         cpus: vCPUs of all machines together.
         memory: Bytes of memory of all machines together.
+
+    Raises:
+        HostError: The folder is open to other users.
     """
 
     def __init__(self, folder: Path, cpus: float, memory: int) -> None:
-        self._folder = folder / "machines"
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_owner(folder)
+        self._folder = own_folder(own_folder(folder) / "machines")
         self._lock_file = folder / "budget.lock"
         self._released = threading.Condition()
         self.cpus = cpus
@@ -195,16 +188,6 @@ class HostBudget:
                 f"{wanted} do not fit into the host budget ({self}){holding}",
                 resolution=f"end a machine first, ask for less, or set {VARIABLE} (cpus=8,memory=16G)",
             )
-
-
-def _check_owner(folder: Path) -> None:
-    """Refuse a folder that another user made, below /tmp say, to tell us what runs here."""
-    owner = folder.stat().st_uid
-    if owner != os.getuid():
-        raise HostError(
-            f"{folder} belongs to another user (uid {owner})",
-            resolution="set XDG_RUNTIME_DIR to a folder of your own, or have it removed",
-        )
 
 
 def _started(pid: int) -> str:

@@ -184,7 +184,8 @@ VICTIM = """
 KILLER = """
     import os, signal, threading
     import pytest
-    from pytest_microvm.templates.budget import HostBudget, runtime_folder
+    from pytest_microvm.templates.budget import HostBudget
+    from pytest_microvm.templates.runtime_folder import runtime_folder
 
     microvm_host_only = True
     kills = []

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pytest_microvm.ci.gitlab.job import job_key
-from pytest_microvm.templates.budget import runtime_folder
+from pytest_microvm.templates.runtime_folder import runtime_folder
 from support import gitlab, guards
 from support.gitlab import Job
 from support.repositories import git

@@ -7,9 +7,9 @@ import threading
 
 import pytest
 
-from pytest_microvm.errors import BudgetExhausted, HostError, UsageError
+from pytest_microvm.errors import BudgetExhausted, UsageError
 from pytest_microvm.templates import budget as budget_module
-from pytest_microvm.templates.budget import HostBudget, default_limits, runtime_folder
+from pytest_microvm.templates.budget import HostBudget, default_limits
 
 FORK = multiprocessing.get_context("fork")
 GIB = 1024**3
@@ -155,20 +155,6 @@ def test_processes_together_keep_the_limit(tmp_path):
 def test_odd_records_do_not_count(budget, content):
     (budget._folder / "odd.json").write_text(content)
     assert budget.try_take("a", "base", 4, GIB)
-
-
-def test_a_folder_of_another_user_is_refused(tmp_path, monkeypatch):
-    owner = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
-    with pytest.raises(HostError, match=f"belongs to another user \\(uid {owner}\\)"):
-        HostBudget(tmp_path / "run", 1, GIB)
-
-
-def test_the_folder_is_this_users(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert runtime_folder() == tmp_path / "pytest-microvm"
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
-    assert runtime_folder().name == f"pytest-microvm-{os.getuid()}"
 
 
 def test_limits(monkeypatch):

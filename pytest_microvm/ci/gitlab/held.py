@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from pytest_microvm.ci.gitlab.holder_socket import SCRIPT, FrameSocket, message_of, short_path
 from pytest_microvm.ci.gitlab.holding import ENDED, FACTS, LOCK, LOG, SOCKET, Terms
 from pytest_microvm.errors import HostError, MachineError, UsageError
-from pytest_microvm.templates.budget import runtime_folder
+from pytest_microvm.templates.runtime_folder import own_folder, runtime_folder
 from pytest_microvm.wire.frames import Kind, WireError
 
 _END_TIMEOUT = 60.0  # seconds that a holder has to end its machine and itself before it is killed
@@ -51,11 +51,14 @@ class HeldMachine:
 
     Args:
         key: Its name: letters and digits.
+
+    Raises:
+        HostError: The folder of held machines is open to other users.
     """
 
     def __init__(self, key: str) -> None:
         assert key.isalnum()
-        self._folder = runtime_folder() / "held" / key
+        self._folder = own_folder(runtime_folder() / "held") / key
 
     def start(
         self,
@@ -80,7 +83,8 @@ class HeldMachine:
             HostError: The machine, or its holder, did not start.
         """
         self.end()
-        self._make_folder()
+        _sweep(self._folder.parent)
+        self._folder.mkdir(mode=0o700)
         wanted = {
             "folder": str(self._folder),
             "machine": machine,
@@ -186,24 +190,6 @@ class HeldMachine:
         with contextlib.suppress(OSError):
             return (self._folder / LOG).read_text(errors="replace")[-4000:]
         return ""
-
-    def _make_folder(self) -> None:
-        """Make the folder, where nobody else can look into it.
-
-        Raises:
-            HostError: The place belongs to somebody else.
-        """
-        held = self._folder.parent
-        held.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for folder in (held.parent, held):
-            if folder.lstat().st_uid != os.getuid():
-                raise HostError(
-                    f"{folder} belongs to another user (uid {folder.lstat().st_uid})",
-                    resolution="set XDG_RUNTIME_DIR to a folder of your own, or have it removed",
-                )
-        held.chmod(0o700)
-        _sweep(held)
-        self._folder.mkdir(mode=0o700)
 
 
 @contextlib.contextmanager
