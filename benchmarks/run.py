@@ -9,7 +9,7 @@ import os
 import platform
 from pathlib import Path
 
-NAMES = ("per_test", "edit", "fixture", "lifecycle", "mounts", "network", "ci", "autoload")
+NAMES = ("per_test", "edit", "fixture", "lifecycle", "mounts", "network", "ci", "autoload", "redaction")
 
 
 def main() -> int:

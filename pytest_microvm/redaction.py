@@ -5,6 +5,10 @@ offset, as in ``user:token`` of basic authentication; cut into lines if nothing 
 beginning and end are also found around three dots, as in pytest's reports. It is not found where a program
 changed it otherwise: redaction keeps accidents out of logs, it does not keep a secret from code that wants to
 tell it.
+
+Such code must not make the search slow either: time is linear in the text, and hardly depends on how many
+values there are. A library with Aho and Corasick's algorithm (``pyahocorasick``) would do that too, but is an
+extension in C in the environment of the users' tests, and does not know what to hold of a stream.
 """
 
 from __future__ import annotations
@@ -12,7 +16,9 @@ from __future__ import annotations
 import base64
 import json
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from itertools import groupby
 from typing import AnyStr, Generic
 from urllib.parse import quote, quote_plus
 
@@ -30,26 +36,39 @@ _LINES = (57, 48)  # bytes in a line of base64, as base64(1) and Python write it
 MIN_PART = 6
 """Characters of a value that was cut short, on one side, which are looked for."""
 _MAX_PART = 256  # pytest shows up to 240 characters of a value, around the middle that it leaves out
+_MAX_START = 128  # characters of a word that are looked for at once
+_MAX_PATTERN = 8192  # characters of a pattern: compiling it takes 20 ms
 _LEFT_OUT = re.compile(r"\.{3,}|\N{HORIZONTAL ELLIPSIS}")
 
 
 class _Words(Generic[AnyStr]):
-    """Finds any of many words, where several begin at one place the longest.
+    """Finds any of many words, where several begin at one place the longest, in time linear in the text.
 
-    However many they are, what takes time is a pattern of their first characters: a key in PEM has a thousand
-    lines in their encodings, and a machine may say gigabytes.
+    A pattern finds how they begin: with as many characters of each as keep it small, since a key in PEM has a
+    thousand lines in their encodings. Only words that it has not whole are looked up where it finds one.
 
     Args:
         words: None is shorter than ``MIN_LENGTH``.
     """
 
     def __init__(self, words: Iterable[AnyStr]) -> None:
-        self._by_head: dict[AnyStr, list[AnyStr]] = {}
-        for word in sorted(words, key=lambda word: (-len(word), word)):
-            self._by_head.setdefault(word[:MIN_LENGTH], []).append(word)
-        self._longest = max((len(found[0]) for found in self._by_head.values()), default=0)
-        self._shorter: set[AnyStr] = {head[:size] for head in self._by_head for size in range(1, MIN_LENGTH)}
-        self._heads: re.Pattern[AnyStr] | None = _pattern(sorted(self._by_head)) if self._by_head else None
+        self._long: dict[AnyStr, list[AnyStr]] = {}  # by their first characters, the longest first
+        self._short: set[AnyStr] = set()
+        for word in sorted(words, key=len, reverse=True):
+            if len(word) > _MAX_START:
+                self._long.setdefault(word[:_MAX_START], []).append(word)
+            else:
+                self._short.add(word)
+        self._starts: list[AnyStr] = sorted(self._short.union(self._long))
+        self._within = _prefixes(self._starts)
+        every = self._short.union(*self._long.values())
+        self._longest = max(map(len, every), default=0)
+        depth = _depth(self._starts)
+        self._cut: set[AnyStr] = {word[:depth] for word in every if len(word) > depth}
+        self._heads: re.Pattern[AnyStr] | None = _pattern({start[:depth] for start in self._starts})
+        self._firsts: re.Pattern[AnyStr] | None = _pattern({start[:MIN_LENGTH] for start in self._starts})
+        depth = _depth(list(self._long))
+        self._long_starts: re.Pattern[AnyStr] | None = _pattern({start[:depth] for start in self._long})
 
     def __bool__(self) -> bool:
         return self._heads is not None
@@ -58,37 +77,126 @@ class _Words(Generic[AnyStr]):
         """Yield where each word begins and ends, from left to right."""
         position = 0
         while self._heads is not None and (head := self._heads.search(text, position)):
-            begin = head.start()
-            found = next((word for word in self._by_head[head[0]] if text.startswith(word, begin)), None)
-            position = begin + (len(found) if found else 1)
-            if found:
-                yield begin, position
+            begin, end = head.span()
+            if head[0] in self._cut:
+                end = begin + self._length_at(text, begin)
+            if end > begin:
+                yield begin, end
+            position = max(end, begin + 1)
 
     def unfinished(self, text: AnyStr) -> int:
         """Return how many characters at the end of ``text`` begin a word that does not end there."""
-        start = position = max(0, len(text) - self._longest + 1)
-        while self._heads is not None and (head := self._heads.search(text, position)):
-            rest = text[head.start() :]
-            if any(len(word) > len(rest) and word.startswith(rest) for word in self._by_head[head[0]]):
-                return len(rest)
-            position = head.start() + 1
-        sizes = range(min(MIN_LENGTH - 1, len(text) - start), 0, -1)
-        return next((size for size in sizes if text[-size:] in self._shorter), 0)
+        if self._begins(text):  # a long word that comes in small pieces: nothing else is looked at each time
+            return len(text)
+        for starts, most in ((self._long_starts, self._longest), (self._firsts, _MAX_START)):
+            position = max(0, len(text) - most + 1)
+            while starts is not None and (start := starts.search(text, position)):
+                if self._begins(text, start.start()):
+                    return len(text) - start.start()
+                position = start.start() + 1
+        sizes = range(min(MIN_LENGTH - 1, len(text)), 0, -1)
+        return next((size for size in sizes if self._begins(text, len(text) - size)), 0)
+
+    def _length_at(self, text: AnyStr, begin: int) -> int:
+        """Return the length of the longest word at a place; 0 if none is there."""
+        rest = text[begin : begin + _MAX_START]
+        at = bisect_right(self._starts, rest) - 1
+        while at >= 0:  # what is not before the rest in order, and does not begin it, has what does
+            start = self._starts[at]
+            if rest.startswith(start):
+                for word in self._long.get(start, ()):
+                    if text.startswith(word, begin):
+                        return len(word)
+                if start in self._short:
+                    return len(start)
+            at = self._within[at]
+        return 0
+
+    def _begins(self, text: AnyStr, begin: int = 0) -> bool:
+        """Tell whether what ``text`` has from a place on begins a word that is longer."""
+        start = text[begin : begin + _MAX_START]
+        for word in self._long.get(start, ()):
+            if len(word) > len(text) - begin and word.startswith(text[begin:]):
+                return True
+        at = bisect_right(self._starts, start)
+        is_short = 0 < len(text) - begin < _MAX_START
+        return is_short and at < len(self._starts) and self._starts[at].startswith(start)
 
 
-def _pattern(heads: list[AnyStr]) -> re.Pattern[AnyStr]:
-    """Return a pattern of words of one length that looks at each character of a text once or twice."""
-    if isinstance(heads[0], str):
-        return re.compile(_branches(heads))
-    return re.compile(_branches([head.decode("latin-1") for head in heads]).encode("latin-1"))
+def _prefixes(words: list[AnyStr]) -> list[int]:
+    """Return for each of some sorted words the number of the longest other one that it begins with, or -1."""
+    found: list[int] = []
+    for number, word in enumerate(words):
+        before = number - 1
+        while before >= 0 and not word.startswith(words[before]):
+            before = found[before]
+        found.append(before)
+    return found
 
 
-def _branches(words: list[str]) -> str:
-    below: dict[str, list[str]] = {}
-    for word in words:
-        below.setdefault(word[0], []).append(word[1:])
-    parts = [re.escape(first) + (_branches(rest) if rest[0] else "") for first, rest in below.items()]
-    return parts[0] if len(parts) == 1 else f"(?:{'|'.join(parts)})"
+def _depth(words: list[AnyStr]) -> int:
+    """Return how many characters of each word a pattern can have and stay small."""
+    depth = _MAX_START
+    while depth > MIN_LENGTH and sum(min(len(word), depth) for word in words) > _MAX_PATTERN:
+        depth = max(MIN_LENGTH, depth * 3 // 4)
+    return depth
+
+
+def _pattern(words: set[AnyStr]) -> re.Pattern[AnyStr] | None:
+    """Return a pattern that finds the longest of some words, which looks at few of them at each place."""
+    if not words:
+        return None
+    first = next(iter(words))
+    if isinstance(first, str):
+        return re.compile(_branches(sorted(words)))
+    return re.compile(_branches(sorted(word.decode("latin-1") for word in words)).encode("latin-1"))
+
+
+def _branches(words: list[str], at: int = 0) -> str:
+    """Return a pattern of what sorted words, which are the same up to ``at``, have from there on."""
+    if len(words) == 1:
+        return re.escape(words[0][at:])
+    pairs = enumerate(zip(words[0], words[-1], strict=False))
+    same = next((place for place, (one, other) in pairs if one != other), len(words[0]))
+    if same > at:
+        return re.escape(words[0][at:same]) + _branches(words, same)
+    ends = len(words[0]) == at
+    groups = groupby(words[1:] if ends else words, key=lambda word: word[at])
+    parts = [_branches(list(group), at) for _, group in groups]
+    return f"(?:{'|'.join([*parts, ''] if ends else parts)})"
+
+
+class _Beginnings:
+    """Finds beginnings of values that end where something was left out, in time linear in the text.
+
+    Args:
+        wholes: The values; none is shorter than ``MIN_PART``.
+    """
+
+    def __init__(self, wholes: Iterable[str]) -> None:
+        self._sorted = sorted({whole[:_MAX_PART] for whole in wholes})
+        self._reach = max(map(len, self._sorted), default=0)
+        self._firsts: re.Pattern[str] | None = _pattern({whole[:MIN_PART] for whole in self._sorted})
+
+    def find(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yield where each beginning begins and ends, from left to right."""
+        position, dots = 0, None
+        while self._firsts is not None and (first := self._firsts.search(text, position)):
+            begin, end = first.span()
+            if dots is None or dots.start() < end:
+                dots = _LEFT_OUT.search(text, end)
+            if dots is None:
+                return
+            end, position = dots.start(), begin + 1
+            if end - begin > self._reach:
+                position = end - self._reach
+            elif self._has(text[begin:end]):
+                yield begin, end
+                position = dots.end()
+
+    def _has(self, part: str) -> bool:
+        at = bisect_left(self._sorted, part)
+        return at < len(self._sorted) and self._sorted[at].startswith(part)
 
 
 class Redactor:
@@ -96,15 +204,19 @@ class Redactor:
 
     Args:
         values: What is secret.
+        keep_length: Replace each of their characters by ``*`` instead.
     """
 
-    def __init__(self, values: Iterable[str] = ()) -> None:
+    def __init__(self, values: Iterable[str] = (), *, keep_length: bool = False) -> None:
+        self._keep_length = keep_length
         values = [value for value in values if len(value) >= MIN_LENGTH]
         shown = {variant for value in values for variant in variants(value)}
         self._bytes = _Words({variant.encode(errors="surrogateescape") for variant in shown})
         self._text = _Words(shown)
         whole = {text for value in values for text in (value, value.strip(), *_escaped(value))}
-        self._whole = sorted(text for text in whole if len(text) > MIN_PART)
+        whole = {text for text in whole if len(text) > MIN_PART}
+        self._heads = _Beginnings(whole)
+        self._tails = _Beginnings(text[::-1] for text in whole)
 
     def __bool__(self) -> bool:
         return bool(self._bytes)
@@ -113,21 +225,19 @@ class Redactor:
         """Return ``text`` without the values, and without the two ends of one that was cut short."""
         if not self._text:
             return text
-        return self._without_parts(_masked(text, self._text.find(text), MASK))
+        return self._without_parts(self._masked(text, self._text.find(text), MASK))
 
     def raw(self, data: bytes) -> bytes:
         """Return ``data`` without the values."""
-        return _masked(data, self._bytes.find(data), MASK.encode()) if self else data
+        return self._masked(data, self._bytes.find(data), MASK.encode()) if self else data
 
     def _without_parts(self, text: str) -> str:
         """Mask what is left of a value where something was left out, as pytest shows ``'s3cr...f=42'``."""
-        spans: list[tuple[int, int]] = []
-        for dots in _LEFT_OUT.finditer(text):
-            lowest = max(spans[-1][1] if spans else 0, dots.start() - _MAX_PART)
-            begin = min((_head_of(whole, text, lowest, dots.start()) for whole in self._whole), default=0)
-            end = max((_tail_of(whole, text, dots.end()) for whole in self._whole), default=0)
-            spans += [span for span in ((begin, dots.start()), (dots.end(), end)) if span[0] < span[1]]
-        return _masked(text, spans, MASK)
+        if not _LEFT_OUT.search(text):
+            return text
+        size = len(text)
+        tails = ((size - end, size - begin) for begin, end in self._tails.find(text[::-1]))
+        return self._masked(text, _joined([*self._heads.find(text), *tails]), MASK)
 
     def tree(self, value: object) -> object:
         """Return a value of JSON with every text in it, keys too, redacted."""
@@ -139,46 +249,42 @@ class Redactor:
             return {self.text(str(key)): self.tree(item) for key, item in value.items()}
         return [self.tree(item) for item in value] if isinstance(value, list) else value
 
-    def decided(self, data: bytes) -> int:
-        """Return how many bytes of ``data`` cannot become part of a (longer) value with what follows."""
-        return self.split(data)[0]
-
     def split(self, data: bytes) -> tuple[int, bytes]:
-        """Return how many bytes of ``data`` are decided (see :meth:`decided`), and these without values."""
+        """Return how many bytes of ``data`` cannot become part of a (longer) value with what follows.
+
+        And these without values.
+        """
         end = len(data) - self._bytes.unfinished(data)
         spans = []
-        for begin, stop in self._bytes.find(data):
+        for begin, stop in self._bytes.find(data) if end else ():
             if stop > end:
                 end = min(end, begin)
                 break
             spans.append((begin, stop))
-        return end, _masked(data[:end], spans, MASK.encode())
+        return end, self._masked(data[:end], spans, MASK.encode())
+
+    def _masked(self, text: AnyStr, spans: Iterable[tuple[int, int]], mask: AnyStr) -> AnyStr:
+        position = 0
+        parts: list[AnyStr] = []
+        for begin, end in spans:
+            parts += [text[position:begin], mask[:1] * (end - begin) if self._keep_length else mask]
+            position = end
+        parts.append(text[position:])
+        return text[:0].join(parts)
 
 
-def _masked(text: AnyStr, spans: Iterable[tuple[int, int]], mask: AnyStr) -> AnyStr:
-    position = 0
-    parts: list[AnyStr] = []
-    for begin, end in spans:
-        parts += [text[position:begin], mask]
-        position = end
-    parts.append(text[position:])
-    return text[:0].join(parts)
-
-
-def _head_of(whole: str, text: str, lowest: int, end: int) -> int:
-    """Return where, not before ``lowest``, the beginning of ``whole`` begins that ends at ``end``."""
-    begin = text.find(whole[:MIN_PART], lowest, end)
-    while begin >= 0 and not whole.startswith(text[begin:end]):
-        begin = text.find(whole[:MIN_PART], begin + 1, end)
-    return begin if begin >= 0 else end
-
-
-def _tail_of(whole: str, text: str, begin: int) -> int:
-    """Return where the end of ``whole`` ends that begins at ``begin``."""
-    found = text.rfind(whole[-MIN_PART:], begin, begin + _MAX_PART)
-    while found >= 0 and not whole.endswith(text[begin : found + MIN_PART]):
-        found = text.rfind(whole[-MIN_PART:], begin, found + MIN_PART - 1)
-    return found + MIN_PART if found >= 0 else begin
+def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield spans from left to right, those that overlap as one."""
+    begin = end = 0
+    for start, stop in sorted(spans):
+        if start < end:
+            end = max(end, stop)
+            continue
+        if begin < end:
+            yield begin, end
+        begin, end = start, stop
+    if begin < end:
+        yield begin, end
 
 
 class RedactedStream:

@@ -6,14 +6,12 @@ What replaces a value is as long as it is, so that lengths that were announced s
 from __future__ import annotations
 
 import base64
-import re
 from collections.abc import Iterable
 
 from pytest_microvm.network.credentials import Credential
 from pytest_microvm.network.refusal import Refused
-from pytest_microvm.redaction import Redactor, variants
+from pytest_microvm.redaction import RedactedStream, Redactor
 
-_BLANK = b"*"
 # Values of headers that say how what follows is encoded.
 _SEARCHABLE = {
     b"content-encoding": (b"", b"identity"),
@@ -31,31 +29,21 @@ class Echoes:
 
     def __init__(self, credentials: Iterable[Credential]) -> None:
         values = {value for credential in credentials for value in _values(credential)}
-        known = sorted({v.encode() for value in values for v in variants(value)}, key=len, reverse=True)
-        self._pattern = re.compile(b"|".join(map(re.escape, known))) if known else None
-        self._redactor = Redactor(values)
-        self._held = b""
+        self._redactor = Redactor(values, keep_length=True)
+        self._stream = RedactedStream(self._redactor)
 
     def __bool__(self) -> bool:
-        return self._pattern is not None
+        return bool(self._redactor)
 
     def blanked(self, text: bytes) -> bytes:
         """Return a text that is all there (a header's value) without the values."""
-        if self._pattern is None:
-            return text
-        return self._pattern.sub(lambda found: _BLANK * len(found[0]), text)
+        return self._redactor.raw(text)
 
     def feed(self, data: bytes) -> bytes:
         """Return what can be sent on now that ``data`` came; at the end (none) what was held back."""
-        if self._pattern is None:
+        if not self:
             return data
-        if not data:
-            data, self._held = self._held, b""
-            return self.blanked(data)
-        data = self._held + data
-        sure = self._redactor.decided(data)
-        self._held = data[sure:]
-        return self.blanked(data[:sure])
+        return self._stream.feed(data) if data else self._stream.end()
 
     def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         """Refuse a response, or a WebSocket, that cannot be searched.
