@@ -197,7 +197,7 @@ class Exchange:
         }
 
     async def _switch(self, line: Line, event: h11.InformationalResponse) -> None:
-        """Go on as a WebSocket: bytes both ways that nobody looks into but for credentials."""
+        """Go on as a WebSocket: bytes both ways; the server's messages are searched for credentials."""
         if dict(event.headers).get(b"upgrade", b"").lower() != b"websocket":
             raise Refused(502, f"{line.origin.host} switches to a protocol that was not asked for")
         self._echoes.check(event.headers)
@@ -205,7 +205,8 @@ class Exchange:
         reason = self._echoes.blanked(event.reason)
         await self._answer(h11.InformationalResponse(status_code=101, headers=headers, reason=reason))
         line.stream.unread(line.http.trailing_data[0])
-        await relay(self._guest, line.stream, Frames(self._echoes.feed).feed if self._echoes else None)
+        frames = Frames(self._echoes.feed, self._echoes.blanked)
+        await relay(self._guest, line.stream, frames.feed if self._echoes else None)
 
     async def _answer(self, head: h11.Response | h11.InformationalResponse) -> None:
         self._note_status(head.status_code)

@@ -177,8 +177,9 @@ class _Handler(socketserver.StreamRequestHandler):
         return "close"
 
     def do_socket(self, head):
-        """A WebSocket that sends back what it gets, byte by byte of its frames, and its first header."""
-        return self._socket(head, headers_of(head).get("authorization", "none").encode() + b"\n")
+        """A WebSocket that sends back what it gets, byte by byte of its frames, and first a header."""
+        first = headers_of(head).get("authorization", "none").encode() + b"\n"
+        return self._socket(head, b"\x81" + bytes([len(first)]) + first)
 
     def do_quiet_socket(self, head):
         """Speak first never, and send back what comes."""

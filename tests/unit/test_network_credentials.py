@@ -1,6 +1,7 @@
 """Credentials: they go to their host over TLS, and the guest never gets to see one."""
 
 import base64
+import contextlib
 import json
 import pickle
 import ssl
@@ -288,10 +289,35 @@ def test_in_a_websocket(world, servers):
     came = b""
     while not came.partition(b"\r\n\r\n")[2].endswith(b"\n"):
         came += tls.recv(1000)
-    assert came.endswith(b"\r\n\r\n" + b"*" * len(f"Bearer {VALUE}") + b"\n")
+    size = len(f"Bearer {VALUE}")
+    assert came.endswith(b"\r\n\r\n\x81" + bytes([size + 1]) + b"*" * size + b"\n")
     assert "sec-websocket-extensions" not in headers_of(servers[0].heads[0])
     tls.sendall(b"\x81\x05hello")
     assert tls.recv(100) == b"\x81\x05hello"
+
+
+def test_in_fragments_of_a_websocket(world):
+    tls = websocket(world, "/quiet-socket")
+    came = b""
+    while not came.endswith(b"\r\n\r\n"):
+        came += tls.recv(1000)
+    head, tail = VALUE[:6].encode(), VALUE[6:].encode()
+    tls.sendall(b"\x01" + bytes([len(head)]) + head + b"\x89\x00")
+    assert tls.recv(100) == b"\x89\x00"
+    tls.sendall(b"\x80" + bytes([len(tail)]) + tail)
+    assert tls.recv(100) == b"\x81" + bytes([len(VALUE)]) + b"*" * len(VALUE)
+
+
+def test_a_websocket_that_hides_what_it_sends_is_cut(world):
+    """A server must not mask its frames: a machine could take the mask off, and nothing was found in them."""
+    tls = websocket(world, "/quiet-socket")
+    while not tls.recv(1000).endswith(b"\r\n\r\n"):
+        pass
+    tls.sendall(
+        b"\x81" + bytes([0x80 + len(VALUE)]) + b"\1\1\1\1" + bytes(byte ^ 1 for byte in VALUE.encode())
+    )
+    with contextlib.suppress(OSError):  # it is cut without TLS's own end
+        assert tls.recv(100) == b""
 
 
 def test_a_message_that_ends_as_the_value_begins_does_not_wait_for_the_next_one(world):
