@@ -136,9 +136,9 @@ async def _work(
     import dask.config  # noqa: PLC0415 - only for this command
     from distributed import Worker  # noqa: PLC0415
 
-    from pytest_microvm.ci.cluster.connection import NO_PAGES  # noqa: PLC0415
+    from pytest_microvm.ci.cluster.connection import dask_settings  # noqa: PLC0415
 
-    dask.config.set(NO_PAGES)
+    dask.config.set(dask_settings())
     logging.getLogger("distributed.worker").setLevel(logging.WARNING)  # else a line for each call
     ended = asyncio.Event()
     for signal_number in (signal.SIGINT, signal.SIGTERM):

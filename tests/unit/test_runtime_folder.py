@@ -3,11 +3,14 @@
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from pytest_microvm.ci.cluster.connection import own_cluster
 from pytest_microvm.ci.gitlab.held import HeldMachine
 from pytest_microvm.errors import HostError
 from pytest_microvm.templates.budget import HostBudget
@@ -32,22 +35,11 @@ def name(shared):
     return shared / f"pytest-microvm-{os.getuid()}"
 
 
-def as_nobody(work):
-    """Do something as another user, in a process of its own."""
+def as_nobody(*command):
+    """Run a command as another user."""
     if os.getuid() != 0:
         pytest.skip("only root can act as another user")
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.setgroups([])
-            os.setgid(NOBODY)
-            os.setuid(NOBODY)
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
+    subprocess.run(command, user=NOBODY, group=NOBODY, extra_groups=[], check=True)
 
 
 def users():
@@ -57,7 +49,7 @@ def users():
 @pytest.mark.parametrize("user", users())
 def test_another_users_link_is_not_followed(shared, name, tmp_path, user):
     """What it leads to is ours: its owner says nothing."""
-    as_nobody(lambda: name.symlink_to(tmp_path))
+    as_nobody("ln", "-s", tmp_path, name)
     with pytest.raises(HostError, match="is a link"):
         users()[user]()
     assert list(tmp_path.iterdir()) == []
@@ -65,7 +57,7 @@ def test_another_users_link_is_not_followed(shared, name, tmp_path, user):
 
 @pytest.mark.parametrize("user", users())
 def test_another_users_folder_is_not_used(shared, name, user):
-    as_nobody(lambda: (name.mkdir(), name.chmod(0o777)))
+    as_nobody("mkdir", "-m", "777", name)
     with pytest.raises(HostError, match=f"belongs to another user \\(uid {NOBODY}\\)"):
         users()[user]()
     assert list(name.iterdir()) == []
@@ -133,6 +125,16 @@ def test_xdg_runtime_dir(name, monkeypatch, tmp_path):
 def test_xdg_runtime_dir_of_another_user(shared, name, monkeypatch):
     """Left by sudo(8): its owner could exchange what is in it."""
     theirs = shared / "theirs"
-    as_nobody(lambda: (theirs.mkdir(), theirs.chmod(0o777)))
+    as_nobody("mkdir", "-m", "777", theirs)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(theirs))
     assert runtime_folder() == name
+
+
+def test_dask_imports_nothing_of_another_user(shared, name):
+    """Its own folder is on ``sys.path`` of scheduler and workers."""
+    theirs = shared / "dask-scratch-space"
+    as_nobody("mkdir", "-m", "777", theirs)
+    with own_cluster(1) as client:
+        paths = {*sys.path, *client.run(lambda: sys.path).popitem()[1]}
+    assert {path.split("/")[3] for path in paths if path.startswith(str(shared))} == {name.name}
+    assert list(theirs.iterdir()) == []

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import dask.config
@@ -24,6 +25,7 @@ from distributed.security import Security
 
 from pytest_microvm.errors import HostError, UsageError
 from pytest_microvm.templates.budget import default_limits
+from pytest_microvm.templates.runtime_folder import runtime_folder
 
 CONNECT_TIMEOUT = 60.0
 _NAME = "pytest-microvm"
@@ -31,11 +33,20 @@ ALLOWED_FAILURES = 1
 """How many workers may be lost while they do a task: it is begun once more, not twice."""
 
 
-NO_PAGES: dict[str, list[str]] = {
-    "distributed.scheduler.http.routes": [],
-    "distributed.worker.http.routes": [],
-}
-"""Dask's configuration without web pages: they ask nobody who he is."""
+def dask_settings() -> dict[str, Any]:
+    """Return Dask's configuration: no web pages, which ask nobody who he is, and files in a folder of ours.
+
+    Dask imports modules from the folder where it has its files, ``dask-scratch-space`` in the folder for
+    temporary files if nothing else is said: whoever made that first could put some there.
+
+    Raises:
+        HostError: Our folder is open to other users.
+    """
+    return {
+        "distributed.scheduler.http.routes": [],
+        "distributed.worker.http.routes": [],
+        "temporary-directory": dask.config.get("temporary-directory", None) or str(runtime_folder()),
+    }
 
 
 @dataclass(frozen=True)
@@ -177,7 +188,7 @@ def own_cluster(slots: int) -> Iterator[Client]:
     cpus, memory = default_limits()
     resources = {"vcpus": cpus / workers, "memory": memory / workers, "kvm": threads}
     with ExitStack() as stack:
-        stack.enter_context(dask.config.set(NO_PAGES))
+        stack.enter_context(dask.config.set(dask_settings()))
         try:
             cluster = stack.enter_context(
                 LocalCluster(
