@@ -27,7 +27,8 @@ _LOCAL = 2  # RTN_LOCAL
 _DESTINATION, _DEVICE, _GATEWAY, _MULTIPATH, _VIA = 1, 4, 5, 9, 18  # RTA_DST, RTA_OIF, ...
 _ATTRIBUTE_TYPE = 0x3FFF  # NLA_TYPE_MASK
 _RESOLVED = 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # NUD_REACHABLE, _STALE, _DELAY, _PROBE, _PERMANENT
-_NO_ROUTE = frozenset((errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.EAGAIN))
+# Not what forbidding routes answer as well (EINVAL, EACCES): a kernel that refuses the question does so, too.
+_NO_ROUTE = frozenset((errno.ENETUNREACH, errno.EHOSTUNREACH))
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def is_neighbour(address: Address, device: int) -> bool:
     try:
         reply = _ask(_GET_NEIGHBOUR, body + _attribute(_DESTINATION, address.packed))
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.EOPNOTSUPP, errno.EINVAL):  # before Linux 5.0: cannot be asked
+        if error.errno in (errno.ENOENT, errno.EOPNOTSUPP):  # the latter before Linux 5.0
             return False
         raise
     return bool(_NEIGHBOUR.unpack_from(reply)[2] & _RESOLVED)
