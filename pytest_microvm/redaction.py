@@ -18,6 +18,7 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from itertools import groupby
 from typing import AnyStr, Generic
 from urllib.parse import quote, quote_plus
@@ -69,9 +70,6 @@ class _Words(Generic[AnyStr]):
         self._firsts: re.Pattern[AnyStr] | None = _pattern({start[:MIN_LENGTH] for start in self._starts})
         depth = _depth(list(self._long))
         self._long_starts: re.Pattern[AnyStr] | None = _pattern({start[:depth] for start in self._long})
-
-    def __bool__(self) -> bool:
-        return self._heads is not None
 
     def find(self, text: AnyStr) -> Iterator[tuple[int, int]]:
         """Yield where each word begins and ends, from left to right."""
@@ -208,22 +206,36 @@ class Redactor:
     """
 
     def __init__(self, values: Iterable[str] = (), *, keep_length: bool = False) -> None:
+        self._values = frozenset(value for value in values if len(value) >= MIN_LENGTH)
         self._keep_length = keep_length
-        values = [value for value in values if len(value) >= MIN_LENGTH]
-        shown = {variant for value in values for variant in variants(value)}
-        self._bytes = _Words({variant.encode(errors="surrogateescape") for variant in shown})
-        self._text = _Words(shown)
-        whole = {text for value in values for text in (value, value.strip(), *_escaped(value))}
-        whole = {text for text in whole if len(text) > MIN_PART}
-        self._heads = _Beginnings(whole)
-        self._tails = _Beginnings(text[::-1] for text in whole)
 
     def __bool__(self) -> bool:
-        return bool(self._bytes)
+        return bool(self._values)
+
+    # Made when they are needed: a response is only searched as bytes, and most runs show few texts.
+
+    @cached_property
+    def _shown(self) -> set[str]:
+        return {variant for value in self._values for variant in variants(value)}
+
+    @cached_property
+    def _bytes(self) -> _Words[bytes]:
+        return _Words({variant.encode(errors="surrogateescape") for variant in self._shown})
+
+    @cached_property
+    def _text(self) -> _Words[str]:
+        return _Words(self._shown)
+
+    @cached_property
+    def _parts(self) -> tuple[_Beginnings, _Beginnings]:
+        """The values' beginnings, and their ends, which are read backwards."""
+        whole = {text for value in self._values for text in (value, value.strip(), *_escaped(value))}
+        whole = {text for text in whole if len(text) > MIN_PART}
+        return _Beginnings(whole), _Beginnings(text[::-1] for text in whole)
 
     def text(self, text: str) -> str:
         """Return ``text`` without the values, and without the two ends of one that was cut short."""
-        if not self._text:
+        if not self:
             return text
         return self._without_parts(self._masked(text, self._text.find(text), MASK))
 
@@ -236,12 +248,13 @@ class Redactor:
         if not _LEFT_OUT.search(text):
             return text
         size = len(text)
-        tails = ((size - end, size - begin) for begin, end in self._tails.find(text[::-1]))
-        return self._masked(text, _joined([*self._heads.find(text), *tails]), MASK)
+        heads, tails = self._parts
+        ends = ((size - end, size - begin) for begin, end in tails.find(text[::-1]))
+        return self._masked(text, _joined([*heads.find(text), *ends]), MASK)
 
     def tree(self, value: object) -> object:
         """Return a value of JSON with every text in it, keys too, redacted."""
-        if not self._text:
+        if not self:
             return value
         if isinstance(value, str):
             return self.text(value)
@@ -254,6 +267,8 @@ class Redactor:
 
         And these without values.
         """
+        if not self:
+            return len(data), data
         end = len(data) - self._bytes.unfinished(data)
         spans = []
         for begin, stop in self._bytes.find(data) if end else ():
