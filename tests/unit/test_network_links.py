@@ -28,6 +28,7 @@ ip -6 route add default via 2001:db8:1::1
 ip neighbour add 2001:db8:2::7 lladdr 02:00:00:00:00:07 dev eth0
 ip route add 192.0.2.128/28 dev wg0 table 77
 ip rule add to 192.0.2.128/28 table 77
+echo ready
 exec "$@"
 """
 DECIDE = """
@@ -51,14 +52,13 @@ def decided():
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as child:
+        if child.stdout.readline() != b"ready\n":
+            pytest.skip(f"no such links can be made here: {child.stderr.read()[-300:]}")
 
         def decide(rules, host, address):
             child.stdin.write(json.dumps([rules, host, address]).encode() + b"\n")
             child.stdin.flush()
-            line = child.stdout.readline()
-            return (
-                json.loads(line) if line else pytest.skip(f"no such links here: {child.stderr.read()[-300:]}")
-            )
+            return json.loads(child.stdout.readline())
 
         yield decide
         child.stdin.close()
