@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,10 @@ from pytest_microvm.termination import interrupt_on_sigterm
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_MODULES = (
+    *("test", "run", "ci", "report", "python", "doctor", "image", "template", "machines", "top", "network"),
+    *("trust", "github", "gitlab"),
+)
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
 EXIT_USAGE = 4  # pytest's number for a usage error
@@ -21,7 +26,8 @@ EXIT_USAGE = 4  # pytest's number for a usage error
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    arguments = _parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    arguments = _parser(words[:1]).parse_args(words)
     leave_sigterm = interrupt_on_sigterm()
     try:
         status: int = arguments.run(arguments)
@@ -39,24 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    from pytest_microvm.cli import (  # noqa: PLC0415 - only for the command
-        ci,
-        doctor,
-        github,
-        gitlab,
-        image,
-        machines,
-        network,
-        python,
-        report,
-        run,
-        template,
-        test,
-        top,
-        trust,
-    )
+def _parser(verbs: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return the parser of the command line.
 
+    Args:
+        verbs: The verb in use. If it has a module of its own, only that is imported: the others import much.
+    """
     parser = argparse.ArgumentParser(
         prog="pytest-microvm",
         description="Throwaway microVMs for pytest, CI and agents.",
@@ -64,10 +58,7 @@ def _parser() -> argparse.ArgumentParser:
         "`pytest-microvm doctor` says what this computer offers.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('pytest-microvm')}")
-    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (
-        *(test, run, ci, report, python, doctor, image, template, machines, top, network, trust),
-        *(github, gitlab),
-    ):
-        module.add_parser(verbs)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name in [verb for verb in verbs if verb in _MODULES and verb != "machines"] or _MODULES:
+        import_module(f"pytest_microvm.cli.{name}").add_parser(subparsers)
     return parser
