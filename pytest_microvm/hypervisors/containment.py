@@ -1,8 +1,9 @@
 """The walls around a VMM's process: what a guest that breaks out of it meets.
 
-Started as root, the process gets a user of its own that owns nothing; in any case no new privileges, an
-empty network namespace where the host allows one, and limits of the kernel. What holds on this host is
-found out by doing it, and told by the same object that does it (:meth:`Walls.told`).
+Started as root, the process gets a user of its own that owns nothing; in any case no new privileges, no files
+but those that a rule of Landlock names and an empty network namespace, where the host allows them, and limits
+of the kernel. What holds on this host is found out by doing it, and told by the same object that does it
+(:meth:`Walls.told`).
 
 Sources: setpriv(1), unshare(1), setrlimit(2), user_namespaces(7); systemd's UIDS-GIDS document for the ids.
 """
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pytest_microvm.errors import HostError
+from pytest_microvm.hypervisors import landlock
 from pytest_microvm.hypervisors.bubblewrap import VARIABLE as BUBBLEWRAP_VARIABLE
 from pytest_microvm.hypervisors.bubblewrap import bubblewrap_command, wanted_bubblewrap
 from pytest_microvm.hypervisors.rlimits import Rlimits, prlimit_options
@@ -71,7 +73,9 @@ class Walls:
         capabilities: Whether root's capabilities can be taken away.
         bubblewrap: The program that leaves nothing of the file system but programs and libraries; empty
             where that was not asked for. It stays beside the command, which gets a process id of its own.
+        landlock: The version of Landlock's interface that is used; 0: none.
         reason: Why machines run as our own user.
+        unlocked: Why Landlock is not used.
     """
 
     setpriv: str
@@ -81,7 +85,9 @@ class Walls:
     files_group: int | None = None
     capabilities: bool = False
     bubblewrap: str = ""
+    landlock: int = 0
     reason: str = ""
+    unlocked: str = ""
 
     def identity(self, devices: Sequence[Path] = ()) -> Identity | None:
         """Return a new user for a machine that may use ``devices``; ``None``: it keeps our own.
@@ -107,6 +113,7 @@ class Walls:
         limits: Rlimits,
         devices: Sequence[Path] = (),
         report: int | None = None,
+        ruleset: int | None = None,
     ) -> list[str]:
         """Return what comes before a command's argv; it keeps the process id, unless bubblewrap is in it.
 
@@ -115,6 +122,7 @@ class Walls:
             limits: What the kernel holds it to.
             devices: What it must find in /dev.
             report: The descriptor on which bubblewrap tells the command's process id, as JSON.
+            ruleset: What :meth:`ruleset` returned; the programs of the chain that follow are held to it, too.
 
         The parent-death signal is asked for last: a change of user clears it (prctl(2)); the command is
         started only if this process is still there then. The limits are not set from outside: the user may
@@ -123,6 +131,8 @@ class Walls:
         command = [*self.network]
         if self.bubblewrap:
             command += bubblewrap_command(self.bubblewrap, devices, report, capabilities=self.capabilities)
+        if ruleset is not None:
+            command += landlock.landlock_command(ruleset)
         command += [self.prlimit, *prlimit_options(limits), self.setpriv]
         if identity is not None:
             command += [f"--reuid={identity.user}", f"--regid={identity.group}"]
@@ -132,6 +142,24 @@ class Walls:
         command += ["--no-new-privs", "--pdeathsig=KILL", "--"]
         # In bubblewrap's namespace nobody can see who the parent is.
         return command if self.bubblewrap else [*command, "/bin/sh", "-c", _IF_PARENT, str(os.getpid())]
+
+    def ruleset(
+        self, program: str, devices: Sequence[Path] = (), descriptors: Sequence[int] = ()
+    ) -> int | None:
+        """Return a descriptor of the rules for a command's files; ``None``: none. The caller closes it.
+
+        Args:
+            program: The command's program.
+            devices: What it may open in /dev.
+            descriptors: Files that it may open again, as far as these descriptors go.
+
+        Raises:
+            OSError: The kernel refused it.
+        """
+        if not self.landlock:
+            return None
+        chain = (self.prlimit, self.setpriv, "/bin/sh", program)
+        return landlock.open_ruleset(self.landlock, chain, devices, descriptors)
 
     def told(self, devices: Sequence[Path] = ()) -> tuple[Wall, ...]:
         """Return which walls stand around a machine that uses ``devices``, for people."""
@@ -158,15 +186,32 @@ class Walls:
         if self.bubblewrap:
             detail = "programs and libraries are all it sees"
         bubblewrap = Wall("bubblewrap", True, detail)
-        return user, Wall("no_new_privs", True, "set"), network, Wall("rlimits", True, "set"), bubblewrap
+        rlimits = Wall("rlimits", True, "set")
+        return user, Wall("no_new_privs", True, "set"), self._told_landlock(), network, rlimits, bubblewrap
+
+    def _told_landlock(self) -> Wall:
+        name = "landlock"
+        if self.landlock:
+            detail = f"version {self.landlock}: no files but programs, libraries and the machine's own"
+            if self.landlock < landlock.SCOPES_FROM and not self.own_users:
+                detail += ", but who breaks out can send signals to its user's processes"
+            return Wall(name, True, detail)
+        if self.bubblewrap:
+            return Wall(name, True, "not used: bubblewrap leaves no file to deny")
+        whose = "everybody's files" if self.own_users else "the files of the user they run as"
+        detail = f"{self.unlocked}, so who breaks out of a machine can use {whose}"
+        return Wall(name, False, detail, f"a kernel with Landlock (Linux 5.13), or {BUBBLEWRAP_VARIABLE}=1")
 
 
 _TRIED = Rlimits(files=256, file_bytes=2**30, address_bytes=2**33, data_bytes=2**31)
 
 
 @functools.cache
-def find_walls() -> Walls:
+def find_walls(program: str | None = None) -> Walls:
     """Return what can be done on this host, tried once.
+
+    Args:
+        program: What is to run behind Landlock's rules; ``None``: any program that does.
 
     Raises:
         HostError: A program is missing, or bubblewrap was asked for and does not work.
@@ -193,7 +238,23 @@ def find_walls() -> Walls:
     if bare.bubblewrap and not any(_works(walls) for walls in candidates):
         raise HostError("bubblewrap does not work here", resolution=f"run without {BUBBLEWRAP_VARIABLE}")
     least = Walls(setpriv, prlimit, reason=reason or "it may not even shed capabilities")
-    return next((walls for walls in candidates if _works(walls)), least)
+    candidates = _with_landlock([*candidates, least])
+    return next((walls for walls in candidates if _works(walls, program)), candidates[-1])
+
+
+def _with_landlock(candidates: list[Walls]) -> list[Walls]:
+    """Return the candidates, each with Landlock's rules first.
+
+    With bubblewrap there are none: whoever is held to them may not mount (landlock(7)), and it leaves no file
+    to deny.
+    """
+    if candidates[0].bubblewrap:
+        return candidates
+    version, reason = landlock.find_version()
+    without = [replace(one, unlocked=reason or "QEMU does not start behind it") for one in candidates]
+    if not version:
+        return without
+    return [one for walls in without for one in (replace(walls, landlock=version, unlocked=""), walls)]
 
 
 def prefer_for_ending(pid: int) -> None:
@@ -264,13 +325,21 @@ def _covers(table: list[range], first: int, last: int) -> bool:
     return any(first in ids and last in ids for ids in table)
 
 
-def _works(walls: Walls) -> bool:
-    """Whether a program starts behind these walls."""
-    command = [*walls.command(walls.identity(), _TRIED), walls.setpriv, "--version"]
+def _works(walls: Walls, program: str | None = None) -> bool:
+    """Whether a program starts behind these walls; it is ``program`` if there are rules for its files."""
+    if program is None or not walls.landlock:
+        program = walls.setpriv
+    ruleset: int | None = None
     try:
+        ruleset = walls.ruleset(program)
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=_TIMEOUT
-        )
+            [*walls.command(walls.identity(), _TRIED, ruleset=ruleset), program, "--version"],
+            stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=_TIMEOUT,
+            pass_fds=() if ruleset is None else (ruleset,),
+        )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return False
+    finally:
+        if ruleset is not None:
+            os.close(ruleset)
     return done.returncode == 0

@@ -89,33 +89,45 @@ def test_what_is_missing_fails_with_the_package_to_install(report, programs):
 
 
 def test_the_walls_are_told_as_they_are_found(report, monkeypatch):
-    walls = Walls("/usr/bin/setpriv", "/usr/bin/prlimit", reason="it may not change to another user")
-    monkeypatch.setattr(hypervisor, "find_walls", lambda: walls)
+    walls = Walls(
+        "/usr/bin/setpriv", "/usr/bin/prlimit", reason="it may not change to another user", unlocked="too old"
+    )
+    monkeypatch.setattr(hypervisor, "find_walls", lambda _program: walls)
     monkeypatch.setattr(hypervisor, "find_cgroups", lambda: Cgroups(reason="read-only"))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     check = report()["by_name"]["containment"]
     assert check["status"] == "warn"
     for part in (
         "user: machines run as root, with all capabilities: it may not change to another user",
+        "landlock: too old, so who breaks out of a machine can use the files of the user they run as",
         "no_new_privs: set", "seccomp: on", "network namespace: root may not make one here", "rlimits: set",
         "bubblewrap: not asked for",
         "cgroup: no cgroup, so neither a memory ceiling nor a throttle holds (read-only)",
     ):  # fmt: skip
         assert part in check["detail"]
     assert "run as an ordinary user" in check["fix"]
+    assert "a kernel with Landlock" in check["fix"]
     assert "PYTEST_MICROVM_CGROUP" in check["fix"]
 
 
 def test_walls_that_all_stand(report, monkeypatch):
-    walls = Walls("/s", "/p", ("/u", "--net", "--"), range(70, 99), 69, capabilities=True)
-    monkeypatch.setattr(hypervisor, "find_walls", lambda: walls)
+    walls = Walls("/s", "/p", ("/u", "--net", "--"), range(70, 99), 69, capabilities=True, landlock=7)
+    monkeypatch.setattr(hypervisor, "find_walls", lambda _program: walls)
     controller = Controller(2, Path("/sys/fs/cgroup"))
     found = Cgroups(FOLDERS, {"memory": controller, "cpu": controller})
     monkeypatch.setattr(hypervisor, "find_cgroups", lambda: found)
     check = report()["by_name"]["containment"]
     assert (check["status"], check["fix"]) == ("ok", "")
     assert "user: each machine has a user of its own" in check["detail"]
+    assert "landlock: version 7: no files but programs, libraries and the machine's own;" in check["detail"]
     assert "cgroup: cgroup v2 (cpu, memory)" in check["detail"]
+
+
+def test_what_an_old_landlock_leaves_is_told_to_ordinary_users(report, monkeypatch):
+    monkeypatch.setattr(hypervisor, "find_walls", lambda _program: Walls("/s", "/p", landlock=5))
+    detail = report()["by_name"]["containment"]["detail"]
+    assert "landlock: version 5: " in detail
+    assert "who breaks out can send signals to its user's processes" in detail
 
 
 def test_an_old_qemu_fails(report, programs):

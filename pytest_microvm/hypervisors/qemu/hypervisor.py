@@ -114,7 +114,7 @@ class Qemu:
         """
         devices = accelerator_devices(accelerator) if accelerator is not None else []
         return (
-            *find_walls().told(devices),
+            *find_walls(self.program).told(devices),
             Wall("seccomp", True, SANDBOX.partition(",")[0]),
             find_cgroups().told(),
         )

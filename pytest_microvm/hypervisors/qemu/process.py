@@ -20,9 +20,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.errors import BootError, HostError
 from pytest_microvm.hypervisors.cgroups import Limits, find_cgroups
-from pytest_microvm.hypervisors.containment import find_walls, prefer_for_ending
+from pytest_microvm.hypervisors.containment import Walls, find_walls, prefer_for_ending
 from pytest_microvm.hypervisors.probe import KVM_DEVICE
-from pytest_microvm.hypervisors.qemu.command import memory_ceiling, qemu_command
+from pytest_microvm.hypervisors.qemu.command import OPENED_AGAIN, memory_ceiling, qemu_command
 from pytest_microvm.hypervisors.qemu.files import largest_file, open_files, written_file
 from pytest_microvm.hypervisors.qemu.qmp import Qmp, QmpError
 from pytest_microvm.hypervisors.rlimits import Rlimits
@@ -83,7 +83,7 @@ class QemuProcess:
         self._written: int | None = None
         self._ceiling_hit: int | None = None
         self._inner: int | None = None  # a descriptor of QEMU's process where bubblewrap is its parent
-        walls, cgroups = find_walls(), find_cgroups()
+        walls, cgroups = find_walls(program), find_cgroups()
         devices = accelerator_devices(accelerator)
         identity = walls.identity(devices)
         limits = Limits(memory_ceiling(launch, accelerator), launch.throttle)
@@ -110,7 +110,9 @@ class QemuProcess:
             told: IO[bytes] | None = None
             if walls.bubblewrap:
                 told, fds["told"] = _pipe(on_failure, theirs)
-            argv = cgroups.prefix(limits) + walls.command(identity, rlimits, devices, fds.get("told"))
+            ruleset = _ruleset(walls, program, devices, fds, theirs)
+            chain = walls.command(identity, rlimits, devices, fds.get("told"), ruleset)
+            argv = cgroups.prefix(limits) + chain
             self._process = _spawn(
                 [*argv, *command], tuple(fds.values()), self._stderr, cgroups.environment()
             )
@@ -284,6 +286,22 @@ def _pipe(ours: ExitStack, theirs: ExitStack) -> tuple[IO[bytes], int]:
     reading, writing = os.pipe()
     theirs.callback(os.close, writing)
     return ours.enter_context(os.fdopen(reading, "rb", buffering=0)), writing
+
+
+def _ruleset(
+    walls: Walls, program: str, devices: Sequence[Path], fds: dict[str, int], stack: ExitStack
+) -> int | None:
+    """Return the rules for QEMU's files, which it inherits as ``ruleset`` where there are any."""
+    try:
+        ruleset = walls.ruleset(program, devices, [fds[name] for name in OPENED_AGAIN])
+    except OSError as error:
+        raise BootError(
+            f"QEMU's files cannot be limited: {error}", resolution="run `pytest-microvm doctor`"
+        ) from error
+    if ruleset is not None:
+        stack.callback(os.close, ruleset)
+        fds["ruleset"] = ruleset
+    return ruleset
 
 
 def accelerator_devices(accelerator: Accelerator) -> list[Path]:

@@ -1,0 +1,182 @@
+"""Landlock: the host's kernel lets a process open only files that a rule names, whoever its user is.
+
+The rules are made here, from open descriptors. A step in the chain that starts a VMM applies them to itself,
+with a filter of system calls for what they do not cover, and then becomes the chain's next program, which
+keeps both: there is no process more than without.
+
+Sources: landlock(7); Linux's Documentation/userspace-api/landlock.rst and include/uapi/linux/landlock.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import platform
+import stat
+import struct
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from pytest_microvm.hypervisors.seccomp import ARCHITECTURES, deny_filter
+
+# The system calls have the same numbers on x86-64 and aarch64, as all since Linux 5.1.
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_ASK_VERSION = 1  # a flag of the first
+_PATH_BENEATH = 1
+_SET_NO_NEW_PRIVS, _SET_SECCOMP, _MODE_FILTER = 38, 22, 2  # prctl(2)
+
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = (1 << bit for bit in range(4))
+_TRUNCATE, _IOCTL_DEV = 1 << 14, 1 << 15
+_OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
+
+PROGRAMS = _EXECUTE | _READ_FILE | _READ_DIR
+READ = _READ_FILE
+READ_WRITE = _READ_FILE | _WRITE_FILE
+DEVICE = READ_WRITE | _IOCTL_DEV
+
+_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16, 9: 17}  # how many rights of files a version knows
+_TCP_FROM, _TCP = 4, 0b11  # bind, connect
+SCOPES_FROM, _SCOPES = 6, 0b11  # abstract UNIX sockets, signals
+"""The version of the kernel's interface from which on a process cannot send signals to others of its user."""
+
+SYSTEM_FOLDERS = (
+    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store", "/gnu/store",
+)  # fmt: skip
+"""Where programs and libraries are."""
+
+_SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/proc/sys/kernel/cap_last_cap")
+_SYSTEM_DEVICES = ("/dev/null", "/dev/urandom")
+_BESIDE_PROGRAMS = ("lib", "lib64", "libexec", "share")
+
+_STEP = f"""
+import ctypes, os, sys
+
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
+
+def check(result):
+    if result:
+        sys.exit("Landlock: " + os.strerror(ctypes.get_errno()))
+
+libc = ctypes.CDLL(None, use_errno=True)
+ruleset, denied, command = int(sys.argv[1]), bytes.fromhex(sys.argv[2]), sys.argv[3:]
+zero = ctypes.c_ulong(0)
+check(libc.prctl({_SET_NO_NEW_PRIVS}, ctypes.c_ulong(1), zero, zero, zero))
+check(libc.syscall({_RESTRICT_SELF}, ruleset, 0))
+program = Program(len(denied) // 8, denied)
+check(libc.prctl({_SET_SECCOMP}, ctypes.c_ulong({_MODE_FILTER}), ctypes.byref(program), zero, zero))
+os.close(ruleset)
+os.execv(command[0], command)
+"""
+
+
+def find_version() -> tuple[int, str]:
+    """Return the version of the kernel's interface, 0 if there is none, and then the reason, for people."""
+    if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
+        return 0, f"not used on {platform.system()} {platform.machine()}"
+    try:
+        return _call(_CREATE_RULESET, None, 0, _ASK_VERSION), ""
+    except OSError as error:
+        reasons = {
+            errno.ENOSYS: "this kernel was built without it",
+            errno.EOPNOTSUPP: "it is switched off on the kernel's command line (lsm=)",
+        }
+        return 0, reasons.get(error.errno or 0, str(error))
+
+
+def open_ruleset(
+    version: int,
+    programs: Iterable[str],
+    devices: Iterable[Path] = (),
+    descriptors: Iterable[int] = (),
+) -> int:
+    """Return a descriptor of rules under which a VMM can run; the caller closes it.
+
+    Args:
+        version: The version of the kernel's interface.
+        programs: What is executed under the rules, by absolute path.
+        devices: What may be opened in ``/dev``, besides the harmless ones.
+        descriptors: Files that may be opened again, as far as these descriptors go.
+
+    Raises:
+        OSError: The kernel refused it, or a device is missing.
+    """
+    ruleset = _call(_CREATE_RULESET, *_handled(version))
+    try:
+        for path, rights in _system_rules(programs).items():
+            if path.exists():
+                _allow_path(ruleset, version, path, rights)
+        for path in devices:
+            _allow_path(ruleset, version, path, DEVICE)
+        for descriptor in descriptors:
+            writable = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+            _allow(ruleset, version, descriptor, READ_WRITE if writable else READ)
+    except OSError:
+        os.close(ruleset)
+        raise
+    return ruleset
+
+
+def landlock_command(ruleset: int) -> list[str]:
+    """Return what comes before a command's argv; the command's program must be an absolute path.
+
+    The step runs before a change of user, so nothing of the environment, the user's site or the working
+    folder takes part in it.
+    """
+    denied = deny_filter(platform.machine())
+    return [sys.executable, "-I", "-S", "-B", "-c", _STEP, str(ruleset), denied.hex()]
+
+
+def _system_rules(programs: Iterable[str]) -> dict[Path, int]:
+    rules = dict.fromkeys(map(Path, SYSTEM_FOLDERS), PROGRAMS)
+    for program in map(Path, programs):
+        folder = program.resolve().parent
+        rules[folder] = PROGRAMS
+        if folder.name == "bin":
+            rules.update(dict.fromkeys((folder.parent / name for name in _BESIDE_PROGRAMS), PROGRAMS))
+    rules.update(dict.fromkeys(map(Path, _SYSTEM_FILES), READ))
+    rules.update(dict.fromkeys(map(Path, _SYSTEM_DEVICES), READ_WRITE))
+    return rules
+
+
+def _allow_path(ruleset: int, version: int, path: Path, rights: int) -> None:
+    descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        _allow(ruleset, version, descriptor, rights)
+    finally:
+        os.close(descriptor)
+
+
+def _allow(ruleset: int, version: int, descriptor: int, rights: int) -> None:
+    """Add a rule for what is behind ``descriptor``, and below it if it is a folder."""
+    rights &= _known_rights(version)
+    if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        rights &= _OF_FILES
+    _call(_ADD_RULE, ruleset, _PATH_BENEATH, struct.pack("=Qi", rights, descriptor), 0)
+
+
+def _known_rights(version: int) -> int:
+    return (1 << max(bits for since, bits in _RIGHTS.items() if since <= version)) - 1
+
+
+def _handled(version: int) -> tuple[bytes, int, int]:
+    """Return the attributes of a ruleset that denies all this version can deny, their size, and no flags."""
+    fields = [_known_rights(version)]
+    if version >= _TCP_FROM:
+        fields.append(_TCP)
+    if version >= SCOPES_FROM:
+        fields.append(_SCOPES)
+    attributes = struct.pack(f"={len(fields)}Q", *fields)
+    return attributes, len(attributes), 0
+
+
+def _call(number: int, *arguments: int | bytes | None) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    result: int = libc.syscall(number, *arguments)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"Landlock: {os.strerror(code)}")
+    return result

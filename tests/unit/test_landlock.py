@@ -1,0 +1,276 @@
+"""What a process can do behind Landlock's rules and the filter of system calls, and could do without."""
+
+import errno
+import os
+import platform
+import socket
+import stat
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from pytest_microvm.hypervisors import landlock
+from pytest_microvm.hypervisors.containment import Walls, find_walls
+from pytest_microvm.hypervisors.landlock import find_version, open_ruleset
+from pytest_microvm.hypervisors.rlimits import Rlimits
+from pytest_microvm.hypervisors.seccomp import deny_filter
+
+GIB = 1024**3
+VERSION, WHY_NOT = find_version()
+LIMITS = Rlimits(files=256, file_bytes=GIB, address_bytes=8 * GIB, data_bytes=2 * GIB)
+
+needs_landlock = pytest.mark.skipif(VERSION == 0, reason=f"no Landlock here: {WHY_NOT}")
+
+WAYS = {
+    "append": "open(path, 'a').write('evil')",
+    "overwrite": "open(path, 'w').write('evil')",
+    "cut off": "os.truncate(path, 0)",
+    "read": "open(path).read()",
+    "list": "os.listdir(home)",
+    "remove": "os.unlink(path)",
+    "replace": "os.rename(path, path + '~')",
+    "link": "os.link(path, path + '~')",
+    "symlink": "os.symlink(path, path + '~')",
+    "create": "open(path + '~', 'w')",
+    "make a folder": "os.mkdir(path + '~')",
+    "make a pipe": "os.mkfifo(path + '~')",
+    "change the mode": "os.chmod(path, 0o777)",
+    "change the owner": "os.chown(path, os.getuid(), os.getgid())",
+    "change the times": "os.utime(path, (1, 1))",
+    "mark": "os.setxattr(path, 'user.mark', b'evil')",
+    "execute": "os.execv(home + '/program', ['program'])",
+    "connect": "socket.socket(socket.AF_UNIX).connect(home + '/socket')",
+    "send": "socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'evil', home + '/datagrams')",
+    "look into a process": "open(f'/proc/{parent}/environ').read()",
+    "change a process's memory": "open(f'/proc/{parent}/mem', 'wb')",
+}
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A folder like a user's own, with a file, a program and a server's sockets in it."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".bashrc").write_text("export EDITOR=vi\n")
+    (home / "program").write_text("#!/bin/sh\n")
+    (home / "program").chmod(0o755)
+    with (
+        socket.socket(socket.AF_UNIX) as server,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagrams,
+    ):
+        server.bind(str(home / "socket"))
+        server.listen()
+        datagrams.bind(str(home / "datagrams"))
+        yield home
+
+
+@pytest.fixture
+def run():
+    """Run Python in the chain that starts VMMs, behind rules for its interpreter or without any."""
+    walls = find_walls()
+
+    def run(code, *arguments, version=VERSION, descriptors=()):
+        held = Walls(walls.setpriv, walls.prlimit, walls.network, landlock=version)
+        ruleset = held.ruleset(sys.executable, descriptors=descriptors)
+        inherited = [number for number in (ruleset, *descriptors) if number is not None]
+        chain = held.command(None, LIMITS, ruleset=ruleset)
+        program = [os.path.realpath(sys.executable), "-I", "-S", "-c", code]
+        try:
+            return subprocess.run(
+                [*chain, *program, *map(str, arguments)],
+                capture_output=True, text=True, check=False, env={}, cwd="/", pass_fds=inherited,
+            )  # fmt: skip
+        finally:
+            if ruleset is not None:
+                os.close(ruleset)
+
+    return run
+
+
+def tree(home):
+    """What can be changed of a folder: names, contents, modes, times."""
+    found = {}
+    for path in sorted(home.iterdir()):
+        state = path.lstat()
+        content = path.read_text() if stat.S_ISREG(state.st_mode) else ""
+        found[path.name] = (content, state.st_mode, state.st_mtime_ns, state.st_ctime_ns)
+    return found
+
+
+def attempt(way):
+    return (
+        "import os, socket, sys\n"
+        "home, parent = sys.argv[1:]\n"
+        "path = home + '/.bashrc'\n"
+        f"try: {way}\n"
+        "except PermissionError as error: sys.exit(error.errno)\n"
+    )
+
+
+@needs_landlock
+@pytest.mark.parametrize("way", WAYS)
+def test_files_and_processes_of_the_user_are_out_of_reach(run, home, way):
+    before = tree(home)
+    done = run(attempt(WAYS[way]), home, os.getpid())
+    assert done.returncode in (errno.EACCES, errno.EPERM), done.stderr
+    assert tree(home) == before
+    done = run(attempt(WAYS[way]), home, os.getpid(), version=0)
+    if way == "mark" and "Operation not supported" in done.stderr:
+        pytest.skip("this file system has no extended attributes")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(VERSION < landlock.SCOPES_FROM, reason=f"Landlock's version is {VERSION} here: no scopes")
+def test_no_signal_reaches_the_users_other_processes(run):
+    code = "import os, sys\nos.kill(int(sys.argv[1]), 0)"
+    assert "PermissionError" in run(code, os.getpid()).stderr
+    assert run(code, os.getpid(), version=0).returncode == 0
+
+
+@needs_landlock
+def test_a_file_opens_again_as_far_as_its_descriptor_goes(run, home):
+    code = (
+        "import os, sys\n"
+        "for number in sys.argv[1:]:\n"
+        "    os.close(os.open(f'/proc/self/fd/{number}', os.O_RDONLY))\n"
+        "    try: os.close(os.open(f'/proc/self/fd/{number}', os.O_RDWR))\n"
+        "    except PermissionError: print('read')\n"
+        "    else: print('write')\n"
+    )
+    (home / "ram").write_text("")
+    descriptors = [os.open(home / ".bashrc", os.O_RDONLY), os.open(home / "ram", os.O_RDWR)]
+    try:
+        assert run(code, *descriptors, descriptors=descriptors).stdout.split() == ["read", "write"]
+        done = run(code, *descriptors, descriptors=descriptors, version=0)
+        assert done.stdout.split() == ["write", "write"]
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+@needs_landlock
+def test_an_older_version_is_used_as_far_as_it_goes(run, home):
+    for version in range(1, VERSION + 1):
+        for way in ("append", "cut off", "connect"):
+            assert run(attempt(WAYS[way]), home, 0, version=version).returncode == errno.EACCES, (
+                version,
+                way,
+            )
+
+
+@needs_landlock
+def test_a_device_is_usable(tmp_path, run):
+    devices = [path for path in map(landlock.Path, ("/dev/kvm", "/dev/zero")) if path.exists()]
+    ruleset = open_ruleset(VERSION, ["/bin/sh"], devices[:1])
+    try:
+        for device in devices:
+            command = [*landlock.landlock_command(ruleset), "/bin/sh", "-c", f"exec 3<{device}"]
+            done = subprocess.run(command, capture_output=True, check=False, pass_fds=[ruleset])
+            assert (done.returncode == 0) == (device in devices[:1])
+    finally:
+        os.close(ruleset)
+
+
+@needs_landlock
+def test_the_walls_have_it_by_default():
+    assert find_walls("/bin/true").landlock == VERSION
+
+
+@needs_landlock
+def test_a_program_that_needs_other_files_runs_without(tmp_path):
+    (tmp_path / "library").write_text("")
+    program = tmp_path / "bin" / "vmm"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n. {tmp_path}/library\n")
+    program.chmod(0o755)
+    tmp_path.chmod(0o755)
+    walls = find_walls(str(program))
+    assert walls.landlock == 0
+    told = {wall.name: wall for wall in walls.told()}["landlock"]
+    assert not told.stands
+    assert "QEMU does not start behind it" in told.detail
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(errno.ENOSYS, "built without it"), (errno.EOPNOTSUPP, "switched off"), (errno.EPERM, "not permitted")],
+)
+def test_a_kernel_without_it_is_told_and_machines_start(monkeypatch, code, reason):
+    def refuse(*_arguments):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(landlock, "_call", refuse)
+    version, why = find_version()
+    assert version == 0
+    assert reason in why
+    walls = find_walls.__wrapped__()
+    assert walls.ruleset("/bin/true") is None
+    told = {wall.name: wall for wall in walls.told()}["landlock"]
+    assert not told.stands
+    assert why in told.detail
+    assert "PYTEST_MICROVM_BWRAP=1" in told.fix
+
+
+@pytest.mark.parametrize(
+    ("version", "handled"),
+    [
+        (1, (0x1FFF,)),
+        (2, (0x3FFF,)),
+        (3, (0x7FFF,)),
+        (4, (0x7FFF, 3)),
+        (5, (0xFFFF, 3)),
+        (6, (0xFFFF, 3, 3)),
+        (8, (0xFFFF, 3, 3)),
+        (9, (0x1FFFF, 3, 3)),
+        (99, (0x1FFFF, 3, 3)),
+    ],
+)
+def test_what_a_version_does_not_know_is_not_asked_of_it(version, handled):
+    attributes, size, flags = landlock._handled(version)
+    assert struct.unpack(f"={len(handled)}Q", attributes) == handled
+    assert (size, flags) == (len(attributes), 0)
+
+
+def judge(program, architecture, number):
+    """Execute a seccomp program as the kernel does: it has four kinds of instructions."""
+    instructions = list(struct.iter_unpack("=HBBI", program))
+    position = value = 0
+    while True:
+        code, then, otherwise, operand = instructions[position]
+        position += 1
+        if code == 0x06:
+            return operand
+        if code == 0x20:
+            value = {0: number, 4: architecture}[operand]
+        else:
+            holds = value == operand if code == 0x15 else value >= operand
+            position += then if holds else otherwise
+
+
+ALLOWED, DENIED = 0x7FFF0000, 0x00050000 | errno.EACCES
+
+
+@pytest.mark.parametrize(
+    ("machine", "architecture", "denied", "allowed"),
+    [
+        (
+            "x86_64",
+            0xC000003E,
+            (76, 90, 42, 41, 425, 469, 240, 0x40000000, 0x40000001),
+            (0, 1, 257, 59, 16, 234),
+        ),
+        ("aarch64", 0xC00000B7, (45, 53, 203, 198, 425, 469, 180), (63, 64, 56, 221, 29, 131)),
+    ],
+)
+def test_the_filter_by_architecture(machine, architecture, denied, allowed):
+    program = deny_filter(machine)
+    assert {judge(program, architecture, number) for number in denied} == {DENIED}
+    assert {judge(program, architecture, number) for number in allowed} == {ALLOWED}
+    assert judge(program, 0x40000003, 1) == DENIED  # 32-bit calls
+
+
+def test_a_host_without_a_filter_has_no_landlock_either(monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    assert find_version() == (0, "not used on Linux riscv64")
