@@ -122,7 +122,7 @@ class Walls:
             limits: What the kernel holds it to.
             devices: What it must find in /dev.
             report: The descriptor on which bubblewrap tells the command's process id, as JSON.
-            ruleset: What :meth:`ruleset` returned; the programs of the chain that follow are held to it, too.
+            ruleset: The descriptor from :meth:`ruleset`; it holds for the rest of the chain, too.
 
         The parent-death signal is asked for last: a change of user clears it (prctl(2)); the command is
         started only if this process is still there then. The limits are not set from outside: the user may
@@ -146,12 +146,14 @@ class Walls:
     def ruleset(
         self, program: str, devices: Sequence[Path] = (), descriptors: Sequence[int] = ()
     ) -> int | None:
-        """Return a descriptor of the rules for a command's files; ``None``: none. The caller closes it.
+        """Return the descriptor of a Landlock ruleset for a command, or ``None`` without Landlock.
+
+        The caller closes it.
 
         Args:
             program: The command's program.
-            devices: What it may open in /dev.
-            descriptors: Files that it may open again, as far as these descriptors go.
+            devices: Devices that it opens.
+            descriptors: Files that it opens again, each with the access mode of its descriptor.
 
         Raises:
             OSError: The kernel refused it.
@@ -194,12 +196,12 @@ class Walls:
         if self.landlock:
             detail = f"version {self.landlock}: no files but programs, libraries and the machine's own"
             if self.landlock < landlock.SCOPES_FROM and not self.own_users:
-                detail += ", but who breaks out can send signals to its user's processes"
+                detail += "; signals to this user's processes are not denied (that needs Linux 6.12)"
             return Wall(name, True, detail)
         if self.bubblewrap:
-            return Wall(name, True, "not used: bubblewrap leaves no file to deny")
-        whose = "everybody's files" if self.own_users else "the files of the user they run as"
-        detail = f"{self.unlocked}, so who breaks out of a machine can use {whose}"
+            return Wall(name, True, "not used: bubblewrap hides the files")
+        whose = "files that everybody may use" if self.own_users else "the files of this user"
+        detail = f"{self.unlocked}, so a guest that breaks out can use {whose}"
         return Wall(name, False, detail, f"a kernel with Landlock (Linux 5.13), or {BUBBLEWRAP_VARIABLE}=1")
 
 
@@ -211,7 +213,7 @@ def find_walls(program: str | None = None) -> Walls:
     """Return what can be done on this host, tried once.
 
     Args:
-        program: What is to run behind Landlock's rules; ``None``: any program that does.
+        program: The program that must run behind Landlock's rules, else they are left out.
 
     Raises:
         HostError: A program is missing, or bubblewrap was asked for and does not work.
@@ -243,10 +245,9 @@ def find_walls(program: str | None = None) -> Walls:
 
 
 def _with_landlock(candidates: list[Walls]) -> list[Walls]:
-    """Return the candidates, each with Landlock's rules first.
+    """Return the candidates, each with Landlock first.
 
-    With bubblewrap there are none: whoever is held to them may not mount (landlock(7)), and it leaves no file
-    to deny.
+    Not with bubblewrap: a process under Landlock may not mount (landlock(7)), and bubblewrap hides the files.
     """
     if candidates[0].bubblewrap:
         return candidates
@@ -326,8 +327,11 @@ def _covers(table: list[range], first: int, last: int) -> bool:
 
 
 def _works(walls: Walls, program: str | None = None) -> bool:
-    """Whether a program starts behind these walls; it is ``program`` if there are rules for its files."""
-    if program is None or not walls.landlock:
+    """Whether a program starts behind these walls.
+
+    It is ``program`` itself only if the rules of Landlock might miss one of its files; QEMU starts slowly.
+    """
+    if program is None or not walls.landlock or landlock.is_installed(program):
         program = walls.setpriv
     ruleset: int | None = None
     try:

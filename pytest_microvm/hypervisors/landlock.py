@@ -1,8 +1,8 @@
-"""Landlock: the host's kernel lets a process open only files that a rule names, whoever its user is.
+"""Landlock: limit a process to the files that rules name; no privilege is needed for it.
 
-The rules are made here, from open descriptors. A step in the chain that starts a VMM applies them to itself,
-with a filter of system calls for what they do not cover, and then becomes the chain's next program, which
-keeps both: there is no process more than without.
+This process builds the ruleset. A step in the chain that starts a VMM applies it to itself, adds a filter of
+system calls for the gaps of Landlock, and then replaces itself by the chain's next program, which inherits
+both. No additional process stays.
 
 Sources: landlock(7); Linux's Documentation/userspace-api/landlock.rst and include/uapi/linux/landlock.h.
 """
@@ -40,12 +40,12 @@ DEVICE = READ_WRITE | _IOCTL_DEV
 _RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16, 9: 17}  # how many rights of files a version knows
 _TCP_FROM, _TCP = 4, 0b11  # bind, connect
 SCOPES_FROM, _SCOPES = 6, 0b11  # abstract UNIX sockets, signals
-"""The version of the kernel's interface from which on a process cannot send signals to others of its user."""
+"""The first version of the kernel's interface that can deny signals to the user's other processes."""
 
 SYSTEM_FOLDERS = (
     "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/nix/store", "/gnu/store",
 )  # fmt: skip
-"""Where programs and libraries are."""
+"""Folders of programs and libraries."""
 
 _SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/proc/sys/kernel/cap_last_cap")
 _SYSTEM_DEVICES = ("/dev/null", "/dev/urandom")
@@ -74,7 +74,7 @@ os.execv(command[0], command)
 
 
 def find_version() -> tuple[int, str]:
-    """Return the version of the kernel's interface, 0 if there is none, and then the reason, for people."""
+    """Return the version of the kernel's interface; without Landlock 0, and the reason for people."""
     if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
         return 0, f"not used on {platform.system()} {platform.machine()}"
     try:
@@ -87,19 +87,25 @@ def find_version() -> tuple[int, str]:
         return 0, reasons.get(error.errno or 0, str(error))
 
 
+def is_installed(program: str) -> bool:
+    """Whether a program is in a system folder, to which the rules give access as a whole."""
+    resolved = Path(program).resolve()
+    return any(resolved.is_relative_to(Path(folder).resolve()) for folder in SYSTEM_FOLDERS)
+
+
 def open_ruleset(
     version: int,
     programs: Iterable[str],
     devices: Iterable[Path] = (),
     descriptors: Iterable[int] = (),
 ) -> int:
-    """Return a descriptor of rules under which a VMM can run; the caller closes it.
+    """Return the descriptor of a ruleset under which a VMM can run; the caller closes it.
 
     Args:
         version: The version of the kernel's interface.
-        programs: What is executed under the rules, by absolute path.
-        devices: What may be opened in ``/dev``, besides the harmless ones.
-        descriptors: Files that may be opened again, as far as these descriptors go.
+        programs: Absolute paths of the programs to execute under the rules.
+        devices: Devices that the VMM opens, besides ``/dev/null`` and ``/dev/urandom``.
+        descriptors: Files that the VMM opens again, each with the access mode of its descriptor.
 
     Raises:
         OSError: The kernel refused it, or a device is missing.
@@ -121,10 +127,10 @@ def open_ruleset(
 
 
 def landlock_command(ruleset: int) -> list[str]:
-    """Return what comes before a command's argv; the command's program must be an absolute path.
+    """Return the argv that applies a ruleset and then executes the command appended to it.
 
-    The step runs before a change of user, so nothing of the environment, the user's site or the working
-    folder takes part in it.
+    The step runs before a change of user, so Python ignores the environment, the user's site and the working
+    folder. The command's program must be an absolute path.
     """
     denied = deny_filter(platform.machine())
     return [sys.executable, "-I", "-S", "-B", "-c", _STEP, str(ruleset), denied.hex()]
@@ -151,7 +157,7 @@ def _allow_path(ruleset: int, version: int, path: Path, rights: int) -> None:
 
 
 def _allow(ruleset: int, version: int, descriptor: int, rights: int) -> None:
-    """Add a rule for what is behind ``descriptor``, and below it if it is a folder."""
+    """Add a rule for a file, or for a folder and everything below it."""
     rights &= _known_rights(version)
     if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
         rights &= _OF_FILES
@@ -163,7 +169,7 @@ def _known_rights(version: int) -> int:
 
 
 def _handled(version: int) -> tuple[bytes, int, int]:
-    """Return the attributes of a ruleset that denies all this version can deny, their size, and no flags."""
+    """Return landlock_create_ruleset's arguments: every right that the version knows, the size, no flags."""
     fields = [_known_rights(version)]
     if version >= _TCP_FROM:
         fields.append(_TCP)

@@ -1,8 +1,8 @@
-"""A filter of system calls for what Landlock does not see: other ways to files and processes (seccomp(2)).
+"""A filter of system calls (seccomp(2)) that closes Landlock's gaps.
 
-Landlock judges the opening of files. It does not see changes of mode, owner, times and attributes, before its
-version 3 not that a file is cut off by its path, before version 9 not connections to sockets with a path, and
-never keys and shared memory. A VMM needs none of that: what it is given is connected and open.
+Landlock has no rights for modes, owners, times and attributes of files, keys and shared memory; none for
+truncation by path before its version 3, and none for sockets with a path before version 9. A VMM needs none
+of these system calls: its files are open and its sockets connected when it starts.
 
 Sources: seccomp(2); Linux's include/uapi/linux/{filter,seccomp,audit}.h, and its tables of system calls.
 """

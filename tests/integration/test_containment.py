@@ -22,14 +22,10 @@ from pytest_microvm.hypervisors.cgroups import find_cgroups, sweep
 from pytest_microvm.hypervisors.containment import FILES_GROUP, OOM_SCORE, find_walls
 from pytest_microvm.hypervisors.qemu.command import memory_ceiling
 from pytest_microvm.spec import MachineSpec
+from support.containment import push_modules
 
 MIB = 1024**2
 SPEC = MachineSpec(image="base", timeout=120)
-
-MODULES = (
-    "__init__.py", "errors.py", "hypervisors/__init__.py", "hypervisors/bubblewrap.py",
-    "hypervisors/rlimits.py", "hypervisors/containment.py", "hypervisors/cgroups.py",
-)  # fmt: skip
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 needs_groups = pytest.mark.skipif(
@@ -402,10 +398,7 @@ def test_groups_at_work_here():
 def with_version_2(host):
     """A machine with cgroup v2 and our module: Debian's kernel has every controller."""
     with host.start(MachineSpec(image="python", memory=512 * MIB, timeout=240)) as vm:
-        package = Path(pytest_microvm.__file__).parent
-        for name in MODULES:
-            vm.path("/code/pytest_microvm", name).parent.mkdir(parents=True, exist_ok=True)
-            vm.push(package / name, f"/code/pytest_microvm/{name}")
+        push_modules(vm)
         vm.path("/code/at_work.py").write_text(AT_WORK)
         vm.run("mountpoint -q /sys/fs/cgroup || mount -t cgroup2 none /sys/fs/cgroup", check=True)
         yield vm

@@ -99,7 +99,7 @@ def test_the_walls_are_told_as_they_are_found(report, monkeypatch):
     assert check["status"] == "warn"
     for part in (
         "user: machines run as root, with all capabilities: it may not change to another user",
-        "landlock: too old, so who breaks out of a machine can use the files of the user they run as",
+        "landlock: too old, so a guest that breaks out can use the files of this user",
         "no_new_privs: set", "seccomp: on", "network namespace: root may not make one here", "rlimits: set",
         "bubblewrap: not asked for",
         "cgroup: no cgroup, so neither a memory ceiling nor a throttle holds (read-only)",
@@ -123,11 +123,11 @@ def test_walls_that_all_stand(report, monkeypatch):
     assert "cgroup: cgroup v2 (cpu, memory)" in check["detail"]
 
 
-def test_what_an_old_landlock_leaves_is_told_to_ordinary_users(report, monkeypatch):
+def test_an_old_landlock_does_not_deny_signals(report, monkeypatch):
     monkeypatch.setattr(hypervisor, "find_walls", lambda _program: Walls("/s", "/p", landlock=5))
     detail = report()["by_name"]["containment"]["detail"]
     assert "landlock: version 5: " in detail
-    assert "who breaks out can send signals to its user's processes" in detail
+    assert "signals to this user's processes are not denied" in detail
 
 
 def test_an_old_qemu_fails(report, programs):

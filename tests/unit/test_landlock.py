@@ -1,4 +1,4 @@
-"""What a process can do behind Landlock's rules and the filter of system calls, and could do without."""
+"""Landlock's rules and the filter of system calls: attacks on the user's files, with and without them."""
 
 import errno
 import os
@@ -111,7 +111,7 @@ def attempt(way):
 
 @needs_landlock
 @pytest.mark.parametrize("way", WAYS)
-def test_files_and_processes_of_the_user_are_out_of_reach(run, home, way):
+def test_attack_on_user_files_fails(run, home, way):
     before = tree(home)
     done = run(attempt(WAYS[way]), home, os.getpid())
     assert done.returncode in (errno.EACCES, errno.EPERM), done.stderr
@@ -123,14 +123,14 @@ def test_files_and_processes_of_the_user_are_out_of_reach(run, home, way):
 
 
 @pytest.mark.skipif(VERSION < landlock.SCOPES_FROM, reason=f"Landlock's version is {VERSION} here: no scopes")
-def test_no_signal_reaches_the_users_other_processes(run):
+def test_signals_to_other_processes_are_denied(run):
     code = "import os, sys\nos.kill(int(sys.argv[1]), 0)"
     assert "PermissionError" in run(code, os.getpid()).stderr
     assert run(code, os.getpid(), version=0).returncode == 0
 
 
 @needs_landlock
-def test_a_file_opens_again_as_far_as_its_descriptor_goes(run, home):
+def test_reopened_file_keeps_its_access_mode(run, home):
     code = (
         "import os, sys\n"
         "for number in sys.argv[1:]:\n"
@@ -151,7 +151,7 @@ def test_a_file_opens_again_as_far_as_its_descriptor_goes(run, home):
 
 
 @needs_landlock
-def test_an_older_version_is_used_as_far_as_it_goes(run, home):
+def test_older_versions_deny_the_same_writes(run, home):
     for version in range(1, VERSION + 1):
         for way in ("append", "cut off", "connect"):
             assert run(attempt(WAYS[way]), home, 0, version=version).returncode == errno.EACCES, (
@@ -161,7 +161,7 @@ def test_an_older_version_is_used_as_far_as_it_goes(run, home):
 
 
 @needs_landlock
-def test_a_device_is_usable(tmp_path, run):
+def test_only_listed_devices_open():
     devices = [path for path in map(landlock.Path, ("/dev/kvm", "/dev/zero")) if path.exists()]
     ruleset = open_ruleset(VERSION, ["/bin/sh"], devices[:1])
     try:
@@ -174,12 +174,12 @@ def test_a_device_is_usable(tmp_path, run):
 
 
 @needs_landlock
-def test_the_walls_have_it_by_default():
+def test_walls_use_landlock_by_default():
     assert find_walls("/bin/true").landlock == VERSION
 
 
 @needs_landlock
-def test_a_program_that_needs_other_files_runs_without(tmp_path):
+def test_program_with_files_elsewhere_runs_without_rules(tmp_path):
     (tmp_path / "library").write_text("")
     program = tmp_path / "bin" / "vmm"
     program.parent.mkdir()
@@ -197,7 +197,7 @@ def test_a_program_that_needs_other_files_runs_without(tmp_path):
     ("code", "reason"),
     [(errno.ENOSYS, "built without it"), (errno.EOPNOTSUPP, "switched off"), (errno.EPERM, "not permitted")],
 )
-def test_a_kernel_without_it_is_told_and_machines_start(monkeypatch, code, reason):
+def test_kernel_without_landlock_is_reported(monkeypatch, code, reason):
     def refuse(*_arguments):
         raise OSError(code, os.strerror(code))
 
@@ -227,7 +227,7 @@ def test_a_kernel_without_it_is_told_and_machines_start(monkeypatch, code, reaso
         (99, (0x1FFFF, 3, 3)),
     ],
 )
-def test_what_a_version_does_not_know_is_not_asked_of_it(version, handled):
+def test_ruleset_asks_for_rights_the_version_knows(version, handled):
     attributes, size, flags = landlock._handled(version)
     assert struct.unpack(f"={len(handled)}Q", attributes) == handled
     assert (size, flags) == (len(attributes), 0)
@@ -264,13 +264,13 @@ ALLOWED, DENIED = 0x7FFF0000, 0x00050000 | errno.EACCES
         ("aarch64", 0xC00000B7, (45, 53, 203, 198, 425, 469, 180), (63, 64, 56, 221, 29, 131)),
     ],
 )
-def test_the_filter_by_architecture(machine, architecture, denied, allowed):
+def test_filter_denies_by_architecture(machine, architecture, denied, allowed):
     program = deny_filter(machine)
     assert {judge(program, architecture, number) for number in denied} == {DENIED}
     assert {judge(program, architecture, number) for number in allowed} == {ALLOWED}
     assert judge(program, 0x40000003, 1) == DENIED  # 32-bit calls
 
 
-def test_a_host_without_a_filter_has_no_landlock_either(monkeypatch):
+def test_other_architectures_have_no_landlock(monkeypatch):
     monkeypatch.setattr(platform, "machine", lambda: "riscv64")
     assert find_version() == (0, "not used on Linux riscv64")

@@ -18,7 +18,7 @@ TRANSLATIONS = 256 * 1024**2
 """Bytes for translated guest code under TCG; QEMU would take up to 1 GiB of a large host."""
 
 OPENED_AGAIN = ("kernel", "initramfs", "ram")
-"""The files that QEMU opens by a path of their descriptor, because it takes nothing but paths there."""
+"""The files that QEMU opens as ``/proc/self/fd/N``: their options take paths only."""
 
 _OVERHEAD = 192 * 1024**2
 """Bytes for the rest: the program, device queues, the overlay's tables, the kernel's page tables and sockets.
