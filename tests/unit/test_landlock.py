@@ -8,6 +8,8 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -162,7 +164,7 @@ def test_older_versions_deny_the_same_writes(run, home):
 
 @needs_landlock
 def test_only_listed_devices_open():
-    devices = [path for path in map(landlock.Path, ("/dev/kvm", "/dev/zero")) if path.exists()]
+    devices = [path for path in map(Path, ("/dev/kvm", "/dev/zero")) if path.exists()]
     ruleset = open_ruleset(VERSION, ["/bin/sh"], devices[:1])
     try:
         for device in devices:
@@ -178,15 +180,34 @@ def test_walls_use_landlock_by_default():
     assert find_walls("/bin/true").landlock == VERSION
 
 
+@pytest.fixture
+def prefix():
+    """A folder that the users of machines may enter, for a program outside of the system's folders."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        prefix = Path(folder)
+        prefix.chmod(0o755)
+        for name in ("bin", "lib", "elsewhere"):
+            (prefix / name).mkdir(mode=0o755)
+        yield prefix
+
+
+def program(prefix, library):
+    """A program that cannot start without its library."""
+    (prefix / library).write_text("")
+    path = prefix / "bin" / "vmm"
+    path.write_text(f"#!/bin/sh\n. {prefix / library}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 @needs_landlock
-def test_program_with_files_elsewhere_runs_without_rules(tmp_path):
-    (tmp_path / "library").write_text("")
-    program = tmp_path / "bin" / "vmm"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\n. {tmp_path}/library\n")
-    program.chmod(0o755)
-    tmp_path.chmod(0o755)
-    walls = find_walls(str(program))
+def test_program_with_files_beside_it_runs_behind_rules(prefix):
+    assert find_walls(program(prefix, "lib/library")).landlock == VERSION
+
+
+@needs_landlock
+def test_program_with_files_elsewhere_runs_without_rules(prefix):
+    walls = find_walls(program(prefix, "elsewhere/library"))
     assert walls.landlock == 0
     told = {wall.name: wall for wall in walls.told()}["landlock"]
     assert not told.stands
