@@ -69,7 +69,7 @@ check(libc.syscall({_RESTRICT_SELF}, ruleset, 0))
 program = Program(len(denied) // 8, denied)
 check(libc.prctl({_SET_SECCOMP}, ctypes.c_ulong({_MODE_FILTER}), ctypes.byref(program), zero, zero))
 os.close(ruleset)
-os.execv(command[0], command)
+os.execve(command[0], command, {{}})  # Python itself has set LC_CTYPE
 """
 
 

@@ -81,7 +81,7 @@ def test_without_landlock_qemu_changes_files(host, home):
     with host.start(SPEC) as vm:
         for way, name in ((overwrite, ".bashrc"), (create, "new"), (connect, "socket")):
             way(vm.instance.vmm, home / name)
-    assert (home / ".bashrc").read_bytes() == bytes(4)
+    assert len((home / ".bashrc").read_bytes()) == 4  # of the guest's memory
     assert (home / "new").exists()
 
 

@@ -74,7 +74,7 @@ def run():
     walls = find_walls()
 
     def run(code, *arguments, version=VERSION, descriptors=()):
-        held = Walls(walls.setpriv, walls.prlimit, walls.network, landlock=version)
+        held = Walls(walls.setpriv, walls.prlimit, landlock=version)
         ruleset = held.ruleset(sys.executable, descriptors=descriptors)
         inherited = [number for number in (ruleset, *descriptors) if number is not None]
         chain = held.command(None, LIMITS, ruleset=ruleset)
