@@ -24,6 +24,7 @@ from pytest_microvm.errors import HostError
 from pytest_microvm.hypervisors import landlock
 from pytest_microvm.hypervisors.bubblewrap import VARIABLE as BUBBLEWRAP_VARIABLE
 from pytest_microvm.hypervisors.bubblewrap import bubblewrap_command, wanted_bubblewrap
+from pytest_microvm.hypervisors.landlock_step import find_steps, step_command
 from pytest_microvm.hypervisors.rlimits import Rlimits, prlimit_options
 
 FILES_GROUP = 1879048192
@@ -74,6 +75,7 @@ class Walls:
         bubblewrap: The program that leaves nothing of the file system but programs and libraries; empty
             where that was not asked for. It stays beside the command, which gets a process id of its own.
         landlock: The version of Landlock's interface that is used; 0: none.
+        step: The program that applies Landlock's rules, as the beginning of its argv.
         reason: Why machines run as our own user.
         unlocked: Why Landlock is not used.
     """
@@ -86,6 +88,7 @@ class Walls:
     capabilities: bool = False
     bubblewrap: str = ""
     landlock: int = 0
+    step: tuple[str, ...] = ()
     reason: str = ""
     unlocked: str = ""
 
@@ -132,7 +135,7 @@ class Walls:
         if self.bubblewrap:
             command += bubblewrap_command(self.bubblewrap, devices, report, capabilities=self.capabilities)
         if ruleset is not None:
-            command += landlock.landlock_command(ruleset)
+            command += step_command(self.step, ruleset)
         command += [self.prlimit, *prlimit_options(limits), self.setpriv]
         if identity is not None:
             command += [f"--reuid={identity.user}", f"--regid={identity.group}"]
@@ -252,10 +255,12 @@ def _with_landlock(candidates: list[Walls]) -> list[Walls]:
     if candidates[0].bubblewrap:
         return candidates
     version, reason = landlock.find_version()
-    without = [replace(one, unlocked=reason or "QEMU does not start behind it") for one in candidates]
-    if not version:
-        return without
-    return [one for walls in without for one in (replace(walls, landlock=version, unlocked=""), walls)]
+    steps = find_steps() if version else []
+    found = []
+    for one in candidates:
+        found += [replace(one, landlock=version, step=step) for step in steps]
+        found.append(replace(one, unlocked=reason or "QEMU does not start behind it"))
+    return found
 
 
 def prefer_for_ending(pid: int) -> None:

@@ -1,8 +1,8 @@
 """Landlock: limit a process to the files that rules name; no privilege is needed for it.
 
-This process builds the ruleset. A step in the chain that starts a VMM applies it to itself, adds a filter of
-system calls for the gaps of Landlock, and then replaces itself by the chain's next program, which inherits
-both. No additional process stays.
+This process builds the ruleset. A step in the chain that starts a VMM (:mod:`.landlock_step`) applies it to
+itself, adds a filter of system calls for the gaps of Landlock, and then replaces itself by the chain's next
+program, which inherits both. No additional process stays.
 
 Sources: landlock(7); Linux's Documentation/userspace-api/landlock.rst and include/uapi/linux/landlock.h.
 """
@@ -20,13 +20,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from pytest_microvm.hypervisors.seccomp import ARCHITECTURES, deny_filter
+from pytest_microvm.hypervisors.seccomp import ARCHITECTURES
 
 # The system calls have the same numbers on x86-64 and aarch64, as all since Linux 5.1.
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_CREATE_RULESET, _ADD_RULE = 444, 445
 _ASK_VERSION = 1  # a flag of the first
 _PATH_BENEATH = 1
-_SET_NO_NEW_PRIVS, _SET_SECCOMP, _MODE_FILTER = 38, 22, 2  # prctl(2)
 
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = (1 << bit for bit in range(4))
 _TRUNCATE, _IOCTL_DEV = 1 << 14, 1 << 15
@@ -50,27 +49,6 @@ SYSTEM_FOLDERS = (
 _SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime", "/proc/sys/kernel/cap_last_cap")
 _SYSTEM_DEVICES = ("/dev/null", "/dev/urandom")
 _BESIDE_PROGRAMS = ("lib", "lib64", "libexec", "share")
-
-_STEP = f"""
-import ctypes, os, sys
-
-class Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p)]
-
-def check(result):
-    if result:
-        sys.exit("Landlock: " + os.strerror(ctypes.get_errno()))
-
-libc = ctypes.CDLL(None, use_errno=True)
-ruleset, denied, command = int(sys.argv[1]), bytes.fromhex(sys.argv[2]), sys.argv[3:]
-zero = ctypes.c_ulong(0)
-check(libc.prctl({_SET_NO_NEW_PRIVS}, ctypes.c_ulong(1), zero, zero, zero))
-check(libc.syscall({_RESTRICT_SELF}, ruleset, 0))
-program = Program(len(denied) // 8, denied)
-check(libc.prctl({_SET_SECCOMP}, ctypes.c_ulong({_MODE_FILTER}), ctypes.byref(program), zero, zero))
-os.close(ruleset)
-os.execve(command[0], command, {{}})  # Python itself has set LC_CTYPE
-"""
 
 
 def find_version() -> tuple[int, str]:
@@ -124,16 +102,6 @@ def open_ruleset(
         os.close(ruleset)
         raise
     return ruleset
-
-
-def landlock_command(ruleset: int) -> list[str]:
-    """Return the argv that applies a ruleset and then executes the command appended to it.
-
-    The step runs before a change of user, so Python ignores the environment, the user's site and the working
-    folder. The command's program must be an absolute path.
-    """
-    denied = deny_filter(platform.machine())
-    return [sys.executable, "-I", "-S", "-B", "-c", _STEP, str(ruleset), denied.hex()]
 
 
 def _system_rules(programs: Iterable[str]) -> dict[Path, int]:

@@ -16,12 +16,15 @@ import pytest
 from pytest_microvm.hypervisors import landlock
 from pytest_microvm.hypervisors.containment import Walls, find_walls
 from pytest_microvm.hypervisors.landlock import find_version, open_ruleset
+from pytest_microvm.hypervisors.landlock_step import find_steps, step_command
 from pytest_microvm.hypervisors.rlimits import Rlimits
 from pytest_microvm.hypervisors.seccomp import deny_filter
 
 GIB = 1024**3
 VERSION, WHY_NOT = find_version()
 LIMITS = Rlimits(files=256, file_bytes=GIB, address_bytes=8 * GIB, data_bytes=2 * GIB)
+
+STEPS = find_steps()
 
 needs_landlock = pytest.mark.skipif(VERSION == 0, reason=f"no Landlock here: {WHY_NOT}")
 
@@ -73,8 +76,8 @@ def run():
     """Run Python in the chain that starts VMMs, behind rules for its interpreter or without any."""
     walls = find_walls()
 
-    def run(code, *arguments, version=VERSION, descriptors=()):
-        held = Walls(walls.setpriv, walls.prlimit, landlock=version)
+    def run(code, *arguments, version=VERSION, descriptors=(), step=STEPS[0]):
+        held = Walls(walls.setpriv, walls.prlimit, landlock=version, step=step)
         ruleset = held.ruleset(sys.executable, descriptors=descriptors)
         inherited = [number for number in (ruleset, *descriptors) if number is not None]
         chain = held.command(None, LIMITS, ruleset=ruleset)
@@ -115,9 +118,10 @@ def attempt(way):
 @pytest.mark.parametrize("way", WAYS)
 def test_attack_on_user_files_fails(run, home, way):
     before = tree(home)
-    done = run(attempt(WAYS[way]), home, os.getpid())
-    assert done.returncode in (errno.EACCES, errno.EPERM), done.stderr
-    assert tree(home) == before
+    for step in STEPS:
+        done = run(attempt(WAYS[way]), home, os.getpid(), step=step)
+        assert done.returncode in (errno.EACCES, errno.EPERM), (step[0], done.stderr)
+        assert tree(home) == before
     done = run(attempt(WAYS[way]), home, os.getpid(), version=0)
     if way == "mark" and "Operation not supported" in done.stderr:
         pytest.skip("this file system has no extended attributes")
@@ -168,11 +172,39 @@ def test_only_listed_devices_open():
     ruleset = open_ruleset(VERSION, ["/bin/sh"], devices[:1])
     try:
         for device in devices:
-            command = [*landlock.landlock_command(ruleset), "/bin/sh", "-c", f"exec 3<{device}"]
+            command = [*step_command(STEPS[0], ruleset), "/bin/sh", "-c", f"exec 3<{device}"]
             done = subprocess.run(command, capture_output=True, check=False, pass_fds=[ruleset])
             assert (done.returncode == 0) == (device in devices[:1])
     finally:
         os.close(ruleset)
+
+
+@needs_landlock
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: Path(step[0]).name)
+def test_step_leaves_nothing_to_the_next_program(step):
+    ruleset = open_ruleset(VERSION, ["/bin/sh"])
+    script = f"env; [ -e /proc/self/fd/{ruleset} ] && echo open; [ -e /proc/self/fd/2 ] && echo stderr"
+    command = [*step_command(step, ruleset), "/bin/sh", "-c", script]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, pass_fds=[ruleset], env={"NAME": "value"}
+        )
+    finally:
+        os.close(ruleset)
+    assert [line for line in done.stdout.splitlines() if not line.startswith("PWD=")] == ["stderr"]
+
+
+@needs_landlock
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: Path(step[0]).name)
+def test_step_that_fails_executes_nothing(step):
+    with open(os.devnull) as null:  # noqa: PTH123 - no ruleset
+        command = [*step_command(step, null.fileno()), "/bin/echo", "started"]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, pass_fds=[null.fileno()], env={}
+        )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert "Landlock: " in done.stderr
 
 
 @needs_landlock
