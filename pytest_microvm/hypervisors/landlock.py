@@ -107,9 +107,12 @@ def open_ruleset(
 
 def _system_rules(programs: Iterable[str]) -> dict[Path, int]:
     rules = dict.fromkeys(map(Path, SYSTEM_FOLDERS), PROGRAMS)
+    home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path's own raises where there is none
     for program in map(Path, programs):
-        folder = program.resolve().parent
-        rules[folder] = PROGRAMS
+        resolved = program.resolve()
+        folder = resolved.parent
+        # A program that lies in the home folder itself does not open that to the VMM.
+        rules[resolved if home.is_relative_to(folder) else folder] = PROGRAMS
         if folder.name == "bin":
             rules.update(dict.fromkeys((folder.parent / name for name in _BESIDE_PROGRAMS), PROGRAMS))
     rules.update(dict.fromkeys(map(Path, _SYSTEM_FILES), READ))

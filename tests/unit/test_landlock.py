@@ -238,6 +238,19 @@ def test_program_with_files_beside_it_runs_behind_rules(prefix):
 
 
 @needs_landlock
+def test_program_in_the_home_folder_does_not_open_it(home, monkeypatch):
+    monkeypatch.setenv("HOME", str(home))
+    ruleset = open_ruleset(VERSION, ["/bin/sh", str(home / "program")])
+    try:
+        for script, status in ((f"{home}/program", 0), (f"cat {home}/.bashrc", 1)):
+            command = [*step_command(STEPS[0], ruleset), "/bin/sh", "-c", script]
+            done = subprocess.run(command, capture_output=True, check=False, pass_fds=[ruleset])
+            assert done.returncode == status, done.stderr
+    finally:
+        os.close(ruleset)
+
+
+@needs_landlock
 def test_program_with_files_elsewhere_runs_without_rules(prefix):
     walls = find_walls(program(prefix, "elsewhere/library"))
     assert walls.landlock == 0
