@@ -21,10 +21,10 @@ from pytest_microvm.manifest import (
     Manifest,
     file_mode,
     is_git,
-    open_folder,
     scan,
 )
 from pytest_microvm.mounts import Changes, Mount
+from pytest_microvm.nofollow import open_folder
 from pytest_microvm.sanitize import sanitize_line
 from pytest_microvm.takeover import Result, TakeOver, is_below
 from pytest_microvm.transfer import receive_file, receive_tree, send_tar

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from pytest_microvm.errors import TransferError
+from pytest_microvm.nofollow import FOLDER_FLAGS, MAX_DEPTH
 
 MAX_ENTRIES = 1_000_000
 MAX_BYTES = 64 * 1024**3
@@ -28,12 +29,10 @@ _MAX_LEFT_OUT = 1000  # members: each costs memory
 _LONG_NAME = 512  # bytes: what counts as one more entry, for names are kept in memory
 _MAX_HEADER = 64 * 1024  # bytes of a long name or of extended attributes, which are read into memory
 _MAX_NAME = 4096
-_MAX_DEPTH = 256  # folders inside each other: what removes them again calls itself for each
 _MAX_HEADERS = 8  # headers in a row that say more about the next: attributes, a long name, a long link
 _PIECE = 256 * 1024
 _PADDING = 64 * 1024  # bytes; tar fills its last record up with zeros
 _LATEST = 2**33 - 1  # seconds since 1970: what tar's own field for it can hold
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _IN_THE_WAY = frozenset([errno.ENOTDIR, errno.ELOOP, errno.ENOENT])  # a file or a link, or nothing
 _NO_NAME = frozenset([errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL])  # as vfat says of a colon
@@ -109,7 +108,7 @@ def extract(source: IO[bytes], folder: Path, terms: Terms | None = None) -> None
         TransferError: A member is refused, the archive is damaged, or the host cannot write it.
     """
     terms = terms or Terms(MAX_BYTES, MAX_ENTRIES)
-    root = os.open(folder, _FOLDER)
+    root = os.open(folder, FOLDER_FLAGS)
     total = entries = 0
     try:
         with tarfile.open(fileobj=source, mode="r|", bufsize=65536, tarinfo=_Header) as archive:
@@ -228,8 +227,8 @@ def _segments(member: tarfile.TarInfo, path: str) -> list[str]:
         raise _refused(member, "a path with ..")
     if "\0" in path or len(os.fsencode(path)) > _MAX_NAME:
         raise _refused(member, "an impossible name")
-    if len(segments) > _MAX_DEPTH:
-        raise _refused(member, f"more than {_MAX_DEPTH} folders inside each other")
+    if len(segments) > MAX_DEPTH:
+        raise _refused(member, f"more than {MAX_DEPTH} folders inside each other")
     return segments
 
 
@@ -265,7 +264,7 @@ def _folder(
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(segment, 0o755, dir_fd=here)
                         made += 1
-                below = os.open(segment, _FOLDER, dir_fd=here)
+                below = os.open(segment, FOLDER_FLAGS, dir_fd=here)
             except OSError as error:
                 if error.errno not in _IN_THE_WAY:  # a full disk, say
                     raise
@@ -281,7 +280,7 @@ def _make_folder(parent: int, name: str, member: tarfile.TarInfo) -> None:
     if not stat.S_ISDIR(_mode(parent, name)):
         _clear(parent, name, member)
         os.mkdir(name, 0o700, dir_fd=parent)
-    descriptor = os.open(name, _FOLDER, dir_fd=parent)
+    descriptor = os.open(name, FOLDER_FLAGS, dir_fd=parent)
     try:
         os.fchmod(descriptor, member.mode & 0o755 | 0o700)
     finally:

@@ -6,8 +6,6 @@ machine runs, anybody may put one in a place where there was none.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -15,18 +13,14 @@ import stat
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
 from pytest_microvm.errors import UsageError
+from pytest_microvm.nofollow import MAX_DEPTH, folder_below, open_file
 
-MAX_DEPTH = 256
-"""Directories inside each other that are handed over; a machine may not send more either."""
 MAX_PATHS = 300_000
 """Paths that a mounted directory may have, on either side: each costs some hundred bytes of memory."""
 
-FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _PIECE = 256 * 1024
 # Where case does not count these often do not either (HFS+; casefold of ext4 and f2fs): they are
 # Default_Ignorable_Code_Point of Unicode's DerivedCoreProperties.txt.
@@ -34,7 +28,6 @@ _IGNORED = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
     "\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufff8\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
 )
-_SWAPPED = frozenset([errno.ELOOP, errno.ENOTDIR, errno.ENOENT])
 
 
 class Entry(NamedTuple):
@@ -101,45 +94,6 @@ def folder_mode(mode: int) -> int:
     return mode & 0o755 | 0o700
 
 
-def open_folder(path: Path) -> int:
-    """Open a directory by its resolved path; a link anywhere on the way was put there since.
-
-    Raises:
-        OSError: It is not there any more, or a link is on the way.
-    """
-    here = os.open("/", FOLDER_FLAGS)
-    for segment in path.parts[1:]:
-        try:
-            below = os.open(segment, FOLDER_FLAGS, dir_fd=here)
-        finally:
-            os.close(here)
-        here = below
-    return here
-
-
-@contextlib.contextmanager
-def folder_below(root: int, segments: list[str]) -> Iterator[int | None]:
-    """Open a directory below ``root`` without following links; ``None`` if there is none."""
-    here: int | None = os.dup(root)
-    try:
-        for segment in segments:
-            assert here is not None, "the loop ends where nothing is"
-            try:
-                below = os.open(segment, FOLDER_FLAGS, dir_fd=here)
-            except OSError as error:
-                if error.errno not in _SWAPPED:
-                    raise
-                os.close(here)
-                here = None
-                break
-            os.close(here)
-            here = below
-        yield here
-    finally:
-        if here is not None:
-            os.close(here)
-
-
 def walk(root: int, above: str = "", depth: int = 1) -> Iterator[Found]:
     """Yield everything below ``root``, directories before what is in them, sorted by name.
 
@@ -188,19 +142,6 @@ def look(parent: int, name: str) -> Entry | None:
     except PermissionError:
         return Entry("other")
     return Entry("other")
-
-
-def open_file(parent: int, name: str) -> IO[bytes]:
-    """Open a regular file for reading, and nothing else that may have taken its place.
-
-    Raises:
-        OSError: It is none.
-    """
-    file = os.fdopen(os.open(name, _FILE_FLAGS, dir_fd=parent), "rb", buffering=0)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError(errno.EINVAL, "no regular file", name)
-    return file
 
 
 def links(root: int) -> dict[str, str]:

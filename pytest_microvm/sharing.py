@@ -14,8 +14,8 @@ from pytest_microvm.live.lock import lock_file
 from pytest_microvm.live.messages import BadRequest
 from pytest_microvm.live.server import Server
 from pytest_microvm.live.serving import serve
-from pytest_microvm.manifest import open_folder
 from pytest_microvm.mounts import Changes, Mount
+from pytest_microvm.nofollow import open_folder
 from pytest_microvm.transfer import TIMEOUT
 
 if TYPE_CHECKING:

@@ -18,17 +18,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from pytest_microvm.manifest import (
-    FOLDER_FLAGS,
-    Difference,
-    Entry,
-    Manifest,
-    differences,
-    folder_below,
-    is_git,
-    look,
-    open_file,
-)
+from pytest_microvm.manifest import Difference, Entry, Manifest, differences, is_git, look
+from pytest_microvm.nofollow import FOLDER_FLAGS, folder_below, open_file
 
 _MAX_NAME = 255  # bytes: what Linux takes as a name
 _MAX_COPIES = 1000

@@ -19,7 +19,8 @@ from pytest_microvm.live.lock import FolderLock
 from pytest_microvm.live.messages import error
 from pytest_microvm.live.nodes import identity
 from pytest_microvm.live.opening import ALWAYS, check_same, reading, regular, same, shown
-from pytest_microvm.manifest import MAX_DEPTH, file_mode, folder_below, folder_mode, is_git
+from pytest_microvm.manifest import file_mode, folder_mode, is_git
+from pytest_microvm.nofollow import MAX_DEPTH, folder_below
 
 NEW_ENTRY = 4096
 """Bytes that a new file, link or directory counts as, so that their number is limited, too."""

@@ -12,7 +12,8 @@ import stat
 from collections.abc import Iterator
 
 from pytest_microvm.live.messages import error
-from pytest_microvm.manifest import MAX_DEPTH, folder_below, is_git
+from pytest_microvm.manifest import is_git
+from pytest_microvm.nofollow import MAX_DEPTH, folder_below
 
 MAX_STEPS = 1_000_000
 """Names that are looked at for one judgement, some seconds; a directory counts as often as it is deep."""

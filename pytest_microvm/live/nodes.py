@@ -7,7 +7,8 @@ import os
 import stat
 
 from pytest_microvm.live.messages import ROOT
-from pytest_microvm.manifest import MAX_DEPTH, MAX_PATHS
+from pytest_microvm.manifest import MAX_PATHS
+from pytest_microvm.nofollow import MAX_DEPTH
 
 Identity = tuple[int, int, int]
 """What tells files apart: device, inode, and what kind of thing it is."""

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from pytest_microvm import takeover
 from pytest_microvm.errors import UsageError
-from pytest_microvm.manifest import Handover, is_git, open_folder, scan
+from pytest_microvm.manifest import Handover, is_git, scan
+from pytest_microvm.nofollow import open_folder
 from pytest_microvm.takeover import Conflict, TakeOver
 
 MINE = ".microvm-vm-1"

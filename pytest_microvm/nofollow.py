@@ -1,0 +1,248 @@
+"""Opens what lies below a folder, component by component from descriptor to descriptor: no link is followed.
+
+A stranger's tree is read by this module alone. A check of a path before it is opened by name is no check:
+the name may mean something else by then, and a link on the way is followed by the kernel. Linux has
+openat2(2) with ``RESOLVE_BENEATH`` for this; Python has no call for it, and the same walk in user space is as
+safe, see ADR 0026.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from pytest_microvm.errors import UsageError
+
+MAX_DEPTH = 256
+"""Folders inside each other that are read: each holds a descriptor."""
+
+FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+# A link, a file where a folder was wanted, nothing at all, a name that no file system takes.
+_NOT_THERE = frozenset([errno.ELOOP, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG])
+
+
+def open_folder(path: Path) -> int:
+    """Open a directory by its resolved path; a link anywhere on the way was put there since.
+
+    Raises:
+        OSError: It is not there any more, or a link is on the way.
+    """
+    here = os.open("/", FOLDER_FLAGS)
+    for segment in path.parts[1:]:
+        try:
+            below = os.open(segment, FOLDER_FLAGS, dir_fd=here)
+        finally:
+            os.close(here)
+        here = below
+    return here
+
+
+@contextlib.contextmanager
+def folder_below(root: int, segments: list[str]) -> Iterator[int | None]:
+    """Open a directory below ``root`` without following links; ``None`` if there is none."""
+    here: int | None = os.dup(root)
+    try:
+        for segment in segments:
+            assert here is not None, "the loop ends where nothing is"
+            try:
+                below = os.open(segment, FOLDER_FLAGS, dir_fd=here)
+            except OSError as error:
+                if error.errno not in _NOT_THERE:
+                    raise
+                os.close(here)
+                here = None
+                break
+            os.close(here)
+            here = below
+        yield here
+    finally:
+        if here is not None:
+            os.close(here)
+
+
+def open_file(parent: int, name: str) -> IO[bytes]:
+    """Open a regular file for reading, and nothing else that may have taken its place.
+
+    Raises:
+        OSError: It is none.
+    """
+    file = os.fdopen(os.open(name, _FILE_FLAGS, dir_fd=parent), "rb", buffering=0)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "no regular file", name)
+    return file
+
+
+class OpenTree:
+    """What lies below a folder, by paths with ``/``.
+
+    The folders on the way to the last path stay open, so that sorted paths cost few calls. Not for several
+    threads at once.
+
+    Args:
+        top: The folder; links on the way to it are those of whoever named it.
+
+    Raises:
+        OSError: It is no folder, or cannot be read.
+    """
+
+    def __init__(self, top: Path) -> None:
+        self._names: list[str] = []
+        self._folders = [os.open(top, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)]
+
+    def __enter__(self) -> OpenTree:  # noqa: PYI034 - Self is new in Python 3.11
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all that is open."""
+        while self._folders:
+            os.close(self._folders.pop())
+
+    def status(self, path: str) -> os.stat_result | None:
+        """Return what is at a path, a link's own status if it is one; ``None`` where nothing is."""
+        *above, name = _parts(path)
+        folder = self._folder(above)
+        if folder is None:
+            return None
+        try:
+            return os.stat(name, dir_fd=folder, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                raise
+            return None
+
+    def target(self, path: str) -> str | None:
+        """Return where a link points; ``None`` where none is."""
+        *above, name = _parts(path)
+        folder = self._folder(above)
+        try:
+            return None if folder is None else os.readlink(name, dir_fd=folder)
+        except OSError as error:
+            if error.errno not in _NOT_THERE | {errno.EINVAL}:
+                raise
+            return None
+
+    def open(self, path: str) -> IO[bytes] | None:
+        """Open a regular file; ``None`` where none is, but a link, a pipe or a folder, say.
+
+        Raises:
+            OSError: It cannot be read.
+        """
+        *above, name = _parts(path)
+        folder = self._folder(above)
+        try:
+            return None if folder is None else open_file(folder, name)
+        except OSError as error:
+            if error.errno not in _NOT_THERE | {errno.EINVAL, errno.ENXIO, errno.EISDIR}:
+                raise
+            return None
+
+    def names(self, path: str = "") -> list[str]:
+        """Return the names in a folder, sorted; none where no folder is."""
+        folder = self._folder(_parts(path) if path else [])
+        return [] if folder is None else sorted(os.listdir(folder))  # noqa: PTH208 - a descriptor
+
+    def _folder(self, names: list[str]) -> int | None:
+        """Return the descriptor of a folder, valid until the next call; ``None`` where none is."""
+        if len(names) > MAX_DEPTH:
+            raise UsageError(
+                f"{'/'.join(names)[:200]}...: more than {MAX_DEPTH} folders inside each other",
+                resolution="leave it out of the project",
+            )
+        common = 0
+        while common < min(len(names), len(self._names)) and names[common] == self._names[common]:
+            common += 1
+        while len(self._names) > common:
+            self._names.pop()
+            os.close(self._folders.pop())
+        for name in names[common:]:
+            try:
+                below = os.open(name, FOLDER_FLAGS, dir_fd=self._folders[-1])
+            except OSError as error:
+                if error.errno not in _NOT_THERE:
+                    raise
+                return None
+            self._folders.append(below)
+            self._names.append(name)
+        return self._folders[-1]
+
+
+def read_below(top: Path, path: str, limit: int) -> bytes | None:
+    """Return a regular file's content; ``None`` where nothing is.
+
+    Args:
+        top: The folder that is read below; see :class:`OpenTree`.
+        path: Relative to it.
+        limit: Bytes that it may have.
+
+    Raises:
+        UsageError: A link is there or on the way, or what is no file, or it is too large.
+        OSError: It cannot be read.
+    """
+    try:
+        tree = OpenTree(top)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    with tree:
+        file = tree.open(path)
+        if file is None:
+            _refuse(tree, top, path)
+            return None
+    with file:
+        return bounded(file, limit, top / path)
+
+
+def bounded(file: IO[bytes], limit: int, shown: Path) -> bytes:
+    """Return a file's content.
+
+    Args:
+        file: The file.
+        limit: Bytes that it may have.
+        shown: What it is called, for the error.
+
+    Raises:
+        UsageError: It is too large.
+    """
+    content = bytearray()
+    while len(content) <= limit and (piece := file.read(limit + 1 - len(content))):
+        content += piece
+    if len(content) > limit:
+        raise UsageError(f"{shown} has more than {limit} bytes", resolution="make it smaller")
+    return bytes(content)
+
+
+def _refuse(tree: OpenTree, top: Path, path: str) -> None:
+    """Raise an error where something is that is not read; return where nothing is."""
+    parts = _parts(path)
+    for number in range(1, len(parts) + 1):
+        here = "/".join(parts[:number])
+        status = tree.status(here)
+        if status is None:
+            return
+        if stat.S_ISLNK(status.st_mode):
+            raise UsageError(
+                f"{top / here} is a link, and links of a project are not followed",
+                resolution="put the file itself there",
+            )
+    raise UsageError(f"{top / path} is no regular file", resolution="put a file there")
+
+
+def _parts(path: str) -> list[str]:
+    """Return the names of a relative path, none of which leads upwards.
+
+    Raises:
+        ValueError: It is no such path.
+    """
+    parts = path.split("/")
+    if not path or "\0" in path or not {"", ".", ".."}.isdisjoint(parts):
+        raise ValueError(f"{PurePosixPath(path)} is no path below a folder")
+    return parts
