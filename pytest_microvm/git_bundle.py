@@ -15,30 +15,16 @@ from typing import IO
 
 from pytest_microvm.errors import TransferError
 from pytest_microvm.git_commands import GitError, git
+from pytest_microvm.git_repository import Repository
+from pytest_microvm.nofollow import read_below
 from pytest_microvm.sanitize import sanitize_line
 
 _MAX_HEADER = 256 * 1024  # bytes
+_MAX_SHALLOW = 64 * 1024 * 1024  # bytes: a commit's name for each line
 _SIGNATURES = (b"# v2 git bundle\n", b"# v3 git bundle\n")
 _SUBJECTS = 20
 _SUBJECT_LENGTH = 120
 _NEW = "refs/heads/new"
-
-
-@dataclass(frozen=True)
-class Repository:
-    """A repository of the host.
-
-    Args:
-        directory: Where its objects and references are.
-        format: Its hash, ``sha1`` or ``sha256``.
-    """
-
-    directory: Path
-    format: str
-
-    def git(self, *arguments: str | Path, stdin: IO[bytes] | None = None) -> str:
-        """Run git on it."""
-        return git("--git-dir", self.directory, *arguments, stdin=stdin)
 
 
 @dataclass(frozen=True)
@@ -98,15 +84,13 @@ def _index(repository: Repository, pack: IO[bytes]) -> None:
 def borrowing(repository: Repository, folder: Path) -> Repository:
     """Make a bare repository in ``folder`` that finds the objects of another one, and nothing else of it."""
     git("init", "--quiet", "--bare", "--template=", f"--object-format={repository.format}", folder)
-    objects = repository.git("rev-parse", "--git-path", "objects").rstrip("\n")
     (folder / "objects" / "info").mkdir(exist_ok=True)
-    (folder / "objects" / "info" / "alternates").write_bytes(
-        bytes((repository.directory / objects).resolve()) + b"\n"
-    )
-    shallow = repository.directory / "shallow"
-    if shallow.exists():
-        (folder / "shallow").write_bytes(shallow.read_bytes())
-    return Repository(folder, repository.format)
+    objects = bytes(repository.directory.resolve() / "objects")
+    (folder / "objects" / "info" / "alternates").write_bytes(objects + b"\n")
+    shallow = read_below(repository.directory, "shallow", _MAX_SHALLOW)
+    if shallow is not None:
+        (folder / "shallow").write_bytes(shallow)
+    return Repository(folder, repository.format, own=True)
 
 
 @contextmanager

@@ -1,9 +1,14 @@
-"""Runs the host's git so that no repository, hook or configuration makes it run anything else."""
+"""Runs the host's git so that no repository, hook or configuration makes it run anything else.
+
+No other module starts git (``tests/unit/test_one_git.py``). A repository that this process did not make is
+worked on through :class:`pytest_microvm.git_repository.Repository`, which hides its configuration.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import shutil
 import signal
@@ -26,19 +31,43 @@ _MAX_WORD = 64 * 1024  # bytes of a line, a path or a header that it prints
 _TAIL = 2000  # bytes of what it said that are shown
 _PIECE = 65536
 _CONFIGURATION = "gitconfig"
+_USERS = re.compile(r"HOME|XDG_CONFIG_HOME|GIT_CONFIG_(NOSYSTEM|SYSTEM|GLOBAL|COUNT|(KEY|VALUE)_[0-9]+)")
 
 # Without them it could start a program, ask somebody, or write where nothing is to be written.
 _SETTINGS = (
     "core.hooksPath=/dev/null", "core.fsmonitor=false", "core.sshCommand=false", "core.pager=cat",
     "core.packedGitLimit=512m", "core.attributesFile=/dev/null", "core.excludesFile=/dev/null",
+    "core.alternateRefsCommand=false", "core.commitGraph=false", "core.untrackedCache=false",
     "credential.helper=", "gc.auto=0", "init.defaultBranch=main", "init.templateDir=",
     "log.showSignature=false", "maintenance.auto=false", "pack.threads=1", "protocol.allow=never",
-    "safe.directory=*", "submodule.recurse=false",
+    "safe.bareRepository=explicit", "safe.directory=*", "submodule.recurse=false",
 )  # fmt: skip
 
 
 class GitError(HostError):
     """git refused."""
+
+
+def git_program() -> str | None:
+    """Return where git is, ``None`` if it is not installed."""
+    return shutil.which("git", path=_path())
+
+
+def user_config(*arguments: str) -> str:
+    """Ask git-config(1) about the user's and the computer's configuration, and return what it printed.
+
+    That is data here; git obeys none of it, and no repository takes part.
+
+    Args:
+        *arguments: As for ``git config``.
+
+    Raises:
+        GitError: It failed; there is no such key, say.
+        HostError: git is not installed.
+    """
+    command = ("config", *arguments)
+    with _started(command, local=False, stdin=subprocess.DEVNULL, environment=_users()) as process:
+        return _outcome(process, "config")
 
 
 def git(*arguments: str | Path, local: bool = False, stdin: IO[bytes] | None = None) -> str:
@@ -173,20 +202,26 @@ class Talk:
 
 @contextmanager
 def _started(
-    arguments: Sequence[str | Path], *, local: bool, stdin: IO[bytes] | int
+    arguments: Sequence[str | Path],
+    *,
+    local: bool,
+    stdin: IO[bytes] | int,
+    environment: dict[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start git with a home of its own; see :func:`git`."""
-    program = shutil.which("git")
+    """Start git with a home of its own, or with ``environment``; see :func:`git`."""
+    program = git_program()
     if program is None:
-        raise HostError("git is not installed", resolution="install git, or mount the directory as copy")
+        raise HostError(
+            "git is not installed", resolution="install git: without it nobody knows what a repository has"
+        )
     settings = [*_SETTINGS, *(["protocol.file.allow=always"] if local else [])]
-    options = [part for setting in settings for part in ("-c", setting)]
+    options = [part for setting in settings if environment is None for part in ("-c", setting)]
     limits = "".join(f"ulimit -{letter} {most} 2>/dev/null; " for letter, most in _LIMITS)
     with (
         _home() as home,
         subprocess.Popen(
             ["/bin/sh", "-c", limits + 'exec "$@"', "sh", program, "--no-pager", *options, *arguments],
-            env=_environment(home, local=local), cwd=home, stdin=stdin,
+            env=environment or _environment(home, local=local), cwd=home, stdin=stdin,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         ) as process,
     ):  # fmt: skip
@@ -198,10 +233,12 @@ def _home() -> Iterator[str]:
     """Make a home with a configuration that also counts for the git at the other repository of a fetch.
 
     What is said with ``-c`` does not (``local_repo_env`` in git's environment.c), and repositories of another
-    user, as root has them in a container, are refused there, too, by git 2.39.5 for one.
+    user, as root has them in a container, are refused there, too, by git 2.39.5 for one. The same release
+    heeds ``safe.bareRepository`` only where no repository can set it: here, and with ``-c``.
     """
     with tempfile.TemporaryDirectory(prefix="microvm-git-") as home:
-        Path(home, _CONFIGURATION).write_text("[safe]\n\tdirectory = *\n", encoding="ascii")
+        text = "[safe]\n\tdirectory = *\n\tbareRepository = explicit\n"
+        Path(home, _CONFIGURATION).write_text(text, encoding="ascii")
         yield home
 
 
@@ -248,9 +285,10 @@ def _drain(pipe: IO[bytes], kept: bytearray, size: int) -> None:
 
 def _environment(home: str, *, local: bool) -> dict[str, str]:
     return {
-        "PATH": os.environ.get("PATH", os.defpath),
+        "PATH": _path(),
         "HOME": home,
         "LC_ALL": "C",
+        "GIT_CEILING_DIRECTORIES": str(Path(home).parent),  # nothing there is a repository of ours
         "GIT_CONFIG_NOSYSTEM": "1",
         "GIT_CONFIG_SYSTEM": os.devnull,
         "GIT_CONFIG_GLOBAL": f"{home}/{_CONFIGURATION}",
@@ -259,6 +297,21 @@ def _environment(home: str, *, local: bool) -> dict[str, str]:
         "GIT_ALLOW_PROTOCOL": "file" if local else "none",  # it overrides what a repository's own says
         "GIT_ASKPASS": "false",
         "GIT_EDITOR": "false",
+        "GIT_GRAFT_FILE": os.devnull,
+        "GIT_NO_LAZY_FETCH": "1",  # since 2.45; before that no protocol is allowed to a fetch
         "GIT_NO_REPLACE_OBJECTS": "1",
         "GIT_OPTIONAL_LOCKS": "0",
     }
+
+
+def _users() -> dict[str, str]:
+    """Return the environment in which git finds the user's configuration, and no repository."""
+    kept = {key: value for key, value in os.environ.items() if _USERS.fullmatch(key)}
+    here = {"PATH": _path(), "LC_ALL": "C", "GIT_CEILING_DIRECTORIES": tempfile.gettempdir()}
+    return {**kept, **here}
+
+
+def _path() -> str:
+    """Return where programs are searched: what is relative would be found in a project."""
+    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    return os.pathsep.join(folder for folder in folders if Path(folder).is_absolute())

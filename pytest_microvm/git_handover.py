@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 
 from pytest_microvm.copying import receive
 from pytest_microvm.errors import TransferError, UsageError
-from pytest_microvm.git_bundle import BadBundle, Repository, import_commits
+from pytest_microvm.git_bundle import BadBundle, borrowing, import_commits
 from pytest_microvm.git_commands import GitError, git
-from pytest_microvm.manifest import Handover, open_folder
+from pytest_microvm.git_repository import Repository, checkout_at, find_checkout, repository_at
+from pytest_microvm.manifest import Handover
 from pytest_microvm.mounts import Changes, Mount
+from pytest_microvm.nofollow import open_folder
 from pytest_microvm.sanitize import sanitize
 from pytest_microvm.transfer import send_tar
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from pytest_microvm.machine import MicroVM
 
 _OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_LENT = "refs/heads/lent"
 _MAX_BRANCHES = 100
 _MAX_UNCOMMITTED = 10**6
 _MAX_SAID = 2000  # characters of what the machine's git said
@@ -51,7 +54,7 @@ class Clone:
         self._mount = mount
         self._source = mount.source.resolve()
         self._repository = _repository(self._source)
-        self._base = self._tip = _head(self._source)
+        self._base = self._tip = _head(self._source, self._repository)
         if mount.access == "rw":
             self._check_name()
         self._branch: str | None = None  # the last that was made here, at ``_tip``
@@ -105,15 +108,21 @@ class Clone:
     # Into the machine
 
     def _make_clone(self, clone: Path) -> None:
-        """Clone what is reachable from HEAD, and nothing else that may lie in the repository."""
+        """Clone what is reachable from HEAD, and nothing else that may lie in the repository.
+
+        It is fetched from a repository of ours that borrows the objects: git at the other end of a fetch
+        would obey the configuration that it finds there.
+        """
         git("init", "--quiet", "--template=", f"--object-format={self._repository.format}", clone)
-        made = Repository(clone / ".git", self._repository.format)
+        made = Repository(clone / ".git", self._repository.format, own=True)
         shallow = ["--update-shallow"] if (self._repository.directory / "shallow").exists() else []
+        lender = borrowing(self._repository, clone.parent / "lender")
+        lender.git("update-ref", _LENT, self._base)
         git(
             "--git-dir", made.directory, "fetch", "--quiet", "--no-tags", "--no-write-fetch-head", *shallow,
-            self._source, "HEAD:refs/handed/over", local=True,
+            lender.directory, f"{_LENT}:refs/handed/over", local=True,
         )  # fmt: skip
-        branch = _branch(self._source)
+        branch = _branch(self._repository)
         if branch:
             made.git("update-ref", branch, self._base)
             made.git("symbolic-ref", "HEAD", branch)
@@ -216,36 +225,34 @@ def _repository(source: Path) -> Repository:
     """
     if not source.is_dir():
         raise UsageError(f"{source} is no directory", resolution="check the path of the mount")
-    try:
-        prefix = git("-C", source, "rev-parse", "--show-prefix").strip("\n")
-        common = git("-C", source, "rev-parse", "--path-format=absolute", "--git-common-dir").strip("\n")
-        kind = git("-C", source, "rev-parse", "--show-object-format").strip()
-    except GitError as error:
-        raise UsageError(
-            f"{source} is no git repository", details=error.details, resolution="mount it as copy"
-        ) from error
-    if prefix:
-        raise UsageError(f"{source} is within a repository", resolution="hand over the directory at its top")
-    return Repository(Path(common), kind)
+    checkout = checkout_at(source)
+    repository = checkout.repository if checkout else repository_at(source)
+    if repository is None:
+        if find_checkout(source):
+            raise UsageError(
+                f"{source} is within a repository", resolution="hand over the directory at its top"
+            )
+        raise UsageError(f"{source} is no git repository", resolution="mount it as copy")
+    return repository
 
 
-def _head(source: Path) -> str:
+def _head(source: Path, repository: Repository) -> str:
     """Return the commit that is checked out.
 
     Raises:
         UsageError: There is none.
     """
     try:
-        return git("-C", source, "rev-parse", "--verify", "HEAD^{commit}").strip()
+        return repository.git("rev-parse", "--verify", "HEAD^{commit}").strip()
     except GitError as error:
         raise UsageError(
             f"{source} has no commit yet", details=error.details, resolution="commit something first"
         ) from error
 
 
-def _branch(source: Path) -> str | None:
+def _branch(repository: Repository) -> str | None:
     """Return the branch that is checked out, such as ``refs/heads/main``, if one is."""
     try:
-        return git("-C", source, "symbolic-ref", "--quiet", "HEAD").strip() or None
+        return repository.git("symbolic-ref", "--quiet", "HEAD").strip() or None
     except GitError:
         return None

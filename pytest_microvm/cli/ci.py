@@ -92,7 +92,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="who reads the JUnit files: generic, github, gitlab, jenkins or buildkite",
     )  # fmt: skip
     how.add_argument("--plain", action="store_true", help="lines instead of a table that moves")
-    how.add_argument("-C", dest="repository", type=Path, default=Path(), metavar="DIR", help="the repository")
+    how.add_argument("-C", dest="repository", type=Path, metavar="DIR", help="the repository")
     ci_worker.add_cluster_options(run.add_argument_group("where"))
     run.set_defaults(run=_run)
     schema = own.add_parser("schema", help="print the JSON Schema of the definition, for editors")
@@ -118,7 +118,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from pytest_microvm.host import Host  # noqa: PLC0415
     from pytest_microvm.reports.profiles import profile_named  # noqa: PLC0415
 
-    repository = CodeRepository(arguments.repository)
+    named = arguments.repository is not None
+    repository = CodeRepository(arguments.repository if named else Path(), bare=named)
     selection = running.Selection(
         arguments.branch, arguments.ref, arguments.worktree, arguments.changed_since, arguments.job,
         arguments.definition_from,

@@ -164,7 +164,7 @@ def _requests_of_jobs(project: Path) -> Iterator[Request]:
     from pytest_microvm.ci.running import check_commands_of, defined_by, trusted_project  # noqa: PLC0415
     from pytest_microvm.ci.sources.repository import CodeRepository, read_definition  # noqa: PLC0415
 
-    repository = CodeRepository(project)
+    repository = CodeRepository(project, bare=False)
     try:
         default = repository.default_branch
     except UsageError:  # there is no commit yet, say: nothing that `ci run` would take jobs from

@@ -1,7 +1,8 @@
 """Rules by ecosystem: the hosts that pip, npm, apt and git of this computer use, as they themselves tell.
 
 Each reads its own configuration: the user's and the computer's, not the project's files, which may be
-somebody else's. No host is written here.
+somebody else's. Of the checkout's own configuration the remotes count: whoever asks for the preset git asks
+for them. No host is written here.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from pytest_microvm.errors import HostError, UsageError
+from pytest_microvm.git_commands import GitError, git_program, user_config
+from pytest_microvm.git_repository import configuration, find_checkout
 from pytest_microvm.network.addresses import parse_address, special_range
 from pytest_microvm.network.clients import answer, without_login
 from pytest_microvm.network.hosts import as_address, is_loopback_name
@@ -28,8 +31,7 @@ from pytest_microvm.network.rule_text import PRESETS, parse_rule, split_deny
 _MAX_HOSTS = 50  # of one tool; more would be no configuration
 _APT_URI = re.compile(r"'([^']+)'")
 _SOURCE = re.compile(r"(?:[a-z0-9]+\+)?(https?://[^\s\]]+)")
-_REMOTE = re.compile(r"\S+\t(.+) \((?:fetch|push)\)")
-_INSTEAD = re.compile(r"url\.(https?://.*)\.insteadof (.+)", re.IGNORECASE)
+_WEB = re.compile(r"https?://", re.IGNORECASE)
 _CREDENTIAL = "its login stays on this computer: hand it over as a credential"
 
 
@@ -202,9 +204,18 @@ def _web(uri: str) -> str | None:
 
 
 def _git(project: Path) -> Preset:
-    git = _installed("git", "git")
-    told, _said = answer([git, "remote", "-v"], what="preset git", folder=project)
-    remotes = [match[1] for line in told.splitlines() if (match := _REMOTE.match(line))]
+    """Return the hosts of the checkout's remotes, which are read as data, as the user's git rewrites them."""
+    if git_program() is None:
+        raise _missing("git", "git")
+    checkout = find_checkout(project)
+    if checkout is None:
+        raise HostError(
+            "preset git: the project is not in a repository",
+            details=f"{project}: not a git repository",
+            resolution="write the hosts themselves as rules",
+        )
+    fetched, pushed = _insteads("insteadof"), _insteads("pushinsteadof")
+    remotes = [*_remotes(configuration(checkout.repository), fetched, pushed)]
     web = [url for url in remotes if urlsplit(url).scheme in ("http", "https")]
     if not web:
         listed = ", ".join(dict.fromkeys(map(without_login, remotes))) or "none"
@@ -213,17 +224,47 @@ def _git(project: Path) -> Preset:
             resolution="write its host as a rule: host for https, host:22 for ssh",
         )
     hints = [_CREDENTIAL] if any(urlsplit(url).username for url in web) else []
-    return _preset("git", web, _rewriting(git, project), hints)
+    return _preset("git", web, _rewriting(fetched), hints)
 
 
-def _rewriting(git: str, project: Path) -> dict[str, str]:
-    """Return what makes git in the guest replace URLs as the user's git does."""
-    told, _said = answer(
-        [git, "config", "--get-regexp", r"^url\..*\.insteadof$"],
-        what="preset git", folder=project, statuses=(0, 1),
+def _insteads(key: str) -> list[tuple[str, str]]:
+    """Return what the user has git write in place of the beginnings of URLs, and these beginnings."""
+    try:
+        said = user_config("--null", "--get-regexp", rf"^url\..*\.{key}$")
+    except GitError:  # there is none
+        return []
+    items = [item.partition("\n") for item in said.split("\0") if item]
+    return [(name[len("url.") : -len(f".{key}")], old) for name, _newline, old in items]
+
+
+def _remotes(
+    said: Mapping[str, Sequence[str]], fetched: Sequence[tuple[str, str]], pushed: Sequence[tuple[str, str]]
+) -> Iterator[str]:
+    """Yield the URLs that git fetches from and pushes to; see ``url.<base>.insteadOf`` in git-config(1)."""
+    for key, urls in said.items():
+        if not key.startswith("remote.") or not key.endswith((".url", ".pushurl")):
+            continue
+        yield from (_rewritten(url, fetched) for url in urls)
+        if key.endswith(".url") and f"{key.removesuffix('.url')}.pushurl" not in said:
+            yield from (_rewritten(url, pushed) for url in urls if _rewritten(url, pushed) != url)
+
+
+def _rewritten(url: str, pairs: Sequence[tuple[str, str]]) -> str:
+    """Return a URL with its beginning replaced, the longest one that is to be."""
+    new, old = max(
+        ((new, old) for new, old in pairs if url.startswith(old)),
+        key=lambda pair: len(pair[1]), default=("", ""),
     )  # fmt: skip
-    pairs = [match.groups() for line in told.splitlines() if (match := _INSTEAD.fullmatch(line))]
-    pairs = [(new, old) for new, old in pairs if not _has_secret(new) and not _has_secret(old)]
+    return new + url.removeprefix(old)
+
+
+def _rewriting(fetched: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Return what makes git in the guest replace URLs as the user's git does."""
+    pairs = [
+        (new, old)
+        for new, old in fetched
+        if _WEB.match(new) and not _has_secret(new) and not _has_secret(old)
+    ]
     environment = {"GIT_CONFIG_COUNT": str(len(pairs)) if pairs else ""}
     for number, (new, old) in enumerate(pairs):
         environment[f"GIT_CONFIG_KEY_{number}"] = f"url.{new}.insteadOf"
@@ -302,8 +343,12 @@ def _leads_inside(url: str) -> bool:
 def _installed(program: str, preset: str) -> str:
     path = shutil.which(program)
     if path is None:
-        raise UsageError(
-            f"preset {preset}: {program} is not installed, so nobody knows which hosts it uses",
-            resolution=f"install {program}, or write the hosts themselves as rules",
-        )
+        raise _missing(program, preset)
     return path
+
+
+def _missing(program: str, preset: str) -> UsageError:
+    return UsageError(
+        f"preset {preset}: {program} is not installed, so nobody knows which hosts it uses",
+        resolution=f"install {program}, or write the hosts themselves as rules",
+    )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from pytest_microvm.errors import UsageError
+from pytest_microvm.git_repository import find_checkout
 from pytest_microvm.remote.backend import Settings
 from pytest_microvm.remote.launch import AUTOLOAD, Launch
 from pytest_microvm.sanitize import sanitize_line
@@ -109,7 +109,8 @@ def workspace_of(config: pytest.Config) -> Path:
     Raises:
         UsageError: A path of the command line lies outside.
     """
-    top = _git_top(config.rootpath) or config.rootpath
+    checkout = find_checkout(config.rootpath)
+    top = config.rootpath if checkout is None else _spelled(checkout.top, config.rootpath)
     if config.args_source is pytest.Config.ArgsSource.ARGS and not config.option.pyargs:
         for word in config.args:
             path = Path(os.path.normpath(config.invocation_params.dir / word.partition("::")[0]))
@@ -121,17 +122,9 @@ def workspace_of(config: pytest.Config) -> Path:
     return top
 
 
-def _git_top(folder: Path) -> Path | None:
-    """Return the top of the git work tree around ``folder``, spelled as in ``folder``."""
-    command = ["git", "-c", "core.fsmonitor=false", "-C", os.fspath(folder), "rev-parse", "--show-toplevel"]
-    try:
-        done = subprocess.run(command, capture_output=True, check=False)
-    except FileNotFoundError:  # no git here
-        return None
-    top = Path(os.fsdecode(done.stdout.rstrip(b"\n")))
-    if done.returncode or not top.is_absolute():
-        return None
-    return next((parent for parent in [folder, *folder.parents] if parent.resolve() == top.resolve()), None)
+def _spelled(top: Path, folder: Path) -> Path:
+    """Return a folder around ``folder`` as it is spelled there; if it is not, ``folder`` has to do."""
+    return next((parent for parent in [folder, *folder.parents] if parent.resolve() == top), folder)
 
 
 def guest_environment(

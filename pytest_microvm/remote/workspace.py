@@ -1,12 +1,14 @@
-"""The workspace: which files of a project a machine gets, their digest, and them as a tar stream."""
+"""The workspace: which files of a project a machine gets, their digest, and them as a tar stream.
+
+A project may be a stranger's: its files are opened below its top without following links, and what git lists
+is only looked up there.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import stat
-import subprocess
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +16,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pytest_microvm.errors import UsageError
+from pytest_microvm.git_commands import GitError
+from pytest_microvm.git_repository import Checkout, checkout_at, find_checkout
+from pytest_microvm.manifest import is_git
+from pytest_microvm.nofollow import OpenTree
 from pytest_microvm.spec import format_size
 
 DEFAULT_LIMIT = 1024**3
@@ -59,20 +65,24 @@ class Workspace:
     def digest(self) -> str:
         """Return a SHA-256 over every path, permission, content and link target."""
         total = hashlib.sha256(os.fsencode(self.top) + b"\0")
-        for entry in self.entries:
-            head = f"{entry.path}\0{entry.mode:o}\0{entry.target}\0"
-            total.update(head.encode("utf-8", "surrogateescape"))
-            if stat.S_ISREG(entry.mode):
-                total.update(_file_digest(self.top / entry.path))
+        with OpenTree(self.top) as tree:
+            for entry in self.entries:
+                head = f"{entry.path}\0{entry.mode:o}\0{entry.target}\0"
+                total.update(head.encode("utf-8", "surrogateescape"))
+                if stat.S_ISREG(entry.mode):
+                    total.update(file_digest(tree, entry.path))
         return total.hexdigest()
 
     def write_tar(self, file: BinaryIO) -> None:
         """Write a tar (paths below the top, owner root, time stamps kept): same files, same bytes."""
-        with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as archive:
+        with (
+            OpenTree(self.top) as tree,
+            tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as archive,
+        ):
             for entry in self.entries:
-                self._add(archive, entry)
+                self._add(archive, tree, entry)
 
-    def _add(self, archive: tarfile.TarFile, entry: Entry) -> None:
+    def _add(self, archive: tarfile.TarFile, tree: OpenTree, entry: Entry) -> None:
         info = tarfile.TarInfo(entry.path)
         info.mode = stat.S_IMODE(entry.mode)
         info.mtime = entry.mtime_ns // 10**9
@@ -83,9 +93,25 @@ class Workspace:
             info.type = tarfile.DIRTYPE
             archive.addfile(info)
         else:
-            with contextlib.suppress(FileNotFoundError), (self.top / entry.path).open("rb") as content:
-                info.size = os.fstat(content.fileno()).st_size  # it may have changed since it was listed
-                archive.addfile(info, content)
+            add_file(archive, info, tree, entry.path)
+
+
+def add_file(archive: tarfile.TarFile, info: tarfile.TarInfo, tree: OpenTree, path: str) -> None:
+    """Write a file into an archive as ``info`` says; one that has gone since it was listed is left out."""
+    if (content := tree.open(path)) is not None:
+        with content:
+            info.size = os.fstat(content.fileno()).st_size  # it may have changed since it was listed
+            archive.addfile(info, content)
+
+
+def file_digest(tree: OpenTree, path: str) -> bytes:
+    """Return the SHA-256 of a file; one that has gone since it was listed counts as empty."""
+    digest = hashlib.sha256()
+    if (file := tree.open(path)) is not None:
+        with file:
+            while block := file.read(1024 * 1024):
+                digest.update(block)
+    return digest.digest()
 
 
 def scan(top: Path, *, limit: int = DEFAULT_LIMIT) -> Workspace:
@@ -96,14 +122,16 @@ def scan(top: Path, *, limit: int = DEFAULT_LIMIT) -> Workspace:
         limit: Bytes it may have.
 
     Raises:
-        UsageError: ``top`` is not a project's directory, or too large.
+        UsageError: ``top`` is not a project's directory, or too large, or git cannot tell what is ignored.
     """
     if os.fspath(top) in _SYSTEM or os.fspath(top.resolve()) in _SYSTEM or not top.is_dir():
         raise UsageError(
             f"{top} is not a project's directory: it would be copied whole into every machine",
             resolution="start pytest in the project's directory, or name it with --rootdir",
         )
-    entries = tuple(entry for path in sorted(_paths(top)) if (entry := _entry(top, path)) is not None)
+    with OpenTree(top) as tree:
+        paths = sorted({*_paths(tree, top)})
+        entries = tuple(entry for path in paths if (entry := _entry(tree, path)) is not None)
     workspace = Workspace(top, entries)
     if workspace.size > limit:
         largest = max(entries, key=lambda entry: entry.size)
@@ -115,75 +143,92 @@ def scan(top: Path, *, limit: int = DEFAULT_LIMIT) -> Workspace:
     return workspace
 
 
-def _paths(top: Path) -> Iterator[str]:
+def _paths(tree: OpenTree, top: Path) -> Iterator[str]:
     """Yield the paths to copy, below ``top``: no caches, no virtual environments."""
-    listed = _tracked(top)
-    if listed is None:
-        yield from _walk(top)
-        return
+    try:
+        checkout = find_checkout(top)
+        listed = None if checkout is None else checkout.files(top.resolve())
+    except GitError as error:
+        raise UsageError(
+            f"{top}: git cannot tell which files are ignored",
+            details=f"{error.brief}\n{error.details}".strip(),
+            resolution="`git status` there may say more; without a .git all files count",
+        ) from error
+    yield from _walk(tree, "") if listed is None else _chosen(tree, top, listed, "")
+
+
+def _chosen(tree: OpenTree, top: Path, listed: list[str], above: str) -> Iterator[str]:
+    """Yield which of the paths that git lists below the folder ``above`` are copied."""
     environments = tuple(path[: -len("pyvenv.cfg")] for path in listed if path.endswith("/pyvenv.cfg"))
     for path in listed:
-        if path.endswith(".pyc") or not _CACHES.isdisjoint(path.split("/")):
+        names = path.split("/")
+        if not {"", ".", ".."}.isdisjoint(names) or is_git(path):  # an index may say anything
+            continue
+        if path.endswith(".pyc") or not _CACHES.isdisjoint(names):
             continue
         if environments and path.startswith(environments):
             continue
-        inside = top / path
-        if inside.is_dir() and not inside.is_symlink():  # a submodule, or a repository inside this one
-            yield from (f"{path}/{below}" for below in _paths(inside))
+        status = tree.status(above + path)
+        if status is not None and stat.S_ISDIR(status.st_mode):
+            yield from _nested(tree, top, above + path)
         else:
-            yield path
+            yield above + path
 
 
-def _tracked(top: Path) -> list[str] | None:
-    """Return the files that git knows or would add, ``None`` where ``top`` is no git work tree.
-
-    The options keep a repository's own configuration from running programs.
-    """
-    if not any((folder / ".git").exists() for folder in (top, *top.parents)):
-        return None
-    safe = ["-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null"]
-    command = ["git", *safe, "-C", os.fspath(top), "ls-files", "-co", "--exclude-standard", "-z"]
+def _nested(tree: OpenTree, top: Path, folder: str) -> Iterator[str]:
+    """Yield what is copied of a submodule, or of a repository inside this one, by its own rules."""
     try:
-        done = subprocess.run(command, capture_output=True, check=False)
-    except FileNotFoundError:  # no git here
-        return None
-    if done.returncode:
-        return None
-    return sorted({os.fsdecode(path).rstrip("/") for path in done.stdout.split(b"\0") if path})
+        checkout: Checkout | None = checkout_at(top / folder)
+        listed = None if checkout is None else checkout.files(checkout.top)
+    except (GitError, UsageError):  # git cannot read it, either: a copy of a submodule, say
+        yield from _walk(tree, folder)
+        return
+    if listed is None:  # a submodule that was never fetched, or a folder where a file was
+        yield folder
+    else:
+        yield from _chosen(tree, top, listed, f"{folder}/")
 
 
-def _walk(top: Path) -> Iterator[str]:
-    for folder, names, files in os.walk(top):
-        here = Path(folder)
-        names[:] = [
-            name for name in names if name not in _LEFT_OUT and not (here / name / "pyvenv.cfg").exists()
-        ]
-        links = [name for name in names if (here / name).is_symlink()]
-        for name in [*links, *(name for name in files if not name.endswith(".pyc"))]:
-            yield os.fspath((here / name).relative_to(top))
-        if not names and not files and here != top:
-            yield os.fspath(here.relative_to(top))
+def _walk(tree: OpenTree, folder: str) -> Iterator[str]:
+    """Yield everything below a folder but caches and virtual environments; no link is followed."""
+    above = f"{folder}/" if folder else ""
+    empty = True
+    for name in _names(tree, folder):
+        path = above + name
+        status = tree.status(path)
+        if status is None:
+            continue
+        if not stat.S_ISDIR(status.st_mode):
+            is_link_left_out = stat.S_ISLNK(status.st_mode) and name in _LEFT_OUT
+            if not is_link_left_out:
+                empty = False
+                if not name.endswith(".pyc"):
+                    yield path
+        elif name not in _LEFT_OUT and tree.status(f"{path}/pyvenv.cfg") is None:
+            empty = False
+            yield from _walk(tree, path)
+    if empty and folder:
+        yield folder
 
 
-def _entry(top: Path, path: str) -> Entry | None:
+def _names(tree: OpenTree, folder: str) -> list[str]:
+    """Return the names in a folder; none if this user may not read it."""
+    try:
+        return tree.names(folder)
+    except PermissionError:
+        return []
+
+
+def _entry(tree: OpenTree, path: str) -> Entry | None:
     """Return what lies at ``path``, ``None`` for what is gone or cannot be copied (sockets, devices)."""
-    try:
-        status = (top / path).lstat()
-    except (FileNotFoundError, NotADirectoryError):
+    status = tree.status(path)
+    if status is None:
         return None
     if stat.S_ISLNK(status.st_mode):
-        return Entry(path, status.st_mode, 0, status.st_mtime_ns, os.readlink(top / path))  # noqa: PTH115
+        target = tree.target(path)
+        return None if target is None else Entry(path, status.st_mode, 0, status.st_mtime_ns, target)
     if stat.S_ISREG(status.st_mode):
         return Entry(path, status.st_mode, status.st_size, status.st_mtime_ns)
     if stat.S_ISDIR(status.st_mode):  # empty, or a repository inside this one
         return Entry(path, status.st_mode, 0, status.st_mtime_ns)
     return None
-
-
-def _file_digest(path: Path) -> bytes:
-    """Return a file's SHA-256; one that has gone since it was listed counts as empty."""
-    digest = hashlib.sha256()
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        while block := file.read(1024 * 1024):
-            digest.update(block)
-    return digest.digest()

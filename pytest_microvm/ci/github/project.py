@@ -72,7 +72,7 @@ def _is_named(path: str, names: Sequence[str]) -> bool:
 
 
 def _needs_of_jobs(inputs: Inputs) -> Needs:
-    repository = CodeRepository(inputs.project)
+    repository = CodeRepository(inputs.project, bare=False)
     _check_default_branch(repository, inputs.default_branch)
     definition = read_definition(repository, inputs.definition_from or None)
     if not inputs.trust:

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_microvm.git_bundle import Repository, borrowing
-from pytest_microvm.git_commands import GitError, Talk, git_talk
+from pytest_microvm.git_bundle import borrowing
+from pytest_microvm.git_commands import GitError, Talk
+from pytest_microvm.git_repository import Repository
 
 OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.ASCII)
 """An object's whole name."""
@@ -51,7 +52,7 @@ def entries(repository: Repository, commit: str) -> Iterator[TreeEntry]:
         GitError: It is no commit, or a part of it is not there.
     """
     command = ("ls-tree", "-r", "-l", "-z", "--full-tree", f"{commit}^{{tree}}")
-    with git_talk("--git-dir", repository.directory, *command) as talk:
+    with repository.talk(*command) as talk:
         for line in talk.words(b"\0"):
             match = _ENTRY.fullmatch(line)
             if match is None:
@@ -116,5 +117,5 @@ def blobs(repository: Repository) -> Iterator[Blobs]:
     Raises:
         GitError: git failed.
     """
-    with git_talk("--git-dir", repository.directory, "cat-file", "--batch") as talk:
+    with repository.talk("cat-file", "--batch") as talk:
         yield Blobs(talk)

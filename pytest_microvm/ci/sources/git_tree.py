@@ -16,7 +16,7 @@ from pytest_microvm.ci.sources.large_files import MAX_POINTER
 from pytest_microvm.ci.sources.submodules import find_module, module_names
 from pytest_microvm.ci.sources.tree import Kind, selected, tree_digest
 from pytest_microvm.errors import UsageError
-from pytest_microvm.git_bundle import Repository
+from pytest_microvm.git_repository import Repository
 from pytest_microvm.remote.workspace import DEFAULT_LIMIT
 from pytest_microvm.sanitize import sanitize_line
 

@@ -6,6 +6,7 @@ A pointer's form: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md. git
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pytest_microvm.ci.sources.plain_files import plain_file
+from pytest_microvm.nofollow import OpenTree
 
 MAX_POINTER = 1023
 """Bytes of the longest pointer."""
@@ -48,13 +49,17 @@ def large_file(repository: Path, pointer: Pointer) -> Iterator[IO[bytes] | None]
         pointer: What is wanted.
     """
     name = pointer.sha256
-    path = repository / "lfs" / "objects" / name[:2] / name[2:4] / name
-    with plain_file(path) as found:
-        yield found[0] if found and _is_it(*found, pointer) else None
+    with OpenTree(repository) as tree:
+        file = tree.open(f"lfs/objects/{name[:2]}/{name[2:4]}/{name}")
+    if file is None:
+        yield None
+        return
+    with file:
+        yield file if _is_it(file, pointer) else None
 
 
-def _is_it(file: IO[bytes], size: int, pointer: Pointer) -> bool:
-    if size != pointer.size:
+def _is_it(file: IO[bytes], pointer: Pointer) -> bool:
+    if os.fstat(file.fileno()).st_size != pointer.size:
         return False
     digest = hashlib.sha256()
     while piece := file.read(_PIECE):

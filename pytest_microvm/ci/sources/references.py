@@ -9,7 +9,8 @@ from pathlib import Path
 from pytest_microvm.ci.sources.git_objects import OBJECT
 from pytest_microvm.ci.task import WORKTREE
 from pytest_microvm.errors import UsageError
-from pytest_microvm.git_commands import GitError, git, git_talk
+from pytest_microvm.git_commands import GitError
+from pytest_microvm.git_repository import Repository, configuration
 
 _HEADS, _REMOTE, _TAGS = "refs/heads/", "refs/remotes/origin/", "refs/tags/"
 _MAX_REFS = 100_000
@@ -22,13 +23,13 @@ class References:
 
     Args:
         folder: What it is called, for errors.
-        directory: The folder with its HEAD.
+        repository: The repository.
         bare: Whether it has no work tree; its HEAD names the default branch then.
     """
 
-    def __init__(self, folder: Path, directory: Path, *, bare: bool) -> None:
+    def __init__(self, folder: Path, repository: Repository, *, bare: bool) -> None:
         self._folder = folder
-        self._directory = directory
+        self._repository = repository
         self._bare = bare
 
     def branches(self, *options: str) -> dict[str, str]:
@@ -63,11 +64,8 @@ class References:
 
     def _cloned(self) -> bool:
         """Whether the repository knows another one that it may have come from."""
-        try:
-            self._git("config", "--local", "--no-includes", "--get-regexp", r"^remote\..*\.url$")
-        except GitError:
-            return False
-        return True
+        said = configuration(self._repository)
+        return any(key.startswith("remote.") and key.endswith(".url") for key in said)
 
     def resolved(self, name: str) -> tuple[str, str]:
         """Return the whole name of the ref that ``name`` stands for, nothing if it is none, and its commit.
@@ -99,7 +97,7 @@ class References:
         """Return references that name commits, and what they name; of symbolic ones none."""
         form = "--format=%(refname)%00%(objectname)%00%(*objecttype)%(objecttype)%00%(symref)"
         found: dict[str, str] = {}
-        with git_talk("--git-dir", self._directory, "for-each-ref", form, *arguments) as talk:
+        with self._repository.talk("for-each-ref", form, *arguments) as talk:
             for line in talk.words(b"\n"):
                 name, tip, kind, symbolic = os.fsdecode(line).split("\0")
                 if kind in ("commit", "committag") and not symbolic:
@@ -116,7 +114,7 @@ class References:
             return ""
 
     def _git(self, *arguments: str) -> str:
-        return git("--git-dir", self._directory, *arguments).rstrip("\n")
+        return self._repository.git(*arguments).rstrip("\n")
 
 
 def branch_name(full: str) -> str | None:

@@ -28,14 +28,14 @@ from pytest_microvm.ci.definition.trust import KITS, asked_by_kits, own_images
 from pytest_microvm.ci.sources.file_names import refusal
 from pytest_microvm.ci.sources.git_objects import OBJECT
 from pytest_microvm.ci.sources.git_tree import GitTree
-from pytest_microvm.ci.sources.plain_files import plain_file
 from pytest_microvm.ci.sources.references import References, branch_name, shown_names
 from pytest_microvm.ci.sources.tree import Tree
 from pytest_microvm.ci.sources.work_tree import WorkTree
 from pytest_microvm.ci.task import WORKTREE, Source
 from pytest_microvm.errors import UsageError
-from pytest_microvm.git_bundle import Repository, borrowing
-from pytest_microvm.git_commands import GitError, git
+from pytest_microvm.git_bundle import borrowing
+from pytest_microvm.git_repository import Repository, find_checkout, repository_at
+from pytest_microvm.nofollow import OpenTree, bounded
 from pytest_microvm.remote.workspace import DEFAULT_LIMIT
 
 _MAX_DEFINITION = 1024 * 1024  # bytes
@@ -46,6 +46,8 @@ class CodeRepository:
 
     Args:
         folder: A folder of its work tree, or a bare repository.
+        bare: Whether it may be a bare repository: only where the user has named it, for a branch can have one
+            in any folder.
 
     Attributes:
         folder: The work tree's top, or the bare repository.
@@ -56,14 +58,14 @@ class CodeRepository:
         HostError: git is missing.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._bare, self._repository, self._directory = _opened(folder)
+    def __init__(self, folder: Path, *, bare: bool = True) -> None:
+        self.folder, self._bare, self._repository = _opened(folder, bare=bare)
         common = self._repository.directory.resolve()
         digest = hashlib.sha256(os.fsencode(common)).hexdigest()[:12]
         top = common.parent if common.name == ".git" else common
         name = re.sub(r"[^A-Za-z0-9_.-]+", "-", top.name).strip(".-")[:40]
         self.identity = f"{name or 'repository'}-{digest}"
-        self._references = References(self.folder, self._directory, bare=self._bare)
+        self._references = References(self.folder, self._repository, bare=self._bare)
         self._contents: dict[str, str] = {}  # SHA-256 by blob
         self._trees: dict[str, GitTree] = {}
         self._work_trees: dict[str, WorkTree] = {}
@@ -181,13 +183,12 @@ class CodeRepository:
             return None
         if commit != WORKTREE:
             return self._tree(commit).read(path, limit)
-        with plain_file(self.folder / path) as found:
-            if found is None:
-                return None
-            file, size = found
-            if size > limit:
-                raise UsageError(f"{path} has {size} bytes, more than {limit}", resolution="make it smaller")
-            return file.read(limit)
+        with OpenTree(self.folder) as tree:
+            file = tree.open(path)
+        if file is None:
+            return None
+        with file:
+            return bounded(file, limit, self.folder / path)
 
     def export(self, ref: str, prefix: str, folder: Path) -> bool:
         """Write the plain files below ``prefix`` of a ref into an empty folder of this computer.
@@ -250,7 +251,8 @@ class CodeRepository:
         if not OBJECT.fullmatch(commit):
             raise UsageError(f"{commit!r} is not the name of a commit", resolution="look it up with ref()")
         if commit not in self._trees:
-            modules = [self._repository.directory / "modules", self._directory / "modules"]
+            folders = (self._repository.directory, self._repository.head)
+            modules = [folder / "modules" for folder in folders if folder]
             tree = GitTree(self._repository, commit, modules=modules, known=self._contents)
             self._trees.setdefault(commit, tree)
         return self._trees[commit]
@@ -308,20 +310,20 @@ def _with_kits(repository: CodeRepository, commit: str, definition: Definition) 
     return replace(definition, asked=asked)
 
 
-def _opened(folder: Path) -> tuple[Path, bool, Repository, Path]:
-    """Return the repository's folder, whether it is bare, its objects, and the folder with its HEAD."""
+def _opened(folder: Path, *, bare: bool) -> tuple[Path, bool, Repository]:
+    """Return the folder of the repository that a folder is in, whether it is bare, and the repository."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is no directory", resolution="start it in the repository")
-
-    def told(option: str) -> str:  # git has a working directory of its own
-        return git("-C", folder.absolute(), "rev-parse", "--path-format=absolute", option).removesuffix("\n")
-
-    try:
-        bare = told("--is-bare-repository") == "true"
-        directory, common = Path(told("--git-dir")), Path(told("--git-common-dir"))
-        top = directory if bare else Path(told("--show-toplevel"))
-        return top, bare, Repository(common, told("--show-object-format")), directory
-    except GitError as error:
+    checkout = find_checkout(folder)
+    named = repository_at(folder) if bare else None
+    if checkout and named and folder.resolve() != checkout.top / ".git":
         raise UsageError(
-            f"{folder} is no git repository", details=error.details, resolution="start it in the repository"
-        ) from error
+            f"{folder} is a bare repository in the work tree {checkout.top}",
+            details="a branch can have a repository in any folder",
+            resolution=f"name {checkout.top}, or move the repository out of it",
+        )
+    if checkout:
+        return checkout.top, False, checkout.repository
+    if named:
+        return folder.resolve(), True, named
+    raise UsageError(f"{folder} is no git repository", resolution="start it in the repository")

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pytest_microvm.ci.sources.git_objects import borrowed
-from pytest_microvm.git_bundle import Repository
-from pytest_microvm.git_commands import GitError, git
+from pytest_microvm.errors import UsageError
+from pytest_microvm.git_commands import GitError
+from pytest_microvm.git_repository import Repository, repository_at
 
 _KEY = re.compile(r"submodule\.(.+)\.path", re.DOTALL)
 
@@ -50,13 +51,14 @@ def find_module(name: str | None, folders: Sequence[Path], kind: str, commit: st
         if not (place / "objects").is_dir() or not place.resolve().is_relative_to(folder.resolve()):
             continue
         try:
-            if git("--git-dir", place, "rev-parse", "--show-object-format").strip() != kind:
+            module = repository_at(place)
+            if module is None or module.format != kind:
                 continue
-            with borrowed(Repository(place, kind)) as repository:
+            with borrowed(module) as repository:
                 repository.git("cat-file", "-e", f"{commit}^{{tree}}")
-        except GitError:
+        except (GitError, UsageError):
             continue
-        return Repository(place, kind)
+        return module
     return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import stat
@@ -11,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pytest_microvm.ci.sources.tree import Kind, selected, tree_digest
-from pytest_microvm.remote.workspace import DEFAULT_LIMIT, Entry, scan
-
-_PIECE = 1024 * 1024
+from pytest_microvm.nofollow import OpenTree
+from pytest_microvm.remote.workspace import DEFAULT_LIMIT, Entry, add_file, file_digest, scan
 
 
 class WorkTree:
@@ -43,28 +41,30 @@ class WorkTree:
 
     def fill(self, archive: tarfile.TarFile, paths: Sequence[str] | None = None) -> None:
         """Write its files into an archive; see :meth:`pytest_microvm.ci.sources.tree.Tree.fill`."""
-        for path in selected(self._entries, paths):
-            entry = self._entries[path]
-            info = tarfile.TarInfo(path)
-            info.mtime = entry.mtime_ns // 10**9
-            if stat.S_ISLNK(entry.mode):
-                info.type, info.mode, info.linkname = tarfile.SYMTYPE, 0o777, entry.target
-                archive.addfile(info)
-                continue
-            info.mode = int(_kind(entry), 8)
-            with contextlib.suppress(FileNotFoundError), (self._top / path).open("rb") as content:
-                info.size = os.fstat(content.fileno()).st_size  # it may have changed since it was listed
-                archive.addfile(info, content)
+        with OpenTree(self._top) as tree:
+            for path in selected(self._entries, paths):
+                self._add(archive, tree, path)
+
+    def _add(self, archive: tarfile.TarFile, tree: OpenTree, path: str) -> None:
+        entry = self._entries[path]
+        info = tarfile.TarInfo(path)
+        info.mtime = entry.mtime_ns // 10**9
+        if stat.S_ISLNK(entry.mode):
+            info.type, info.mode, info.linkname = tarfile.SYMTYPE, 0o777, entry.target
+            archive.addfile(info)
+            return
+        info.mode = int(_kind(entry), 8)
+        add_file(archive, info, tree, path)
 
     def _hashed(self, paths: Sequence[str]) -> Iterator[tuple[str, Kind, str]]:
-        for path in paths:
-            entry = self._entries[path]
-            digest = hashlib.sha256(os.fsencode(entry.target))
-            if stat.S_ISREG(entry.mode):
-                with contextlib.suppress(FileNotFoundError), (self._top / path).open("rb") as content:
-                    while piece := content.read(_PIECE):
-                        digest.update(piece)
-            yield path, _kind(entry), digest.hexdigest()
+        with OpenTree(self._top) as tree:
+            for path in paths:
+                entry = self._entries[path]
+                if stat.S_ISREG(entry.mode):
+                    digest = file_digest(tree, path)
+                else:
+                    digest = hashlib.sha256(os.fsencode(entry.target)).digest()
+                yield path, _kind(entry), digest.hex()
 
 
 def _kind(entry: Entry) -> Kind:
