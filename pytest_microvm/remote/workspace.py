@@ -196,7 +196,7 @@ def _walk(tree: OpenTree, folder: str) -> Iterator[str]:
     for name in _names(tree, folder):
         path = above + name
         status = tree.status(path)
-        if status is None:
+        if status is None or is_git(name):
             continue
         if not stat.S_ISDIR(status.st_mode):
             is_link_left_out = stat.S_ISLNK(status.st_mode) and name in _LEFT_OUT
