@@ -13,6 +13,7 @@ from typing import Any
 
 from pytest_microvm.errors import UsageError
 from pytest_microvm.mounts import parse_mounts
+from pytest_microvm.nofollow import read_below
 from pytest_microvm.project_trust import GRANTS
 from pytest_microvm.reach import parse_network
 from pytest_microvm.spec import PARSERS, MachineSpec
@@ -34,6 +35,7 @@ DEFAULT_RETRIES = 2
 ELSEWHERE = ("ci",)
 """Keys of the table that are no settings: ``ci`` is for :mod:`pytest_microvm.ci.definition.parsing`."""
 
+_MAX_CONFIGURATION = 1024 * 1024  # bytes of pyproject.toml
 _MAX_POOL = 64
 _MAX_RETRIES = 100
 
@@ -95,13 +97,15 @@ def load_settings(project: Path, options: Mapping[str, Any]) -> Settings:
     """
     file = project / "pyproject.toml"
     settings = Settings(project=project)
-    if file.is_file():
+    try:
+        content = read_below(project, file.name, _MAX_CONFIGURATION)
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read: {error.strerror}") from error
+    if content is not None:
         try:
-            tables = tomllib.loads(file.read_text(encoding="utf-8"))
+            tables = tomllib.loads(content.decode())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise UsageError(f"{file} is not TOML: {error}", resolution="mend the line it names") from error
-        except OSError as error:
-            raise UsageError(f"{file} cannot be read: {error.strerror}") from error
         tool = tables.get("tool", {})
         table = tool.get("pytest-microvm", {}) if isinstance(tool, dict) else {}
         if not isinstance(table, dict):

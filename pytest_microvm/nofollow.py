@@ -79,6 +79,19 @@ def open_file(parent: int, name: str) -> IO[bytes]:
     return file
 
 
+def open_named(path: Path) -> IO[bytes]:
+    """Open a regular file that the user has named: links are followed, a pipe does not hang.
+
+    Raises:
+        OSError: It is none, or cannot be read.
+    """
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "no regular file", os.fspath(path))
+    return file
+
+
 class OpenTree:
     """What lies below a folder, by paths with ``/``.
 

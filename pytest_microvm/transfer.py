@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import shutil
+import stat
 import tarfile
 import tempfile
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,8 @@ from pytest_microvm.answers import Answer
 from pytest_microvm.errors import TransferError, UsageError
 from pytest_microvm.extraction import MAX_BYTES, Terms, extract
 from pytest_microvm.link import GuestError, Link, Request, Stream
+from pytest_microvm.manifest import walk
+from pytest_microvm.nofollow import open_file, open_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -69,21 +72,50 @@ def push(link: Link, source: Path, target: PurePosixPath) -> None:
             f"{source} does not exist", resolution="check the path; it is relative to the current folder"
         )
     if source.is_dir():
-        send_tar(link, target, lambda archive: archive.add(source, arcname=".", filter=_forgetting(archive)))
-    else:
-        with source.open("rb") as file:
-            _send(
-                link, "write", str(target), lambda stream: shutil.copyfileobj(file, _Writer(stream), _PIECE)
-            )
-        link.call("path", timeout=TIMEOUT, do="chmod", path=str(target), mode=source.stat().st_mode & 0o7777)
+        root = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            send_tar(link, target, lambda archive: _fill(archive, root))
+        finally:
+            os.close(root)
+        return
+    if not source.is_file():
+        raise UsageError(f"{source} is neither a file nor a folder", resolution="push what can be copied")
+    with open_named(source) as file:
+        mode = os.fstat(file.fileno()).st_mode & 0o7777
+        _send(link, "write", str(target), lambda stream: shutil.copyfileobj(file, _Writer(stream), _PIECE))
+    link.call("path", timeout=TIMEOUT, do="chmod", path=str(target), mode=mode)
 
 
-def _forgetting(archive: tarfile.TarFile) -> Callable[[tarfile.TarInfo], tarfile.TarInfo]:
-    def pass_on(member: tarfile.TarInfo) -> tarfile.TarInfo:
+def _fill(archive: tarfile.TarFile, root: int) -> None:
+    """Write a folder into an archive; no link is followed, devices, pipes and sockets are left out."""
+    known: dict[tuple[int, int], str] = {}
+    archive.addfile(_member(".", os.fstat(root)))
+    for found in walk(root):
+        member = _member(found.path, found.status)
+        first = known.setdefault((found.status.st_dev, found.status.st_ino), found.path)
+        mode = found.status.st_mode
+        with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+            if stat.S_ISLNK(mode):
+                member.type, member.linkname = tarfile.SYMTYPE, os.readlink(found.name, dir_fd=found.parent)
+                archive.addfile(member)
+            elif stat.S_ISREG(mode) and first != found.path:
+                member.type, member.linkname = tarfile.LNKTYPE, first
+                archive.addfile(member)
+            elif stat.S_ISREG(mode):
+                with open_file(found.parent, found.name) as file:
+                    member.size = os.fstat(file.fileno()).st_size
+                    archive.addfile(member, file)
+            elif stat.S_ISDIR(mode):
+                archive.addfile(member)
         archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all, in vain
-        return member
 
-    return pass_on
+
+def _member(name: str, status: os.stat_result) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.mode, member.mtime = stat.S_IMODE(status.st_mode), status.st_mtime_ns // 10**9
+    member.uid, member.gid = status.st_uid, status.st_gid
+    member.type = tarfile.DIRTYPE if stat.S_ISDIR(status.st_mode) else tarfile.REGTYPE
+    return member
 
 
 def send_tar(link: Link, target: PurePosixPath, fill: Callable[[tarfile.TarFile], None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import re
 import stat
@@ -14,6 +15,7 @@ from typing import Any
 
 from pytest_microvm.errors import KitError, UsageError
 from pytest_microvm.images.kit_keys import ARCHITECTURES, CHECKS, bad_value, parse_resources
+from pytest_microvm.nofollow import OpenTree, read_below
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,6 +23,8 @@ else:
     import tomli as tomllib
 
 _KIT_FILE = "kit.toml"
+_MAX_KIT = 1024 * 1024  # bytes of a kit.toml
+_MAX_FILE = 256 * 1024 * 1024  # bytes of a file of a kit: it is built in memory
 _PROJECT_KITS = Path("microvm") / "kits"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _DEFAULT_RESOURCES = {"cpus": 1, "memory": 512 * 1024**2, "disk": 2 * 1024**3}
@@ -40,9 +44,24 @@ class KitFile:
     source: Path
     mode: int
 
+    def content(self) -> bytes:
+        """Return what is in it now.
+
+        Raises:
+            KitError: It is gone, or no regular file any more; no link is followed, wherever it may be.
+        """
+        below = os.fspath(self.source.relative_to("/"))
+        try:
+            content = read_below(Path("/"), below, _MAX_FILE)
+        except (OSError, UsageError) as error:
+            raise KitError(f"{self.source}: cannot be read", details=str(error)) from error
+        if content is None:
+            raise KitError(f"{self.source}: is not there any more", resolution="put it back")
+        return content
+
     def sha256(self) -> str:
         """Return the hash of the content as it is now."""
-        return hashlib.sha256(self.source.read_bytes()).hexdigest()
+        return hashlib.sha256(self.content()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -153,7 +172,9 @@ def find_kit(name_or_path: str | Path, *, project: Path | None = None, asked_by:
     looks_like_path = isinstance(name_or_path, Path) or "/" in text or text.endswith(".toml") or text == "."
     if looks_like_path:
         base = asked_by.parent if asked_by else (project or Path.cwd())
-        path = (base / Path(text).expanduser()).resolve()
+        named = base / Path(text).expanduser()
+        _refuse_links(base, named, upwards=asked_by is not None)
+        path = named.resolve()
         path = path / _KIT_FILE if path.is_dir() else path
         if path.is_file():
             return path
@@ -167,6 +188,27 @@ def find_kit(name_or_path: str | Path, *, project: Path | None = None, asked_by:
         details="kits here: " + (", ".join(sorted(known)) or "none"),
         resolution=f"use one of them, give a kit's path, or write {_PROJECT_KITS / text / _KIT_FILE}",
     )
+
+
+def _refuse_links(base: Path, named: Path, *, upwards: bool) -> None:
+    """Refuse a kit that a project reaches through a link; what the user names elsewhere may be one.
+
+    Args:
+        base: The folder of the project, or of the kit that names its parent.
+        named: The path below it.
+        upwards: Whether a path that leads upwards is the project's, too.
+
+    Raises:
+        KitError: It is reached so.
+    """
+    below = os.path.relpath(os.path.normpath(named.absolute()), base.absolute())
+    if below.startswith("..") and not upwards:
+        return
+    if named.resolve() != Path(os.path.normpath(base.resolve() / below)):
+        raise KitError(
+            f"{named} is reached through a link, and links of a project are not followed",
+            resolution="put the kit itself there, or name the place where it is",
+        )
 
 
 def shipped_kits() -> Path:
@@ -184,7 +226,7 @@ def _kits(project: Path | None) -> dict[str, Path]:
             means that somebody else chose: a kit's commands run on this computer when it is built.
     """
     shipped = _kits_in(shipped_kits())
-    own = _kits_in(project / _PROJECT_KITS) if project else {}
+    own = _projects_kits(project) if project else {}
     for name in own:
         if name in shipped and own[name] != shipped[name]:
             raise KitError(
@@ -197,10 +239,26 @@ def _kits_in(folder: Path) -> dict[str, Path]:
     return {path.parent.name: path.resolve() for path in folder.glob(f"*/{_KIT_FILE}")}
 
 
+def _projects_kits(project: Path) -> dict[str, Path]:
+    """Return the kits of a project, which are folders of its own with a file, not links to any."""
+    top, below = project.resolve(), os.fspath(_PROJECT_KITS)
+    try:
+        tree = OpenTree(top)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    with tree:
+        found = {name: tree.status(f"{below}/{name}/{_KIT_FILE}") for name in tree.names(below)}
+    return {
+        name: top / _PROJECT_KITS / name / _KIT_FILE
+        for name, status in found.items()
+        if status is not None and stat.S_ISREG(status.st_mode)
+    }
+
+
 def _read(path: Path) -> _Layer:
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads((read_below(path.parent, path.name, _MAX_KIT) or b"").decode())
+    except (OSError, UsageError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise KitError(
             f"{path}: cannot be read", details=str(error), resolution="correct the file"
         ) from error
@@ -265,15 +323,20 @@ def _files(path: Path, table: dict[str, Any]) -> tuple[KitFile, ...]:
     found = []
     for target, value in table.items():
         entry = {"source": value} if isinstance(value, str) else value
-        source = (path.parent / entry["source"]).resolve()
         key = f"files.{target}"
-        if not source.is_relative_to(path.parent.resolve()):
+        below = os.path.normpath(entry["source"])
+        if below.startswith(("/", "../")) or below in (".", ".."):
             raise bad_value(
                 path, key, f"{entry['source']} is outside the kit's folder", "copy it into the folder"
             )
-        if not source.is_file():
-            raise bad_value(path, key, f"{source} is not a file", "name a file of the kit's folder")
-        executable = source.stat().st_mode & stat.S_IXUSR
+        source = path.parent / below
+        with OpenTree(path.parent) as tree:
+            status = tree.status(below)
+        if status is None or not stat.S_ISREG(status.st_mode):
+            raise bad_value(
+                path, key, f"{source} is not a file, or behind a link", "name a file of the kit's folder"
+            )
+        executable = status.st_mode & stat.S_IXUSR
         mode = int(entry["mode"], 8) if "mode" in entry else (0o755 if executable else 0o644)
         found.append(KitFile(target, source, mode))
     return tuple(found)

@@ -124,7 +124,7 @@ def staging_archive(kit: Kit, wheels: list[Path]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for number, file in enumerate(kit.files):
-            _add(tar, f"files/{number}", file.source.read_bytes(), file.mode)
+            _add(tar, f"files/{number}", file.content(), file.mode)
         for wheel in wheels:
             _add(tar, f"wheels/{wheel.name}", wheel.read_bytes(), 0o644)
         _add(tar, "trust_pyc.py", _TRUST_PYC.encode(), 0o644)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pytest_microvm.errors import UsageError
+from pytest_microvm.nofollow import read_below
 
 _FILES = {"-r": True, "--requirement": True, "-c": True, "--constraint": True}
 _FOLDERS = ("-e", "--editable", "-f", "--find-links")
@@ -17,6 +18,7 @@ _ARCHIVE = re.compile(r"\.(whl|zip|tar\.gz|tgz|tar\.bz2|tar\.xz|tar)$", re.IGNOR
 _NAMED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\s*(\[[^\]]*\]\s*)?($|[<>=!~;(@,\s-].*)", re.DOTALL)
 _SCHEME = re.compile(r"(?:[a-z0-9]+\+)?(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _MOST = 200  # requirement files
+_LONGEST = 1024 * 1024  # bytes of one
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,13 @@ def _note(option: str, value: str, folder: Path, root: Path, files: dict[str, No
     files[name] = None
     if len(files) > _MOST:
         raise UsageError(f"{name}: more than {_MOST} requirement files")
-    if not path.is_file():
-        raise UsageError(f"{path} is no file", resolution="check the name of the requirement file")
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        content = read_below(root, name, _LONGEST)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    if content is None:
+        raise UsageError(f"{path} is no file", resolution="check the name of the requirement file")
+    text = content.decode("utf-8", "replace")
     lines = text.replace("\\\n", " ").splitlines()
     local = [_line(line, path.parent, root, files) for line in lines]  # each has to be looked at
     return any(local)
