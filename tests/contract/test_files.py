@@ -140,6 +140,22 @@ def test_a_tree_there_and_back(vm, place, tree, tmp_path):
     assert tree_below(back) == tree_below(tree)
 
 
+def test_a_folder_that_is_pushed_leads_nowhere(vm, place, tmp_path):
+    """Links are links in the machine; what is no file is left out, and makes nothing wait."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret").write_text("secret")
+    root = tmp_path / "tree"
+    root.mkdir()
+    (root / "file").write_text("x")
+    (root / "folder").symlink_to(tmp_path / "outside")
+    os.mkfifo(root / "pipe")
+    vm.push(root, (place / "there").pure)
+    assert sorted(path.name for path in (place / "there").iterdir()) == ["file", "folder"]
+    assert (place / "there" / "folder").is_symlink()
+    with pytest.raises(UsageError, match="neither a file nor a folder"):
+        vm.push(root / "pipe", (place / "pipe").pure)
+
+
 def test_a_file_there_and_back(vm, place, tmp_path):
     source = tmp_path / "source"
     source.write_bytes(os.urandom(20 * 1024**2))
