@@ -86,6 +86,8 @@ def borrowing(repository: Repository, folder: Path) -> Repository:
     git("init", "--quiet", "--bare", "--template=", f"--object-format={repository.format}", folder)
     (folder / "objects" / "info").mkdir(exist_ok=True)
     objects = bytes(repository.directory.resolve() / "objects")
+    if b"\n" in objects:  # one line is one place
+        raise GitError(f"{repository.directory}: git cannot borrow objects of a folder with such a name")
     (folder / "objects" / "info" / "alternates").write_bytes(objects + b"\n")
     shallow = read_below(repository.directory, "shallow", _MAX_SHALLOW)
     if shallow is not None:
