@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_microvm.host import Host
 
 EXIT_INTERRUPTED = 130
+_OUTPUT = Path("microvm-ci")
 _OF_A_CLUSTER = 64  # tasks at a time; its scheduler decides what really runs
 
 _DESCRIPTION = """\
@@ -84,7 +85,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--require-accel", choices=ACCELERATORS, help="fail unless machines run with this accelerator"
     )
     how.add_argument(
-        "--output", type=Path, default=Path("microvm-ci"), metavar="DIR",
+        "--output", type=Path, default=_OUTPUT, metavar="DIR",
         help="where the results go (default: microvm-ci); an earlier run's are replaced",
     )  # fmt: skip
     how.add_argument(
@@ -139,7 +140,7 @@ def _run(arguments: argparse.Namespace) -> int:
     with running.trusted_project(repository, arguments.definition_from) as (project, bundles):
         sources = running.RepositorySources(repository, bundles)
         plan = running.ready(plan, repository, sources, project)
-        output = _emptied(arguments.output)
+        output = _emptied(arguments.output, named=arguments.output != _OUTPUT)
         with live_watcher(console, plain=plain, jobs=slots) as watcher:
             work = running.new_work(repository, output, watcher, sources)
             host = Host(
@@ -205,13 +206,22 @@ def _slots(wanted: int | None, *, cluster: bool) -> int:
     return wanted or (_OF_A_CLUSTER if cluster else os.cpu_count() or 2)
 
 
-def _emptied(output: Path) -> Path:
+def _emptied(output: Path, *, named: bool) -> Path:
     """Make the output folder; one that an earlier run made is emptied, another one is left alone.
+
+    Args:
+        output: The folder.
+        named: Whether the user has named it; if not, a link there may be the project's.
 
     Raises:
         UsageError: It has something else in it, or cannot be written.
     """
     output = output.absolute()
+    if output.is_symlink() and not named:
+        raise UsageError(
+            f"{output} is a link, and the results would go where it leads",
+            resolution="remove it, or name the folder with --output",
+        )
     try:
         if output.exists() and any(output.iterdir()):
             if not (output / _MARK).is_file():

@@ -447,7 +447,9 @@ def test_a_large_file_that_is_here(project):
     assert tree.digest() == WorkTree(project).digest()
 
 
-@pytest.mark.parametrize("lying", ["missing", "other bytes", "shorter", "a size", "a link", "a fifo"])
+@pytest.mark.parametrize(
+    "lying", ["missing", "other bytes", "shorter", "a size", "a link", "a linked folder", "a fifo"]
+)
 def test_a_large_file_that_is_not_here(project, tmp_path, lying):
     content = b"content" * 100
     name, text = pointer(content)
@@ -463,6 +465,10 @@ def test_a_large_file_that_is_not_here(project, tmp_path, lying):
             (tmp_path / "elsewhere").write_bytes(content)
             place.unlink()
             place.symlink_to(tmp_path / "elsewhere")
+        if lying == "a linked folder":
+            place.write_bytes(content)
+            place.parent.rename(tmp_path / "elsewhere")
+            place.parent.symlink_to(tmp_path / "elsewhere")
         if lying == "a fifo":
             place.unlink()
             os.mkfifo(place)

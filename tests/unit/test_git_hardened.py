@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
+from pytest_microvm.cli import main
 from pytest_microvm.errors import MicroVMError, UsageError
 from pytest_microvm.git_commands import GitError
 from pytest_microvm.git_commands import git as our_git
@@ -169,6 +170,17 @@ def test_embedded_repository_defines_no_jobs(clone):
     assert [job.name for job in read_definition(sources).jobs] == ["ours"]
     with pytest.raises(UsageError, match="bare repository in the work tree"):
         CodeRepository(clone / "sub")
+
+
+def test_embedded_repository_is_not_what_ci_runs(clone, trap, monkeypatch, capsys):
+    monkeypatch.chdir(clone / "sub")
+    assert main(["ci", "run", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "ours" in shown
+    assert "theirs" not in shown
+    assert main(["ci", "run", "--dry-run", "-C", "."]) == 4
+    assert "bare repository in the work tree" in capsys.readouterr().err
+    assert not springs(trap[1])
 
 
 def test_embedded_repository_gives_no_network_rule(clone):
@@ -378,6 +390,16 @@ def test_repository_of_somebody_else_is_not_taken(project, tmp_path, how):
     for use in (scan, CodeRepository):
         with pytest.raises(UsageError, match="is not used"):
             use(stranger)
+
+
+def test_folder_whose_name_would_be_two_lends_no_objects(tmp_path):
+    """Git's list of places to borrow from has one in each line."""
+    private = repository(tmp_path / "private")
+    secret = commit(private, {"secret": "secret"})
+    folder = repository(tmp_path / f"x\n{private}".rstrip("/"))
+    commit(folder, {"a": "a"})
+    with pytest.raises(GitError, match="such a name"):
+        filled(CodeRepository(folder)._tree(secret))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")

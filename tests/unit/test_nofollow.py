@@ -11,6 +11,7 @@ import pytest
 from pytest_microvm.ci.sources.repository import CodeRepository
 from pytest_microvm.ci.sources.work_tree import WorkTree
 from pytest_microvm.ci.task import WORKTREE
+from pytest_microvm.cli.ci import _emptied
 from pytest_microvm.config import load_settings
 from pytest_microvm.errors import KitError, UsageError
 from pytest_microvm.images.kits import load_kit
@@ -228,6 +229,16 @@ def test_requirement_file_that_is_no_file_is_refused(project, outside, part):
     os.mkfifo(project / "pipe")
     with pytest.raises(UsageError, match=r"is a link|no regular file"):
         needed(["-r", part], project)
+
+
+def test_results_of_ci_do_not_go_where_a_link_of_the_project_leads(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "microvm-ci").symlink_to("empty")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is a link"):
+        _emptied(Path("microvm-ci"), named=False)
+    assert not [*(tmp_path / "empty").iterdir()]
+    assert _emptied(Path("microvm-ci"), named=True)
 
 
 # Kits
