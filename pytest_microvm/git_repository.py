@@ -88,7 +88,9 @@ class Repository:
         lines = ["[core]", "repositoryFormatVersion = 1", "bare = true"]
         if (self.directory / "logs").is_dir():
             lines += ["logAllRefUpdates = true"]
-        lines += ["[extensions]", f"objectFormat = {self.format}"]
+        lines += ["[extensions]"]
+        if self.format != "sha1":  # git before 2.29 does not know the word
+            lines += [f"objectFormat = {self.format}"]
         if self.storage != "files":
             lines += [f"refStorage = {self.storage}"]
         return "\n".join([*lines, ""])

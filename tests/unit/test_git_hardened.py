@@ -19,6 +19,7 @@ from pytest_microvm.git_handover import Clone
 from pytest_microvm.git_repository import checkout_at, find_checkout
 from pytest_microvm.mounts import Mount
 from pytest_microvm.network.presets import read_preset
+from pytest_microvm.remote.plan import workspace_of
 from pytest_microvm.remote.workspace import scan
 from support.repositories import blob, commit, filled, git, repository
 
@@ -172,6 +173,13 @@ def test_embedded_repository_defines_no_jobs(clone):
         CodeRepository(clone / "sub")
 
 
+def test_embedded_repository_is_not_the_workspace(clone, tmp_path):
+    (tmp_path / "spelled").symlink_to(clone)
+    for folder in (clone, tmp_path / "spelled"):
+        assert workspace_of(SimpleNamespace(rootpath=folder / "sub", args_source=None)) == folder
+    assert workspace_of(SimpleNamespace(rootpath=tmp_path, args_source=None)) == tmp_path
+
+
 def test_embedded_repository_is_not_what_ci_runs(clone, trap, monkeypatch, capsys):
     monkeypatch.chdir(clone / "sub")
     assert main(["ci", "run", "--dry-run"]) == 0
@@ -279,6 +287,45 @@ def test_handing_over_a_partial_clone_runs_nothing(project, trap, tmp_path, monk
         Clone(SimpleNamespace(id="x"), Mount(project, PurePosixPath("/r"), "ro", "git"))._make_clone(
             tmp_path / "handed"
         )
+    assert not springs(trap[1])
+
+
+# What the environment says
+
+
+def test_environment_of_a_hook_changes_nothing(project, trap, tmp_path, monkeypatch):
+    """As git sets it for a hook that starts us, or a shell for another repository."""
+    other = repository(tmp_path / "other")
+    commit(other, {"other": "other"})
+    before, head = paths(project), CodeRepository(project).ref("HEAD")
+    for name, value in {
+        "GIT_DIR": other / ".git", "GIT_WORK_TREE": other, "GIT_INDEX_FILE": other / ".git" / "index",
+        "GIT_OBJECT_DIRECTORY": other / ".git" / "objects", "GIT_COMMON_DIR": other / ".git",
+        "GIT_ALTERNATE_OBJECT_DIRECTORIES": other / ".git" / "objects", "GIT_NAMESPACE": "x",
+        "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "core.fsmonitor", "GIT_CONFIG_VALUE_0": trap[0],
+        "GIT_EXTERNAL_DIFF": trap[0], "GIT_SSH_COMMAND": trap[0], "GIT_TRACE": tmp_path / "trace",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    assert paths(project) == before
+    assert CodeRepository(project).ref("HEAD") == head
+    assert not springs(trap[1])
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("folder", ["", ".", "tools"])
+def test_program_of_the_project_is_not_git(project, trap, monkeypatch, folder):
+    place = project / folder
+    place.mkdir(exist_ok=True)
+    shutil.copy(trap[0], place / "git")
+    monkeypatch.chdir(project)
+    path = os.environ["PATH"]
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{path}")
+    subprocess.run(["git", "version"], check=False, capture_output=True)
+    assert springs(trap[1]), "the trap is none"
+    monkeypatch.setenv("PATH", path)
+    expected = paths(project)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{path}")
+    assert paths(project) == expected
     assert not springs(trap[1])
 
 
@@ -551,3 +598,32 @@ def test_other_kinds_of_index(project, index):
     found = (path.relative_to(project) for path in project.rglob("*") if path.is_file())
     expected = {str(path) for path in found if ".git" not in path.parts}
     assert {*paths(project)} == expected
+
+
+@pytest.mark.parametrize("kind", ["plain", "linked", "bare", "shallow", "detached", "packed", "submodule"])
+def test_every_kind_of_repository_is_handed_over_and_gets_a_branch(project, tmp_path, kind):
+    source = tmp_path / "source"
+    commit(project, {"c": "c"})
+    if kind == "linked":
+        git(project, "worktree", "add", "-q", "-b", "side", str(source))
+        commit(source, {"w": "w"})
+    elif kind in ("bare", "shallow"):
+        how = ["--bare"] if kind == "bare" else ["--depth=1"]
+        git(tmp_path, "clone", "-q", *how, f"file://{project}", "source")
+    elif kind == "submodule":
+        outer = repository(tmp_path / "outer")
+        git(outer, "submodule", "add", "-q", str(project), "lib")
+        source = outer / "lib"
+    else:
+        source = project
+        git(source, *{"detached": ["checkout", "-q", "--detach", "HEAD~1"]}.get(kind, ["gc", "-q"]))
+    clone = Clone(SimpleNamespace(id="x"), Mount(source, PurePosixPath("/r"), "rw", "git"))
+    clone._make_clone(tmp_path / "made")
+    head = git(source, "rev-parse", "HEAD")
+    assert git(tmp_path / "made", "rev-parse", "HEAD") == head
+    assert git(tmp_path / "made", "symbolic-ref", "-q", "HEAD") if kind != "detached" else True
+    git(tmp_path / "made", "fsck", "--strict")
+    assert clone._named(head) == "microvm/x"
+    assert git(source, "rev-parse", "refs/heads/microvm/x") == head
+    assert git(source, "rev-parse", "HEAD") == head
+    git(source, "fsck", "--strict")
