@@ -11,6 +11,7 @@ from junitparser import JUnitXml, Properties
 
 from support import guards
 from support.commands import MICROVM, PYTEST
+from support.strange_repositories import clone_with_embedded
 
 MIXED = """
     import os, subprocess, warnings
@@ -294,3 +295,21 @@ def test_a_shared_machine_sets_module_fixtures_up_once(project):
     apart = [properties["once"] for _, properties, _ in project.cases("apart.xml").values()]
     assert len(set(shared)) == 1
     assert len(set(apart)) == 2
+
+
+def test_a_folder_of_a_clone_that_is_a_repository_is_only_files(tmp_path):
+    """Its configuration names a program, and its index a file behind a link that leads out of the clone."""
+    program, mark = tmp_path / "program", tmp_path / "mark"
+    program.write_text(f"#!/bin/sh\ntouch {mark}\n")
+    program.chmod(0o755)
+    test = """
+        import os
+        def test_it():
+            assert os.path.islink("link") and os.path.isfile("HEAD")
+            assert not os.path.exists("link/secret.txt")
+        """
+    files = {"sub/pytest.ini": "[pytest]\n", "sub/test_it.py": textwrap.dedent(test)}
+    clone = clone_with_embedded(tmp_path, program, files)
+    shown = Project(clone / "sub").run("--microvm")
+    assert "1 passed" in shown
+    assert not mark.exists()

@@ -22,9 +22,9 @@ from pytest_microvm.network.presets import read_preset
 from pytest_microvm.remote.plan import workspace_of
 from pytest_microvm.remote.workspace import scan
 from support.repositories import blob, commit, filled, git, repository
+from support.strange_repositories import clone_with_embedded, set_promisor
 
 OURS = '[ci.jobs.ours]\nsteps = ["true"]\n'
-THEIRS = '[ci.jobs.theirs]\nsteps = ["true"]\nimage = "python"\n'
 
 
 @pytest.fixture(autouse=True)
@@ -99,51 +99,10 @@ def use_all(folder, tmp_path):
 # A folder of a clone that is a repository
 
 
-def embedded(folder, trap, outside):
-    """Make of ``folder`` a bare repository that git finds, with an index and a configuration of its own.
-
-    Its index names a file behind a link that leads out, and a ``.gitignore`` that is not here: git reads that
-    from its objects, and fetches it by a program if it is missing.
-    """
-    made = repository(folder.parent / "made")
-    commit(made, {".gitignore": "*.log\n", "microvm.toml": THEIRS, "a": "a"})
-    missing = git(made, "rev-parse", "HEAD:.gitignore")
-    git(made, "update-index", "--skip-worktree", ".gitignore")
-    git(made, "update-index", "--add", "--cacheinfo", f"100644,{blob(made, b'x')},link/secret.txt")
-    (made / ".git" / "objects" / missing[:2] / missing[2:]).unlink()
-    git(made, "config", "core.bare", "false")
-    git(made, "config", "core.worktree", ".")
-    set_promisor(made, trap)
-    git(made, "config", "remote.more.url", "https://attacker.example/x.git")
-    shutil.copytree(made / ".git", folder)
-    (folder / "link").symlink_to(outside)
-    shutil.rmtree(made)
-
-
-def set_promisor(folder, trap):
-    """Configure a remote that is a program, from which git fetches what is missing."""
-    for key, value in {
-        "remote.origin.url": f"ext::{trap}", "protocol.ext.allow": "always", "protocol.allow": "always",
-        "remote.origin.promisor": "true", "remote.origin.partialclonefilter": "blob:none",
-        "extensions.partialClone": "origin", "core.repositoryformatversion": "1",
-    }.items():  # fmt: skip
-        git(folder, "config", key, value)
-
-
 @pytest.fixture
 def clone(tmp_path, trap):
     """Return an ordinary clone of a repository in which the folder sub is a repository, too."""
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    (outside / "secret.txt").write_text("secret")
-    theirs = repository(tmp_path / "theirs")
-    commit(theirs, {".gitignore": "*.log\n", "microvm.toml": OURS, "a": "a"})
-    embedded(theirs / "sub", trap[0], outside)
-    git(theirs, "add", "-f", "-A")
-    git(theirs, "commit", "-qm", "sub")
-    git(tmp_path, "clone", "-q", "--template=", str(theirs), "clone")
-    git(tmp_path / "clone", "remote", "set-url", "origin", "https://ours.example/x.git")
-    return tmp_path / "clone"
+    return clone_with_embedded(tmp_path, trap[0], {"microvm.toml": OURS})
 
 
 def test_embedded_repository_springs_when_git_finds_it(clone, trap):
