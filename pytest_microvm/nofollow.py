@@ -13,7 +13,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO
 
 from pytest_microvm.errors import UsageError
@@ -253,9 +253,9 @@ def _parts(path: str) -> list[str]:
     """Return the names of a relative path, none of which leads upwards.
 
     Raises:
-        ValueError: It is no such path.
+        UsageError: It is no such path.
     """
     parts = path.split("/")
     if not path or "\0" in path or not {"", ".", ".."}.isdisjoint(parts):
-        raise ValueError(f"{PurePosixPath(path)} is no path below a folder")
+        raise UsageError(f"{path!r} is no path below a folder", resolution="name what is in it")
     return parts
