@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.git_commands import GitError, git
+from pytest_microvm.git_commands import GitError
+from pytest_microvm.git_repository import Repository, configuration, find_checkout
 
 OWN_REMOTE = "origin"
 """The remote that a clone comes from."""
@@ -62,23 +62,26 @@ def checked_out(folder: Path) -> Checkout:
         UsageError: The repository does not tell.
         HostError: There is a repository, and git is missing.
     """
-    folder = folder.resolve()
-    top = next((each for each in (folder, *folder.parents) if os.path.lexists(each / ".git")), None)
-    if top is None:
+    found = find_checkout(folder)
+    if found is None:
         return Checkout("")
-    head = _said(top, "symbolic-ref", "HEAD") or _said(top, "rev-parse", "--verify", "HEAD^{commit}")
+    repository = found.repository
+    head = _said(repository, "symbolic-ref", "HEAD") or _said(
+        repository, "rev-parse", "--verify", "HEAD^{commit}"
+    )
     if not head.startswith("refs/") and not _COMMIT.fullmatch(head):
         raise UsageError(
-            f"{top}: what is checked out there cannot be told",
+            f"{found.top}: what is checked out there cannot be told",
             resolution="see what `git status` says; a repository without commits has to have a branch",
         )
     if not head.startswith(_HEADS):
         return Checkout(head)
     name = head.removeprefix(_HEADS)
-    remote = _said(top, "config", "--no-includes", "--get", f"branch.{name}.remote")
+    said = configuration(repository)
+    remote = said.get(f"branch.{name}.remote", [""])[-1]
     if remote in ("", "."):  # none, or another branch of this repository
         return Checkout(_called(name))
-    followed = _said(top, "config", "--no-includes", "--get", f"branch.{name}.merge")
+    followed = said.get(f"branch.{name}.merge", [""])[-1]
     if followed and not followed.startswith(_HEADS):
         return Checkout(followed, remote)
     return Checkout(_called(name), remote)
@@ -89,8 +92,8 @@ def _called(branch: str) -> str:
     return f"{_HEADS}{branch}" if branch.startswith("refs/") or _COMMIT.fullmatch(branch) else branch
 
 
-def _said(top: Path, *arguments: str) -> str:
+def _said(repository: Repository, *arguments: str) -> str:
     try:
-        return git("--git-dir", top / ".git", *arguments).removesuffix("\n")
+        return repository.git(*arguments).removesuffix("\n")
     except GitError:
         return ""
