@@ -45,10 +45,11 @@ def read_user_file(folder: Path) -> UserFile:
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: {error}") from error
     table = data.get("test", {})
-    unknown = [key for key in data if key != "test"] or [key for key in table if key not in _KEYS]
-    if not isinstance(table, dict) or unknown:
+    unknown = [key for key in data if key != "test"]
+    unknown += [key for key in table if key not in _KEYS] if isinstance(table, dict) else ["test"]
+    if unknown:
         raise UsageError(
-            f"{file}: {' '.join(unknown) or 'test'} is not known there",
+            f"{file}: {' '.join(unknown)} is not known there",
             resolution=f"it may have a table [test] with {' and '.join(_KEYS)}",
         )
     folders = [Path(each).expanduser() for each in parse_strings(table.get("plugin_path", []), "plugin_path")]

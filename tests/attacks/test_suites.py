@@ -162,6 +162,16 @@ def test_through_the_launcher(attack, listener):
     check(attack, listener, attack.about["test"], result)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("attack", folders_where("action", None, "passed"), indirect=True)
+def test_through_the_action(attack, listener):
+    """It has a report of its own, so a project's is left out."""
+    expected = attack.about.get("action", attack.about["test"])
+    if expected == "-":
+        pytest.skip("does not concern the launcher")
+    check(attack, listener, expected, attack.project.in_the_action(*attack.words("words")))
+
+
 @pytest.mark.parametrize(
     "attack", folders_where("pytest", "passed", "refused", "told", "warned"), indirect=True
 )

@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from pytest_microvm.ci.github.inputs import read_inputs
+from pytest_microvm.ci.github.run import run_command
 from pytest_microvm.images.store import cache_root
 from support import guards
 
@@ -92,23 +95,30 @@ class Project:
         return pytest.RunResult(done.returncode, done.stdout.splitlines(), done.stderr.splitlines(), duration)
 
     def launched(self, *arguments):
-        """Run it with ``pytest-microvm test``; return pytester's result.
+        """Run it with ``pytest-microvm test``; return what pytester would."""
+        self._name_backend()
+        return self.run(LAUNCHER, "test", "-p", "no:hypothesispytest", *arguments)
 
-        What runs the tests is named in a user's configuration: the launcher takes nothing from PYTHONPATH.
-        """
+    def in_the_action(self, *arguments):
+        """Run it as the GitHub Action does with ``mode: pytest``; return what pytester would."""
+        self._name_backend()
+        folder = self.path.parent / f"{self.path.name}-action"
+        inputs = read_inputs({"INPUT_ARGS": shlex.join(["-p", "no:hypothesispytest", *arguments])}, folder)
+        return self.run(*run_command(inputs, {}))
+
+    def _name_backend(self):
+        """Name what runs the tests in a user's configuration: the launcher takes nothing from PYTHONPATH."""
         folder = self.path.parent / f"{self.path.name}-config"
         if self._arguments:
             file = folder / "pytest-microvm" / "config.toml"
             file.parent.mkdir(parents=True, exist_ok=True)
-            plugins = self._arguments[1::2]
             lines = [
                 "[test]",
-                f"plugins = {json.dumps(plugins)}",
+                f"plugins = {json.dumps(self._arguments[1::2])}",
                 f"plugin_path = {json.dumps([str(TESTS)])}",
             ]
             file.write_text("\n".join(lines))
         self._monkeypatch.setenv("XDG_CONFIG_HOME", os.fspath(folder))
-        return self.run(LAUNCHER, "test", "-p", "no:hypothesispytest", *arguments)
 
     def assert_same(self, *arguments, prepare=lambda: None):
         """Run both ways, and fail the test unless what is shown and the exit code are the same.
