@@ -18,7 +18,13 @@ from pytest_microvm.copying import receive
 from pytest_microvm.errors import TransferError, UsageError
 from pytest_microvm.git_bundle import BadBundle, borrowing, import_commits
 from pytest_microvm.git_commands import GitError, git
-from pytest_microvm.git_repository import Repository, checkout_at, find_checkout, repository_at
+from pytest_microvm.git_repository import (
+    Repository,
+    checkout_at,
+    find_checkout,
+    repository_at,
+    with_own_objects,
+)
 from pytest_microvm.manifest import Handover
 from pytest_microvm.mounts import Changes, Mount
 from pytest_microvm.nofollow import open_folder
@@ -233,7 +239,7 @@ def _repository(source: Path) -> Repository:
                 f"{source} is within a repository", resolution="hand over the directory at its top"
             )
         raise UsageError(f"{source} is no git repository", resolution="mount it as copy")
-    return repository
+    return with_own_objects(repository)
 
 
 def _head(source: Path, repository: Repository) -> str:

@@ -187,6 +187,25 @@ def repository_at(folder: Path) -> Repository | None:
     return _opened(folder) if _is_repository(folder) else None
 
 
+def with_own_objects(repository: Repository) -> Repository:
+    """Return a repository, if it has all its objects itself.
+
+    One that borrows objects (gitrepository-layout(5), ``objects/info/alternates``) could be an archive that
+    names a private repository of the user.
+
+    Raises:
+        UsageError: It borrows some.
+    """
+    if not repository.own and read_below(repository.directory, "objects/info/alternates", _MAX_POINTER):
+        raise UsageError(
+            f"{repository.directory} borrows objects of another repository (objects/info/alternates)",
+            details="which repository that is, whoever made this one has chosen",
+            resolution="if it is yours: git repack -a -d, then remove objects/info/alternates; "
+            "or clone it with --dissociate",
+        )
+    return repository
+
+
 def configuration(repository: Repository) -> Mapping[str, Sequence[str]]:
     """Return what a repository's own configuration says, as data; without what it includes.
 

@@ -303,9 +303,15 @@ def test_another_hash(tmp_path):
     assert tip(cloned) == source.commit
 
 
-def test_objects_that_another_repository_has(project, tmp_path):
+def test_clone_that_borrows_objects_is_used_once_it_has_its_own(project, tmp_path):
+    borrower = tmp_path / "borrower"
     git(tmp_path, "clone", "-q", "--shared", str(project), "borrower")
-    sources = CodeRepository(tmp_path / "borrower")
+    with pytest.raises(UsageError, match="borrows objects") as caught:
+        CodeRepository(borrower)
+    assert "git repack -a -d" in caught.value.resolution
+    git(borrower, "repack", "-q", "-a", "-d")
+    (borrower / ".git" / "objects" / "info" / "alternates").unlink()
+    sources = CodeRepository(borrower)
     assert filled(sources.tree(sources.ref("feature/one")))[0] == {"a": b"feature/one"}
 
 

@@ -336,6 +336,23 @@ def test_grafts_change_nothing(project):
     assert checkout_at(project).repository.git("rev-list", "--count", "HEAD").strip() == "2"
 
 
+@pytest.mark.parametrize("way", ["ci", "mount"])
+def test_archive_that_borrows_a_private_repositorys_objects_is_refused(project, tmp_path, way):
+    """It needs the name of a commit; such names get about, in version numbers for one."""
+    private = repository(tmp_path / "private")
+    secret = commit(private, {"secret": "the user's"})
+    objects = project / ".git" / "objects"
+    (objects / "info").mkdir(exist_ok=True)
+    (objects / "info" / "alternates").write_text(f"{private}/.git/objects\n")
+    (project / ".git" / "refs" / "heads" / "main").write_text(f"{secret}\n")
+    assert plain(project, "show", "main:secret") == "the user's"  # the control
+    clone = Clone(SimpleNamespace(id="x"), Mount(project, PurePosixPath("/r"), "rw", "git"))
+    read = {"ci": lambda: CodeRepository(project), "mount": lambda: clone._make_clone(tmp_path / "made")}
+    with pytest.raises(UsageError, match="borrows objects of another repository"):
+        read[way]()
+    assert {*paths(project)} == {"a", "b.x", "microvm.toml", ".gitattributes"}  # to list files is harmless
+
+
 def test_index_that_names_what_is_not_there(project, tmp_path):
     """Names of an index lead nowhere: not upwards, not behind links, not into the repository."""
     outside = tmp_path / "outside"

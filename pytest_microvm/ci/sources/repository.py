@@ -34,7 +34,7 @@ from pytest_microvm.ci.sources.work_tree import WorkTree
 from pytest_microvm.ci.task import WORKTREE, Source
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_bundle import borrowing
-from pytest_microvm.git_repository import Repository, find_checkout, repository_at
+from pytest_microvm.git_repository import Repository, find_checkout, repository_at, with_own_objects
 from pytest_microvm.nofollow import OpenTree, bounded
 from pytest_microvm.remote.workspace import DEFAULT_LIMIT
 
@@ -323,7 +323,7 @@ def _opened(folder: Path, *, bare: bool) -> tuple[Path, bool, Repository]:
             resolution=f"name {checkout.top}, or move the repository out of it",
         )
     if checkout:
-        return checkout.top, False, checkout.repository
+        return checkout.top, False, with_own_objects(checkout.repository)
     if named:
-        return folder.resolve(), True, named
+        return folder.resolve(), True, with_own_objects(named)
     raise UsageError(f"{folder} is no git repository", resolution="start it in the repository")

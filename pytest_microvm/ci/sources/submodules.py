@@ -9,7 +9,7 @@ from pathlib import Path
 from pytest_microvm.ci.sources.git_objects import borrowed
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_commands import GitError
-from pytest_microvm.git_repository import Repository, repository_at
+from pytest_microvm.git_repository import Repository, repository_at, with_own_objects
 
 _KEY = re.compile(r"submodule\.(.+)\.path", re.DOTALL)
 
@@ -54,7 +54,7 @@ def find_module(name: str | None, folders: Sequence[Path], kind: str, commit: st
             module = repository_at(place)
             if module is None or module.format != kind:
                 continue
-            with borrowed(module) as repository:
+            with borrowed(with_own_objects(module)) as repository:
                 repository.git("cat-file", "-e", f"{commit}^{{tree}}")
         except (GitError, UsageError):
             continue
