@@ -346,8 +346,8 @@ def test_archive_that_borrows_a_private_repositorys_objects_is_refused(project, 
     (objects / "info" / "alternates").write_text(f"{private}/.git/objects\n")
     (project / ".git" / "refs" / "heads" / "main").write_text(f"{secret}\n")
     assert plain(project, "show", "main:secret") == "the user's"  # the control
-    clone = Clone(SimpleNamespace(id="x"), Mount(project, PurePosixPath("/r"), "rw", "git"))
-    read = {"ci": lambda: CodeRepository(project), "mount": lambda: clone._make_clone(tmp_path / "made")}
+    mount = Mount(project, PurePosixPath("/r"), "rw", "git")
+    read = {"ci": lambda: CodeRepository(project), "mount": lambda: Clone(SimpleNamespace(id="x"), mount)}
     with pytest.raises(UsageError, match="borrows objects of another repository"):
         read[way]()
     assert {*paths(project)} == {"a", "b.x", "microvm.toml", ".gitattributes"}  # to list files is harmless
