@@ -132,8 +132,13 @@ def attack(request, project, monkeypatch, listener):
 
 
 def folders_where(key, *values):
-    found = {name: tomllib.loads((PROJECTS / name / "attack.toml").read_text()).get(key) for name in ATTACKS}
-    return [name for name, value in found.items() if value in values]
+    """Return the attacks of which ``key`` says one of ``values``; repetition is for `make test-all`."""
+    found = {name: tomllib.loads((PROJECTS / name / "attack.toml").read_text()) for name in ATTACKS}
+    return [
+        pytest.param(name, marks=[pytest.mark.thorough] if about.get("repeats") else [])
+        for name, about in found.items()
+        if about.get(key) in values
+    ]
 
 
 def check(attack, listener, expected, result):
@@ -190,9 +195,7 @@ def test_what_the_option_cannot_promise(attack, listener):
     assert attack.marker.exists()
 
 
-@pytest.mark.parametrize(
-    "attack", [name for name in ATTACKS if name not in folders_where("native", False)], indirect=True
-)
+@pytest.mark.parametrize("attack", folders_where("native", None), indirect=True)
 def test_unprotected(attack, listener):
     """The control: the same springs where pytest is run as it is."""
     plain = [sys.executable, "-m", "pytest"] if attack.about.get("python_m") else [attack.project.PYTEST]
