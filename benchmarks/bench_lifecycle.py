@@ -10,7 +10,7 @@ from pathlib import Path
 from measure import Samples, promise
 
 from pytest_microvm.host import Host
-from pytest_microvm.templates.budget import runtime_folder
+from pytest_microvm.templates.runtime_folder import runtime_folder
 
 MACHINES = 100
 IDLE = 4
