@@ -137,7 +137,7 @@ def folders_where(key, *values):
     return [
         pytest.param(name, marks=[pytest.mark.thorough] if about.get("repeats") else [])
         for name, about in found.items()
-        if about.get(key) in values
+        if about.get(key, about["test"] if key == "action" else None) in values
     ]
 
 
@@ -168,12 +168,10 @@ def test_through_the_launcher(attack, listener):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("attack", folders_where("action", None, "passed"), indirect=True)
+@pytest.mark.parametrize("attack", folders_where("action", "passed", "refused"), indirect=True)
 def test_through_the_action(attack, listener):
     """It has a report of its own, so a project's is left out."""
     expected = attack.about.get("action", attack.about["test"])
-    if expected == "-":
-        pytest.skip("does not concern the launcher")
     check(attack, listener, expected, attack.project.in_the_action(*attack.words("words")))
 
 
