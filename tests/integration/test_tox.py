@@ -183,8 +183,8 @@ def test_what_the_configuration_grants_needs_a_word(project):
 
 def test_ctrl_c_reaches_the_command_and_no_machine_is_left(project):
     code = (
-        "import sys, time\nprint('ready', flush=True)\n"
-        "try:\n    time.sleep(1000)\nexcept KeyboardInterrupt:\n    print('interrupted'); sys.exit(9)"
+        "import sys, time\ntry:\n    print('ready', flush=True)\n    time.sleep(1000)\n"
+        "except KeyboardInterrupt:\n    print('interrupted'); sys.exit(9)"
     )
     (project / "wait.py").write_text(code)
     patience = ["-x", "testenv.interrupt_timeout=60"]
@@ -204,7 +204,7 @@ def test_ctrl_c_reaches_the_command_and_no_machine_is_left(project):
                 children = _descendants(running.pid)
                 running.send_signal(signal.SIGINT)
         assert running.wait(guards.SUITE) != 0  # tox itself gives now the command's, now its own
-    assert "interrupted\n" in said, said
+    assert "interrupted\n" in said, "".join(said)
     assert any("qemu" in command for command in children.values())
     assert [pid for pid in children if Path(f"/proc/{pid}/exe").exists()] == []
 
