@@ -10,6 +10,7 @@ from pytest_microvm.ci.task import WORKTREE, Source
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_commands import GitError
 from support.repositories import commit, copied, filled, git, repository
+from support.tiers import thorough_but
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_a_tag_is_not_taken_for_a_branch(project):
 ELSE = ["refs/heads/main", "refs/tags/v1", "refs/pull/7/head", "HEAD", WORKTREE, "origin/main", "a" * 40]
 
 
-@pytest.mark.parametrize("name", ELSE)
+@pytest.mark.parametrize("name", thorough_but(ELSE, "refs/heads/main", "HEAD", "a" * 40))
 @pytest.mark.parametrize("prefix", ["refs/heads/", "refs/remotes/origin/"])
 def test_a_branch_that_calls_itself_like_something_else(project, prefix, name):
     """Neither is it taken for that, nor do globs for that match it."""

@@ -23,6 +23,7 @@ from pytest_microvm.remote.plan import workspace_of
 from pytest_microvm.remote.workspace import scan
 from support.repositories import blob, commit, filled, git, repository
 from support.strange_repositories import clone_with_embedded, set_promisor
+from support.tiers import thorough_but
 
 OURS = '[ci.jobs.ours]\nsteps = ["true"]\n'
 
@@ -198,7 +199,7 @@ NAMES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", thorough_but(NAMES, "fsmonitor", "hooks", "ssh", "clean filter", "include"))
 def test_program_of_an_archives_configuration_is_not_run(project, trap, tmp_path, name):
     values, springing = settings(trap[0], project)[name]
     for key, value in values.items():

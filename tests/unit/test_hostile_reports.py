@@ -20,6 +20,7 @@ from support.replayed_reports import (
     show_collection,
 )
 from support.replayed_reports import show_reports as show
+from support.tiers import thorough_but
 
 FEW = settings(
     max_examples=settings.default.max_examples // 4,
@@ -37,7 +38,10 @@ def test_real_reports_are_shown():
     assert "boom 1 two" in shown.text
 
 
-@pytest.mark.parametrize("text", HOSTILE_TEXT, ids=ascii)
+CHOSEN_TEXT = ["\x1b[2J", "\x1b]0;title\x07", "\u2028::error::x", "\ud800", "##vso[task]", "\n", "]]>"]
+
+
+@pytest.mark.parametrize("text", thorough_but(HOSTILE_TEXT, *CHOSEN_TEXT))
 def test_hostile_text_in_every_place_of_a_failure(text):
     """Each text of a failure with a chain, and of one without a traceback, replaced in turn."""
     richest = max(real_reports(), key=lambda report: len(list(places(report))))

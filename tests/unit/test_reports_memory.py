@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from pytest_microvm.reports.reading import FILE_LIMIT
+from support.tiers import thorough_but
 
 MIB = 1024 * 1024
 BOUND = 80
@@ -37,7 +38,7 @@ print(most() - before, sum(len(suite.cases) for suite in report.suites))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what a process took")
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", thorough_but(WAYS, "attributes"))
 def test_memory(tmp_path, way):
     before, part, after = WAYS[way]
     path, number = tmp_path / "big.xml", 0

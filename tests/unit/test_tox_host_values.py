@@ -19,6 +19,7 @@ from pytest_microvm.tox_env.host_values import Guard, Refused, Variables
 from pytest_microvm.tox_env.runner import MicrovmRunner
 from support import guards
 from support.repositories import git, repository
+from support.tiers import thorough_but
 
 SECRET = "correct-horse"  # noqa: S105 - of a test
 BEGIN = "[tox]\nno_package = true\n[testenv]\n"
@@ -124,7 +125,7 @@ FILES = {"tox.ini": INI, "tox.toml": TOML, "pyproject.toml": LEGACY}
 """Each environment reads the variable, the file or its name in a way of its own."""
 
 
-@pytest.fixture(params=FILES)
+@pytest.fixture(params=thorough_but(FILES, "tox.toml", "tox.ini"))
 def reading(request, project):
     """A project whose configuration reads this computer's secrets, the file, and its environments."""
     home = project.parent / "home"
