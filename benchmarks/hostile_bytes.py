@@ -22,9 +22,8 @@ from pathlib import Path, PurePosixPath
 from pytest_microvm.errors import MachineError
 from pytest_microvm.guest.port import Port
 from pytest_microvm.link import Drain, Link
-from pytest_microvm.remote.backend import CollectPlan
+from pytest_microvm.remote.backend import CollectPlan, TestLimits
 from pytest_microvm.remote.collected import Collected
-from pytest_microvm.remote.limits import TestLimits
 from pytest_microvm.remote.session import RunnerSession
 from pytest_microvm.spec import DEFAULT_OUTPUT
 from pytest_microvm.transfer import pull, read_file

@@ -16,7 +16,7 @@ _HOMES = {
     "MachineCrashed": "errors",
     "MachineError": "errors",
     "MachineSpec": "spec",
-    "MicroVM": "machine",
+    "MicroVM": "host",
     "MicroVMError": "errors",
     "QuotaExceeded": "errors",
     "UsageError": "errors",

@@ -30,7 +30,7 @@ from pytest_microvm.takeover import Result, TakeOver, is_below
 from pytest_microvm.transfer import receive_file, receive_tree, send_tar
 
 if TYPE_CHECKING:
-    from pytest_microvm.machine import MicroVM
+    from pytest_microvm.mounting_machine import Machine
     from pytest_microvm.vmpath import GuestPath
 
 _SHOWN = 20  # paths in a message
@@ -48,7 +48,7 @@ class Copy:
         UsageError: There is no such directory.
     """
 
-    def __init__(self, machine: MicroVM, mount: Mount) -> None:
+    def __init__(self, machine: Machine, mount: Mount) -> None:
         self._machine = machine
         self._mount = mount
         self._source = resolved(mount)
@@ -63,7 +63,7 @@ class Copy:
             UsageError: This user may not read all of it.
             TransferError: The machine could not take it.
         """
-        link, target = self._machine.link(), self._mount.target
+        link, target = self._machine.client.link(), self._mount.target
         root = open_folder(self._source.parent if self.single else self._source)
         try:
             if self.single:
@@ -118,7 +118,7 @@ class Copy:
             received.chmod(file_mode(path.stat()["mode"]))
         else:
             terms = Terms(_room(self._machine), MAX_PATHS, self._handed.links, left_out)
-            receive_tree(self._machine.link(), path.pure, content, terms)
+            receive_tree(self._machine.client.link(), path.pure, content, terms)
 
     def _take_over(self, root: int, staging: Path, left_out: dict[str, str]) -> Result:
         content, spare = open_folder(staging.resolve() / "content"), open_folder(staging.resolve() / "spare")
@@ -131,7 +131,7 @@ class Copy:
             for path in after:
                 if is_git(path) and not is_git(path.rpartition("/")[0]):
                     _remove(staging / "content" / path)  # it might come along with a directory that is moved
-            work = TakeOver(root, content, spare, f".microvm-{self._machine.id}")
+            work = TakeOver(root, content, spare, f".microvm-{self._machine.client.id}")
             result = work.run(before, after, left_out)
         finally:
             os.close(content)
@@ -158,7 +158,7 @@ class Copy:
                 "%s: git's own files changed in the machine and were left there (%s ...): hand a repository "
                 "over as git",
                 self._mount.target,
-                sanitize_line(self._machine.redactor.text(result.left[0])),
+                sanitize_line(self._machine.client.redactor.text(result.left[0])),
             )
         if result.conflicts:
             lines = [_line(*conflict) for conflict in result.conflicts[:_SHOWN]]
@@ -168,7 +168,10 @@ class Copy:
                 f"{self._source}",
                 tuple(conflict.path for conflict in result.conflicts),
                 details="\n".join(
-                    [*map(self._machine.redactor.text, lines), *([f"and {more} more"] if more > 0 else [])]
+                    [
+                        *map(self._machine.client.redactor.text, lines),
+                        *([f"and {more} more"] if more > 0 else []),
+                    ]
                 ),
                 resolution="compare the two versions, and remove the one with the machine's id in its name",
             )
@@ -200,7 +203,7 @@ def resolved(what: Mount) -> Path:
     return source
 
 
-def receive(machine: MicroVM, path: GuestPath, target: Path) -> None:
+def receive(machine: Machine, path: GuestPath, target: Path) -> None:
     """Write a machine's file into a new file of the host.
 
     Raises:
@@ -210,10 +213,10 @@ def receive(machine: MicroVM, path: GuestPath, target: Path) -> None:
     if not path.is_file() or path.stat()["size"] > room:  # asked first: else all that fits would come
         raise TransferError(f"{path} is no file in the machine, or one of more than {room} bytes")
     with target.open("wb") as file:
-        receive_file(machine.link(), path.pure, file, room)
+        receive_file(machine.client.link(), path.pure, file, room)
 
 
-def _room(machine: MicroVM) -> int:
+def _room(machine: Machine) -> int:
     """Return how many bytes a machine can have to give back: more is a file full of holes."""
     return min(MAX_BYTES, machine.facts.limits.disk + machine.facts.limits.memory)
 

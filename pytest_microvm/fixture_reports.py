@@ -37,7 +37,7 @@ def tell_denied(report: pytest.TestReport, asked: list[NetworkRequest], *, fail:
 
 def redact(report: pytest.TestReport, found: list[MicroVM]) -> None:
     """Take the machines' secrets out of what the report shows."""
-    for redactor in (machine.redactor for machine in found if machine.redactor):
+    for redactor in (machine.client.redactor for machine in found if machine.client.redactor):
         report.sections = [(title, redactor.text(text)) for title, text in report.sections]
         if report.longrepr is not None and redactor.text(report.longreprtext) != report.longreprtext:
             report.longrepr = redactor.text(report.longreprtext)
@@ -52,5 +52,5 @@ def outcome_of(report: pytest.TestReport, error: BaseException | None) -> str:
 
 def ended_by(error: BaseException | None, used: list[MicroVM]) -> MicroVM:
     """Return the machine that ``error`` is about, as far as that shows; the last one otherwise."""
-    ended = [machine for machine in used if not machine.instance.vmm.alive]
+    ended = [machine for machine in used if not machine.alive]
     return ended[-1] if error is not None and ended else used[-1]

@@ -32,7 +32,7 @@ from pytest_microvm.sanitize import sanitize
 from pytest_microvm.transfer import send_tar
 
 if TYPE_CHECKING:
-    from pytest_microvm.machine import MicroVM
+    from pytest_microvm.mounting_machine import Machine
 
 _OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _LENT = "refs/heads/lent"
@@ -55,7 +55,7 @@ class Clone:
 
     single = False
 
-    def __init__(self, machine: MicroVM, mount: Mount) -> None:
+    def __init__(self, machine: Machine, mount: Mount) -> None:
         self._machine = machine
         self._mount = mount
         self._source = mount.source.resolve()
@@ -85,7 +85,9 @@ class Clone:
             try:
                 handed = Handover()
                 send_tar(
-                    self._machine.link(), self._mount.target, lambda archive: handed.write(archive, root)
+                    self._machine.client.link(),
+                    self._mount.target,
+                    lambda archive: handed.write(archive, root),
                 )
             finally:
                 os.close(root)
@@ -107,7 +109,7 @@ class Clone:
             except BadBundle as error:
                 raise self._refused(error.brief, error.details) from error
         branch = self._named(tip)
-        subjects = tuple(map(self._machine.redactor.text, new.subjects))
+        subjects = tuple(map(self._machine.client.redactor.text, new.subjects))
         self._last = Changes(branch=branch, commits=new.count, subjects=subjects, uncommitted=uncommitted)
         return self._last
 
@@ -135,8 +137,8 @@ class Clone:
         else:
             made.git("update-ref", "--no-deref", "HEAD", self._base)
         made.git("update-ref", "-d", "refs/handed/over")
-        made.git("config", "user.name", f"microvm {self._machine.id}")
-        made.git("config", "user.email", f"{self._machine.id}@microvm.invalid")
+        made.git("config", "user.name", f"microvm {self._machine.client.id}")
+        made.git("config", "user.email", f"{self._machine.client.id}@microvm.invalid")
 
     # Out of the machine
 
@@ -161,7 +163,7 @@ class Clone:
         if self._branch and self._moved(self._branch, tip):
             return self._branch
         for number in range(1, _MAX_BRANCHES):
-            branch = f"microvm/{self._machine.id}" + (f"-{number}" if number > 1 else "")
+            branch = f"microvm/{self._machine.client.id}" + (f"-{number}" if number > 1 else "")
             if self._repository.git("for-each-ref", "--format=%(refname)", f"refs/heads/{branch}").strip():
                 continue
             try:  # zeros: there must be none
@@ -217,7 +219,7 @@ class Clone:
 
     def _refused(self, why: str, details: str = "") -> TransferError:
         return TransferError(
-            f"{self._mount.target} of machine {self._machine.id}: {why}",
+            f"{self._mount.target} of machine {self._machine.client.id}: {why}",
             details=details,
             resolution="the host's repository has no new branch; look into the machine's",
         )

@@ -491,7 +491,7 @@ class Host:
             return machine
 
         def new() -> Pool[MicroVM]:
-            return Pool(size, make, MicroVM.close, lambda machine: machine.instance.vmm.alive)
+            return Pool(size, make, MicroVM.close, lambda machine: machine.alive)
 
         return self.pool(("agent", f"{template.key} {id(base)}"), new)
 
@@ -566,3 +566,6 @@ def default_host() -> Host:
         _default = Host(say=_log.info)
         atexit.register(_default.close)
     return _default
+
+
+MicroVM.started_by(lambda: default_host().start)

@@ -12,16 +12,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from pytest_microvm.errors import MachineCrashed, MicroVMError, QuotaExceeded, TransferError, UsageError
+from pytest_microvm.errors import MicroVMError, UsageError
 from pytest_microvm.events import Event
 from pytest_microvm.instance import Instance, MachineFacts, Usage
-from pytest_microvm.link import Link
+from pytest_microvm.machine_client import MachineClient
 from pytest_microvm.mounting import Mounted, copy_all_back, mount
 from pytest_microvm.mounts import Access, Changes, Kind, Mount, absolute, check_apart
 from pytest_microvm.process import GuestProcess, command_arguments
-from pytest_microvm.redaction import Redactor
 from pytest_microvm.transfer import pull, push
 from pytest_microvm.vmpath import GuestPath
 
@@ -38,6 +37,13 @@ _LONGEST_PATH = 107  # unix(7)
 _log = logging.getLogger("pytest_microvm")
 
 
+class Start(Protocol):
+    """Starts machines for :meth:`MicroVM.start`."""
+
+    def __call__(self, spec: MachineSpec | None, *, pool: int, **changes: Any) -> MicroVM:
+        """Start a machine."""
+
+
 class MicroVM:
     """A running machine.
 
@@ -51,6 +57,8 @@ class MicroVM:
         last_commands: What was asked of it, the last 20.
     """
 
+    _starter: ClassVar[Callable[[], Start]]  # set by the composition root, see host.py
+
     def __init__(
         self,
         instance: Instance,
@@ -61,8 +69,8 @@ class MicroVM:
     ) -> None:
         self.facts = facts
         self.instance = instance
+        self.client = MachineClient(instance, facts)
         self.last_commands: deque[str] = deque(maxlen=_LAST_COMMANDS)
-        self.closed = False
         self.mounts: list[Mounted] = []
         self._on_close = on_close
         self._on_keep = on_keep
@@ -86,9 +94,12 @@ class MicroVM:
             HostError: This computer lacks something.
             BootError: The machine did not come up.
         """
-        from pytest_microvm.host import default_host  # noqa: PLC0415 - upwards on purpose: see ADR 0001
+        return cls._starter()(spec, pool=pool, **changes)
 
-        return default_host().start(spec, pool=pool, **changes)
+    @classmethod
+    def started_by(cls, starter: Callable[[], Start]) -> None:
+        """Let :meth:`start` use what ``starter`` returns: the composition root's default host."""
+        cls._starter = starter
 
     def __enter__(self) -> Self:
         return self
@@ -108,6 +119,16 @@ class MicroVM:
     def id(self) -> str:
         """Its name, unique on this host; also its first host name."""
         return self.facts.id
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self.client.alive
+
+    @property
+    def closed(self) -> bool:
+        """Whether its user has ended it."""
+        return self.client.closed
 
     # Commands
 
@@ -183,8 +204,8 @@ class MicroVM:
         request = command_arguments(args, {**usual, **(env or {})}, cwd, user)
         shown = args if isinstance(args, str) else " ".join(map(str, args))
         self._asked("command", shown)
-        with self.explained(), self.limited(f"start of {shown}"):
-            return GuestProcess(self.link(), args, request, stdin=stdin, text=text, pty=pty, owner=self)
+        with self.client.operation(f"start of {shown}"):
+            return GuestProcess(self.client, args, request, stdin=stdin, text=text, pty=pty)
 
     def wait_until_succeeds(
         self,
@@ -221,7 +242,7 @@ class MicroVM:
 
     def path(self, *segments: str | PurePosixPath) -> GuestPath:
         """Return a path in the machine, used like :class:`pathlib.Path`."""
-        return GuestPath(self, *segments)
+        return GuestPath(self.client, *segments)
 
     def push(self, source: str | os.PathLike[str], target: str | PurePosixPath) -> None:
         """Copy a file or a folder from the host into the machine.
@@ -235,8 +256,8 @@ class MicroVM:
             TransferError: The machine could not take it (its disk is full, say).
         """
         self._asked("push", f"push {source} {target}")
-        with self.explained(), self.limited("push"):
-            push(self.link(), Path(source), PurePosixPath(target))
+        with self.client.operation("push"):
+            push(self.client.link(), Path(source), PurePosixPath(target))
 
     def pull(self, source: str | PurePosixPath, target: str | os.PathLike[str]) -> Path:
         """Copy a file or a folder from the machine to the host.
@@ -255,8 +276,8 @@ class MicroVM:
             TransferError: What came was refused, or could not be written.
         """
         self._asked("pull", f"pull {source} {target}")
-        with self.explained(), self.limited("pull"):
-            return pull(self.link(), PurePosixPath(source), Path(target))
+        with self.client.operation("pull"):
+            return pull(self.client.link(), PurePosixPath(source), Path(target))
 
     def mount(
         self,
@@ -339,7 +360,7 @@ class MicroVM:
             UsageError: The machine has been closed, or ``target`` is no port.
             MachineCrashed: The machine ended.
         """
-        with self.explained(), self.limited(f"wait for {target}"):
+        with self.client.operation(f"wait for {target}"):
             try:
                 self._open_network().wait_for(_served(target), timeout)
             except TimeoutError as error:
@@ -369,12 +390,12 @@ class MicroVM:
         Returns:
             Whether it was kept: it must have been started for that, and still run.
         """
-        if self._on_keep is None or self.closed or not self.instance.vmm.alive:
+        if self._on_keep is None or self.closed or not self.alive:
             return False
         try:
             self.give_back()
         finally:
-            self.closed = True
+            self.client.closed = True
             self._on_keep(about)
         return True
 
@@ -390,96 +411,35 @@ class MicroVM:
             try:
                 self.give_back()
             finally:
-                self.closed = True
+                self.client.closed = True
                 self.instance.close()
                 self._on_close()
 
     def give_back(self) -> list[Changes]:
         """Copy back what the machine changed in its mounts, for the last time: :meth:`close` will not."""
         mounted, self.mounts = self.mounts, []
-        if mounted and not self.instance.vmm.alive:
+        if mounted and not self.alive:
             places = ", ".join(str(one.mount.target) for one in mounted if one.mount.kind != "live")
             if places:
                 _log.warning("machine %s has ended: nothing came back of %s", self.id, places)
             return []
         return copy_all_back(mounted)
 
-    @property
-    def redactor(self) -> Redactor:
-        """What takes the machine's secrets out of what is shown."""
-        return self.instance.redactor
-
-    @property
-    def output_limit(self) -> int | None:
-        """How many bytes a command may say; ``None``: as many as somebody reads."""
-        return self.facts.limits.output
-
-    def check_quotas(self) -> None:
-        """Raise what the machine has exceeded, if it has.
-
-        Raises:
-            QuotaExceeded: Its kernel said so, perhaps only just now.
-        """
-        exceeded = self.instance.exceeded()
-        if exceeded is not None:
-            raise exceeded
-
-    def output_exceeded(self, observed: int, limit: int) -> QuotaExceeded:
-        """End the machine because a command said too much; return the error to raise."""
-        if self.instance.guard is None:
-            return QuotaExceeded("output", limit, observed)
-        return self.instance.guard.exceed("output", limit, observed)
-
-    def limited(self, what: str) -> AbstractContextManager[None]:
-        """Let what happens inside take no longer than the machine's timeout."""
-        guard = self.instance.guard
-        return contextlib.nullcontext() if guard is None else guard.limited(self.redactor.text(what))
-
-    @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """Turn "the machine ended" into why it did: the quota, or a crash with the console's tail.
-
-        Secrets are taken out of what is said of a transfer: a machine chose the names in it.
-        """
-        try:
-            yield
-        except TransferError as error:
-            error.brief, error.details = map(self.redactor.text, (error.brief, error.details))
-            error.args = (error.brief,)
-            raise
-        except MachineCrashed as error:
-            if self.closed or error.details:
-                raise
-            raise self.instance.end_error(self.id) from error
-
-    def link(self) -> Link:
-        """Return the link to the agent.
-
-        Raises:
-            UsageError: The machine has been closed.
-        """
-        self._check_open()
-        return self.instance.link("agent")
-
     @contextlib.contextmanager
     def _forwarded(self, target: int | str | PurePosixPath, *, unix: bool) -> Iterator[Address]:
         self._asked("forward", f"forward {target}")
         with contextlib.ExitStack() as stack:
-            with self.explained():
+            with self.client.explained():
                 address = stack.enter_context(self._open_network().forward(_served(target), unix=unix))
             yield address
 
     def _open_network(self) -> MachineNetwork:
-        self._check_open()
+        self.client.check_open()
         return self.instance.network
 
-    def _check_open(self) -> None:
-        if self.closed:
-            raise UsageError(f"machine {self.id} has been closed", resolution="start another one")
-
     def _asked(self, kind: str, text: str) -> None:
-        self.last_commands.append(self.redactor.text(text))
-        self.instance.events.add(kind, text)
+        self.last_commands.append(self.client.redactor.text(text))
+        self.client.record(kind, text)
 
 
 def _served(target: int | str | PurePosixPath) -> int | str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from pytest_microvm.copying import Copy
-from pytest_microvm.errors import MicroVMError, MountConflict, TransferError, UsageError
+from pytest_microvm.errors import MachineError, MountConflict, TransferError, UsageError
 from pytest_microvm.git_handover import Clone
 from pytest_microvm.mounts import Changes, Mount
 from pytest_microvm.sanitize import sanitize_line
@@ -18,7 +18,7 @@ from pytest_microvm.transfer import TIMEOUT
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from pytest_microvm.machine import MicroVM
+    from pytest_microvm.mounting_machine import Machine
     from pytest_microvm.vmpath import GuestPath
 
 _MAX_SAID = 2000  # characters of what a machine said
@@ -48,7 +48,7 @@ class Mounted:
         closed: Whether it has been taken out of the machine.
     """
 
-    def __init__(self, machine: MicroVM, mount: Mount, handed: _Handed) -> None:
+    def __init__(self, machine: Machine, mount: Mount, handed: _Handed) -> None:
         self.mount = mount
         self.closed = False
         self._machine = machine
@@ -58,15 +58,15 @@ class Mounted:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_exc: object) -> None:
-        if self.closed or self._machine.closed or (kind and not self._machine.instance.vmm.alive):
+        if self.closed or self._machine.closed or (kind and not self._machine.alive):
             return
         try:
             try:
                 self.copy_back()
             finally:
-                if self._machine.instance.vmm.alive:
+                if self._machine.alive:
                     self.close()
-        except MicroVMError as error:
+        except MachineError as error:
             if kind is None:
                 raise
             _log.warning("%s", error)  # what ended the block is more to the point
@@ -91,20 +91,16 @@ class Mounted:
             return Changes()
         if self.mount.kind == "live":
             what = f"write {self.mount.target} out"
-            with (
-                self._machine.explained(),
-                self._machine.limited(what),
-                _as_transfer_error(self.mount.target),
-            ):
+            with self._machine.client.operation(what), _as_transfer_error(self.mount.target):
                 return self._handed.bring_back()
         machine, target = self._machine, self.mount.target
         try:
-            with machine.explained(), machine.limited(f"copy {target} back"), _as_transfer_error(target):
+            with machine.client.operation(f"copy {target} back"), _as_transfer_error(target):
                 changes = self._handed.bring_back()
         except MountConflict as error:
-            machine.instance.events.add("copy_back", error.brief)
+            machine.client.record("copy_back", error.brief)
             raise
-        machine.instance.events.add("copy_back", f"{target}: {changes}")
+        machine.client.record("copy_back", f"{target}: {changes}")
         if changes.left or changes.uncommitted:
             _log.warning("%s: %s", target, changes)
         return changes
@@ -124,17 +120,17 @@ class Mounted:
         if isinstance(self._handed, Share):
             self._handed.take_away()
             return
-        with self._machine.explained(), _as_transfer_error(self.mount.target):
+        with self._machine.client.explained(), _as_transfer_error(self.mount.target):
             path = self._machine.path(self.mount.target)
             if self.mount.access == "ro":
-                self._machine.link().call("path", timeout=TIMEOUT, do="thaw", path=str(path))
+                self._machine.client.link().call("path", timeout=TIMEOUT, do="thaw", path=str(path))
             _remove(path, single=self._handed.single)
 
 
-_KINDS: dict[str, Callable[[MicroVM, Mount], _Handed]] = {"copy": Copy, "git": Clone, "live": Share}
+_KINDS: dict[str, Callable[[Machine, Mount], _Handed]] = {"copy": Copy, "git": Clone, "live": Share}
 
 
-def mount(machine: MicroVM, what: Mount) -> Mounted:
+def mount(machine: Machine, what: Mount) -> Mounted:
     """Hand a directory or a file of the host to a machine.
 
     Raises:
@@ -143,17 +139,17 @@ def mount(machine: MicroVM, what: Mount) -> Mounted:
     """
     handed: _Handed = _KINDS[what.kind](machine, what)
     _check_place(machine, what, single=handed.single)
-    with machine.explained(), machine.limited(f"mount {what.target}"):
+    with machine.client.operation(f"mount {what.target}"):
         try:
             with _as_transfer_error(what.source):
                 handed.hand_over()
-        except MicroVMError:
-            if what.kind != "live" and machine.instance.vmm.alive:
-                with contextlib.suppress(OSError, MicroVMError):  # what failed is more to the point
+        except MachineError:
+            if what.kind != "live" and machine.alive:
+                with contextlib.suppress(OSError, MachineError):  # what failed is more to the point
                     _remove(machine.path(what.target), single=handed.single)
             raise
         if what.access == "ro" and what.kind != "live":
-            machine.link().call("path", timeout=TIMEOUT, do="freeze", path=str(what.target))
+            machine.client.link().call("path", timeout=TIMEOUT, do="freeze", path=str(what.target))
     return Mounted(machine, what, handed)
 
 
@@ -162,16 +158,16 @@ def copy_all_back(mounted: Sequence[Mounted]) -> list[Changes]:
 
     Raises:
         MountConflict: Some was not taken over.
-        MicroVMError: One of them failed.
+        MachineError: One of them failed.
     """
     done: list[Changes] = []
-    failed: list[MicroVMError] = []
+    failed: list[MachineError] = []
     for one in mounted:
         try:
             changes = one.copy_back()
             if one.mount.kind != "live":  # of which there is nothing to tell
                 done.append(changes)
-        except MicroVMError as error:
+        except MachineError as error:
             failed.append(error)
     for other in failed[1:]:
         _log.warning("%s", other)
@@ -200,7 +196,7 @@ def _as_transfer_error(what: object) -> Iterator[None]:
         ) from error
 
 
-def _check_place(machine: MicroVM, what: Mount, *, single: bool) -> None:
+def _check_place(machine: Machine, what: Mount, *, single: bool) -> None:
     """Refuse a place where the machine has something: it would come back as if it had been made there."""
     place = machine.path(what.target)
     try:

@@ -11,17 +11,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.answers import Answer
-from pytest_microvm.errors import MachineError, QuotaExceeded, UsageError
-from pytest_microvm.link import GuestError, Link, Stream, read_any
+from pytest_microvm.errors import MachineError, UsageError
+from pytest_microvm.link import GuestError, Stream, read_any
 from pytest_microvm.redaction import RedactedStream, Redactor
 from pytest_microvm.spec import DEFAULT_OUTPUT
 from pytest_microvm.wire.channel import WINDOW
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from pytest_microvm.agent.client import AgentClient
 
 _ANSWER = 60.0  # seconds the agent may take to start or signal a process; only a dead machine takes longer
 
@@ -54,52 +56,6 @@ def command_arguments(
     return request
 
 
-class Owner(Protocol):
-    """The machine that a command runs in, as far as its rules for commands go."""
-
-    @property
-    def output_limit(self) -> int | None:
-        """Bytes that a command may say."""
-
-    @property
-    def redactor(self) -> Redactor:
-        """What takes its secrets out of what a command says."""
-
-    def output_exceeded(self, observed: int, limit: int) -> QuotaExceeded:
-        """End the machine; return the error to raise."""
-
-    def check_quotas(self) -> None:
-        """Raise what the machine has exceeded, if it has."""
-
-    def limited(self, what: str) -> AbstractContextManager[None]:
-        """Let what happens inside take no longer than the machine's timeout."""
-
-    def explained(self) -> AbstractContextManager[None]:
-        """Say why the machine ended, if it does inside."""
-
-
-class Nobody:
-    """The owner of a command that has no rules."""
-
-    output_limit: int | None = None
-    redactor = Redactor()
-
-    def output_exceeded(self, observed: int, limit: int) -> QuotaExceeded:
-        """Return the error."""
-        return QuotaExceeded("output", limit, observed)
-
-    def check_quotas(self) -> None:
-        """Know of none."""
-
-    def limited(self, _what: str) -> AbstractContextManager[None]:
-        """Set no limit."""
-        return contextlib.nullcontext()
-
-    def explained(self) -> AbstractContextManager[None]:
-        """Leave errors as they are."""
-        return contextlib.nullcontext()
-
-
 class GuestProcess:
     """A running command.
 
@@ -114,21 +70,20 @@ class GuestProcess:
 
     def __init__(
         self,
-        link: Link,
+        client: AgentClient,
         args: str | Sequence[Any],
         request: dict[str, Any],
         *,
         stdin: bool,
         text: bool,
         pty: tuple[int, int] | None,
-        owner: Owner | None = None,
     ) -> None:
-        self._owner: Owner = owner or Nobody()
-        self._explained = self._owner.explained
+        self._client = client
+        self._explained = client.explained
         self._said = 0
         self.args = args
         self.returncode: int | None = None
-        self._link = link
+        self._link = link = client.link()
         self._text = text
         self._out = link.open_stream()
         self._err = None if pty else link.open_stream()
@@ -191,7 +146,7 @@ class GuestProcess:
             except TimeoutError:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0) from None
             self.returncode = Answer(self._link, result).whole("returncode", -255, 255)
-            self._owner.check_quotas()
+            self._client.check_quotas()
         return self.returncode
 
     def communicate(
@@ -259,7 +214,9 @@ class GuestProcess:
         """Apply the machine's timeout where the caller gave none."""
         if timeout is not None:
             return contextlib.nullcontext()
-        return self._owner.limited(self.args if isinstance(self.args, str) else " ".join(map(str, self.args)))
+        return self._client.limited(
+            self.args if isinstance(self.args, str) else " ".join(map(str, self.args))
+        )
 
     def _count(self, data: bytes, default: int | None = None) -> None:
         """Count what the command said.
@@ -268,9 +225,9 @@ class GuestProcess:
             QuotaExceeded: It was more than it may say.
         """
         self._said += len(data)
-        limit = self._owner.output_limit or default
+        limit = self._client.output_limit or default
         if limit is not None and self._said > limit:
-            raise self._owner.output_exceeded(self._said, limit)
+            raise self._client.output_exceeded(self._said, limit)
 
     def _send_input(self, data: str | bytes | None) -> None:
         stream = self._in or (self._out if self._err is None else None)
@@ -287,13 +244,13 @@ class GuestProcess:
             feeder.start()
 
     def _decode(self, data: bytes) -> str | bytes:
-        data = self._owner.redactor.raw(data)
+        data = self._client.redactor.raw(data)
         return data.decode(errors="replace").replace("\r\n", "\n") if self._text else data
 
     def _open(self, stream: Stream | None, mode: str, *, ends: bool = True) -> IO[Any] | None:
         if stream is None:
             return None
-        redactor = self._owner.redactor
+        redactor = self._client.redactor
         raw = StreamFile(
             stream, mode, ends=ends, explained=self._explained, count=self._count, redactor=redactor
         )

@@ -19,7 +19,7 @@ from pytest_microvm.nofollow import open_folder
 from pytest_microvm.transfer import TIMEOUT
 
 if TYPE_CHECKING:
-    from pytest_microvm.machine import MicroVM
+    from pytest_microvm.mounting_machine import Machine
 
 _log = logging.getLogger("pytest_microvm")
 
@@ -37,7 +37,7 @@ class Share:
 
     single = False
 
-    def __init__(self, machine: MicroVM, mount: Mount) -> None:
+    def __init__(self, machine: Machine, mount: Mount) -> None:
         self._machine = machine
         self._mount = mount
         self._number = 0
@@ -63,7 +63,7 @@ class Share:
             try:
                 await serve(reader, writer, server)
             except BadRequest as error:
-                self._machine.instance.events.add("mount", f"{self._mount.target} ended: {error}")
+                self._machine.client.record("mount", f"{self._mount.target} ended: {error}")
                 _log.warning("%s: the machine's kernel broke the protocol: %s", self._mount.target, error)
 
         try:
@@ -97,7 +97,7 @@ class Share:
 
     def bring_back(self) -> Changes:
         """Let the machine write out what its programs have in memory (mmap(2)); all else is here already."""
-        self._machine.link().call("path", timeout=TIMEOUT, do="sync", path=str(self._mount.target))
+        self._machine.client.link().call("path", timeout=TIMEOUT, do="sync", path=str(self._mount.target))
         return Changes()
 
     def take_away(self) -> None:

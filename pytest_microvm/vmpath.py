@@ -14,7 +14,7 @@ from pytest_microvm.transfer import KINDS, TIMEOUT, as_os_error, read_file, writ
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pytest_microvm.machine import MicroVM
+    from pytest_microvm.agent.client import AgentClient
 
 MAX_READ = 256 * 1024**2
 """Bytes that ``read_text`` and ``read_bytes`` return at most."""
@@ -27,27 +27,27 @@ class GuestPath:
     the same ``OSError`` as on the host, marked "in the machine".
     """
 
-    def __init__(self, vm: MicroVM, *segments: str | PurePosixPath) -> None:
-        self._vm = vm
+    def __init__(self, client: AgentClient, *segments: str | PurePosixPath) -> None:
+        self._client = client
         self.pure = PurePosixPath("/", *map(str, segments))
 
     def __str__(self) -> str:
         return str(self.pure)
 
     def __repr__(self) -> str:
-        return f"GuestPath({self._vm.id!r}, {str(self.pure)!r})"
+        return f"GuestPath({self._client.id!r}, {str(self.pure)!r})"
 
     def __fspath__(self) -> str:
         raise TypeError(f"{self.pure} is in a machine, not on the host: use pull()")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, GuestPath) and (self._vm.id, self.pure) == (other._vm.id, other.pure)
+        return isinstance(other, GuestPath) and (self._client.id, self.pure) == (other._client.id, other.pure)
 
     def __hash__(self) -> int:
-        return hash((self._vm.id, self.pure))
+        return hash((self._client.id, self.pure))
 
     def __truediv__(self, segment: str | PurePosixPath) -> GuestPath:
-        return GuestPath(self._vm, self.pure / segment)
+        return GuestPath(self._client, self.pure / segment)
 
     @property
     def name(self) -> str:
@@ -62,14 +62,14 @@ class GuestPath:
     @property
     def parent(self) -> GuestPath:
         """The folder it is in."""
-        return GuestPath(self._vm, self.pure.parent)
+        return GuestPath(self._client, self.pure.parent)
 
     # Content
 
     def read_bytes(self) -> bytes:
         """Return its content (at most :data:`MAX_READ` bytes)."""
-        with self._vm.explained():
-            return read_file(self._vm.link(), str(self.pure), MAX_READ)
+        with self._client.explained():
+            return read_file(self._client.link(), str(self.pure), MAX_READ)
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         """Return its content as text."""
@@ -77,8 +77,8 @@ class GuestPath:
 
     def write_bytes(self, data: bytes) -> int:
         """Write ``data`` as its content and return how many bytes that was."""
-        with self._vm.explained():
-            write_file(self._vm.link(), str(self.pure), data)
+        with self._client.explained():
+            write_file(self._client.link(), str(self.pure), data)
         return len(data)
 
     def write_text(self, text: str, encoding: str = "utf-8") -> int:
@@ -151,7 +151,7 @@ class GuestPath:
     def rename(self, target: str | PurePosixPath | GuestPath) -> GuestPath:
         """Give it a new name, replacing what has that name; return the new path."""
         self._ask("rename", target=str(target))
-        return GuestPath(self._vm, str(target))
+        return GuestPath(self._client, str(target))
 
     def _kind(self, *, follow: bool = True) -> str | None:
         with contextlib.suppress(OSError):
@@ -160,8 +160,8 @@ class GuestPath:
 
     def _ask(self, do: str, **options: Any) -> Answer:
         try:
-            with self._vm.explained(), self._vm.limited(f"{do} {self.pure}"):
-                link = self._vm.link()
+            with self._client.operation(f"{do} {self.pure}"):
+                link = self._client.link()
                 return Answer(link, link.call("path", timeout=TIMEOUT, do=do, path=str(self.pure), **options))
         except TimeoutError as error:  # an OSError to Python, but not one of the path's
             raise MachineError(f"{self.pure}: {error}") from error

@@ -146,7 +146,7 @@ class Attempt:
         except Stopped as stopped:
             self._stopped(stopped)
         self._phase("collect")
-        if machine.instance.vmm.alive:
+        if machine.alive:
             with suppress(QuotaExceeded, MachineCrashed):  # what was taken back before is still there
                 self._collect(machine)
 
@@ -155,14 +155,14 @@ class Attempt:
         if self._job.git:
             self._clone(machine)
         tree = self._work.sources.tree(self._task.source)
-        with machine.explained(), machine.limited("sync"):
-            send_tar(machine.link(), WORKSPACE, tree.fill)
+        with machine.client.operation("sync"):
+            send_tar(machine.client.link(), WORKSPACE, tree.fill)
 
     def _clone(self, machine: MicroVM) -> None:
         bundle = self._work.sources.bundle(self._task.source)
         inside = "/run/microvm-ci.bundle"
-        with machine.explained(), machine.limited("sync"), bundle.open("rb") as file:
-            send_file(machine.link(), "write", inside, file)
+        with machine.client.operation("sync"), bundle.open("rb") as file:
+            send_file(machine.client.link(), "write", inside, file)
         script = ["/bin/sh", "-e", "-c", _CLONE, "sh", inside, self._task.source.branch]
         done = machine.run(script, cwd=WORKSPACE)
         if done.returncode:

@@ -90,12 +90,12 @@ class Collection:
     def _receive(self, path: str, target: Path) -> None:
         machine, room = self._machine, MAX_BYTES - self._bytes
         source = machine.path(self._workspace / path)
-        with machine.explained(), machine.limited("collect"):
+        with machine.client.operation("collect"):
             size = source.stat()["size"]
             if size > room:  # asked first: else all that fits would come
                 raise TransferError(f"it has {size} bytes, and {room} are left")
             with target.open("xb") as file:
-                receive_file(machine.link(), source.pure, file, room)
+                receive_file(machine.client.link(), source.pure, file, room)
 
     def _listed(self, glob: str) -> list[str]:
         """Return the files that match, as the machine names them."""

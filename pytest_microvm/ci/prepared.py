@@ -102,7 +102,7 @@ def _step(host: Host, base: Base, task: Task, tree: Tree, *, inputs: tuple[str, 
 
     def put(machine: MicroVM) -> None:
         machine.path(WORKSPACE).mkdir(parents=True, exist_ok=True)
-        send_tar(machine.link(), WORKSPACE, lambda archive: tree.fill(archive, job.prepare_inputs))
+        send_tar(machine.client.link(), WORKSPACE, lambda archive: tree.fill(archive, job.prepare_inputs))
 
     return prepared_step(
         host,

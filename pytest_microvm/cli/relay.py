@@ -30,7 +30,7 @@ def on_terminal(machine: MicroVM, command: list[str], **options: Any) -> int:
     size = shutil.get_terminal_size()
     environment = {"TERM": os.environ.get("TERM", "dumb"), **options.pop("env", {})}
     with (
-        machine.limited("the command"),
+        machine.client.limited("the command"),
         machine.popen(
             command, pty=(size.lines, size.columns), env=environment, text=False, **options
         ) as process,
@@ -54,7 +54,7 @@ def plainly(
         **options: As for :meth:`MicroVM.popen`.
     """
     with (
-        machine.limited("the command"),
+        machine.client.limited("the command"),
         machine.popen(command, stdin=True, text=False, **options) as process,
         _interrupts_go_to(process),
     ):

@@ -165,7 +165,7 @@ def _after(
 ) -> None:
     """Take out what was asked for, say what was denied, and end the machine, whatever happened before."""
     try:
-        if machine.instance.vmm.alive:
+        if machine.alive:
             for source, target in pulls:
                 machine.pull(source, target)
             for changes in machine.give_back():

@@ -7,12 +7,12 @@ import errno
 import os
 import selectors
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_microvm.guest.network import Network
+    from pytest_microvm.wire.channel import Channel
 
 _READ_SIZE = 65536
 _LINGER = 2.0  # seconds in which a client may read the last words before it hears that nobody listens
@@ -23,6 +23,28 @@ _RESET = b"\1\0\0\0\0\0\0\0"  # struct linger: close(2) sends RST
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
+class Carrier(Protocol):
+    """The process that carries connections: its channel, its event loop, and who is still being reached."""
+
+    channel: Channel
+    reaching: set[Reaching]
+
+    def watch(self, file: socket.socket | int, events: int, ready: Callable[[int], None]) -> None:
+        """Call ``ready`` when ``file`` has one of ``events``; 0: forget it."""
+
+    def forget(self, stream: int, connection: Any) -> None:
+        """Drop a connection that has ended here."""
+
+    def linger(self, stream: int, connection: Any) -> None:
+        """Keep a connection that has something left to say, but no stream any more."""
+
+    def later(self, seconds: float, call: Callable[[], None]) -> list[Any]:
+        """Call ``call`` in so many seconds; return what :meth:`never` takes."""
+
+    def never(self, timer: list[Any] | None) -> None:
+        """Do not call it."""
+
+
 class Connection:
     """A socket and the stream that carries what goes through it.
 
@@ -30,7 +52,7 @@ class Connection:
     the kernel, until the stream has credit and the port has room.
     """
 
-    def __init__(self, network: Network, sock: socket.socket, stream: int) -> None:
+    def __init__(self, network: Carrier, sock: socket.socket, stream: int) -> None:
         self._network = network
         self._sock = sock
         self._stream = stream
@@ -159,7 +181,7 @@ class Reaching:
 
     def __init__(
         self,
-        network: Network,
+        network: Carrier,
         request: dict[str, Any],
         done: Callable[[socket.socket | None, OSError | None], None],
         *,

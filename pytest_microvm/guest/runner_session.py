@@ -18,7 +18,7 @@ from pytest_microvm.guest.runner_records import NodeTable, report_record, warnin
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from pytest_microvm.guest.runner import Runner
+    from pytest_microvm.guest.runner_requests import Runner
 
 _MARKER = "microvm(**limits): what this test may use (timeout, output, pids, cpu_seconds, lifetime, network)"
 

@@ -14,7 +14,7 @@ import selectors
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pytest_microvm.guest.network import Network
+    from pytest_microvm.guest.connections import Carrier
 
 _MAX_REQUEST = 128 * 1024 + 4096  # the kernel reads nothing into less; see pytest_microvm/live/messages.py
 _LENGTH = 4  # bytes, at the beginning of requests and answers
@@ -37,7 +37,7 @@ class Share:
         OSError: The kernel does not know such file systems, or there is no such directory.
     """
 
-    def __init__(self, network: Network, path: str, stream: int, *, read_only: bool) -> None:
+    def __init__(self, network: Carrier, path: str, stream: int, *, read_only: bool) -> None:
         self._network = network
         self._path = path
         self._stream = stream

@@ -74,13 +74,13 @@ def forwarded(port: NetworkPort, target: int | str, *, unix: bool) -> Iterator[A
         yield address
 
 
-async def _forward(port: NetworkPort, target: int | str, listener: socket.socket) -> Forwarding:
-    forwarding = Forwarding(port, target)
+async def _forward(port: NetworkPort, target: int | str, listener: socket.socket) -> Listener:
+    forwarding = Listener(port, target)
     await forwarding.listen(listener)
     return forwarding
 
 
-class Forwarding:
+class Listener:
     """A listener and its clients; lives on the loop."""
 
     def __init__(self, port: NetworkPort, target: int | str) -> None:

@@ -12,7 +12,7 @@ import itertools
 import re
 import socket
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_microvm.errors import MachineCrashed, MachineError
 from pytest_microvm.link import GuestError
@@ -24,8 +24,6 @@ from pytest_microvm.wire.network import CONNECTIONS, WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-    from pytest_microvm.network.forwarding import Forwarding
 
 _READ_SIZE = 64 * 1024
 _HIGH = 512 * 1024  # bytes that wait for the socket; above it streams wait, and the guest is not heard
@@ -39,6 +37,16 @@ Served = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 """What serves one stream until it ends."""
 
 _PROTOCOL = re.compile(r"TCP|UDP|ICMP|DNS|IP/[0-9]{1,3}")
+
+
+class Forwarding(Protocol):
+    """A listener on this computer whose clients are connected through a port."""
+
+    def stop(self) -> None:
+        """Take no more clients, and drop those that are there."""
+
+    async def close(self) -> None:
+        """Stop, and wait until no client is left."""
 
 
 class NetworkPort:

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, cast
-
-if TYPE_CHECKING:
-    from pytest_microvm.network.port import NetworkPort
+from typing import Any, Protocol, cast
 
 HIGH = 64 * 1024
 """Bytes that wait to be written to a guest before the writer is paused."""
 
 _LOW = HIGH // 4
 _PIECE = 64 * 1024
+
+
+class Carrier(Protocol):
+    """The port that carries the bytes of streams."""
+
+    loop: asyncio.AbstractEventLoop
+    full: bool
+
+    def write(self, number: int, data: bytes) -> int:
+        """Send bytes of a stream as far as the guest has granted credit; return how many were taken."""
+
+    def consumed(self, number: int, size: int) -> None:
+        """Grant the guest credit for bytes that were handed on."""
+
+    def close_stream(self, number: int, *, end: bool) -> None:
+        """Say that this end sends no more; with ``end``, reads no more either."""
+
+    def drop(self, number: int) -> None:
+        """Forget a stream and tell the guest so."""
 
 
 class Stream(asyncio.Transport):
@@ -25,7 +41,7 @@ class Stream(asyncio.Transport):
 
     _start_tls_compatible = True  # for loop.start_tls
 
-    def __init__(self, port: NetworkPort, number: int) -> None:
+    def __init__(self, port: Carrier, number: int) -> None:
         super().__init__({"peername": ("guest", number)})
         self.number = number
         self._port = port

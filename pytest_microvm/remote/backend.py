@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from pytest_microvm.config import DEFAULT_RETRIES
 from pytest_microvm.errors import MachineError, QuotaExceeded
@@ -14,9 +14,6 @@ from pytest_microvm.link import Link
 from pytest_microvm.network.log import NetworkLog
 from pytest_microvm.redaction import Redactor
 from pytest_microvm.spec import DEFAULT_OUTPUT
-
-if TYPE_CHECKING:
-    from pytest_microvm.remote.limits import TestLimits
 
 Progress = Callable[[str], None]
 
@@ -38,6 +35,31 @@ class Settings:
     written: Path | None = None
     worker: str = ""
     workers: int = 0
+
+
+@dataclass(frozen=True)
+class TestLimits:
+    """What one test may use of its machine; ``None``: what the machine may.
+
+    Args:
+        timeout: Seconds it may take.
+        output: Bytes it may print.
+        pids: Processes and threads it may start at the same time.
+        cpu_seconds: Seconds of CPU time of its machine.
+        lifetime: Seconds its machine may exist.
+        network: Rules of what it may reach.
+        counted: Whether the number of its processes is limited, by ``pids`` or for the machine.
+    """
+
+    __test__ = False
+
+    timeout: float | None
+    output: int
+    pids: int | None = None
+    cpu_seconds: float | None = None
+    lifetime: float | None = None
+    network: tuple[str, ...] | None = None
+    counted: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ The marker comes from the guest, which may be hostile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 from pytest_microvm.reach import parse_network
+from pytest_microvm.remote.backend import TestLimits
 from pytest_microvm.spec import RESOURCE_PARSERS
 
 if TYPE_CHECKING:
@@ -17,31 +18,6 @@ if TYPE_CHECKING:
     from pytest_microvm.remote.backend import RunOptions
 
 MARKER = "microvm"
-
-
-@dataclass(frozen=True)
-class TestLimits:
-    """What one test may use of its machine; ``None``: what the machine may.
-
-    Args:
-        timeout: Seconds it may take.
-        output: Bytes it may print.
-        pids: Processes and threads it may start at the same time.
-        cpu_seconds: Seconds of CPU time of its machine.
-        lifetime: Seconds its machine may exist.
-        network: Rules of what it may reach.
-        counted: Whether the number of its processes is limited, by ``pids`` or for the machine.
-    """
-
-    __test__ = False
-
-    timeout: float | None
-    output: int
-    pids: int | None = None
-    cpu_seconds: float | None = None
-    lifetime: float | None = None
-    network: tuple[str, ...] | None = None
-    counted: bool = False
 
 
 def limits_of(item: pytest.Item, options: RunOptions) -> TestLimits:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pytest_microvm.link import Link
-    from pytest_microvm.remote.limits import TestLimits
+    from pytest_microvm.remote.backend import TestLimits
     from pytest_microvm.templates.store import Template
 
 CODE_FOLDER = "/run/microvm/code"
@@ -341,7 +341,7 @@ class MachineBackend:
         machine = machine_in_the_making(self._host, self._base, instance)
         machine.path(folder).mkdir(parents=True, exist_ok=True)
         runner = shlex.join(runner_command(PYTHON, CODE_FOLDER, preload=preload))
-        machine.link().call(  # noqa: S604 - in the guest, and quoted
+        machine.client.link().call(  # noqa: S604 - in the guest, and quoted
             "exec",
             timeout=_HELLO_TIMEOUT,
             handle=0,
@@ -402,7 +402,7 @@ def send_workspace(link: Link, workspace: Workspace) -> None:
 
 def _unpack(machine: MicroVM, workspace: Workspace) -> None:
     machine.path(str(workspace.top)).mkdir(parents=True, exist_ok=True)
-    send_workspace(machine.link(), workspace)
+    send_workspace(machine.client.link(), workspace)
 
 
 def _chosen(workspace: Workspace, project: Path, wanted: tuple[str, ...]) -> Workspace:

@@ -9,8 +9,7 @@ from typing import Any
 from pytest_microvm.errors import MachineError, ProtocolViolation, QuotaExceeded
 from pytest_microvm.link import GuestError, Link, Stream
 from pytest_microvm.remote import checks
-from pytest_microvm.remote.backend import CollectPlan
-from pytest_microvm.remote.limits import TestLimits
+from pytest_microvm.remote.backend import CollectPlan, TestLimits
 
 MAX_COLLECTION = 256 * 1024 * 1024
 _REPORT_OVERHEAD = 64 * 1024 * 1024  # what a test's reports may hold besides its output

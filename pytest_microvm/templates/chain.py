@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
+from pytest_microvm.agent.client import UnlimitedClient
 from pytest_microvm.disk import explained
 from pytest_microvm.errors import BootError, MachineCrashed
 from pytest_microvm.grants import NO_GRANTS, Grants
@@ -393,7 +394,9 @@ def _warm_up(instance: Instance) -> None:
     link = instance.link("agent")
     for _ in range(2):
         request = command_arguments(["true"], {}, None, None)
-        with GuestProcess(link, ["true"], request, stdin=False, text=False, pty=None) as process:
+        with GuestProcess(
+            UnlimitedClient(link), ["true"], request, stdin=False, text=False, pty=None
+        ) as process:
             process.communicate(timeout=BOOT_TIMEOUT)
 
 

@@ -230,7 +230,7 @@ def put(machine: MicroVM, workspace: Workspace) -> None:
         with tempfile.TemporaryFile() as archive:
             workspace.write_tar(archive)
             archive.seek(0)
-            send_file(machine.link(), "unpack", str(workspace.top), archive)
+            send_file(machine.client.link(), "unpack", str(workspace.top), archive)
 
 
 def program(name: str) -> str:

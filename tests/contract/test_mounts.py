@@ -56,7 +56,7 @@ def test_what_the_host_cannot_hand_over_leaves_no_stream_open(vm, place, source,
     monkeypatch.setattr(manifest, "MAX_PATHS", 0)
     with pytest.raises(UsageError, match="more than 0 files"):
         vm.mount(source, place.pure / "data")
-    link = vm.link()
+    link = vm.client.link()
     with link.changed:
         assert link.changed.wait_for(lambda: not link.channel.open_streams, OPEN_STREAMS_TIMEOUT)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from pytest_microvm.agent.client import UnlimitedClient
 from pytest_microvm.cli import main
 from pytest_microvm.errors import HostError, ImageError, MachineCrashed
 from pytest_microvm.host import Host
@@ -333,7 +334,7 @@ def run_in(link, command):
     from pytest_microvm.process import GuestProcess, command_arguments  # noqa: PLC0415
 
     request = command_arguments(command, {}, None, None)
-    with GuestProcess(link, command, request, stdin=False, text=True, pty=None) as process:
+    with GuestProcess(UnlimitedClient(link), command, request, stdin=False, text=True, pty=None) as process:
         output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, output + errors
 

@@ -179,7 +179,7 @@ def test_the_machine_ends_half_way_through_a_transfer(host, tmp_path, direction)
     with host.start(SPEC) as machine:
         if direction == "pull":
             machine.run("truncate -s 512M /large", check=True)
-        link = machine.link()
+        link = machine.client.link()
         begin = link.bytes_sent + link.bytes_received
 
         def kill_when_it_moves():

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from pytest_microvm import link as link_module
+from pytest_microvm.agent.client import UnlimitedClient
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation, TransferError
 from pytest_microvm.guest.port import Port
 from pytest_microvm.link import Drain, GuestError, Link, read_any
@@ -610,7 +611,7 @@ def test_a_command_started_with_a_wrong_answer_ends_the_machine(link, guest, bac
         guest,
         background,
         result,
-        lambda: GuestProcess(link, ["true"], request, stdin=False, text=True, pty=None),
+        lambda: GuestProcess(UnlimitedClient(link), ["true"], request, stdin=False, text=True, pty=None),
     )
     with pytest.raises(ProtocolViolation, match="'pid' that is no whole number"):
         doing.result(guards.PROCESS)

@@ -12,6 +12,7 @@ sys.path[0] = sys.argv[1]
 
 from pytest_microvm.guest import runner as guest  # noqa: E402 - the code folder comes first
 from pytest_microvm.guest.port import Port  # noqa: E402
+from pytest_microvm.guest.runner_requests import Runner  # noqa: E402
 
 control = socket.socket(fileno=int(sys.argv[2]))
 
@@ -24,7 +25,7 @@ def next_descriptor():
     return guest._out_of_the_way(fds[0])
 
 
-class ForkingRunner(guest.Runner):
+class ForkingRunner(Runner):
     """A runner that becomes a template once it has collected."""
 
     collected = template = False

@@ -1,0 +1,1 @@
+"""The host's end of the agent: its link, commands, files and paths in a machine."""
