@@ -76,7 +76,7 @@ def test_what_disappears_while_it_is_handed_over(vm, place, source, monkeypatch)
 
 
 def test_a_secret_in_the_name_of_what_is_refused(vm, place, source, monkeypatch):
-    monkeypatch.setattr(type(vm), "redactor", Redactor(["correct-horse"]))
+    monkeypatch.setattr(type(vm.client), "redactor", Redactor(["correct-horse"]))
     mounted = vm.mount(source, place.pure / "data")
     (place / "data" / "holes-of-correct-horse").write_text("")
     vm.run(["truncate", "-s", "300G", place.pure / "data" / "holes-of-correct-horse"], check=True)
@@ -125,7 +125,7 @@ def test_a_link_that_leads_out_through_one_of_the_host_s(vm, place, source, tmp_
 
 
 def test_a_secret_in_what_took_too_long(vm, monkeypatch):
-    monkeypatch.setattr(type(vm), "redactor", Redactor(["correct-horse"]))
+    monkeypatch.setattr(type(vm.client), "redactor", Redactor(["correct-horse"]))
     waiting = []
 
     @contextlib.contextmanager

@@ -25,6 +25,7 @@ from support.repositories import blob, commit, filled, git, repository
 from support.strange_repositories import clone_with_embedded, set_promisor
 from support.tiers import thorough_but
 
+MACHINE = SimpleNamespace(client=SimpleNamespace(id="x"))
 OURS = '[ci.jobs.ours]\nsteps = ["true"]\n'
 
 
@@ -82,9 +83,7 @@ def use_all(folder, tmp_path):
     with suppress(MicroVMError):
         read_preset("git", folder)
     with suppress(MicroVMError):
-        Clone(SimpleNamespace(id="x"), Mount(folder, PurePosixPath("/r"), "rw", "git"))._make_clone(
-            tmp_path / "handed"
-        )
+        Clone(MACHINE, Mount(folder, PurePosixPath("/r"), "rw", "git"))._make_clone(tmp_path / "handed")
     with suppress(MicroVMError):
         sources = CodeRepository(folder)
         read_definition(sources)
@@ -244,9 +243,7 @@ def test_handing_over_a_partial_clone_runs_nothing(project, trap, tmp_path, monk
     plain(tmp_path / "control", "fetch", "--quiet", str(project), "HEAD:x")
     assert springs(trap[1]), "the trap is none"
     with pytest.raises(GitError):
-        Clone(SimpleNamespace(id="x"), Mount(project, PurePosixPath("/r"), "ro", "git"))._make_clone(
-            tmp_path / "handed"
-        )
+        Clone(MACHINE, Mount(project, PurePosixPath("/r"), "ro", "git"))._make_clone(tmp_path / "handed")
     assert not springs(trap[1])
 
 
@@ -348,7 +345,7 @@ def test_archive_that_borrows_a_private_repositorys_objects_is_refused(project, 
     (project / ".git" / "refs" / "heads" / "main").write_text(f"{secret}\n")
     assert plain(project, "show", "main:secret") == "the user's"  # the control
     mount = Mount(project, PurePosixPath("/r"), "rw", "git")
-    read = {"ci": lambda: CodeRepository(project), "mount": lambda: Clone(SimpleNamespace(id="x"), mount)}
+    read = {"ci": lambda: CodeRepository(project), "mount": lambda: Clone(MACHINE, mount)}
     with pytest.raises(UsageError, match="borrows objects of another repository"):
         read[way]()
     assert {*paths(project)} == {"a", "b.x", "microvm.toml", ".gitattributes"}  # to list files is harmless
@@ -594,7 +591,7 @@ def test_every_kind_of_repository_is_handed_over_and_gets_a_branch(project, tmp_
     else:
         source = project
         git(source, *{"detached": ["checkout", "-q", "--detach", "HEAD~1"]}.get(kind, ["gc", "-q"]))
-    clone = Clone(SimpleNamespace(id="x"), Mount(source, PurePosixPath("/r"), "rw", "git"))
+    clone = Clone(MACHINE, Mount(source, PurePosixPath("/r"), "rw", "git"))
     clone._make_clone(tmp_path / "made")
     head = git(source, "rev-parse", "HEAD")
     assert git(tmp_path / "made", "rev-parse", "HEAD") == head
