@@ -16,7 +16,8 @@ from pytest_microvm.reports.text import safe_name
 MOST_FINDINGS = 200
 
 _RESULTS = {"failure": "failures", "error": "errors", "skipped": "skipped"}
-_NUMBER = re.compile(r"\s*[0-9][0-9,]*(\.[0-9]*)?\s*|\s*\.[0-9]+\s*", re.ASCII)
+_NUMBER = re.compile(r"\s*([0-9]+(\.[0-9]*)?|\.[0-9]+|[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]*)?)\s*", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"\s*[0-9.]+,[0-9]+\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,9 @@ class _Checking:
         if not classname:
             say(case.line, f"{about} has no classname")
         if "time" in told and not _NUMBER.fullmatch(told["time"]):
-            say(case.line, f"{about}: time={told['time'][:40]!r} is no number of seconds")
+            comma = _DECIMAL_COMMA.fullmatch(told["time"])
+            why = "has a decimal comma, which readers skip" if comma else "is no number of seconds"
+            say(case.line, f"{about}: time={told['time'][:40]!r} {why}")
         self._check_place(case, about)
         if len(case.results) > 1:
             say(

@@ -21,6 +21,11 @@ _DEPTH_LIMIT = 64
 _PART_LIMIT = 8 * 1024 * 1024  # characters of one tag, with its attributes: expat keeps it whole
 _ENTRY_LIMIT = 100  # failures, attempts, outputs of one test
 _PROPERTY_LIMIT = 1000
+_GROUPED = re.compile(r"[1-9][0-9]{0,2}(,[0-9]{3})+(\.[0-9]*)?")
+_GROUPED_BY_DOTS = re.compile(r"[1-9][0-9]{0,2}(\.[0-9]{3})+,[0-9]+")
+_UNFINISHED = Problem("error", "the test did not finish: its report has neither a name nor a result")
+"""pytest gives a test its name when it ends; one that ends the process stays nameless."""
+
 _LONGEST = 1e9  # seconds; no test takes 30 years
 _MESSAGE_LIMIT = 4 * NAME_LIMIT
 
@@ -234,6 +239,8 @@ class Parsing:
         suite, told = self._suites[-1], case.attributes
         if not case.problems:
             case.problems += _problem_of(told)
+        if not case.problems and not told.get("name", "").strip():
+            case.problems.append(_UNFINISHED)
         claims: list[str] = []
         outputs = []
         for name in _OUTPUTS:
@@ -310,9 +317,20 @@ def _line(text: str, base: int) -> int | None:
 
 
 def seconds(text: str) -> float:
-    """Return a duration as reports write it (``1,234.5``); 0 for what is none."""
+    """Return a duration as reports write it; 0 for what is none.
+
+    A comma, or a dot, that groups digits by three is left out (``1,234.5``, ``1.234,5``); any other comma is
+    a decimal comma (``0,160``, ``12,5``).
+    """
+    text = text.strip().removesuffix("s")
+    if _GROUPED.fullmatch(text):
+        text = text.replace(",", "")
+    elif _GROUPED_BY_DOTS.fullmatch(text):
+        text = text.replace(".", "").replace(",", ".")
+    elif text.count(",") == 1 and "." not in text:
+        text = text.replace(",", ".")
     try:
-        value = float(text.strip().replace(",", "").removesuffix("s"))
+        value = float(text)
     except ValueError:
         return 0.0
     return value if math.isfinite(value) and 0 <= value <= _LONGEST else 0.0

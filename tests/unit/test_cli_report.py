@@ -90,6 +90,7 @@ CASE = '<testcase classname="c" name="n"{}</testcase>'
         ("generic", suite(CASE.format(' line="x">')), "line='x' is no line"),
         ("generic", suite(CASE.format(' line="0">'), name="pytest"), "pytest counts lines from 0"),
         ("generic", suite(CASE.format(' time="fast">')), "time='fast' is no number of seconds"),
+        ("generic", suite(CASE.format(' time="0,160">')), "time='0,160' has a decimal comma"),
         ("generic", suite(CASE.format("><failure/><error/>"), failures=1), "has 2 results (failure, error)"),
         ("generic", suite(CASE.format(">"), tests=2), "suite 's' says tests='2', but has 1"),
         ("generic", suite(CASE.format(">"), skipped=1), "suite 's' says skipped='1', but has 0"),

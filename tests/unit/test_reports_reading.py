@@ -175,7 +175,11 @@ def test_a_time_that_is_none(read, text):
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("1", 1), (" 0.5 ", 0.5), ("1,234.5", 1234.5), ("1e-3", 0.001)]
+    ("text", "seconds"),
+    [
+        *[("1", 1), (" 0.5 ", 0.5), ("1,234.5", 1234.5), ("1e-3", 0.001), ("1,024", 1024)],
+        *[("0,160", 0.16), ("12,5", 12.5), ("1,024.12", 1024.12), ("1.024,12", 1024.12)],
+    ],
 )
 def test_a_time(read, text, seconds):
     assert only(read(suite(f'<testcase name="a" time="{text}"/>'))).seconds == seconds
@@ -388,3 +392,16 @@ def test_any_bytes_anywhere(tmp_path_factory, data, dialect, place):
     report = read_report(path)
     assert all(isinstance(case, Case) and case.name and case.classname for case in cases(report))
     assert bool(report.trouble) == any(case.name == UNREADABLE for case in cases(report))
+
+
+def test_a_nameless_test_without_result_did_not_finish(read):
+    report = read(
+        '<testsuites name="pytest tests"><testsuite name="pytest" tests="1">'
+        '<testcase classname="t" name="a" time="0.01"/><testcase time="0.009"/></testsuite></testsuites>'
+    )
+    assert outcomes(report) == {"a": "passed", "(no name)": "error"}
+    assert "did not finish" in cases(report)[1].problems[0].message
+
+
+def test_a_nameless_test_with_a_result_keeps_it(read):
+    assert only(read(suite("<testcase><skipped/></testcase>"))).outcome == "skipped"
