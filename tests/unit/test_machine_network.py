@@ -290,7 +290,7 @@ def test_a_proxy_that_aborts_is_an_error_for_the_client(guest):
             writer.transport.abort()
 
     guest.proxy = Rude()
-    with guest.client() as client, pytest.raises(ConnectionResetError):
+    with pytest.raises(ConnectionResetError), guest.client() as client:  # even while it connects
         read_all(client)
 
 
