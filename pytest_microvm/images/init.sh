@@ -31,7 +31,9 @@ else
 	/bin/busybox mount -t tmpfs -o mode=0755 scratch /mnt/scratch || fail "cannot mount a scratch tmpfs"
 fi
 /bin/busybox mkdir -p /mnt/scratch/upper /mnt/scratch/work || fail "cannot write to the scratch disk"
-/bin/busybox mount -t overlay -o lowerdir=/mnt/root,upperdir=/mnt/scratch/upper,workdir=/mnt/scratch/work overlay /newroot ||
+# redirect_dir: folders of the image can be renamed, as on any other file system
+layers=lowerdir=/mnt/root,upperdir=/mnt/scratch/upper,workdir=/mnt/scratch/work,redirect_dir=on
+/bin/busybox mount -t overlay -o $layers overlay /newroot ||
 	fail "cannot lay the scratch disk over the root file system"
 
 cd /newroot || fail "cannot enter the new root"

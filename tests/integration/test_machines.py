@@ -43,6 +43,13 @@ def test_a_root_file_system_without_python(vm, tmp_path):
     assert (tmp_path / "back" / "file").read_text() == "moved"
 
 
+def test_folders_of_the_image_can_be_renamed(vm):
+    done = vm.run(
+        "mv /etc/apt /etc/kept && echo x >/etc/kept/new && mv /etc/kept /etc/apt && ls /etc/apt", check=True
+    )
+    assert {"new", "sources.list.d"} <= set(done.stdout.split())
+
+
 def test_a_root_file_system_with_python(host):
     with host.start(image="python", timeout=120) as machine:
         done = machine.run(

@@ -313,3 +313,19 @@ def test_a_folder_of_a_clone_that_is_a_repository_is_only_files(tmp_path):
     shown = Project(clone / "sub").run("--microvm")
     assert "1 passed" in shown
     assert not mark.exists()
+
+
+def test_local_time_and_time_zones(project):
+    project.write(
+        "test_times.py",
+        """
+        import time, zoneinfo
+
+        def test_local_time():
+            assert time.localtime(0).tm_hour == 1
+
+        def test_zones():
+            assert zoneinfo.ZoneInfo("America/New_York").key == "America/New_York"
+        """,
+    )
+    assert "2 passed" in project.run("--microvm", TZ="Europe/Berlin")
