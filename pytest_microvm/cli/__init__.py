@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import MicroVMError, UsageError
+from pytest_microvm.sanitize import sanitize
 from pytest_microvm.termination import interrupt_on_sigterm
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = arguments.run(arguments)
     except MicroVMError as error:
-        print(f"pytest-microvm: {error}", file=sys.stderr)
+        print(f"pytest-microvm: {sanitize(str(error))}", file=sys.stderr)  # it may quote a stranger's file
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
     except KeyboardInterrupt:
         print("pytest-microvm: interrupted", file=sys.stderr)

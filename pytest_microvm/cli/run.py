@@ -201,7 +201,7 @@ def exit_statuses() -> Iterator[Status]:
         print(f"pytest-microvm: {sanitize(str(error))}", file=sys.stderr)
         status.code = EXIT_CRASHED
     except MicroVMError as error:
-        print(f"pytest-microvm: {error}", file=sys.stderr)
+        print(f"pytest-microvm: {sanitize(str(error))}", file=sys.stderr)
         kinds = (
             (QuotaExceeded, EXIT_QUOTA),
             (MachineCrashed, EXIT_CRASHED),

@@ -7,6 +7,7 @@ import pytest
 
 from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.ci.task import WORKTREE, Source
+from pytest_microvm.cli import main
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_commands import GitError
 from support.repositories import commit, copied, filled, git, repository
@@ -466,6 +467,16 @@ def test_a_definition_that_is_wrong(project):
     (project / "microvm.toml").write_bytes(b"\xff")
     with pytest.raises(UsageError, match=r"microvm\.toml is not UTF-8"):
         read_definition(CodeRepository(project), WORKTREE)
+
+
+def test_error_that_quotes_a_definition_commands_nothing(project, capsys):
+    text = r'[ci.jobs.a]' + "\n" + r'"\n::error::forged\n\u001b]0;forged\u0007" = 1'
+    commit(project, {"microvm.toml": text})
+    assert main(["ci", "run", "--dry-run", "-C", str(project)]) == 4
+    said = capsys.readouterr().err
+    assert "forged: unknown key" in said.replace(r"\x07", "")
+    assert "\x1b" not in said
+    assert "\n::" not in said
 
 
 def test_a_branch_whose_objects_are_gone(project):
