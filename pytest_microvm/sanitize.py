@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 MAX_TEXT = 4 * 1024 * 1024
 
@@ -39,6 +41,15 @@ def sanitize(text: str, limit: int = MAX_TEXT) -> str:
 def sanitize_line(text: str, limit: int = 4096) -> str:
     """Return ``text`` as one line (a node id, a path): newlines, tabs and colours become visible too."""
     return _COMMAND.sub(_defused, _UNSAFE_NAME.sub(lambda found: _escape(found[0]), text[:limit]))
+
+
+def safe_json(value: Any, *, indent: int | None = None) -> str:
+    r"""Return ``value`` as JSON that can be shown: names stay what they are for whoever reads it as JSON.
+
+    Control characters are escaped there as always. Of ``##[...]`` (see :func:`sanitize`) a ``#`` is written
+    as ``\u0023``: JSON has it in strings alone.
+    """
+    return json.dumps(value, indent=indent).replace("##", r"#\u0023")
 
 
 def _defused(command: re.Match[str]) -> str:

@@ -1,5 +1,6 @@
 """Text from a guest: what stays, what becomes visible."""
 
+import json
 import re
 from xml.etree import ElementTree as ET
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_microvm.sanitize import sanitize, sanitize_line
+from pytest_microvm.sanitize import safe_json, sanitize, sanitize_line
 
 
 @pytest.mark.parametrize(
@@ -92,3 +93,11 @@ def test_what_is_safe_can_be_encoded_and_written_as_xml(make, text):
     safe.encode()
     element = ET.Element("a", name=safe)
     assert ET.fromstring(ET.tostring(element)).tag == "a"  # noqa: S314 - our own
+
+
+def test_json_has_no_command_and_says_the_same():
+    value = {"##[error]x": ["a\n::error::x", "\\##vso[x]", "###", "\x1b\x9b"]}
+    text = safe_json(value, indent=1)
+    assert json.loads(text) == value
+    assert "##" not in text
+    assert sanitize(text) == text

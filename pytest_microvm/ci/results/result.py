@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pytest_microvm.errors import UsageError
+from pytest_microvm.sanitize import safe_json
 
 Verdict = Literal["passed", "failed", "quota", "crashed", "infra", "skipped", "cancelled"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
@@ -139,7 +140,7 @@ class RunResult:
 
     def to_json(self) -> str:
         """Return it as ``results.json`` has it."""
-        return json.dumps({"format": FORMAT, "exit_code": self.exit_code, **asdict(self)}, indent=1) + "\n"
+        return safe_json({"format": FORMAT, "exit_code": self.exit_code, **asdict(self)}, indent=1) + "\n"
 
 
 def read_results(path: Path) -> RunResult:
