@@ -55,11 +55,12 @@ contract: images ## what every hypervisor must do
 
 plugin: images ## the plug-in's options, fixtures and reports
 	@printf '\n### %s\n' "$@"
-	@$(PYTEST) --dist worksteal tests/plugin tests/attacks $(ARGS)
+	@$(PYTEST) --dist worksteal tests/plugin tests/attacks/test_suites.py $(ARGS)
 
 integration: images ## everything together, and every command and snippet of the documentation
 	@printf '\n### %s\n' "$@"
-	@$(PYTEST) tests/integration/test_docs.py tests/integration tests/faults $(ARGS)
+	@$(PYTEST) tests/integration/test_docs.py tests/integration tests/faults tests/attacks \
+		--ignore=tests/attacks/test_suites.py $(ARGS)
 
 images: setup
 	@printf '\n### %s\n' "$@"

@@ -127,10 +127,10 @@ class Attack:
 
 
 def folders_where(key, *values):
-    """Return the attacks of which ``key`` says one of ``values``; repetition is for `make test-all`."""
+    """Return the suites of which ``key`` says one of ``values``; repetition is for `make test-all`."""
     found = {name: tomllib.loads((PROJECTS / name / "attack.toml").read_text()) for name in ATTACKS}
     return [
         pytest.param(name, marks=[pytest.mark.thorough] if about.get("repeats") else [])
         for name, about in found.items()
-        if about.get(key, about.get("test") if key == "action" else None) in values
+        if "test" in about and about.get(key, about["test"] if key == "action" else None) in values
     ]

@@ -470,7 +470,7 @@ def test_a_definition_that_is_wrong(project):
 
 
 def test_error_that_quotes_a_definition_commands_nothing(project, capsys):
-    text = r'[ci.jobs.a]' + "\n" + r'"\n::error::forged\n\u001b]0;forged\u0007" = 1'
+    text = r"[ci.jobs.a]" + "\n" + r'"\n::error::forged\n\u001b]0;forged\u0007" = 1'
     commit(project, {"microvm.toml": text})
     assert main(["ci", "run", "--dry-run", "-C", str(project)]) == 4
     said = capsys.readouterr().err

@@ -1,0 +1,2 @@
+echo the step of the branch
+ls -A . reports

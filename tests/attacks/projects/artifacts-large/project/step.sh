@@ -1,0 +1,1 @@
+mkdir out; truncate -s 8G out/large; echo x >out/small

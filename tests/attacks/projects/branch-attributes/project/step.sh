@@ -1,0 +1,1 @@
+echo "stamp: $(cat stamp.txt)"
