@@ -170,7 +170,7 @@ class Agent:
         """Drop what belonged to the host that this machine's template knew."""
         for child in list(self._children.values()):
             for descriptor in list(child.outputs):
-                self._drop_output(child, descriptor)
+                self._discard_output(child, descriptor)
             self._drop_input(child)
             child.waiters.clear()
             child.reported = True
@@ -206,7 +206,7 @@ class Agent:
             descriptor, child = self._stalled.pop(stream)
             self._send_output(child, descriptor, stream, self._leftover.pop(stream))
             if stream not in self._stalled and descriptor in child.outputs:
-                self._watch_output(child, descriptor, stream)
+                self._go_on_with_output(child, descriptor, stream)
 
     # Children
 
@@ -268,6 +268,9 @@ class Agent:
             child = self._children[handle]
             child.reaped(status, usage)
             with self.changed:
+                for descriptor, stream in list(child.outputs.items()):
+                    if stream not in self._stalled:
+                        self._go_on_with_output(child, descriptor, stream)
                 for number in child.waiters:
                     self._reply(number, self._exit_report(child))
                 self._forget_if_done(child)
@@ -285,22 +288,45 @@ class Agent:
             del self._children[child.handle]
 
     def _watch_output(self, child: Child, descriptor: int, stream: int) -> None:
-        self._selector.register(
-            descriptor, selectors.EVENT_READ, lambda: self._output(child, descriptor, stream)
-        )
+        if descriptor not in self._selector.get_map():
+            self._selector.register(
+                descriptor, selectors.EVENT_READ, lambda: self._output(child, descriptor, stream)
+            )
 
     def _output(self, child: Child, descriptor: int, stream: int) -> None:
-        try:
-            data = os.read(descriptor, READ_SIZE)
-        except OSError:  # a terminal whose last user has gone (EIO)
-            data = b""
+        data = _read(descriptor, child.next_read(descriptor))
         with self.changed:
             if data:
+                child.was_read(descriptor, len(data))
                 self._send_output(child, descriptor, stream, data)
+                if stream not in self._stalled:
+                    self._go_on_with_output(child, descriptor, stream)
             else:
                 self._drop_output(child, descriptor)
                 self.port.channel.close(stream)
             self.port.flush()
+
+    def _go_on_with_output(self, child: Child, descriptor: int, stream: int) -> None:
+        """Wait for more, or end the stream: all that the command itself printed has been sent."""
+        if child.next_read(descriptor):
+            self._watch_output(child, descriptor, stream)
+        else:
+            self._discard_output(child, descriptor)
+            self.port.channel.close(stream)
+
+    def _discard_output(self, child: Child, descriptor: int) -> None:
+        """Let what a command has left running print on: it would end if nobody read its pipe."""
+        self._unwatch(descriptor)
+        child.outputs.pop(descriptor, None)
+        if child.terminal:
+            self._drop_input(child)
+        self._selector.register(descriptor, selectors.EVENT_READ, lambda: self._discard(descriptor))
+        self._forget_if_done(child)
+
+    def _discard(self, descriptor: int) -> None:
+        if not _read(descriptor, READ_SIZE):
+            self._unwatch(descriptor)
+            os.close(descriptor)
 
     def _send_output(self, child: Child, descriptor: int, stream: int, data: bytes) -> None:
         sent = self.port.channel.write(stream, data)
@@ -440,6 +466,13 @@ class Agent:
             "disk_free_bytes": disk.f_bavail * disk.f_frsize,
             "load": os.getloadavg()[0],
         }
+
+
+def _read(descriptor: int, size: int) -> bytes:
+    try:
+        return os.read(descriptor, size)
+    except OSError:  # a terminal whose last user has gone (EIO)
+        return b""
 
 
 _OPERATIONS: dict[str, Callable[[Agent, dict[str, Any]], Any]] = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
 import pwd
 import struct
 import subprocess
+import sys
 import termios
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,7 @@ class Child:
         self.usage: dict[str, Any] = {}
         self.waiters: list[int] = []
         self.outputs: dict[int, int] = {}  # descriptor -> stream
+        self._unread: dict[int, int] = {}  # descriptor -> bytes, once the command has ended
         self.stdin: int | None = None
         self.stdin_stream: int | None = request.get("stdin")
         self.pending_input = bytearray()
@@ -48,6 +51,7 @@ class Child:
             os.waitstatus_to_exitcode(status) if hasattr(os, "waitstatus_to_exitcode") else _exit_code(status)
         )
         self.returncode = code
+        self._unread = {descriptor: _waiting(descriptor) for descriptor in self.outputs}
         if self._process is not None:
             self._process.returncode = code  # or it would wait for the child once more
         self.usage = {
@@ -55,6 +59,18 @@ class Child:
             "system_seconds": usage.ru_stime,
             "max_rss_bytes": usage.ru_maxrss * 1024,
         }
+
+    def next_read(self, descriptor: int) -> int:
+        """Return how many bytes of an output to read: once the command has ended, what it left and no more.
+
+        What it started in the background may hold its pipe open for ever.
+        """
+        return READ_SIZE if self.returncode is None else min(READ_SIZE, self._unread.get(descriptor, 0))
+
+    def was_read(self, descriptor: int, size: int) -> None:
+        """Take note of bytes that were read of an output."""
+        if descriptor in self._unread:
+            self._unread[descriptor] -= size
 
     def signal(self, number: int) -> None:
         """Send a signal to the command and everything it started in its process group."""
@@ -149,6 +165,14 @@ class Child:
         self.outputs[master] = request["stdout"]
         self.stdin = os.dup(master)  # a number of its own, to be watched for room while the other is read
         return process.pid
+
+
+def _waiting(descriptor: int) -> int:
+    """Return how many bytes can be read from a pipe or terminal now (ioctl_tty(2), pipe(7))."""
+    size = bytearray(4)
+    with contextlib.suppress(OSError):
+        fcntl.ioctl(descriptor, termios.FIONREAD, size)
+    return int.from_bytes(size, sys.byteorder)
 
 
 def set_window_size(descriptor: int, size: list[int]) -> None:

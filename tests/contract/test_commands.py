@@ -201,10 +201,20 @@ def test_signals(vm):
         assert process.wait(60) == 5
 
 
-def test_a_grandchild_that_holds_the_pipe_keeps_it_open(vm):
-    with vm.popen("(sleep 1; echo late) & echo early") as process:
+def test_what_a_command_leaves_running_does_not_hold_it_up(vm, place):
+    """It goes on, and may print: nobody reads that, but the pipe stays open."""
+    late = f"(while [ ! -e {place}/go ]; do sleep 0.1; done; echo late && echo alive >{place}/alive) &"
+    with vm.popen(f"{late} head -c 200000 /dev/zero | tr '\\0' x; echo early") as process:
+        assert process.stdout.read() == "x" * 200_000 + "early\n"
         assert process.wait(60) == 0
-        assert process.stdout.read() == "early\nlate\n"
+    (place / "go").write_text("")
+    assert vm.wait_until_succeeds(["cat", str(place / "alive")], timeout=60).stdout == "alive\n"
+
+
+def test_nor_does_it_on_a_terminal(vm):
+    with vm.popen("sleep 1000 & echo early", pty=(24, 80)) as process:
+        assert process.stdout.read() == "early\n"
+        assert process.wait(60) == 0
 
 
 def test_many_at_once(vm):
