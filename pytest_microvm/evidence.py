@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from pytest_microvm.errors import MachineError
     from pytest_microvm.instance import Instance, MachineFacts
 
+RECORDED = ("console.txt", "machine.json", "events.jsonl", "network.jsonl")
+"""What :func:`record` writes."""
+
 _CONSOLE_LINES = 10_000
 _NAME_LENGTH = 100
 

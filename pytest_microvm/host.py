@@ -23,6 +23,7 @@ from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.instance import BOOT_TIMEOUT, Instance, MachineFacts
 from pytest_microvm.machine import MicroVM
 from pytest_microvm.network.rules import Policy, parse_rules
+from pytest_microvm.nofollow import refuse_links
 from pytest_microvm.spec import RESOURCE_PARSERS, Limits, MachineSpec, Resources, parse_size
 from pytest_microvm.templates.budget import HostBudget, default_limits
 from pytest_microvm.templates.chain import Base, Chain, Step, guest_code_archive
@@ -147,11 +148,15 @@ class Host:
         """Return what ``spec`` boots from: its image (built if missing), its resources, the accelerator.
 
         Raises:
+            UsageError: A mount is reached through a link of the project.
             KitError: There is no such image.
             HostError: This computer lacks something.
         """
         with self._lock:
             if spec not in self._bases:
+                if self._project is not None:
+                    for mount in spec.mounts:
+                        refuse_links(self._project, mount.source)
                 image = self.images.get(spec.image, project=self._project, progress=self.say)
                 limits = _limits(spec, image, self._timeout)
                 resources = Resources(limits.vcpus, limits.memory, limits.disk, image.environment)

@@ -214,6 +214,29 @@ def read_below(top: Path, path: str, limit: int) -> bytes | None:
         return bounded(file, limit, top / path)
 
 
+def refuse_links(project: Path, path: Path) -> None:
+    """Raise an error if a path that somebody has named goes through a symbolic link of a project.
+
+    Links elsewhere are the user's, those on the way to the project too. ``..`` is taken as the kernel takes
+    it: behind a link it leads out.
+
+    Args:
+        project: Its folder.
+        path: What is to be read or written; if relative, it is relative to the project.
+
+    Raises:
+        UsageError: A folder on the way, or what is named, is a link that lies in the project.
+    """
+    top = project.resolve()
+    path = project.absolute() / path
+    for step in [*reversed(path.parents), path]:
+        if step.is_symlink() and step.parent.resolve().is_relative_to(top):
+            raise UsageError(
+                f"{step} is a link of the project to {os.fspath(step.readlink())!r}, which would be followed",
+                resolution="remove the link, or name the place itself that is meant",
+            )
+
+
 def bounded(file: IO[bytes], limit: int, shown: Path) -> bytes:
     """Return a file's content.
 

@@ -15,6 +15,7 @@ from typing import Literal, NoReturn, get_args
 
 from pytest_microvm import secret_commands
 from pytest_microvm.errors import UsageError
+from pytest_microvm.nofollow import refuse_links
 
 Kind = Literal["env", "file", "command", "keyring"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -211,8 +212,10 @@ def _from_environment(where: str, name: str, _project: Path | None) -> str:
         ) from None
 
 
-def _from_file(where: str, name: str, _project: Path | None) -> str:
-    path = Path(where).expanduser()
+def _from_file(where: str, name: str, project: Path | None) -> str:
+    path = Path(where).expanduser().absolute()
+    if project is not None:
+        refuse_links(project, path)
     try:
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 2)

@@ -231,15 +231,12 @@ def put(received: Path, final: Path) -> None:
     """
     if received.is_symlink() or not received.is_dir():
         received.replace(final)
-    elif not final.is_dir():
+    elif final.is_symlink() or not final.is_dir():
         final.unlink(missing_ok=True)
         received.replace(final)
     else:
         for entry in sorted(received.iterdir()):
-            place = final / entry.name
-            if place.is_symlink():
-                place.unlink()
-            put(entry, place)
+            put(entry, final / entry.name)
 
 
 def as_os_error(error: GuestError, path: str) -> Exception:

@@ -16,6 +16,7 @@ from pytest_microvm.cli.relay import plainly, shell_status
 from pytest_microvm.cli.run import exit_statuses, variable
 from pytest_microvm.errors import UsageError
 from pytest_microvm.host import Host
+from pytest_microvm.nofollow import refuse_links
 from pytest_microvm.remote.machines import workspace_step
 from pytest_microvm.remote.worker_modules import ENVIRONMENT, worker_step
 from pytest_microvm.remote.workspace import scan
@@ -77,6 +78,8 @@ def _run(arguments: argparse.Namespace) -> int:
     command = _command(arguments)
     spec = machine_spec(arguments, "pytest-microvm python")
     workspace = Path(os.path.abspath(arguments.workspace)) if arguments.workspace else None  # noqa: PTH100
+    if workspace:
+        refuse_links(Path.cwd(), workspace)
     environment = ENVIRONMENT if arguments.xdist else {}
     environment = {**environment, **dict(variable(text) for text in arguments.env)}
     host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line))

@@ -21,11 +21,12 @@ from pytest_microvm.errors import (
     UsageError,
 )
 from pytest_microvm.host import Host
+from pytest_microvm.nofollow import refuse_links
 from pytest_microvm.sanitize import sanitize
 from pytest_microvm.spec import MachineSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from pytest_microvm.machine import MicroVM
 
@@ -117,6 +118,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def _run(arguments: argparse.Namespace) -> int:
     spec = _spec(arguments)
     pushes, pulls = [_push(text) for text in arguments.push], [_pull(text) for text in arguments.pull]
+    _refuse_links(arguments, [*(source for source, _ in pushes), *(target for _, target in pulls)])
     environment = dict(variable(text) for text in arguments.env)
     host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line))
     try:
@@ -164,23 +166,50 @@ def _after(
     machine: MicroVM, arguments: argparse.Namespace, pulls: list[tuple[str, str]], status: Status
 ) -> None:
     """Take out what was asked for, say what was denied, and end the machine, whatever happened before."""
+    folder = Path.cwd()
     try:
         if machine.alive:
             for source, target in pulls:
+                refuse_links(folder, Path(target))  # again: the machine may work in this folder
                 machine.pull(source, target)
             for changes in machine.give_back():
                 _say(arguments, f"copied back: {changes}")
     finally:
-        denied = machine.network.denied
-        for request in denied:
-            _say(arguments, str(request))
-        if denied and arguments.fail_on_denied and status.code == 0:
-            status.code = EXIT_DENIED
-        if arguments.record:
-            evidence.record(arguments.record, machine.instance, machine.facts, " ".join(arguments.command))
-        if arguments.keep and machine.keep(" ".join(arguments.command)):
-            _say(arguments, f"kept: pytest-microvm shell {machine.id}")
-        machine.close()
+        try:
+            denied = machine.network.denied
+            for request in denied:
+                _say(arguments, str(request))
+            if denied and arguments.fail_on_denied and status.code == 0:
+                status.code = EXIT_DENIED
+            if arguments.record:
+                _refuse_linked_record(folder, arguments.record)
+                evidence.record(
+                    arguments.record, machine.instance, machine.facts, " ".join(arguments.command)
+                )
+            if arguments.keep and machine.keep(" ".join(arguments.command)):
+                _say(arguments, f"kept: pytest-microvm shell {machine.id}")
+        finally:
+            machine.close()
+
+
+def _refuse_links(arguments: argparse.Namespace, paths: Iterable[str]) -> None:
+    """Refuse files and folders that are reached through a link of the folder the command starts in.
+
+    That may be a stranger's: a link in it would choose what is read, or overwritten.
+
+    Raises:
+        UsageError: One of them is.
+    """
+    folder = Path.cwd()
+    for path in paths:
+        refuse_links(folder, Path(path))
+    if arguments.record:
+        _refuse_linked_record(folder, arguments.record)
+
+
+def _refuse_linked_record(folder: Path, record: Path) -> None:
+    for name in evidence.RECORDED:
+        refuse_links(folder, record / name)
 
 
 class Status:

@@ -11,9 +11,9 @@ import pytest
 
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_repository import find_checkout
+from pytest_microvm.nofollow import refuse_links
 from pytest_microvm.remote.backend import Settings
 from pytest_microvm.remote.launch import AUTOLOAD, Launch
-from pytest_microvm.sanitize import sanitize_line
 from pytest_microvm.spec import PARSERS
 
 # Variables that change what pytest itself does or shows, and say nothing about this host.
@@ -80,27 +80,6 @@ def artifacts_folder(folder: Path | None, settings: Settings) -> Path | None:
         )
     refuse_links(settings.written, path)
     return path
-
-
-def refuse_links(project: Path, path: Path) -> None:
-    """Raise an error if a path inside the project goes through a symbolic link.
-
-    Args:
-        project: Its folder.
-        path: What is to be written; outside the project nothing of it is asked.
-
-    Raises:
-        UsageError: A folder on the way, or the file, is a link.
-    """
-    path = Path(os.path.normpath(project / path))
-    steps = [path, *path.parents]
-    for step in steps[: steps.index(project)] if project in steps else []:
-        if step.is_symlink():
-            raise UsageError(
-                f"{step} is a link of the project to {sanitize_line(str(step.readlink()))}, which would be "
-                "followed",
-                resolution="remove the link, or name a file elsewhere",
-            )
 
 
 def workspace_of(config: pytest.Config) -> Path:

@@ -14,6 +14,7 @@ from _pytest.config import builtin_plugins
 
 from pytest_microvm.errors import MachineError, MicroVMError
 from pytest_microvm.instance import MachineFacts, Usage
+from pytest_microvm.nofollow import refuse_links
 from pytest_microvm.remote import neutral
 from pytest_microvm.remote.addopts import refuse_acting, refuse_granting
 from pytest_microvm.remote.arguments import Split, parser_arity, split_arguments, tokens
@@ -25,7 +26,6 @@ from pytest_microvm.remote.launch import launch_of
 from pytest_microvm.remote.plan import (
     addopts_of,
     guest_environment,
-    refuse_links,
     settings_from,
     workspace_of,
 )

@@ -202,6 +202,18 @@ def test_pulling_into_an_existing_folder_merges(vm, place, tmp_path):
     assert sorted(path.name for path in (tmp_path / "t").iterdir()) == ["d"]
 
 
+def test_pulled_folder_replaces_a_link_of_its_name(vm, place, tmp_path):
+    (place / "d").mkdir()
+    (place / "d" / "new").write_text("new")
+    outside, target = tmp_path / "outside", tmp_path / "t"
+    outside.mkdir()
+    target.mkdir()
+    (target / "d").symlink_to(outside)
+    vm.pull((place / "d").pure, target)
+    assert (target / "d" / "new").read_text() == "new"
+    assert list(outside.iterdir()) == []
+
+
 def test_a_link_to_a_file_is_pulled_as_the_file(vm, place, tmp_path):
     (place / "file").write_text("content")
     (place / "link").symlink_to("file")

@@ -15,7 +15,7 @@ from pytest_microvm.cli.ci import _emptied
 from pytest_microvm.config import load_settings
 from pytest_microvm.errors import KitError, UsageError
 from pytest_microvm.images.kits import load_kit
-from pytest_microvm.nofollow import MAX_DEPTH, OpenTree, open_named, read_below
+from pytest_microvm.nofollow import MAX_DEPTH, OpenTree, open_named, read_below, refuse_links
 from pytest_microvm.remote.workspace import scan
 from pytest_microvm.tox_env.requirements import needed
 from support.repositories import commit, filled, git, repository
@@ -303,3 +303,19 @@ def test_kit_that_the_user_names_may_be_behind_a_link(project, outside):
     (project.parent / "shared").symlink_to(outside)
     assert load_kit("../shared", project=project).name == "outside"
     assert load_kit(project.parent / "shared", project=project).name == "outside"
+
+
+@pytest.mark.parametrize("named", ["led", "led/x", "led/../x", "sub/../led/x", "{project}/led", "{alias}/led"])
+def test_named_path_through_project_link_is_refused(project, outside, tmp_path, named):
+    (project / "led").symlink_to(outside)
+    (tmp_path / "alias").symlink_to(project)
+    path = named.format(project=project, alias=tmp_path / "alias")
+    with pytest.raises(UsageError, match="is a link of the project to '.*outside'"):
+        refuse_links(project, Path(path))
+
+
+def test_named_path_through_users_own_link_is_taken(project, outside, tmp_path):
+    (tmp_path / "alias").symlink_to(project)
+    (tmp_path / "mine").symlink_to(outside)
+    for path in ("a.txt", "new/x", "../mine/x", tmp_path / "mine", tmp_path / "alias" / "sub"):
+        refuse_links(project, Path(path))

@@ -21,6 +21,17 @@ def test_each_source(monkeypatch, tmp_path):
     assert Source("command", command).read("x").reveal() == "from-command"
 
 
+def test_file_behind_a_link_of_the_project_is_refused(tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    project.mkdir()
+    (tmp_path / "key").write_text("the user's")
+    (project / "token").symlink_to(tmp_path / "key")
+    monkeypatch.chdir(project)
+    with pytest.raises(UsageError, match="is a link of the project"):
+        Source("file", "token").read("x", project)
+    assert Source("file", str(tmp_path / "key")).read("x", project).reveal() == "the user's"
+
+
 def test_the_keyring(monkeypatch):
     keyring = pytest.importorskip("keyring")
     from keyring.backend import KeyringBackend  # noqa: PLC0415
