@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Iterator
 
-from pytest_microvm.sanitize import sanitize
+from pytest_microvm.sanitize import sanitize_part
 
 _MAX_LINE = 64 * 1024  # characters without a newline that are held back
 
@@ -23,7 +23,7 @@ def safe_text(pieces: Iterable[bytes]) -> Iterator[str]:
         if len(held) > _MAX_LINE:
             whole, newline, held = whole + newline + held, "", ""
         if whole or newline:
-            yield sanitize(whole + newline)
+            yield sanitize_part(whole + newline)
     held += decoder.decode(b"", final=True)
     if held:
-        yield sanitize(held)
+        yield sanitize_part(held)

@@ -23,6 +23,12 @@ _UNSAFE_NAME = re.compile(f"[{_CONTROLS}\t\n\u200b-\u200d\u2060-\u2065\ufeff]")
 _ANY = f"(?:{_COLOUR})*"
 _WORD = "|".join(_ANY.join([*word, r"\["]) for word in ("", "vso", "teamcity"))
 _COMMAND = re.compile(rf"^((?:[^\S\n]|{_COLOUR})*:{_ANY})(:)|(#{_ANY})(#{_ANY}(?:{_WORD}))", re.MULTILINE)
+# The first part of such a command at the end of a text: the next text on the same line may have the rest.
+_STARTS = "|".join(_ANY.join(word[:end]) for word in ("vso", "teamcity") for end in range(1, len(word) + 1))
+_BEGUN = re.compile(
+    rf"^(?:[^\S\n]|{_COLOUR})*:{_ANY}\Z|#{_ANY}\Z|#{_ANY}#{_ANY}\Z|#{_ANY}#{_ANY}(?:{_STARTS}){_ANY}\Z",
+    re.MULTILINE,
+)
 
 
 def sanitize(text: str, limit: int = MAX_TEXT) -> str:
@@ -36,6 +42,15 @@ def sanitize(text: str, limit: int = MAX_TEXT) -> str:
         text = f"{text[:limit]}\n[{len(text) - limit} more characters were cut]"
     text = _UNSAFE.sub(_visible, text.replace("\r\n", "\n"))
     return _COMMAND.sub(_defused, text)
+
+
+def sanitize_part(text: str) -> str:
+    r"""Return ``text`` as :func:`sanitize` does, safe also if more text follows on its last line.
+
+    A command that begins at its end gets its ``\`` there.
+    """
+    safe = sanitize(text)
+    return f"{safe}\\" if _BEGUN.search(safe) else safe
 
 
 def sanitize_line(text: str, limit: int = 4096) -> str:

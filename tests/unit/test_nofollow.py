@@ -305,12 +305,14 @@ def test_kit_that_the_user_names_may_be_behind_a_link(project, outside):
     assert load_kit(project.parent / "shared", project=project).name == "outside"
 
 
-@pytest.mark.parametrize("named", ["led", "led/x", "led/../x", "sub/../led/x", "{project}/led", "{alias}/led"])
+@pytest.mark.parametrize(
+    "named", ["led", "led/x", "led/../x", "sub/../led/x", "{project}/led", "{alias}/led"]
+)
 def test_named_path_through_project_link_is_refused(project, outside, tmp_path, named):
     (project / "led").symlink_to(outside)
     (tmp_path / "alias").symlink_to(project)
     path = named.format(project=project, alias=tmp_path / "alias")
-    with pytest.raises(UsageError, match="is a link of the project to '.*outside'"):
+    with pytest.raises(UsageError, match=r"is a link of the project to '.*outside'"):
         refuse_links(project, Path(path))
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_microvm.sanitize import safe_json, sanitize, sanitize_line
+from pytest_microvm.sanitize import safe_json, sanitize, sanitize_line, sanitize_part
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,29 @@ def test_a_line_stays_one_line(text, safe):
     assert sanitize_line(text) == safe
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "::error::x",
+        " \t::error::x",
+        "::\x1b[m:error::x",
+        "a ##[error]x",
+        "##vso[task]x",
+        "#\x1b[m#team\x1b[1mcity[x]x",
+    ],
+)
+def test_no_command_is_made_of_two_parts(command):
+    """The second part may be another stream's, or the rest of a line too long to be held back."""
+    for cut in range(1, len(command)):
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", sanitize_part(command[:cut]) + sanitize_part(command[cut:]))
+        assert not re.search(r"^\s*::|##(?:|vso|teamcity)\[", shown, re.MULTILINE), cut
+
+
+@pytest.mark.parametrize("text", ["", "x", "50 %", "a:", "a::b", "#1", "say: ", "\x1b[m", "x\n", "## v1"])
+def test_part_that_begins_no_command_stays(text):
+    assert sanitize_part(text) == text
+
+
 def test_what_is_too_long_is_cut_and_said():
     assert sanitize("x" * 100, 10) == "x" * 10 + "\n[90 more characters were cut]"
 
@@ -67,7 +90,7 @@ def test_what_is_too_long_is_cut_and_said():
 )
 def test_no_text_takes_longer_than_its_length(piece):
     """A quadratic pattern would need an hour for this."""
-    assert sanitize(piece * 200_000)
+    assert sanitize_part(piece * 200_000)
 
 
 @given(st.text())
