@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from pytest_microvm.errors import HostError
+from pytest_microvm.program_path import absolute_path
 from pytest_microvm.sanitize import sanitize
 
 _TIMEOUT = 600.0  # seconds
@@ -50,7 +51,7 @@ class GitError(HostError):
 
 def git_program() -> str | None:
     """Return where git is, ``None`` if it is not installed."""
-    return shutil.which("git", path=_path())
+    return shutil.which("git", path=absolute_path())
 
 
 def user_config(*arguments: str) -> str:
@@ -285,7 +286,7 @@ def _drain(pipe: IO[bytes], kept: bytearray, size: int) -> None:
 
 def _environment(home: str, *, local: bool) -> dict[str, str]:
     return {
-        "PATH": _path(),
+        "PATH": absolute_path(),
         "HOME": home,
         "LC_ALL": "C",
         "GIT_CEILING_DIRECTORIES": str(Path(home).parent),  # nothing there is a repository of ours
@@ -307,11 +308,5 @@ def _environment(home: str, *, local: bool) -> dict[str, str]:
 def _users() -> dict[str, str]:
     """Return the environment in which git finds the user's configuration, and no repository."""
     kept = {key: value for key, value in os.environ.items() if _USERS.fullmatch(key)}
-    here = {"PATH": _path(), "LC_ALL": "C", "GIT_CEILING_DIRECTORIES": tempfile.gettempdir()}
+    here = {"PATH": absolute_path(), "LC_ALL": "C", "GIT_CEILING_DIRECTORIES": tempfile.gettempdir()}
     return {**kept, **here}
-
-
-def _path() -> str:
-    """Return where programs are searched: what is relative would be found in a project."""
-    folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    return os.pathsep.join(folder for folder in folders if Path(folder).is_absolute())

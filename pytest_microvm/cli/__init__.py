@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import MicroVMError, UsageError
+from pytest_microvm.program_path import absolute_path
 from pytest_microvm.sanitize import sanitize
 from pytest_microvm.termination import interrupt_on_sigterm
 
@@ -27,6 +28,7 @@ EXIT_USAGE = 4  # pytest's number for a usage error
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    os.environ["PATH"] = absolute_path()  # else QEMU, say, could be a program of the project
     words = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser(words[:1]).parse_args(words)
     leave_sigterm = interrupt_on_sigterm()
