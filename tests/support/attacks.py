@@ -127,7 +127,7 @@ class Attack:
 
 
 def folders_where(key, *values):
-    """Return the suites of which ``key`` says one of ``values``; repetition is for `make test-all`."""
+    """Return the attacks on suites whose ``key`` is one of ``values``; repetition is for `make test-all`."""
     found = {name: tomllib.loads((PROJECTS / name / "attack.toml").read_text()) for name in ATTACKS}
     return [
         pytest.param(name, marks=[pytest.mark.thorough] if about.get("repeats") else [])

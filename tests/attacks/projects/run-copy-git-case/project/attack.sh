@@ -1,0 +1,2 @@
+mkdir -p .Git/hooks
+echo '@SH@' >.Git/hooks/pre-commit

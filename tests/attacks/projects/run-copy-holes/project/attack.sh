@@ -1,0 +1,1 @@
+truncate -s 20G large

@@ -1,0 +1,2 @@
+rm -r data
+ln -s @FOLDER@ data

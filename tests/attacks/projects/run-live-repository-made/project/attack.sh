@@ -1,0 +1,2 @@
+git init -q sub
+git -C sub config core.fsmonitor 'echo fsmonitor >>@MARKER@; false'

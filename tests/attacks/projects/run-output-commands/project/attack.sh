@@ -1,0 +1,4 @@
+echo '::error title=forged::x'
+echo '  ::add-path::/evil' >&2
+echo 'x ##[error]forged'
+echo '##vso[task.setvariable]x'

@@ -1,0 +1,1 @@
+cat @OUTSIDE@ @FOLDER@/kept >got 2>/dev/null || true

@@ -1,0 +1,2 @@
+echo x >>@OUTSIDE@ || true
+echo x >@FOLDER@/new || true
