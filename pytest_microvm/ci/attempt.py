@@ -157,6 +157,10 @@ class Attempt:
         tree = self._work.sources.tree(self._task.source)
         with machine.client.operation("sync"):
             send_tar(machine.client.link(), WORKSPACE, tree.fill)
+        if self._job.git:
+            done = machine.run(["/bin/sh", "-c", _UNCHANGED], cwd=WORKSPACE)
+            if done.returncode:
+                self._say("large files (Git LFS) may look changed to git: " + sanitize(done.stderr))
 
     def _clone(self, machine: MicroVM) -> None:
         bundle = self._work.sources.bundle(self._task.source)
@@ -313,6 +317,14 @@ git init --quiet .
 git fetch --quiet --tags "$1" HEAD
 git checkout --quiet --force -B "$2" FETCH_HEAD
 rm -f "$1"
+"""
+# Without git-lfs, git takes the content of a large file for a change of its pointer.
+_UNCHANGED = """\
+git grep --quiet filter=lfs HEAD -- '*.gitattributes' || exit 0
+git ls-files -z --modified |
+    xargs -0 -r -n 1 sh -c 'git cat-file blob ":$0" |
+        head -c 24 | grep -q "^version https://git-lfs" && printf "%s\\0" "$0"; :' |
+    git update-index -z --assume-unchanged --stdin
 """
 
 

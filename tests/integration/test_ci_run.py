@@ -12,7 +12,7 @@ from junitparser import JUnitXml
 
 from support import guards
 from support.commands import MICROVM
-from support.repositories import git
+from support.repositories import git, lfs_pointer, store_lfs_object
 
 DEFINITION = """
 [ci.defaults]
@@ -61,7 +61,10 @@ secrets = { TOKEN = { env = "CI_TEST_TOKEN" } }
 [ci.jobs.history]
 image = "agent"
 git = true
-steps = ["git log --oneline; git branch --show-current; git status --porcelain; git remote"]
+steps = [
+  "git log --oneline; git branch --show-current; git status --porcelain; git remote",
+  "cat large.bin; git describe --always --dirty",
+]
 
 [ci.jobs.prepared]
 prepare = ["cat lock > /made; echo once >> /made; test ! -e other"]
@@ -78,6 +81,10 @@ def repository(tmp_path_factory):
     (folder / "microvm.toml").write_text(DEFINITION)
     (folder / "lock").write_text("locked\n")
     (folder / "other").write_text("other of main\n")
+    name, pointer = lfs_pointer(b"large\n")
+    (folder / ".gitattributes").write_text("*.bin filter=lfs\n")
+    (folder / "large.bin").write_text(pointer)
+    store_lfs_object(folder, name, b"large\n")
     git(folder, "add", "--all")
     git(folder, "commit", "--quiet", "-m", "first")
     git(folder, "checkout", "--quiet", "-b", "feature/x")
@@ -193,7 +200,9 @@ def test_every_step_is_in_the_merged_report(done):
 def test_history_is_there_if_it_was_asked_for(done, repository):
     for branch in ("main", "feature/x"):
         wanted = git(repository, "log", "--oneline", branch)
-        assert log(done, (branch, "history")).splitlines()[1:] == [*wanted.splitlines(), branch]
+        lines = log(done, (branch, "history")).splitlines()
+        assert lines[1:-3] == [*wanted.splitlines(), branch]
+        assert lines[-2:] == ["large", wanted.split()[0]]  # a large file is no change
 
 
 def test_phases_are_told(done):

@@ -1,5 +1,6 @@
 """Real git repositories, made by a git that uses no configuration of this computer."""
 
+import hashlib
 import io
 import os
 import shutil
@@ -110,3 +111,17 @@ def filled(tree, paths=None):
             if not member.isdir()
         }
     return contents, members
+
+
+def lfs_pointer(content):
+    """Return the name of a large file's object (Git LFS), and the pointer that stands for it."""
+    name = hashlib.sha256(content).hexdigest()
+    return name, f"version https://git-lfs.github.com/spec/v1\noid sha256:{name}\nsize {len(content)}\n"
+
+
+def store_lfs_object(folder, name, content):
+    """Put a large file where git-lfs keeps it in a repository; return its path."""
+    place = folder / ".git" / "lfs" / "objects" / name[:2] / name[2:4] / name
+    place.parent.mkdir(parents=True)
+    place.write_bytes(content)
+    return place

@@ -17,7 +17,17 @@ from pytest_microvm.ci.sources.work_tree import WorkTree
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_bundle import Repository
 from pytest_microvm.git_commands import GitError, git, git_talk
-from support.repositories import blob, commit, commit_tree, copied, filled, raw_tree, repository
+from support.repositories import (
+    blob,
+    commit,
+    commit_tree,
+    copied,
+    filled,
+    lfs_pointer,
+    raw_tree,
+    repository,
+    store_lfs_object,
+)
 from support.repositories import git as user_git
 
 MARK = "a program of the repository ran"
@@ -423,23 +433,11 @@ def test_gitmodules_that_includes_another_file(project, tmp_path):
 # Large files
 
 
-def pointer(content):
-    name = hashlib.sha256(content).hexdigest()
-    return name, f"version https://git-lfs.github.com/spec/v1\noid sha256:{name}\nsize {len(content)}\n"
-
-
-def stored(folder, name, content):
-    place = folder / ".git" / "lfs" / "objects" / name[:2] / name[2:4] / name
-    place.parent.mkdir(parents=True)
-    place.write_bytes(content)
-    return place
-
-
 def test_a_large_file_that_is_here(project):
     content = os.urandom(100_000)
-    name, text = pointer(content)
+    name, text = lfs_pointer(content)
     commit(project, {"data.bin": text, "other": "x"})
-    stored(project, name, content)
+    store_lfs_object(project, name, content)
     tree = tree_of(project)
     assert filled(tree)[0]["data.bin"] == content
     assert tree.notes == []
@@ -452,13 +450,13 @@ def test_a_large_file_that_is_here(project):
 )
 def test_a_large_file_that_is_not_here(project, tmp_path, lying):
     content = b"content" * 100
-    name, text = pointer(content)
+    name, text = lfs_pointer(content)
     if lying == "a size":
         text = text.replace("size 700", "size 70")
-        stored(project, name, content)
+        store_lfs_object(project, name, content)
     commit(project, {"data.bin": text})
     if lying not in ("missing", "a size"):
-        place = stored(
+        place = store_lfs_object(
             project, name, {"other bytes": content.upper(), "shorter": content[1:]}.get(lying, b"")
         )
         if lying == "a link":
@@ -482,8 +480,8 @@ def test_a_large_file_that_is_not_here(project, tmp_path, lying):
     "text",
     [
         "version https://git-lfs.github.com/spec/v1\noid sha256:../../../../etc/passwd\nsize 5\n",
-        "version https://git-lfs.github.com/spec/v2\n" + pointer(b"x")[1].split("\n", 1)[1],
-        pointer(b"x")[1] + "more\n",
+        "version https://git-lfs.github.com/spec/v2\n" + lfs_pointer(b"x")[1].split("\n", 1)[1],
+        lfs_pointer(b"x")[1] + "more\n",
     ],
 )
 def test_what_is_no_pointer(project, text):
@@ -495,9 +493,9 @@ def test_what_is_no_pointer(project, text):
 
 def test_large_files_count(project):
     content = b"x" * 5000
-    name, text = pointer(content)
+    name, text = lfs_pointer(content)
     head = commit(project, {"data.bin": text})
-    stored(project, name, content)
+    store_lfs_object(project, name, content)
     with pytest.raises(UsageError, match="more than 4000 bytes"):
         GitTree(Repository(project / ".git", "sha1"), head, limit=4000).digest()
 
