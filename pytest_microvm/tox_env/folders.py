@@ -4,10 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import UsageError
 
+if TYPE_CHECKING:
+    from tox.config.main import Config
+
 _INFO = ".tox-info.json"  # what tox leaves in each environment
+_WRITTEN = ("CACHEDIR.TAG", ".gitignore")  # what tox writes to its work folder, through a link too
+
+
+def check_core(conf: Config, folder: Path) -> None:
+    """Check the folders that tox writes to before it makes an environment.
+
+    As soon as tox has read its configuration it repairs the permissions of its work folder, and may empty it.
+
+    Args:
+        conf: tox's configuration.
+        folder: The project's folder.
+
+    Raises:
+        UsageError: A folder is outside the project, or tox would write through a link.
+    """
+    core = conf.core
+    root, work, temp = (core.get(key, Path) for key in ("tox_root", "work_dir", "temp_dir"))
+    check_read("tox_root", root, folder)
+    if conf.options.work_dir is None:  # the command line's --workdir is its user's word
+        _inside("work_dir", work, [root])
+    for file in (work / name for name in _WRITTEN):
+        if file.is_symlink():
+            raise UsageError(f"{file} is a link, and tox would write through it", resolution="delete it")
+    if temp.is_symlink() and not any(is_below(temp.parent, top) for top in (root, work)):
+        raise UsageError(  # tox removes a link there
+            f"temp_dir is {temp}, a link which is not in the project",
+            resolution="name a folder in the project",
+        )
+    check_made("temp_dir", temp, [root, work])
 
 
 def check_environment(folder: Path, roots: Sequence[Path]) -> None:
@@ -21,7 +54,10 @@ def check_environment(folder: Path, roots: Sequence[Path]) -> None:
         UsageError: It lies elsewhere, or is something else.
     """
     _inside("env_dir", folder, roots)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _INFO).is_file():
+    info = folder / _INFO
+    if info.is_symlink():
+        raise UsageError(f"{info} is a link, and no file of tox", resolution="delete it")
+    if folder.is_dir() and any(folder.iterdir()) and not info.is_file():
         raise UsageError(
             f"env_dir is {folder}, which has files and is no environment of tox: they would be removed",
             resolution="name a folder of its own, or empty it",
@@ -63,7 +99,7 @@ def check_read(key: str, path: Path, folder: Path) -> None:
     Raises:
         UsageError: It lies elsewhere.
     """
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not is_below(path, folder):
         raise UsageError(
             f"{key} is {path}, which is not in the project",
             details=f"a machine would get files of this computer; the project is {folder}",
@@ -71,10 +107,32 @@ def check_read(key: str, path: Path, folder: Path) -> None:
         )
 
 
+def check_file(key: str, path: Path, folder: Path) -> None:
+    """Check a file of the project that tox reads on this computer.
+
+    Args:
+        key: What names it.
+        path: The file; it need not exist.
+        folder: The project's folder.
+
+    Raises:
+        UsageError: It is outside the project, or no regular file: a pipe would make tox wait.
+    """
+    check_read(key, path, folder)
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{key} is {path}, which is no file", resolution="put a file there")
+
+
+def is_below(path: Path, folder: Path) -> bool:
+    """Return whether a path leads to a folder or below it, links followed; a loop of links leads nowhere."""
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # Python before 3.13 raises RuntimeError for a loop
+        return False
+
+
 def _inside(key: str, folder: Path, roots: Sequence[Path]) -> None:
-    real = folder.resolve()
-    tops = [root.resolve() for root in roots]
-    if not any(real != top and real.is_relative_to(top) for top in tops):
+    if not any(is_below(folder, root) and not is_below(root, folder) for root in roots):
         raise UsageError(
             f"{key} is {folder}, which is not in the project",
             details="tox would make or empty it on this computer",

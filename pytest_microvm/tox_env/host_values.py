@@ -21,6 +21,7 @@ from tox.tox_env.python.pip.req import file as requirements
 
 from pytest_microvm.tox_env.configuration import ToxFile
 from pytest_microvm.tox_env.environment import GUEST_PATH, NEVER_PASSED
+from pytest_microvm.tox_env.folders import is_below
 
 HARMLESS = (
     "CI", "GITHUB_ACTIONS", "LANG", "LANGUAGE", "LC_*", "TZ", "PYTHON_GIL", "PYTHONHASHSEED",
@@ -80,8 +81,8 @@ class Guard:
         Raises:
             Refused: Nobody has allowed one.
         """
-        folder = self.file.folder.resolve()
-        if not all(path.resolve().is_relative_to(folder) for path in paths) and not self.file.is_allowed:
+        folder = self.file.folder
+        if not all(is_below(path, folder) for path in paths) and not self.file.is_allowed:
             raise self._refused(f"{said}, which is not in the project", "files in the project")
 
     def _refused(self, what: str, instead: str) -> Refused:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tox.plugin.manager import MANAGER
+from tox.report import HandledError
 from tox.tox_env.register import REGISTER
 
+from pytest_microvm.errors import UsageError
 from pytest_microvm.tox_env.runner import MicrovmRunner
 
 if TYPE_CHECKING:
@@ -64,6 +67,26 @@ def guard_host(conf: Config) -> None:
     guard = Guard(ToxFile.of(conf.src_path, conf.options), [] if named == ["none"] else named)
     install(guard)
     MicrovmRunner.guard = guard
+
+
+def guard_folders(conf: Config) -> None:
+    """Let tox write to no folder and file of this computer that only the project's configuration names.
+
+    Raises:
+        HandledError: The configuration names one elsewhere, or a link of the project leads there.
+    """
+    from pytest_microvm.remote.plan import refuse_links  # noqa: PLC0415 - for --microvm alone
+    from pytest_microvm.tox_env.configuration import ToxFile  # noqa: PLC0415
+    from pytest_microvm.tox_env.folders import check_core  # noqa: PLC0415
+
+    folder = ToxFile.of(conf.src_path, conf.options).folder
+    try:
+        check_core(conf, folder)
+        report = getattr(conf.options, "result_json", None)
+        if report is not None:
+            refuse_links(folder, Path.cwd() / report)
+    except UsageError as error:
+        raise HandledError(str(error)) from error
 
 
 def switch_over(options: Parsed) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from pytest_microvm.machine import MicroVM
     from pytest_microvm.templates.chain import Step
+    from pytest_microvm.tox_env.configuration import ToxFile
     from pytest_microvm.tox_env.guest import Guest
     from pytest_microvm.tox_env.host_values import Guard
 
@@ -297,8 +298,9 @@ class MicrovmRunner(PythonRun):
             file.write_bytes(mark)
             self._generation_now = mark.hex()
         if self._generation_now is None:
-            known = file.read_bytes()[:_LONGEST] if file.is_file() else b""
-            self._generation_now = known.hex()
+            from pytest_microvm.nofollow import read_below  # noqa: PLC0415 - see tox_plugin
+
+            self._generation_now = (read_below(self.env_dir, _GENERATION, _LONGEST) or b"").hex()
         return self._generation_now
 
     # Commands
@@ -327,8 +329,9 @@ class MicrovmRunner(PythonRun):
         if guest is None or guest.machine is None or not guest.settings.artifacts:
             return
         folder, root = self.env_dir / "artifacts", PurePosixPath(self.core.get("tox_root", Path))
-        if folder.is_symlink():
-            raise Fail(f"{folder} is a link: delete it")
+        for place in (folder, folder.with_name("artifacts.new")):
+            if place.is_symlink():
+                raise Fail(f"{place} is a link: delete it")
         collection = Collection(guest.machine, root, time.monotonic() + _ARTIFACTS_TIMEOUT)
         with _in_tox_words():
             taken = collection.take(guest.settings.artifacts, folder)
@@ -352,12 +355,10 @@ class MicrovmRunner(PythonRun):
     def _guest(self) -> Guest:
         """Return where machines come from."""
         if self._guest_made is None:
-            from pytest_microvm.tox_env.configuration import ToxFile  # noqa: PLC0415 - see tox_plugin
-            from pytest_microvm.tox_env.guest import Guest  # noqa: PLC0415
+            from pytest_microvm.tox_env.guest import Guest  # noqa: PLC0415 - see tox_plugin
             from pytest_microvm.tox_env.settings import read  # noqa: PLC0415
 
-            root, path = self.core.get("tox_root", Path), self.core.get("config_file_path", Path)
-            file = ToxFile.of(path, self.options)
+            root, file = self.core.get("tox_root", Path), self._file()
             self._check_reads(file.folder)
             self._guest_made = Guest(
                 read(self.conf, self.options, root, file),
@@ -367,7 +368,13 @@ class MicrovmRunner(PythonRun):
             )
         return self._guest_made
 
-    # Folders of this computer
+    # Files and folders of this computer
+
+    def _file(self) -> ToxFile:
+        """Return the configuration."""
+        from pytest_microvm.tox_env.configuration import ToxFile  # noqa: PLC0415 - see tox_plugin
+
+        return ToxFile.of(self.core.get("config_file_path", Path), self.options)
 
     def _check_reads(self, folder: Path) -> None:
         """See that a machine gets nothing but the project: the configuration says what that is.
@@ -379,10 +386,23 @@ class MicrovmRunner(PythonRun):
             UsageError: It names something else.
         """
         folders.check_read("tox_root", self.core.get("tox_root", Path), folder)
+        roots = {self.core.get("tox_root", Path)}
         if "package_root" in self.core:  # older versions of tox have it with a package environment alone
-            folders.check_read("package_root", self.core.get("package_root", Path), folder)
-        if self.conf["pylock"]:
-            folders.check_read("pylock", self.core.get("tox_root", Path) / str(self.conf["pylock"]), folder)
+            roots.add(self.core.get("package_root", Path))
+        for root in roots:
+            folders.check_read("package_root", root, folder)
+            if self.conf["pylock"]:
+                folders.check_file("pylock", root / str(self.conf["pylock"]), folder)
+            if self.conf["dependency_groups"] or (self._installs_package and self.pkg_type == "deps-only"):
+                folders.check_file("pyproject.toml", root / "pyproject.toml", folder)
+
+    def _read_python_version_file(self, file_paths: list[str]) -> list[str]:
+        file = self._file()
+        for path in file_paths:
+            with _in_tox_words():
+                folders.check_file("base_python_file", self.core.get("tox_root", Path) / path, file.folder)
+        found: list[str] = super()._read_python_version_file(file_paths)
+        return found
 
     def _check_folders(self) -> None:
         """See that tox empties nothing but folders of its own: the configuration chooses them.

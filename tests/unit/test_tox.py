@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +201,56 @@ def test_tox_makes_no_folder_elsewhere(tmp_path):
     folders.check_made("change_dir", tmp_path / "a" / "b", [tmp_path])
     with pytest.raises(UsageError, match="change_dir is "):
         folders.check_made("change_dir", tmp_path / "b", [tmp_path / "a"])
+
+
+class Config:
+    """tox's configuration of a project in ``root``."""
+
+    def __init__(self, root, said=None, **core):
+        values = {"tox_root": root, "work_dir": root / ".tox", "temp_dir": root / ".tox" / ".tmp", **core}
+        self.core = SimpleNamespace(get=lambda key, _type: values[key])
+        self.options = SimpleNamespace(work_dir=said)
+
+
+def test_core_folders_outside_the_project_are_refused(tmp_path):
+    root, outside = tmp_path / "project", tmp_path / "outside"
+    root.mkdir()
+    outside.mkdir()
+    (outside / "link").symlink_to(root)
+    folders.check_core(Config(root), root)
+    folders.check_core(Config(root, temp_dir=outside), root)  # it is there: tox does nothing
+    folders.check_core(Config(root, said=outside, work_dir=outside), root)
+    for key in ("tox_root", "work_dir", "temp_dir"):
+        with pytest.raises(UsageError, match=f"{key} is .* not in the project"):
+            folders.check_core(Config(root, **{key: outside / "new"}), root)
+    for link in (outside / "link", root / ".." / "outside" / "link"):
+        with pytest.raises(UsageError, match=r"temp_dir is .*, a link which is not in the project"):
+            folders.check_core(Config(root, temp_dir=link), root)
+
+
+def test_links_that_tox_would_write_through_are_refused(tmp_path):
+    (tmp_path / ".tox").mkdir()
+    for name in ("CACHEDIR.TAG", ".gitignore"):
+        link = tmp_path / ".tox" / name
+        link.symlink_to("elsewhere")
+        with pytest.raises(UsageError, match="tox would write through it"):
+            folders.check_core(Config(tmp_path), tmp_path)
+        link.unlink()
+    (tmp_path / ".tox-info.json").symlink_to("elsewhere")
+    with pytest.raises(UsageError, match="no file of tox"):
+        folders.check_environment(tmp_path, [tmp_path.parent])
+
+
+def test_loop_of_links_leads_nowhere(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    assert not folders.is_below(tmp_path / "loop", tmp_path)
+
+
+def test_pipe_in_a_files_place_is_refused(tmp_path):
+    folders.check_file("pylock", tmp_path / "none", tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="which is no file"):
+        folders.check_file("pylock", tmp_path / "pipe", tmp_path)
 
 
 # Interpreters
