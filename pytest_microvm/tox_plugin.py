@@ -35,8 +35,10 @@ def tox_add_option(parser: ToxParser) -> None:
 def tox_add_core_config(core_conf: ConfigSet, state: State) -> None:  # noqa: ARG001 - tox gives them by name
     """Let ``--microvm`` switch every environment over, and keep what is this computer's."""
     if getattr(state.conf.options, "microvm", False):
+        from pytest_microvm.tox_env import shown  # noqa: PLC0415
         from pytest_microvm.tox_env.options import guard_folders, guard_host, switch_over  # noqa: PLC0415
 
+        shown.install()
         guard_host(state.conf)
         switch_over(state.conf.options)
         guard_folders(state.conf)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from tox.config.loader.memory import MemoryLoader
 from tox.config.types import Command
 from tox.execute.request import StdinSource
+from tox.report import HandledError
 from tox.tox_env.errors import Fail
 from tox.tox_env.python.api import PythonInfo
 from tox.tox_env.python.runner import PythonRun
@@ -59,6 +60,7 @@ class MicrovmRunner(PythonRun):
         self._making: MicroVM | None = None
         self._recreated = False
         self._generation_now: str | None = None
+        _check_name(create_args.conf.name)
         super().__init__(create_args)
 
     @staticmethod
@@ -429,6 +431,18 @@ class MicrovmRunner(PythonRun):
 
     def _run_recreate_commands(self) -> None:
         """Run none: no machine of before is left for them."""
+
+
+def _check_name(name: str) -> None:
+    """Check the name of an environment: tox begins lines of its output with it.
+
+    Raises:
+        HandledError: It commands a terminal or a CI system.
+    """
+    from pytest_microvm.sanitize import sanitize_line  # noqa: PLC0415 - see tox_plugin
+
+    if sanitize_line(f"{name}:") != f"{name}:":
+        raise HandledError(f"invalid environment name: expected printable text, got {name!r}")
 
 
 @contextmanager
