@@ -58,8 +58,10 @@ class Attack:
         self.outside.write_text("# the user's\n")
         self.folder.mkdir()
         (self.folder / "kept").write_text("the user's\n")
-        self.before = self.look()
         self.write(name)
+        if self.about.get("writable"):
+            self.folder.chmod(0o777)
+        self.before = self.look()
 
     def write(self, name):
         """Make the project's files."""
@@ -70,8 +72,9 @@ class Attack:
         if not list(self.path.rglob("test_it.py")) and "folder" not in self.about:
             self.file("test_it.py", "def test_it():\n    @RAN@\n")
         for path, target in self.about.get("links", {}).items():
-            (self.path / path).parent.mkdir(parents=True, exist_ok=True)
-            (self.path / path).symlink_to(self.filled(target))
+            link = self.path / self.filled(path)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(self.filled(target))
         for path, (piece, count, end) in self.about.get("repeat", {}).items():
             (self.path / path).write_bytes((piece * count + end).encode("latin-1"))
         for path in self.about.get("fifos", []):
@@ -96,6 +99,8 @@ class Attack:
             "RAN": append(self.ran),
             "SH": f'[ -n "$LOCAL_GUEST" ] || [ -e /run/microvm ] || echo sh >>"{self.marker}"',
             "IN_THE_GUEST": GUARDED,
+            "PROJECT": self.path,
+            "BESIDE": self.beside,
             "OUTSIDE": self.outside,
             "FOLDER": self.folder,
             "OUTSIDE_NAME": f"{self.beside.name}/{self.outside.name}",
@@ -104,9 +109,10 @@ class Attack:
         }
         return re.sub(r"@([A-Z_]+)@", lambda found: str(values[found[1]]), text)
 
-    def words(self, key):
-        """Return the words of a command line that ``attack.toml`` has under ``key``."""
-        return [self.filled(word) for word in self.about.get(key, [])]
+    def words(self, key, entry=None):
+        """Return words of a command line from ``attack.toml``, or from its table for an entry."""
+        about = self.about if entry is None else self.about[entry]
+        return [self.filled(word) for word in about.get(key, [])]
 
     def look(self):
         """Return what is outside, but for the marks that code leaves."""
@@ -127,10 +133,26 @@ class Attack:
 
 
 def folders_where(key, *values):
-    """Return the attacks on suites whose ``key`` is one of ``values``; repetition is for `make test-all`."""
-    found = {name: tomllib.loads((PROJECTS / name / "attack.toml").read_text()) for name in ATTACKS}
+    """Return attacks on suites of which ``key`` says one of ``values``; repetition is for `make test-all`."""
     return [
-        pytest.param(name, marks=[pytest.mark.thorough] if about.get("repeats") else [])
-        for name, about in found.items()
+        _param(name, about)
+        for name, about in _all().items()
         if "test" in about and about.get(key, about["test"] if key == "action" else None) in values
     ]
+
+
+def entry_folders_where(entry, key, *values):
+    """Return the attacks whose table for an entry says one of ``values`` under ``key``."""
+    return [
+        _param(name, about)
+        for name, about in _all().items()
+        if entry in about and about[entry].get(key) in values
+    ]
+
+
+def _all():
+    return {name: tomllib.loads((PROJECTS / name / "attack.toml").read_text()) for name in ATTACKS}
+
+
+def _param(name, about):
+    return pytest.param(name, marks=[pytest.mark.thorough] if about.get("repeats") else [])
