@@ -75,7 +75,7 @@ def guard_folders(conf: Config) -> None:
     Raises:
         HandledError: The configuration names one elsewhere, or a link of the project leads there.
     """
-    from pytest_microvm.remote.plan import refuse_links  # noqa: PLC0415 - for --microvm alone
+    from pytest_microvm.nofollow import refuse_links  # noqa: PLC0415 - for --microvm alone
     from pytest_microvm.tox_env.configuration import ToxFile  # noqa: PLC0415
     from pytest_microvm.tox_env.folders import check_core  # noqa: PLC0415
 
