@@ -1,2 +1,3 @@
+#!/bin/sh
 echo the step of the branch
 ls -A . reports
