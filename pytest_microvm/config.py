@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import UsageError
 from pytest_microvm.mounts import parse_mounts
 from pytest_microvm.nofollow import read_below
+from pytest_microvm.options import OPTIONS, RUN, Kind, Option
 from pytest_microvm.project_trust import GRANTS
 from pytest_microvm.reach import parse_network
 from pytest_microvm.spec import PARSERS, MachineSpec
@@ -23,10 +24,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ISOLATIONS = ("test", "class", "module", "session")
-KEEPS = ("never", "failed")
-ACCELERATORS = ("kvm", "hvf", "whpx", "tcg")
-JUNIT_PROFILES = ("generic", "github", "gitlab", "jenkins", "buildkite")
+if TYPE_CHECKING:
+    import pytest
+
 DEFAULT_TIMEOUT = 300.0
 """Seconds one test or command may take where neither project nor kit say."""
 DEFAULT_RETRIES = 2
@@ -36,8 +36,6 @@ ELSEWHERE = ("ci",)
 """Keys of the table that are no settings: ``ci`` is for :mod:`pytest_microvm.ci.definition.parsing`."""
 
 _MAX_CONFIGURATION = 1024 * 1024  # bytes of pyproject.toml
-_MAX_POOL = 64
-_MAX_RETRIES = 100
 
 
 @dataclass(frozen=True)
@@ -116,6 +114,16 @@ def load_settings(project: Path, options: Mapping[str, Any]) -> Settings:
         settings = replace(merged(settings, table, f"{file} [tool.pytest-microvm]"), asked=asked)
     given = {key: value for key, value in options.items() if value is not None}
     return merged(settings, given, "command line")
+
+
+def command_line(config: pytest.Config) -> dict[str, Any]:
+    """Return what pytest's command line says, by key; ``--microvm-args`` only add to the configuration's."""
+    given = {
+        option.name: config.getoption(f"microvm_{option.name}", None)
+        for option in OPTIONS
+        if option.kind != "words"
+    }
+    return {key: value for key, value in given.items() if value is not None}
 
 
 def merged(settings: Settings, values: Mapping[str, Any], where: str) -> Settings:
@@ -198,17 +206,23 @@ def _arguments(value: object, name: str) -> tuple[str, ...]:
         raise UsageError(f"{name}: {value!r}: {error}", resolution="quote it as for a shell") from error
 
 
+def _parser(option: Option) -> Callable[[object, str], Any]:
+    if option.kind == "choice":
+        return parse_choice(*option.choices)
+    if option.kind == "count":
+        return parse_count(option.most, option.unit)
+    return _BY_KIND[option.kind]
+
+
+_BY_KIND: dict[Kind, Callable[[object, str], Any]] = {
+    "flag": parse_flag,
+    "folder": _folder,
+    "words": _arguments,
+}
+
 _PARSERS: dict[str, Callable[[object, str], Any]] = {
-    "isolation": parse_choice(*ISOLATIONS),
-    "pool": parse_count(_MAX_POOL, "machines"),
-    "retries": parse_count(_MAX_RETRIES, "tries"),
-    "artifacts": _folder,
+    **{option.name: _parser(option) for option in RUN},
     "prepare": parse_strings,
     "prepare_inputs": parse_strings,
     "prepare_network": parse_network,
-    "fail_on_denied": parse_flag,
-    "args": _arguments,
-    "keep": parse_choice(*KEEPS),
-    "require_accel": parse_choice(*ACCELERATORS),
-    "junit_profile": parse_choice(*JUNIT_PROFILES),
 }

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_microvm.options import MACHINE
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
@@ -33,12 +35,12 @@ class Machines:
     """
 
     def __init__(self, config: pytest.Config) -> None:
-        from pytest_microvm.config import DEFAULT_TIMEOUT, load_settings  # noqa: PLC0415 - only when used
+        from pytest_microvm.config import DEFAULT_TIMEOUT, command_line, load_settings  # noqa: PLC0415 - if used
         from pytest_microvm.host import Host  # noqa: PLC0415
         from pytest_microvm.termination import interrupt_on_sigterm  # noqa: PLC0415
 
         self._config = config
-        self.settings: Settings = load_settings(config.rootpath, options(config))
+        self.settings: Settings = load_settings(config.rootpath, command_line(config))
         self.host: Host = Host(
             project=config.rootpath,
             require_accel=self.settings.require_accel,
@@ -110,14 +112,6 @@ class Machines:
             reporter.write_line(f"microvm: {line}")
 
 
-def options(config: pytest.Config) -> dict[str, Any]:
-    """Return the command line's settings; ``None`` where an option was not given."""
-    from pytest_microvm.spec import PARSERS  # noqa: PLC0415 - only runs that use a fixture
-
-    keys = (*PARSERS, "pool", "keep", "retries", "artifacts", "fail_on_denied", "require_accel")
-    return {key: config.getoption(f"microvm_{key}") for key in keys}
-
-
 def machines(config: pytest.Config) -> Machines:
     """Return this run's machines, made when a fixture first needs one."""
     if _runs not in config.stash:
@@ -178,9 +172,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Make the marker known."""
     config.addinivalue_line(
         "markers",
-        "microvm(image, cpus, memory, disk, pids, timeout, cpu_seconds, output, lifetime, network, "
-        "network_bytes, connections, bandwidth, hosts, credentials, secrets, mounts): what the machine of "
-        "the microvm fixtures is made of, and what it may use, reach and hold.",
+        f"{MARKER}({', '.join(option.name for option in MACHINE)}): what the machine of the microvm fixtures "
+        "is made of, and what it may use, reach and hold.",
     )
 
 

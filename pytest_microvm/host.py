@@ -24,7 +24,8 @@ from pytest_microvm.instance import BOOT_TIMEOUT, Instance, MachineFacts
 from pytest_microvm.machine import MicroVM
 from pytest_microvm.network.rules import Policy, parse_rules
 from pytest_microvm.nofollow import refuse_links
-from pytest_microvm.spec import RESOURCE_PARSERS, Limits, MachineSpec, Resources, parse_size
+from pytest_microvm.options import QUOTAS
+from pytest_microvm.spec import Limits, MachineSpec, Resources, parse_size
 from pytest_microvm.templates.budget import HostBudget, default_limits
 from pytest_microvm.templates.chain import Base, Chain, Step, guest_code_archive
 from pytest_microvm.templates.pool import Pool
@@ -536,7 +537,7 @@ class Host:
 
 def _limits(spec: MachineSpec, image: Image, timeout: float | None) -> Limits:
     """Return what a machine may use: what the spec says, else the image's kit, else the defaults."""
-    given = {name: getattr(spec, name) for name in RESOURCE_PARSERS if getattr(spec, name) is not None}
+    given = {o.name: getattr(spec, o.name) for o in QUOTAS if getattr(spec, o.name) is not None}
     return Limits(**{"timeout": timeout, **image.resources, **given})
 
 

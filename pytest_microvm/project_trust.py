@@ -18,13 +18,14 @@ from typing import Any
 
 import platformdirs
 
+from pytest_microvm import options
 from pytest_microvm.checkout import OWN_REMOTE, Checkout, checked_out, matches
 from pytest_microvm.errors import UsageError
 
 VARIABLE = "PYTEST_MICROVM_TRUST"
 """``1`` where whoever starts the run answers for the project, such as a CI job on branches of its own."""
 
-GRANTS = ("image", "network", "prepare_network", "hosts", "credentials", "secrets", "mounts")
+GRANTS = ("image", "prepare_network", *(option.name for option in options.GRANTS))
 """The keys of the configuration that need it; an image does if its kit is the project's own."""
 
 ANY_BRANCH = "any branch"

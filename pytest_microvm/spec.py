@@ -6,23 +6,20 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pytest_microvm.credentials import CredentialSpec, parse_credentials
 from pytest_microvm.errors import UsageError
 from pytest_microvm.mounts import Mount, parse_mounts
+from pytest_microvm.options import BY_NAME, MACHINE, QUOTAS, Kind, Option
 from pytest_microvm.reach import Place, parse_hosts, parse_network
 from pytest_microvm.secret_values import Secret, parse_secrets
 
 _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 _SIZE = re.compile(r"(\d{1,18})\s*(?:([KMGT])i?)?B?", re.IGNORECASE | re.ASCII)
 
-MIN_MEMORY = 128 * 1024**2
-MIN_DISK = 16 * 1024**2
-MAX_CPUS = 64
-MIN_THROTTLE = 0.05
-MAX_PIDS = 4 * 1024**2  # Linux's own limit (PID_MAX_LIMIT)
 DEFAULT_OUTPUT = 64 * 1024**2
 """Bytes of output that one command or test may produce where nothing else is said."""
 
@@ -62,12 +59,13 @@ def parse_cpus(value: object, name: str) -> float:
     Raises:
         UsageError: It is no such number.
     """
+    least, most = BY_NAME["cpus"].least, BY_NAME["cpus"].most
     text = str(value).strip()
     number = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text, re.ASCII) else 0.0
-    if isinstance(value, bool) or not MIN_THROTTLE <= number <= MAX_CPUS:
+    if isinstance(value, bool) or not least <= number <= most:
         raise UsageError(
             f"{name}: {value!r} is not a number of vCPUs",
-            resolution=f"write a number from {MIN_THROTTLE} to {MAX_CPUS}; 0.5 is one vCPU half of the time",
+            resolution=f"write a number from {least} to {most}; 0.5 is one vCPU half of the time",
         )
     return int(number) if number.is_integer() else number
 
@@ -77,33 +75,16 @@ def format_cpus(cpus: float) -> str:
     return f"{cpus:g}"
 
 
-def parse_pids(value: object, name: str) -> int:
-    """Return a number of processes and threads, at least 1.
-
-    Raises:
-        UsageError: It is not one.
-    """
-    return _parse_count(value, name, "processes", MAX_PIDS)
-
-
-def parse_connections(value: object, name: str) -> int:
-    """Return a number of connections, at least 1.
-
-    Raises:
-        UsageError: It is not one.
-    """
-    return _parse_count(value, name, "connections", 10**9 - 1)
-
-
-def _parse_count(value: object, name: str, what: str, most: int) -> int:
+def _parse_count(option: Option, value: object, name: str) -> int:
     text = str(value).strip()
     if (
         isinstance(value, bool)
         or not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII)
-        or not 1 <= int(text) <= most
+        or not option.least <= int(text) <= option.most
     ):
         raise UsageError(
-            f"{name}: {value!r} is not a number of {what}", resolution="write a whole number, such as 100"
+            f"{name}: {value!r} is not a number of {option.unit}",
+            resolution="write a whole number, such as 100",
         )
     return int(text)
 
@@ -171,8 +152,9 @@ class MachineSpec:
     mounts: tuple[Mount, ...] = ()
 
     def __post_init__(self) -> None:
-        check_minimum("memory", "memory", self.memory)
-        check_minimum("disk", "disk", self.disk)
+        for option in QUOTAS:
+            if option.kind == "size":
+                check_minimum(option.name, option.name, getattr(self, option.name))
 
     def with_changes(self, values: Mapping[str, Any], where: str) -> MachineSpec:
         """Return a spec with ``values`` (as people write them) put in.
@@ -196,20 +178,17 @@ class MachineSpec:
 
 
 def check_minimum(where: str, name: str, size: int | None) -> None:
-    """Refuse a ``memory`` or ``disk`` that no machine can start with.
+    """Refuse a size of a machine that is too small for it to start, such as of its ``memory``.
 
     Raises:
         UsageError: It is too small.
     """
-    least, purpose = _LEAST[name]
-    if size is not None and size < least:
+    option = BY_NAME[name]
+    if size is not None and size < option.least:
         raise UsageError(
-            f"{where}: {format_size(size)} is too little {purpose}",
-            resolution=f"give at least {format_size(least)}",
+            f"{where}: {format_size(size)} is too little {option.least_for}",
+            resolution=f"give at least {format_size(int(option.least))}",
         )
-
-
-_LEAST = {"memory": (MIN_MEMORY, "to boot"), "disk": (MIN_DISK, "for a file system")}
 
 
 def _parse_image(value: object, name: str) -> str:
@@ -218,54 +197,31 @@ def _parse_image(value: object, name: str) -> str:
     return value
 
 
-RESOURCE_PARSERS: dict[str, Callable[[object, str], Any]] = {
+_BY_KIND: dict[Kind, Callable[[object, str], Any]] = {
+    "kit": _parse_image,
     "cpus": parse_cpus,
-    "memory": parse_size,
-    "disk": parse_size,
-    "pids": parse_pids,
-    "timeout": parse_seconds,
-    "cpu_seconds": parse_seconds,
-    "output": parse_size,
-    "lifetime": parse_seconds,
-    "network_bytes": parse_size,
-    "connections": parse_connections,
-    "bandwidth": parse_size,
-}
-"""How each quota is read: the keys that configuration, marker, fixture, command line and kit all take."""
-
-GRANT_PARSERS: dict[str, Callable[[object, str], Any]] = {
-    "network": parse_network,
+    "size": parse_size,
+    "seconds": parse_seconds,
+    "rules": parse_network,
     "hosts": parse_hosts,
     "credentials": parse_credentials,
     "secrets": parse_secrets,
     "mounts": lambda value, name: parse_mounts(value, name, Path.cwd()),
 }
-"""How what a machine may reach and hold is read."""
 
 PARSERS: dict[str, Callable[[object, str], Any]] = {
-    "image": _parse_image,
-    **RESOURCE_PARSERS,
-    **GRANT_PARSERS,
+    option.name: partial(_parse_count, option) if option.kind == "count" else _BY_KIND[option.kind]
+    for option in MACHINE
 }
+"""How each field of a spec is read as people write it."""
 
 
 @dataclass(frozen=True)
 class Limits:
     """What a running machine may use, nothing left open; its memory and disk are what it is made of.
 
-    Args:
-        cpus: CPUs; see :attr:`throttle`.
-        memory: Bytes of RAM.
-        disk: Bytes it may write.
-        pids: Processes and threads at the same time; ``None`` here and below: as many as it can.
-        timeout: Seconds one test or command may take.
-        cpu_seconds: Seconds of CPU time.
-        output: Bytes of stdout and stderr of one command or test; ``None``: what is collected is limited
-            to :data:`DEFAULT_OUTPUT`, what is read as it comes is not.
-        lifetime: Seconds it may exist.
-        network_bytes: Bytes it may send to and receive from the network.
-        connections: Connections it may make in total.
-        bandwidth: Bytes a second, both directions together.
+    The quotas are those of :class:`MachineSpec`; ``None`` means: as much as it can. Without ``output`` what
+    is collected is limited to :data:`DEFAULT_OUTPUT`, what is read as it comes is not.
     """
 
     cpus: float

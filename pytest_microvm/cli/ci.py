@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_microvm.config import ACCELERATORS
 from pytest_microvm.errors import UsageError
+from pytest_microvm.options import BY_NAME
 from pytest_microvm.sanitize import sanitize, sanitize_line
 from pytest_microvm.spec import format_size
 
@@ -81,9 +81,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     how.add_argument("--fail-fast", action="store_true", help="end the run with the first failure")
     how.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    how.add_argument(
-        "--require-accel", choices=ACCELERATORS, help="fail unless machines run with this accelerator"
-    )
+    how.add_argument("--require-accel", **BY_NAME["require_accel"].arguments())
     how.add_argument(
         "--output", type=Path, default=_OUTPUT, metavar="DIR",
         help="where the results go (default: microvm-ci); an earlier run's are replaced",

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.images.debian import MODES
 from pytest_microvm.images.store import ImageStore, cache_root
+from pytest_microvm.options import QUOTAS
 from pytest_microvm.progress import Progress
-from pytest_microvm.spec import RESOURCE_PARSERS, format_size
+from pytest_microvm.spec import format_size
 
 if TYPE_CHECKING:
     import argparse
@@ -128,10 +129,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     print(f"architecture  {image.architecture}")
     print(f"kit           {entry.kit}{'' if entry.current else ' (changed since)'}")
     print(f"size          {_megabytes(entry.size_bytes)}")
-    for name in (name for name in RESOURCE_PARSERS if name in image.resources):
-        amount = image.resources[name]
-        shown = format_size(int(amount)) if name in ("memory", "disk", "output") else f"{amount:g}"
-        print(f"{name:<13} {shown}")
+    for quota in (quota for quota in QUOTAS if quota.name in image.resources):
+        amount = image.resources[quota.name]
+        print(f"{quota.name:<13} {format_size(int(amount)) if quota.kind == 'size' else f'{amount:g}'}")
     for role, path in image.files().items():
         print(f"{role:<13} {path}")
     for name, value in image.environment:

@@ -142,7 +142,7 @@ def _spec(arguments: argparse.Namespace) -> MachineSpec:
     Raises:
         UsageError: An option cannot be used.
     """
-    if arguments.keep and arguments.secret:
+    if arguments.keep and arguments.secrets:
         raise UsageError(
             "--keep and --secret exclude each other",
             details="a kept machine's memory is a file, and the secret would be in it",

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import KitError, UsageError
 from pytest_microvm.network.rules import parse_rules
+from pytest_microvm.options import QUOTAS
 from pytest_microvm.reach import parse_network
-from pytest_microvm.spec import RESOURCE_PARSERS, check_minimum
+from pytest_microvm.spec import PARSERS, check_minimum
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,15 +114,16 @@ def parse_resources(path: Path, key: str, value: object) -> dict[str, float]:
         raise bad_value(
             path, key, f"{value!r} is not a table", f'write [{key}] and lines such as memory = "512M"'
         )
+    known = {quota.name: quota for quota in QUOTAS}
     parsed = {}
     for name, item in value.items():
         where = f"{path}: {key}.{name}"
-        if name not in RESOURCE_PARSERS:
-            known = ", ".join(sorted(RESOURCE_PARSERS))
-            raise bad_value(path, f"{key}.{name}", "unknown key", f"known keys: {known}")
+        if name not in known:
+            names = ", ".join(sorted(known))
+            raise bad_value(path, f"{key}.{name}", "unknown key", f"known keys: {names}")
         try:
-            parsed[name] = RESOURCE_PARSERS[name](item, where)
-            if name in ("memory", "disk"):
+            parsed[name] = PARSERS[name](item, where)
+            if known[name].kind == "size":
                 check_minimum(where, name, parsed[name])
         except UsageError as error:
             raise KitError(error.brief, details=error.details, resolution=error.resolution) from error

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pytest_microvm.errors import UsageError
+from pytest_microvm.options import BY_NAME, GRANTS
 from pytest_microvm.remote.arguments import (
     ACTING,
     REFUSED,
@@ -35,9 +36,7 @@ _WRITING = frozenset(["--basetemp", "--log-file"])  # both sides obey them where
 
 _HOST_PLUGINS_OFF = frozenset(["no:cacheprovider"])
 _OURS = "--microvm"
-_GRANTING = frozenset(
-    f"--microvm-{name}" for name in ("image", "network", "host", "credential", "secret", "mount")
-)
+_GRANTING = frozenset(f"--microvm-{option.word}" for option in (BY_NAME["image"], *GRANTS))
 _NAMING_FOLDERS = frozenset(["--microvm-artifacts"])
 _INTERNAL = frozenset(["--microvm-launched"])
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pytest_microvm.reach import parse_network
 from pytest_microvm.remote.backend import TestLimits
-from pytest_microvm.spec import RESOURCE_PARSERS
+from pytest_microvm.spec import PARSERS
 
 if TYPE_CHECKING:
     import pytest
@@ -34,7 +34,7 @@ def limits_of(item: pytest.Item, options: RunOptions) -> TestLimits:
         names = {"timeout", "output"}
     for marker in item.iter_markers(MARKER):
         for name in sorted(names & set(marker.kwargs)):
-            value = RESOURCE_PARSERS[name](marker.kwargs[name], f"@pytest.mark.{MARKER}: {name}")
+            value = PARSERS[name](marker.kwargs[name], f"@pytest.mark.{MARKER}: {name}")
             limit = getattr(limits, name)
             limits = replace(limits, **{name: value if limit is None else min(limit, value)})
         if options.isolation == "test" and "network" in marker.kwargs:

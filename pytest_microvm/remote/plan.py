@@ -9,35 +9,23 @@ from pathlib import Path
 
 import pytest
 
+from pytest_microvm.config import command_line
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git_repository import find_checkout
 from pytest_microvm.nofollow import refuse_links
 from pytest_microvm.remote.backend import Settings
 from pytest_microvm.remote.launch import AUTOLOAD, Launch
-from pytest_microvm.spec import PARSERS
 
 # Variables that change what pytest itself does or shows, and say nothing about this host.
 _PASSED = (AUTOLOAD, "TZ", "LANG", "LC_ALL", "NO_COLOR", "FORCE_COLOR", "PY_COLORS")
-_OWN = (
-    "isolation",
-    "pool",
-    "retries",
-    "artifacts",
-    "fail_on_denied",
-    "require_accel",
-    "keep",
-    "junit_profile",
-)
-_OPTIONS = (*PARSERS, *_OWN)
 
 
 def settings_from(config: pytest.Config, launch: Launch | None) -> Settings:
     """Return what the command line says about machines; ``launch`` is for a launched run."""
-    given = {key: config.getoption(f"microvm_{key}", None) for key in _OPTIONS}
     worker = getattr(config, "workerinput", None) or {}
     count = worker.get("workercount") or getattr(config.option, "numprocesses", None) or 0
     return Settings(
-        values={key: value for key, value in given.items() if value is not None},
+        values=command_line(config),
         rootdir=config.rootpath,
         written=config.rootpath if launch is None else launch.reports,
         worker=str(worker.get("workerid", "")),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_microvm.errors import UsageError
+from pytest_microvm.options import BY_NAME, QUOTAS
 from pytest_microvm.project_trust import notes, shown
 from pytest_microvm.spec import MachineSpec
 
@@ -33,13 +34,10 @@ class Key(NamedTuple):
     about: str
 
 
+_QUOTAS = tuple(quota.name for quota in QUOTAS if "tox" not in quota.absent)
 KEYS: Mapping[str, Key] = {
-    "image": Key(str, "python", "the kit whose image the machine has"),
-    "cpus": Key(str, "", "CPUs, such as 2 or 0.5"),
-    "memory": Key(str, "", "memory, such as 1G"),
-    "disk": Key(str, "", "what it may write to its disk, such as 4G"),
-    "pids": Key(str, "", "processes and threads at the same time"),
-    "timeout": Key(str, "", "seconds that one command may take"),
+    "image": Key(str, BY_NAME["image"].default, BY_NAME["image"].help),
+    **{name: Key(str, "", BY_NAME[name].help) for name in _QUOTAS},
     "network": Key(list[str], [], "rules of what the commands may reach"),
     "prepare_network": Key(list[str], ["pip"], "rules of what the installation may reach"),
     "hosts": Key(list[str], [], "where names lead, NAME=ADDRESS[:PORT]"),
@@ -49,7 +47,6 @@ KEYS: Mapping[str, Key] = {
 }
 """Each is written with ``microvm_`` in front."""
 
-_QUOTAS = ("cpus", "memory", "disk", "pids", "timeout")
 _GRANTS = ("network", "hosts", "secrets", "credentials")
 _OPTIONS = {
     "image": "microvm_image",

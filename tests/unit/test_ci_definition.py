@@ -18,7 +18,7 @@ from pytest_microvm.ci.definition.schema import definition_schema
 from pytest_microvm.ci.job import Job, Step
 from pytest_microvm.config import load_settings
 from pytest_microvm.errors import UsageError
-from pytest_microvm.spec import GRANT_PARSERS, RESOURCE_PARSERS, MachineSpec
+from pytest_microvm.spec import PARSERS, MachineSpec
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -123,9 +123,7 @@ def test_everything():
 def test_every_key_of_a_job_is_said_there():
     said = tomllib.loads(EVERYTHING)["ci"]["jobs"]["test"]
     assert set(said) | {"matrix"} == set(KEYS)
-    assert set(SPEC_KEYS) == {
-        "image", *RESOURCE_PARSERS, *GRANT_PARSERS,
-    } - {"timeout", "lifetime", "credentials", "secrets", "mounts"}  # fmt: skip
+    assert set(SPEC_KEYS) == set(PARSERS) - {"timeout", "lifetime", "credentials", "secrets", "mounts"}
 
 
 def test_what_a_branch_may_have():

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from junitparser import xunit2
 
-from pytest_microvm import config
 from pytest_microvm.errors import UsageError
+from pytest_microvm.options import BY_NAME
 from pytest_microvm.reports.checking import check_report
 from pytest_microvm.reports.merging import merged
 from pytest_microvm.reports.profiles import PROFILES, profile_named
@@ -309,4 +309,4 @@ def test_an_unknown_profile():
 
 
 def test_the_configuration_knows_them():
-    assert list(PROFILES) == list(config.JUNIT_PROFILES)
+    assert list(PROFILES) == list(BY_NAME["junit_profile"].choices)

@@ -5,25 +5,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_microvm.errors import UsageError
+from pytest_microvm.options import BY_NAME, QUOTAS
 from pytest_microvm.reach import parse_hosts, parse_network
 from pytest_microvm.spec import (
-    MAX_CPUS,
-    MAX_PIDS,
-    MIN_DISK,
-    MIN_MEMORY,
     PARSERS,
-    RESOURCE_PARSERS,
     Limits,
     MachineSpec,
     format_size,
-    parse_connections,
     parse_cpus,
-    parse_pids,
     parse_seconds,
     parse_size,
 )
 
 MANY_DIGITS = "9" * 5000
+MAX_CPUS = BY_NAME["cpus"].most
+MAX_PIDS = BY_NAME["pids"].most
 
 
 @pytest.mark.parametrize(
@@ -88,13 +84,13 @@ def test_a_fraction_is_rounded_up_to_whole_vcpus_that_are_throttled(cpus, vcpus,
 
 @pytest.mark.parametrize("written", [1, "64", MAX_PIDS])
 def test_pids(written):
-    assert parse_pids(written, "pids") == int(written)
+    assert PARSERS["pids"](written, "pids") == int(written)
 
 
 @pytest.mark.parametrize("written", [0, -1, True, None, 1.5, "many", "", MAX_PIDS + 1, MANY_DIGITS])
 def test_what_is_not_a_number_of_processes(written):
     with pytest.raises(UsageError, match=r"pids: .* is not a number of processes"):
-        parse_pids(written, "pids")
+        PARSERS["pids"](written, "pids")
 
 
 @pytest.mark.parametrize(
@@ -151,16 +147,17 @@ def test_changes_that_cannot_be(changes, brief):
 def test_an_unknown_key_is_answered_with_the_known_ones():
     with pytest.raises(UsageError) as caught:
         MachineSpec().with_changes({"ram": 1}, "pyproject.toml")
-    known = sorted([*RESOURCE_PARSERS, "credentials", "hosts", "image", "mounts", "network", "secrets"])
-    assert caught.value.resolution == f"known keys: {', '.join(known)}"
+    assert caught.value.resolution == f"known keys: {', '.join(sorted(PARSERS))}"
 
 
 def test_the_smallest_machine_is_allowed():
-    assert MachineSpec(memory=MIN_MEMORY, disk=MIN_DISK).memory == MIN_MEMORY
+    least = {name: int(BY_NAME[name].least) for name in ("memory", "disk")}
+    assert MachineSpec(**least).memory == 128 * 1024**2
 
 
-def test_every_field_can_be_written_by_people():
-    assert set(PARSERS) == set(MachineSpec.__dataclass_fields__)
+def test_every_option_of_a_machine_is_a_field():
+    assert list(PARSERS) == list(MachineSpec.__dataclass_fields__)
+    assert [quota.name for quota in QUOTAS] == list(Limits.__dataclass_fields__)
 
 
 def test_where_names_lead_is_written_in_two_ways():
@@ -197,4 +194,4 @@ def test_one_rule_is_a_list_of_one():
 @pytest.mark.parametrize("value", [0, -1, True, "many", 10**9])
 def test_what_is_no_number_of_connections(value):
     with pytest.raises(UsageError, match="not a number of connections"):
-        parse_connections(value, "connections")
+        PARSERS["connections"](value, "connections")

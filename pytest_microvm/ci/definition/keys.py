@@ -33,8 +33,9 @@ from pytest_microvm.ci.definition.values import (
 from pytest_microvm.ci.job import DEFAULT_RETRIES, DEFAULT_TIMEOUT
 from pytest_microvm.config import parse_count, parse_flag
 from pytest_microvm.credentials import SCHEMES
+from pytest_microvm.options import BY_NAME, QUOTAS, Option
 from pytest_microvm.secret_values import KINDS, Delivery
-from pytest_microvm.spec import MAX_CPUS, MAX_PIDS, MIN_DISK, MIN_MEMORY, MIN_THROTTLE, PARSERS
+from pytest_microvm.spec import PARSERS
 
 JOB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 
@@ -91,10 +92,6 @@ _SIZE_TEXT = {
 }
 
 
-def _size(least: int = 1) -> Schema:
-    return {"anyOf": [{"type": "integer", "minimum": least}, _SIZE_TEXT]}
-
-
 def _whole(least: int, most: int) -> Schema:
     return {"type": "integer", "minimum": least, "maximum": most}
 
@@ -102,6 +99,21 @@ def _whole(least: int, most: int) -> Schema:
 def _table(properties: Mapping[str, Schema], **more: Any) -> Schema:
     return {"type": "object", "properties": properties, "additionalProperties": False, **more}
 
+
+def _quota(option: Option) -> Key:
+    """Return the key of a quota: sizes are texts or numbers, all else is a number without quotes."""
+    if option.kind == "size":
+        least = {"type": "integer", "minimum": max(1, option.least)}
+        return Key(parse_with_minimum(option.name), {"anyOf": [least, _SIZE_TEXT]}, option.about)
+    schema: Schema = {"type": "number", "exclusiveMinimum": 0}
+    if option.kind == "count":
+        schema = _whole(int(option.least), option.most)
+    elif option.kind == "cpus":
+        schema = {"type": "number", "minimum": option.least, "maximum": option.most}
+    return Key(without_quotes(PARSERS[option.name]), schema, option.about)
+
+
+_QUOTAS = {option.name: _quota(option) for option in QUOTAS if "ci" not in option.absent}
 
 STEP_KEYS: dict[str, Key] = {
     "run": Key(parse_command, _COMMAND, "the command, for the machine's `/bin/sh -e`"),
@@ -119,7 +131,12 @@ STEP_KEYS: dict[str, Key] = {
 """The keys of a step that is a table."""
 
 KEYS: dict[str, Key] = {
-    "image": Key(PARSERS["image"], _TEXT, "the image: a kit's name or path; default `python`", matrix=True),
+    "image": Key(
+        PARSERS["image"],
+        _TEXT,
+        f"{BY_NAME['image'].about}; default `{BY_NAME['image'].default}`",
+        matrix=True,
+    ),
     "steps": Key(
         parse_steps,
         {
@@ -205,11 +222,11 @@ KEYS: dict[str, Key] = {
     ),
     "git": Key(parse_flag, _FLAG, "whether it gets a repository with history; default: the files alone"),
     "fail_on_denied": Key(parse_flag, _FLAG, "whether it fails if it tries to reach what it may not"),
-    "network": Key(PARSERS["network"], _RULES, "rules of what it may reach", matrix=True, trust=True),
+    "network": Key(PARSERS["network"], _RULES, BY_NAME["network"].about, matrix=True, trust=True),
     "hosts": Key(
         parse_hosts,
         {"type": "object", "additionalProperties": {"type": "string"}},
-        "where names lead",
+        BY_NAME["hosts"].about,
         trust=True,
     ),
     "secrets": Key(
@@ -224,7 +241,7 @@ KEYS: dict[str, Key] = {
             },
             "additionalProperties": False,
         },
-        "values that it may hold, and `branches`: which may",
+        f"{BY_NAME['secrets'].about}, and `branches`: which may hold it",
         trust=True,
     ),
     "credentials": Key(
@@ -241,37 +258,12 @@ KEYS: dict[str, Key] = {
                 required=["host", "value"],
             ),
         },
-        "what is added to its requests, and `branches`: for which",
+        f"{BY_NAME['credentials'].about}, and `branches`: for which",
         trust=True,
     ),
-    "cpus": Key(
-        without_quotes(PARSERS["cpus"]),
-        {"type": "number", "minimum": MIN_THROTTLE, "maximum": MAX_CPUS},
-        "CPUs of its machine",
-    ),
-    "memory": Key(parse_with_minimum("memory"), _size(MIN_MEMORY), "memory of its machine"),
-    "disk": Key(parse_with_minimum("disk"), _size(MIN_DISK), "what it may write to its disk"),
-    "pids": Key(
-        without_quotes(PARSERS["pids"]), _whole(1, MAX_PIDS), "processes and threads at the same time"
-    ),
-    "cpu_seconds": Key(
-        without_quotes(PARSERS["cpu_seconds"]),
-        {"type": "number", "exclusiveMinimum": 0},
-        "CPU time that it may use",
-    ),
-    "output": Key(PARSERS["output"], _size(), "what one step may print"),
-    "network_bytes": Key(
-        PARSERS["network_bytes"], _size(), "what it may send to and receive from the network"
-    ),
-    "connections": Key(
-        without_quotes(PARSERS["connections"]), _whole(1, 10**9 - 1), "how many connections it may make"
-    ),
-    "bandwidth": Key(PARSERS["bandwidth"], _size(), "bytes a second over the network"),
+    **_QUOTAS,
 }
 """The keys of a job, in the order in which the reference tells them."""
 
-SPEC_KEYS = (
-    *("image", "network", "hosts", "cpus", "memory", "disk", "pids", "cpu_seconds", "output"),
-    *("network_bytes", "connections", "bandwidth"),
-)
+SPEC_KEYS = ("image", "network", "hosts", *_QUOTAS)
 """Those that are fields of the machine's spec."""

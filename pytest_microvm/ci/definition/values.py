@@ -60,7 +60,7 @@ def unknown_key(where: str, key: str, known: Collection[str]) -> UsageError:
 
 
 def parse_with_minimum(name: str) -> Callable[[object, str], int]:
-    """Return a parser for a size of the spec that has a least value: ``memory``, ``disk``."""
+    """Return a parser for a size of the spec, which may have a least value."""
 
     def parse(value: object, where: str) -> int:
         size: int = PARSERS[name](value, where)

@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_microvm.config import ACCELERATORS
 from pytest_microvm.errors import UsageError
+from pytest_microvm.options import BY_NAME
 from pytest_microvm.reports.profiles import PROFILES
 
 MODES = ("pytest", "ci")
 _FILE = "inputs.json"
+_ACCELERATORS = BY_NAME["require_accel"].choices
 _FOR_CI = ("branches", "definition-from")
 # What an input says, and so `args` does not.
 _SET = {
@@ -119,7 +120,7 @@ def read_inputs(environ: Mapping[str, str], folder: Path) -> Inputs:
         junit_profile=_choice("junit-profile", given("junit-profile") or "github", tuple(PROFILES)),
         branches=tuple(given("branches").split()),
         definition_from=given("definition-from"),
-        require_accel=_choice("require-accel", given("require-accel"), ("", *ACCELERATORS)),
+        require_accel=_choice("require-accel", given("require-accel"), ("", *_ACCELERATORS)),
         trust=_choice("trust", given("trust") or "false", ("true", "false")) == "true",
         cache_key=_cache_key(given("cache-key")),
         default_branch=given("default-branch"),

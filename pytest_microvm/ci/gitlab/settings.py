@@ -14,7 +14,8 @@ from pytest_microvm.ci.gitlab.holding import spec_of
 from pytest_microvm.config import parse_choice
 from pytest_microvm.errors import UsageError
 from pytest_microvm.network.rules import parse_rules
-from pytest_microvm.spec import PARSERS, parse_seconds
+from pytest_microvm.options import MACHINE
+from pytest_microvm.spec import parse_seconds
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,7 +30,7 @@ GITLAB = "gitlab"
 _SHELLS = ("bash", "sh")
 _OUTPUTS = ("safe", "raw")
 _FOLDER = re.compile(r"/[\w./-]{1,200}", re.ASCII)
-_MACHINE_KEYS = set(PARSERS) - {"image", "lifetime", "timeout"}  # these have keys of their own
+_MACHINE_KEYS = {option.name for option in MACHINE if "gitlab" not in option.absent}
 
 
 @dataclass(frozen=True)
