@@ -112,7 +112,7 @@ class MountConflict(MachineError):
         self.paths = paths
 
 
-_BYTES = frozenset({"memory", "disk", "output", "network_bytes"})
+_BYTES = frozenset({"memory", "disk", "output", "network_bytes", "bandwidth"})
 _SECONDS = frozenset({"timeout", "cpu_seconds", "lifetime"})
 
 

@@ -12,6 +12,7 @@ from _pytest.junitxml import xml_key
 
 import pytest_microvm
 from pytest_microvm import config, errors, fixtures, hookspecs, spec
+from pytest_microvm.ci.definition.keys import SPEC_KEYS
 from pytest_microvm.cli import _parser
 from pytest_microvm.events import Event
 from pytest_microvm.images import kit_keys
@@ -19,6 +20,7 @@ from pytest_microvm.instance import MachineFacts, Usage
 from pytest_microvm.junit import properties
 from pytest_microvm.machine import MicroVM
 from pytest_microvm.network.log import NetworkRequest
+from pytest_microvm.options import BY_NAME, MACHINE, OPTIONS, QUOTAS
 from pytest_microvm.process import GuestProcess
 from pytest_microvm.remote.arguments import REFUSED
 from pytest_microvm.remote.backend import BackendFacts
@@ -46,6 +48,13 @@ def rows(text):
     """Return the code words of the first column of every table."""
     first = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
     return {word for cell in first for word in re.findall(r"`([^`]+)`", cell)}
+
+
+def cells(text, name):
+    """Return the cells behind the first one of the row for ``name``, without links and code marks."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
+    line = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", line).replace("`", "")
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[2:-1]]
 
 
 def section(text, title):
@@ -106,17 +115,43 @@ def test_every_refused_option():
     assert [name for name in REFUSED if name not in spellings and f"`{name}`" not in text] == []
 
 
+def test_every_option_as_declared():
+    options_page = page("options.md")
+    for option in OPTIONS:
+        _value, default, text = cells(options_page, f"--microvm-{option.word}")
+        assert (default, text[: len(option.about)]) == (option.default, option.about)
+        assert f"--microvm-{option.word}" in cells(options_page, option.name)[1]
+
+
 def test_defaults():
-    text = section(page("options.md"), "Command line")
     settings = config.Settings()
-    for option, default in {
-        "--microvm-isolation": settings.isolation,
-        "--microvm-image": settings.spec.image,
-        "--microvm-timeout": f"{config.DEFAULT_TIMEOUT:g}",
-        "--microvm-keep": settings.keep,
+    for name, default in {
+        "isolation": settings.isolation,
+        "image": settings.spec.image,
+        "timeout": f"{config.DEFAULT_TIMEOUT:g}",
+        "output": spec.format_size(spec.DEFAULT_OUTPUT),
+        "retries": str(settings.retries),
+        "keep": settings.keep,
     }.items():
-        row = next(line for line in text.splitlines() if line.startswith(f"| `{option}` |"))
-        assert f"`{default}`" in row.split("|")[3]
+        assert BY_NAME[name].default == default
+
+
+# quotas.md, ci-definition.md
+
+
+def test_every_quota():
+    table = page("quotas.md").split("\n## ")[0]
+    assert rows(table) == {quota.name for quota in QUOTAS}
+
+
+def test_quotas_that_are_told_in_another_unit():
+    assert {quota.name for quota in QUOTAS if quota.kind == "size"} == errors._BYTES
+    assert {quota.name for quota in QUOTAS if quota.kind == "seconds"} == errors._SECONDS
+
+
+def test_every_option_of_a_job_as_declared():
+    for name in SPEC_KEYS:
+        assert cells(page("ci-definition.md"), name)[1].startswith(BY_NAME[name].about)
 
 
 # fixture-api.md
@@ -172,6 +207,11 @@ def test_every_error():
         tuple(cell.strip(" `") for cell in line[1:3]) for line in lines if len(line) > 3 and "`" in line[1]
     }
     assert told == tree
+
+
+def test_every_keyword_of_the_marker():
+    signature = re.search(r"`@pytest.mark.microvm\(([^)]*=\.\.\.)\)`", page("fixture-api.md"))[1]
+    assert re.findall(r"(\w+)=\.\.\.", signature) == [option.name for option in MACHINE]
 
 
 def test_every_fixture():
@@ -290,6 +330,8 @@ def test_every_option_and_key_of_tox():
         assert told[f"microvm_{name}"] in (
             [f"`{default}`"] if default else ["none", "the kit's", "the kit's, else 300"]
         )
+        if BY_NAME.get(name) in (BY_NAME["image"], *QUOTAS):
+            assert cells(text, f"microvm_{name}")[1].startswith(key.about)
 
 
 def test_what_tox_passes_by_default():
