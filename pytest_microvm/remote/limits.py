@@ -8,8 +8,11 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
+from pytest_microvm.errors import UsageError
+from pytest_microvm.options import BY_NAME
 from pytest_microvm.reach import parse_network
 from pytest_microvm.remote.backend import TestLimits
+from pytest_microvm.sanitize import sanitize_line
 from pytest_microvm.spec import PARSERS
 
 if TYPE_CHECKING:
@@ -18,6 +21,26 @@ if TYPE_CHECKING:
     from pytest_microvm.remote.backend import RunOptions
 
 MARKER = "microvm"
+_KEYS = frozenset(field.name for field in fields(TestLimits)) - {"counted"}
+
+
+def check_markers(item: pytest.Item) -> None:
+    """Check that the markers of ``item`` have only keys that can hold for one test.
+
+    Raises:
+        UsageError: One has another key: its machine has been made by then.
+    """
+    for marker in item.iter_markers(MARKER):
+        for name in marker.kwargs:
+            if name not in _KEYS:
+                known = name in BY_NAME
+                key = name if known else repr(sanitize_line(name, 80))
+                raise UsageError(
+                    f"{item.nodeid}: @pytest.mark.{MARKER}: {key} cannot be set for one test with --microvm",
+                    resolution=f"set it for all tests with --microvm-{BY_NAME[name].word}"
+                    if known
+                    else "remove it",
+                )
 
 
 def limits_of(item: pytest.Item, options: RunOptions) -> TestLimits:
@@ -29,9 +52,9 @@ def limits_of(item: pytest.Item, options: RunOptions) -> TestLimits:
     Impossible values were refused when the tests were collected.
     """
     limits = TestLimits(options.timeout, options.output)
-    names = {field.name for field in fields(limits)} - {"counted", "network"}
+    names = _KEYS - {"network"}
     if options.isolation != "test":
-        names = {"timeout", "output"}
+        names = frozenset({"timeout", "output"})
     for marker in item.iter_markers(MARKER):
         for name in sorted(names & set(marker.kwargs)):
             value = PARSERS[name](marker.kwargs[name], f"@pytest.mark.{MARKER}: {name}")

@@ -23,6 +23,7 @@ from pytest_microvm.remote.collected import Collected
 from pytest_microvm.remote.collection import Replay, raise_exit
 from pytest_microvm.remote.foreign_warnings import warning_message
 from pytest_microvm.remote.launch import launch_of
+from pytest_microvm.remote.limits import check_markers
 from pytest_microvm.remote.plan import (
     addopts_of,
     guest_environment,
@@ -174,6 +175,8 @@ class RemoteSuite:
         with _as_pytest_errors():
             self._replay = Replay(session, collected)
             self._replay.perform()
+            for item in session.items:
+                check_markers(item)
         return True
 
     def pytest_make_collect_report(self, collector: pytest.Collector) -> pytest.CollectReport:

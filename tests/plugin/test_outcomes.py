@@ -368,3 +368,19 @@ def test_random_numbers_differ_between_machines(project):
     project.microvm("--junitxml=out.xml").assert_outcomes(passed=2)
     numbers = [p.get("value") for p in written(project).iter("property") if p.get("name") == "number"]
     assert len(set(numbers)) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("disk='256M'", "disk cannot be set for one test with --microvm"),
+        ("memory='256M'", "set it for all tests with --microvm-memory"),
+        ("disc='256M'", "disc"),
+    ],
+)
+def test_a_marker_that_cannot_hold_for_one_test(project, key, said):
+    project.write(test_it=f"import pytest\n\n@pytest.mark.microvm({key})\ndef test_it():\n    pass")
+    result = project.microvm()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert said in result.stdout.str() + result.stderr.str()
+    result.assert_outcomes()

@@ -12,7 +12,7 @@ sys.path[0] = sys.argv[1]
 
 from pytest_microvm.guest import runner as guest  # noqa: E402 - the code folder comes first
 from pytest_microvm.guest.port import Port  # noqa: E402
-from pytest_microvm.guest.runner_requests import Runner  # noqa: E402
+from pytest_microvm.guest.runner_requests import Runner, reseed  # noqa: E402
 
 control = socket.socket(fileno=int(sys.argv[2]))
 
@@ -52,7 +52,7 @@ class ForkingRunner(Runner):
             control.sendall(pid.to_bytes(8, "big"))
 
 
-guest.reseed(sys.modules.get)
+reseed(sys.modules.get)
 forking = ForkingRunner(Port(next_descriptor(), "runner"), lambda message: {"skipped": ["everything"]})
 forking.template = True
 guest.start(forking)
