@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from measure import Samples, promise
 
-from pytest_microvm.host import Host
+from pytest_microvm.host.host import Host
 
 ROUNDS = 20
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from measure import Samples, promise
 
-from pytest_microvm.host import Host
+from pytest_microvm.host.host import Host
 from pytest_microvm.templates.runtime_folder import runtime_folder
 
 MACHINES = 100

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from measure import Samples, promise
 
-from pytest_microvm.host import Host
+from pytest_microvm.host.host import Host
 
 if TYPE_CHECKING:
     from pytest_microvm import MicroVM

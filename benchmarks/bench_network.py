@@ -22,8 +22,8 @@ from typing import Any
 import trustme
 from measure import Samples, promise
 
-from pytest_microvm.host import Host
-from pytest_microvm.machine import MicroVM
+from pytest_microvm.host.host import Host
+from pytest_microvm.machine.microvm import MicroVM
 
 DOWNLOAD = Path(__file__).with_name("download.py")
 CLIENT = "/run/download.py"  # in a machine

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from measure import promise
 
-from pytest_microvm.redaction import RedactedStream, Redactor
+from pytest_microvm.untrusted.redaction import RedactedStream, Redactor
 
 SIZE = 1_000_000  # characters
 PIECE = 65536

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from measure import Samples
 
-from pytest_microvm.host import Host, guest_code
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.host.host import Host, guest_code
+from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.templates.chain import Chain
 from pytest_microvm.templates.store import TemplateStore
 

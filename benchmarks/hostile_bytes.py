@@ -19,14 +19,14 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
+from pytest_microvm.agent.link import Drain, Link
+from pytest_microvm.agent.transfer import pull, read_file
 from pytest_microvm.errors import MachineError
 from pytest_microvm.guest.port import Port
-from pytest_microvm.link import Drain, Link
-from pytest_microvm.remote.backend import CollectPlan, TestLimits
-from pytest_microvm.remote.collected import Collected
-from pytest_microvm.remote.session import RunnerSession
-from pytest_microvm.spec import DEFAULT_OUTPUT
-from pytest_microvm.transfer import pull, read_file
+from pytest_microvm.settings.spec import DEFAULT_OUTPUT
+from pytest_microvm.suite.backend import CollectPlan, TestLimits
+from pytest_microvm.suite.collected import Collected
+from pytest_microvm.suite.session import RunnerSession
 from pytest_microvm.wire.channel import Credit, Message
 from pytest_microvm.wire.frames import Kind, encode
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded, UsageError
-    from pytest_microvm.machine import MicroVM
-    from pytest_microvm.spec import MachineSpec
+    from pytest_microvm.machine.microvm import MicroVM
+    from pytest_microvm.settings.spec import MachineSpec
 
 _HOMES = {
     "MachineCrashed": "errors",
     "MachineError": "errors",
-    "MachineSpec": "spec",
-    "MicroVM": "host",
+    "MachineSpec": "settings.spec",
+    "MicroVM": "host.host",
     "MicroVMError": "errors",
     "QuotaExceeded": "errors",
     "UsageError": "errors",

@@ -48,7 +48,7 @@ def pytest_collection_finish():
 @pytest.fixture(scope="session")
 def host():
     """This computer, with the cache that its user has: images are built once, not for every test run."""
-    from pytest_microvm.host import Host  # noqa: PLC0415 - unit tests do without
+    from pytest_microvm.host.host import Host  # noqa: PLC0415 - unit tests do without
 
     computer = Host(say=print)
     yield computer

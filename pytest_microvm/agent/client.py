@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from pytest_microvm.errors import QuotaExceeded
-from pytest_microvm.redaction import Redactor
+from pytest_microvm.untrusted.redaction import Redactor
 
 if TYPE_CHECKING:
-    from pytest_microvm.link import Link
+    from pytest_microvm.agent.link import Link
 
 
 class AgentClient(Protocol):

@@ -10,9 +10,9 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import MicroVMError, UsageError
-from pytest_microvm.program_path import absolute_path
-from pytest_microvm.sanitize import sanitize
-from pytest_microvm.termination import interrupt_on_sigterm
+from pytest_microvm.terminal.termination import interrupt_on_sigterm
+from pytest_microvm.untrusted.program_path import absolute_path
+from pytest_microvm.untrusted.text import sanitize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.options import BY_NAME
-from pytest_microvm.sanitize import sanitize, sanitize_line
-from pytest_microvm.spec import format_size
+from pytest_microvm.settings.options import BY_NAME
+from pytest_microvm.settings.spec import format_size
+from pytest_microvm.untrusted.text import sanitize, sanitize_line
 
 if TYPE_CHECKING:
-    from pytest_microvm.ci.executor import Executor, Work
-    from pytest_microvm.ci.task import Plan
-    from pytest_microvm.host import Host
+    from pytest_microvm.ci.definition.task import Plan
+    from pytest_microvm.ci.running.executor import Executor, Work
+    from pytest_microvm.host.host import Host
 
 EXIT_INTERRUPTED = 130
 _OUTPUT = Path("microvm-ci")
@@ -110,11 +110,11 @@ def _schema(_arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     from rich.console import Console  # noqa: PLC0415 - only for the command
 
-    from pytest_microvm.ci import running  # noqa: PLC0415
-    from pytest_microvm.ci.live import live_watcher  # noqa: PLC0415
     from pytest_microvm.ci.results.history import History  # noqa: PLC0415
+    from pytest_microvm.ci.running import run as running  # noqa: PLC0415
+    from pytest_microvm.ci.running.live import live_watcher  # noqa: PLC0415
     from pytest_microvm.ci.sources.repository import CodeRepository  # noqa: PLC0415
-    from pytest_microvm.host import Host  # noqa: PLC0415
+    from pytest_microvm.host.host import Host  # noqa: PLC0415
     from pytest_microvm.reports.profiles import profile_named  # noqa: PLC0415
 
     named = arguments.repository is not None
@@ -165,7 +165,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _executor(arguments: argparse.Namespace, host: Host, work: Work, slots: int, project: Path) -> Executor:
     """Return what was asked for."""
-    from pytest_microvm.ci.local import LocalExecutor  # noqa: PLC0415
+    from pytest_microvm.ci.running.local import LocalExecutor  # noqa: PLC0415
     from pytest_microvm.cli import ci_worker  # noqa: PLC0415
 
     if arguments.executor == "local":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_microvm.ci.results.history import KEPT_DAYS, KEPT_RUNS, Case, Flaky, History
 from pytest_microvm.ci.results.result import EXIT_INFRA, VERDICTS, RunResult, TaskResult
 from pytest_microvm.images.store import cache_root
-from pytest_microvm.sanitize import safe_json, sanitize_line
+from pytest_microvm.untrusted.text import safe_json, sanitize_line
 
 if TYPE_CHECKING:
     from rich.console import Console

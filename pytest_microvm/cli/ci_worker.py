@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import HostError, MicroVMError, UsageError
-from pytest_microvm.host import Host
+from pytest_microvm.host.host import Host
 from pytest_microvm.hypervisors.probe import KVM_DEVICE
-from pytest_microvm.sanitize import sanitize_line
-from pytest_microvm.spec import format_cpus, format_size, parse_cpus, parse_size
+from pytest_microvm.settings.spec import format_cpus, format_size, parse_cpus, parse_size
 from pytest_microvm.templates.budget import default_limits
+from pytest_microvm.untrusted.text import sanitize_line
 
 if TYPE_CHECKING:
     from distributed.security import Security

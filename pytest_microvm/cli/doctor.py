@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from pytest_microvm.errors import HostError, MicroVMError
-from pytest_microvm.host import Host
+from pytest_microvm.host.host import Host
 from pytest_microvm.hypervisors import Accelerator
 from pytest_microvm.hypervisors.probe import KVM_DEVICE, UDEV_RULE
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
 from pytest_microvm.images.kits import host_architecture
 from pytest_microvm.images.process import require_programs
-from pytest_microvm.spec import format_size
+from pytest_microvm.settings.spec import format_size
 from pytest_microvm.templates.files import find_mke2fs
 
 OK, WARN, FAIL = "ok", "warn", "fail"

@@ -20,8 +20,8 @@ from pytest_microvm.ci.gitlab.stages import GitlabStages, ImageNotOffered
 from pytest_microvm.cli.relay import shell_status
 from pytest_microvm.cli.run import EXIT_QUOTA
 from pytest_microvm.errors import MicroVMError
-from pytest_microvm.said import safe_text
-from pytest_microvm.sanitize import sanitize
+from pytest_microvm.untrusted.output import safe_text
+from pytest_microvm.untrusted.text import sanitize
 
 _DESCRIPTION = """\
 The stages of a job, as gitlab-runner starts them (executor = "custom"): a machine for each job. What jobs get

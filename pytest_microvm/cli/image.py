@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.images.debian import MODES
 from pytest_microvm.images.store import ImageStore, cache_root
-from pytest_microvm.options import QUOTAS
-from pytest_microvm.progress import Progress
-from pytest_microvm.spec import format_size
+from pytest_microvm.settings.options import QUOTAS
+from pytest_microvm.settings.spec import format_size
+from pytest_microvm.terminal.progress import Progress
 
 if TYPE_CHECKING:
     import argparse
 
-    from pytest_microvm.progress import Progress
+    from pytest_microvm.terminal.progress import Progress
 from pytest_microvm.images.store import StoredImage
 
 _SHORT = 12

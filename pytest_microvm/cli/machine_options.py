@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_microvm.mounts import parse_mounts
-from pytest_microvm.options import MACHINE
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.settings.mounts import parse_mounts
+from pytest_microvm.settings.options import MACHINE
+from pytest_microvm.settings.spec import MachineSpec
 
 if TYPE_CHECKING:
     import argparse

@@ -10,7 +10,7 @@ from typing import Any
 
 from pytest_microvm.cli.relay import on_terminal, plainly, shell_status
 from pytest_microvm.errors import UsageError
-from pytest_microvm.host import Host
+from pytest_microvm.host.host import Host
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

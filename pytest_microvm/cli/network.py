@@ -12,18 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from pytest_microvm.config import Settings, load_settings
 from pytest_microvm.errors import ImageError, UsageError
 from pytest_microvm.images.kits import load_kit
 from pytest_microvm.images.store import ImageStore, cache_root
-from pytest_microvm.network.credentials import credential_host, needs_tls
-from pytest_microvm.network.heads import NEVER
-from pytest_microvm.network.hosts import as_address, by_canonical_host, canonical_host, is_loopback_name
-from pytest_microvm.network.own_addresses import decide_here
-from pytest_microvm.network.presets import named_presets, preset_rules, read_preset
-from pytest_microvm.network.rules import Decision, Policy, Request, parse_rules
-from pytest_microvm.reach import parse_network
-from pytest_microvm.sanitize import sanitize_line
+from pytest_microvm.network.policy.hosts import (
+    as_address,
+    by_canonical_host,
+    canonical_host,
+    is_loopback_name,
+)
+from pytest_microvm.network.policy.presets import named_presets, preset_rules, read_preset
+from pytest_microvm.network.policy.rules import Decision, Policy, Request, parse_rules
+from pytest_microvm.network.proxy.credentials import credential_host, needs_tls
+from pytest_microvm.network.proxy.heads import NEVER
+from pytest_microvm.network.proxy.own_addresses import decide_here
+from pytest_microvm.settings.configuration import Settings, load_settings
+from pytest_microvm.settings.reach import parse_network
+from pytest_microvm.untrusted.text import sanitize_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

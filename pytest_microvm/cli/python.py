@@ -15,12 +15,12 @@ from pytest_microvm.cli.machine_options import add_machine_options, machine_spec
 from pytest_microvm.cli.relay import plainly, shell_status
 from pytest_microvm.cli.run import exit_statuses, variable
 from pytest_microvm.errors import UsageError
-from pytest_microvm.host import Host
-from pytest_microvm.nofollow import refuse_links
-from pytest_microvm.remote.machines import workspace_step
-from pytest_microvm.remote.worker_modules import ENVIRONMENT, worker_step
-from pytest_microvm.remote.workspace import scan
-from pytest_microvm.sanitize import sanitize
+from pytest_microvm.host.host import Host
+from pytest_microvm.suite.machines import workspace_step
+from pytest_microvm.suite.worker_modules import ENVIRONMENT, worker_step
+from pytest_microvm.suite.workspace import scan
+from pytest_microvm.untrusted.nofollow import refuse_links
+from pytest_microvm.untrusted.text import sanitize
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

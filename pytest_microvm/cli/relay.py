@@ -12,12 +12,12 @@ from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.errors import MachineError
-from pytest_microvm.said import safe_text
-from pytest_microvm.terminal import raw_terminal
+from pytest_microvm.terminal.raw_mode import raw_terminal
+from pytest_microvm.untrusted.output import safe_text
 
 if TYPE_CHECKING:
-    from pytest_microvm.machine import MicroVM
-    from pytest_microvm.process import GuestProcess
+    from pytest_microvm.agent.process import GuestProcess
+    from pytest_microvm.machine.microvm import MicroVM
 
 _PIECE = 65536
 

@@ -13,7 +13,7 @@ from pytest_microvm.reports.merging import merged
 from pytest_microvm.reports.profiles import DEFAULT_PROFILE, PROFILES, Profile
 from pytest_microvm.reports.reading import read_report
 from pytest_microvm.reports.writing import write_report
-from pytest_microvm.sanitize import sanitize_line
+from pytest_microvm.untrusted.text import sanitize_line
 
 _DESCRIPTION = """\
 JUnit has no standard, and each reader takes something else of it. These commands read the files of pytest,

@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_microvm import evidence
 from pytest_microvm.cli.machine_options import add_machine_options, machine_spec
 from pytest_microvm.cli.relay import on_terminal, plainly, shell_status
 from pytest_microvm.errors import (
@@ -20,15 +19,16 @@ from pytest_microvm.errors import (
     QuotaExceeded,
     UsageError,
 )
-from pytest_microvm.host import Host
-from pytest_microvm.nofollow import refuse_links
-from pytest_microvm.sanitize import sanitize
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.host.host import Host
+from pytest_microvm.machine import evidence
+from pytest_microvm.settings.spec import MachineSpec
+from pytest_microvm.untrusted.nofollow import refuse_links
+from pytest_microvm.untrusted.text import sanitize
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from pytest_microvm.machine import MicroVM
+    from pytest_microvm.machine.microvm import MicroVM
 
 EXIT_INFRA = 75
 """The machine never reached the command: trying again may help (EX_TEMPFAIL of sysexits.h)."""

@@ -9,8 +9,8 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-from pytest_microvm.host import CACHE_SIZE_VARIABLE, Host
-from pytest_microvm.spec import format_size
+from pytest_microvm.host.host import CACHE_SIZE_VARIABLE, Host
+from pytest_microvm.settings.spec import format_size
 
 _SHORT = 12
 _DESCRIPTION = """Templates are machines frozen on disk; every machine is a copy of one. They are made when

@@ -35,7 +35,7 @@ examples:
 their configuration and loads what plug-ins are installed.
 """
 # -I: the folder it starts in is the project's, and Python would look there first for what it imports.
-_ISOLATED = "import sys; from pytest_microvm.remote.launch import main; sys.exit(main(sys.argv[1:]))"
+_ISOLATED = "import sys; from pytest_microvm.suite.launch import main; sys.exit(main(sys.argv[1:]))"
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

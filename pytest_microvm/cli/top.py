@@ -10,9 +10,9 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from pytest_microvm.host import Host
+from pytest_microvm.host.host import Host
 from pytest_microvm.hypervisors.usage import process_usage
-from pytest_microvm.spec import format_cpus, parse_seconds
+from pytest_microvm.settings.spec import format_cpus, parse_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_microvm import project_trust
-from pytest_microvm.checkout import OWN_REMOTE, Checkout, checked_out
-from pytest_microvm.config import load_settings
 from pytest_microvm.errors import UsageError
-from pytest_microvm.project_grants import asked_by, built_here, started_here
-from pytest_microvm.project_trust import ANY_BRANCH, Grant
-from pytest_microvm.sanitize import sanitize
+from pytest_microvm.git.checkout import OWN_REMOTE, Checkout, checked_out
+from pytest_microvm.host.project_grants import asked_by, built_here, started_here
+from pytest_microvm.settings import trust as project_trust
+from pytest_microvm.settings.configuration import load_settings
+from pytest_microvm.settings.trust import ANY_BRANCH, Grant
+from pytest_microvm.untrusted.text import sanitize
 
 _DESCRIPTION = """\
 `pytest --microvm` gives a project's tests nothing beyond their own files unless you allow it. This shows what
@@ -147,7 +147,7 @@ def _requests(project: Path) -> Iterator[Request]:
 
 def _requests_of_tox(project: Path) -> Iterator[Request]:
     """Yield what tox's configuration in a project reads and asks for, if it has one."""
-    from pytest_microvm.tox_env.configuration import find  # noqa: PLC0415 - only for this command
+    from pytest_microvm.tox.configuration import find  # noqa: PLC0415 - only for this command
 
     file = find(project)
     if file is not None:
@@ -161,7 +161,7 @@ def _requests_of_jobs(project: Path) -> Iterator[Request]:
         UsageError: The definition cannot be used.
     """
     from pytest_microvm.ci.definition.parsing import NoJobs  # noqa: PLC0415 - only for this command
-    from pytest_microvm.ci.running import check_commands_of, defined_by, trusted_project  # noqa: PLC0415
+    from pytest_microvm.ci.running.run import check_commands_of, defined_by, trusted_project  # noqa: PLC0415
     from pytest_microvm.ci.sources.repository import CodeRepository, read_definition  # noqa: PLC0415
 
     repository = CodeRepository(project, bare=False)

@@ -18,7 +18,7 @@ _ROOT = "/sys/fs/cgroup"
 _GROUP = _ROOT + "/machine"
 _LRU = "/sys/kernel/mm/lru_gen"
 _KEEP_MILLISECONDS = "100"  # a second could also end a machine that only writes large files
-_TOLD = b"\nmicrovm: too many processes\n"  # the host looks for it: pytest_microvm/console.py
+_TOLD = b"\nmicrovm: too many processes\n"  # the host looks for it: pytest_microvm/machine/console.py
 
 
 class Refusals:

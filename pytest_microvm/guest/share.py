@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pytest_microvm.guest.connections import Carrier
 
-_MAX_REQUEST = 128 * 1024 + 4096  # the kernel reads nothing into less; see pytest_microvm/live/messages.py
+_MAX_REQUEST = 128 * 1024 + 4096  # the kernel reads nothing into less; see mounts/live/messages.py
 _LENGTH = 4  # bytes, at the beginning of requests and answers
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MNT_DETACH = 1, 2, 4, 2  # include/uapi/linux/mount.h
 _OPTIONS = "rootmode=40000,user_id=0,group_id=0,allow_other,default_permissions"

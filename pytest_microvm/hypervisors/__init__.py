@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pytest_microvm.instance import Vmm
+    from pytest_microvm.machine.instance import Vmm
 
 PORTS = ("agent", "runner", "network")
 """The virtio-serial ports of every machine: commands and files; the pytest runner; connections."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pytest_microvm.instance import Usage
+from pytest_microvm.machine.instance import Usage
 
 
 def process_usage(pid: int) -> Usage | None:

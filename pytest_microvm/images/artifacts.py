@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from pytest_microvm.disk import explained, need_space
+from pytest_microvm.cache.disk import explained, need_space
 from pytest_microvm.images.blobs import Blobs, canonical_json, read_json, write_atomically
 
 if TYPE_CHECKING:

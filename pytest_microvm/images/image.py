@@ -24,7 +24,7 @@ class Image:
         rootfs: Root file system, as squashfs.
         environment: Variables that every command in a machine gets.
         resources: What a machine of it may use by default, by the names of
-            :class:`pytest_microvm.spec.Limits`: at least ``cpus``, ``memory`` and ``disk``.
+            :class:`pytest_microvm.settings.spec.Limits`: at least ``cpus``, ``memory`` and ``disk``.
         network: Rules of what its machines may reach where nothing else is said.
     """
 

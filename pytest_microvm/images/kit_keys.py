@@ -9,10 +9,10 @@ import re
 from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import KitError, UsageError
-from pytest_microvm.network.rules import parse_rules
-from pytest_microvm.options import QUOTAS
-from pytest_microvm.reach import parse_network
-from pytest_microvm.spec import PARSERS, check_minimum
+from pytest_microvm.network.policy.rules import parse_rules
+from pytest_microvm.settings.options import QUOTAS
+from pytest_microvm.settings.reach import parse_network
+from pytest_microvm.settings.spec import PARSERS, check_minimum
 
 if TYPE_CHECKING:
     from collections.abc import Callable

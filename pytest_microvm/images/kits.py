@@ -15,7 +15,7 @@ from typing import Any
 
 from pytest_microvm.errors import KitError, UsageError
 from pytest_microvm.images.kit_keys import ARCHITECTURES, CHECKS, bad_value, parse_resources
-from pytest_microvm.nofollow import OpenTree, read_below
+from pytest_microvm.untrusted.nofollow import OpenTree, read_below
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -76,7 +76,8 @@ class Kit:
         mirror: Address of a Debian mirror, or one ``deb ...`` line; empty: this computer's own choice.
         wheels: Pinned pip requirements.
         setup: Shell commands that run as root in the new root file system.
-        resources: What a machine may use by default, by the names of :class:`pytest_microvm.spec.Limits`.
+        resources: What a machine may use by default, by the names of
+            :class:`pytest_microvm.settings.spec.Limits`.
         network: Rules of what a machine may reach where nothing else is said.
     """
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from pytest_microvm.disk import explained
+from pytest_microvm.cache.disk import explained
 from pytest_microvm.errors import ImageError, KitError
 from pytest_microvm.images.artifacts import Artifact, Artifacts, Built
 from pytest_microvm.images.blobs import canonical_json, read_json, sha256_file, write_atomically

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from pytest_microvm.sanitize import sanitize, sanitize_line
+from pytest_microvm.untrusted.text import sanitize, sanitize_line
 
 TEXT_LIMIT = 1024 * 1024
 """Characters of one text, such as a traceback, that are kept."""

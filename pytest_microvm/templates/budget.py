@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from pytest_microvm.errors import BudgetExhausted, UsageError
-from pytest_microvm.spec import format_cpus, format_size, parse_cpus, parse_size
+from pytest_microvm.settings.spec import format_cpus, format_size, parse_cpus, parse_size
 from pytest_microvm.templates.runtime_folder import own_folder
 
 if TYPE_CHECKING:

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from pytest_microvm.agent.client import UnlimitedClient
-from pytest_microvm.disk import explained
+from pytest_microvm.agent.process import GuestProcess, command_arguments
+from pytest_microvm.cache.disk import explained
 from pytest_microvm.errors import BootError, MachineCrashed
-from pytest_microvm.grants import NO_GRANTS, Grants
 from pytest_microvm.hypervisors import Accelerator, Disk, Hypervisor, Launch
 from pytest_microvm.images.cpio import CpioEntry, cpio_archive
-from pytest_microvm.instance import BOOT_TIMEOUT, Instance
-from pytest_microvm.process import GuestProcess, command_arguments
+from pytest_microvm.machine.grants import NO_GRANTS, Grants
+from pytest_microvm.machine.instance import BOOT_TIMEOUT, Instance
 from pytest_microvm.templates.files import copy_sparse, format_scratch
 from pytest_microvm.templates.store import KEPT
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_microvm.images import Image
-    from pytest_microvm.spec import Limits, Resources
+    from pytest_microvm.settings.spec import Limits, Resources
     from pytest_microvm.templates.store import Template, TemplateStore
 
 FORMAT = 2

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from pytest_microvm.disk import explained, need_space
+from pytest_microvm.cache.disk import explained, need_space
 from pytest_microvm.errors import HostError
 
 if TYPE_CHECKING:

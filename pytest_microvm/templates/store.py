@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_microvm.disk import NOTHING_LEFT, explained, free_bytes, need_space
+from pytest_microvm.cache.disk import NOTHING_LEFT, explained, free_bytes, need_space
 from pytest_microvm.errors import HostError, UsageError
 from pytest_microvm.templates.files import disk_usage, sync, unnamed_copy
 from pytest_microvm.templates.folders import (

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from pytest_microvm.instance import Instance, MachineFacts, Usage
-from pytest_microvm.machine import MicroVM
-from pytest_microvm.spec import Limits
+from pytest_microvm.machine.instance import Instance, MachineFacts, Usage
+from pytest_microvm.machine.microvm import MicroVM
+from pytest_microvm.settings.spec import Limits
 from support.local import agent
 
 AGENT = Path(agent.__file__)
 
 
 class LocalVmm:
-    """A process with the agent in it (a :class:`pytest_microvm.instance.Vmm`)."""
+    """A process with the agent in it (a :class:`pytest_microvm.machine.instance.Vmm`)."""
 
     def __init__(self, log):
         ours, theirs = socket.socketpair()

@@ -6,12 +6,14 @@ import os
 
 import pytest
 
-from pytest_microvm import copying, manifest, takeover
+from pytest_microvm.agent.link import GuestError
+from pytest_microvm.agent.transfer import as_os_error
 from pytest_microvm.errors import MountConflict, TransferError, UsageError
-from pytest_microvm.link import GuestError
-from pytest_microvm.mounts import Changes
-from pytest_microvm.redaction import Redactor
-from pytest_microvm.transfer import as_os_error
+from pytest_microvm.mounts import copying
+from pytest_microvm.mounts import merging as takeover
+from pytest_microvm.settings.mounts import Changes
+from pytest_microvm.untrusted import manifest
+from pytest_microvm.untrusted.redaction import Redactor
 
 OPEN_STREAMS_TIMEOUT = 60  # seconds
 

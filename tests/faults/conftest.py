@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.settings.spec import MachineSpec
 from support.processes import children
 from support.projects import new_project
 

@@ -16,10 +16,10 @@ import pytest
 from pytest_microvm.agent.client import UnlimitedClient
 from pytest_microvm.cli import main
 from pytest_microvm.errors import HostError, ImageError, MachineCrashed
-from pytest_microvm.host import Host
+from pytest_microvm.host.host import Host
 from pytest_microvm.images.artifacts import Artifacts
 from pytest_microvm.images.store import ImageStore
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.templates import store as template_store
 from pytest_microvm.templates.chain import Step
 from support import guards
@@ -331,7 +331,7 @@ def fill_at_the_end(small):
 
 
 def run_in(link, command):
-    from pytest_microvm.process import GuestProcess, command_arguments  # noqa: PLC0415
+    from pytest_microvm.agent.process import GuestProcess, command_arguments  # noqa: PLC0415
 
     request = command_arguments(command, {}, None, None)
     with GuestProcess(UnlimitedClient(link), command, request, stdin=False, text=True, pty=None) as process:
@@ -437,7 +437,7 @@ def test_the_cache_removed_while_a_template_is_made(run, cache):
 
 SCRIPT = textwrap.dedent("""
     import sys
-    from pytest_microvm.host import Host
+    from pytest_microvm.host.host import Host
     host = Host(say=lambda line: print(line, flush=True))
     with host.start(image="base", timeout=120) as machine:
         print(machine.run(["echo", "up"]).stdout, end="", flush=True)

@@ -110,8 +110,8 @@ INTERRUPTED = """
 @pytest.mark.parametrize(
     ("moment", "after"),
     [
-        ("pytest_microvm.instance.Instance.close", False),
-        ("pytest_microvm.instance.Instance.adopt", True),
+        ("pytest_microvm.machine.instance.Instance.close", False),
+        ("pytest_microvm.machine.instance.Instance.adopt", True),
         ("pytest_microvm.templates.budget.HostBudget.take", True),
         ("pytest_microvm.templates.budget.HostBudget.started", True),
         ("pytest_microvm.templates.budget.HostBudget.release", False),

@@ -14,11 +14,11 @@ from pytest_microvm.errors import (
     QuotaExceeded,
     TransferError,
 )
-from pytest_microvm.host import guest_code
+from pytest_microvm.host.host import guest_code
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
 from pytest_microvm.hypervisors.qemu.process import QemuProcess
 from pytest_microvm.hypervisors.qemu.qmp import Qmp
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.templates import chain
 from pytest_microvm.templates.chain import Step
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pytest_microvm.live.messages import Op
+from pytest_microvm.mounts.live.messages import Op
 from pytest_microvm.wire.channel import Channel
 from pytest_microvm.wire.frames import Kind, encode
 from support.network import client_hello, in_records, request

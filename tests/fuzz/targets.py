@@ -20,30 +20,30 @@ from _pytest._io import TerminalWriter
 from _pytest.config import get_config
 from _pytest.junitxml import LogXML
 
-from pytest_microvm.answers import Answer
-from pytest_microvm.console import ConsoleReader
+from pytest_microvm.agent.answers import Answer
+from pytest_microvm.agent.link import GuestError, Link
+from pytest_microvm.agent.transfer import as_os_error
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation, TransferError
-from pytest_microvm.extraction import extract
-from pytest_microvm.link import GuestError, Link
-from pytest_microvm.live.folder import Folder, Growth
-from pytest_microvm.live.messages import LENGTH, BadRequest
-from pytest_microvm.live.server import Server
-from pytest_microvm.network.access import Access
-from pytest_microvm.network.client_hello import MAX_BYTES, BadHello, HelloReader
-from pytest_microvm.network.log import NetworkLog
-from pytest_microvm.network.meter import CHUNK, Meter
-from pytest_microvm.network.proxy import Proxy
-from pytest_microvm.network.rules import parse_rules
-from pytest_microvm.remote.checks import Records
-from pytest_microvm.remote.collected import Collected, parse_warning
-from pytest_microvm.remote.foreign_warnings import warning_message
-from pytest_microvm.remote.replay import rebuild_test_report
+from pytest_microvm.machine.console import ConsoleReader
+from pytest_microvm.mounts.live.folder import Folder, Growth
+from pytest_microvm.mounts.live.messages import LENGTH, BadRequest
+from pytest_microvm.mounts.live.server import Server
+from pytest_microvm.network.policy.rules import parse_rules
+from pytest_microvm.network.proxy.access import Access
+from pytest_microvm.network.proxy.client_hello import MAX_BYTES, BadHello, HelloReader
+from pytest_microvm.network.proxy.log import NetworkLog
+from pytest_microvm.network.proxy.meter import CHUNK, Meter
+from pytest_microvm.network.proxy.server import Proxy
 from pytest_microvm.reports.checking import check_report
 from pytest_microvm.reports.profiles import PROFILES
 from pytest_microvm.reports.reading import UNREADABLE, read_report
 from pytest_microvm.reports.writing import write_report
-from pytest_microvm.sanitize import sanitize, sanitize_line
-from pytest_microvm.transfer import as_os_error
+from pytest_microvm.suite.checks import Records
+from pytest_microvm.suite.collected import Collected, parse_warning
+from pytest_microvm.suite.foreign_warnings import warning_message
+from pytest_microvm.suite.replay import rebuild_test_report
+from pytest_microvm.untrusted.extraction import extract
+from pytest_microvm.untrusted.text import sanitize, sanitize_line
 from pytest_microvm.wire.channel import WINDOW, Channel, Data
 from pytest_microvm.wire.frames import HEADER, MAX_PAYLOAD, FrameReader, WireError
 

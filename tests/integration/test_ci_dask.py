@@ -27,14 +27,14 @@ from junitparser import JUnitXml
 
 from pytest_microvm.ci.cluster.connection import Certificates
 from pytest_microvm.ci.cluster.executor import DaskExecutor
-from pytest_microvm.ci.executor import Work
-from pytest_microvm.ci.job import GrantedSecret, Job, Step
+from pytest_microvm.ci.definition.job import GrantedSecret, Job, Step
+from pytest_microvm.ci.definition.task import Source, Task
+from pytest_microvm.ci.running.executor import Work
 from pytest_microvm.ci.sources.tar_tree import TarTree
-from pytest_microvm.ci.task import Source, Task
 from pytest_microvm.errors import HostError
 from pytest_microvm.images.store import cache_root
-from pytest_microvm.secret_values import parse_secrets
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.settings.secret_values import parse_secrets
+from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.templates.store import TemplateStore
 from support import guards
 from support.branches import SUITES, TESTS, VERDICTS, Branches, together

@@ -21,7 +21,7 @@ from pytest_microvm.hypervisors import bubblewrap, cgroups
 from pytest_microvm.hypervisors.cgroups import find_cgroups, sweep
 from pytest_microvm.hypervisors.containment import FILES_GROUP, OOM_SCORE, find_walls
 from pytest_microvm.hypervisors.qemu.command import memory_ceiling
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.settings.spec import MachineSpec
 from support.containment import push_modules
 
 MIB = 1024**2
@@ -302,7 +302,7 @@ def test_an_end_within_bubblewrap_is_told(host):
 @pytest.mark.usefixtures("wrapped")
 def test_machines_within_bubblewrap_end_with_their_owner(host):
     code = (
-        "import sys; from pytest_microvm.host import Host\n"
+        "import sys; from pytest_microvm.host.host import Host\n"
         "vm = Host().start(image='base'); print(vm.instance.vmm.pid, flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -13,7 +13,7 @@ import pytest
 
 from pytest_microvm.errors import BootError, MachineCrashed, ProtocolViolation
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.templates import chain
 
 SPEC = MachineSpec(image="base", timeout=120)
@@ -118,7 +118,7 @@ def test_a_boot_that_hangs_is_given_up(host, monkeypatch):
 OWNER = textwrap.dedent("""
     import sys, time
     from pathlib import Path
-    from pytest_microvm.host import Host
+    from pytest_microvm.host.host import Host
     machine = Host(cache=Path(sys.argv[1])).start(image="base")
     print(machine.id, machine.instance.vmm.pid, flush=True)
     sys.stdin.read()

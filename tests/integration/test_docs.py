@@ -41,8 +41,8 @@ import pytest
 import yaml
 
 from pytest_microvm.ci.definition.parsing import parse_definition
-from pytest_microvm.config import Settings, merged
 from pytest_microvm.errors import UsageError
+from pytest_microvm.settings.configuration import Settings, merged
 from support import guards
 
 if sys.version_info >= (3, 11):

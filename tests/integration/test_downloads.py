@@ -10,7 +10,7 @@ import time
 import pytest
 
 from pytest_microvm.errors import QuotaExceeded
-from pytest_microvm.host import Host
+from pytest_microvm.host.host import Host
 from support.local_servers import LocalServer
 
 MACHINES = 20

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.host import Host
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.host.host import Host
+from pytest_microvm.settings.spec import MachineSpec
 from support.commands import PYTEST
 
 MIB = 1024**2

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from pytest_microvm.host import Host
+from pytest_microvm.host.host import Host
 from pytest_microvm.hypervisors.containment import find_walls
 from pytest_microvm.hypervisors.landlock import find_version
 from pytest_microvm.hypervisors.qemu import process
 from pytest_microvm.hypervisors.qemu.qmp import QmpError
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.settings.spec import MachineSpec
 from support.containment import FOLDER, push_modules
 
 SPEC = MachineSpec(image="base", timeout=120)

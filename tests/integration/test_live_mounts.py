@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from pytest_microvm.errors import MachineCrashed, TransferError, UsageError
-from pytest_microvm.live import lock
-from pytest_microvm.mounts import Changes
+from pytest_microvm.mounts.live import lock
+from pytest_microvm.settings.mounts import Changes
 from support import guards
 from support.commands import MICROVM, PYTEST
 from support.repositories import git

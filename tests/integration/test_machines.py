@@ -12,7 +12,7 @@ import pytest
 
 from pytest_microvm.errors import QuotaExceeded
 from pytest_microvm.hypervisors import probe
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.settings.spec import MachineSpec
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_machines_leave_nothing(host):
 
 
 def test_a_pool_has_one_ready_and_ends_with_its_host(host):
-    from pytest_microvm.host import Host  # noqa: PLC0415
+    from pytest_microvm.host.host import Host  # noqa: PLC0415
 
     other = Host(cache=host.cache)
     try:

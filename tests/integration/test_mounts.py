@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from pytest_microvm.errors import MachineCrashed, MountConflict, TransferError, UsageError
-from pytest_microvm.mounts import Changes
+from pytest_microvm.settings.mounts import Changes
 from support.repositories import git
 
 

@@ -16,9 +16,9 @@ import pytest
 import requests_unixsocket
 
 from pytest_microvm.errors import MachineCrashed, UsageError
-from pytest_microvm.instance import Instance
-from pytest_microvm.machine import MicroVM
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.machine.instance import Instance
+from pytest_microvm.machine.microvm import MicroVM
+from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.templates.chain import Step
 from support import guards
 

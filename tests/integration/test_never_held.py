@@ -23,7 +23,7 @@ from urllib.parse import quote
 
 import pytest
 
-from pytest_microvm.redaction import variants
+from pytest_microvm.untrusted.redaction import variants
 from support import guards
 from support.commands import MICROVM, PYTEST
 from support.local_servers import LocalServer

@@ -8,9 +8,9 @@ import uuid
 
 import pytest
 
-from pytest_microvm.grants import Given
-from pytest_microvm.host import Host
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.host.host import Host
+from pytest_microvm.machine.grants import Given
+from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.templates.chain import Step
 
 SPEC = MachineSpec(image="base", timeout=120)
@@ -50,7 +50,7 @@ def test_made_once_used_again_and_anew_when_damaged(empty_cache, said):
 
 SCRIPT = textwrap.dedent("""
     import sys
-    from pytest_microvm.host import Host
+    from pytest_microvm.host.host import Host
     host = Host(say=lambda line: print(line, flush=True))
     with host.start(image="base", timeout=120) as machine:
         print(machine.run(["echo", "up"]).stdout, end="")
@@ -77,7 +77,7 @@ def test_two_runs_share_the_budget(host, tmp_path):
     host.start(SPEC).close()
     script = textwrap.dedent("""
         import os, sys, time
-        from pytest_microvm.host import Host
+        from pytest_microvm.host.host import Host
         host = Host()
         for _ in range(4):
             with host.start(image="base", timeout=120) as machine:

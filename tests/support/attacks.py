@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_microvm.config import tomllib
+from pytest_microvm.settings.configuration import tomllib
 
 PROJECTS = Path(__file__).parents[1] / "attacks" / "projects"
 ATTACKS = sorted(folder.name for folder in PROJECTS.iterdir())

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from junitparser import JUnitXml
 
-from pytest_microvm.config import tomllib
 from pytest_microvm.images.store import cache_root
-from pytest_microvm.sanitize import sanitize_line
+from pytest_microvm.settings.configuration import tomllib
+from pytest_microvm.untrusted.text import sanitize_line
 from support import guards
 from support.attacks import ATTACKS, PROJECTS, Attack, Listener
 from support.commands import MICROVM

@@ -3,9 +3,9 @@
 import os
 import struct
 
-from pytest_microvm.live.folder import Folder, Growth
-from pytest_microvm.live.messages import ROOT, Op
-from pytest_microvm.live.server import Server
+from pytest_microvm.mounts.live.folder import Folder, Growth
+from pytest_microvm.mounts.live.messages import ROOT, Op
+from pytest_microvm.mounts.live.server import Server
 
 ENTRY = struct.Struct("<4Q2I")
 """What an answer about a name begins with: the node, and for how long it is known."""

@@ -4,9 +4,9 @@ import contextlib
 import os
 import sys
 
-from pytest_microvm.live.folder import Folder, Growth
-from pytest_microvm.live.messages import MAX_REQUEST
-from pytest_microvm.live.server import Server
+from pytest_microvm.mounts.live.folder import Folder, Growth
+from pytest_microvm.mounts.live.messages import MAX_REQUEST
+from pytest_microvm.mounts.live.server import Server
 
 
 def serve(device, source, access, limit):

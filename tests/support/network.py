@@ -11,11 +11,11 @@ from hashlib import sha1
 import h11
 import trustme
 
-from pytest_microvm.network.access import Access
-from pytest_microvm.network.log import NetworkLog
-from pytest_microvm.network.meter import Meter
-from pytest_microvm.network.proxy import Proxy
-from pytest_microvm.network.rules import parse_rules
+from pytest_microvm.network.policy.rules import parse_rules
+from pytest_microvm.network.proxy.access import Access
+from pytest_microvm.network.proxy.log import NetworkLog
+from pytest_microvm.network.proxy.meter import Meter
+from pytest_microvm.network.proxy.server import Proxy
 from support import guards
 
 PUBLIC = trustme.CA()
@@ -235,7 +235,7 @@ class World:
         authority: Issues the certificates for requests that are inspected; ``None``: none is.
         resolve: Looks names up in place of the resolver of this computer.
         redact: Makes text safe for the log.
-        quotas: Of the :class:`pytest_microvm.network.meter.Meter`.
+        quotas: Of the :class:`pytest_microvm.network.proxy.meter.Meter`.
 
     Attributes:
         log: What was allowed and denied.

@@ -20,9 +20,9 @@ from _pytest.assertion import util
 from hypothesis import strategies as st
 
 from pytest_microvm.errors import ProtocolViolation
-from pytest_microvm.remote.collected import Collected
-from pytest_microvm.remote.collection import Replay
-from pytest_microvm.remote.replay import passed_report, rebuild_test_report
+from pytest_microvm.suite.collected import Collected
+from pytest_microvm.suite.collection import Replay
+from pytest_microvm.suite.replay import passed_report, rebuild_test_report
 
 SUITE = """
 import sys, warnings, pytest

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_microvm.answers import Answer
+from pytest_microvm.agent.answers import Answer
 from pytest_microvm.errors import ProtocolViolation
 from support.collected import JSON
 

@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.remote.arguments import Token, option_arity, split_arguments, tokens
+from pytest_microvm.suite.arguments import Token, option_arity, split_arguments, tokens
 
 ARITY = {
     **dict.fromkeys(

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
+from pytest_microvm.ci.definition.job import Job, Step
 from pytest_microvm.ci.definition.keys import KEYS, SPEC_KEYS, STEP_KEYS
 from pytest_microvm.ci.definition.parsing import NOT_DEFAULTS, parse_definition
 from pytest_microvm.ci.definition.schema import definition_schema
-from pytest_microvm.ci.job import Job, Step
-from pytest_microvm.config import load_settings
 from pytest_microvm.errors import UsageError
-from pytest_microvm.spec import PARSERS, MachineSpec
+from pytest_microvm.settings.configuration import load_settings
+from pytest_microvm.settings.spec import PARSERS, MachineSpec
 
 if sys.version_info >= (3, 11):
     import tomllib

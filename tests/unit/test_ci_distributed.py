@@ -17,12 +17,12 @@ from pytest_microvm.ci.cluster import messages
 from pytest_microvm.ci.cluster.blobs import PIECE, Inbox
 from pytest_microvm.ci.cluster.connection import Certificates, security_for
 from pytest_microvm.ci.cluster.messages import Order, pack_reply, unpack_reply
-from pytest_microvm.ci.commands import Stop, Stopped
-from pytest_microvm.ci.job import Job, Step
+from pytest_microvm.ci.definition.job import Job, Step
+from pytest_microvm.ci.definition.task import Source, Task
 from pytest_microvm.ci.results.result import Counts, StepResult, TaskResult
+from pytest_microvm.ci.running.commands import Stop, Stopped
 from pytest_microvm.ci.sources.tar_tree import TarTree, write_tree
 from pytest_microvm.ci.sources.tree import tree_digest
-from pytest_microvm.ci.task import Source, Task
 from pytest_microvm.errors import HostError, TransferError, UsageError
 
 RESULT = TaskResult("main.test", "main", "c" * 40, "test", "failed")

@@ -15,8 +15,8 @@ from pytest_microvm.ci.sources.repository import CodeRepository
 from pytest_microvm.ci.sources.tree import tree_digest
 from pytest_microvm.ci.sources.work_tree import WorkTree
 from pytest_microvm.errors import UsageError
-from pytest_microvm.git_bundle import Repository
-from pytest_microvm.git_commands import GitError, git, git_talk
+from pytest_microvm.git.bundle import Repository
+from pytest_microvm.git.commands import GitError, git, git_talk
 from support.repositories import (
     blob,
     commit,

@@ -8,10 +8,10 @@ import re
 import pytest
 from rich.console import Console
 
-from pytest_microvm.ci.job import Job, Step
-from pytest_microvm.ci.live import live_watcher, verdict_text
+from pytest_microvm.ci.definition.job import Job, Step
+from pytest_microvm.ci.definition.task import Plan, Source, Task
 from pytest_microvm.ci.results.result import Counts, RunResult, TaskResult
-from pytest_microvm.ci.task import Plan, Source, Task
+from pytest_microvm.ci.running.live import live_watcher, verdict_text
 
 HOSTILE = [
     "::error file=x::stop",

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from pytest_microvm.ci.job import Job, Step
+from pytest_microvm.ci.definition.job import Job, Step
+from pytest_microvm.ci.definition.task import Plan, Source, Task, make_plan
 from pytest_microvm.ci.results.result import TaskResult
-from pytest_microvm.ci.scheduling import Schedule
-from pytest_microvm.ci.task import Plan, Source, Task, make_plan
+from pytest_microvm.ci.running.scheduling import Schedule
 
 STEPS = (Step("true", "true"),)
 

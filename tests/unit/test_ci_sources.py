@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from pytest_microvm.ci.definition.task import WORKTREE, Source
 from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
-from pytest_microvm.ci.task import WORKTREE, Source
 from pytest_microvm.cli import main
 from pytest_microvm.errors import UsageError
-from pytest_microvm.git_commands import GitError
+from pytest_microvm.git.commands import GitError
 from support.repositories import commit, copied, filled, git, repository
 from support.tiers import thorough_but
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_microvm.errors import ProtocolViolation
-from pytest_microvm.remote import collected as collected_module
-from pytest_microvm.remote.checks import Records
-from pytest_microvm.remote.collected import Collected, Mark
+from pytest_microvm.suite import collected as collected_module
+from pytest_microvm.suite.checks import Records
+from pytest_microvm.suite.collected import Collected, Mark
 from support.collected import END, FILE, GOOD, GUEST, ITEM, JSON, ORDER, SESSION, lines
 
 

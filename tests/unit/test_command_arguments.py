@@ -4,8 +4,8 @@ from pathlib import PurePosixPath
 
 import pytest
 
+from pytest_microvm.agent.process import command_arguments
 from pytest_microvm.errors import UsageError
-from pytest_microvm.process import command_arguments
 
 
 def test_a_list_is_no_shell_command():

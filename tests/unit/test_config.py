@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_microvm.config import load_settings
 from pytest_microvm.errors import UsageError
+from pytest_microvm.settings.configuration import load_settings
 
 MIB = 1024**2
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_microvm import console
-from pytest_microvm.console import ConsoleReader, find
+from pytest_microvm.machine import console
+from pytest_microvm.machine.console import ConsoleReader, find
 
 OOM = (
     "[   10.983623] Out of memory: Killed process 123 (tail) total-vm:160464kB, anon-rss:157596kB, "

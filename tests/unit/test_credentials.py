@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_microvm.credentials import CredentialSpec, parse_credential, parse_credentials
 from pytest_microvm.errors import UsageError
-from pytest_microvm.secret_values import Source
+from pytest_microvm.settings.credentials import CredentialSpec, parse_credential, parse_credentials
+from pytest_microvm.settings.secret_values import Source
 
 TOKEN = Source("env", "TOKEN")
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from pytest_microvm.disk import explained, free_bytes, need_space
+from pytest_microvm.cache.disk import explained, free_bytes, need_space
 from pytest_microvm.errors import HostError, MachineCrashed, UsageError
 from pytest_microvm.templates.store import TemplateStore
 

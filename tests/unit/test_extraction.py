@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pytest_microvm import extraction
+from pytest_microvm.agent.transfer import put
 from pytest_microvm.errors import TransferError
-from pytest_microvm.extraction import Terms, extract
-from pytest_microvm.transfer import put
+from pytest_microvm.untrusted import extraction
+from pytest_microvm.untrusted.extraction import Terms, extract
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from pytest_microvm.errors import HostError, UsageError
-from pytest_microvm.git_bundle import BadBundle, Repository, import_commits
-from pytest_microvm.git_commands import _MAX_OUTPUT, GitError, git
-from pytest_microvm.git_handover import Clone
-from pytest_microvm.mounts import Mount
+from pytest_microvm.git.bundle import BadBundle, Repository, import_commits
+from pytest_microvm.git.commands import _MAX_OUTPUT, GitError, git
+from pytest_microvm.mounts.git_clone import Clone
+from pytest_microvm.settings.mounts import Mount
 from support.repositories import copied
 from support.repositories import git as user_git
 

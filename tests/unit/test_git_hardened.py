@@ -13,14 +13,14 @@ import pytest
 from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.cli import main
 from pytest_microvm.errors import MicroVMError, UsageError
-from pytest_microvm.git_commands import GitError
-from pytest_microvm.git_commands import git as our_git
-from pytest_microvm.git_handover import Clone
-from pytest_microvm.git_repository import checkout_at, find_checkout
-from pytest_microvm.mounts import Mount
-from pytest_microvm.network.presets import read_preset
-from pytest_microvm.remote.plan import workspace_of
-from pytest_microvm.remote.workspace import scan
+from pytest_microvm.git.commands import GitError
+from pytest_microvm.git.commands import git as our_git
+from pytest_microvm.git.repository import checkout_at, find_checkout
+from pytest_microvm.mounts.git_clone import Clone
+from pytest_microvm.network.policy.presets import read_preset
+from pytest_microvm.settings.mounts import Mount
+from pytest_microvm.suite.plan import workspace_of
+from pytest_microvm.suite.workspace import scan
 from support.repositories import blob, commit, filled, git, repository
 from support.strange_repositories import clone_with_embedded, set_promisor
 from support.tiers import thorough_but

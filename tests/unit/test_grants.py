@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.grants import NO_GRANTS, NOTHING, PROXY, TRUST, Grants, resolve
-from pytest_microvm.network.rules import Policy, parse_rules
-from pytest_microvm.network.trust import company_certificates
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.machine.grants import NO_GRANTS, NOTHING, PROXY, TRUST, Grants, resolve
+from pytest_microvm.network.policy.rules import Policy, parse_rules
+from pytest_microvm.network.proxy.company_authorities import company_certificates
+from pytest_microvm.settings.spec import MachineSpec
 
 CERTIFICATE = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----"
 
@@ -24,7 +24,7 @@ def grants(rules=(), **changes):
 def _no_company(monkeypatch):
     for name in ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT", "NODE_EXTRA_CA_CERTS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pytest_microvm.network.trust._FOLDERS", ())
+    monkeypatch.setattr("pytest_microvm.network.proxy.company_authorities._FOLDERS", ())
 
 
 def test_nothing_asked_for_is_nothing_given():

@@ -44,12 +44,14 @@ def test_the_check_sees_what_is_forbidden():
     agent = PACKAGE / "guest" / "agent.py"
     names = set(
         imported(
-            ast.parse("import rich.console, os\nfrom pytest_microvm.spec import MachineSpec\nimport pytest")
+            ast.parse(
+                "import rich.console, os\nfrom pytest_microvm.settings.spec import MachineSpec\nimport pytest"
+            )
         )
     )
     assert {name for name in names if not allowed(agent, name)} == {
         "rich.console",
-        "pytest_microvm.spec",
+        "pytest_microvm.settings.spec",
         "pytest",
     }
 

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytest_microvm.errors import ProtocolViolation
-from pytest_microvm.remote import collection, running
+from pytest_microvm.suite import collection, running
 from support.collected import GOOD, lines
 from support.replayed_reports import (
     HOSTILE_TEXT,

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytest_microvm.host import _limits
-from pytest_microvm.remote.backend import RunOptions
-from pytest_microvm.remote.limits import limits_of
-from pytest_microvm.spec import Limits, MachineSpec
+from pytest_microvm.host.host import _limits
+from pytest_microvm.settings.spec import Limits, MachineSpec
+from pytest_microvm.suite.backend import RunOptions
+from pytest_microvm.suite.limits import limits_of
 
 KIT = {"cpus": 1, "memory": 2**28, "disk": 2**30, "pids": 64, "timeout": 30.0}
 

@@ -12,14 +12,14 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from pytest_microvm import link as link_module
+from pytest_microvm.agent import link as link_module
 from pytest_microvm.agent.client import UnlimitedClient
+from pytest_microvm.agent.link import Drain, GuestError, Link, read_any
+from pytest_microvm.agent.process import GuestProcess, StreamFile, command_arguments
+from pytest_microvm.agent.transfer import as_os_error, pull
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation, TransferError
 from pytest_microvm.guest.port import Port
-from pytest_microvm.link import Drain, GuestError, Link, read_any
-from pytest_microvm.process import GuestProcess, StreamFile, command_arguments
-from pytest_microvm.redaction import Redactor
-from pytest_microvm.transfer import as_os_error, pull
+from pytest_microvm.untrusted.redaction import Redactor
 from pytest_microvm.wire.channel import GRANT, MAX_STREAMS, WINDOW, Closed, Credit, Data, Hello, Message
 from pytest_microvm.wire.frames import MAX_PAYLOAD, Kind, encode
 from support import guards

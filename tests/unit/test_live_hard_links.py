@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from pytest_microvm.live.hard_links import one_name
+from pytest_microvm.mounts.live.hard_links import one_name
 from support.live_guest import Guest, numbers
 
 OLD = 1_000_000_000  # seconds since 1970

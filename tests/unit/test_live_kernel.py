@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from pytest_microvm.live.session import MAX_HANDLES
+from pytest_microvm.mounts.live.session import MAX_HANDLES
 from support.live_mounts import can_mount, mounted
 from support.repositories import git
 

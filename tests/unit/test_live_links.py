@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from pytest_microvm.live import links
+from pytest_microvm.mounts.live import links
 from support.live_guest import EXCHANGE, NOREPLACE, Guest
 
 

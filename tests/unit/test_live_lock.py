@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from pytest_microvm.live import lock
-from pytest_microvm.live.lock import FolderLock
+from pytest_microvm.mounts.live import lock
+from pytest_microvm.mounts.live.lock import FolderLock
 from support import guards
 from support.live_guest import Guest
 
 HOLD = """
 import os, sys
-from pytest_microvm.live.lock import FolderLock
+from pytest_microvm.mounts.live.lock import FolderLock
 with FolderLock(os.open(sys.argv[1], os.O_RDONLY)):
     print("held", flush=True)
     sys.stdin.read()

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pytest_microvm.live import nodes
-from pytest_microvm.live.messages import MAX_WRITE, ROOT, BadRequest, Op
+from pytest_microvm.mounts.live import nodes
+from pytest_microvm.mounts.live.messages import MAX_WRITE, ROOT, BadRequest, Op
 from support.live_guest import ENTRY, SETATTR, Guest, numbers
 
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 from pytest_microvm.errors import MachineCrashed, MachineError
 from pytest_microvm.guest.network import Network
-from pytest_microvm.network import port as port_module
-from pytest_microvm.network import service as service_module
-from pytest_microvm.network.log import NetworkLog
-from pytest_microvm.network.service import MachineNetwork
+from pytest_microvm.network.port import service as service_module
+from pytest_microvm.network.port import streams as port_module
+from pytest_microvm.network.port.service import MachineNetwork
+from pytest_microvm.network.proxy.log import NetworkLog
 from pytest_microvm.wire.channel import Channel, Message
 from pytest_microvm.wire.frames import Kind, encode
 from pytest_microvm.wire.network import CONNECTIONS, WINDOW

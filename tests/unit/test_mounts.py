@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.mounts import Mount, parse_mount, parse_mounts
+from pytest_microvm.settings.mounts import Mount, parse_mount, parse_mounts
 
 HERE = Path("/home/me/project")
 

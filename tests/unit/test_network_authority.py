@@ -8,7 +8,7 @@ import pytest
 from cryptography import x509
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.network.authority import new_authority
+from pytest_microvm.network.proxy.authority import new_authority
 
 
 def extension(certificate, kind):

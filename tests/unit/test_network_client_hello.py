@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_microvm.network.client_hello import MAX_BYTES, BadHello, ClientHello, HelloReader
+from pytest_microvm.network.proxy.client_hello import MAX_BYTES, BadHello, ClientHello, HelloReader
 from support.network import client_hello, in_records
 
 HELLO = client_hello("a.example")

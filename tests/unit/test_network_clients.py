@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from pytest_microvm.errors import HostError
-from pytest_microvm.network import clients
-from pytest_microvm.network.clients import answer, without_login
+from pytest_microvm.network.policy import clients
+from pytest_microvm.network.policy.clients import answer, without_login
 
 
 def python(program, **more):

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_microvm.credentials import parse_credential
 from pytest_microvm.errors import UsageError
-from pytest_microvm.network.authority import new_authority
-from pytest_microvm.network.credentials import resolve_credential
-from pytest_microvm.network.echoes import Echoes
+from pytest_microvm.network.proxy.authority import new_authority
+from pytest_microvm.network.proxy.credentials import resolve_credential
+from pytest_microvm.network.proxy.echoes import Echoes
+from pytest_microvm.settings.credentials import parse_credential
 from support.network import PUBLIC, Server, World, headers_of, receive, request
 
 VALUE = "s3cret/value+with=odd chars"

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_microvm.network.heads import Origin, attempted, parse_head, read_head, split_host
-from pytest_microvm.network.refusal import Refused
-from pytest_microvm.network.relaying import GuestStream
+from pytest_microvm.network.proxy.heads import Origin, attempted, parse_head, read_head, split_host
+from pytest_microvm.network.proxy.refusal import Refused
+from pytest_microvm.network.proxy.relaying import GuestStream
 from support.network import request
 
 INSIDE = Origin("https", "a.example", 443)

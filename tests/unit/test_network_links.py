@@ -33,8 +33,8 @@ exec "$@"
 """
 DECIDE = """
 import json, sys
-from pytest_microvm.network.own_addresses import decide_here
-from pytest_microvm.network.rules import Request, parse_rules
+from pytest_microvm.network.proxy.own_addresses import decide_here
+from pytest_microvm.network.policy.rules import Request, parse_rules
 for line in sys.stdin:
     rules, host, address = json.loads(line)
     decision = decide_here(parse_rules(rules, "test"), Request(host, 80), address)
@@ -132,7 +132,7 @@ def test_what_is_not_on_a_link_needs_no_rule_of_its_own(decided, address):
 
 NOWHERE = """
 import socket, sys
-from pytest_microvm.network import routes
+from pytest_microvm.network.proxy import routes
 routes._GET_ROUTE = 0x7FF0  # no such request: as where netlink is not to be had
 """
 

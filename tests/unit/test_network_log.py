@@ -1,7 +1,7 @@
 """The log of a machine's network: bounded, safe to show, counts that go on."""
 
 from pytest_microvm.events import EventLog
-from pytest_microvm.network.log import MAX_REQUESTS, NetworkLog, NetworkRequest
+from pytest_microvm.network.proxy.log import MAX_REQUESTS, NetworkLog, NetworkRequest
 
 
 def request(**changes):

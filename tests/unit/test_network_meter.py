@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from pytest_microvm.network.meter import CHUNK, Meter, QuotaReached
+from pytest_microvm.network.proxy.meter import CHUNK, Meter, QuotaReached
 
 
 def test_nothing_is_limited_without_a_quota():

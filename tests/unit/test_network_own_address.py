@@ -7,7 +7,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from pytest_microvm.network.rules import Request, parse_rules
+from pytest_microvm.network.policy.rules import Request, parse_rules
 from support.network import World
 
 OWN = ip_network("203.0.113.7")

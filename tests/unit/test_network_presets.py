@@ -12,9 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from pytest_microvm.errors import HostError, UsageError
-from pytest_microvm.network import presets
-from pytest_microvm.network.presets import named_presets, preset_rules, read_preset
-from pytest_microvm.network.rules import Policy, Request, parse_rules
+from pytest_microvm.network.policy import presets
+from pytest_microvm.network.policy.presets import named_presets, preset_rules, read_preset
+from pytest_microvm.network.policy.rules import Policy, Request, parse_rules
 from support import repositories
 
 WHEEL = "pip-99.0-py3-none-any.whl"

@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 import h11
 import pytest
 
-from pytest_microvm.network.access import Access
-from pytest_microvm.network.authority import new_authority
-from pytest_microvm.network.log import NetworkLog
-from pytest_microvm.network.proxy import Proxy
-from pytest_microvm.network.rules import parse_rules
+from pytest_microvm.network.policy.rules import parse_rules
+from pytest_microvm.network.proxy.access import Access
+from pytest_microvm.network.proxy.authority import new_authority
+from pytest_microvm.network.proxy.log import NetworkLog
+from pytest_microvm.network.proxy.server import Proxy
 from support import guards
 from support.network import (
     PUBLIC,
@@ -670,8 +670,8 @@ def test_more_connections_than_there_may_be(world):
 
 @pytest.mark.parametrize("started", [b"", b"GET http://a.ex"])
 def test_a_guest_that_says_nothing(world, monkeypatch, started):
-    monkeypatch.setattr("pytest_microvm.network.proxy.IDLE", 0.05)
-    monkeypatch.setattr("pytest_microvm.network.proxy.HEAD", 0.05)
+    monkeypatch.setattr("pytest_microvm.network.proxy.server.IDLE", 0.05)
+    monkeypatch.setattr("pytest_microvm.network.proxy.server.HEAD", 0.05)
     sock = world.connect()
     sock.sendall(started)
     assert sock.recv(1) == b""

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.network.rules import Request, canonical_host, parse_rules
+from pytest_microvm.network.policy.rules import Request, canonical_host, parse_rules
 
 
 def policy(*texts):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.network.rules import PRESETS, Decision, Policy, Request, parse_rules
+from pytest_microvm.network.policy.rules import PRESETS, Decision, Policy, Request, parse_rules
 
 
 def policy(*texts, **presets):

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_microvm.network.credentials import Credential
-from pytest_microvm.network.echoes import Echoes
-from pytest_microvm.network.refusal import Refused
-from pytest_microvm.network.websocket import Frames
-from pytest_microvm.secret_values import SecretValue
+from pytest_microvm.network.proxy.credentials import Credential
+from pytest_microvm.network.proxy.echoes import Echoes
+from pytest_microvm.network.proxy.refusal import Refused
+from pytest_microvm.network.proxy.websocket import Frames
+from pytest_microvm.settings.secret_values import SecretValue
 
 VALUE = b"s3cr3t/Tok+en"
 BLANK = b"*" * len(VALUE)

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from pytest_microvm.ci.definition.task import WORKTREE
 from pytest_microvm.ci.sources.repository import CodeRepository
 from pytest_microvm.ci.sources.work_tree import WorkTree
-from pytest_microvm.ci.task import WORKTREE
 from pytest_microvm.cli.ci import _emptied
-from pytest_microvm.config import load_settings
 from pytest_microvm.errors import KitError, UsageError
 from pytest_microvm.images.kits import load_kit
-from pytest_microvm.nofollow import MAX_DEPTH, OpenTree, open_named, read_below, refuse_links
-from pytest_microvm.remote.workspace import scan
-from pytest_microvm.tox_env.requirements import needed
+from pytest_microvm.settings.configuration import load_settings
+from pytest_microvm.suite.workspace import scan
+from pytest_microvm.tox.requirements import needed
+from pytest_microvm.untrusted.nofollow import MAX_DEPTH, OpenTree, open_named, read_below, refuse_links
 from support.repositories import commit, filled, git, repository
 
 ELSEWHERE = "secret of another folder"

@@ -10,7 +10,7 @@ import pytest_microvm
 
 PACKAGE = Path(pytest_microvm.__file__).parent
 FILES = sorted(PACKAGE.glob("**/*.py"))
-ONLY = PACKAGE / "git_commands.py"
+ONLY = PACKAGE / "git/commands.py"
 STARTERS = {
     "which",
     "_installed",
@@ -63,7 +63,7 @@ def starts(tree):
 def test_nothing_else_starts_git(path):
     if path != ONLY:
         lines = list(starts(ast.parse(path.read_text())))
-        assert not lines, "start git through pytest_microvm.git_commands: ADR 0026"
+        assert not lines, "start git through pytest_microvm.git.commands: ADR 0026"
 
 
 def test_the_one_module_is_found():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_microvm.options import OPTIONS
+from pytest_microvm.settings.options import OPTIONS
 from support import guards
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -14,7 +14,7 @@ WITH_ONE_MORE = """
 import importlib.util, sys
 from pathlib import Path
 import pytest
-found = importlib.util.find_spec("pytest_microvm.options")
+found = importlib.util.find_spec("pytest_microvm.settings.options")
 source = Path(found.origin).read_text()
 begin = "OPTIONS: tuple[Option, ...] = (\\n"
 assert source.count(begin) == 1
@@ -25,10 +25,10 @@ from pytest_microvm.ci.definition.parsing import parse_definition
 from pytest_microvm.ci.definition.schema import definition_schema
 from pytest_microvm.ci.gitlab.settings import parse_settings
 from pytest_microvm.cli import main
-from pytest_microvm.config import Settings, merged
+from pytest_microvm.settings.configuration import Settings, merged
 from pytest_microvm.images.kit_keys import parse_resources
-from pytest_microvm.spec import MachineSpec
-from pytest_microvm.tox_env.settings import KEYS
+from pytest_microvm.settings.spec import MachineSpec
+from pytest_microvm.tox.settings import KEYS
 """
 JOB = '[ci.jobs.test]\nsteps = ["true"]\ninodes = 10'
 FRONT_ENDS = {

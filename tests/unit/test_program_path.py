@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from pytest_microvm.program_path import absolute_path
+from pytest_microvm.untrusted.program_path import absolute_path
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import io
 
-from pytest_microvm.progress import Progress
+from pytest_microvm.terminal.progress import Progress
 
 
 def test_a_log_gets_a_line_each():

@@ -9,21 +9,21 @@ from _pytest.config import get_config
 from _pytest.config.findpaths import determine_setup
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.remote.addopts import (
+from pytest_microvm.suite.addopts import (
     SHOWN_KEYS,
     addopts_words,
     divide_addopts,
     refuse_acting,
     shown_values,
 )
-from pytest_microvm.remote.arguments import (
+from pytest_microvm.suite.arguments import (
     ARITY_ELSEWHERE,
     SELECTING_AND_SHOWING,
     parser_arity,
     split_arguments,
 )
-from pytest_microvm.remote.neutral import _NEUTRAL
-from pytest_microvm.remote.project_file import MAX_SIZE, find_project_file
+from pytest_microvm.suite.neutral import _NEUTRAL
+from pytest_microvm.suite.project_file import MAX_SIZE, find_project_file
 
 REPOSITORY = Path(__file__).parents[2]
 INI = "[pytest]\naddopts = -q\n"

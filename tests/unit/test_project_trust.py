@@ -8,16 +8,16 @@ import shutil
 
 import pytest
 
-from pytest_microvm import project_trust
-from pytest_microvm.checkout import Checkout, checked_out
-from pytest_microvm.ci.running import check_trust
+from pytest_microvm.ci.running.run import check_trust
 from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.cli import main
-from pytest_microvm.config import load_settings
 from pytest_microvm.errors import UsageError
-from pytest_microvm.project_grants import asked_by
-from pytest_microvm.project_trust import Grant
-from pytest_microvm.remote.addopts import refuse_granting
+from pytest_microvm.git.checkout import Checkout, checked_out
+from pytest_microvm.host.project_grants import asked_by
+from pytest_microvm.settings import trust as project_trust
+from pytest_microvm.settings.configuration import load_settings
+from pytest_microvm.settings.trust import Grant
+from pytest_microvm.suite.addopts import refuse_granting
 from support.repositories import git, repository
 
 ASKED = {"network": ["a.example"], "mounts": ["~/.ssh:/keys"]}

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from pytest_microvm import quotas
-from pytest_microvm.quotas import Guard, Watchdog
-from pytest_microvm.spec import Limits
+from pytest_microvm.machine import quotas
+from pytest_microvm.machine.quotas import Guard, Watchdog
+from pytest_microvm.settings.spec import Limits
 
 
 @dataclass

@@ -13,8 +13,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_microvm import redaction
-from pytest_microvm.redaction import MASK, MIN_LENGTH, MIN_PART, RedactedStream, Redactor, _Words, variants
+from pytest_microvm.untrusted import redaction
+from pytest_microvm.untrusted.redaction import (
+    MASK,
+    MIN_LENGTH,
+    MIN_PART,
+    RedactedStream,
+    Redactor,
+    _Words,
+    variants,
+)
 
 TOKEN = "s3cr3t/Tok+en=42&x y<z>"  # noqa: S105 - no real one
 

@@ -11,26 +11,29 @@ import pytest
 from _pytest.junitxml import xml_key
 
 import pytest_microvm
-from pytest_microvm import config, errors, fixtures, hookspecs, spec
+from pytest_microvm import errors
+from pytest_microvm.agent.path import GuestPath
+from pytest_microvm.agent.process import GuestProcess
 from pytest_microvm.ci.definition.keys import SPEC_KEYS
 from pytest_microvm.cli import _parser
 from pytest_microvm.events import Event
 from pytest_microvm.images import kit_keys
-from pytest_microvm.instance import MachineFacts, Usage
-from pytest_microvm.junit import properties
-from pytest_microvm.machine import MicroVM
-from pytest_microvm.network.log import NetworkRequest
-from pytest_microvm.options import BY_NAME, MACHINE, OPTIONS, QUOTAS
-from pytest_microvm.process import GuestProcess
-from pytest_microvm.remote.arguments import REFUSED
-from pytest_microvm.remote.backend import BackendFacts
-from pytest_microvm.remote.plan import _PASSED
-from pytest_microvm.remote.summary import add_suite_properties
-from pytest_microvm.spec import Limits, MachineSpec
-from pytest_microvm.tox_env import environment
-from pytest_microvm.tox_env import settings as tox_settings
-from pytest_microvm.tox_env.options import add_options
-from pytest_microvm.vmpath import GuestPath
+from pytest_microvm.machine.instance import MachineFacts, Usage
+from pytest_microvm.machine.microvm import MicroVM
+from pytest_microvm.network.proxy.log import NetworkRequest
+from pytest_microvm.plugin import fixtures, hookspecs
+from pytest_microvm.settings import configuration as config
+from pytest_microvm.settings import spec
+from pytest_microvm.settings.options import BY_NAME, MACHINE, OPTIONS, QUOTAS
+from pytest_microvm.settings.spec import Limits, MachineSpec
+from pytest_microvm.suite.arguments import REFUSED
+from pytest_microvm.suite.backend import BackendFacts
+from pytest_microvm.suite.plan import _PASSED
+from pytest_microvm.suite.properties import properties
+from pytest_microvm.suite.summary import add_suite_properties
+from pytest_microvm.tox import environment
+from pytest_microvm.tox import settings as tox_settings
+from pytest_microvm.tox.options import add_options
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"

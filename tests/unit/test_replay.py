@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytest_microvm.errors import ProtocolViolation
-from pytest_microvm.remote.replay import error_report, rebuild_test_report
+from pytest_microvm.suite.replay import error_report, rebuild_test_report
 from support.collected import JSON
 
 ITEM = SimpleNamespace(

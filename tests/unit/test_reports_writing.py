@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from junitparser import xunit2
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.options import BY_NAME
 from pytest_microvm.reports.checking import check_report
 from pytest_microvm.reports.merging import merged
 from pytest_microvm.reports.profiles import PROFILES, profile_named
 from pytest_microvm.reports.reading import read_report
 from pytest_microvm.reports.values import Case, Problem, Report, Suite
 from pytest_microvm.reports.writing import write_report
+from pytest_microvm.settings.options import BY_NAME
 
 CORPUS = Path(__file__).parents[1] / "fuzz" / "corpus" / "junit"
 FAILURE = Problem("failure", "assert 1 == 2", "traceback", "AssertionError")

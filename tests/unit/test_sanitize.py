@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_microvm.sanitize import safe_json, sanitize, sanitize_line, sanitize_part
+from pytest_microvm.untrusted.text import safe_json, sanitize, sanitize_line, sanitize_part
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.secret_values import Source
+from pytest_microvm.settings.secret_values import Source
 
 PYTHON = Path(sys.executable).resolve()  # not the one of a virtual environment, which may be in a project
 ENVIRONMENT = f"{PYTHON} -c 'import json, os; print(json.dumps([os.getcwd(), dict(os.environ)]))'"

@@ -9,7 +9,14 @@ import sys
 import pytest
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.secret_values import MAX_BYTES, Secret, SecretValue, Source, parse_secrets, parse_source
+from pytest_microvm.settings.secret_values import (
+    MAX_BYTES,
+    Secret,
+    SecretValue,
+    Source,
+    parse_secrets,
+    parse_source,
+)
 
 
 def test_each_source(monkeypatch, tmp_path):

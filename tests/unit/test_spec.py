@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.options import BY_NAME, QUOTAS
-from pytest_microvm.reach import parse_hosts, parse_network
-from pytest_microvm.spec import (
+from pytest_microvm.settings.options import BY_NAME, QUOTAS
+from pytest_microvm.settings.reach import parse_hosts, parse_network
+from pytest_microvm.settings.spec import (
     PARSERS,
     Limits,
     MachineSpec,

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_microvm import takeover
 from pytest_microvm.errors import UsageError
-from pytest_microvm.manifest import Handover, is_git, scan
-from pytest_microvm.nofollow import open_folder
-from pytest_microvm.takeover import Conflict, TakeOver
+from pytest_microvm.mounts import merging as takeover
+from pytest_microvm.mounts.merging import Conflict, TakeOver
+from pytest_microvm.untrusted.manifest import Handover, is_git, scan
+from pytest_microvm.untrusted.nofollow import open_folder
 
 MINE = ".microvm-vm-1"
 
@@ -436,11 +436,11 @@ def test_too_many_or_too_deep(tmp_path, monkeypatch):
     for _ in range(5):
         deep = deep / "d"
     deep.mkdir(parents=True)
-    monkeypatch.setattr("pytest_microvm.manifest.MAX_PATHS", 4)
+    monkeypatch.setattr("pytest_microvm.untrusted.manifest.MAX_PATHS", 4)
     with pytest.raises(UsageError, match="more than 4 files"):
         handed_over(tmp_path / "source")
-    monkeypatch.setattr("pytest_microvm.manifest.MAX_PATHS", 5)
+    monkeypatch.setattr("pytest_microvm.untrusted.manifest.MAX_PATHS", 5)
     assert len(handed_over(tmp_path / "source")[1]) == 5
-    monkeypatch.setattr("pytest_microvm.manifest.MAX_DEPTH", 5)
+    monkeypatch.setattr("pytest_microvm.untrusted.manifest.MAX_DEPTH", 5)
     with pytest.raises(UsageError, match="more than 5 directories"):
         handed_over(tmp_path / "source")

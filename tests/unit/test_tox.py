@@ -14,17 +14,17 @@ from tox.execute.request import ExecuteRequest, StdinSource
 from tox.tox_env.errors import Fail
 from tox.tox_env.python.api import PythonInfo, VersionInfo
 
-from pytest_microvm import project_trust
 from pytest_microvm.cli import main
 from pytest_microvm.errors import UsageError
-from pytest_microvm.tox_env import environment, folders, settings
-from pytest_microvm.tox_env.configuration import ToxFile
-from pytest_microvm.tox_env.display import TerminalText
-from pytest_microvm.tox_env.executor import allowed_command
-from pytest_microvm.tox_env.installer import Plan
-from pytest_microvm.tox_env.interpreters import chosen
-from pytest_microvm.tox_env.package import Package, plan_package
-from pytest_microvm.tox_env.requirements import Needed, is_local, needed
+from pytest_microvm.settings import trust as project_trust
+from pytest_microvm.tox import environment, folders, settings
+from pytest_microvm.tox.configuration import ToxFile
+from pytest_microvm.tox.display import TerminalText
+from pytest_microvm.tox.executor import allowed_command
+from pytest_microvm.tox.installer import Plan
+from pytest_microvm.tox.interpreters import chosen
+from pytest_microvm.tox.package import Package, plan_package
+from pytest_microvm.tox.requirements import Needed, is_local, needed
 
 # Variables
 
@@ -442,12 +442,12 @@ def test_a_kit_of_the_projects_own_needs_a_word(project):
 def test_loading_it_imports_nothing_heavy():
     code = (
         "import tox.run, sys; before = set(sys.modules);"
-        "import pytest_microvm.tox_plugin, pytest_microvm.tox_env.runner;"
+        "import pytest_microvm.tox.plugin, pytest_microvm.tox.runner;"
         "print(sorted(name for name in set(sys.modules) - before if name.startswith('pytest_microvm')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    names = {"pytest_microvm.tox_plugin", "pytest_microvm.tox_env"}
-    names |= {f"pytest_microvm.tox_env.{name}" for name in ("environment", "folders", "installer", "runner")}
+    names = {"pytest_microvm.tox.plugin", "pytest_microvm.tox"}
+    names |= {f"pytest_microvm.tox.{name}" for name in ("environment", "folders", "installer", "runner")}
     assert set(eval(done.stdout)) <= {"pytest_microvm", "pytest_microvm.errors", *names}  # noqa: S307 - ours
 
 
@@ -455,8 +455,8 @@ def test_the_option_switches_every_runner(monkeypatch, tmp_path):
     from tox.plugin.manager import MANAGER  # noqa: PLC0415 - tox is only needed here
     from tox.tox_env.register import REGISTER  # noqa: PLC0415
 
-    from pytest_microvm.tox_env.options import switch_over  # noqa: PLC0415
-    from pytest_microvm.tox_env.runner import MicrovmRunner  # noqa: PLC0415
+    from pytest_microvm.tox.options import switch_over  # noqa: PLC0415
+    from pytest_microvm.tox.runner import MicrovmRunner  # noqa: PLC0415
 
     MANAGER.load_plugins(tmp_path / "tox.ini")
     monkeypatch.setattr(REGISTER, "_run_envs", dict(REGISTER._run_envs))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_microvm.tox_env import settings
+from pytest_microvm.tox import settings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "reference" / "tox-configuration.md").read_text()
 RELEASE = tuple(map(int, version("tox").split(".")[:2]))

@@ -9,14 +9,14 @@ import sys
 
 import pytest
 
-from pytest_microvm import project_trust
 from pytest_microvm.cli import main
 from pytest_microvm.errors import UsageError
-from pytest_microvm.tox_env import folders
-from pytest_microvm.tox_env.configuration import ToxFile, find
-from pytest_microvm.tox_env.environment import GUEST_PATH
-from pytest_microvm.tox_env.host_values import Guard, Refused, Variables
-from pytest_microvm.tox_env.runner import MicrovmRunner
+from pytest_microvm.settings import trust as project_trust
+from pytest_microvm.tox import folders
+from pytest_microvm.tox.configuration import ToxFile, find
+from pytest_microvm.tox.environment import GUEST_PATH
+from pytest_microvm.tox.host_values import Guard, Refused, Variables
+from pytest_microvm.tox.runner import MicrovmRunner
 from support import guards
 from support.repositories import git, repository
 from support.tiers import thorough_but
@@ -230,8 +230,8 @@ def test_requirements_do_not_read_variables(project):
 from pathlib import Path
 from tox.report import HandledError
 from tox.tox_env.python.pip.req_file import PythonDeps
-from pytest_microvm.tox_env.configuration import ToxFile
-from pytest_microvm.tox_env.host_values import Guard, install
+from pytest_microvm.tox.configuration import ToxFile
+from pytest_microvm.tox.host_values import Guard, install
 deps = PythonDeps("six==${TOKEN}", Path())
 print(deps.as_root_args)
 install(Guard(ToxFile(Path().resolve(), Path("tox.ini").resolve())))

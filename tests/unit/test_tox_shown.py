@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pytest_microvm.tox_env.shown import SafeStream
+from pytest_microvm.tox.shown import SafeStream
 
 NASTY = r"\u001b]0;owned\u0007\n::error::owned\n##vso[x]"
 BEGIN = "no_package = true\n[env_run_base]\n"

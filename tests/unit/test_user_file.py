@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.remote.user_file import NAME, UserFile, read_user_file
+from pytest_microvm.suite.user_file import NAME, UserFile, read_user_file
 
 
 def test_missing_file_means_no_plugins(tmp_path):

@@ -7,7 +7,7 @@ import tarfile
 import pytest
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.remote.workspace import scan
+from pytest_microvm.suite.workspace import scan
 from support.repositories import git
 
 

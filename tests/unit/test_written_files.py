@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.nofollow import refuse_links
-from pytest_microvm.remote.backend import Settings
-from pytest_microvm.remote.plan import artifacts_folder
+from pytest_microvm.suite.backend import Settings
+from pytest_microvm.suite.plan import artifacts_folder
+from pytest_microvm.untrusted.nofollow import refuse_links
 
 
 def settings(rootdir, written, **values):

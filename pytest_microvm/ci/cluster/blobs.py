@@ -19,7 +19,7 @@ from typing import Any
 
 from distributed import Client
 
-from pytest_microvm.ci.commands import Stop
+from pytest_microvm.ci.running.commands import Stop
 from pytest_microvm.errors import HostError
 from pytest_microvm.images.blobs import sha256_file
 

@@ -27,14 +27,14 @@ from pytest_microvm.ci.cluster.blobs import Offers
 from pytest_microvm.ci.cluster.connection import ALLOWED_FAILURES, Certificates, connected, own_cluster
 from pytest_microvm.ci.cluster.messages import Order, not_done, unpack_reply
 from pytest_microvm.ci.cluster.worker import WorkerSide, deliver, do, end_run, plugin_name, topic
-from pytest_microvm.ci.executor import Work
+from pytest_microvm.ci.definition.task import Source, Task
 from pytest_microvm.ci.results.result import TaskResult
+from pytest_microvm.ci.running.executor import Work
 from pytest_microvm.ci.sources.tar_tree import write_tree
-from pytest_microvm.ci.task import Source, Task
 from pytest_microvm.errors import HostError, MicroVMError, UsageError
-from pytest_microvm.host import Host
+from pytest_microvm.host.host import Host
 from pytest_microvm.images.image import Image
-from pytest_microvm.sanitize import sanitize_line
+from pytest_microvm.untrusted.text import sanitize_line
 
 MOST = 64
 """How many tasks are given to a cluster at once; where each runs, and when, its scheduler decides."""
@@ -45,7 +45,7 @@ _GONE = (OSError, RuntimeError)
 
 
 class DaskExecutor:
-    """Runs tasks on a cluster (an :class:`pytest_microvm.ci.executor.Executor`).
+    """Runs tasks on a cluster (an :class:`pytest_microvm.ci.running.executor.Executor`).
 
     Args:
         host: This computer: its images are what the cluster's machines are made of.

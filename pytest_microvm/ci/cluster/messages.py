@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pytest_microvm.ci.definition.task import Task
 from pytest_microvm.ci.results.result import TaskResult, Verdict, task_from_json
-from pytest_microvm.ci.task import Task
 from pytest_microvm.errors import TransferError
-from pytest_microvm.extraction import Terms, extract
-from pytest_microvm.sanitize import sanitize_line
-from pytest_microvm.spec import format_size
+from pytest_microvm.settings.spec import format_size
+from pytest_microvm.untrusted.extraction import Terms, extract
+from pytest_microvm.untrusted.text import sanitize_line
 
 MAX_FILES = 10_000
 MAX_BYTES = 256 * 1024**2

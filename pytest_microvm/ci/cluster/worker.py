@@ -17,19 +17,19 @@ from typing import Any
 
 from distributed import Reschedule, Worker, WorkerPlugin, get_worker
 
-from pytest_microvm.ci.attempt import Attempt
 from pytest_microvm.ci.cluster.blobs import Inbox
 from pytest_microvm.ci.cluster.messages import Order, not_done, pack_reply
 from pytest_microvm.ci.cluster.templates import Borrower, Lender
-from pytest_microvm.ci.commands import Stop, Stopped
-from pytest_microvm.ci.executor import Work
+from pytest_microvm.ci.definition.task import Plan, Source, Task
 from pytest_microvm.ci.results.result import RunResult, TaskResult
+from pytest_microvm.ci.running.attempt import Attempt
+from pytest_microvm.ci.running.commands import Stop, Stopped
+from pytest_microvm.ci.running.executor import Work
 from pytest_microvm.ci.sources.tar_tree import TarTree
 from pytest_microvm.ci.sources.tree import Tree
-from pytest_microvm.ci.task import Plan, Source, Task
 from pytest_microvm.errors import ImageError, MicroVMError
-from pytest_microvm.host import Host
-from pytest_microvm.sanitize import sanitize_line
+from pytest_microvm.host.host import Host
+from pytest_microvm.untrusted.text import sanitize_line
 
 _GATHER = 0.2  # seconds in which lines are gathered: each event costs the scheduler more than a line
 _MOST_LINES = 200
@@ -212,7 +212,7 @@ class WorkerSide(WorkerPlugin):
 
 
 class _Sources:
-    """The files of one order's source; see :class:`pytest_microvm.ci.executor.Sources`."""
+    """The files of one order's source; see :class:`pytest_microvm.ci.running.executor.Sources`."""
 
     def __init__(self, side: WorkerSide, order: Order, stop: Stop) -> None:
         self._side = side

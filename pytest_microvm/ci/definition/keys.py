@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from pytest_microvm.ci.definition.job import DEFAULT_RETRIES, DEFAULT_TIMEOUT
 from pytest_microvm.ci.definition.matrix import MOST, NAME, RESERVED, parse_matrix
 from pytest_microvm.ci.definition.values import (
     MAX_RETRIES,
@@ -30,12 +31,11 @@ from pytest_microvm.ci.definition.values import (
     parse_with_minimum,
     without_quotes,
 )
-from pytest_microvm.ci.job import DEFAULT_RETRIES, DEFAULT_TIMEOUT
-from pytest_microvm.config import parse_count, parse_flag
-from pytest_microvm.credentials import SCHEMES
-from pytest_microvm.options import BY_NAME, QUOTAS, Option
-from pytest_microvm.secret_values import KINDS, Delivery
-from pytest_microvm.spec import PARSERS
+from pytest_microvm.settings.configuration import parse_count, parse_flag
+from pytest_microvm.settings.credentials import SCHEMES
+from pytest_microvm.settings.options import BY_NAME, QUOTAS, Option
+from pytest_microvm.settings.secret_values import KINDS, Delivery
+from pytest_microvm.settings.spec import PARSERS
 
 JOB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 

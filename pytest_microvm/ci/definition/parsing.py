@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pytest_microvm.ci.definition.job import Job
 from pytest_microvm.ci.definition.keys import JOB_NAME, KEYS, SPEC_KEYS
 from pytest_microvm.ci.definition.matrix import MOST, Combination, parse_matrix, substituted
 from pytest_microvm.ci.definition.values import check_keys, unknown_key
-from pytest_microvm.ci.job import Job
 from pytest_microvm.errors import UsageError
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.settings.spec import MachineSpec
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,7 +41,7 @@ class Definition:
         jobs: One for each combination of each matrix; none comes before what it needs.
         where: Where they are defined, for people.
         asked: What they ask for that needs trust, by the key's place, with the matrix's values put in.
-        branch: What defines them, as :class:`pytest_microvm.ci.task.Source` calls it.
+        branch: What defines them, as :class:`pytest_microvm.ci.definition.task.Source` calls it.
     """
 
     jobs: tuple[Job, ...]

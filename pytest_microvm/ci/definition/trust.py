@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pytest_microvm.ci.job import Job
+from pytest_microvm.ci.definition.job import Job
 from pytest_microvm.errors import KitError
+from pytest_microvm.host.project_grants import own_kit
 from pytest_microvm.images.kits import shipped_kits
-from pytest_microvm.project_grants import own_kit
 
 KITS = "microvm/kits"
 """Where a project has its own kits."""

@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar, get_args
 
-from pytest_microvm.ci.job import GrantedCredential, GrantedSecret, Step, When
-from pytest_microvm.config import parse_strings
-from pytest_microvm.credentials import parse_credential
+from pytest_microvm.ci.definition.job import GrantedCredential, GrantedSecret, Step, When
 from pytest_microvm.errors import UsageError
-from pytest_microvm.sanitize import sanitize_line
-from pytest_microvm.secret_values import parse_secrets as parse_plain_secrets
-from pytest_microvm.spec import PARSERS, check_minimum
+from pytest_microvm.settings.configuration import parse_strings
+from pytest_microvm.settings.credentials import parse_credential
+from pytest_microvm.settings.secret_values import parse_secrets as parse_plain_secrets
+from pytest_microvm.settings.spec import PARSERS, check_minimum
+from pytest_microvm.untrusted.text import sanitize_line
 
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
 WHENS: tuple[When, ...] = get_args(When)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_microvm.ci.github.project import Needs
-from pytest_microvm.host import Host, guest_code
+from pytest_microvm.host.host import Host, guest_code
 from pytest_microvm.hypervisors import Accelerator
 from pytest_microvm.images import Image
 from pytest_microvm.images.kits import host_architecture

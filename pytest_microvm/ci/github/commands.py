@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Literal
 
-from pytest_microvm.sanitize import sanitize, sanitize_line
+from pytest_microvm.untrusted.text import sanitize, sanitize_line
 
 MOST_ANNOTATIONS = 10
 """Annotations of one kind that GitHub shows for a step; a job has room for 50."""

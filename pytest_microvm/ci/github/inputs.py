@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.options import BY_NAME
 from pytest_microvm.reports.profiles import PROFILES
+from pytest_microvm.settings.options import BY_NAME
 
 MODES = ("pytest", "ci")
 _FILE = "inputs.json"

@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pytest_microvm import project_trust
+from pytest_microvm.ci.definition.job import Job
 from pytest_microvm.ci.github.inputs import Inputs
-from pytest_microvm.ci.job import Job
-from pytest_microvm.ci.running import check_trust, trusted_project
+from pytest_microvm.ci.running.run import check_trust, trusted_project
 from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.ci.sources.tree import Tree
-from pytest_microvm.config import Settings, load_settings
 from pytest_microvm.errors import KitError, UsageError
+from pytest_microvm.host.project_grants import asked_by
 from pytest_microvm.images.kits import Kit, load_kit, shipped_kits
 from pytest_microvm.images.store import kit_key
-from pytest_microvm.project_grants import asked_by
-from pytest_microvm.remote.workspace import scan
-from pytest_microvm.spec import MachineSpec
+from pytest_microvm.settings import trust as project_trust
+from pytest_microvm.settings.configuration import Settings, load_settings
+from pytest_microvm.settings.spec import MachineSpec
+from pytest_microvm.suite.workspace import scan
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING
 
 from pytest_microvm.ci.github.commands import stopped
 from pytest_microvm.ci.github.inputs import Inputs
-from pytest_microvm.project_trust import VARIABLE
+from pytest_microvm.settings.trust import VARIABLE
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -25,7 +25,7 @@ from pytest_microvm.ci.github.report import (
 from pytest_microvm.ci.github.run import junit_path, run_command, run_guarded
 from pytest_microvm.ci.github.upload import make_uploadable
 from pytest_microvm.errors import UsageError
-from pytest_microvm.host import Host
+from pytest_microvm.host.host import Host
 from pytest_microvm.images.store import cache_root
 
 _GROUND = "ground.json"

@@ -26,15 +26,15 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.ci.gitlab.holder_socket import SCRIPT, STDERR, STDOUT, FrameSocket, message_of, short_path
 from pytest_microvm.errors import MicroVMError, QuotaExceeded, UsageError
-from pytest_microvm.host import Host
-from pytest_microvm.mounts import parse_mounts
-from pytest_microvm.spec import MachineSpec
-from pytest_microvm.termination import interrupt_on_sigterm
+from pytest_microvm.host.host import Host
+from pytest_microvm.settings.mounts import parse_mounts
+from pytest_microvm.settings.spec import MachineSpec
+from pytest_microvm.terminal.termination import interrupt_on_sigterm
 from pytest_microvm.wire.frames import Kind, WireError
 
 if TYPE_CHECKING:
-    from pytest_microvm.machine import MicroVM
-    from pytest_microvm.process import GuestProcess
+    from pytest_microvm.agent.process import GuestProcess
+    from pytest_microvm.machine.microvm import MicroVM
 
 SOCKET, LOCK, FACTS, ENDED, LOG = "socket", "lock", "holder.json", "ended", "log"
 """Files of a holder's folder. Who can lock ``lock`` knows that no holder runs."""

@@ -16,11 +16,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pytest_microvm.checkout import matches
 from pytest_microvm.ci.results.history_file import HistoryFile, transaction
 from pytest_microvm.ci.results.result import RunResult, TaskResult, task_from_json
 from pytest_microvm.errors import UsageError
-from pytest_microvm.sanitize import sanitize_line
+from pytest_microvm.git.checkout import matches
+from pytest_microvm.untrusted.text import sanitize_line
 
 KEPT_RUNS = 1000
 KEPT_DAYS = 90

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pytest_microvm.ci.definition.task import WORKTREE
 from pytest_microvm.ci.results.job_junit import REPORT
 from pytest_microvm.ci.results.result import PHASES, RunResult, TaskResult, Verdict
-from pytest_microvm.ci.task import WORKTREE
 from pytest_microvm.reports.reading import read_report
 from pytest_microvm.reports.text import cut
 from pytest_microvm.reports.values import Case

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.sanitize import safe_json
+from pytest_microvm.untrusted.text import safe_json
 
 Verdict = Literal["passed", "failed", "quota", "crashed", "infra", "skipped", "cancelled"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)

@@ -14,8 +14,8 @@ from pytest_microvm.ci.sources.git_objects import Blobs, blobs, borrowed
 from pytest_microvm.ci.sources.large_files import MAX_POINTER, large_file, parse_pointer
 from pytest_microvm.ci.sources.tree import Kind
 from pytest_microvm.errors import UsageError
-from pytest_microvm.git_repository import Repository
-from pytest_microvm.spec import format_size
+from pytest_microvm.git.repository import Repository
+from pytest_microvm.settings.spec import format_size
 
 _PIECE = 1024 * 1024
 

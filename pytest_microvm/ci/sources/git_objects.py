@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from pytest_microvm.git_bundle import borrowing
-from pytest_microvm.git_commands import GitError, Talk
-from pytest_microvm.git_repository import Repository
+from pytest_microvm.git.bundle import borrowing
+from pytest_microvm.git.commands import GitError, Talk
+from pytest_microvm.git.repository import Repository
 
 OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.ASCII)
 """An object's whole name."""

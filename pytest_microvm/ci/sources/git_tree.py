@@ -16,9 +16,9 @@ from pytest_microvm.ci.sources.large_files import MAX_POINTER
 from pytest_microvm.ci.sources.submodules import find_module, module_names
 from pytest_microvm.ci.sources.tree import Kind, selected, tree_digest
 from pytest_microvm.errors import UsageError
-from pytest_microvm.git_repository import Repository
-from pytest_microvm.remote.workspace import DEFAULT_LIMIT
-from pytest_microvm.sanitize import sanitize_line
+from pytest_microvm.git.repository import Repository
+from pytest_microvm.suite.workspace import DEFAULT_LIMIT
+from pytest_microvm.untrusted.text import sanitize_line
 
 MAX_FILES = 200_000
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pytest_microvm.nofollow import OpenTree
+from pytest_microvm.untrusted.nofollow import OpenTree
 
 MAX_POINTER = 1023
 """Bytes of the longest pointer."""

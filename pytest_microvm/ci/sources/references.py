@@ -6,11 +6,11 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from pytest_microvm.ci.definition.task import WORKTREE
 from pytest_microvm.ci.sources.git_objects import OBJECT
-from pytest_microvm.ci.task import WORKTREE
 from pytest_microvm.errors import UsageError
-from pytest_microvm.git_commands import GitError
-from pytest_microvm.git_repository import Repository, configuration
+from pytest_microvm.git.commands import GitError
+from pytest_microvm.git.repository import Repository, configuration
 
 _HEADS, _REMOTE, _TAGS = "refs/heads/", "refs/remotes/origin/", "refs/tags/"
 _MAX_REFS = 100_000

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from pytest_microvm.checkout import matches
 from pytest_microvm.ci.definition.parsing import (
     OWN_FILE,
     PYPROJECT,
@@ -24,6 +23,7 @@ from pytest_microvm.ci.definition.parsing import (
     ci_table,
     parse_definition,
 )
+from pytest_microvm.ci.definition.task import WORKTREE, Source
 from pytest_microvm.ci.definition.trust import KITS, asked_by_kits, own_images
 from pytest_microvm.ci.sources.file_names import refusal
 from pytest_microvm.ci.sources.git_objects import OBJECT
@@ -31,12 +31,12 @@ from pytest_microvm.ci.sources.git_tree import GitTree
 from pytest_microvm.ci.sources.references import References, branch_name, shown_names
 from pytest_microvm.ci.sources.tree import Tree
 from pytest_microvm.ci.sources.work_tree import WorkTree
-from pytest_microvm.ci.task import WORKTREE, Source
 from pytest_microvm.errors import UsageError
-from pytest_microvm.git_bundle import borrowing
-from pytest_microvm.git_repository import Repository, find_checkout, repository_at, with_own_objects
-from pytest_microvm.nofollow import OpenTree, bounded
-from pytest_microvm.remote.workspace import DEFAULT_LIMIT
+from pytest_microvm.git.bundle import borrowing
+from pytest_microvm.git.checkout import matches
+from pytest_microvm.git.repository import Repository, find_checkout, repository_at, with_own_objects
+from pytest_microvm.suite.workspace import DEFAULT_LIMIT
+from pytest_microvm.untrusted.nofollow import OpenTree, bounded
 
 _MAX_DEFINITION = 1024 * 1024  # bytes
 
@@ -172,7 +172,7 @@ class CodeRepository:
         """Return the content of a plain file, ``None`` where there is none.
 
         Args:
-            commit: A commit's whole name, or :data:`pytest_microvm.ci.task.WORKTREE`.
+            commit: A commit's whole name, or :data:`pytest_microvm.ci.definition.task.WORKTREE`.
             path: Relative to the top.
             limit: Bytes that it may have.
 

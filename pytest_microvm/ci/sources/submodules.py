@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pytest_microvm.ci.sources.git_objects import borrowed
 from pytest_microvm.errors import UsageError
-from pytest_microvm.git_commands import GitError
-from pytest_microvm.git_repository import Repository, repository_at, with_own_objects
+from pytest_microvm.git.commands import GitError
+from pytest_microvm.git.repository import Repository, repository_at, with_own_objects
 
 _KEY = re.compile(r"submodule\.(.+)\.path", re.DOTALL)
 

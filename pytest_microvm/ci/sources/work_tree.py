@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pytest_microvm.ci.sources.tree import Kind, selected, tree_digest
-from pytest_microvm.nofollow import OpenTree
-from pytest_microvm.remote.workspace import DEFAULT_LIMIT, Entry, add_file, file_digest, scan
+from pytest_microvm.suite.workspace import DEFAULT_LIMIT, Entry, add_file, file_digest, scan
+from pytest_microvm.untrusted.nofollow import OpenTree
 
 
 class WorkTree:

@@ -27,8 +27,8 @@ from pytest_microvm.hypervisors.qemu.files import largest_file, open_files, writ
 from pytest_microvm.hypervisors.qemu.qmp import Qmp, QmpError
 from pytest_microvm.hypervisors.rlimits import Rlimits
 from pytest_microvm.hypervisors.usage import process_usage
-from pytest_microvm.instance import Usage
-from pytest_microvm.sanitize import sanitize_line
+from pytest_microvm.machine.instance import Usage
+from pytest_microvm.untrusted.text import sanitize_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,7 +57,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class QemuProcess:
-    """A running QEMU (a :class:`pytest_microvm.instance.Vmm`).
+    """A running QEMU (a :class:`pytest_microvm.machine.instance.Vmm`).
 
     Attributes:
         pid: QEMU's process id.

@@ -13,7 +13,7 @@ from collections import deque
 from typing import Any
 
 from pytest_microvm.errors import MachineError
-from pytest_microvm.sanitize import sanitize_line
+from pytest_microvm.untrusted.text import sanitize_line
 
 _MAX_LINE = 1024 * 1024
 _MAX_DRAINED = 10_000  # events; QEMU says a few in its life

@@ -12,15 +12,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from pytest_microvm.config import load_settings
+from pytest_microvm.agent.link import Link
 from pytest_microvm.errors import MachineCrashed
-from pytest_microvm.instance import MachineFacts, Usage
-from pytest_microvm.link import Link
-from pytest_microvm.network.log import NetworkLog
-from pytest_microvm.redaction import Redactor
-from pytest_microvm.remote.backend import BackendFacts, RunOptions
-from pytest_microvm.remote.session import RunnerSession
-from pytest_microvm.spec import DEFAULT_OUTPUT, Limits
+from pytest_microvm.machine.instance import MachineFacts, Usage
+from pytest_microvm.network.proxy.log import NetworkLog
+from pytest_microvm.settings.configuration import load_settings
+from pytest_microvm.settings.spec import DEFAULT_OUTPUT, Limits
+from pytest_microvm.suite.backend import BackendFacts, RunOptions
+from pytest_microvm.suite.session import RunnerSession
+from pytest_microvm.untrusted.redaction import Redactor
 
 microvm_host_only = True
 HERE = Path(__file__).parent
@@ -36,7 +36,7 @@ def pytest_microvm_backend(config, settings, progress):
 
 
 class LocalBackend:
-    """A process that forks for each lease (a :class:`pytest_microvm.remote.backend.Backend`)."""
+    """A process that forks for each lease (a :class:`pytest_microvm.suite.backend.Backend`)."""
 
     facts = BackendFacts("none", "local processes, for tests", "local", "sha256:" + "0" * 64)
 
@@ -124,7 +124,7 @@ class LocalBackend:
 
 
 class LocalMachine:
-    """A fork of the runner (a :class:`pytest_microvm.remote.backend.RunnerMachine`)."""
+    """A fork of the runner (a :class:`pytest_microvm.suite.backend.RunnerMachine`)."""
 
     def __init__(self, link, facts, pid):
         self.link = link

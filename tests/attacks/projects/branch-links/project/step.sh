@@ -1,3 +1,4 @@
+#!/bin/sh
 mkdir -p out
 echo x >file || true
 echo x >folder/made || true

@@ -1,3 +1,4 @@
+#!/bin/sh
 echo connecting
 address=@LISTENER@
 for host in "${address%:*}" 10.0.2.2 localhost; do

@@ -1,1 +1,2 @@
+#!/bin/sh
 git commit -q --allow-empty -m made

@@ -1,2 +1,3 @@
+#!/bin/sh
 mkdir -p .Git/hooks
 echo '@SH@' >.Git/hooks/pre-commit

@@ -1,1 +1,2 @@
+#!/bin/sh
 git config core.fsmonitor 'echo fsmonitor >>@MARKER@; false'

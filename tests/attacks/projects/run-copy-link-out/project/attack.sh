@@ -1,2 +1,3 @@
+#!/bin/sh
 rm -r data
 ln -s @FOLDER@ data

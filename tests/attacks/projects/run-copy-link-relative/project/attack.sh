@@ -1,2 +1,3 @@
+#!/bin/sh
 rm notes
 ln -s ../@OUTSIDE_NAME@ notes

@@ -1,3 +1,4 @@
+#!/bin/sh
 mkfifo pipe
 rm notes
 mkfifo notes

@@ -1,3 +1,4 @@
+#!/bin/sh
 git init -q --bare sub
 git -C sub config core.bare false
 git -C sub config core.worktree .

@@ -1,1 +1,2 @@
+#!/bin/sh
 truncate -s 20G large

@@ -1,1 +1,2 @@
+#!/bin/sh
 mv a/up up

@@ -1,2 +1,3 @@
+#!/bin/sh
 mkfifo pipe
 mknod disk b 7 0 || true

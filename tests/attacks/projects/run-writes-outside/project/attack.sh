@@ -1,2 +1,3 @@
+#!/bin/sh
 echo x >>@OUTSIDE@ || true
 echo x >@FOLDER@/new || true

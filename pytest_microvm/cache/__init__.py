@@ -1,0 +1,1 @@
+"""The folder that holds images and templates, and the disk under it."""

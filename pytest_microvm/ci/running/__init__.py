@@ -1,0 +1,1 @@
+"""A run of jobs: its plan is carried out, each task in a machine of its own."""

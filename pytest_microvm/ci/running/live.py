@@ -1,0 +1,197 @@
+"""Show a run while it goes: a table that moves on a terminal, prefixed lines in a log."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pytest_microvm.ci.definition.task import Plan, Task
+from pytest_microvm.ci.results.result import VERDICTS, RunResult, TaskResult, Verdict
+from pytest_microvm.ci.running.watching import Watcher
+from pytest_microvm.untrusted.text import sanitize_line
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]{0,30}m")
+_REFRESHES = 4  # a second; each costs the host a few milliseconds that machines could have had
+_LINE = 4096  # characters of a line in a log
+_SHOWN = 400  # characters of one in the table; more than terminals are wide
+_TITLE = 60
+_WAITING = "queue"
+_STYLES: dict[Verdict, str] = {
+    "passed": "green",
+    "failed": "red",
+    "quota": "red",
+    "crashed": "red",
+    "infra": "yellow",
+    "skipped": "dim",
+    "cancelled": "dim",
+}
+
+
+@contextmanager
+def live_watcher(console: Console, *, plain: bool, jobs: int) -> Iterator[Watcher]:
+    """Show a run on ``console`` for as long as the ``with`` lasts.
+
+    Args:
+        console: Where to.
+        plain: Whether to write lines alone: for logs, and wherever nothing can move.
+        jobs: How many tasks run at a time.
+    """
+    if plain:
+        yield _Lines(console)
+        return
+    table = _MovingTable(console, jobs)
+    with Live(console=console, get_renderable=table.render, refresh_per_second=_REFRESHES, transient=True):
+        yield table
+
+
+def verdict_text(result: TaskResult) -> Text:
+    """Return a finished task in one line: verdict, title, tests, seconds, and why."""
+    text = Text().append(f"{result.verdict:9}", style=_STYLES[result.verdict])
+    return text.append(_clean(f" {result.title}  {_amounts(result)}", _LINE))
+
+
+class _Lines:
+    """A watcher that writes lines and no control character.
+
+    What a machine said begins with ``[branch / job]``, so it cannot begin a line itself: neither a CI
+    system's command nor one of our own lines, which begin with ``==``.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def began(self, plan: Plan) -> None:
+        self._say(f"== {_beginning(plan)}")
+
+    def phase(self, task: Task, phase: str) -> None:
+        self._say(f"== {task.title}: {phase}")
+
+    def line(self, task: Task, text: str) -> None:
+        self._say(f"[{task.title}] {_COLOUR.sub('', text)}".rstrip())
+
+    def done(self, task: Task, result: TaskResult) -> None:
+        self._say(f"== {task.title}: {result.verdict}, {_amounts(result)}")
+
+    def ended(self, run: RunResult) -> None:
+        self._say(f"== {_ending(run)}")
+
+    def _say(self, text: str) -> None:
+        # Never wrapped: a line's second part would begin a line of its own.
+        self._console.print(Text(_clean(text, _LINE)), soft_wrap=True, style=None)
+
+
+@dataclass
+class _Row:
+    """A task that runs: its phase since when, and what it said last."""
+
+    title: str
+    phase: str
+    since: float = field(default_factory=time.monotonic)
+    said: str = ""
+
+
+class _MovingTable:
+    """A watcher with a table of what runs now; what has finished is printed above it."""
+
+    def __init__(self, console: Console, jobs: int) -> None:
+        self._console = console
+        self._jobs = jobs
+        self._total = 0
+        self._rows: dict[str, _Row] = {}
+        self._verdicts: Counter[str] = Counter()
+        self._lock = threading.Lock()  # rich draws in a thread of its own
+
+    def began(self, plan: Plan) -> None:
+        self._total = len(plan.tasks)
+        self._console.print(Text(_clean(_beginning(plan), _LINE)))
+
+    def phase(self, task: Task, phase: str) -> None:
+        with self._lock:
+            if phase == _WAITING:
+                self._rows.pop(task.id, None)
+            else:
+                said = self._rows[task.id].said if task.id in self._rows else ""
+                self._rows[task.id] = _Row(_clean(task.title, _TITLE), phase, said=said)
+
+    def line(self, task: Task, text: str) -> None:
+        with self._lock:
+            if task.id in self._rows and text.strip():
+                self._rows[task.id].said = text[:_SHOWN]
+
+    def done(self, task: Task, result: TaskResult) -> None:
+        with self._lock:
+            self._rows.pop(task.id, None)
+            self._verdicts[result.verdict] += 1
+        self._console.print(verdict_text(result))
+
+    def ended(self, run: RunResult) -> None:
+        self._console.print(Text(_ending(run), style="bold"))
+
+    def render(self) -> Table:
+        """Return the table as of now."""
+        with self._lock:
+            table = Table(box=None, padding=(0, 1), expand=True, show_header=False, caption=self._counts())
+            table.caption_justify = "left"
+            for column, ratio in (("title", None), ("phase", None), ("time", None), ("said", 1)):
+                justify = "right" if column == "time" else "left"
+                table.add_column(column, ratio=ratio, no_wrap=True, overflow="ellipsis", justify=justify)  # type: ignore[arg-type]
+            for row in self._rows.values():
+                seconds = f"{time.monotonic() - row.since:.0f} s"
+                cells = (Text(row.title, style="bold"), Text(row.phase, style="cyan"), Text(seconds))
+                table.add_row(*cells, Text(_clean(row.said, _SHOWN), style="dim"))
+            return table
+
+    def _counts(self) -> Text:
+        done = self._verdicts.total()
+        bad = done - sum(self._verdicts[verdict] for verdict in ("passed", "skipped", "cancelled"))
+        running = len(self._rows)
+        parts = [f"{done} of {self._total} done", f"{running} of {self._jobs} running"]
+        if queued := self._total - done - running:
+            parts.append(f"{queued} queued")
+        text = Text(", ".join(parts))
+        return text.append(f", {bad} failed", style="red") if bad else text
+
+
+def _beginning(plan: Plan) -> str:
+    jobs = _number(len(plan.tasks), "job")
+    return f"{jobs}, defined in {plan.definition}" if plan.definition else jobs
+
+
+def _ending(run: RunResult) -> str:
+    count = Counter(task.verdict for task in run.tasks)
+    verdicts = ", ".join(f"{count[verdict]} {verdict}" for verdict in VERDICTS if count[verdict])
+    early = ", interrupted" if run.interrupted else ""
+    return f"{_number(len(run.tasks), 'job')} in {run.seconds:.0f} s: {verdicts or 'nothing'}{early}"
+
+
+def _amounts(result: TaskResult) -> str:
+    """Return ``12 tests, 2 failed, 3.4 s: why``."""
+    parts = [f"{result.seconds:.1f} s"]
+    if (tests := result.tests) is not None:
+        counts = {"failed": tests.failed, "errors": tests.errors, "skipped": tests.skipped}
+        counts["flaky"] = tests.flaky
+        parts = [_number(tests.total, "test"), *(f"{n} {name}" for name, n in counts.items() if n), *parts]
+    if result.attempts > 1:
+        parts.append(f"{result.attempts} attempts")
+    if result.verdict != "passed" and result.allow_failure:
+        parts.append("allowed")
+    return ", ".join(parts) + (f": {result.reason}" if result.reason else "")
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _clean(text: str, limit: int) -> str:
+    """Return text on one line, without colours, with what else a terminal would obey made visible."""
+    return sanitize_line(_COLOUR.sub("", text[: 2 * limit]).expandtabs(4), limit)

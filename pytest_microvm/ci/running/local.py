@@ -1,0 +1,44 @@
+"""Tasks on this computer: each in a thread that waits for its machine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from pytest_microvm.ci.definition.task import Task
+from pytest_microvm.ci.results.result import TaskResult
+from pytest_microvm.ci.running.attempt import Attempt
+from pytest_microvm.ci.running.executor import Work
+from pytest_microvm.host.host import Host
+
+
+class LocalExecutor:
+    """Runs tasks here (an :class:`pytest_microvm.ci.running.executor.Executor`).
+
+    Args:
+        host: What starts machines.
+        work: What every task needs.
+        slots: How many tasks run at the same time.
+    """
+
+    def __init__(self, host: Host, work: Work, slots: int) -> None:
+        self.slots = slots
+        self._host = host
+        self._work = work
+        self._cancelled = threading.Event()
+        self._threads = ThreadPoolExecutor(max_workers=slots, thread_name_prefix="microvm-ci")
+
+    def submit(self, task: Task) -> Future[TaskResult]:
+        """Begin a task."""
+        run: Callable[[], TaskResult] = Attempt(self._host, task, self._work, self._cancelled).run
+        return self._threads.submit(run)
+
+    def cancel(self) -> None:
+        """End what runs, soon."""
+        self._cancelled.set()
+
+    def close(self) -> None:
+        """End the threads; what runs is ended first."""
+        self.cancel()
+        self._threads.shutdown(wait=True, cancel_futures=True)

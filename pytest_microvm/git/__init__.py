@@ -1,0 +1,1 @@
+"""Runs git on this computer's repositories so that nothing in them acts."""

@@ -1,0 +1,351 @@
+"""Where the user's own repository is, and git run on it without a word of its configuration.
+
+Discovery is done here, not by git: the nearest folder upwards that has a ``.git`` is the checkout, a bare
+repository is never found by looking for one. A clone cannot bring a ``.git`` along, but an archive can, and a
+clone can bring a bare repository. So git never sees the repository itself, only a view of it: a folder of
+ours with a configuration of ours, whose objects and references are the repository's. What is read of its
+configuration is read as data.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from pytest_microvm.errors import UsageError
+from pytest_microvm.git.commands import GitError, Talk, git, git_talk, user_config
+from pytest_microvm.untrusted.nofollow import OpenTree, read_below
+
+_MAX_POINTER = 64 * 1024  # bytes of HEAD, a gitfile and the like
+_MAX_CONFIGURATION = 1024 * 1024  # bytes
+_MAX_EXCLUDES = 1024 * 1024  # bytes
+_MAX_LISTED = 1_000_000  # paths
+_FORMATS = ("sha1", "sha256")
+_STORAGES = ("files", "reftable")
+_FOLDERS = ("objects", "refs", "logs", "reftable")
+_FILES = ("packed-refs", "shallow")
+_GITFILE = "gitdir: "
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository of the host.
+
+    Args:
+        directory: Where its objects and references are.
+        format: Its hash, ``sha1`` or ``sha256``.
+        head: Where its HEAD and its index are, if not there: it is a linked work tree's.
+        storage: How its references are kept, ``files`` or ``reftable``.
+        own: Whether this process made it: its configuration counts, and its HEAD can be changed.
+    """
+
+    directory: Path
+    format: str
+    head: Path | None = None
+    storage: str = "files"
+    own: bool = False
+
+    def git(self, *arguments: str | Path, stdin: IO[bytes] | None = None) -> str:
+        """Run git on it, see :func:`pytest_microvm.git.commands.git`."""
+        with self.view() as folder:
+            return git("--git-dir", folder, *arguments, stdin=stdin)
+
+    @contextmanager
+    def talk(self, *arguments: str | Path) -> Iterator[Talk]:
+        """Talk with a git that runs on it, see :func:`pytest_microvm.git.commands.git_talk`."""
+        with self.view() as folder, git_talk("--git-dir", folder, *arguments) as talk:
+            yield talk
+
+    @contextmanager
+    def view(self) -> Iterator[Path]:
+        """Give the folder that git is shown in the repository's place.
+
+        It is as contrib/git-new-workdir of git makes it, but for a configuration of its own; neither hooks,
+        ``info/grafts``, ``info/attributes`` nor other repositories are in it.
+
+        Raises:
+            UsageError: A part of the repository is a link, or is no part of one.
+        """
+        if self.own:
+            yield self.directory
+            return
+        with tempfile.TemporaryDirectory(prefix="microvm-view-") as folder:
+            made = Path(folder).resolve()
+            (made / "HEAD").write_bytes(_needed(self.head or self.directory, "HEAD"))
+            (made / "config").write_text(self._configuration(), encoding="ascii")
+            for name, kind in [*((n, stat.S_ISDIR) for n in _FOLDERS), *((n, stat.S_ISREG) for n in _FILES)]:
+                if _is(self.directory / name, kind):
+                    (made / name).symlink_to(self.directory.absolute() / name)
+            yield made
+
+    def _configuration(self) -> str:
+        lines = ["[core]", "repositoryFormatVersion = 1", "bare = true"]
+        if (self.directory / "logs").is_dir():
+            lines += ["logAllRefUpdates = true"]
+        lines += ["[extensions]"]
+        if self.format != "sha1":  # git before 2.29 does not know the word
+            lines += [f"objectFormat = {self.format}"]
+        if self.storage != "files":
+            lines += [f"refStorage = {self.storage}"]
+        return "\n".join([*lines, ""])
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A work tree and its repository.
+
+    Args:
+        top: The work tree's folder, resolved.
+        repository: The repository.
+    """
+
+    top: Path
+    repository: Repository
+
+    def files(self, below: Path) -> list[str]:
+        """Return the files that git tracks or would add, links and repositories inside it too.
+
+        What is ignored is told by the work tree's ``.gitignore``, the repository's ``info/exclude`` and the
+        user's own ``core.excludesFile``, not by the repository's. The names are an index's, which may be
+        anybody's: they are checked, but nothing need be there.
+
+        Args:
+            below: The folder whose files are wanted, resolved; it is in the work tree.
+
+        Returns:
+            Paths relative to ``below``, sorted.
+
+        Raises:
+            GitError: git cannot list them.
+            UsageError: There are too many.
+        """
+        repository = self.repository
+        head = repository.head or repository.directory
+        command = ("--work-tree", self.top, "-C", below, "ls-files", "-co", "--exclude-standard", "-z")
+        found: set[str] = set()
+        with repository.view() as folder:
+            _add_listing(folder, head, repository.directory)
+            excludes = ("-c", f"core.excludesFile={_users_excludes()}")
+            with git_talk("--git-dir", folder, *excludes, *command) as talk:
+                for word in talk.words(b"\0"):
+                    found.add(os.fsdecode(word).rstrip("/"))
+                    if len(found) > _MAX_LISTED:
+                        raise UsageError(f"{below} has more than {_MAX_LISTED} files")
+        return sorted(found)
+
+
+def find_checkout(folder: Path) -> Checkout | None:
+    """Return the checkout that a folder is in: of the nearest folder upwards that has a ``.git``.
+
+    Raises:
+        UsageError: That is no repository which the user's own git would have made there, or somebody else's.
+    """
+    folder = folder.resolve()
+    for top in (folder, *folder.parents):
+        found = checkout_at(top)
+        if found is not None:
+            _check_owner(top, folder)
+            return found
+    return None
+
+
+def checkout_at(top: Path) -> Checkout | None:
+    """Return the checkout whose top a folder is; ``None`` if it has no ``.git``, or an empty one.
+
+    Raises:
+        UsageError: The ``.git`` is a link, or leads to a repository that knows nothing of this work tree.
+    """
+    top = top.resolve()
+    try:
+        kind = (top / ".git").lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if stat.S_ISLNK(kind):
+        raise _refused(top, "it is a link")
+    if stat.S_ISREG(kind):
+        return Checkout(top, _linked(top))
+    repository = top / ".git"
+    if not _is_repository(repository):  # git takes no notice of it, either
+        return None
+    if _is(repository / "commondir", stat.S_ISREG):
+        raise _refused(top, "it has the objects and references of another repository")
+    return Checkout(top, _opened(repository))
+
+
+def repository_at(folder: Path) -> Repository | None:
+    """Return the repository that a folder itself is, a bare one.
+
+    Only for a folder that somebody has named: in a clone any folder can be one.
+    """
+    folder = folder.resolve()
+    return _opened(folder) if _is_repository(folder) else None
+
+
+def with_own_objects(repository: Repository) -> Repository:
+    """Return a repository, if it has all its objects itself.
+
+    One that borrows objects (gitrepository-layout(5), ``objects/info/alternates``) could be an archive that
+    names a private repository of the user.
+
+    Raises:
+        UsageError: It borrows some.
+    """
+    if not repository.own and read_below(repository.directory, "objects/info/alternates", _MAX_POINTER):
+        raise UsageError(
+            f"{repository.directory} borrows objects of another repository (objects/info/alternates)",
+            details="which repository that is, whoever made this one has chosen",
+            resolution="if it is yours: git repack -a -d, then remove objects/info/alternates; "
+            "or clone it with --dissociate",
+        )
+    return repository
+
+
+def configuration(repository: Repository) -> Mapping[str, Sequence[str]]:
+    """Return what a repository's own configuration says, as data; without what it includes.
+
+    Returns:
+        Values by key: section and variable in small letters, as ``git config --list`` has them.
+
+    Raises:
+        GitError: It is no configuration.
+    """
+    return _read_configuration(repository.directory, "config")
+
+
+def _read_configuration(folder: Path, name: str) -> Mapping[str, Sequence[str]]:
+    content = read_below(folder, name, _MAX_CONFIGURATION)
+    found: dict[str, list[str]] = {}
+    if not content:
+        return found
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.seek(0)
+        listed = git("config", "--file", "-", "--no-includes", "--null", "--list", stdin=file)
+    for item in listed.split("\0"):
+        key, _newline, value = item.partition("\n")
+        if key:
+            found.setdefault(key, []).append(value)
+    return found
+
+
+def _opened(directory: Path, head: Path | None = None) -> Repository:
+    said = _read_configuration(directory, "config")
+    kind = said.get("extensions.objectformat", ["sha1"])[-1].lower()
+    storage = said.get("extensions.refstorage", ["files"])[-1].lower()
+    if kind not in _FORMATS or storage not in _STORAGES:
+        raise UsageError(
+            f"{directory} has a format that is not known here: {kind}, {storage}"[:500],
+            resolution="clone it with the default formats",
+        )
+    return Repository(directory, kind, head, storage)
+
+
+def _linked(top: Path) -> Repository:
+    """Return the repository that a gitfile names, if that names the work tree: a linked one, or a submodule.
+
+    Without that, an archive could name any repository of this computer as its own.
+    """
+    text = os.fsdecode(_needed(top, ".git"))
+    if not text.startswith(_GITFILE):
+        raise _refused(top, "it does not say where its repository is")
+    head = (top / text.removeprefix(_GITFILE).rstrip("\r\n")).resolve()
+    if not _is(head / "HEAD", stat.S_ISREG):
+        raise _refused(top, f"there is no repository at {head}")
+    common = read_below(head, "commondir", _MAX_POINTER)
+    if common is None:
+        names = _read_configuration(head, "config"), _read_configuration(head, "config.worktree")
+        places = [name.get("core.worktree", [""])[-1] for name in names]
+        if not any(place and (head / place).resolve() == top for place in places):
+            raise _refused(
+                top, f"{head} is not its repository", f"if it is: git -C {top} config core.worktree {top}"
+            )
+        return _opened(head)
+    shared = (head / os.fsdecode(common).rstrip("\r\n")).resolve()
+    back = os.fsdecode(read_below(head, "gitdir", _MAX_POINTER) or b"").rstrip("\r\n")
+    if head.parent != shared / "worktrees" or not back or (head / back).resolve() != top / ".git":
+        raise _refused(top, f"{head} is not its repository", "if it is: git worktree repair")
+    return _opened(shared, head)
+
+
+def _is_repository(folder: Path) -> bool:
+    """Whether a folder looks like a repository: git asks for the same, see its is_git_directory()."""
+    head = folder / "HEAD"
+    return head.is_file() and (folder / "objects").is_dir() and (folder / "refs").is_dir()
+
+
+def _is(path: Path, kind: object) -> bool:
+    """Whether a part of a repository is there.
+
+    Raises:
+        UsageError: Something else is.
+    """
+    assert callable(kind)
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if not kind(mode):
+        raise UsageError(
+            f"{path} is a link, or something else than git puts there",
+            details="a repository is read without following links",
+            resolution="make a clone of it, and work in that",
+        )
+    return True
+
+
+def _needed(folder: Path, name: str) -> bytes:
+    content = read_below(folder, name, _MAX_POINTER)
+    if content is None:
+        raise UsageError(f"{folder} has no {name}", resolution="make a clone of it, and work in that")
+    return content
+
+
+def _refused(top: Path, why: str, resolution: str = "") -> UsageError:
+    return UsageError(
+        f"{top / '.git'} is not used: {why}",
+        resolution=resolution or f"remove it, or make a clone and work in that ({top} was not made by git)",
+    )
+
+
+def _check_owner(top: Path, folder: Path) -> None:
+    """Refuse a repository that another user of this computer may have put above a folder, into /tmp, say.
+
+    Raises:
+        UsageError: It belongs neither to the user, nor to root, nor to the owner of the folder.
+    """
+    owner = (top / ".git").lstat().st_uid
+    if owner not in (os.geteuid(), 0, folder.stat().st_uid):
+        raise UsageError(
+            f"{top / '.git'} belongs to another user than {folder}, which is below it",
+            resolution=f"start in {top}, or move the project elsewhere",
+        )
+
+
+def _add_listing(view: Path, head: Path, common: Path) -> None:
+    """Put into a view what tells which files are tracked and ignored."""
+    with OpenTree(head) as tree:
+        shared = [name for name in tree.names() if name.startswith("sharedindex.")]
+    for name in ("index", *shared):
+        if _is(head / name, stat.S_ISREG):
+            (view / name).symlink_to(head.absolute() / name)
+    excludes = read_below(common, "info/exclude", _MAX_EXCLUDES)
+    if excludes is not None:
+        (view / "info").mkdir()
+        (view / "info" / "exclude").write_bytes(excludes)
+
+
+def _users_excludes() -> str:
+    """Return the file with what the user has git ignore everywhere; see gitignore(5)."""
+    try:
+        said = user_config("--type=path", "--get", "core.excludesFile").removesuffix("\n")
+    except GitError:  # nothing is said
+        home = os.environ.get("HOME", "")
+        above = os.environ.get("XDG_CONFIG_HOME") or (f"{home}/.config" if home else "")
+        said = f"{above}/git/ignore" if above else ""
+    return said if Path(said).is_absolute() else os.devnull

@@ -1,0 +1,577 @@
+"""The composition root: what this computer offers, put together. Only here implementations are chosen."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import subprocess
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_microvm.errors import BootError, HostError, ImageError, UsageError
+from pytest_microvm.hypervisors import Accelerator, Launch
+from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
+from pytest_microvm.images.store import ImageStore, cache_root
+from pytest_microvm.machine.grants import Grants, resolve
+from pytest_microvm.machine.instance import BOOT_TIMEOUT, Instance, MachineFacts
+from pytest_microvm.machine.microvm import MicroVM
+from pytest_microvm.network.policy.rules import Policy, parse_rules
+from pytest_microvm.settings.options import QUOTAS
+from pytest_microvm.settings.spec import Limits, MachineSpec, Resources, parse_size
+from pytest_microvm.templates.budget import HostBudget, default_limits
+from pytest_microvm.templates.chain import Base, Chain, Step, guest_code_archive
+from pytest_microvm.templates.pool import Pool
+from pytest_microvm.templates.runtime_folder import runtime_folder
+from pytest_microvm.templates.store import KEPT, Template, TemplateStore
+from pytest_microvm.untrusted.nofollow import refuse_links
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from pytest_microvm.images import Image
+
+CACHE_SIZE_VARIABLE = "PYTEST_MICROVM_CACHE_SIZE"
+_DEFAULT_CACHE_SIZE = 10 * 1024**3
+_RETRIES = 2
+_PACKAGE = Path(__file__).parents[1]
+_log = logging.getLogger("pytest_microvm")  # of machines that are started without pytest
+
+
+def _silent(_line: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class KeptMachine:
+    """A machine frozen on disk: ``pytest-microvm shell ID`` enters it.
+
+    Args:
+        id: Its id.
+        image: Its image's name.
+        about: What it was used for.
+        since: When it was frozen, in seconds since 1970.
+    """
+
+    id: str
+    image: str
+    about: str
+    since: float
+
+
+class Host:
+    """This computer: images, hypervisor, templates and budget.
+
+    Args:
+        cache: The cache folder; see :func:`pytest_microvm.images.store.cache_root`.
+        project: The user's project, which may have kits of its own.
+        checkout: The folder of which commands that give secrets may use nothing; ``None``: the project.
+        require_accel: The only accelerator that will do.
+        timeout: Seconds that a test or command may take where neither spec nor kit say.
+        retries: How often a machine that does not wake up is replaced by another.
+        say: Told what takes long, a line at a time.
+        elsewhere: Gets a template that is missing here into the store, if it can; tells whether it did.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: Path | None = None,
+        project: Path | None = None,
+        checkout: Path | None = None,
+        require_accel: str | None = None,
+        timeout: float | None = None,
+        retries: int = _RETRIES,
+        say: Callable[[str], None] = _silent,
+        elsewhere: Callable[[str, TemplateStore], bool] = lambda _key, _store: False,
+    ) -> None:
+        self.cache = cache or cache_root()
+        self.say = say
+        self._elsewhere = elsewhere
+        self._project = project
+        self._checkout = checkout or project
+        self._require_accel = require_accel
+        self._timeout = timeout
+        self._retries = retries
+        self._told: set[str] = set()
+        self._hypervisors: dict[str, Qemu] = {}
+        self._bases: dict[MachineSpec, Base] = {}
+        self._held: dict[str, Template] = {}
+        self._steps: dict[str, Sequence[Step]] = {}
+        self._pools: dict[tuple[str, str], Pool[Any]] = {}
+        self._places: dict[str, Instance | None] = {}  # in the budget; None: nothing runs there yet
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+
+    @cached_property
+    def images(self) -> ImageStore:
+        """The image store."""
+        return ImageStore(self.cache)
+
+    @cached_property
+    def templates(self) -> TemplateStore:
+        """The template store."""
+        size = os.environ.get(CACHE_SIZE_VARIABLE)
+        return TemplateStore(
+            self.cache, parse_size(size, CACHE_SIZE_VARIABLE) if size else _DEFAULT_CACHE_SIZE, self.say
+        )
+
+    @cached_property
+    def budget(self) -> HostBudget:
+        """What may run at the same time on this host."""
+        return HostBudget(runtime_folder(), *default_limits())
+
+    def hypervisor(self, architecture: str) -> Qemu:
+        """Return what runs guests of ``architecture``; one that has asked the program for its version."""
+        with self._lock:
+            if architecture not in self._hypervisors:
+                self._hypervisors[architecture] = Qemu(architecture, self.cache)
+            return self._hypervisors[architecture]
+
+    def accelerator(self, image: Image) -> Accelerator:
+        """Return what runs ``image`` here, tried at first use.
+
+        Raises:
+            HostError: There is no hypervisor, or what is required does not work.
+        """
+        launch = Launch(
+            image.architecture, image.kernel, image.initramfs, 1, 0, self.cache, share=False, disks=()
+        )
+        return self.hypervisor(image.architecture).accelerator(launch, self._require_accel, self.say)
+
+    def base(self, spec: MachineSpec) -> Base:
+        """Return what ``spec`` boots from: its image (built if missing), its resources, the accelerator.
+
+        Raises:
+            UsageError: A mount is reached through a link of the project.
+            KitError: There is no such image.
+            HostError: This computer lacks something.
+        """
+        with self._lock:
+            if spec not in self._bases:
+                if self._project is not None:
+                    for mount in spec.mounts:
+                        refuse_links(self._project, mount.source)
+                image = self.images.get(spec.image, project=self._project, progress=self.say)
+                limits = _limits(spec, image, self._timeout)
+                resources = Resources(limits.vcpus, limits.memory, limits.disk, image.environment)
+                grants = self.grants(spec, image)
+                self._bases[spec] = Base(image, resources, self.accelerator(image), limits, grants)
+            return self._bases[spec]
+
+    def grants(self, spec: MachineSpec, image: Image) -> Grants:
+        """Return what machines of ``spec`` are given, read now.
+
+        Raises:
+            UsageError: A rule, a secret or a credential cannot be used.
+        """
+        kits = spec.network is None
+        rules = image.network if spec.network is None else spec.network
+        if "all" in rules:
+            self._tell_once(["WARNING: network = all: these machines may reach every public address"])
+        where = f"kit {image.name}: network" if kits else "network"
+        project = self._project or Path.cwd()
+        return resolve(
+            spec, rules, where, project=project, own=self._checkout, rootfs=image.rootfs, say=self._tell
+        )
+
+    def policy(self, rules: Sequence[str], image: Image) -> Policy:
+        """Return what rules come to on this computer.
+
+        Raises:
+            UsageError: One of them is no rule.
+        """
+        from pytest_microvm.network.policy.presets import preset_rules  # noqa: PLC0415 - asks the tools: seconds
+
+        return parse_rules(rules, "network", preset_rules(self._project or Path.cwd(), image.rootfs))
+
+    def template(self, base: Base, steps: Sequence[Step] = ()) -> Template:
+        """Return the template that ``steps`` lead to, made if missing; held until the host is closed."""
+        chain = self._chain(base)
+        key = chain.key(base, steps)
+        with self._lock:
+            if key in self._held:
+                return self._held[key]
+            self._steps[key] = steps
+        return self._hold(chain.ensure(base, steps))  # others may go on meanwhile: it can take minutes
+
+    def cached(self, base: Base, steps: Sequence[Step] = ()) -> Template | None:
+        """Return the template that ``steps`` lead to if it is there; held until the host is closed."""
+        key = self._chain(base).key(base, steps)
+        with self._lock:
+            if key in self._held:
+                return self._held[key]
+            self._steps[key] = steps
+        found = self.templates.open(key)
+        if found is None and self._get(key):
+            found = self.templates.open(key)
+        return None if found is None else self._hold(found)
+
+    def machine(self, template: Template, base: Base, *, wait: bool = True) -> MicroVM | None:
+        """Start a machine that is a copy of ``template``; see :meth:`copy`. Its limits hold from now on."""
+        machine = self._machine(template, base, wait=wait)
+        if machine is not None:
+            machine.instance.watch(base.limits)
+        return machine
+
+    def copy(
+        self, template: Template, base: Base, port: str, *, wait: bool = True, keepable: bool = False
+    ) -> tuple[Instance, MachineFacts, Path | None] | None:
+        """Start a copy of ``template`` and make it its own through ``port``.
+
+        Args:
+            template: What to copy.
+            base: What it was made from.
+            port: ``agent`` or ``runner``.
+            wait: Whether to wait for room in the host budget.
+            keepable: Whether :meth:`keep` shall be possible; starting it then takes longer.
+
+        Returns:
+            The machine, its facts, and its own folder if it is keepable; ``None`` if there is no room and
+            ``wait`` is off.
+
+        Raises:
+            BootError: It did not wake up, nor did those that replaced it.
+            BudgetExhausted: There can never be room for it.
+        """
+        begin = time.monotonic()
+        template = self._sound(template, base)  # before a place is taken: making it again takes one
+        name = f"vm-{secrets.token_hex(4)}"
+        limits = base.limits
+        if keepable and base.grants.secrets:
+            keepable = False
+            self._tell_once(["machines that hold secrets are not kept: their memory would be on disk"])
+        own: Path | None = None
+        self._places[name] = None
+        try:
+            if wait:
+                self.budget.take(
+                    name, base.image.name, limits.cpus, limits.memory, say=self.say, reclaim=self._reclaim
+                )
+            elif not self.budget.try_take(name, base.image.name, limits.cpus, limits.memory):
+                del self._places[name]
+                return None
+            own = self.templates.new_draft() if keepable else None
+            instance = self._places[name] = self._awake(template, base, port, name, own)
+        except BaseException:
+            self.release(name, own)
+            raise
+        self.budget.started(name, instance.vmm.pid)
+        self._tell_once(instance.vmm.not_enforced)
+        facts = self.facts(base, name, time.monotonic() - begin)
+        instance.events.add("started", f"{name} from image {facts.image}", accelerator=facts.accelerator)
+        return instance, facts, own
+
+    def facts(self, base: Base, name: str, ready_seconds: float) -> MachineFacts:
+        """Return what is known of a machine made from ``base``."""
+        return MachineFacts(
+            id=name,
+            image=base.image.name,
+            image_digest=base.image.digest,
+            accelerator=base.accelerator.name,
+            accelerator_reason=base.accelerator.reason,
+            ready_seconds=ready_seconds,
+            limits=base.limits,
+            environment=base.resources.environment,
+        )
+
+    def release(self, name: str, own: Path | None = None) -> None:
+        """Give a machine's place in the host budget back, and remove its own folder."""
+        if own is not None:
+            self.templates.drop(own)
+        self.budget.release(name)
+        self._places.pop(name, None)
+
+    def keep(self, instance: Instance, base: Base, facts: MachineFacts, own: Path, about: str) -> KeptMachine:
+        """Freeze a keepable machine on disk, to be entered later; it ends here.
+
+        Args:
+            instance: The machine.
+            base: What it was made from.
+            facts: What is known of it.
+            own: Its own folder.
+            about: What it was used for.
+
+        Raises:
+            MachineError: It could not be saved.
+        """
+        meta = {"about": about, "name": facts.id, "environment": list(facts.environment)}
+        try:
+            self._chain(base).keep(instance, base, facts.id, own, meta)
+        finally:
+            self.release(facts.id, own)
+        return KeptMachine(facts.id, facts.image, about, time.time())
+
+    def kept(self) -> list[KeptMachine]:
+        """Return the machines that were kept, the newest first."""
+        found = [entry for entry in self.templates.list() if entry.kind == KEPT]
+        found.sort(key=lambda entry: -entry.created)
+        return [KeptMachine(entry.key, entry.image, entry.about, entry.created) for entry in found]
+
+    def enter(self, kept: str) -> MicroVM:
+        """Start a copy of a machine that was kept, as it was then.
+
+        Raises:
+            UsageError: There is none of that id.
+        """
+        template = self.templates.open(kept)
+        if template is None or template.meta.get("kind") != KEPT:
+            raise UsageError(f"no machine {kept!r} was kept", resolution="see `pytest-microvm ps`")
+        meta = template.meta
+        image = self.images.inspect(meta["image_digest"]).image
+        resources = Resources(meta["cpus"], meta["memory"], meta["disk"], image.environment)
+        limits = Limits(resources.cpus, resources.memory, resources.disk)
+        base = Base(image, resources, self.accelerator(image), limits)
+        self._held[kept] = template
+        machine = self._machine(template, base)
+        if machine is None:
+            raise HostError("the host budget gave no place")
+        machine.instance.watch(limits)
+        return machine
+
+    def start(
+        self,
+        spec: MachineSpec | None = None,
+        *,
+        pool: int = 0,
+        keepable: bool = False,
+        steps: Callable[[Base], Sequence[Step]] = lambda _base: (),
+        **changes: Any,
+    ) -> MicroVM:
+        """Start a machine; see :meth:`pytest_microvm.machine.microvm.MicroVM.start`.
+
+        Args:
+            spec: What it is made of.
+            pool: How many more of the same kind to keep ready from now on.
+            keepable: Whether :meth:`MicroVM.keep` shall be possible; starting it then takes longer.
+            steps: Returns what is done once, in the template that the machine is a copy of.
+            **changes: Fields of the spec, as people write them.
+        """
+        spec = (spec or MachineSpec()).with_changes(changes, "MicroVM.start()")
+        base = self.base(spec)
+        template = self.template(base, steps(base))
+        machine = self._pool(template, base, pool).take() if pool else None
+        if machine is None:
+            machine = self._machine(template, base, keepable=keepable)
+        if machine is None:
+            raise HostError("the host budget gave no place")
+        machine.instance.watch(base.limits)
+        try:
+            for mount in spec.mounts:
+                machine.hand_over(mount)
+        except BaseException:
+            machine.mounts.clear()  # nothing is to come back
+            machine.close()
+            raise
+        return machine
+
+    def pool(self, key: tuple[str, str], make: Callable[[], Pool[Any]]) -> Pool[Any]:
+        """Return the pool called ``key``, made when first asked for; ended with the host."""
+        with self._lock:
+            if key not in self._pools:
+                self._pools[key] = make()
+            return self._pools[key]
+
+    def wait_ready(self) -> None:
+        """Wait until every pool has what it is to keep ready, or has found no room for it."""
+        for pool in list(self._pools.values()):
+            pool.wait_full()
+
+    def close(self) -> None:
+        """End every machine and let templates be removed again.
+
+        Also those that nobody ended because an interrupt (a Ctrl-C can come anywhere) kept them from it.
+        """
+        if os.getpid() != self._pid:
+            return  # a fork of the process that owns the machines
+        with self._lock:
+            pools, self._pools = list(self._pools.values()), {}
+            held, self._held = list(self._held.values()), {}
+        for pool in pools:
+            pool.close()
+        for name, instance in list(self._places.items()):
+            if instance is not None:
+                instance.close()
+            self.release(name)
+        for template in held:
+            template.close()
+
+    def _hold(self, template: Template) -> Template:
+        """Keep a template from being removed; of two that are the same, the first one."""
+        with self._lock:
+            held = self._held.setdefault(template.key, template)
+        if held is not template:
+            template.close()
+        return held
+
+    def _sound(self, template: Template, base: Base) -> Template:
+        """Return ``template``, or what takes its place if somebody changed or removed it, or its image.
+
+        Raises:
+            ImageError: The image had to be built again and is another one now.
+            HostError: It cannot be made again.
+        """
+        if template.intact() and self.images.intact(base.image):
+            return template
+        with self._lock:
+            if not self.images.intact(base.image):
+                self._build_again(base)
+            held = self._held.get(template.key)
+            if held is None or not held.intact():
+                if held is not None:
+                    held.close()
+                    del self._held[template.key]
+                self._held[template.key] = self._found_again(template.key, base)
+            return self._held[template.key]
+
+    def _found_again(self, key: str, base: Base) -> Template:
+        if key in self._steps:
+            return self._chain(base).ensure(base, self._steps[key])
+        kept = self.templates.open(key)
+        if kept is None:
+            raise HostError(f"machine {key} is not kept any more", resolution="see `pytest-microvm ps`")
+        return kept
+
+    def _build_again(self, base: Base) -> None:
+        """Build the image of ``base`` again, whose files are damaged or gone."""
+        name = next((spec.image for spec, known in self._bases.items() if known == base), base.image.name)
+        image = self.images.get(name, project=self._project, progress=self.say)
+        if image.digest != base.image.digest:
+            raise ImageError(
+                f"image {image.name} was damaged or removed, and is another one since it was built again",
+                resolution="run again",
+            )
+
+    def _awake(self, template: Template, base: Base, port: str, name: str, own: Path | None) -> Instance:
+        identity: dict[str, Any] = {"hostname": name, "machine_id": secrets.token_hex(16)}
+        if base.limits.pids is not None:
+            identity["pids"] = base.limits.pids
+        given = base.grants.for_machine(name)
+        for retry in range(self._retries + 1):
+            try:
+                instance = self._chain(base).copy(template, base, name, own=own)
+                try:
+                    instance.give(given)
+                    instance.adopt(port, identity, given.message())
+                except BaseException:
+                    instance.close()
+                    raise
+            except BootError as error:
+                if retry == self._retries:
+                    raise
+                self.say(f"infra: {error.brief}; starting another machine ({retry + 1} of {self._retries})")
+            else:
+                return instance
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def _machine(
+        self, template: Template, base: Base, *, wait: bool = True, keepable: bool = False
+    ) -> MicroVM | None:
+        copied = self.copy(template, base, "agent", wait=wait, keepable=keepable)
+        if copied is None:
+            return None
+        instance, facts, own = copied
+
+        def keep(about: str) -> None:
+            assert own is not None
+            self.keep(instance, base, facts, own, about)
+
+        return MicroVM(
+            instance,
+            facts,
+            on_close=lambda: self.release(facts.id, own),
+            on_keep=keep if keepable else None,
+        )
+
+    def _pool(self, template: Template, base: Base, size: int) -> Pool[MicroVM]:
+        def make() -> MicroVM | None:
+            machine = self._machine(template, base, wait=False)
+            if machine is not None:
+                _warm(machine)
+            return machine
+
+        def new() -> Pool[MicroVM]:
+            return Pool(size, make, MicroVM.close, lambda machine: machine.alive)
+
+        return self.pool(("agent", f"{template.key} {id(base)}"), new)
+
+    def _reclaim(self) -> bool:
+        return any(pool.give_up_one() for pool in list(self._pools.values()))
+
+    @contextmanager
+    def _room(self, base: Base) -> Iterator[None]:
+        """Hold a place in the host budget for a machine in the making."""
+        name = f"template-{secrets.token_hex(4)}"
+        cpus, memory = base.limits.cpus, base.limits.memory
+        self._places[name] = None
+        try:
+            self.budget.take(name, base.image.name, cpus, memory, say=self.say, reclaim=self._reclaim)
+            yield
+        finally:
+            self.release(name)
+
+    def _tell(self, line: str) -> None:
+        self._tell_once([line])
+
+    def _tell_once(self, lines: Sequence[str]) -> None:
+        """Say what this host cannot enforce; once is enough."""
+        with self._lock:
+            new = [line for line in lines if line not in self._told]
+            self._told.update(new)
+        for line in new:
+            (_log.warning if self.say == _log.info else self.say)(line)
+
+    def _chain(self, base: Base) -> Chain:
+        hypervisor = self.hypervisor(base.image.architecture)
+        return Chain(hypervisor, self.templates, guest_code(), self.say, self._room, elsewhere=self._get)
+
+    def _get(self, key: str) -> bool:
+        return self._elsewhere(key, self.templates)
+
+
+def _limits(spec: MachineSpec, image: Image, timeout: float | None) -> Limits:
+    """Return what a machine may use: what the spec says, else the image's kit, else the defaults."""
+    given = {o.name: getattr(spec, o.name) for o in QUOTAS if getattr(spec, o.name) is not None}
+    return Limits(**{"timeout": timeout, **image.resources, **given})
+
+
+def _warm(machine: MicroVM) -> None:
+    """Let a machine that waits run a command: what runs first is translated here, not when it is needed."""
+    try:
+        machine.run(["true"], timeout=BOOT_TIMEOUT)
+    except BaseException as error:
+        machine.close()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise BootError(f"machine {machine.id} did not run its first command") from error
+        raise
+
+
+@cache
+def guest_code() -> bytes:
+    """Return this package's own files for the guest as an initramfs segment."""
+    files = [("pytest_microvm/__init__.py", b"")]
+    for part in ("wire", "guest"):
+        modules = (_PACKAGE / part).glob("*.py")
+        files += [(f"pytest_microvm/{part}/{path.name}", path.read_bytes()) for path in modules]
+    return guest_code_archive(files)
+
+
+_default: Host | None = None
+
+
+def default_host() -> Host:
+    """Return the host that :meth:`MicroVM.start` uses, made at first use and closed when Python ends."""
+    global _default  # noqa: PLW0603 - one per process
+    if _default is None:
+        _default = Host(say=_log.info)
+        atexit.register(_default.close)
+    return _default
+
+
+MicroVM.started_by(lambda: default_host().start)

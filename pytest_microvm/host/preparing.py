@@ -1,0 +1,79 @@
+"""Prepared templates: shell commands run once in a machine, their result frozen and copied ever after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import PurePosixPath
+
+from pytest_microvm.errors import MachineError
+from pytest_microvm.host.host import Host
+from pytest_microvm.machine.grants import NOTHING, Given, Grants
+from pytest_microvm.machine.instance import Instance
+from pytest_microvm.machine.microvm import MicroVM
+from pytest_microvm.templates.chain import IN_THE_MAKING, Base, Step
+
+_TIMEOUT = 3600.0
+_OUTPUT_SHOWN = 30  # lines of a command that failed
+
+Run = Callable[[MicroVM, str], tuple[int, str]]
+"""Runs a command in a machine; returns its status and what it said."""
+
+
+def prepared_step(
+    host: Host,
+    base: Base,
+    commands: Sequence[str],
+    *,
+    folder: PurePosixPath,
+    put: Callable[[MicroVM], None],
+    inputs: Sequence[str],
+    grants: Grants,
+    run: Run | None = None,
+) -> Step:
+    """Return the link of a template chain in which ``commands`` run.
+
+    Args:
+        host: Where.
+        base: What the chain begins with.
+        commands: For the machine's ``/bin/sh``.
+        folder: Where they run.
+        put: Copies the files in that they need.
+        inputs: Everything else that shapes the result: those files' digest, what may be reached...
+        grants: What they may reach.
+        run: Runs one of them; by default it is silent and takes an hour at most.
+    """
+
+    def work(instance: Instance) -> dict[str, bytes]:
+        machine = machine_in_the_making(host, base, instance, grants.for_machine("template"))
+        put(machine)
+        for command in commands:
+            host.say(f"preparing: {command}")
+            status, said = (run or _run(folder))(machine, command)
+            if status:
+                denied = "".join(f"\n{request}" for request in machine.network.denied)
+                raise MachineError(
+                    f"prepare: {command!r} ended with status {status}",
+                    details="\n".join(said.splitlines()[-_OUTPUT_SHOWN:]) + denied,
+                    resolution="mend the command, or name what it needs in prepare_inputs or prepare_network",
+                )
+        instance.take_away()
+        return {}
+
+    shaping = (json.dumps(list(commands)), str(folder), *inputs)
+    return Step("prepared", shaping, work, f"preparing ({len(commands)} commands)")
+
+
+def machine_in_the_making(host: Host, base: Base, instance: Instance, given: Given = NOTHING) -> MicroVM:
+    """Return a machine that becomes a template as users have it; it belongs to its template's maker."""
+    instance.give(given)
+    instance.adopt("agent", IN_THE_MAKING, given.message())
+    return MicroVM(instance, host.facts(base, "template", 0.0))
+
+
+def _run(folder: PurePosixPath) -> Run:
+    def run(machine: MicroVM, command: str) -> tuple[int, str]:
+        done = machine.run(command, cwd=folder, timeout=_TIMEOUT)
+        return done.returncode, done.stdout + done.stderr
+
+    return run

@@ -1,0 +1,126 @@
+"""What a project's configuration asks for that needs its user's trust, its own kits included."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from pytest_microvm.errors import KitError
+from pytest_microvm.images.kits import find_kit, load_kit, shipped_kits
+from pytest_microvm.settings.configuration import Settings
+from pytest_microvm.settings.mounts import absolute
+from pytest_microvm.settings.secret_commands import NotStarted, prepared
+from pytest_microvm.settings.secret_values import Source
+from pytest_microvm.settings.spec import MachineSpec
+
+
+def asked_by(settings: Settings) -> dict[str, Any]:
+    """Return what a project asks for, by key: its grants, and a kit of its own with a digest of all it says.
+
+    A kit's commands run on this computer when its image is built; one that ships is nobody's request. What
+    the command line says is not the project's. ``behind`` tells what stands behind words of the others that
+    name the project's own files: another branch may have other files there, and the same words.
+
+    Args:
+        settings: The project's.
+
+    Raises:
+        KitError: The image's kit cannot be used.
+        UsesProject: A command that gives a secret uses something of the project.
+    """
+    found = {key: value for key, value in settings.asked.items() if key != "image" and value}
+    sources = _sources(settings.spec)
+    check_commands((source for key in found for source in sources.get(key, ())), settings.project)
+    own = own_kit(settings.spec.image, settings.project)
+    if own is not None:
+        shown, network = own
+        if "image" in settings.asked:
+            found["image"] = shown
+        if settings.spec.network is None and network:
+            found["network"] = [*network]
+    behind = sorted({line for key in found for line in _behind(key, settings)})
+    return {**found, "behind": behind} if behind else found
+
+
+def check_commands(sources: Iterable[Source], project: Path) -> None:
+    """Refuse commands for secrets that use something of a project: nobody can allow that.
+
+    Raises:
+        UsesProject: There is one.
+    """
+    for source in sources:
+        if source.kind == "command":
+            with suppress(NotStarted):  # where its value is read is time enough to say so
+                prepared(source.where, "the project's configuration", project)
+
+
+def started_here(spec: MachineSpec, project: Path) -> list[str]:
+    """Return the commands that give a spec's secrets and credentials, with their programs' paths."""
+    sources = chain.from_iterable(_sources(spec).values())
+    lines = [_command_line(source, project) for source in sources if source.kind == "command"]
+    return list(dict.fromkeys(lines))
+
+
+def built_here(image: str, project: Path) -> list[str]:
+    """Return the commands that build an image whose kit is the project's own."""
+    with suppress(KitError):
+        if own_kit(image, project) is not None:
+            return list(load_kit(image, project=project).setup)
+    return []
+
+
+def _command_line(source: Source, project: Path) -> str:
+    try:
+        return shlex.join(prepared(source.where, "", project).argv)
+    except NotStarted:
+        return source.where
+
+
+def own_kit(image: str, project: Path) -> tuple[str, Sequence[str]] | None:
+    """Return a kit of the project's own with a digest of all it says, and its network; ``None``: it ships.
+
+    Raises:
+        KitError: There is no such kit, or it cannot be used.
+    """
+    if shipped_kits() in find_kit(image, project=project).parents:
+        return None
+    kit = load_kit(image, project=project)
+    recipe = json.dumps(kit.recipe(), sort_keys=True, default=str)
+    return f"{image} (sha256 {hashlib.sha256(recipe.encode()).hexdigest()[:32]})", kit.network or ()
+
+
+def _behind(key: str, settings: Settings) -> Iterator[str]:
+    """Yield what a key's paths in the project lead to by links."""
+    project = settings.project.absolute()
+    sources = _sources(settings.spec).get(key, [])
+    paths = [mount.source for mount in settings.spec.mounts] if key == "mounts" else []
+    paths += [absolute(source.where, Path.cwd()) for source in sources if source.kind == "file"]
+    for path in paths:
+        if _named_in(project, path) and path.resolve() != _without_links(project, path):
+            yield f"{path} is {path.resolve()}"
+
+
+def _sources(spec: MachineSpec) -> dict[str, list[Source]]:
+    """Return where the values of secrets and credentials are found, by the key that names them."""
+    return {
+        "secrets": [secret.source for secret in spec.secrets],
+        "credentials": [credential.source for credential in spec.credentials],
+    }
+
+
+def _named_in(project: Path, path: Path) -> bool:
+    """Whether a path is the project's by its name, or by where it leads."""
+    return path.is_relative_to(project) or path.resolve().is_relative_to(project.resolve())
+
+
+def _without_links(project: Path, path: Path) -> Path:
+    """Return where a path in the project would lead if nothing in that were a link."""
+    below = path.relative_to(project) if path.is_relative_to(project) else path
+    return Path(os.path.normpath(project.resolve() / below))

@@ -1,0 +1,461 @@
+"""A machine: the object a user holds. Commands, files and its end; vocabulary of subprocess and pathlib."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from pytest_microvm.agent.path import GuestPath
+from pytest_microvm.agent.process import GuestProcess, command_arguments
+from pytest_microvm.agent.transfer import pull, push
+from pytest_microvm.errors import MicroVMError, UsageError
+from pytest_microvm.events import Event
+from pytest_microvm.machine.client import MachineClient
+from pytest_microvm.machine.instance import Instance, MachineFacts, Usage
+from pytest_microvm.mounts.mounting import Mounted, copy_all_back, mount
+from pytest_microvm.settings.mounts import Access, Changes, Kind, Mount, absolute, check_apart
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from pytest_microvm.network.port.forwarding import Address
+    from pytest_microvm.network.port.service import MachineNetwork
+    from pytest_microvm.settings.spec import MachineSpec
+
+_LAST_COMMANDS = 20
+_LAST_PORT = 65535
+_LONGEST_PATH = 107  # unix(7)
+_log = logging.getLogger("pytest_microvm")
+
+
+class Start(Protocol):
+    """Starts machines for :meth:`MicroVM.start`."""
+
+    def __call__(self, spec: MachineSpec | None, *, pool: int, **changes: Any) -> MicroVM:
+        """Start a machine."""
+
+
+class MicroVM:
+    """A running machine.
+
+    Get one from the ``microvm`` fixture, or without pytest from :meth:`start`::
+
+        with MicroVM.start(image="python", memory="1G") as vm:
+            vm.run(["python3", "--version"], check=True)
+
+    Attributes:
+        facts: What is known of it from its start, its limits too.
+        last_commands: What was asked of it, the last 20.
+    """
+
+    _starter: ClassVar[Callable[[], Start]]  # set by the composition root, see host.py
+
+    def __init__(
+        self,
+        instance: Instance,
+        facts: MachineFacts,
+        *,
+        on_close: Callable[[], None] = lambda: None,
+        on_keep: Callable[[str], None] | None = None,
+    ) -> None:
+        self.facts = facts
+        self.instance = instance
+        self.client = MachineClient(instance, facts)
+        self.last_commands: deque[str] = deque(maxlen=_LAST_COMMANDS)
+        self.mounts: list[Mounted] = []
+        self._on_close = on_close
+        self._on_keep = on_keep
+
+    @classmethod
+    def start(cls, spec: MachineSpec | None = None, *, pool: int = 0, **changes: Any) -> MicroVM:
+        """Start a machine (a copy of a cached template; the first one of its kind boots).
+
+        What takes long, and what this host cannot enforce, is logged by the logger ``pytest_microvm``.
+
+        Args:
+            spec: What it is made of; the defaults of :class:`MachineSpec` if omitted.
+            pool: How many more of the same kind to keep ready from now on, for those who ask next.
+            **changes: Fields of the spec as people write them, such as ``memory="1G"``.
+
+        Returns:
+            A machine that answers; use it as a context manager, or call :meth:`close`.
+
+        Raises:
+            UsageError: A field is unknown or impossible.
+            HostError: This computer lacks something.
+            BootError: The machine did not come up.
+        """
+        return cls._starter()(spec, pool=pool, **changes)
+
+    @classmethod
+    def started_by(cls, starter: Callable[[], Start]) -> None:
+        """Let :meth:`start` use what ``starter`` returns: the composition root's default host."""
+        cls._starter = starter
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_exc: object) -> None:
+        try:
+            self.close()
+        except MicroVMError as error:
+            if kind is None:
+                raise
+            _log.warning("%s", error)  # what ended the block is more to the point
+
+    def __repr__(self) -> str:
+        return f"<MicroVM {self.facts.id} {self.facts.image}{' (ended)' if self.closed else ''}>"
+
+    @property
+    def id(self) -> str:
+        """Its name, unique on this host; also its first host name."""
+        return self.facts.id
+
+    @property
+    def alive(self) -> bool:
+        """Whether it still runs."""
+        return self.client.alive
+
+    @property
+    def closed(self) -> bool:
+        """Whether its user has ended it."""
+        return self.client.closed
+
+    # Commands
+
+    def run(
+        self,
+        args: str | Sequence[str | PurePosixPath],
+        *,
+        check: bool = False,
+        timeout: float | None = None,
+        input: str | bytes | None = None,  # noqa: A002 - subprocess's word
+        env: Mapping[str, str] | None = None,
+        cwd: str | PurePosixPath | None = None,
+        user: str | int | None = None,
+        text: bool = True,
+    ) -> subprocess.CompletedProcess[Any]:
+        """Run a command and return what came of it; like :func:`subprocess.run` with captured output.
+
+        Args:
+            args: A list of arguments, or a string for the machine's ``/bin/sh``.
+            check: Raise when the command fails.
+            timeout: Seconds after which it is killed. If omitted the machine's quota applies, and the machine
+                ends with it.
+            input: What it reads from stdin.
+            env: Variables on top of the machine's usual ones.
+            cwd: Where it runs; ``/`` if omitted.
+            user: Who runs it; root if omitted.
+            text: Whether ``input``, ``stdout`` and ``stderr`` are str (UTF-8, errors replaced) or bytes.
+
+        Raises:
+            subprocess.CalledProcessError: It failed and ``check`` was set.
+            subprocess.TimeoutExpired: It took longer than ``timeout``.
+            FileNotFoundError: The machine has no such program or folder.
+            QuotaExceeded: The machine used more than it may, and was ended.
+            MachineCrashed: The machine ended.
+        """
+        with self.popen(args, stdin=input is not None, env=env, cwd=cwd, user=user, text=text) as process:
+            stdout, stderr = process.communicate(input, timeout=timeout)
+        done = subprocess.CompletedProcess(process.args, process.returncode or 0, stdout, stderr)
+        if check:
+            done.check_returncode()
+        return done
+
+    def popen(
+        self,
+        args: str | Sequence[str | PurePosixPath],
+        *,
+        stdin: bool = False,
+        env: Mapping[str, str] | None = None,
+        cwd: str | PurePosixPath | None = None,
+        user: str | int | None = None,
+        text: bool = True,
+        pty: tuple[int, int] | None = None,
+    ) -> GuestProcess:
+        """Start a command and return while it runs; like :class:`subprocess.Popen` with pipes.
+
+        The machine's ``timeout`` counts while somebody waits for the command, not while it runs beside
+        others.
+
+        Args:
+            args: A list of arguments, or a string for the machine's ``/bin/sh``.
+            stdin: Whether ``process.stdin`` is wanted; otherwise it reads nothing.
+            env: Variables on top of the machine's usual ones.
+            cwd: Where it runs; ``/`` if omitted.
+            user: Who runs it; root if omitted.
+            text: Whether its files are text (UTF-8, errors replaced) or bytes.
+            pty: Rows and columns of a terminal to run it on; stderr then comes with stdout.
+
+        Raises:
+            FileNotFoundError: The machine has no such program or folder.
+            MachineCrashed: The machine ended.
+        """
+        usual = {**dict(self.facts.environment), **self.instance.given.environment}
+        request = command_arguments(args, {**usual, **(env or {})}, cwd, user)
+        shown = args if isinstance(args, str) else " ".join(map(str, args))
+        self._asked("command", shown)
+        with self.client.operation(f"start of {shown}"):
+            return GuestProcess(self.client, args, request, stdin=stdin, text=text, pty=pty)
+
+    def wait_until_succeeds(
+        self,
+        args: str | Sequence[str],
+        *,
+        timeout: float,
+        interval: float = 0.1,
+        **options: Any,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command again and again until it succeeds.
+
+        Args:
+            args: As for :meth:`run`.
+            timeout: Seconds after which to give up.
+            interval: Seconds between two tries.
+            **options: As for :meth:`run`.
+
+        Raises:
+            subprocess.TimeoutExpired: It never succeeded; its last output is in the exception.
+            MachineCrashed: The machine ended.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            done = self.run(args, timeout=max(0.1, deadline - time.monotonic()), **options)
+            if done.returncode == 0:
+                return done
+            if time.monotonic() + interval > deadline:
+                raise subprocess.TimeoutExpired(done.args, timeout, done.stdout, done.stderr)
+            threading.Event().wait(
+                interval
+            )  # the guest offers nothing to wait for: the condition is the user's
+
+    # Files
+
+    def path(self, *segments: str | PurePosixPath) -> GuestPath:
+        """Return a path in the machine, used like :class:`pathlib.Path`."""
+        return GuestPath(self.client, *segments)
+
+    def push(self, source: str | os.PathLike[str], target: str | PurePosixPath) -> None:
+        """Copy a file or a folder from the host into the machine.
+
+        Args:
+            source: On the host; relative to the current folder.
+            target: In the machine: what the file, or the folder, is to be called there.
+
+        Raises:
+            UsageError: There is no ``source``.
+            TransferError: The machine could not take it (its disk is full, say).
+        """
+        self._asked("push", f"push {source} {target}")
+        with self.client.operation("push"):
+            push(self.client.link(), Path(source), PurePosixPath(target))
+
+    def pull(self, source: str | PurePosixPath, target: str | os.PathLike[str]) -> Path:
+        """Copy a file or a folder from the machine to the host.
+
+        Nothing the machine sends can leave ``target``: links out, devices and odd names are refused.
+
+        Args:
+            source: In the machine.
+            target: On the host: an existing folder to put it into, or the name it shall have.
+
+        Returns:
+            Where it is now.
+
+        Raises:
+            FileNotFoundError: The machine has no ``source``.
+            TransferError: What came was refused, or could not be written.
+        """
+        self._asked("pull", f"pull {source} {target}")
+        with self.client.operation("pull"):
+            return pull(self.client.link(), PurePosixPath(source), Path(target))
+
+    def mount(
+        self,
+        source: str | os.PathLike[str],
+        target: str | PurePosixPath,
+        mode: Access = "rw",
+        kind: Kind = "copy",
+    ) -> Mounted:
+        """Hand a directory or a file of the host to the machine.
+
+        Args:
+            source: On the host; relative to the current folder. Made if it is missing and ``mode`` is ``rw``.
+            target: In the machine: a place where it has nothing.
+            mode: ``ro``: nothing comes back; ``rw``: what the machine changes comes back.
+            kind: ``copy``, ``git`` or ``live``; see :class:`Mount`.
+
+        Returns:
+            What copies the changes back: when asked, at the end of a ``with`` block, or when the machine is
+            closed.
+
+        Raises:
+            UsageError: It cannot be mounted.
+            TransferError: The machine could not take it.
+        """
+        where = absolute(os.fspath(source), Path.cwd())
+        return self.hand_over(Mount(where, PurePosixPath(target), mode, kind))
+
+    def hand_over(self, what: Mount) -> Mounted:
+        """Hand over what a spec's mount says; see :meth:`mount`."""
+        check_apart([*(mounted.mount for mounted in self.mounts), what], "mount")
+        self._asked("mount", f"mount {what}")
+        mounted = mount(self, what)
+        self.mounts.append(mounted)
+        return mounted
+
+    def copy_back(self) -> list[Changes]:
+        """Copy back what the machine changed in its mounts; see :meth:`Mounted.copy_back`."""
+        return copy_all_back(self.mounts)
+
+    # Connections
+
+    @property
+    def network(self) -> MachineNetwork:
+        """What it asked of the network: ``network.requests``, and of these ``network.denied``."""
+        return self.instance.network
+
+    def forward(
+        self, target: int | str | PurePosixPath, *, unix: bool = False
+    ) -> AbstractContextManager[Address]:
+        """Let clients on this computer reach a server in the machine, inside a ``with`` block.
+
+        Many may be connected at once, 500 at most; others wait. Nothing has to listen yet: clients that come
+        too early are refused, see :meth:`wait_for_port`. Clients are dropped when the block or the machine
+        ends.
+
+        Args:
+            target: A TCP port on which something in the machine listens, on its loopback or everywhere; or
+                the path of a Unix socket in the machine.
+            unix: Whether to offer a Unix socket, which only this user can connect to, instead of a TCP port,
+                which any user of this computer can.
+
+        Returns:
+            Where it is: ``host`` and ``port``, or ``path``; and ``url``.
+
+        Raises:
+            UsageError: The machine has been closed, or ``target`` is no port.
+            MachineCrashed: The machine has ended.
+        """
+        return self._forwarded(target, unix=unix)
+
+    def wait_for_port(self, target: int | str | PurePosixPath, *, timeout: float) -> None:
+        """Wait until something in the machine listens on a TCP port or Unix socket; it is connected to once.
+
+        Args:
+            target: As for :meth:`forward`.
+            timeout: Seconds after which to give up.
+
+        Raises:
+            TimeoutError: Nothing listened in time.
+            UsageError: The machine has been closed, or ``target`` is no port.
+            MachineCrashed: The machine ended.
+        """
+        with self.client.operation(f"wait for {target}"):
+            try:
+                self._open_network().wait_for(_served(target), timeout)
+            except TimeoutError as error:
+                raise TimeoutError(f"machine {self.id}, waiting for {target}: {error}") from error
+
+    # The machine
+
+    def usage(self) -> Usage:
+        """Return what the machine has used so far, as the host sees it."""
+        return self.instance.usage()
+
+    @property
+    def events(self) -> list[Event]:
+        """What happened to it, in order: the last 1000 events."""
+        return self.instance.events.list()
+
+    def console_tail(self, lines: int = 30) -> str:
+        """Return the last lines of the console, with control characters made visible."""
+        return self.instance.console_text(lines)
+
+    def keep(self, about: str) -> bool:
+        """Freeze the machine on disk, to be entered with ``pytest-microvm shell``; it ends here.
+
+        Args:
+            about: What it was used for, such as a test's node id.
+
+        Returns:
+            Whether it was kept: it must have been started for that, and still run.
+        """
+        if self._on_keep is None or self.closed or not self.alive:
+            return False
+        try:
+            self.give_back()
+        finally:
+            self.client.closed = True
+            self._on_keep(about)
+        return True
+
+    def close(self) -> None:
+        """End the machine and forget everything in it; a second call does nothing.
+
+        What it changed in its mounts is copied back first, if it still runs.
+
+        Raises:
+            MicroVMError: Not all of that was taken over. The machine has ended all the same.
+        """
+        if not self.closed:
+            try:
+                self.give_back()
+            finally:
+                self.client.closed = True
+                self.instance.close()
+                self._on_close()
+
+    def give_back(self) -> list[Changes]:
+        """Copy back what the machine changed in its mounts, for the last time: :meth:`close` will not."""
+        mounted, self.mounts = self.mounts, []
+        if mounted and not self.alive:
+            places = ", ".join(str(one.mount.target) for one in mounted if one.mount.kind != "live")
+            if places:
+                _log.warning("machine %s has ended: nothing came back of %s", self.id, places)
+            return []
+        return copy_all_back(mounted)
+
+    @contextlib.contextmanager
+    def _forwarded(self, target: int | str | PurePosixPath, *, unix: bool) -> Iterator[Address]:
+        self._asked("forward", f"forward {target}")
+        with contextlib.ExitStack() as stack:
+            with self.client.explained():
+                address = stack.enter_context(self._open_network().forward(_served(target), unix=unix))
+            yield address
+
+    def _open_network(self) -> MachineNetwork:
+        self.client.check_open()
+        return self.instance.network
+
+    def _asked(self, kind: str, text: str) -> None:
+        self.last_commands.append(self.client.redactor.text(text))
+        self.client.record(kind, text)
+
+
+def _served(target: int | str | PurePosixPath) -> int | str:
+    """Return a port, or the path of a Unix socket.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if isinstance(target, int):
+        if not 0 < target <= _LAST_PORT:
+            raise UsageError(f"{target} is no port", resolution=f"name one from 1 to {_LAST_PORT}")
+        return target
+    path = str(target)
+    if not path.startswith("/") or len(os.fsencode(path)) > _LONGEST_PATH:
+        raise UsageError(
+            f"{path!r} cannot be the path of a Unix socket",
+            resolution=f"give an absolute one of at most {_LONGEST_PATH} bytes",
+        )
+    return path

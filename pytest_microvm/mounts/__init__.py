@@ -1,0 +1,1 @@
+"""Directories of the host in a machine: copied, cloned with git, or live."""

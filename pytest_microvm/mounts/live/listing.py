@@ -1,0 +1,63 @@
+"""Operations of a live mount on directories: their names are read once, when one is opened."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Callable
+
+from pytest_microvm.mounts.live import messages
+from pytest_microvm.mounts.live.contents import READ
+from pytest_microvm.mounts.live.messages import MAX_WRITE, NO_ENTRY, Request, error
+from pytest_microvm.mounts.live.nodes import Node
+from pytest_microvm.mounts.live.session import Handle, Session
+from pytest_microvm.untrusted.manifest import MAX_PATHS
+
+_DOTS = (".", "..")
+
+
+def opendir(session: Session, request: Request) -> bytes:
+    """Open a directory."""
+    session.handles.check_room()
+    names = session.folder.names(session.where(request.node), MAX_PATHS - session.handles.names)
+    node = session.nodes.get(request.node)
+    return messages.opened(session.handles.add(Handle(node, names=(*_DOTS, *names))))
+
+
+def readdir(session: Session, request: Request) -> bytes:
+    """Tell names, and what kind of thing each is."""
+    return _list(session, request, 0, _plain)
+
+
+def readdirplus(session: Session, request: Request) -> bytes:
+    """Tell the same, and what each is like, so that the kernel need not ask again."""
+    return _list(session, request, len(NO_ENTRY), _full)
+
+
+def _list(
+    session: Session, request: Request, more: int, record: Callable[[Session, Node, str, int], bytes]
+) -> bytes:
+    """Return records from the place on that is asked for, as many as there is room for."""
+    number, offset, size, *_rest = request.fields(READ)
+    handle = session.handles.get(number)
+    if handle.file is not None:
+        raise error(errno.ENOTDIR)
+    room = min(size, MAX_WRITE)
+    records: list[bytes] = []
+    for place, name in enumerate(handle.names[offset:], offset + 1):
+        if messages.directory_entry_size(name) + more > room:
+            break
+        with contextlib.suppress(FileNotFoundError):  # gone since the directory was opened
+            records.append(record(session, handle.node, name, place))
+            room -= len(records[-1])
+    return b"".join(records)
+
+
+def _plain(session: Session, parent: Node, name: str, place: int) -> bytes:
+    status = session.folder.status([*parent.segments(), *([] if name in _DOTS else [name])])
+    return messages.directory_entry(name, status, place)
+
+
+def _full(session: Session, parent: Node, name: str, place: int) -> bytes:
+    plain = _plain(session, parent, name, place)
+    return (NO_ENTRY if name in _DOTS else session.entry(parent, name)) + plain

@@ -1,0 +1,126 @@
+"""Operations of a live mount on names: looked up, made, moved, removed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from collections.abc import Callable
+
+from pytest_microvm.mounts.live.messages import Request, error
+from pytest_microvm.mounts.live.nodes import Node
+from pytest_microvm.mounts.live.opening import checked_name
+from pytest_microvm.mounts.live.session import Session
+
+_MKNOD = struct.Struct("<4I")  # mode, device, umask
+_MKDIR = struct.Struct("<2I")  # mode, umask
+_RENAME = struct.Struct("<Q")  # the new directory
+_RENAME2 = struct.Struct("<Q2I")  # the same, flags
+_LINK = struct.Struct("<Q")  # what gets the name
+
+
+def place(session: Session, request: Request, name: bytes) -> tuple[Node, str]:
+    """Return the directory that a request is about, and a name in it.
+
+    Raises:
+        OSError: The name is none, or there is no such directory.
+    """
+    return session.nodes.get(request.node), checked_name(name)
+
+
+def _made(session: Session, request: Request, name: bytes, make: Callable[[list[str]], object]) -> bytes:
+    parent, text = place(session, request, name)
+    make([*parent.segments(), text])
+    return session.entry(parent, text)
+
+
+def lookup(session: Session, request: Request) -> bytes:
+    """Tell what is called so."""
+    return session.entry(*place(session, request, *request.names(1)))
+
+
+def symlink(session: Session, request: Request) -> bytes:
+    """Make a symbolic link."""
+    name, target = request.names(2)
+    return _made(session, request, name, lambda segments: session.folder.make_link(segments, target))
+
+
+def mknod(session: Session, request: Request) -> bytes:
+    """Make an empty file; devices, pipes and sockets are not made."""
+    mode, *_rest = request.fields(_MKNOD)
+    if not stat.S_ISREG(mode):
+        raise error(errno.EPERM)
+    flags = os.O_RDONLY | os.O_EXCL
+    (name,) = request.names(1, _MKNOD)
+    return _made(
+        session, request, name, lambda segments: os.close(session.folder.create(segments, flags, mode))
+    )
+
+
+def mkdir(session: Session, request: Request) -> bytes:
+    """Make a directory."""
+    mode, _umask = request.fields(_MKDIR)
+    (name,) = request.names(1, _MKDIR)
+    return _made(session, request, name, lambda segments: session.folder.make_folder(segments, mode))
+
+
+def link(session: Session, request: Request) -> bytes:
+    """Give a file one more name."""
+    (number,) = request.fields(_LINK)
+    session.own(session.nodes.get(number))
+    old = session.where(number)
+    (name,) = request.names(1, _LINK)
+    return _made(session, request, name, lambda segments: session.folder.make_name(old, segments))
+
+
+def unlink(session: Session, request: Request) -> bytes:
+    """Remove a file or a link."""
+    return _remove(session, request, folder=False)
+
+
+def rmdir(session: Session, request: Request) -> bytes:
+    """Remove an empty directory."""
+    return _remove(session, request, folder=True)
+
+
+def _remove(session: Session, request: Request, *, folder: bool) -> bytes:
+    parent, name = place(session, request, *request.names(1))
+    status = session.folder.remove([*parent.segments(), name], folder=folder)
+    session.nodes.remove(parent, name)
+    _lost(session, status)
+    return b""
+
+
+def rename(session: Session, request: Request) -> bytes:
+    """Give something another name."""
+    (number,) = request.fields(_RENAME)
+    return _move(session, request, number, *request.names(2, _RENAME))
+
+
+def rename2(session: Session, request: Request) -> bytes:
+    """Do the same; what the flags ask for (exchange, do not replace), programs can do without."""
+    number, flags, _padding = request.fields(_RENAME2)
+    if flags:
+        raise error(errno.EINVAL)
+    return _move(session, request, number, *request.names(2, _RENAME2))
+
+
+def _move(session: Session, request: Request, number: int, old: bytes, new: bytes) -> bytes:
+    parent, name = place(session, request, old)
+    new_parent, new_name = session.nodes.get(number), checked_name(new)
+    replaced = session.folder.move([*parent.segments(), name], [*new_parent.segments(), new_name])
+    session.nodes.move(parent, name, new_parent, new_name)
+    _lost(session, replaced)
+    return b""
+
+
+def _lost(session: Session, status: os.stat_result | None) -> None:
+    """Take note that something lost a name; a file that has no other is gone once nobody has it open."""
+    if status is not None and status.st_nlink == 1:
+        session.removed(status)
+
+
+def readlink(session: Session, request: Request) -> bytes:
+    """Tell where a link points."""
+    return session.folder.target(session.where(request.node))

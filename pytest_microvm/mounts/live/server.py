@@ -1,0 +1,110 @@
+"""Answers what a guest's kernel asks about a live mount: one request in, at most one answer out."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from collections.abc import Callable
+
+from pytest_microvm.mounts.live import contents, listing, messages, names
+from pytest_microvm.mounts.live.folder import Folder
+from pytest_microvm.mounts.live.messages import Op, Request, error
+from pytest_microvm.mounts.live.session import Session
+
+_FORGET = struct.Struct("<Q")  # how often it was known
+_BATCH = struct.Struct("<2I")  # how many follow
+_BATCH_ONE = struct.Struct("<2Q")  # the node, how often it was known
+_SILENT = frozenset([Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT])
+
+
+class Server:
+    """One live mount.
+
+    Args:
+        folder: What is mounted; owned from here on.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self._session = Session(folder)
+
+    def answer(self, data: bytes) -> bytes | None:
+        """Answer one request; ``None`` if there is nothing to say.
+
+        Raises:
+            BadRequest: It is not FUSE; nothing more is to be answered.
+        """
+        request = messages.parse(data)
+        try:
+            said = messages.answer(request.unique, self._do(request))
+        except OSError as failure:
+            said = messages.refusal(request.unique, failure.errno or errno.EIO)
+        return None if request.op in _SILENT else said
+
+    def close(self) -> None:
+        """Close what is open: the mount is no more."""
+        self._session.handles.close()
+        self._session.folder.close()
+
+    def _do(self, request: Request) -> bytes:
+        operation = _OPERATIONS.get(request.op)
+        if operation is None:
+            raise error(errno.ENOSYS)
+        try:
+            return operation(self._session, request)
+        except (ValueError, OverflowError):  # a number or a name that the system cannot take
+            raise error(errno.EINVAL) from None
+
+
+def _welcome(_session: Session, request: Request) -> bytes:
+    return messages.welcome(request)
+
+
+def _nothing(_session: Session, _request: Request) -> bytes:
+    return b""
+
+
+def _forget(session: Session, request: Request) -> bytes:
+    session.nodes.forget(request.node, *request.fields(_FORGET))
+    return b""
+
+
+def _forget_many(session: Session, request: Request) -> bytes:
+    request.fields(_BATCH)
+    rest = request.body[_BATCH.size :]
+    for number, times in _BATCH_ONE.iter_unpack(rest[: len(rest) // _BATCH_ONE.size * _BATCH_ONE.size]):
+        session.nodes.forget(number, times)
+    return b""
+
+
+_OPERATIONS: dict[int, Callable[[Session, Request], bytes]] = {
+    Op.BATCH_FORGET: _forget_many,
+    Op.CREATE: contents.create,
+    Op.DESTROY: _nothing,
+    Op.FLUSH: contents.flush,
+    Op.FORGET: _forget,
+    Op.FSYNC: contents.fsync,
+    Op.FSYNCDIR: _nothing,
+    Op.GETATTR: contents.getattr_,
+    Op.INIT: _welcome,
+    Op.INTERRUPT: _nothing,
+    Op.LINK: names.link,
+    Op.LOOKUP: names.lookup,
+    Op.MKDIR: names.mkdir,
+    Op.MKNOD: names.mknod,
+    Op.OPEN: contents.open_file,
+    Op.OPENDIR: listing.opendir,
+    Op.READ: contents.read,
+    Op.READDIR: listing.readdir,
+    Op.READDIRPLUS: listing.readdirplus,
+    Op.READLINK: names.readlink,
+    Op.RELEASE: contents.release,
+    Op.RELEASEDIR: contents.release,
+    Op.RENAME: names.rename,
+    Op.RENAME2: names.rename2,
+    Op.RMDIR: names.rmdir,
+    Op.SETATTR: contents.setattr_,
+    Op.STATFS: contents.statfs,
+    Op.SYMLINK: names.symlink,
+    Op.UNLINK: names.unlink,
+    Op.WRITE: contents.write,
+}

@@ -1,0 +1,90 @@
+"""Ask a package client of this computer about its configuration: one program, bounded in time and output."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+from threading import Event, Timer
+
+from pytest_microvm.errors import HostError
+from pytest_microvm.untrusted.text import sanitize
+
+TIMEOUT = 90.0  # seconds; an index may be slow, and is asked about more than one project
+MAX_ANSWER = 4 * 1024 * 1024
+_TAIL = 1500  # characters of what a client said when it failed
+_LOGIN = re.compile(r"(://)[^/\s]*@")  # to the last @, which a password may have too
+
+
+def answer(
+    command: list[str], *, what: str, folder: Path = Path("/"), program: str = "",
+    statuses: Collection[int] = (0,),
+) -> tuple[str, str]:  # fmt: skip
+    """Return what a program prints, and what it says beside that, without user names and passwords.
+
+    Args:
+        command: The program and its arguments; it gets the user's whole environment, like the client it is.
+        what: What it is asked for, for errors.
+        folder: Where it runs. The root folder is nobody's project: nothing there is read as configuration.
+        program: Text for its standard input.
+        statuses: The exit statuses that are no failure.
+
+    Raises:
+        HostError: It could not be run, failed, took too long or said too much.
+    """
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as source:
+        source.write(program.encode())
+        source.seek(0)
+        try:
+            process = subprocess.Popen(
+                command, cwd=folder, stdin=source, stdout=subprocess.PIPE, stderr=said, start_new_session=True
+            )
+        except OSError as error:
+            raise HostError(f"{what}: {command[0]} could not be run: {error.strerror}") from error
+        late = Event()
+
+        def end() -> None:
+            late.set()
+            _kill(process)
+
+        timer = Timer(TIMEOUT, end)
+        timer.start()
+        with process:
+            assert process.stdout is not None
+            printed = process.stdout.read(MAX_ANSWER + 1)
+            if len(printed) > MAX_ANSWER:
+                _kill(process)
+        timer.cancel()
+        said.seek(0)
+        beside = without_login(said.read(MAX_ANSWER).decode(errors="replace").strip())
+    why = ""
+    if late.is_set():
+        why = f"no answer in {TIMEOUT:g} s"
+    elif len(printed) > MAX_ANSWER:
+        why = f"its answer is longer than {MAX_ANSWER} bytes"
+    elif process.returncode not in statuses:
+        why = f"status {process.returncode}"
+    if why:
+        raise HostError(
+            f"{what}: {Path(command[0]).name} failed ({why})",
+            details=sanitize(beside[-_TAIL:]),
+            resolution="run it by hand, or write the hosts themselves as rules",
+        )
+    return printed.decode(errors="replace"), beside
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a client with all that it has started: as long as one of them lives, its answer has no end."""
+    if process.returncode is None:  # else the number may be another's by now
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def without_login(text: str) -> str:
+    """Return text without the user names and passwords in its URLs."""
+    return _LOGIN.sub(r"\1", text)

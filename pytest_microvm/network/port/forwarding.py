@@ -1,0 +1,150 @@
+"""A port or Unix socket of a guest on this computer: a listener here, a connection there for each client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import struct
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from pytest_microvm.errors import MachineError
+from pytest_microvm.network.port.loop import run
+
+if TYPE_CHECKING:
+    from pytest_microvm.network.port.streams import NetworkPort
+
+_BACKLOG = 512
+_PIECE = 64 * 1024
+_RESET = struct.pack("ii", 1, 0)  # struct linger
+_PATIENCE = 10.0  # seconds for tasks that were cancelled
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a forwarded port is on this computer.
+
+    Args:
+        host: ``127.0.0.1``; empty for a Unix socket.
+        port: The TCP port; 0 for a Unix socket.
+        path: The Unix socket; ``None`` for a TCP port.
+    """
+
+    host: str
+    port: int
+    path: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """``http://127.0.0.1:PORT``; of a Unix socket ``http+unix://PATH``, as requests-unixsocket has it."""
+        if self.path is not None:
+            return f"http+unix://{quote(str(self.path), safe='')}"
+        return f"http://{self.host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}" if self.path is None else str(self.path)
+
+
+@contextlib.contextmanager
+def forwarded(port: NetworkPort, target: int | str, *, unix: bool) -> Iterator[Address]:
+    """Let clients of this computer reach ``target`` in the guest; ends with the block, or with the machine.
+
+    Args:
+        port: The guest's port.
+        target: A TCP port of the guest's loopback, or the path of a Unix socket.
+        unix: Whether to listen on a Unix socket that only this user can reach, instead of a TCP port.
+    """
+    with contextlib.ExitStack() as stack:
+        if unix:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="microvm-"))  # mode 0700
+            address = Address("", 0, Path(folder) / "socket")
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            listener.bind(str(address.path))
+        else:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            address = Address("127.0.0.1", listener.getsockname()[1])
+        listener.listen(_BACKLOG)
+        forwarding = run(_forward(port, target, listener))
+        stack.callback(lambda: run(forwarding.close(), _PATIENCE))
+        yield address
+
+
+async def _forward(port: NetworkPort, target: int | str, listener: socket.socket) -> Listener:
+    forwarding = Listener(port, target)
+    await forwarding.listen(listener)
+    return forwarding
+
+
+class Listener:
+    """A listener and its clients; lives on the loop."""
+
+    def __init__(self, port: NetworkPort, target: int | str) -> None:
+        self._port = port
+        self._target = target
+        self._server: asyncio.Server | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def listen(self, listener: socket.socket) -> None:
+        """Take clients from now on; ``listener`` is owned from here on."""
+        if self._port.failure is not None:
+            raise self._port.failure
+        self._port.forwardings.add(self)
+        start = asyncio.start_unix_server if listener.family == socket.AF_UNIX else asyncio.start_server
+        self._server = await start(self._serve, sock=listener, backlog=_BACKLOG)
+
+    def stop(self) -> None:
+        """Take no more clients, and drop those that are there."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        for task in self._tasks:
+            task.cancel()
+
+    async def close(self) -> None:
+        """Stop, and wait until no client is left."""
+        self.stop()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._port.forwardings.discard(self)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            async with self._port.connect(self._target) as (guest_reader, guest_writer):
+                await _carry((reader, guest_writer), (guest_reader, writer))
+        except (MachineError, OSError, asyncio.CancelledError):
+            _reset(writer)
+        finally:
+            self._tasks.discard(task)
+            writer.close()
+
+
+def _reset(writer: asyncio.StreamWriter) -> None:
+    """Drop a client so that it cannot take what it got for the whole: close(2) then sends RST."""
+    with contextlib.suppress(OSError):  # it has gone already
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    writer.transport.abort()
+
+
+async def _carry(*ways: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
+    """Copy each way until both have ended; if one fails, so does the other."""
+    tasks = [asyncio.ensure_future(_copy(reader, writer)) for reader, writer in ways]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(_PIECE):
+        writer.write(data)
+        await writer.drain()
+    writer.write_eof()

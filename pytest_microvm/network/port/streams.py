@@ -1,0 +1,441 @@
+"""The host's end of a guest's port ``network``: streams to the proxy, and to servers in the guest.
+
+Everything here happens on the thread of :mod:`pytest_microvm.network.port.loop`. What the guest says is not
+believed: connections, bytes and messages are bounded, and what breaks the protocol ends the machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+import socket
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pytest_microvm.agent.link import GuestError
+from pytest_microvm.errors import MachineCrashed, MachineError
+from pytest_microvm.network.port.stream import Stream, connect_streams
+from pytest_microvm.untrusted.text import sanitize_line
+from pytest_microvm.wire.channel import MAX_STREAMS, Channel, Closed, Credit, Data, Message
+from pytest_microvm.wire.frames import WireError
+from pytest_microvm.wire.network import CONNECTIONS, WINDOW
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+_READ_SIZE = 64 * 1024
+_HIGH = 512 * 1024  # bytes that wait for the socket; above it streams wait, and the guest is not heard
+_LOW = 128 * 1024
+_HEARD_AT_ONCE = 64  # reads, of which the guest can fill each
+_READER = 32 * 1024
+_MAX_PACKETS = 10_000  # reports of packets; a guest that behaves sends a tenth
+_MAX_ADDRESS = 64
+_MAX_NAME = 1100  # of 255 bytes, each as \ddd at most
+Served = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+"""What serves one stream until it ends."""
+
+_PROTOCOL = re.compile(r"TCP|UDP|ICMP|DNS|IP/[0-9]{1,3}")
+
+
+class Forwarding(Protocol):
+    """A listener on this computer whose clients are connected through a port."""
+
+    def stop(self) -> None:
+        """Take no more clients, and drop those that are there."""
+
+    async def close(self) -> None:
+        """Stop, and wait until no client is left."""
+
+
+class NetworkPort:
+    """One guest's connections.
+
+    Args:
+        sock: The port's socket; it stays its owner's.
+        serve: Serves a connection of the guest until it ends.
+        packet: Told what tried to get past the proxy: protocol, address, port, name (untrusted).
+        on_violation: Called when the guest breaks the protocol.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        serve: Served,
+        packet: Callable[[str, str, int, str], None],
+        on_violation: Callable[[], None],
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.full = False
+        self.bytes_received = 0
+        self.bytes_sent = 0
+        self.failure: MachineError | None = None
+        self._sock = sock
+        self._serve = serve
+        self._packet = packet
+        self._on_violation = on_violation
+        self._channel = Channel("host", WINDOW)
+        self._out = bytearray()
+        self._flushes = False  # whether a flush is on its way
+        self._resting = False
+        self._streams: dict[int, Stream] = {}
+        self._of_guest: set[int] = (
+            set()
+        )  # streams by which the guest reaches the proxy, until both ends closed
+        self._requests: dict[int, asyncio.Future[None]] = {}
+        self._numbers = itertools.count(1)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reaching = asyncio.Semaphore(CONNECTIONS)
+        self._packets = 0
+        self.forwardings: set[Forwarding] = set()
+        self.loop.add_reader(sock, self._readable)
+
+    # For those who want something of the guest
+
+    @contextlib.asynccontextmanager
+    async def connect(
+        self, target: int | str
+    ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        """Connect to a server in the guest: a TCP port or the path of a Unix socket; gives reader and writer.
+
+        Raises:
+            GuestError: Nobody listens there.
+            MachineError: The machine has ended.
+        """
+        async with self._reaching:
+            stream = await self._reach(op="connect", **_target(target))
+            reader, writer = connect_streams(stream, self.loop, _READER)
+            try:
+                yield reader, writer
+            except BaseException:
+                writer.transport.abort()
+                raise
+            finally:
+                writer.close()
+
+    async def share(self, path: str, serve: Served, *, read_only: bool) -> int:
+        """Mount a directory of this computer in the guest, until the machine ends or :meth:`unshare`.
+
+        Args:
+            path: Where: an empty directory of the guest.
+            serve: Answers what the guest's kernel asks, until it does no more.
+            read_only: Whether the guest's kernel shall refuse changes by itself.
+
+        Returns:
+            What :meth:`unshare` takes.
+
+        Raises:
+            GuestError: It cannot be mounted there.
+            MachineError: The machine has ended.
+        """
+        stream = await self._reach(op="share", path=path, read_only=read_only)
+        self._serve_stream(stream, serve)
+        return stream.number
+
+    async def unshare(self, number: int) -> None:
+        """Unmount what :meth:`share` has mounted.
+
+        Raises:
+            MachineError: The machine has ended.
+        """
+        await self._ask(op="unshare", stream=number)
+
+    async def wait(self, target: int | str, timeout: float) -> None:
+        """Wait until somebody in the guest listens.
+
+        Raises:
+            GuestError: Nobody did within ``timeout`` seconds.
+            MachineError: The machine has ended.
+        """
+        await self._ask(op="wait", timeout=timeout, **_target(target))
+
+    async def hear(self) -> None:
+        """Take in what the guest has said by now."""
+        for _ in range(_HEARD_AT_ONCE):
+            before = self.bytes_received
+            if self.failure is None and not self.full:
+                self._readable()
+            if self.bytes_received == before:
+                return
+            await asyncio.sleep(0)
+
+    async def rest(self) -> None:
+        """Bring the guest's end back to where it began; this end is of no use any more.
+
+        Raises:
+            MachineError: The machine has ended.
+        """
+        self._resting = True
+        await self._end_tasks()
+        for stream in list(self._streams.values()):
+            self.drop(stream.number)
+            stream.lose(ConnectionResetError("the machine is being frozen"))
+        for request in self._requests.values():
+            if not request.done():
+                request.set_exception(MachineError("the machine is being frozen"))
+        await self._ask(op="rest")
+        self.close(MachineCrashed("the machine is at rest"))
+
+    async def finish(self) -> None:
+        """Drop everything, and wait until what served connections has ended."""
+        self.close(MachineCrashed("the machine was ended"))
+        await self._end_tasks()
+        for forwarding in list(self.forwardings):
+            await forwarding.close()
+
+    def close(self, failure: MachineError) -> None:
+        """Hear and say no more; the socket stays open."""
+        if self.failure is not None:
+            return
+        self.failure = failure
+        self.loop.remove_reader(self._sock)
+        self.loop.remove_writer(self._sock)
+        self._out.clear()
+        for stream in list(self._streams.values()):
+            stream.lose(ConnectionResetError(str(failure)))
+        self._streams.clear()
+        for request in self._requests.values():
+            if not request.done():
+                request.set_exception(failure)
+        self._requests.clear()
+        for forwarding in list(self.forwardings):
+            forwarding.stop()
+
+    # For streams
+
+    def write(self, number: int, data: bytes) -> int:
+        """Queue what the guest's credit allows of ``data``; return how much that was."""
+        room = self._channel.room(number)
+        sent = self._channel.write(number, data) if room else 0
+        self._flush_soon()
+        return sent
+
+    def consumed(self, number: int, size: int) -> None:
+        """Let the guest send more."""
+        self._channel.consumed(number, size)
+        self._flush_soon()
+
+    def close_stream(self, number: int, *, end: bool) -> None:
+        """Say that no more follows, and with ``end`` that no more is read."""
+        self._channel.close(number)
+        if end:
+            if self._channel.is_open(number):
+                self._channel.send({"op": "end", "stream": number})
+            self._streams.pop(number, None)
+        self._retire(number)
+        self._flush_soon()
+
+    def drop(self, number: int) -> None:
+        """Drop a connection on both sides."""
+        if self._channel.is_open(
+            number
+        ):  # said first: after CLOSE the guest's program would see a proper end
+            self._channel.send({"op": "reset", "stream": number})
+        self._channel.close(number)
+        self._streams.pop(number, None)
+        self._retire(number)
+        self._flush_soon()
+
+    # The socket
+
+    def _readable(self) -> None:
+        try:
+            data = self._sock.recv(_READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.close(MachineCrashed("the machine ended"))
+            return
+        self.bytes_received += len(data)
+        try:
+            for event in self._channel.receive(data):
+                self._handle(event)
+        except WireError:
+            self.close(MachineCrashed("the machine was ended: its network process broke the protocol"))
+            self._on_violation()
+            return
+        self._flush()
+
+    def _flush_soon(self) -> None:
+        if not self._flushes and self.failure is None:
+            self._flushes = True
+            self.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flushes = False
+        if self.failure is not None:
+            return
+        self._out += self._channel.take()
+        try:
+            while self._out:
+                sent = self._sock.send(memoryview(self._out)[:_READ_SIZE])
+                self.bytes_sent += sent
+                del self._out[:sent]
+        except BlockingIOError:
+            self.loop.add_writer(self._sock, self._flush)
+        except OSError:
+            self._out.clear()  # the reading side notices the end
+        else:
+            self.loop.remove_writer(self._sock)
+        full = len(self._out) > (_LOW if self.full else _HIGH)
+        if full != self.full:
+            self.full = full
+            if full:
+                self.loop.remove_reader(self._sock)
+            else:
+                self.loop.add_reader(self._sock, self._readable)
+                for stream in list(self._streams.values()):
+                    if stream.waits:
+                        stream.pump()
+
+    # What the guest says
+
+    def _handle(self, event: object) -> None:
+        if isinstance(event, Message):
+            self._message(event.body)
+            return
+        stream = self._streams.get(getattr(event, "stream", 0))
+        if isinstance(event, Closed):
+            self._retire(event.stream)
+        if stream is None:  # it was dropped here, and the guest does not know yet
+            return
+        if isinstance(event, Data):
+            stream.came(event.data)
+        elif isinstance(event, Credit):
+            stream.pump()
+        elif isinstance(event, Closed):
+            stream.end()
+
+    def _message(self, body: dict[str, Any]) -> None:
+        kind = body.get("event")
+        if kind == "connect":
+            self._take(_whole(body, "connection"))
+        elif kind == "packet":
+            self._report(body)
+        elif kind == "reset":
+            stream = self._streams.get(_whole(body, "stream"))
+            if stream is not None:
+                self.drop(stream.number)
+                stream.lose(ConnectionResetError("the guest's program dropped the connection"))
+        elif kind is None:
+            self._answered(body)
+        else:
+            raise WireError("an event of an unknown kind")
+
+    def _take(self, connection: int) -> None:
+        if self._resting:  # the guest forgets it
+            return
+        if len(self._of_guest) >= CONNECTIONS or self._channel.open_streams >= MAX_STREAMS:
+            self._channel.send({"op": "refuse", "connection": connection})
+            return
+        stream = self._open()
+        self._of_guest.add(stream.number)
+        self._channel.send({"op": "accept", "connection": connection, "stream": stream.number})
+        self._serve_stream(stream, self._serve)
+
+    def _serve_stream(self, stream: Stream, serve: Served) -> None:
+        task = self.loop.create_task(_serve_until_end(serve, *connect_streams(stream, self.loop, _READER)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _report(self, body: dict[str, Any]) -> None:
+        self._packets += 1
+        if self._packets > _MAX_PACKETS:
+            raise WireError("too many reports of packets")
+        protocol, address, port, name = (body.get(key) for key in ("protocol", "address", "port", "name"))
+        if not (
+            isinstance(protocol, str) and _PROTOCOL.fullmatch(protocol)
+            and isinstance(address, str) and len(address) <= _MAX_ADDRESS
+            and type(port) is int and 0 <= port <= 65535  # noqa: PLR2004 - ports
+            and isinstance(name, str) and len(name) <= _MAX_NAME
+        ):  # fmt: skip
+            raise WireError("a report of a packet that makes no sense")
+        self._packet(protocol, address, port, name)
+
+    def _answered(self, body: dict[str, Any]) -> None:
+        request = self._requests.pop(_whole(body, "id"), None)
+        if request is None:
+            raise WireError("an answer to no request")
+        if request.done():  # nobody waits any more
+            return
+        error = body.get("error")
+        if isinstance(error, dict):
+            kind, message = str(error.get("type"))[:200], str(error.get("message"))[:1000]
+            request.set_exception(GuestError(sanitize_line(kind), sanitize_line(message)))
+        else:
+            request.set_result(None)
+
+    # Bookkeeping
+
+    async def _reach(self, **body: Any) -> Stream:
+        """Ask the guest for what a new stream leads to; return the stream."""
+        stream = self._open()
+        asked = self.loop.create_task(self._ask(stream=stream.number, **body))
+        try:
+            await asyncio.shield(asked)
+        except asyncio.CancelledError:  # the guest may say yes all the same
+            asked.add_done_callback(lambda done: self._reached_too_late(stream, done))
+            raise
+        except GuestError:
+            self._unopened(stream)
+            raise
+        return stream
+
+    def _open(self) -> Stream:
+        if self._channel.open_streams >= MAX_STREAMS:
+            raise MachineError(f"{MAX_STREAMS} connections are open; the guest may not have closed its ends")
+        number = next(self._numbers)
+        self._channel.open(number)
+        stream = self._streams[number] = Stream(self, number)
+        return stream
+
+    def _unopened(self, stream: Stream) -> None:
+        """Take back a stream that the guest never accepted."""
+        self._streams.pop(stream.number, None)
+        self._channel.forget(stream.number)
+
+    def _reached_too_late(self, stream: Stream, asked: asyncio.Task[None]) -> None:
+        if asked.cancelled() or asked.exception() is not None:
+            self._unopened(stream)
+        else:
+            stream.abort()
+
+    async def _ask(self, **body: Any) -> None:
+        if self.failure is not None:
+            raise self.failure
+        number = next(self._numbers)
+        answer = self._requests[number] = self.loop.create_future()
+        self._channel.send({"id": number, **body})
+        self._flush_soon()
+        await answer
+
+    def _retire(self, number: int) -> None:
+        if not self._channel.is_open(number):
+            self._of_guest.discard(number)
+
+    async def _end_tasks(self) -> None:
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _serve_until_end(serve: Served, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        await serve(reader, writer)
+    finally:
+        writer.close()
+
+
+def _whole(body: dict[str, Any], key: str) -> int:
+    value = body.get(key)
+    if type(value) is not int or not 0 < value < 2**53:
+        raise WireError(f"a message without {key}")
+    return value
+
+
+def _target(target: int | str) -> dict[str, Any]:
+    return {"port": target} if isinstance(target, int) else {"path": target}

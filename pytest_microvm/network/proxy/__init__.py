@@ -1,0 +1,1 @@
+"""A machine's proxy: judges each request, adds credentials, connects."""

@@ -1,0 +1,172 @@
+"""What the proxy adds to requests to one host, so that a guest never holds it."""
+
+from __future__ import annotations
+
+import base64
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote, unquote_plus
+
+from pytest_microvm.errors import UsageError
+from pytest_microvm.network.policy.hosts import canonical_host
+from pytest_microvm.network.policy.matching import PORTS
+from pytest_microvm.network.proxy.refusal import Refused
+from pytest_microvm.settings.credentials import CredentialSpec, Scheme
+from pytest_microvm.settings.secret_values import SecretValue
+from pytest_microvm.untrusted.redaction import MIN_LENGTH
+
+if TYPE_CHECKING:  # credentials are resolved where nothing is sent
+    from pytest_microvm.network.proxy.heads import Asked, Origin
+
+_HOST = re.compile(r"(\[[^\]]*\]|[^:]+)(?::([0-9]{1,5}))?")
+_VALUE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
+# A part of a response, or a compressed one, cannot be searched for what it must not hold.
+_UNSEARCHABLE = frozenset((b"accept_encoding", b"range", b"if_range", b"sec_websocket_extensions", b"a_im"))
+
+
+@dataclass(frozen=True)
+class Credential:
+    """A value that the proxy adds to requests to one host.
+
+    Args:
+        host: The only host it goes to.
+        port: Its only port; ``None``: 443.
+        value: The value, as it was found.
+        header: The header it goes into.
+        query: Or the parameter of the query.
+        scheme: How the header is written: ``Bearer VALUE``, ``Basic`` with the value (``user:password``)
+            encoded, or as it is.
+        variable: The variable of the guest in which programs look for it.
+        placeholder: What that variable holds instead; empty before a machine has one.
+    """
+
+    host: str
+    port: int | None
+    value: SecretValue
+    header: str | None
+    query: str | None
+    scheme: Scheme
+    variable: str | None
+    placeholder: str = ""
+
+    def for_machine(self) -> Credential:
+        """Return the same with a placeholder for one machine, made up anew."""
+        return replace(self, placeholder=f"microvm-placeholder-{secrets.token_hex(12)}")
+
+    def covers(self, origin: Origin) -> bool:
+        """Tell whether it goes to a server, over TLS."""
+        return origin.host == self.host and origin.port == (self.port or PORTS["https"])
+
+    @property
+    def sent(self) -> str:
+        """What is sent for it, in the header or the query."""
+        value = self.value.reveal()
+        if self.query is not None:
+            return quote(value, safe="")
+        if self.scheme == "basic":
+            return "Basic " + base64.b64encode(value.encode()).decode()
+        return f"Bearer {value}" if self.scheme == "bearer" else value
+
+    def added_to(self, asked: Asked) -> Asked:
+        """Return a request with the value in it; what the guest wrote in its place is dropped."""
+        if self.query is not None:
+            pairs = [kept for pair in asked.query[1:].split("&") if (kept := self._without(pair))]
+            return replace(asked, query="?" + "&".join([*pairs, f"{self.query}={self.sent}"]))
+        assert self.header is not None
+        name = self.header.encode("ascii")
+        others = [pair for pair in asked.headers if _as_servers_read(pair[0]) != _as_servers_read(name)]
+        return replace(asked, headers=(*others, (name, self.sent.encode("ascii"))))
+
+    def _without(self, pair: str) -> str:
+        """Return what stands between two ``&`` of a query without the parameter, as any server may read it.
+
+        Some divide at ``;`` as well, and some take upper and lower case for the same.
+        """
+        assert self.query is not None
+        parts = pair.split(";")
+        mine = [unquote_plus(part.partition("=")[0]).lower() == self.query.lower() for part in parts]
+        return ";".join(part for part, is_mine in zip(parts, mine, strict=True) if not is_mine)
+
+
+def resolve_credential(spec: CredentialSpec, project: Path | None = None) -> Credential:
+    """Return a credential with its value, which is read here.
+
+    Args:
+        spec: The credential as it was written.
+        project: The folder of which a command that gives the value may use nothing.
+
+    Raises:
+        UsageError: There is no value, or it cannot be sent, or its host is none.
+    """
+    name = f"credential for {spec.host}"
+    host, port = credential_host(spec)
+    value = spec.source.read(name, project)
+    text = value.reveal()
+    # Shorter ones could not be taken out of what a server sends back, which may be anything.
+    if not _VALUE.fullmatch(text) or len(text) < MIN_LENGTH:
+        raise UsageError(
+            f"{name}: what {spec.source} gives cannot be sent",
+            details=f"it has fewer than {MIN_LENGTH} characters, or others than printable ASCII",
+        )
+    if spec.scheme == "basic" and ":" not in text:
+        raise UsageError(
+            f"{name}: what {spec.source} gives is no user:password",
+            resolution='scheme = "basic" needs both, with a colon between them',
+        )
+    return Credential(host, port, value, spec.header, spec.query, spec.scheme, spec.variable)
+
+
+def for_request(credentials: Iterable[Credential], asked: Asked) -> tuple[Credential, ...]:
+    """Return the credentials that go with a request.
+
+    Raises:
+        Refused: There are some for its host, and it would show them to everybody on the way.
+    """
+    origin = asked.origin
+    if origin.scheme == "https":
+        return tuple(credential for credential in credentials if credential.covers(origin))
+    if any(each.host == origin.host and each.port in (None, origin.port) for each in credentials):
+        raise Refused(403, needs_tls(origin.host))
+    return ()
+
+
+def needs_tls(host: str) -> str:
+    """Return why a request to a host is refused that would show its credential to everybody on the way."""
+    return f"{host} has a credential, which goes over TLS only: use https"
+
+
+def with_credentials(asked: Asked, credentials: tuple[Credential, ...]) -> Asked:
+    """Return a request as it goes out: with the credentials, and asking for what can be searched for them."""
+    if not credentials:
+        return asked
+    headers = tuple(pair for pair in asked.headers if _as_servers_read(pair[0]) not in _UNSEARCHABLE)
+    asked = replace(asked, headers=(*headers, (b"Accept-Encoding", b"identity")))
+    for credential in credentials:
+        asked = credential.added_to(asked)
+    return asked
+
+
+def _as_servers_read(header: bytes) -> bytes:
+    """Return the name by which CGI and WSGI know a header: ``X_Key`` is ``X-Key`` to them (RFC 3875, 4.1)."""
+    return header.lower().replace(b"-", b"_")
+
+
+def credential_host(spec: CredentialSpec) -> tuple[str, int | None]:
+    """Return the only host that gets a credential, and its port if it is not 443.
+
+    Raises:
+        UsageError: It is none.
+    """
+    text, name = spec.host, f"credential for {spec.host}"
+    found = _HOST.fullmatch(text)
+    port = int(found[2]) if found and found[2] else None
+    try:
+        if found and (port is None or 0 < port < 65536):  # noqa: PLR2004 - the ports there are
+            return canonical_host(found[1]), port
+    except ValueError as error:
+        raise UsageError(f"{name}: {text} is no host: {error}") from None
+    raise UsageError(f"{name}: {text} is no host", resolution="write HOST or HOST:PORT")

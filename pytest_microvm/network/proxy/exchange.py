@@ -1,0 +1,218 @@
+"""One request and its response, between a guest and a connection to a server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import h11
+
+from pytest_microvm.network.proxy.credentials import Credential, with_credentials
+from pytest_microvm.network.proxy.echoes import Echoes
+from pytest_microvm.network.proxy.heads import MAX_HEAD, Asked, Origin, in_short, kept
+from pytest_microvm.network.proxy.refusal import Refused
+from pytest_microvm.network.proxy.relaying import ServerStream, Stream, relay
+from pytest_microvm.network.proxy.websocket import Frames
+
+_BROKEN = (OSError, h11.RemoteProtocolError)  # how a connection to a server fails
+_FRAMING = (b"content-length", b"transfer-encoding")
+
+
+class Broken(Exception):
+    """A response could not be finished; the guest's connection is cut, so that it is not taken for whole."""
+
+
+@dataclass
+class Line:
+    """A connection to a server, and what is known of the requests on it.
+
+    Args:
+        origin: The server.
+        stream: The connection.
+    """
+
+    origin: Origin
+    stream: ServerStream
+
+    def __post_init__(self) -> None:
+        self.http = h11.Connection(h11.CLIENT, MAX_HEAD)
+
+    async def send(self, event: h11.Request | h11.Data | h11.EndOfMessage) -> None:
+        """Send a part of a request."""
+        await self.stream.write(self.http.send(event) or b"")
+
+    async def event(self) -> object:
+        """Return what the server sends next.
+
+        Raises:
+            OSError: The connection broke.
+            h11.RemoteProtocolError: It is not HTTP/1.1, or ended too early.
+        """
+        while (event := self.http.next_event()) is h11.NEED_DATA:
+            self.http.receive_data(await self.stream.read())
+        return event
+
+    def renew(self) -> bool:
+        """Prepare for another request; return whether that is possible."""
+        if (self.http.our_state, self.http.their_state) != (h11.DONE, h11.DONE):
+            return False
+        if self.http.trailing_data != (b"", False):
+            return False  # what came without being asked for would be taken for the next response
+        self.http = h11.Connection(h11.CLIENT, MAX_HEAD)
+        return True
+
+
+class Exchange:
+    """One request and its response.
+
+    Args:
+        asked: The request.
+        http: The guest's connection, with the request's head read.
+        guest: The same as a stream.
+        credentials: What goes with the request.
+        note_status: Told the response's status before the guest is.
+
+    Attributes:
+        keeps: Whether the guest's connection can be used for another request.
+        sent: Bytes that went to the server.
+        received: Bytes that came from it.
+    """
+
+    def __init__(
+        self,
+        asked: Asked,
+        http: h11.Connection,
+        guest: Stream,
+        credentials: tuple[Credential, ...],
+        note_status: Callable[[int], None],
+    ) -> None:
+        self.keeps = False
+        self.sent = 0
+        self.received = 0
+        self._asked = asked
+        self._http = http
+        self._guest = guest
+        self._outgoing = with_credentials(asked, credentials).outgoing()
+        self._echoes = Echoes(credentials)
+        self._note_status = note_status
+        self._answered = False
+        if asked.length == 0:
+            http.next_event()  # its end
+
+    async def over(self, line: Line) -> bool:
+        """Do it over a connection; return False if that ended before it brought anything of a response.
+
+        Raises:
+            Refused: The server does not answer in HTTP, or with what cannot be passed on.
+            Broken: The response ended too early.
+            GuestGone: The guest's connection did.
+        """
+        sent, received = line.stream.sent_bytes, line.stream.received_bytes
+        try:
+            await line.send(self._outgoing)
+            if self._asked.length == 0:
+                await line.send(h11.EndOfMessage())
+                await self._respond(line)
+            else:
+                await self._both(line)
+        except (*_BROKEN, Refused) as error:
+            if self._answered:
+                raise Broken from error
+            if isinstance(error, Refused):
+                raise
+            if line.stream.received_bytes > received:
+                raise Refused(502, f"{line.origin.host} does not answer in HTTP/1.1") from None
+            return False
+        else:
+            return True
+        finally:
+            self.sent += line.stream.sent_bytes - sent
+            self.received += line.stream.received_bytes - received
+
+    async def _both(self, line: Line) -> None:
+        """Send the body and pass the response on; a server may answer before it has read everything."""
+        sending = asyncio.ensure_future(self._send_body(line))
+        responding = asyncio.ensure_future(self._respond(line))
+        try:
+            await asyncio.wait({sending, responding}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+            await responding
+        finally:
+            sending.cancel()
+            responding.cancel()
+            await asyncio.gather(sending, responding, return_exceptions=True)
+
+    async def _send_body(self, line: Line) -> None:
+        if self._http.they_are_waiting_for_100_continue:
+            go_on = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
+            await self._guest.write(self._http.send(go_on) or b"")
+        while not isinstance(event := await self._body_event(), h11.EndOfMessage):
+            if isinstance(event, h11.Data):
+                try:
+                    await line.send(h11.Data(bytes(event.data)))
+                except OSError:  # it may have answered before it closed
+                    return
+        self._guest.unread(self._http.trailing_data[0])
+        await line.send(h11.EndOfMessage())
+
+    async def _body_event(self) -> object:
+        try:
+            while (event := self._http.next_event()) is h11.NEED_DATA:
+                self._http.receive_data(await self._guest.read())
+        except h11.RemoteProtocolError as error:
+            raise Refused(400, f"malformed request: {in_short(error)}") from None
+        return event
+
+    async def _respond(self, line: Line) -> None:
+        event = await line.event()
+        while isinstance(event, h11.InformationalResponse) and event.status_code != 101:  # noqa: PLR2004
+            event = await line.event()
+        if isinstance(event, h11.InformationalResponse):
+            await self._switch(line, event)
+            return
+        if not isinstance(event, h11.Response):
+            raise ConnectionResetError
+        self._echoes.check(event.headers)
+        framing = [pair for pair in event.headers.raw_items() if pair[0].lower() in _FRAMING]
+        await self._answer(
+            h11.Response(
+                status_code=event.status_code,
+                headers=self._headers(event) + framing,
+                reason=self._echoes.blanked(event.reason),
+            )
+        )
+        while isinstance(event := await line.event(), h11.Data):
+            if data := self._echoes.feed(bytes(event.data)):
+                await self._guest.write(self._http.send(h11.Data(data)) or b"")
+        if not isinstance(event, h11.EndOfMessage):
+            raise ConnectionResetError
+        held = self._echoes.feed(b"")
+        last = (self._http.send(h11.Data(held)) or b"") if held else b""
+        await self._guest.write(last + (self._http.send(h11.EndOfMessage()) or b""))
+        self.keeps = self._asked.persistent and self._http.states == {
+            h11.CLIENT: h11.DONE,
+            h11.SERVER: h11.DONE,
+        }
+
+    async def _switch(self, line: Line, event: h11.InformationalResponse) -> None:
+        """Go on as a WebSocket: bytes both ways; the server's messages are searched for credentials."""
+        if dict(event.headers).get(b"upgrade", b"").lower() != b"websocket":
+            raise Refused(502, f"{line.origin.host} switches to a protocol that was not asked for")
+        self._echoes.check(event.headers)
+        headers = [*self._headers(event), (b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
+        reason = self._echoes.blanked(event.reason)
+        await self._answer(h11.InformationalResponse(status_code=101, headers=headers, reason=reason))
+        line.stream.unread(line.http.trailing_data[0])
+        frames = Frames(self._echoes.feed, self._echoes.blanked)
+        await relay(self._guest, line.stream, frames.feed if self._echoes else None)
+
+    async def _answer(self, head: h11.Response | h11.InformationalResponse) -> None:
+        self._note_status(head.status_code)
+        self._answered = True
+        await self._guest.write(self._http.send(head) or b"")
+
+    def _headers(self, event: h11.Response | h11.InformationalResponse) -> list[tuple[bytes, bytes]]:
+        blanked = self._echoes.blanked
+        return [(blanked(name), blanked(value)) for name, value in kept(event.headers.raw_items())]

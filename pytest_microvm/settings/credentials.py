@@ -1,0 +1,142 @@
+"""What a credential is: a value that is added to a machine's requests to one host, on their way out.
+
+The machine never holds it: it has a placeholder in the variable that its tool expects.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from pytest_microvm.errors import UsageError
+from pytest_microvm.settings.secret_values import KINDS, Source, parse_source
+
+Scheme = Literal["bearer", "basic", "raw"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}", re.ASCII)  # token of RFC 9110, 5.6.2
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,253})(?::[0-9]{1,5})?", re.ASCII)
+_QUERY = re.compile(r"[A-Za-z0-9._~-]{1,64}", re.ASCII)
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}", re.ASCII)
+# They are about the connection, the framing or the server, which is decided elsewhere.
+_NEVER = frozenset(
+    [
+        *("host", "connection", "content-length", "transfer-encoding", "upgrade", "te", "trailer", "expect"),
+        *("keep-alive", "cookie2"),
+    ]
+)
+_KEYS = ("host", "header", "query", "scheme", "value", "variable")
+_PAIR = re.compile(rf",(?=(?:{'|'.join((*_KEYS, *KINDS))})=)")
+_FORM = '{host = "api.example.com", value = {env = "TOKEN"}, variable = "API_TOKEN"}'
+
+
+@dataclass(frozen=True)
+class CredentialSpec:
+    """A credential as it was written, without its value.
+
+    Args:
+        host: The only host that gets it: ``api.example.com``, or with a port that is not 443.
+        source: Where its value is found.
+        header: The header it is put into; ``None``: none.
+        query: The parameter of the query it is put into; ``None``: none.
+        scheme: ``bearer``: ``Bearer VALUE``; ``basic``: the value is ``user:password``; ``raw``: as it is.
+        variable: The variable in which the machine finds a placeholder; ``None``: none.
+    """
+
+    host: str
+    source: Source
+    header: str | None = "Authorization"
+    query: str | None = None
+    scheme: Scheme = "bearer"
+    variable: str | None = None
+
+
+def parse_credentials(value: object, where: str) -> tuple[CredentialSpec, ...]:
+    """Return the credentials of a list of tables, or of texts ``host=...,env=...``.
+
+    Args:
+        value: What was written.
+        where: What it was written in, for errors.
+
+    Raises:
+        UsageError: One of them cannot be used.
+    """
+    if isinstance(value, (str, Mapping)) or not isinstance(value, (list, tuple)):
+        raise UsageError(f"{where}: this is not a list of credentials", resolution=f"write [{_FORM}]")
+    return tuple(
+        each if isinstance(each, CredentialSpec) else parse_credential(each, where) for each in value
+    )
+
+
+def parse_credential(value: object, where: str) -> CredentialSpec:
+    """Return the credential of a table, or of a text such as ``host=api.example.com,env=TOKEN``.
+
+    Raises:
+        UsageError: It cannot be used. What was written is not repeated where it may be the value itself.
+    """
+    table = _table(value, where) if isinstance(value, str) else value
+    if not isinstance(table, Mapping):
+        raise UsageError(f"{where}: this is not a credential", resolution=f"write {_FORM}")
+    for key in table:
+        if key not in _KEYS:
+            raise UsageError(f"{where}: unknown key {key!r}", resolution="known keys: " + ", ".join(_KEYS))
+    source = parse_source(table.get("value"), f"{where}: value")
+    host = _text(table, "host", _HOST, where)
+    if host is None:
+        raise UsageError(f"{where}: a credential without a host", resolution=f"write {_FORM}")
+    header, query = _text(table, "header", _HEADER, where), _text(table, "query", _QUERY, where)
+    if query is not None and (header is not None or "scheme" in table):
+        raise UsageError(
+            f"{where}: a credential goes into a header or the query", resolution="name one of them"
+        )
+    if header is None and query is None:
+        header = "Authorization"
+    if header is not None and (header.lower() in _NEVER or header.lower().startswith("proxy-")):
+        raise UsageError(f"{where}: header {header!r} cannot be set", resolution="name the API's own header")
+    return CredentialSpec(
+        host=host.lower(),
+        source=source,
+        header=header,
+        query=query,
+        scheme=_scheme(table.get("scheme"), header, where),
+        variable=_text(table, "variable", _VARIABLE, where),
+    )
+
+
+def _table(text: str, where: str) -> Mapping[str, object]:
+    """Return ``host=...,env=...`` as a table; a comma divides only where one of the keys follows."""
+    table: dict[str, object] = {}
+    for pair in _PAIR.split(text):
+        key, equals, value = pair.partition("=")
+        if not equals or key not in (*_KEYS, *KINDS) or key == "value" or key in table:
+            raise UsageError(
+                f"{where}: this is not a list of KEY=VALUE, each key once",
+                details="what was written is not repeated: it may be the value itself",
+                resolution="write it like host=api.example.com,env=TOKEN,variable=API_TOKEN",
+            )
+        table[key] = value
+    table["value"] = {kind: table.pop(kind) for kind in KINDS if kind in table}
+    return table
+
+
+def _text(table: Mapping[str, object], key: str, pattern: re.Pattern[str], where: str) -> str | None:
+    value = table.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        # Not repeated: what was meant as something else may stand here.
+        raise UsageError(f"{where}: this {key} cannot be used", resolution=f"write it like {_FORM}")
+    return value
+
+
+def _scheme(value: object, header: str | None, where: str) -> Scheme:
+    if value is None:
+        return "bearer" if header is not None and header.lower() == "authorization" else "raw"
+    for known in SCHEMES:
+        if value == known:
+            return known
+    raise UsageError(
+        f"{where}: scheme = {value!r} is not allowed", resolution="allowed: " + ", ".join(SCHEMES)
+    )

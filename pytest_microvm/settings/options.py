@@ -1,0 +1,155 @@
+"""The options of machines and of test runs, each declared once: every front end is made from this table.
+
+A new quota is an entry here, a field of :class:`pytest_microvm.settings.spec.MachineSpec` and of
+:class:`pytest_microvm.settings.spec.Limits`, and the code that enforces it. pytest loads this module in
+every run: it imports nothing heavy, and an option is a named tuple, which is made in a quarter of a
+dataclass's time.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+Part = Literal["image", "quota", "grant", "run"]
+Kind = Literal[
+    "kit", "cpus", "size", "count", "seconds", "rules", "hosts", "credentials", "secrets", "mounts",
+    "choice", "flag", "folder", "words",
+]  # fmt: skip
+FrontEnd = Literal["ci", "tox", "gitlab"]
+
+_METAVARS: dict[Kind, str] = {
+    "kit": "KIT",
+    "cpus": "N",
+    "size": "SIZE",
+    "count": "N",
+    "seconds": "SECONDS",
+    "rules": "RULE",
+    "hosts": "NAME=ADDRESS[:PORT]",
+    "credentials": "SPEC",
+    "secrets": "NAME=SOURCE",
+    "mounts": "SOURCE:/TARGET[:ro][:git|:live]",
+    "folder": "DIR",
+    "words": "ARGS",
+}
+
+
+class Option(NamedTuple):
+    """An option: a key of the configuration, and an option of pytest.
+
+    All but those of a run are also keywords of the marker and the factory, and options of verbs that start
+    a machine; quotas are also keys of a kit's ``resources``.
+
+    Args:
+        name: Its key.
+        part: What it is about: ``image``, ``quota`` and ``grant`` are what a machine is made of, may use, and
+            may reach and hold; ``run`` is how pytest uses machines.
+        kind: What values it takes.
+        about: What it says, in one sentence without a full stop.
+        example: Values for the help of command lines.
+        default: What holds with pytest where nothing is said, in words.
+        least: The least value.
+        least_for: What a smaller size does not suffice for.
+        most: The greatest value.
+        unit: What is counted.
+        choices: The only values.
+        absent: Front ends that lack it, or that have a key of this name with a meaning of its own.
+    """
+
+    name: str
+    part: Part
+    kind: Kind
+    about: str
+    example: str = ""
+    default: str = "none"
+    least: float = 0
+    least_for: str = ""
+    most: int = 0
+    unit: str = ""
+    choices: tuple[str, ...] = ()
+    absent: tuple[FrontEnd, ...] = ()
+
+    @property
+    def word(self) -> str:
+        """Its name on a command line; what is repeated has the singular there."""
+        return (self.name.removesuffix("s") if self.part == "grant" else self.name).replace("_", "-")
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether a command line may have it several times."""
+        return self.part == "grant" or self.kind == "words"
+
+    @property
+    def help(self) -> str:
+        """What a command line's help says."""
+        example = f", such as {self.example}" if self.example else ""
+        return f"{self.about}{example}{'; repeatable' if self.repeatable else ''}"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the keyword arguments of argparse's ``add_argument``."""
+        if self.kind == "flag":
+            return {"action": "store_true", "default": None, "help": self.help}
+        values = {"choices": self.choices} if self.choices else {"metavar": _METAVARS[self.kind]}
+        return {"action": "append" if self.repeatable else "store", "help": self.help, **values}
+
+
+# fmt: off
+OPTIONS: tuple[Option, ...] = (
+    Option("isolation", "run", "choice", "how often a machine is new", default="test",
+           choices=("test", "class", "module", "session")),
+    Option("args", "run", "words", "arguments for pytest inside the machine"),
+    Option("image", "image", "kit", "the image: a kit's name or path", default="python", absent=("gitlab",)),
+    Option("cpus", "quota", "cpus", "CPUs of the machine; 0.5 is one vCPU, throttled", default="the kit's",
+           least=0.05, most=64),
+    Option("memory", "quota", "size", "memory of the machine", "512M", default="the kit's",
+           least=128 * 1024**2, least_for="to boot"),
+    Option("disk", "quota", "size", "what the machine may write to its disk", "2G", default="the kit's",
+           least=16 * 1024**2, least_for="for a file system"),
+    Option("pids", "quota", "count", "processes and threads in the machine at the same time",
+           unit="processes", least=1, most=4 * 1024**2),  # Linux's own limit (PID_MAX_LIMIT)
+    Option("timeout", "quota", "seconds", "seconds that one test or command may take", default="300",
+           absent=("ci", "gitlab")),
+    Option("cpu_seconds", "quota", "seconds", "seconds of CPU time that the machine may use in total",
+           absent=("tox",)),
+    Option("output", "quota", "size", "what one test or command may print", "10M", default="64M",
+           absent=("tox",)),
+    Option("lifetime", "quota", "seconds", "seconds that the machine may exist",
+           absent=("ci", "tox", "gitlab")),
+    Option("network", "grant", "rules", "what the machine may reach",
+           "a host, *.host, host:port, an address range, https://host/path/*, pip, npm, apt, git or all; "
+           "deny: in front forbids", default="the kit's, else nothing"),
+    Option("hosts", "grant", "hosts", "where a name leads for the machine's requests",
+           "api.example.com=127.0.0.1:8443"),
+    Option("network_bytes", "quota", "size", "what the machine may send to and receive from the network",
+           "100M", absent=("tox",)),
+    Option("connections", "quota", "count", "how many connections the machine may make", unit="connections",
+           least=1, most=10**9 - 1, absent=("tox",)),
+    Option("bandwidth", "quota", "size", "bytes a second over the network", "1M", absent=("tox",)),
+    Option("fail_on_denied", "run", "flag", "fail a test that tried to reach what it may not", default="off"),
+    Option("credentials", "grant", "credentials", "what is added to the machine's requests on the way out",
+           "host=api.example.com,env=TOKEN"),
+    Option("secrets", "grant", "secrets", "a value for the machine",
+           "TOKEN=env:TOKEN[,as=file]; file:, command: and keyring: too"),
+    Option("mounts", "grant", "mounts", "a directory of the host, copied in, and back unless it is :ro",
+           "data:/data:ro; :git hands a clone over, :live is worked in"),
+    Option("retries", "run", "count",
+           "how often a test whose machine never reached it is tried in a fresh one", default="2",
+           unit="tries", most=100),
+    Option("artifacts", "run", "folder",
+           "save console, commands, usage and events of machines that crash or exceed a quota"),
+    Option("junit_profile", "run", "choice",
+           "for whom the file of --junitxml is: what each reads, and nothing it misreads",
+           default="as pytest writes it", choices=("generic", "github", "gitlab", "jenkins", "buildkite")),
+    Option("pool", "run", "count", "how many machines are kept ready ahead of the tests",
+           default="cores, at most 4", unit="machines", most=64),
+    Option("require_accel", "run", "choice", "fail unless machines run with this accelerator", default="any",
+           choices=("kvm", "hvf", "whpx", "tcg")),
+    Option("keep", "run", "choice", "keep the machine of a failed test and print how to enter it",
+           default="never", choices=("never", "failed")),
+)
+# fmt: on
+"""Every option, in the order of ``pytest --help``."""
+
+BY_NAME = {option.name: option for option in OPTIONS}
+QUOTAS = tuple(option for option in OPTIONS if option.part == "quota")
+GRANTS = tuple(option for option in OPTIONS if option.part == "grant")
+MACHINE = (BY_NAME["image"], *QUOTAS, *GRANTS)
+"""What a machine is made of, may use, reach and hold: the keywords of the marker and the factory."""
+RUN = tuple(option for option in OPTIONS if option.part == "run")

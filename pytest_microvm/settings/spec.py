@@ -1,0 +1,257 @@
+"""What a machine is made of and may use: sizes, :class:`MachineSpec`, :class:`Limits`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pytest_microvm.errors import UsageError
+from pytest_microvm.settings.credentials import CredentialSpec, parse_credentials
+from pytest_microvm.settings.mounts import Mount, parse_mounts
+from pytest_microvm.settings.options import BY_NAME, MACHINE, QUOTAS, Kind, Option
+from pytest_microvm.settings.reach import Place, parse_hosts, parse_network
+from pytest_microvm.settings.secret_values import Secret, parse_secrets
+
+_UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
+_SIZE = re.compile(r"(\d{1,18})\s*(?:([KMGT])i?)?B?", re.IGNORECASE | re.ASCII)
+
+DEFAULT_OUTPUT = 64 * 1024**2
+"""Bytes of output that one command or test may produce where nothing else is said."""
+
+
+def parse_size(value: object, name: str) -> int:
+    """Return a size in bytes from ``512M``, ``2G`` (binary units) or a number of bytes.
+
+    Args:
+        value: What was written.
+        name: What it was written for, for the error.
+
+    Raises:
+        UsageError: It is not a size.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None or int(match[1]) == 0:
+        raise UsageError(
+            f"{name}: {value!r} is not a size",
+            resolution="write a number of bytes, or a number with K, M, G or T (binary), such as 512M",
+        )
+    return int(match[1]) * _UNITS[(match[2] or "").upper()]
+
+
+def format_size(size: int) -> str:
+    """Return ``size`` bytes as people write it: ``512M``, ``2G``; bytes where no unit fits exactly."""
+    for unit in ("T", "G", "M", "K"):
+        if size and size % _UNITS[unit] == 0:
+            return f"{size // _UNITS[unit]}{unit}"
+    return str(size)
+
+
+def parse_cpus(value: object, name: str) -> float:
+    """Return how many CPUs a machine may use: 1 to 64, or a fraction from 0.05 that is throttled.
+
+    Raises:
+        UsageError: It is no such number.
+    """
+    least, most = BY_NAME["cpus"].least, BY_NAME["cpus"].most
+    text = str(value).strip()
+    number = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text, re.ASCII) else 0.0
+    if isinstance(value, bool) or not least <= number <= most:
+        raise UsageError(
+            f"{name}: {value!r} is not a number of vCPUs",
+            resolution=f"write a number from {least} to {most}; 0.5 is one vCPU half of the time",
+        )
+    return int(number) if number.is_integer() else number
+
+
+def format_cpus(cpus: float) -> str:
+    """Return a number of CPUs as people write it: ``2``, ``0.5``."""
+    return f"{cpus:g}"
+
+
+def _parse_count(option: Option, value: object, name: str) -> int:
+    text = str(value).strip()
+    if (
+        isinstance(value, bool)
+        or not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII)
+        or not option.least <= int(text) <= option.most
+    ):
+        raise UsageError(
+            f"{name}: {value!r} is not a number of {option.unit}",
+            resolution="write a whole number, such as 100",
+        )
+    return int(text)
+
+
+def parse_seconds(value: object, name: str) -> float:
+    """Return a positive number of seconds.
+
+    Raises:
+        UsageError: It is not one.
+    """
+    try:
+        seconds = (
+            float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else 0.0
+        )
+    except (ValueError, OverflowError):
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise UsageError(
+            f"{name}: {value!r} is not a time", resolution="write a number of seconds above 0, such as 30"
+        )
+    return seconds
+
+
+@dataclass(frozen=True)
+class MachineSpec:
+    """What a machine is made of and what it may use. ``None`` means: what the image's kit says.
+
+    Args:
+        image: A kit's name, or a path to one.
+        cpus: CPUs; a fraction is rounded up to whole vCPUs, which are throttled.
+        memory: Bytes of RAM.
+        disk: Bytes the machine may write to its root file system.
+        pids: Processes and threads that may run in it at the same time.
+        timeout: Seconds one test or command may take.
+        cpu_seconds: Seconds of CPU time the machine may use in total.
+        output: Bytes of stdout and stderr one command or test may produce.
+        lifetime: Seconds the machine may exist, from when it is handed out.
+        network_bytes: Bytes it may send to and receive from the network.
+        connections: Connections it may make in total.
+        bandwidth: Bytes a second, both directions together; a limit that slows down and ends nothing.
+        network: Rules of what it may reach; an empty list: nothing.
+        hosts: Where names lead, such as ``{"api.example.com": "127.0.0.1:8443"}``: an address, and a port if
+            it is another one. A rule still has to allow the name.
+        credentials: What is added to its requests on the way out, so that it never holds it.
+        secrets: Values it is given at run time.
+        mounts: Directories of the host it is given.
+    """
+
+    image: str = "python"
+    cpus: float | None = None
+    memory: int | None = None
+    disk: int | None = None
+    pids: int | None = None
+    timeout: float | None = None
+    cpu_seconds: float | None = None
+    output: int | None = None
+    lifetime: float | None = None
+    network_bytes: int | None = None
+    connections: int | None = None
+    bandwidth: int | None = None
+    network: tuple[str, ...] | None = None
+    hosts: tuple[tuple[str, Place], ...] = ()
+    credentials: tuple[CredentialSpec, ...] = ()
+    secrets: tuple[Secret, ...] = ()
+    mounts: tuple[Mount, ...] = ()
+
+    def __post_init__(self) -> None:
+        for option in QUOTAS:
+            if option.kind == "size":
+                check_minimum(option.name, option.name, getattr(self, option.name))
+
+    def with_changes(self, values: Mapping[str, Any], where: str) -> MachineSpec:
+        """Return a spec with ``values`` (as people write them) put in.
+
+        Args:
+            values: Any of the fields above; sizes as text or bytes.
+            where: What the values were written in, for errors: ``marker``, ``pyproject.toml``...
+
+        Raises:
+            UsageError: A key is unknown or a value impossible.
+        """
+        unknown = sorted(set(values) - set(PARSERS))
+        if unknown:
+            raise UsageError(
+                f"{where}: unknown key {unknown[0]!r}", resolution="known keys: " + ", ".join(sorted(PARSERS))
+            )
+        parsed: dict[str, Any] = {
+            key: PARSERS[key](value, f"{where}: {key}") for key, value in values.items()
+        }
+        return replace(self, **parsed)
+
+
+def check_minimum(where: str, name: str, size: int | None) -> None:
+    """Refuse a size of a machine that is too small for it to start, such as of its ``memory``.
+
+    Raises:
+        UsageError: It is too small.
+    """
+    option = BY_NAME[name]
+    if size is not None and size < option.least:
+        raise UsageError(
+            f"{where}: {format_size(size)} is too little {option.least_for}",
+            resolution=f"give at least {format_size(int(option.least))}",
+        )
+
+
+def _parse_image(value: object, name: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UsageError(f"{name}: {value!r} is not an image", resolution="write a kit's name or its path")
+    return value
+
+
+_BY_KIND: dict[Kind, Callable[[object, str], Any]] = {
+    "kit": _parse_image,
+    "cpus": parse_cpus,
+    "size": parse_size,
+    "seconds": parse_seconds,
+    "rules": parse_network,
+    "hosts": parse_hosts,
+    "credentials": parse_credentials,
+    "secrets": parse_secrets,
+    "mounts": lambda value, name: parse_mounts(value, name, Path.cwd()),
+}
+
+PARSERS: dict[str, Callable[[object, str], Any]] = {
+    option.name: partial(_parse_count, option) if option.kind == "count" else _BY_KIND[option.kind]
+    for option in MACHINE
+}
+"""How each field of a spec is read as people write it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a running machine may use, nothing left open; its memory and disk are what it is made of.
+
+    The quotas are those of :class:`MachineSpec`; ``None`` means: as much as it can. Without ``output`` what
+    is collected is limited to :data:`DEFAULT_OUTPUT`, what is read as it comes is not.
+    """
+
+    cpus: float
+    memory: int
+    disk: int
+    pids: int | None = None
+    timeout: float | None = None
+    cpu_seconds: float | None = None
+    output: int | None = None
+    lifetime: float | None = None
+    network_bytes: int | None = None
+    connections: int | None = None
+    bandwidth: int | None = None
+
+    @property
+    def vcpus(self) -> int:
+        """How many vCPUs it has."""
+        return max(1, math.ceil(self.cpus))
+
+    @property
+    def throttle(self) -> float | None:
+        """How many CPUs its process may use where that is not a whole number, else ``None``."""
+        return None if self.cpus == self.vcpus else self.cpus
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What shapes a template: vCPUs, bytes of memory, bytes of disk, and every command's environment."""
+
+    cpus: int
+    memory: int
+    disk: int
+    environment: tuple[tuple[str, str], ...] = field(default=())

@@ -1,0 +1,141 @@
+"""Read JSON values that a guest sent: right type, bounded, or :class:`ProtocolViolation`."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from pytest_microvm.errors import ProtocolViolation
+from pytest_microvm.untrusted.text import sanitize, sanitize_line
+
+MAX_LINE = 32 * 1024 * 1024
+MAX_LIST = 1_000_000
+MAX_VALUES = 2_000_000
+"""JSON values in the records about one test. Each costs some 64 bytes, in JSON it can be two or three."""
+MAX_COLLECTED_VALUES = 20_000_000
+"""JSON values in the records of a collection, few of which are kept."""
+
+_MAX_DIGITS = 1000  # Python before 3.10.7 needs time for the square of their number
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # no closing quote: up to the end, at once
+
+
+def violation(what: str) -> ProtocolViolation:
+    """Return the error for a guest that sent ``what`` (our own words, never the guest's)."""
+    return ProtocolViolation(
+        f"the guest's pytest sent {what}", resolution="the machine was ended; its report cannot be used"
+    )
+
+
+class Records:
+    """The records of one answer, which together hold no more than ``limit`` values.
+
+    Without the limit ``[[],[],...]`` would grow to more than twenty times its size when it is parsed.
+    """
+
+    def __init__(self, limit: int = MAX_VALUES) -> None:
+        self._left = limit
+
+    def read(self, line: bytes) -> dict[str, Any]:
+        """Return the JSON object in ``line``.
+
+        Raises:
+            ProtocolViolation: It is none, too long, or one value too many.
+        """
+        if len(line) > MAX_LINE:
+            raise violation(f"a record of more than {MAX_LINE} bytes")
+        self._left -= _count_values(line, self._left)
+        if self._left < 0:
+            raise violation("too many values")
+        try:
+            value = _DECODER.decode(line.decode())
+        except (ValueError, RecursionError):
+            raise violation("a record that is not JSON") from None
+        if not isinstance(value, dict):
+            raise violation("a record that is not a JSON object")
+        return value
+
+
+def _count_values(line: bytes, enough: int) -> int:
+    """Return how many values ``line`` may hold: exactly where that matters, else no fewer than it has."""
+    roughly = sum(map(line.count, (b",", b"[", b"{"))) + 1
+    if roughly <= min(enough, len(line) // 100):
+        return roughly
+    return sum(map(_STRING.sub(b"", line).count, (b",", b"[", b"{"))) + 1
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError("a number with too many digits")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(parse_int=_whole)
+
+
+def text(value: object, what: str) -> str:
+    """Return ``value`` as text that is safe to show."""
+    if not isinstance(value, str):
+        raise violation(f"a {what} that is not text")
+    return sanitize(value)
+
+
+def line(value: object, what: str) -> str:
+    """Return ``value`` as one line that is safe to show."""
+    if not isinstance(value, str):
+        raise violation(f"a {what} that is not text")
+    return sanitize_line(value)
+
+
+def path(value: object, what: str) -> str:
+    """Return ``value`` as a line to be followed by a colon, with which it makes no CI workflow command."""
+    shown = line(value, what)
+    return f"\\{shown}" if shown.lstrip().startswith(":") else shown
+
+
+def choice(value: object, allowed: frozenset[str], what: str) -> str:
+    """Return ``value`` if it is one of ``allowed``."""
+    if not isinstance(value, str) or value not in allowed:
+        raise violation(f"an unknown {what}")
+    return value
+
+
+def integer(value: object, what: str, low: int = 0, high: int = 2**53) -> int:
+    """Return ``value`` as a whole number between ``low`` and ``high``."""
+    if type(value) is not int or not low <= value <= high:
+        raise violation(f"a {what} that is not a number in its range")
+    return value
+
+
+def seconds(value: object) -> float:
+    """Return ``value`` as a finite number of seconds, not below 0; 0 where it is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return 0.0
+    return float(value) if 0 <= value < 2**53 else 0.0
+
+
+def array(value: object, what: str, limit: int = MAX_LIST) -> list[Any]:
+    """Return ``value`` as a list of at most ``limit`` entries."""
+    if not isinstance(value, list) or len(value) > limit:
+        raise violation(f"a {what} that is not a list of at most {limit} entries")
+    return value
+
+
+def mapping(value: object, what: str) -> dict[str, Any]:
+    """Return ``value`` as a JSON object."""
+    if not isinstance(value, dict):
+        raise violation(f"a {what} that is not an object")
+    return value
+
+
+def plain(value: object, depth: int = 0) -> Any:
+    """Return any JSON value with safe texts and a bounded depth."""
+    if isinstance(value, str):
+        return sanitize(value)
+    if depth > 10:  # noqa: PLR2004 - deeper than marker arguments and properties are
+        return "..."
+    if isinstance(value, list):
+        return [plain(item, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return {sanitize_line(str(key)): plain(item, depth + 1) for key, item in value.items()}
+    return value

@@ -1,0 +1,335 @@
+"""What a guest's pytest collected, as a value: parsed and judged, nothing in it trusted."""
+
+from __future__ import annotations
+
+import keyword
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pytest_microvm.suite import checks
+
+_KINDS = frozenset(["directory", "file", "collector", "item"])
+_OUTCOMES = frozenset(["passed", "failed", "skipped"])
+MAX_NODES = 500_000
+"""Collectors and tests that one collection may have; pytest needs a few KiB for each."""
+_MAX_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A marker of a node; arguments that JSON cannot carry are texts."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Node:
+    """A collector or an item. ``raw_nodeid`` is what the guest calls it, the other texts are safe to show."""
+
+    parent: int
+    kind: str
+    class_name: str
+    name: str
+    nodeid: str
+    raw_nodeid: str
+    path: str
+    marks: tuple[Mark, ...] = ()
+    extra_keywords: tuple[str, ...] = ()
+    doc: str = ""
+    representation: str = ""
+    location: tuple[str, int | None, str] = ("", None, "")
+    attributes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CollectOutcome:
+    """One collect report: which collector, what came of it, and the report where there is more to say.
+
+    ``shown``: its failure is a text that an object showed, not one that pytest made.
+    """
+
+    node: int
+    outcome: str
+    result: tuple[int, ...]
+    report: dict[str, Any] | None
+    shown: bool = False
+
+
+@dataclass(frozen=True)
+class GuestWarning:
+    """A warning that was recorded in the guest; ``category`` are class names, the most special first."""
+
+    when: str
+    nodeid: str
+    message: str
+    category: tuple[str, ...]
+    filename: str
+    lineno: int
+    line: str | None
+
+
+@dataclass(frozen=True)
+class GuestExit:
+    """The guest's pytest ended by itself: exit ``code``, why in a word, and what it said."""
+
+    code: int
+    reason: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Everything a collection gave.
+
+    Args:
+        nodes: All nodes; the session is number 0 and not among them, the first has number 1.
+        reports: Collect reports in the guest's order.
+        order: The items to run, by number, as the project's hooks left them.
+        deselected: Items that the project's hooks took out.
+        warnings: Warnings recorded so far.
+        markers: The project's registered markers.
+        python: The guest's Python version.
+        pytest: The guest's pytest version.
+        header: Lines of the guest's report header.
+        exit: Set if collection did not reach its end.
+    """
+
+    nodes: tuple[Node, ...] = ()
+    reports: tuple[CollectOutcome, ...] = ()
+    order: tuple[int, ...] = ()
+    deselected: tuple[int, ...] = ()
+    warnings: tuple[GuestWarning, ...] = ()
+    markers: tuple[str, ...] = ()
+    python: str = ""
+    pytest: str = ""
+    header: tuple[str, ...] = ()
+    exit: GuestExit | None = None
+
+    @classmethod
+    def parse(cls, data: bytes) -> Collected:
+        """Read the lines of a runner's answer to ``collect``.
+
+        Raises:
+            ProtocolViolation: They are not what a runner sends.
+        """
+        draft = _Draft()
+        records = checks.Records(checks.MAX_COLLECTED_VALUES)
+        for line in _lines(data):
+            record = records.read(line)
+            kind = record.get("k")
+            if not isinstance(kind, str) or kind not in _READERS:
+                raise checks.violation("a record of an unknown kind")
+            _READERS[kind](draft, record)
+        if not draft.complete:
+            raise checks.violation("a collection without an end")
+        return draft.finish()
+
+
+@dataclass
+class _Draft:
+    """A :class:`Collected` in the making."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    nodes: list[Node] = field(default_factory=list)
+    reports: list[CollectOutcome] = field(default_factory=list)
+    deselected: list[int] = field(default_factory=list)
+    warnings: list[GuestWarning] = field(default_factory=list)
+    class_names: set[str] = field(default_factory=set)
+    complete: bool = False
+
+    def finish(self) -> Collected:
+        count = len(self.nodes)
+        numbers = [*self.values.get("order", ()), *self.deselected]
+        for report in self.reports:
+            numbers += [number for number in (report.node, *report.result) if number]
+        if any(not 1 <= number <= count for number in numbers):
+            raise checks.violation("the number of a node that does not exist")
+        items = [*self.values.get("order", ()), *self.deselected]
+        if any(self.nodes[number - 1].kind != "item" for number in items):
+            raise checks.violation("a collector where an item belongs")
+        return Collected(
+            nodes=tuple(self.nodes),
+            reports=tuple(self.reports),
+            deselected=tuple(self.deselected),
+            warnings=tuple(self.warnings),
+            **self.values,
+        )
+
+
+def _lines(data: bytes) -> Iterator[bytes]:
+    start = 0
+    while start < len(data):  # one at a time: all at once would be the data once more
+        end = data.find(b"\n", start)
+        end = len(data) if end < 0 else end
+        if end > start:
+            yield data[start:end]
+        start = end + 1
+
+
+def _guest(draft: _Draft, record: dict[str, Any]) -> None:
+    draft.values["python"] = checks.line(record.get("python"), "Python version")
+    draft.values["pytest"] = checks.line(record.get("pytest"), "pytest version")
+    header = checks.array(record.get("header"), "header", 1000)
+    draft.values["header"] = tuple(checks.line(item, "header line") for item in header)
+
+
+def _node(draft: _Draft, record: dict[str, Any]) -> None:
+    kind, raw = checks.choice(record.get("kind"), _KINDS, "kind of node"), record.get("nodeid")
+    nodeid = checks.line(raw, "node id")
+    if "::()" in nodeid or not isinstance(raw, str):
+        raise checks.violation("a node id that pytest never makes")
+    parent = checks.integer(record.get("parent"), "parent", 0, len(draft.nodes))
+    if parent and draft.nodes[parent - 1].kind == "item":
+        raise checks.violation("a node below an item")
+    if len(draft.nodes) >= MAX_NODES:
+        raise checks.violation(f"more than {MAX_NODES} collectors and tests")
+    draft.nodes.append(
+        Node(
+            parent=parent,
+            kind=kind,
+            class_name=_class_name(draft, record.get("class")),
+            name=checks.line(record.get("name"), "node name"),
+            nodeid=nodeid,
+            raw_nodeid=raw,
+            path=checks.line(record.get("path"), "path"),
+            marks=tuple(_mark(mark) for mark in checks.array(record.get("marks"), "marker list", 10_000)),
+            extra_keywords=_names(record.get("extra"), "keyword list"),
+            doc=checks.text(record.get("doc", ""), "doc string"),
+            representation=checks.line(record.get("repr", ""), "node"),
+            location=_location(record.get("location")) if kind == "item" else ("", None, ""),
+            attributes=_names(record.get("attributes", []), "attribute list"),
+        )
+    )
+
+
+def _class_name(draft: _Draft, value: object) -> str:
+    """Return a name for a class to be made; so there must not be many."""
+    name = checks.line(value, "class name")
+    if not name.isidentifier() or keyword.iskeyword(name):
+        return "Node"
+    if name not in draft.class_names and len(draft.class_names) >= _MAX_CLASSES:
+        return "Node"
+    draft.class_names.add(name)
+    return name
+
+
+def _names(value: object, what: str) -> tuple[str, ...]:
+    return tuple(checks.line(name, "name") for name in checks.array(value, what, 10_000))
+
+
+def _mark(value: object) -> Mark:
+    name, args, kwargs = _three(value, "marker")
+    return Mark(
+        checks.line(name, "marker name"),
+        tuple(checks.plain(arg) for arg in checks.array(args, "marker's arguments")),
+        checks.plain(checks.mapping(kwargs, "marker's arguments")),
+    )
+
+
+def _three(value: object, what: str) -> tuple[Any, Any, Any]:
+    parts = checks.array(value, what, 3)
+    if len(parts) != 3:  # noqa: PLR2004 - the name says it
+        raise checks.violation(f"a {what} without its three parts")
+    return parts[0], parts[1], parts[2]
+
+
+def _location(value: object) -> tuple[str, int | None, str]:
+    path, number, domain = _three(value, "location")
+    return (
+        checks.line(path, "path"),
+        None if number is None else checks.integer(number, "line number", -1),
+        _domain(domain),
+    )
+
+
+def _domain(value: object) -> str:
+    """Return a test's name in its file; pytest shows its dots as ``::``, which at the start CI obeys."""
+    name = checks.line(value, "test name")
+    return f"\\{name}" if name.lstrip().startswith((".", ":")) else name
+
+
+def _collected(draft: _Draft, record: dict[str, Any]) -> None:
+    report = record.get("data")
+    draft.reports.append(
+        CollectOutcome(
+            node=checks.integer(record.get("node"), "node number"),
+            outcome=checks.choice(record.get("outcome"), _OUTCOMES, "outcome"),
+            result=_numbers(record.get("result")),
+            report=None if report is None else checks.mapping(report, "collect report"),
+            shown=record.get("shown") is True,
+        )
+    )
+
+
+def _numbers(value: object) -> tuple[int, ...]:
+    return tuple(checks.integer(number, "node number", 1) for number in checks.array(value, "list of nodes"))
+
+
+def _deselected(draft: _Draft, record: dict[str, Any]) -> None:
+    draft.deselected += _numbers(record.get("items"))
+
+
+def parse_warning(record: dict[str, Any]) -> GuestWarning:
+    """Read a ``warning`` record.
+
+    Raises:
+        ProtocolViolation: It is malformed.
+    """
+    source = record.get("line")
+    when = checks.line(record.get("when"), "phase")
+    return GuestWarning(
+        when=when if when in {"config", "collect", "runtest"} else "runtest",
+        nodeid=checks.line(record.get("nodeid"), "node id"),
+        message=checks.text(record.get("message"), "warning"),
+        category=_names(record.get("category"), "warning category"),
+        filename=checks.path(record.get("filename"), "path"),
+        lineno=checks.integer(record.get("lineno"), "line number"),
+        line=None if source is None else checks.line(source, "source line"),
+    )
+
+
+def parse_exit(record: dict[str, Any]) -> GuestExit:
+    """Read an ``exit`` record.
+
+    Raises:
+        ProtocolViolation: It is malformed.
+    """
+    code = record.get("code")
+    return GuestExit(
+        code=2 if code is None else checks.integer(code, "exit code", -255, 255),
+        reason=checks.line(record.get("reason"), "reason"),
+        text=checks.text(record.get("text"), "message"),
+    )
+
+
+def _warning(draft: _Draft, record: dict[str, Any]) -> None:
+    draft.warnings.append(parse_warning(record))
+
+
+def _exit(draft: _Draft, record: dict[str, Any]) -> None:
+    draft.values["exit"] = parse_exit(record)
+    draft.complete = True
+
+
+def _items(draft: _Draft, record: dict[str, Any]) -> None:
+    draft.values["order"] = _numbers(record.get("order"))
+    draft.values["markers"] = _names(record.get("markers"), "marker list")
+
+
+def _end(draft: _Draft, _record: dict[str, Any]) -> None:
+    draft.complete = True
+
+
+_READERS = {
+    "guest": _guest,
+    "node": _node,
+    "collected": _collected,
+    "deselected": _deselected,
+    "warning": _warning,
+    "items": _items,
+    "exit": _exit,
+    "end": _end,
+}

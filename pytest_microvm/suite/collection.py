@@ -1,0 +1,161 @@
+"""Replay a guest's collection in the host's session: reports, items, deselection, errors."""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from _pytest.runner import collect_one_node
+
+from pytest_microvm.suite import checks
+from pytest_microvm.suite.collected import Collected, CollectOutcome, GuestExit
+from pytest_microvm.suite.foreign_warnings import warning_message
+from pytest_microvm.suite.proxies import build_proxies
+from pytest_microvm.suite.replay import rebuild_collect_report
+
+_MAX_DEPTH = 200  # collectors inside each other; Python's own limit would be met soon after
+_SPARE_VISITS = 100_000  # of files that are named more than once
+
+
+class Replay:
+    """What the guest collected, told to the host's plug-ins as if it had happened here.
+
+    Args:
+        session: The host's session.
+        collected: What the guest said.
+    """
+
+    def __init__(self, session: pytest.Session, collected: Collected) -> None:
+        self._session = session
+        self._config = session.config
+        self._collected = collected
+        self._proxies = build_proxies(collected, session)
+        self._reports: dict[int, deque[CollectOutcome]] = defaultdict(deque)
+        for report in collected.reports:
+            self._reports[report.node].append(report)
+        self._told: set[int] = set()
+        self._visits = 0
+
+    def perform(self) -> None:
+        """Fill ``session.items``, as ``Session.perform_collect`` does.
+
+        Raises:
+            pytest.UsageError: The guest's pytest ended with one.
+            ProtocolViolation: What the guest said makes no tree.
+        """
+        session, hook = self._session, self._config.hook
+        session.items = []
+        self._warn()
+        try:
+            found = list(self._items())
+            session.items = self._ordered(found)
+            gone = [self._proxies[number] for number in self._collected.deselected]
+            known = {item.number for item in found}
+            deselected = [item for item in gone if item.number in known]
+            if deselected:
+                hook.pytest_deselected(items=deselected)
+            if self._collected.exit is None:
+                hook.pytest_collection_modifyitems(session=session, config=self._config, items=session.items)
+        finally:
+            hook.pytest_collection_finish(session=session)
+        session.testscollected = len(session.items)
+        if self._collected.exit is not None:
+            raise_exit(self._collected.exit)
+
+    def make_report(self, collector: Any) -> pytest.CollectReport:
+        """Return the report on ``collector`` that comes next."""
+        number = 0 if collector is self._session else collector.number
+        reports = self._reports[number]
+        if not reports:
+            raise checks.violation("a collector without a report")
+        outcome = reports.popleft() if len(reports) > 1 else reports[0]
+        result = [self._proxies[child] for child in outcome.result]
+        return rebuild_collect_report(self._config, outcome, collector.nodeid, result)
+
+    def _warn(self) -> None:
+        for warning in self._collected.warnings:
+            self._config.hook.pytest_warning_recorded.call_historic(
+                kwargs={
+                    "warning_message": warning_message(warning),
+                    "when": warning.when,
+                    "nodeid": warning.nodeid,
+                    "location": None,
+                }
+            )
+
+    def _items(self) -> Iterator[Any]:
+        """Go through the tree as pytest does: failures on the way to the arguments, then the session."""
+        for told in self._collected.reports:
+            if told.node == 0:
+                break
+            if told.outcome != "passed":
+                self._tell(self._proxies[told.node])
+        if not self._reports[0]:
+            return
+        report = self._tell(self._session)
+        if report.passed:
+            for node in report.result:
+                yield from self._below(node, ())
+
+    def _below(self, node: Any, active: tuple[int, ...]) -> Iterator[Any]:
+        self._visits += 1
+        if self._visits > 2 * len(self._proxies) + _SPARE_VISITS:
+            raise checks.violation("a collection tree that never ends")
+        if len(active) > _MAX_DEPTH or node.number in active:
+            raise checks.violation("a collection tree with a loop")
+        if isinstance(node, pytest.Item):
+            node.ihook.pytest_itemcollected(item=node)
+            yield node
+        elif isinstance(node, pytest.File) or node.number not in self._told:
+            # Only files are reported again when they are named twice.
+            self._told.add(node.number)
+            report = collect_one_node(node)
+            if report.passed:
+                for child in report.result:
+                    yield from self._below(child, (*active, node.number))
+            node.ihook.pytest_collectreport(report=report)
+
+    def _tell(self, node: Any) -> pytest.CollectReport:
+        report = collect_one_node(node)
+        node.ihook.pytest_collectreport(report=report)
+        return report
+
+    def _ordered(self, found: list[Any]) -> list[Any]:
+        """Return the items of ``found`` in the order in which the project's hooks left them."""
+        position = {number: place for place, number in enumerate(self._collected.order)}
+        wanted = {item.number for item in found}
+        for item in found:
+            item.position = position.get(item.number, -1)
+        ordered = [self._proxies[number] for number in self._collected.order if number in wanted]
+        reported = {number for report in self._collected.reports for number in report.result}
+        for number in self._collected.order:
+            if number not in reported:  # made by a hook of the project, in no collector
+                self._proxies[number].position = position[number]
+                ordered.insert(min(position[number], len(ordered)), self._proxies[number])
+        return ordered
+
+
+def raise_exit(ended: GuestExit) -> None:
+    """End the host's session as the guest's ended.
+
+    Raises:
+        pytest.UsageError: For bad input.
+        KeyboardInterrupt: The guest's session was interrupted.
+        pytest.exit.Exception: In every other case, with the guest's exit code; but no test can make a run
+            that it ends look as if all had passed.
+    """
+    text = ended.text.strip().removeprefix("ERROR: ")
+    if ended.reason == "no pytest":
+        raise pytest.UsageError(
+            f"the image has no pytest: {text} cannot import it\n"
+            "next step: use an image that has it (--microvm-image=python), or install it with "
+            'prepare = ["pip install pytest"] in [tool.pytest-microvm]'
+        )
+    if ended.reason == "usage":
+        raise pytest.UsageError(text)
+    if ended.reason == "interrupt" and not text:
+        raise KeyboardInterrupt
+    code = ended.code or pytest.ExitCode.INTERRUPTED
+    pytest.exit(text or "the guest's pytest ended", returncode=code)

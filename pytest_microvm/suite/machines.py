@@ -1,0 +1,437 @@
+"""Machines for a remote suite: the chain up to the collected template, and copies of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import tempfile
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
+
+from pytest_microvm.agent.transfer import send_file
+from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded, UsageError
+from pytest_microvm.host.host import Host, KeptMachine
+from pytest_microvm.host.preparing import machine_in_the_making, prepared_step
+from pytest_microvm.host.project_grants import asked_by
+from pytest_microvm.machine import evidence
+from pytest_microvm.machine.grants import Grants
+from pytest_microvm.machine.instance import Instance, MachineFacts, Usage
+from pytest_microvm.machine.microvm import MicroVM
+from pytest_microvm.network.proxy.log import NetworkLog
+from pytest_microvm.settings import trust as project_trust
+from pytest_microvm.settings.configuration import DEFAULT_TIMEOUT, load_settings
+from pytest_microvm.settings.mounts import Mount
+from pytest_microvm.settings.spec import DEFAULT_OUTPUT, MachineSpec
+from pytest_microvm.suite.backend import BackendFacts, CollectPlan, Progress, RunOptions, Settings
+from pytest_microvm.suite.plan import artifacts_folder
+from pytest_microvm.suite.session import RunnerSession, runner_command
+from pytest_microvm.suite.workspace import Workspace, scan
+from pytest_microvm.templates.chain import IN_THE_MAKING, Base, Step
+from pytest_microvm.templates.pool import Pool
+from pytest_microvm.untrusted.redaction import Redactor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pytest_microvm.agent.link import Link
+    from pytest_microvm.suite.backend import TestLimits
+    from pytest_microvm.templates.store import Template
+
+CODE_FOLDER = "/run/microvm/code"
+PYTHON = "python3"
+_COLLECTED = "collected"
+_OWN_LINK = 16 * 1024**2  # bytes; a larger workspace is copied once for all arguments, in a link more
+_HELLO_TIMEOUT = 120.0
+
+
+class RunnerLease:
+    """A copy of the collected template (a :class:`pytest_microvm.suite.backend.RunnerMachine`)."""
+
+    def __init__(
+        self, host: Host, base: Base, instance: Instance, facts: MachineFacts, own: Path | None
+    ) -> None:
+        self._host = host
+        self._base = base
+        self._instance = instance
+        self._own = own
+        self._ended = False
+        self._machine = MicroVM(instance, facts)  # for what goes through the agent
+        self.facts = facts
+        self.link: Link = instance.link("runner")
+
+    @property
+    def redactor(self) -> Redactor:
+        """What takes its secrets out of what its tests report."""
+        return self._instance.redactor
+
+    @property
+    def requests(self) -> NetworkLog:
+        """What it asked of the network up to now."""
+        self._instance.network.settle()
+        return self._instance.requests
+
+    @property
+    def usable(self) -> bool:
+        """Whether it still runs."""
+        return self._instance.vmm.alive
+
+    def usage(self) -> Usage:
+        """Return what it has used so far."""
+        return self._instance.usage()
+
+    def exceeded(self) -> QuotaExceeded | None:
+        """Return the quota that it exceeded, if it did."""
+        return self._instance.exceeded()
+
+    def end_for(self, quota: QuotaExceeded) -> None:
+        """End it because its test exceeded a quota that was counted by whoever asks."""
+        guard = self._instance.guard
+        if guard is not None:
+            guard.exceed(quota.quota, quota.limit, quota.observed, quota.details)
+
+    def end_error(self) -> MachineError:
+        """Return why it ended by itself: a quota, or a crash with the console's tail."""
+        return self._instance.end_error(self.facts.id)
+
+    def save(self, folder: Path, error: MachineError, about: str) -> None:
+        """Write what is known of it into ``folder``."""
+        evidence.save(folder, self._instance, self.facts, error, about)
+
+    def tighten(self, limits: TestLimits) -> None:
+        """Lower what it may use."""
+        guard = self._instance.guard
+        if guard is not None:
+            guard.tighten(pids=limits.pids, cpu_seconds=limits.cpu_seconds, lifetime=limits.lifetime)
+        if limits.network is not None:
+            self._instance.narrow(self._host.policy(limits.network, self._base.image))
+
+    def watch(self) -> None:
+        """Enforce its limits from now on."""
+        self._instance.watch(self.facts.limits)
+
+    def hand_over(self, mounts: tuple[Mount, ...]) -> None:
+        """Copy in what its test is given."""
+        for mount in mounts:
+            self._machine.hand_over(mount)
+
+    def take_back(self) -> list[str]:
+        """Copy back what its test changed in that; return what there is to say about it."""
+        lines = []
+        for mounted in self._machine.mounts:
+            try:
+                changes = mounted.copy_back()
+                if mounted.mount.kind != "live":  # of which there is nothing to tell
+                    lines.append(f"{mounted.mount.target}: {changes}")
+            except MicroVMError as error:
+                lines.append(str(error))
+        return lines
+
+    def kill(self) -> None:
+        """End it; a second call does nothing."""
+        if not self._ended:
+            self._ended = True
+            self._instance.close()
+            self._host.release(self.facts.id, self._own)
+
+    def keep(self, about: str) -> KeptMachine | None:
+        """Freeze it on disk instead of ending it; ``None`` if it was not started for that, or is dead."""
+        if self._own is None or self._ended or not self.usable:
+            return None
+        kept = self._host.keep(self._instance, self._base, self.facts, self._own, about)
+        self._ended = True
+        return kept
+
+
+class MachineBackend:
+    """Where ``pytest --microvm`` gets its machines (a :class:`pytest_microvm.suite.backend.Backend`).
+
+    Args:
+        settings: What the command line says.
+        progress: Told what takes long.
+        change: Changes what the machines are made of, after configuration and command line.
+
+    Raises:
+        UsageError: The configuration cannot be used.
+        HostError: This computer lacks something.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        progress: Progress,
+        change: Callable[[MachineSpec], MachineSpec] = lambda spec: spec,
+    ) -> None:
+        config = load_settings(settings.rootdir, settings.values)
+        project_trust.check(settings.rootdir, asked_by(config))
+        self._artifacts = artifacts_folder(config.artifacts, settings)
+        self._config = replace(config, spec=change(config.spec))
+        self._host = Host(
+            project=settings.rootdir,
+            require_accel=self._config.require_accel,
+            timeout=DEFAULT_TIMEOUT,
+            retries=0,  # the suite tries again, and says so with the test
+            say=progress,
+        )
+        self._base = self._host.base(self._config.spec)
+        self._template: Template | None = None
+        self._keeping = self._config.keep == "failed"
+        self._pool_size = self._config.pool_size
+        if self._config.pool is None and settings.workers:
+            self._pool_size = max(1, self._pool_size // settings.workers)  # they share the cores
+
+    @property
+    def facts(self) -> BackendFacts:
+        """What runs the tests."""
+        accelerator, image = self._base.accelerator, self._base.image
+        return BackendFacts(accelerator.name, accelerator.reason, image.name, image.digest)
+
+    @property
+    def options(self) -> RunOptions:
+        """The merged configuration, as far as the suite needs it."""
+        limits = self._base.limits
+        return RunOptions(
+            isolation=self._config.isolation,
+            timeout=limits.timeout,
+            output=limits.output or DEFAULT_OUTPUT,
+            counted=limits.pids is not None,
+            retries=self._config.retries,
+            artifacts=self._artifacts,
+            arguments=self._config.args,
+            fail_on_denied=self._config.fail_on_denied,
+            network=self._config.spec.network or self._base.image.network,
+            junit_profile=self._config.junit_profile,
+        )
+
+    def collect(self, plan: CollectPlan, progress: Progress) -> bytes:
+        """Return the runner's answer to ``collect``, from the template cache where nothing changed.
+
+        Raises:
+            MicroVMError: No machine could be prepared.
+        """
+        progress("reading the workspace")
+        workspace = scan(plan.workspace)
+        if workspace.size > self._base.resources.disk:
+            raise UsageError(
+                f"the workspace {plan.workspace} is larger than the machine's disk",
+                details=f"{workspace.size} bytes of files, {self._base.resources.disk} bytes of disk",
+                resolution="give the machine a larger disk (--microvm-disk), or have git ignore some",
+            )
+        self._template = self._host.template(self._base, self._steps(plan, workspace))
+        return self._template.attachment(_COLLECTED)
+
+    def _steps(self, plan: CollectPlan, workspace: Workspace) -> list[Step]:
+        """Return the chain: what changes least comes first, and an edit makes one link anew."""
+        steps = self._prepared(plan)
+        started = "PYTHONPATH" not in self._environment(
+            plan
+        )  # else the workspace can shape how Python starts
+        if started:
+            steps.append(self._started_step(plan))
+        copied = workspace.size > _OWN_LINK
+        if copied:
+            steps.append(workspace_step(workspace))
+        steps.append(self._collected_step(plan, None if copied else workspace, started=started))
+        return steps
+
+    def lease(self) -> RunnerLease:
+        """Return a fresh copy of the machine in which collection has happened.
+
+        Raises:
+            BootError: It did not wake up.
+        """
+        lease = self._pool.take() or self._start()
+        lease.watch()
+        try:
+            lease.hand_over(self._config.spec.mounts)
+        except BaseException:
+            lease.kill()
+            raise
+        return lease
+
+    def close(self) -> None:
+        """End what is ready."""
+        self._host.close()
+
+    @cached_property
+    def _pool(self) -> Pool[RunnerLease]:
+        def make() -> RunnerLease | None:
+            return self._try_start(wait=False)
+
+        def new() -> Pool[RunnerLease]:
+            return Pool(self._pool_size, make, RunnerLease.kill, lambda lease: lease.usable)
+
+        return self._host.pool(("runner", str(id(self))), new)
+
+    def _start(self) -> RunnerLease:
+        lease = self._try_start(wait=True)
+        if lease is None:
+            raise MachineError("the host budget gave no place")
+        return lease
+
+    def _try_start(self, *, wait: bool) -> RunnerLease | None:
+        if self._template is None:
+            raise MachineError("nothing has been collected yet")
+        copied = self._host.copy(self._template, self._base, "runner", wait=wait, keepable=self._keeping)
+        return None if copied is None else RunnerLease(self._host, self._base, *copied)
+
+    def _prepared(self, plan: CollectPlan) -> list[Step]:
+        commands = self._config.prepare
+        if not commands:
+            return []
+        top = plan.workspace
+        inputs = _chosen(scan(top), self._config.project, self._config.prepare_inputs)
+        return [
+            prepared_step(
+                self._host,
+                self._base,
+                commands,
+                folder=PurePosixPath(top),
+                put=lambda machine: _unpack(machine, inputs),
+                inputs=(inputs.digest(), *self._config.prepare_network),
+                grants=self._prepare_grants(),
+            )
+        ]
+
+    def _prepare_grants(self) -> Grants:
+        """Return what the prepare commands may reach: their own rules, and nothing of the tests' grants."""
+        spec = MachineSpec(network=self._config.prepare_network, hosts=self._config.spec.hosts)
+        return self._host.grants(spec, self._base.image)
+
+    def _started_step(self, plan: CollectPlan) -> Step:
+        """Return the link in which the runner starts and loads pytest and its plug-ins; no workspace yet."""
+
+        def work(instance: Instance) -> dict[str, bytes]:
+            with self._told(instance):
+                self._start_runner(instance, plan, "/", preload=True)
+            return {}
+
+        return Step("started", (json.dumps(plan.environment),), work, "starting pytest")
+
+    def _collected_step(self, plan: CollectPlan, workspace: Workspace | None, *, started: bool) -> Step:
+        """Return the link in which the tests are collected.
+
+        Args:
+            plan: What to collect.
+            workspace: What is copied in before; ``None`` if it is there.
+            started: Whether the runner runs already.
+        """
+        inputs = [json.dumps(plan.arguments), str(plan.directory), json.dumps(plan.environment)]
+        if workspace is not None:
+            inputs += [str(workspace.top), workspace.digest()]
+
+        def work(instance: Instance) -> dict[str, bytes]:
+            with self._told(instance):
+                if workspace is not None:
+                    send_workspace(instance.adopt("agent", IN_THE_MAKING), workspace)
+                link = (
+                    instance.adopt("runner", IN_THE_MAKING)
+                    if started
+                    else self._start_runner(instance, plan, str(plan.directory))
+                )
+                return {_COLLECTED: RunnerSession(link).collect(replace(plan, environment=()))}
+
+        return Step("collected", tuple(inputs), work, "collecting")
+
+    def _start_runner(
+        self, instance: Instance, plan: CollectPlan, folder: str, *, preload: bool = False
+    ) -> Link:
+        """Start the runner in ``folder`` and wait for its hello, which it says once pytest is loaded."""
+        machine = machine_in_the_making(self._host, self._base, instance)
+        machine.path(folder).mkdir(parents=True, exist_ok=True)
+        runner = shlex.join(runner_command(PYTHON, CODE_FOLDER, preload=preload))
+        machine.client.link().call(  # noqa: S604 - in the guest, and quoted
+            "exec",
+            timeout=_HELLO_TIMEOUT,
+            handle=0,
+            shell=f"exec {runner} </dev/null >/dev/console 2>&1",
+            cwd=folder,
+            env=self._environment(plan),
+            vital=True,
+        )
+        link = instance.link("runner")
+        link.wait_hello(_HELLO_TIMEOUT)
+        return link
+
+    @contextlib.contextmanager
+    def _told(self, instance: Instance) -> Iterator[None]:
+        """Tell why a machine did not get as far as to what it collected."""
+        try:
+            yield
+        except MachineCrashed as error:
+            why = instance.end_error("template")
+            if isinstance(why, QuotaExceeded):
+                raise why from error
+            raise self._not_collected(why.brief, why.details) from error
+        except TimeoutError as error:
+            raise self._not_collected(str(error), instance.console_text()) from error
+
+    def _environment(self, plan: CollectPlan) -> dict[str, str]:
+        """Return the variables that the runner starts with: the image's, and what is passed on."""
+        return {**dict(self._base.resources.environment), **dict(plan.environment)}
+
+    def _not_collected(self, why: str, details: str) -> MachineError:
+        return MachineError(
+            f"collecting the tests failed: {why}",
+            details=details,
+            resolution=f"does the image have Python and pytest? (image: {self._base.image.name})",
+        )
+
+
+def workspace_step(workspace: Workspace) -> Step:
+    """Return the link of a template's chain in which a workspace is copied in."""
+
+    def work(instance: Instance) -> dict[str, bytes]:
+        send_workspace(instance.adopt("agent", IN_THE_MAKING), workspace)
+        return {}
+
+    return Step("workspace", (str(workspace.top), workspace.digest()), work, "copying the workspace")
+
+
+def send_workspace(link: Link, workspace: Workspace) -> None:
+    """Copy a workspace into a machine.
+
+    Args:
+        link: The link to the machine's agent.
+        workspace: What to copy.
+    """
+    with _tar(workspace) as archive:
+        send_file(link, "unpack", str(workspace.top), archive)
+
+
+def _unpack(machine: MicroVM, workspace: Workspace) -> None:
+    machine.path(str(workspace.top)).mkdir(parents=True, exist_ok=True)
+    send_workspace(machine.client.link(), workspace)
+
+
+def _chosen(workspace: Workspace, project: Path, wanted: tuple[str, ...]) -> Workspace:
+    """Return the part of ``workspace`` that ``prepare_inputs`` names.
+
+    Raises:
+        UsageError: A name matches nothing.
+    """
+    below = project.resolve().relative_to(workspace.top.resolve())
+    prefixes = [str(PurePosixPath(below, name)) for name in wanted]
+    for name, prefix in zip(wanted, prefixes, strict=True):
+        if not any(_inside(entry.path, prefix) for entry in workspace.entries):
+            raise UsageError(
+                f"prepare_inputs: {name!r} is not in the workspace",
+                resolution="name files or folders below the project that git does not ignore",
+            )
+    entries = tuple(e for e in workspace.entries if any(_inside(e.path, prefix) for prefix in prefixes))
+    return replace(workspace, entries=entries)
+
+
+def _inside(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(prefix.rstrip("/") + "/")
+
+
+@contextlib.contextmanager
+def _tar(workspace: Workspace) -> Any:
+    file: IO[bytes]
+    with tempfile.TemporaryFile() as file:
+        workspace.write_tar(file)
+        file.seek(0)
+        yield file

@@ -1,0 +1,344 @@
+"""The plug-in behind ``--microvm``: pytest's hooks on the host, tied to machines."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _pytest.config import builtin_plugins
+
+from pytest_microvm.errors import MachineError, MicroVMError
+from pytest_microvm.machine.instance import MachineFacts, Usage
+from pytest_microvm.settings.spec import MachineSpec
+from pytest_microvm.suite import neutral
+from pytest_microvm.suite.addopts import refuse_acting, refuse_granting
+from pytest_microvm.suite.arguments import Split, parser_arity, split_arguments, tokens
+from pytest_microvm.suite.backend import Backend, CollectPlan, Progress, Settings
+from pytest_microvm.suite.collected import Collected
+from pytest_microvm.suite.collection import Replay, raise_exit
+from pytest_microvm.suite.foreign_warnings import warning_message
+from pytest_microvm.suite.launch import launch_of
+from pytest_microvm.suite.limits import check_markers
+from pytest_microvm.suite.plan import addopts_of, guest_environment, settings_from, workspace_of
+from pytest_microvm.suite.progress import TerminalProgress
+from pytest_microvm.suite.running import Ran, TestRunner
+from pytest_microvm.suite.summary import (
+    EXIT_INFRA,
+    Tally,
+    add_suite_properties,
+    guest_lines,
+    header_line,
+    machine_outcome,
+)
+from pytest_microvm.terminal.termination import interrupt_on_sigterm
+from pytest_microvm.untrusted.nofollow import refuse_links
+from pytest_microvm.untrusted.text import sanitize
+
+_HOST_PLUGINS = frozenset(["microvm", "pytest_microvm.plugin", "xdist", "xdist.plugin", "xdist.looponfail"])
+
+
+_OUTPUT = ("Captured stdout", "Captured stderr")
+
+
+class RemoteSuite:
+    """One pytest run whose tests are in machines.
+
+    Args:
+        config: pytest's configuration, before its arguments are parsed for good.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+        self._guest_arguments: tuple[str, ...] = ()
+        self._backend: Backend | None = None
+        self._plan: CollectPlan | None = None
+        self._collected: Collected | None = None
+        self._replay: Replay | None = None
+        self._runner: TestRunner | None = None
+        self._tally = Tally()
+        self._leave_sigterm = interrupt_on_sigterm()
+        self._guest_plugins = os.environ.pop("PYTEST_PLUGINS", None)  # pytest would import them here
+        self._launch = launch_of(config.invocation_params.args)
+        neutral.neutralise(config)
+
+    def divide(self, parser: pytest.Parser, args: list[str]) -> None:
+        """Take the guest's arguments out of ``args``, and keep pytest from loading conftest files.
+
+        Raises:
+            pytest.UsageError: Something asked for cannot work, or has acted on the host already.
+        """
+        if self._guest_plugins is not None:
+            os.environ["PYTEST_PLUGINS"] = self._guest_plugins  # for the workers of pytest-xdist
+        neutral.forget_failed_filters(self._config)
+        arity = parser_arity(parser)
+        with _as_pytest_errors():
+            neutral.refuse_project_plugins(self._config, _named_plugins(args, arity))
+            if self._launch is None:
+                neutral.refuse_linked_cache(self._config)
+                count = len(addopts_of(self._config, args))
+                refuse_granting(args[:count])
+                refuse_acting(args[:count], args[count:], arity)
+                split = split_arguments(args, arity, self._is_host_plugin)
+            else:
+                ours, users = args[: self._launch.words], args[self._launch.words :]
+                split = split_arguments(users, arity, self._is_host_plugin)
+                split = Split((*ours, *split.host), (*self._launch.guest, *split.guest))
+                neutral.forget_own_file(self._config, self._launch.file)
+        args[:] = split.host
+        self._guest_arguments = split.guest
+        neutral.forbid_conftests(self._config)
+
+    def _is_host_plugin(self, name: str) -> bool:
+        if self._launch is not None and not name.startswith("no:") and name not in builtin_plugins:
+            return True  # the machine loads what is installed there
+        plugin = self._config.pluginmanager.get_plugin(name)
+        return name in _HOST_PLUGINS or bool(getattr(plugin, "microvm_host_only", False))
+
+    def pytest_plugin_registered(self, plugin: object) -> None:
+        """Let no plug-in act for the project here; called for those that were there before, too."""
+        neutral.keep_from_acting_early(self._config, plugin)
+
+    # Session
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_microvm_backend(
+        self, config: pytest.Config, settings: Settings, progress: Progress
+    ) -> Backend:
+        """Return the backend that runs tests in machines, unless another plug-in brought its own."""
+        from pytest_microvm.suite import machines  # noqa: PLC0415 - tests bring their own
+
+        def change(spec: MachineSpec) -> MachineSpec:
+            changed: MachineSpec | None = config.hook.pytest_microvm_spec(config=config, spec=spec, nodeid="")
+            return spec if changed is None else changed
+
+        return machines.MachineBackend(settings, progress, change)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        """Find out what runs the tests."""
+        neutral.forget_unknown_keys(session.config)
+        if self._launch is not None:
+            neutral.shorten_header(session.config)
+        with _as_pytest_errors(), self._progress as progress:
+            settings = settings_from(session.config, self._launch)
+            self._refuse_linked(session.config.getoption("xmlpath", None))
+            self._refuse_linked(settings.values.get("artifacts"))
+            backend = session.config.hook.pytest_microvm_backend(
+                config=session.config, settings=settings, progress=progress
+            )
+            assert backend is not None
+            self._backend = backend
+            self._plan = self._make_plan(backend)
+            add_suite_properties(session.config, backend.facts, backend.options.isolation)
+            if backend.options.junit_profile is not None:
+                from pytest_microvm.suite.junit_profile import shape_junit  # noqa: PLC0415 - others do without
+
+                shape_junit(session.config, backend.options.junit_profile)
+
+    def pytest_report_header(self) -> list[str] | None:
+        """Say what runs the tests."""
+        if self._backend is None:
+            return None
+        lines = [header_line(self._backend.facts, self._backend.options.isolation)]
+        if self._launch is not None and self._launch.left:
+            lines.append(f"microvm: left out of the project's addopts: {', '.join(self._launch.left)}")
+        return [sanitize(line) for line in lines]
+
+    def pytest_report_collectionfinish(self) -> list[str]:
+        """Say what collected, and what the project's own plug-ins have to say."""
+        if self._collected is None or self._config.option.verbose < 0:
+            return []
+        return guest_lines(self._collected)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_setupnodes(self, specs: list[Any]) -> None:
+        """Let pytest-xdist's controller prepare the template once, before its workers ask for it."""
+        for spec in specs:
+            neutral.keep_project_from_worker(spec, isolated=self._launch is not None)
+        self._collect()
+
+    def pytest_collection(self, session: pytest.Session) -> bool:
+        """Collect in the guest and replay what it found."""
+        self._collected = collected = self._collect()
+        self._runner = self._make_runner()
+        session._initialpaths = frozenset(self._named_paths())  # noqa: SLF001 - --lf asks for them
+        with _as_pytest_errors():
+            self._replay = Replay(session, collected)
+            self._replay.perform()
+            for item in session.items:
+                check_markers(item)
+        return True
+
+    def pytest_make_collect_report(self, collector: pytest.Collector) -> pytest.CollectReport:
+        """Return the guest's report; nothing is ever collected on the host."""
+        if self._replay is None:
+            raise pytest.UsageError("--microvm collects nothing on the host: run this without --microvm")
+        return self._replay.make_report(collector)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> bool:
+        """Run a test in a machine and tell its reports."""
+        assert self._runner is not None
+        hook = item.ihook
+        hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        ran = self._runner.run(item, nextitem)
+        self._print(ran)
+        for report in ran.reports:
+            hook.pytest_runtest_logreport(report=report)
+        hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        if ran.facts is not None:
+            self._config.hook.pytest_microvm_outcome(
+                config=self._config, facts=ran.facts, nodeid=item.nodeid, outcome=ran.outcome
+            )
+        for warning in ran.warnings:
+            self._config.hook.pytest_warning_recorded.call_historic(
+                kwargs={
+                    "warning_message": warning_message(warning),
+                    "when": warning.when,
+                    "nodeid": item.nodeid if warning.nodeid else "",
+                    "location": None,
+                }
+            )
+        if ran.stop and not item.session.shouldstop:
+            item.session.shouldstop = ran.stop
+        if ran.exit is not None:
+            raise_exit(ran.exit)
+        return True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count."""
+        self._tally.add(report)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """End the machine in use; tell a run whose only trouble was the infrastructure by its exit status."""
+        if self._runner is not None:
+            self._runner.release()
+        if exitstatus == pytest.ExitCode.TESTS_FAILED and self._tally.only_infra_failed:
+            session.exitstatus = EXIT_INFRA
+
+    def pytest_report_teststatus(
+        self, report: pytest.TestReport | pytest.CollectReport
+    ) -> tuple[str, str, Any] | None:
+        """Give tests whose machine failed a letter and a word of their own; they count as failed."""
+        outcome = machine_outcome(report)
+        if outcome is None:
+            return None
+        category = "failed" if report.when == "call" else "error"
+        return category, outcome[0].upper(), (outcome.upper(), {"red": True})
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Say how many tests ran in how many machines."""
+        if self._tally.tests:
+            terminalreporter.write_line(f"microvm: {self._tally.line()}")
+
+    def pytest_unconfigure(self) -> None:
+        """End whatever machine is left."""
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            backend.close()
+        self._leave_sigterm()
+
+    # Parts
+
+    def _collect(self) -> Collected:
+        assert self._backend is not None
+        assert self._plan is not None
+        with _as_pytest_errors(), self._progress as progress:
+            return Collected.parse(self._backend.collect(self._plan, progress))
+
+    def _make_runner(self) -> TestRunner:
+        assert self._backend is not None
+        return TestRunner(self._backend, self._backend.options, _Hooks(self._config, self._progress))
+
+    def _make_plan(self, backend: Backend) -> CollectPlan:
+        config, option = self._config, self._config.option
+        arguments = ["-o", "addopts=", f"--rootdir={config.rootpath}", "--capture=fd"]
+        if option.verbose > 0:
+            arguments.append(f"--verbosity={option.verbose}")
+        return CollectPlan(
+            arguments=(
+                *arguments,
+                *self._guest_arguments,
+                *backend.options.arguments,
+                *(word for words in option.microvm_args or () for word in words),
+            ),
+            directory=config.invocation_params.dir,
+            rootdir=config.rootpath,
+            workspace=workspace_of(config),
+            environment=guest_environment(self._guest_plugins, config, self._launch),
+            timeout=backend.options.collect_timeout,
+        )
+
+    def _refuse_linked(self, path: str | None) -> None:
+        if path is not None:
+            refuse_links(workspace_of(self._config), self._config.invocation_params.dir / path)
+
+    def _named_paths(self) -> list[Path]:
+        directory = self._config.invocation_params.dir
+        return [directory / word.partition("::")[0] for word in self._config.args]
+
+    @cached_property
+    def _progress(self) -> TerminalProgress:
+        return TerminalProgress(self._config)
+
+    def _print(self, ran: Ran) -> None:
+        """Show what the test printed, under ``-s`` at once and not again with a failure."""
+        shown = [ran.printed]
+        capture = self._config.option.capture
+        if capture in {"no", "tee-sys"} and ran.reports:
+            shown += [text for title, text in ran.reports[-1].sections if title.startswith(_OUTPUT)]
+        if capture == "no":
+            for report in ran.reports:
+                report.sections = [
+                    section for section in report.sections if not section[0].startswith(_OUTPUT)
+                ]
+        text = "".join(shown)
+        if text:
+            encoding = sys.stdout.encoding or "utf-8"
+            sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            sys.stdout.flush()
+
+
+def _named_plugins(args: list[str], arity: Mapping[str, str]) -> list[str]:
+    return [(token.value or "").strip() for token in tokens(args, arity) if token.option == "-p"]
+
+
+class _Hooks:
+    """Tell our own hooks of machines that come and go, and people of those that do not come."""
+
+    def __init__(self, config: pytest.Config, progress: TerminalProgress) -> None:
+        self._config = config
+        self._progress = progress
+
+    def started(self, facts: MachineFacts, nodeid: str) -> None:
+        """A machine answers."""
+        self._config.hook.pytest_microvm_started(config=self._config, facts=facts, nodeid=nodeid)
+
+    def stopped(self, facts: MachineFacts, usage: Usage) -> None:
+        """A machine has been ended."""
+        self._config.hook.pytest_microvm_stopped(config=self._config, facts=facts, usage=usage)
+
+    def retried(self, nodeid: str, error: MachineError, retry: int, most: int) -> None:
+        """Say at once that a machine never reached a test."""
+        self._progress(f"{nodeid}: infra: {error.brief}; trying a fresh machine ({retry} of {most})")
+
+    def told(self, nodeid: str, line: str) -> None:
+        """Say what came of what a machine was handed."""
+        self._progress(f"{nodeid}: {line}")
+
+
+class _as_pytest_errors:  # noqa: N801 - reads as the statement it is
+    """Show this package's errors as pytest shows bad input: the text, and exit code 4."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, MicroVMError):
+            raise pytest.UsageError(sanitize(str(error))) from None

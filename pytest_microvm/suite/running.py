@@ -1,0 +1,260 @@
+"""Run one test in a machine and turn whatever happens into reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import pytest
+
+from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded
+from pytest_microvm.machine.evidence import saved
+from pytest_microvm.machine.instance import MachineFacts, Usage
+from pytest_microvm.network.proxy.log import NetworkRequest
+from pytest_microvm.suite.backend import Backend, Lease, RunOptions
+from pytest_microvm.suite.checks import line, text, violation
+from pytest_microvm.suite.collected import GuestExit, GuestWarning, parse_exit, parse_warning
+from pytest_microvm.suite.leases import Leases, Watcher
+from pytest_microvm.suite.limits import limits_of
+from pytest_microvm.suite.properties import properties
+from pytest_microvm.suite.replay import error_report, passed_report, rebuild_test_report
+from pytest_microvm.suite.session import RunnerSession
+
+_MAX_RECORDS = 100_000
+
+
+@dataclass
+class Ran:
+    """What one test gave.
+
+    Args:
+        reports: For pytest's hooks, in order.
+        warnings: Recorded during the test.
+        printed: What the test wrote past pytest's capturing.
+        stop: Why the project's hooks want the run to stop, if they do.
+        exit: Set if the test ended the guest's session (``pytest.exit``, an interrupt).
+        facts: The machine it ran in; ``None`` if there was none.
+        outcome: ``passed``, ``failed``, ``skipped``, ``infra``, ``crashed`` or ``quota``.
+    """
+
+    reports: list[pytest.TestReport] = field(default_factory=list)
+    warnings: list[GuestWarning] = field(default_factory=list)
+    printed: str = ""
+    stop: str | None = None
+    exit: GuestExit | None = None
+    facts: MachineFacts | None = None
+    outcome: str = "infra"
+
+
+class TestRunner:
+    """Run tests on machines from a backend.
+
+    Args:
+        backend: Where machines come from.
+        options: Isolation and timeouts.
+        watcher: Told of machines that come and go.
+    """
+
+    __test__ = False
+
+    def __init__(self, backend: Backend, options: RunOptions, watcher: Watcher) -> None:
+        self._options = options
+        self._watcher = watcher
+        self._leases = Leases(backend, options.isolation, watcher)
+
+    def run(self, item: Any, nextitem: Any) -> Ran:
+        """Run ``item``; whatever goes wrong becomes its outcome."""
+        most = self._options.retries
+        limits = limits_of(item, self._options)
+        for retry in range(most + 1):
+            try:
+                lease = self._leases.take(item)
+                following = nextitem.position if self._leases.next_in_same(lease, nextitem) else None
+                lease.machine.tighten(limits)
+                lease.asked = lease.machine.requests.added
+                records = RunnerSession(lease.machine.link).run(item.position, following, limits)
+            except MachineError as error:  # it never reached the test: another machine may
+                self.release()
+                if retry == most:
+                    return _never_reached(item, error, retry)
+                self._watcher.retried(item.nodeid, error, retry + 1, most)
+            except MicroVMError as error:  # this computer cannot: another attempt would not help
+                return _never_reached(item, error, retry)
+            else:
+                return self._run_in(lease, records, item, following is not None, retry)
+        raise AssertionError("unreachable: the last try returns")
+
+    def release(self) -> None:
+        """End the machine in use."""
+        self._leases.release()
+
+    def _run_in(
+        self, lease: Lease, records: Iterator[dict[str, Any]], item: Any, again: bool, retries: int
+    ) -> Ran:
+        facts = lease.machine.facts
+        lease.tests += 1
+        try:
+            redactor = lease.machine.redactor
+            received = [cast("dict[str, Any]", redactor.tree(record)) for record in _bounded(records)]
+            exceeded = lease.machine.exceeded()
+            if exceeded is not None:
+                raise exceeded  # noqa: TRY301 - as if it had been noticed while the test ran
+            asked = lease.machine.requests.since(lease.asked)
+            ran = _read(item, received, facts, lease.machine.usage(), retries=retries, asked=asked)
+            _tell_denied(ran, item, asked, fail=self._options.fail_on_denied)
+            for line in lease.machine.take_back():
+                self._watcher.told(item.nodeid, line)
+        except MachineError as error:
+            ran = self._failed_machine(lease, item, error, retries)
+            self._keep(lease, item, ran.reports)
+            self._leases.discard(lease)
+            return ran
+        except BaseException:  # Ctrl-C: nobody waits for this machine any more
+            self._leases.discard(lease)
+            raise
+        if any(report.failed for report in ran.reports):
+            self._keep(lease, item, ran.reports)
+        if self._options.isolation == "test" or not again:
+            self._end(lease)
+        return ran
+
+    def _failed_machine(self, lease: Lease, item: Any, error: MachineError, retries: int) -> Ran:
+        """Return the outcome of a test whose machine did not bring it to its end."""
+        machine = lease.machine
+        if isinstance(error, MachineCrashed):
+            error = machine.end_error()
+        quota = error if isinstance(error, QuotaExceeded) else None
+        if quota is not None:
+            machine.end_for(quota)
+        outcome = "quota" if quota else "crashed"
+        write = partial(machine.save, error=error, about=item.nodeid)
+        where = saved(self._options.artifacts, item.nodeid, machine.facts.id, write)
+        ours = properties(
+            machine.facts,
+            machine.usage(),
+            outcome,
+            quota=quota,
+            retries=retries,
+            artifacts=where,
+            requests=machine.requests.since(lease.asked),
+        )
+        sections = (("Machine artifacts", where),) if where else ()
+        reports = _failed(item, "call", f"{outcome}: {error}", ours, sections)
+        return Ran(reports, facts=machine.facts, outcome=outcome)
+
+    def _keep(self, lease: Lease, item: Any, reports: list[pytest.TestReport]) -> None:
+        """Keep the machine of a test that failed, if that was asked for, and say how to enter it."""
+        kept = self._leases.keep(lease, item.nodeid)
+        if kept is not None:
+            for report in reports:
+                if report.failed:
+                    report.sections.append(("Machine kept", f"enter it with: pytest-microvm shell {kept.id}"))
+
+    def _end(self, lease: Lease) -> None:
+        if self._options.isolation == "test":
+            self._leases.discard(lease)
+        else:
+            self._leases.release()
+
+
+def _bounded(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for count, record in enumerate(records):
+        if count > _MAX_RECORDS:
+            raise violation(f"more than {_MAX_RECORDS} records about one test")
+        yield record
+
+
+def _read(
+    item: Any,
+    records: list[dict[str, Any]],
+    facts: MachineFacts,
+    usage: Usage,
+    *,
+    retries: int,
+    asked: list[NetworkRequest],
+) -> Ran:
+    """Return what ``records`` say.
+
+    Raises:
+        ProtocolViolation: They are not what a runner sends.
+    """
+    ran = Ran(facts=facts)
+    if not records or records[-1].get("k") != "end":
+        raise violation("a test's reports without an end")
+    ran.outcome = _outcome(records)
+    ours = properties(facts, usage, ran.outcome, retries=retries, requests=asked)
+    for record in records:
+        kind = record.get("k")
+        if kind == "report":
+            ran.reports.append(rebuild_test_report(item.config, record, item, ours))
+        elif kind == "warning":
+            ran.warnings.append(parse_warning(record))
+        elif kind == "exit":
+            ran.exit = parse_exit(record)
+        elif kind == "end":
+            ran.printed = text(record.get("printed", ""), "output")
+            stop = record.get("stop")
+            ran.stop = None if stop is None else line(stop, "reason to stop")
+        else:
+            raise violation("a record of an unknown kind")
+    if (
+        ran.exit is None
+        and not any(map(_tells, ran.reports))
+        and not item.config.getoption("setuponly", False)
+    ):
+        raise violation("nothing about the test")  # it would be missing from the results, unseen
+    if ran.exit is not None and ran.exit.reason == "internal":
+        ran.reports += _failed(item, "call", f"INTERNALERROR in the guest's pytest\n{ran.exit.text}", ours)
+        ran.exit = None
+    return ran
+
+
+def _tell_denied(ran: Ran, item: Any, asked: list[NetworkRequest], *, fail: bool) -> None:
+    """Add what was denied to the test's reports; let a test that passed fail for it, if that is wanted."""
+    denied = "\n".join(str(request) for request in asked if not request.allowed)
+    if not denied:
+        return
+    for number, report in enumerate(ran.reports):
+        if report.when == "call" and fail and report.passed:
+            ours = [(name, str(value)) for name, value in report.user_properties]
+            shown = tuple(report.sections)
+            ran.reports[number] = error_report(item, "call", f"denied network access\n{denied}", ours, shown)
+            ran.outcome = "failed"
+        elif report.when == "call" or report.failed:
+            report.sections.append(("Denied network access", denied))
+
+
+def _tells(report: pytest.TestReport) -> bool:
+    """Whether a report says what became of its test."""
+    return report.failed or report.skipped or (report.when == "call" and report.passed)
+
+
+def _outcome(records: list[dict[str, Any]]) -> str:
+    outcomes = [record["data"].get("outcome") for record in records if isinstance(record.get("data"), dict)]
+    for name in ("failed", "skipped"):
+        if name in outcomes:
+            return name
+    return "passed"
+
+
+def _never_reached(item: Any, error: MicroVMError, retries: int) -> Ran:
+    """Return the outcome of a test that no machine got to."""
+    ours = properties(None, None, "infra", retries=retries)
+    return Ran(_failed(item, "setup", f"infra: {error}", ours))
+
+
+def _failed(
+    item: Any,
+    when: Any,
+    message: str,
+    ours: list[tuple[str, str]],
+    sections: tuple[tuple[str, str], ...] = (),
+) -> list[pytest.TestReport]:
+    """Return a failure in ``when`` between the phases that every test has."""
+    failure = error_report(item, when, message, ours, sections)
+    teardown = passed_report(item, "teardown", ours)
+    if when == "setup":
+        return [failure, teardown]
+    return [passed_report(item, "setup", ours), failure, teardown]

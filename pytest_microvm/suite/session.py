@@ -1,0 +1,168 @@
+"""The host's conversation with a runner: how it is started, what it is asked, what it answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from pytest_microvm.agent.link import GuestError, Link, Stream
+from pytest_microvm.errors import MachineError, ProtocolViolation, QuotaExceeded
+from pytest_microvm.suite import checks
+from pytest_microvm.suite.backend import CollectPlan, TestLimits
+
+MAX_COLLECTION = 256 * 1024 * 1024
+_REPORT_OVERHEAD = 64 * 1024 * 1024  # what a test's reports may hold besides its output
+_FINISH_TIMEOUT = 30.0
+_BEGIN_TIMEOUT = 60.0  # seconds in which a runner takes note of a test; about 0.01 under emulation
+
+BOOTSTRAP = (
+    "import sys; sys.path[0] = sys.argv.pop(1); import pytest_microvm.guest.runner as runner; "
+    "sys.exit(runner.main(sys.argv[1:]))"
+)
+
+
+def runner_command(
+    python: str, code_folder: str, fd: int | None = None, *, preload: bool = False
+) -> list[str]:
+    """Return the command that starts a runner.
+
+    Args:
+        python: The guest's own Python, which has the project's dependencies.
+        code_folder: Where ``pytest_microvm`` (guest and wire) lies in the guest.
+        fd: The descriptor to serve on instead of the port called ``runner``.
+        preload: Whether it imports what installed plug-ins import before it says hello.
+    """
+    options = [] if fd is None else ["--fd", str(fd)]
+    if preload:
+        options.append("--preload")
+    return [python, "-c", BOOTSTRAP, code_folder, *options]
+
+
+class RunnerSession:
+    """One runner, asked one thing at a time.
+
+    Args:
+        link: The connection to it.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    def collect(self, plan: CollectPlan) -> bytes:
+        """Let the runner collect, and return its records as it sent them.
+
+        Raises:
+            QuotaExceeded: It took longer than ``plan.timeout``.
+            MachineError: The machine ended, or broke the protocol.
+        """
+        stream = self._link.open_stream()
+        started = time.monotonic()
+        request = self._link.request(
+            "collect",
+            stream=stream.number,
+            args=list(plan.arguments),
+            cwd=str(plan.directory),
+            env=dict(plan.environment),
+        )
+        try:
+            data = stream.read_all(MAX_COLLECTION, plan.timeout)
+            request.wait(_left(started, plan.timeout))
+        except TimeoutError:
+            raise QuotaExceeded(
+                "timeout", plan.timeout, time.monotonic() - started, details="while collecting the tests"
+            ) from None
+        except GuestError as error:
+            raise _refused(error) from None
+        return data
+
+    def run(self, item: int, following: int | None, limits: TestLimits) -> Iterator[dict[str, Any]]:
+        """Let the runner begin a test and return its records, which come as they are read.
+
+        Once this has returned, the machine has reached the test: what happens from then on is the test's.
+
+        Args:
+            item: The test's position in the guest's list.
+            following: The position of the test that this machine runs next, if any.
+            limits: How long it may take, how much it may print, how many processes it may have.
+
+        Raises:
+            QuotaExceeded: While reading: it took longer, or printed more.
+            MachineError: The machine ended, or broke the protocol.
+        """
+        stream = self._link.open_stream()
+        try:
+            self._link.call(
+                "run",
+                timeout=_BEGIN_TIMEOUT,
+                stream=stream.number,
+                item=item,
+                next=following,
+                output=limits.output,
+                pids=limits.pids,
+                limited=limits.counted,
+            )
+        except GuestError as error:
+            raise _refused(error) from None
+        except TimeoutError:
+            raise MachineError(f"the machine did not begin the test within {_BEGIN_TIMEOUT:.0f} s") from None
+        return _records(stream, limits.timeout, limits.output)
+
+    def resume(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
+        """Tell a clone who it is now (see ``guest/resume.py``).
+
+        Raises:
+            TimeoutError: No answer.
+            MachineError: The machine ended, or refused.
+        """
+        return self._link.call("resume", timeout=timeout, **message)
+
+    def finish(self) -> dict[str, Any]:
+        """Let the guest's session end as pytest sessions do; return its exit status.
+
+        Raises:
+            TimeoutError: It did not end in time.
+            MachineError: The machine ended first.
+        """
+        return self._link.call("finish", timeout=_FINISH_TIMEOUT)
+
+
+def _records(stream: Stream, timeout: float | None, output: int) -> Iterator[dict[str, Any]]:
+    started = time.monotonic()
+    records = checks.Records()
+    try:
+        for line in _lines(stream, started, timeout, output):
+            record = records.read(line)
+            if record.get("k") == "excess":  # the runner has measured what it did not send
+                raise QuotaExceeded("output", output, checks.integer(record.get("printed"), "output", output))
+            yield record
+    except TimeoutError:
+        observed = time.monotonic() - started
+        raise QuotaExceeded("timeout", timeout or observed, observed) from None
+
+
+def _left(started: float, timeout: float | None) -> float | None:
+    return None if timeout is None else max(0.001, started + timeout - time.monotonic())
+
+
+def _lines(stream: Stream, started: float, timeout: float | None, output: int) -> Iterator[bytes]:
+    buffer = bytearray()
+    total = 0
+    while True:
+        data = stream.read(timeout=_left(started, timeout))
+        if not data:
+            break
+        total += len(data)
+        if total > output + _REPORT_OVERHEAD:
+            raise QuotaExceeded("output", output, total, details="counted in the reports about the test")
+        buffer += data
+        if b"\n" in data:  # else one long line would be searched again with every piece
+            *whole, rest = buffer.split(b"\n")
+            yield from (bytes(line) for line in whole if line)
+            buffer = bytearray(rest)
+    if buffer:
+        raise checks.violation("a record without an end")
+
+
+def _refused(error: GuestError) -> MachineError:
+    return ProtocolViolation(f"the runner refused: {error}", resolution="the machine was ended")

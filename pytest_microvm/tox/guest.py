@@ -1,0 +1,251 @@
+"""The machines of one tox environment: its templates, and the one in which its commands run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from pytest_microvm.agent.transfer import send_file
+from pytest_microvm.errors import BudgetExhausted, MachineError, UsageError
+from pytest_microvm.host.host import Host
+from pytest_microvm.host.preparing import machine_in_the_making
+from pytest_microvm.settings.configuration import DEFAULT_TIMEOUT
+from pytest_microvm.suite.workspace import Workspace, scan
+from pytest_microvm.templates.chain import Step
+from pytest_microvm.tox.interpreters import interpreters
+from pytest_microvm.untrusted.text import sanitize
+
+if TYPE_CHECKING:
+    from tox.tox_env.python.api import PythonInfo
+
+    from pytest_microvm.machine.instance import Instance
+    from pytest_microvm.machine.microvm import MicroVM
+    from pytest_microvm.tox.installer import Plan
+    from pytest_microvm.tox.settings import Settings
+
+FORMAT = "1"
+"""Part of every key; raise it when the way environments are made changes."""
+
+_TIMEOUT = 600.0
+_PAUSE = 0.25  # seconds until it is tried again whether a machine fits into the host budget
+_TITLES = {"tox-env": "making the environment", "tox-package": "building and installing the package"}
+
+_PROGRAMS = Path(__file__).parent
+
+
+class Guest:
+    """Where an environment's machines come from.
+
+    Args:
+        settings: What they are.
+        project: The project's folder, copied to the same path in each.
+        work_dir: tox's own folder in it, which is not copied.
+        say: Told what takes long.
+
+    Attributes:
+        machine: The one in which commands run, once it has been started.
+        stopped: To be set when nobody wants it any more.
+    """
+
+    def __init__(
+        self, settings: Settings, *, project: Path, work_dir: Path, say: Callable[[str], None]
+    ) -> None:
+        self.settings = settings
+        self.machine: MicroVM | None = None
+        self.stopped = threading.Event()
+        self._project = project
+        self._work_dir = work_dir
+        self._host = Host(project=project, timeout=DEFAULT_TIMEOUT, say=lambda line: say(sanitize(line)))
+        self._base = self._host.base(settings.spec)
+
+    @cached_property
+    def pythons(self) -> list[PythonInfo]:
+        """The image's Pythons."""
+
+        def start() -> MicroVM:
+            return self._start(())
+
+        return interpreters(self._host.cache, self._base.image.digest, start)
+
+    @cached_property
+    def workspace(self) -> Workspace:
+        """The project's files, without what tox made."""
+        whole = scan(self._project)
+        if whole.size > self._base.resources.disk:
+            raise UsageError(
+                f"the project {self._project} is larger than the machine's disk",
+                details=f"{whole.size} bytes of files, {self._base.resources.disk} bytes of disk",
+                resolution="set microvm_disk, or have git ignore some",
+            )
+        if not self._work_dir.is_relative_to(self._project):
+            return whole
+        own = f"{self._work_dir.relative_to(self._project)}/"
+        return replace(
+            whole, entries=tuple(entry for entry in whole.entries if not f"{entry.path}/".startswith(own))
+        )
+
+    def files(self, names: Sequence[str]) -> Workspace:
+        """Return some of the project's files.
+
+        Raises:
+            UsageError: One of them is not among them.
+        """
+        wanted = set(names)
+        entries = tuple(entry for entry in self.workspace.entries if entry.path in wanted)
+        missing = sorted(wanted - {entry.path for entry in entries})
+        if missing:
+            raise UsageError(
+                f"{missing[0]} is not copied into the machine", resolution="does git ignore it? add it to git"
+            )
+        return replace(self.workspace, entries=entries)
+
+    def step(
+        self,
+        kind: str,
+        plan: Plan,
+        variables: Mapping[str, str],
+        *,
+        files: Workspace,
+        venv: tuple[str, str, bool] | None,
+        run: Callable[[MicroVM], None],
+        generation: str,
+    ) -> Step:
+        """Return a link of the chain: files are copied in, commands run, the result is kept.
+
+        Args:
+            kind: What it is called in lists: ``tox-env``, ``tox-package``.
+            plan: What is installed.
+            variables: The commands' variables.
+            files: What is copied in before.
+            venv: The virtual environment to make first: its Python, its folder, whether it has the system's
+                packages too.
+            run: Runs the plan's commands.
+            generation: Another one makes it anew.
+        """
+
+        def work(instance: Instance) -> dict[str, bytes]:
+            grants = self._host.grants(self.settings.prepare, self._base.image)
+            machine = machine_in_the_making(self._host, self._base, instance, grants.for_machine("template"))
+            if venv is not None:
+                _make_venv(machine, venv)
+            put(machine, files)
+            for path, text in plan.files.items():
+                machine.path(path).parent.mkdir(parents=True, exist_ok=True)
+                machine.path(path).write_text(text)
+            for path, source in plan.pushed.items():
+                machine.path(path).parent.mkdir(parents=True, exist_ok=True)
+                machine.push(source, path)
+            try:
+                run(machine)
+            finally:
+                for request in machine.network.denied:
+                    self._host.say(str(request))
+            instance.take_away()
+            return {}
+
+        inputs = (
+            FORMAT,
+            json.dumps([plan.commands, plan.files, venv]),
+            hashlib.sha256(json.dumps(sorted(variables.items())).encode()).hexdigest(),
+            files.digest(),
+            *(hashlib.sha256(source.read_bytes()).hexdigest() for source in plan.pushed.values()),
+            json.dumps([self.settings.prepare.network, self.settings.prepare.hosts]),
+            generation,
+        )
+        return Step(kind, inputs, work, _TITLES[kind])
+
+    def cached(self, steps: Sequence[Step]) -> bool:
+        """Whether nothing has to be installed."""
+        return self._host.cached(self._base, steps) is not None
+
+    def make(self, steps: Sequence[Step]) -> None:
+        """Make what is missing of a chain."""
+        while True:
+            try:
+                self._host.template(self._base, steps)
+            except BudgetExhausted:  # other environments of this run may have all there is, for long
+                self._wait_for_room()
+            else:
+                return
+
+    def start(self, steps: Sequence[Step], *, files: bool) -> MicroVM:
+        """Start the machine in which commands run.
+
+        Args:
+            steps: What it is a copy of.
+            files: Whether the project's files are to be copied in.
+        """
+        machine = self._start(steps)
+        try:
+            if files:
+                put(machine, self.workspace)
+        except BaseException:
+            machine.close()
+            raise
+        self.machine = machine
+        return machine
+
+    def close(self) -> None:
+        """End the machine, and let templates be removed again."""
+        try:
+            if self.machine is not None:
+                self.machine.close()
+        finally:
+            self._host.close()
+
+    def _start(self, steps: Sequence[Step]) -> MicroVM:
+        self.make(steps)
+        template = self._host.template(self._base, steps)
+        told = False
+        while (machine := self._host.machine(template, self._base, wait=False)) is None:
+            if not told:
+                told = True
+                self._host.say(f"waiting: the host budget ({self._host.budget}) is in use by other machines")
+            self._wait_for_room()
+        return machine
+
+    def _wait_for_room(self) -> None:
+        """Wait a moment for another machine's end.
+
+        Raises:
+            BudgetExhausted: There can never be room.
+            MachineError: Somebody wants to stop.
+        """
+        self._host.budget.check_hope(self._base.limits.cpus, self._base.limits.memory)
+        if self.stopped.wait(_PAUSE):
+            raise MachineError("interrupted while waiting for room in the host budget")
+
+
+def put(machine: MicroVM, workspace: Workspace) -> None:
+    """Copy files into a machine, to the same path."""
+    machine.path(str(workspace.top)).mkdir(parents=True, exist_ok=True)
+    if workspace.entries:
+        with tempfile.TemporaryFile() as archive:
+            workspace.write_tar(archive)
+            archive.seek(0)
+            send_file(machine.client.link(), "unpack", str(workspace.top), archive)
+
+
+def program(name: str) -> str:
+    """Return the text of one of the programs that machines are told."""
+    return (_PROGRAMS / f"{name}.py").read_text(encoding="utf-8")
+
+
+def _make_venv(machine: MicroVM, venv: tuple[str, str, bool]) -> None:
+    python, folder, system = venv
+    machine.path(str(PurePosixPath(folder).parent)).mkdir(parents=True, exist_ok=True)
+    command = [python, "-I", "-c", program("make_venv"), folder, "system" if system else ""]
+    done = machine.run(command, timeout=_TIMEOUT)
+    if done.returncode:
+        raise MachineError(
+            f"no virtual environment could be made in {folder}",
+            details="\n".join((done.stdout + done.stderr).splitlines()[-20:]),
+            resolution="the image needs Python's venv (Debian: python3-venv)",
+        )

@@ -1,0 +1,72 @@
+"""How the project's package gets into its environment: what is noted for the template to be made with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tox.tox_env.errors import Fail
+from tox.tox_env.python.extras import resolve_extras_static
+
+from pytest_microvm.tox.installer import GuestPip, Plan
+
+
+@dataclass(frozen=True)
+class Package:
+    """What is to be installed.
+
+    Args:
+        how: tox's word for it, as in ``package``; all but ``skip``.
+        root: The project.
+        extras: Which of its extras.
+        given: The file that ``--installpkg`` names, for ``external``.
+        env_dir: The environment's folder.
+        python: The environment's Python.
+    """
+
+    how: str
+    root: Path
+    extras: frozenset[str]
+    given: Path | None
+    env_dir: Path
+    python: Path
+
+
+def plan_package(package: Package, installer: GuestPip, plan: Plan) -> None:
+    """Note the commands that build and install it, and the files that they read.
+
+    Raises:
+        Fail: It cannot be installed that way.
+    """
+    if package.how == "deps-only":
+        _plan_dependencies(package, installer)
+        return
+    suffix = f"[{','.join(sorted(package.extras))}]" if package.extras else ""
+    constraints = installer.package_constraints()
+    if package.how.startswith("editable"):
+        installer.note(["-e", f"{package.root}{suffix}", *constraints], "package")
+        return
+    built = package.env_dir / ".pkg"
+    requirement = str(built / "package.txt")
+    if package.given is not None:
+        plan.pushed[str(built / package.given.name)] = package.given
+        plan.files[requirement] = f"{built / package.given.name}{suffix}\n"
+    else:
+        _plan_build(package, built, suffix, plan)
+    installer.note(["-r", requirement, *constraints], "package")
+
+
+def _plan_build(package: Package, built: Path, suffix: str, plan: Plan) -> None:
+    script = str(package.env_dir / "build_package.py")
+    plan.files[script] = Path(__file__).with_name("build_package.py").read_text(encoding="utf-8")
+    how = "wheel" if package.how == "wheel" else "sdist"
+    command = (str(package.python), "-I", script, how, str(package.root), str(built), suffix)
+    plan.commands.append((command, "build_package"))
+
+
+def _plan_dependencies(package: Package, installer: GuestPip) -> None:
+    dependencies = resolve_extras_static(package.root, set(package.extras))
+    if dependencies is None:
+        raise Fail("package = deps-only needs dependencies that are written in pyproject.toml")
+    if dependencies:
+        installer.install(dependencies, "microvm", "package_deps")

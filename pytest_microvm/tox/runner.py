@@ -1,0 +1,454 @@
+"""The runner ``microvm``: a tox environment whose installation and commands happen in machines."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tox.config.loader.memory import MemoryLoader
+from tox.config.types import Command
+from tox.execute.request import StdinSource
+from tox.report import HandledError
+from tox.tox_env.errors import Fail
+from tox.tox_env.python.api import PythonInfo
+from tox.tox_env.python.runner import PythonRun
+from virtualenv.discovery.py_spec import PythonSpec
+
+from pytest_microvm.errors import MicroVMError
+from pytest_microvm.tox import environment, folders
+from pytest_microvm.tox.installer import GuestPip, Plan
+
+if TYPE_CHECKING:
+    from tox.execute.api import Execute
+    from tox.tox_env.api import ToxEnvCreateArgs
+    from tox.tox_env.package import Package
+
+    from pytest_microvm.machine.microvm import MicroVM
+    from pytest_microvm.templates.chain import Step
+    from pytest_microvm.tox.configuration import ToxFile
+    from pytest_microvm.tox.guest import Guest
+    from pytest_microvm.tox.host_values import Guard
+
+_PROJECT_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
+_ARTIFACTS_TIMEOUT = 600.0
+_GENERATION = "generation"
+_LONGEST = 16  # bytes of it
+_log = logging.getLogger(__name__)
+
+
+class MicrovmRunner(PythonRun):
+    """virtual environment in a machine of its own, via pytest-microvm."""
+
+    guard: ClassVar[Guard | None] = None
+    """Decides what the configuration may read of this computer; ``None``: what it likes, as in native tox."""
+
+    def __init__(self, create_args: ToxEnvCreateArgs) -> None:
+        self._executor: Execute | None = None
+        self._installer: GuestPip | None = None
+        self._guest_made: Guest | None = None
+        self._plan = Plan()
+        self._steps: list[Step] = []
+        self._has_files = False
+        self._installs_package = False
+        self._making: MicroVM | None = None
+        self._recreated = False
+        self._generation_now: str | None = None
+        _check_name(create_args.conf.name)
+        super().__init__(create_args)
+
+    @staticmethod
+    def id() -> str:
+        """Return what ``runner`` is to say."""
+        return "microvm"
+
+    # Configuration
+
+    def register_config(self) -> None:
+        """Register the keys of a Python environment, and ``microvm_*``."""
+        from pytest_microvm.tox import settings  # noqa: PLC0415 - see tox_plugin
+
+        # A folder of its own, so that switching to machines and back costs no native environment.
+        own = self.core.get("work_dir", Path) / ".microvm" / self.conf.name
+        places = {"env_dir": own, "env_tmp_dir": own / "tmp", "env_log_dir": own / "log"}
+        self.conf.loaders.append(MemoryLoader(**places))
+        super().register_config()
+        self.conf.add_config(
+            keys=["system_site_packages", "sitepackages"],
+            of_type=bool,
+            default=False,
+            desc="create virtual environments that also have access to globally installed packages.",
+        )
+        settings.register(self.conf)
+
+    @property
+    def executor(self) -> Execute:
+        """What runs commands."""
+        if self._executor is None:
+            from pytest_microvm.tox.executor import GuestExecutor  # noqa: PLC0415 - needs a Unix
+
+            self._executor = GuestExecutor(self.options.is_colored, self)
+        return self._executor
+
+    @property
+    def installer(self) -> GuestPip:
+        """What notes what is to be installed."""
+        if self._installer is None:
+            self._installer = GuestPip(self, lambda: self._plan)
+        return self._installer
+
+    @property
+    def runs_on_platform(self) -> str:
+        """The machine's."""
+        return "linux"
+
+    @property
+    def default_pkg_type(self) -> str:
+        """Nothing to install where there is no project."""
+        root = self.core.get("tox_root", Path)
+        return super().default_pkg_type if any((root / name).exists() for name in _PROJECT_FILES) else "skip"
+
+    @property
+    def _package_tox_env_type(self) -> str:
+        return "none"  # a package environment would run the project's build backend on this computer
+
+    @property
+    def _external_pkg_tox_env_type(self) -> str:
+        return "none"
+
+    def get_package_env_types(self) -> tuple[str, str] | None:
+        """Return nothing: the package is built in the machine."""
+        self._installs_package = self._register_package_conf()
+        return None
+
+    def _build_packages(self) -> list[Package]:
+        return []
+
+    # Python
+
+    def _get_python(self, base_python: list[str]) -> PythonInfo | None:
+        from pytest_microvm.tox.interpreters import chosen  # noqa: PLC0415
+
+        with _in_tox_words():
+            return chosen(base_python, self._guest().pythons)
+
+    @classmethod
+    def python_spec_for_path(cls, path: Path) -> PythonSpec:
+        """Return what a path to a Python asks for: its name, since it is in the machine, if anywhere."""
+        return PythonSpec.from_string_spec(path.name)
+
+    def env_bin_dir(self) -> Path:
+        """Return the folder of the environment's programs."""
+        return self.env_dir / "bin"
+
+    def env_python(self) -> Path:
+        """Return the environment's Python."""
+        return self.env_bin_dir() / "python"
+
+    def env_site_package_dir(self) -> Path:
+        """Return where packages are installed."""
+        python = self.base_python
+        if python.implementation == "PyPy":
+            return self.env_dir / "lib" / f"pypy{python.version_dot}" / "site-packages"
+        return self.env_dir / "lib" / f"python{python.version_dot}" / "site-packages"
+
+    def prepend_env_var_path(self) -> list[Path]:
+        """Return where commands are looked for first."""
+        return [self.env_bin_dir()]
+
+    def create_python_env(self) -> None:
+        """Do nothing: it is made with what is installed in it."""
+
+    # Variables
+
+    def _default_pass_env(self) -> list[str]:
+        return [*environment.PASSED, *(environment.PASSED_ON_TERMINAL if sys.stdout.isatty() else ())]
+
+    @staticmethod
+    def _load_pass_env(pass_env: list[str]) -> dict[str, str]:
+        found = environment.passed(pass_env, os.environ)
+        guard = MicrovmRunner.guard
+        return found if guard is None else {name: found[name] for name in guard.allowed(found)}
+
+    def _make_path(self, existing: str | None = None) -> str:
+        return environment.path_of(self._paths, existing)
+
+    @property
+    def environment_variables(self) -> dict[str, str]:
+        """The variables of commands; while a template is made, those that may be in it."""
+        variables = super().environment_variables
+        if self._making is None:
+            return variables
+        return self._prepared_with(variables)
+
+    def _prepared_with(self, variables: Mapping[str, str]) -> dict[str, str]:
+        set_here = set(self.conf["set_env"])
+        passed = [name for name in self._load_pass_env(self.conf["pass_env"]) if name not in set_here]
+        return environment.prepared_with(variables, [*passed, "__TOX_ENVIRONMENT_VARIABLE_ORIGINAL_CI"])
+
+    # Installation
+
+    def _setup_env(self) -> None:
+        self._check_folders()
+        self._plan, self._steps, self._has_files = Plan(), [], False
+        super(PythonRun, self)._setup_env()
+        if self.conf["pylock"]:
+            self._install_pylock()
+        else:
+            self._install_deps()
+            self._install_dependency_groups()
+        with _in_tox_words():
+            self._steps = [self._environment_step()]
+
+    def ensure_python_env(self) -> None:
+        """See that the image has a Python that will do.
+
+        Raises:
+            Skip: It has not, and missing ones are to be skipped.
+            NoInterpreter: It has not.
+        """
+        self.base_python  # noqa: B018 - it raises
+
+    def _setup_with_env(self) -> None:
+        self._plan = Plan()
+        with _in_tox_words():
+            if self._installs_package:
+                self._plan_package()
+            for number, command in enumerate(self.conf.get("extra_setup_commands", list[Command])):
+                self._plan.commands.append((tuple(command.args), f"extra_setup_commands[{number}]"))
+            step = self._package_step() if self._plan.commands else None
+            if step is not None and self._skips_package() and not self._guest().cached([*self._steps, step]):
+                _log.warning("skip building and installing the package")
+                step = None
+            if step is not None:
+                self._steps.append(step)
+                self._has_files = True
+            self._guest().make(self._steps)
+
+    def _environment_step(self) -> Step:
+        from pytest_microvm.tox.requirements import needed  # noqa: PLC0415
+
+        guest, root = self._guest(), self.core.get("tox_root", Path)
+        reads = needed(self._plan.arguments, root)
+        files = guest.workspace if reads.all else guest.files(reads.files)
+        venv = (
+            str(self.base_python.extra["executable"]),
+            str(self.env_dir),
+            self.conf.get("system_site_packages", bool),
+        )
+        return self._step("tox-env", files=files, venv=venv)
+
+    def _package_step(self) -> Step:
+        return self._step("tox-package", files=self._guest().workspace, venv=None)
+
+    def _step(self, kind: str, *, files: Any, venv: tuple[str, str, bool] | None) -> Step:
+        plan = self._plan
+
+        def run(machine: MicroVM) -> None:
+            self._making = machine
+            try:
+                for argv, run_id in plan.commands:
+                    outcome = self.execute(argv, stdin=StdinSource.OFF, run_id=run_id)
+                    outcome.assert_success()
+            finally:
+                self._making = None
+
+        return self._guest().step(
+            kind,
+            plan,
+            self._prepared_with(self.environment_variables),
+            files=files,
+            venv=venv,
+            run=run,
+            generation=self._generation(),
+        )
+
+    def _plan_package(self) -> None:
+        from pytest_microvm.tox.package import Package as Wanted  # noqa: PLC0415 - see tox_plugin
+        from pytest_microvm.tox.package import plan_package  # noqa: PLC0415
+
+        if self.options.package_only:
+            raise Fail("a package built in a machine stays in it: leave --pkg-only out")
+        external = self.pkg_type == "external"
+        if external and self.options.install_pkg is None:
+            raise Fail("package = external needs --installpkg: no other package is made on this computer")
+        wanted = Wanted(
+            how=self.pkg_type,
+            root=self.core.get("package_root", Path),
+            extras=frozenset(self.conf.get("extras", set[str])),
+            given=self.options.install_pkg if external else None,
+            env_dir=self.env_dir,
+            python=self.env_python(),
+        )
+        plan_package(wanted, self.installer, self._plan)
+
+    def _skips_package(self) -> bool:
+        return any(getattr(self.options, name, False) for name in ("skip_pkg_install", "skip_env_install"))
+
+    def _generation(self) -> str:
+        """Return what makes templates other ones after ``tox -r``, though their inputs are the same."""
+        file = self.env_dir / _GENERATION
+        if self._recreated and self._generation_now is None:
+            mark = secrets.token_bytes(_LONGEST)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(mark)
+            self._generation_now = mark.hex()
+        if self._generation_now is None:
+            from pytest_microvm.untrusted.nofollow import read_below  # noqa: PLC0415 - see tox_plugin
+
+            self._generation_now = (read_below(self.env_dir, _GENERATION, _LONGEST) or b"").hex()
+        return self._generation_now
+
+    # Commands
+
+    def running_machine(self) -> MicroVM:
+        """Return the machine that commands run in now."""
+        if self._making is not None:
+            return self._making
+        guest = self._guest()
+        if guest.machine is None:
+            machine = guest.start(self._steps, files=not self._has_files)
+            for folder in (self.env_tmp_dir, self.conf.get("change_dir", Path)):
+                machine.path(str(folder)).mkdir(parents=True, exist_ok=True)
+        assert guest.machine is not None
+        return guest.machine
+
+    def take_artifacts_back(self) -> None:
+        """Copy what ``microvm_artifacts`` names to the environment's folder ``artifacts``.
+
+        Raises:
+            Fail: The machine has ended.
+        """
+        from pytest_microvm.ci.running.collecting import Collection  # noqa: PLC0415 - where it is needed
+
+        guest = self._guest_made
+        if guest is None or guest.machine is None or not guest.settings.artifacts:
+            return
+        folder, root = self.env_dir / "artifacts", PurePosixPath(self.core.get("tox_root", Path))
+        for place in (folder, folder.with_name("artifacts.new")):
+            if place.is_symlink():
+                raise Fail(f"{place} is a link: delete it")
+        collection = Collection(guest.machine, root, time.monotonic() + _ARTIFACTS_TIMEOUT)
+        with _in_tox_words():
+            taken = collection.take(guest.settings.artifacts, folder)
+        for note in collection.notes:
+            _log.warning("artifacts: %s", note)
+        _log.warning("artifacts: %d files in %s", len(taken), folder)
+
+    def interrupt(self) -> None:
+        """Stop the command that runs, and wait for no room any more."""
+        guest = self._guest_made
+        if guest is not None:
+            guest.stopped.set()
+        super().interrupt()
+
+    def _teardown(self) -> None:
+        super()._teardown()
+        if self._guest_made is not None:
+            self._guest_made.close()
+            self._guest_made = None
+
+    def _guest(self) -> Guest:
+        """Return where machines come from."""
+        if self._guest_made is None:
+            from pytest_microvm.tox.guest import Guest  # noqa: PLC0415 - see tox_plugin
+            from pytest_microvm.tox.settings import read  # noqa: PLC0415
+
+            root, file = self.core.get("tox_root", Path), self._file()
+            self._check_reads(file.folder)
+            self._guest_made = Guest(
+                read(self.conf, self.options, root, file),
+                project=root,
+                work_dir=self.core.get("work_dir", Path),
+                say=lambda line: _log.warning("%s", line),
+            )
+        return self._guest_made
+
+    # Files and folders of this computer
+
+    def _file(self) -> ToxFile:
+        """Return the configuration."""
+        from pytest_microvm.tox.configuration import ToxFile  # noqa: PLC0415 - see tox_plugin
+
+        return ToxFile.of(self.core.get("config_file_path", Path), self.options)
+
+    def _check_reads(self, folder: Path) -> None:
+        """See that a machine gets nothing but the project: the configuration says what that is.
+
+        Args:
+            folder: Where the configuration is, or what the command line says in its place.
+
+        Raises:
+            UsageError: It names something else.
+        """
+        folders.check_read("tox_root", self.core.get("tox_root", Path), folder)
+        roots = {self.core.get("tox_root", Path)}
+        if "package_root" in self.core:  # older versions of tox have it with a package environment alone
+            roots.add(self.core.get("package_root", Path))
+        for root in roots:
+            folders.check_read("package_root", root, folder)
+            if self.conf["pylock"]:
+                folders.check_file("pylock", root / str(self.conf["pylock"]), folder)
+            if self.conf["dependency_groups"] or (self._installs_package and self.pkg_type == "deps-only"):
+                folders.check_file("pyproject.toml", root / "pyproject.toml", folder)
+
+    def _read_python_version_file(self, file_paths: list[str]) -> list[str]:
+        file = self._file()
+        for path in file_paths:
+            with _in_tox_words():
+                folders.check_file("base_python_file", self.core.get("tox_root", Path) / path, file.folder)
+        found: list[str] = super()._read_python_version_file(file_paths)
+        return found
+
+    def _check_folders(self) -> None:
+        """See that tox empties nothing but folders of its own: the configuration chooses them.
+
+        Raises:
+            Fail: One lies elsewhere.
+        """
+        roots = [self.core.get("tox_root", Path)]
+        if self.options.work_dir is not None:
+            roots.append(Path(self.options.work_dir))
+        with _in_tox_words():
+            folders.check_environment(self.conf.get("env_dir", Path), roots)
+            folders.check_logs(self.conf.get("env_log_dir", Path), roots)
+            folders.check_made("temp_dir", self.core.get("temp_dir", Path), roots)
+            folders.check_made("change_dir", self.conf.get("change_dir", Path), roots)
+
+    def _handle_env_tmp_dir(self) -> None:
+        """Leave this computer's alone: the folder is the machine's."""
+
+    def _clean(self, transitive: bool = False) -> None:
+        self._check_folders()
+        self._recreated = True
+        super()._clean(transitive)
+
+    def _run_recreate_commands(self) -> None:
+        """Run none: no machine of before is left for them."""
+
+
+def _check_name(name: str) -> None:
+    """Check the name of an environment: tox begins lines of its output with it.
+
+    Raises:
+        HandledError: It commands a terminal or a CI system.
+    """
+    from pytest_microvm.untrusted.text import sanitize_line  # noqa: PLC0415 - see tox_plugin
+
+    if sanitize_line(f"{name}:") != f"{name}:":
+        raise HandledError(f"invalid environment name: expected printable text, got {name!r}")
+
+
+@contextmanager
+def _in_tox_words() -> Iterator[None]:
+    """Report errors as tox reports its own."""
+    try:
+        yield
+    except MicroVMError as error:
+        raise Fail(str(error)) from error

@@ -1,0 +1,139 @@
+"""The keys ``microvm_*`` of a tox environment: what its machines are made of, and who may ask for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytest_microvm.errors import UsageError
+from pytest_microvm.settings.options import BY_NAME, QUOTAS
+from pytest_microvm.settings.spec import MachineSpec
+from pytest_microvm.settings.trust import notes, shown
+
+if TYPE_CHECKING:
+    from tox.config.cli.parser import Parsed
+    from tox.config.sets import EnvConfigSet
+
+    from pytest_microvm.tox.configuration import ToxFile
+
+
+class Key(NamedTuple):
+    """A key of an environment.
+
+    Args:
+        of_type: ``str`` or ``list[str]``.
+        default: What it is where nothing is said.
+        about: What it says.
+    """
+
+    of_type: Any
+    default: Any
+    about: str
+
+
+_QUOTAS = tuple(quota.name for quota in QUOTAS if "tox" not in quota.absent)
+KEYS: Mapping[str, Key] = {
+    "image": Key(str, BY_NAME["image"].default, BY_NAME["image"].help),
+    **{name: Key(str, "", BY_NAME[name].help) for name in _QUOTAS},
+    "network": Key(list[str], [], "rules of what the commands may reach"),
+    "prepare_network": Key(list[str], ["pip"], "rules of what the installation may reach"),
+    "hosts": Key(list[str], [], "where names lead, NAME=ADDRESS[:PORT]"),
+    "secrets": Key(list[str], [], "values the commands get, NAME=SOURCE"),
+    "credentials": Key(list[str], [], "what is added to the commands' requests on the way out"),
+    "artifacts": Key(list[str], [], "files of the project to copy back after the commands, globs"),
+}
+"""Each is written with ``microvm_`` in front."""
+
+_GRANTS = ("network", "hosts", "secrets", "credentials")
+_OPTIONS = {
+    "image": "microvm_image",
+    "network": "microvm_network",
+    "prepare_network": "microvm_prepare_network",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the machines of one environment are.
+
+    Args:
+        spec: What they are made of, and given while the commands run.
+        prepare: What they are given while dependencies are installed: a network, and nothing else.
+        artifacts: What to copy back, as globs below the project.
+    """
+
+    spec: MachineSpec
+    prepare: MachineSpec
+    artifacts: tuple[str, ...]
+
+
+def register(conf: EnvConfigSet) -> None:
+    """Make the keys known to tox."""
+    for name, key in KEYS.items():
+        conf.add_config(f"microvm_{name}", of_type=key.of_type, default=key.default, desc=key.about)
+
+
+def read(conf: EnvConfigSet, options: Parsed, project: Path, file: ToxFile) -> Settings:
+    """Return what the configuration and the command line say.
+
+    Args:
+        conf: The environment's.
+        options: The command line's.
+        project: The folder that machines get.
+        file: The configuration.
+
+    Raises:
+        UsageError: A value is impossible, or asks for what nobody has allowed.
+    """
+    values = {name: conf[f"microvm_{name}"] for name in KEYS}
+    asked = {name: list(values[name]) for name in (*_GRANTS, "prepare_network") if values[name]}
+    if asked.get("prepare_network") == KEYS["prepare_network"].default:
+        del asked["prepare_network"]  # what tox would do on this computer, of which less is left
+    for name, option in _OPTIONS.items():
+        given = getattr(options, option, None)
+        if given is not None:
+            values[name] = given if name == "image" else _rules(given)
+            asked.pop(name, None)
+    _check(file, asked, _own_kit(values["image"], project, options))
+    where = f"tox environment {conf.name}"
+    spec = {name: values[name] for name in ("image", *_QUOTAS, *_GRANTS) if values[name]}
+    made = {name: spec[name] for name in ("image", *_QUOTAS) if name in spec}
+    prepare = {**made, "network": values["prepare_network"], "hosts": values["hosts"]}
+    return Settings(
+        spec=MachineSpec().with_changes({**spec, "network": values["network"]}, where),
+        prepare=MachineSpec().with_changes(prepare, where),
+        artifacts=tuple(values["artifacts"]),
+    )
+
+
+def _rules(text: str) -> list[str]:
+    rules = [rule.strip() for rule in text.split(",") if rule.strip()]
+    return [] if rules == ["none"] else rules
+
+
+def _own_kit(image: str, project: Path, options: Parsed) -> dict[str, Any]:
+    """Return what the image asks for if its kit is the project's: its commands run on this computer."""
+    from pytest_microvm.tox.configuration import asked_by_image  # noqa: PLC0415 - when one is run
+
+    return {} if getattr(options, "microvm_image", None) is not None else asked_by_image(image, project)
+
+
+def _check(file: ToxFile, asked: Mapping[str, Any], kit: Mapping[str, Any]) -> None:
+    """Refuse what a configuration asks for if nobody has allowed it (see docs/adr/0020).
+
+    Raises:
+        UsageError: Nobody has.
+    """
+    if not (asked or kit) or file.allows(kit):
+        return
+    lines = [f"microvm_{line}" for line in shown(json.loads(json.dumps(asked)))]
+    raise UsageError(
+        f"the tox configuration of {file.folder} asks for more than its own files, "
+        f"and nobody has allowed that for {file.checkout}",
+        details="\n".join([*lines, *shown(kit), *notes(file.folder, {**file.asked, **kit})]),
+        resolution="if you trust it, say `pytest-microvm trust`; else give what it may have on the command "
+        "line, such as --microvm-network pip, in place of the configuration's",
+    )
