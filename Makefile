@@ -13,7 +13,7 @@ PARALLEL ?= $(shell nproc)
 CHOSEN ?= -m "not thorough"
 PYTEST = $(BIN)/python -m pytest -n $(PARALLEL) --dist loadfile --no-loadscope-reorder $(CHOSEN)
 
-STAGES := lint types imports unit contract plugin integration
+STAGES := lint types imports unit programs contract plugin integration
 
 .PHONY: help setup demo test test-all images bench soak fuzz $(STAGES)
 
@@ -48,6 +48,10 @@ imports: setup ## the layers of CONTRIBUTING.md
 unit: setup ## tests without a hypervisor, in seconds
 	@printf '\n### %s\n' "$@"
 	@$(PYTEST) --dist worksteal tests/unit $(ARGS)
+
+programs: setup ## tests with git, pip, npm, tox and pytest as real programs; no hypervisor either
+	@printf '\n### %s\n' "$@"
+	@$(PYTEST) --dist worksteal tests/programs $(ARGS)
 
 contract: images ## what every hypervisor must do
 	@printf '\n### %s\n' "$@"
