@@ -8,15 +8,15 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_microvm.agent.transfer import receive_file, receive_tree, send_tar
 from pytest_microvm.errors import MountConflict, TransferError, UsageError
-from pytest_microvm.mounts.merging import Result, TakeOver, is_below
+from pytest_microvm.mounts.merging import Conflict, Result, TakeOver, is_below
 from pytest_microvm.settings.mounts import Changes, Mount
-from pytest_microvm.untrusted.extraction import MAX_BYTES, Terms
+from pytest_microvm.untrusted.extraction import LEADS_OUT, MAX_BYTES, Terms
 from pytest_microvm.untrusted.manifest import MAX_PATHS, Found, Handover, Manifest, file_mode, is_git, scan
 from pytest_microvm.untrusted.nofollow import open_folder
 from pytest_microvm.untrusted.text import sanitize_line
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pytest_microvm.agent.path import GuestPath
     from pytest_microvm.mounts.machine import Machine
 
+_LEADS_OUT_BY_ANOTHER = "a link that leads out by way of another"
 _SHOWN = 20  # paths in a message
 _log = logging.getLogger("pytest_microvm")
 
@@ -119,7 +120,7 @@ class Copy:
             for path in _leading_out(staging.resolve() / "content", before, after):
                 (staging / "content" / path).unlink()
                 del after[path]
-                left_out[path] = "a link that leads out by way of another"
+                left_out[path] = _LEADS_OUT_BY_ANOTHER
             for path in after:
                 if is_git(path) and not is_git(path.rpartition("/")[0]):
                     _remove(staging / "content" / path)  # it might come along with a directory that is moved
@@ -137,14 +138,30 @@ class Copy:
         }
         told = {(path, why) for path, why in self._left_out.items() if path in left_out}
         result.conflicts = [conflict for conflict in result.conflicts if conflict[:2] not in told]
+        result.links = [
+            conflict
+            for conflict in result.conflicts
+            if conflict.why in (LEADS_OUT, _LEADS_OUT_BY_ANOTHER) and conflict.path not in before
+        ]
+        result.conflicts = [conflict for conflict in result.conflicts if conflict not in result.links]
         self._left_out = left_out
         return result
 
     def _told(self, result: Result) -> Changes:
         """Return what was taken over, and say what was not."""
         changes = Changes(
-            tuple(result.created), tuple(result.changed), tuple(result.deleted), tuple(result.left)
+            tuple(result.created),
+            tuple(result.changed),
+            tuple(result.deleted),
+            tuple(result.left),
+            links=tuple(link.path for link in result.links),
         )
+        if result.links:
+            _log.warning(
+                "%s: links that lead out stay in the machine: pull what they lead to, or mount it too (%s)",
+                self._mount.target,
+                "; ".join(self._lines(result.links)),
+            )
         if result.left:
             _log.warning(
                 "%s: git's own files changed in the machine and were left there (%s ...): hand a repository "
@@ -153,21 +170,20 @@ class Copy:
                 sanitize_line(self._machine.client.redactor.text(result.left[0])),
             )
         if result.conflicts:
-            lines = [_line(*conflict) for conflict in result.conflicts[:_SHOWN]]
-            more = len(result.conflicts) - _SHOWN
             raise MountConflict(
                 f"{len(result.conflicts)} of the changes to {self._mount.target} were not taken over into "
                 f"{self._source}",
                 tuple(conflict.path for conflict in result.conflicts),
-                details="\n".join(
-                    [
-                        *map(self._machine.client.redactor.text, lines),
-                        *([f"and {more} more"] if more > 0 else []),
-                    ]
-                ),
+                details="\n".join(self._lines(result.conflicts)),
                 resolution="compare the two versions, and remove the one with the machine's id in its name",
             )
         return changes
+
+    def _lines(self, conflicts: Sequence[Conflict]) -> list[str]:
+        """Return conflicts as lines that are safe to show, the first of them and how many more there are."""
+        lines = [self._machine.client.redactor.text(_line(*conflict)) for conflict in conflicts[:_SHOWN]]
+        more = len(conflicts) - _SHOWN
+        return [*lines, *([f"and {more} more"] if more > 0 else [])]
 
 
 def resolved(what: Mount) -> Path:

@@ -60,7 +60,8 @@ class _Status(NamedTuple):
 class Result:
     """What was taken over, by paths relative to the directory, and what was not.
 
-    ``unsaved`` are the conflicts of which the machine's version is nowhere but in the machine.
+    ``links`` are new links of the machine's that lead out: they concern nothing of the host's. ``unsaved``
+    are the conflicts of which the machine's version is nowhere but in the machine.
     """
 
     created: list[str] = field(default_factory=list)
@@ -68,6 +69,7 @@ class Result:
     deleted: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     conflicts: list[Conflict] = field(default_factory=list)
+    links: list[Conflict] = field(default_factory=list)
     unsaved: set[str] = field(default_factory=set)
 
 

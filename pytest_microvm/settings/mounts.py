@@ -57,6 +57,7 @@ class Changes:
         commits: How many it made.
         subjects: First lines of the newest of them, made safe to show.
         uncommitted: How many changes it had not committed; they were lost.
+        links: New links that lead out of the directory; they stay in the machine.
     """
 
     created: tuple[str, ...] = ()
@@ -67,6 +68,7 @@ class Changes:
     commits: int = 0
     subjects: tuple[str, ...] = ()
     uncommitted: int = 0
+    links: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         counts = {"created": self.created, "changed": self.changed, "deleted": self.deleted}
@@ -75,6 +77,8 @@ class Changes:
             parts.append(f"branch {self.branch} ({self.commits} commit{'' if self.commits == 1 else 's'})")
         if self.uncommitted:
             parts.append(f"{self.uncommitted} not committed in the machine, and not copied back")
+        if self.links:
+            parts.append(f"{len(self.links)} links that lead out left in the machine")
         return ", ".join(parts) or "no changes"
 
 

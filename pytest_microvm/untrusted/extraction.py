@@ -28,6 +28,9 @@ MAX_BYTES = 64 * 1024**3
 _MAX_LEFT_OUT = 1000  # members: each costs memory
 _LONG_NAME = 512  # bytes: what counts as one more entry, for names are kept in memory
 _MAX_HEADER = 64 * 1024  # bytes of a long name or of extended attributes, which are read into memory
+LEADS_OUT = "a link that may lead out"
+"""Why a symbolic link is refused, or left out."""
+
 _MAX_NAME = 4096
 _MAX_HEADERS = 8  # headers in a row that say more about the next: attributes, a long name, a long link
 _PIECE = 256 * 1024
@@ -244,7 +247,7 @@ def _check_target(member: tarfile.TarInfo, depth: int) -> None:
     if not target or "\0" in target or len(os.fsencode(target)) > _MAX_NAME:
         raise _refused(member, "an impossible link")
     if target.startswith("/") or upwards > depth or ".." in parts[upwards:]:
-        raise _refused(member, "a link that may lead out")
+        raise _refused(member, LEADS_OUT)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ tests/attacks/README.md says what ``attack.toml`` may hold.
 
 import os
 import re
+import socket
 import socketserver
 import threading
 from pathlib import Path
@@ -12,25 +13,37 @@ from pathlib import Path
 import pytest
 
 from pytest_microvm.settings.configuration import tomllib
+from support import guards
 
 PROJECTS = Path(__file__).parents[1] / "attacks" / "projects"
 ATTACKS = sorted(folder.name for folder in PROJECTS.iterdir())
 GUARDED = '(__import__("os").environ.get("LOCAL_GUEST") or __import__("os").path.exists("/run/microvm"))'
 
 
-class Listener(socketserver.ThreadingTCPServer):
-    """Counts connections; it stands for every proxy that a program could use."""
+class Listener(socketserver.TCPServer):
+    """Counts connections, one after another; it stands for every proxy that a program could use."""
 
-    daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self):
-        self.count = 0
+        self._clients = []
+        self._changed = threading.Condition()
         super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def finish_request(self, request, client_address):
-        """Count it, and say nothing."""
-        self.count += 1
+        """Take note of it, and say nothing."""
+        with self._changed:
+            self._clients.append(client_address)
+            self._changed.notify_all()
+
+    def connections(self):
+        """Return how many have connected so far; one of our own is accepted behind them all."""
+        with socket.create_connection(self.server_address, timeout=guards.PROCESS) as own, self._changed:
+            name = own.getsockname()
+            assert self._changed.wait_for(lambda: name in self._clients, guards.PROCESS)
+            self._clients.remove(name)
+            return len(self._clients)
 
 
 class Attack:
@@ -127,7 +140,7 @@ class Attack:
         found = [path.read_text() for path in (self.marker, self.ran) if path.exists()]
         if self.look() != self.before:
             found.append("something outside has changed")
-        if listener.count:
+        if listener.connections():
             found.append("a connection was made")
         return found
 
