@@ -1,1 +1,1 @@
-"""Branches become jobs, jobs run in machines of their own, and what they report becomes one result."""
+"""Continuous integration: run each branch's jobs in their own machines, and merge their results."""

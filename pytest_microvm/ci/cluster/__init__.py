@@ -1,1 +1,1 @@
-"""Tasks on several hosts, with Dask."""
+"""Run tasks on several hosts with Dask."""

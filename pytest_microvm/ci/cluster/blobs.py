@@ -1,8 +1,8 @@
-"""Files by digest, from the host that submits a run to the workers that ask for them, a piece at a time.
+"""File transfer by digest, in pieces, from the submitting host to the workers that request files.
 
-A worker asks by an event of the run's topic, and waits; the submitting host has the answer delivered by a
-call on that worker. So the submitting host need not be reachable itself, no piece waits in the scheduler's
-memory, and no thread of a worker, all of which may be waiting, is needed to take one.
+A worker publishes a request as an event on the run's topic and waits; the submitting host delivers the
+response by a call on that worker. So the submitting host need not be reachable itself, no piece is held in
+the scheduler's memory, and receiving a piece takes no thread of a worker, all of which may be waiting.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from pytest_microvm.errors import HostError
 from pytest_microvm.images.blobs import sha256_file
 
 PIECE = 8 * 1024**2
-_PATIENCE = 120.0  # seconds for a piece
-_LOOK = 0.5  # seconds between two looks at whether to stop
+_PATIENCE = 120.0  # seconds to wait for a piece
+_LOOK = 0.5  # seconds between two checks whether to stop
 _UNKNOWN = "unknown"
 
 Answer = Callable[[str, str, "bytes | None"], None]
 
 
 class Offers:
-    """The submitting host's side: answers what workers ask for.
+    """The submitting host's side: responds to the workers' requests for files.
 
     Args:
         client: The cluster.
         deliver: ``deliver(request, data)``, called on a worker by ``client.run`` as
-            ``deliver(run, request, data)``; no data: there is no such file.
+            ``deliver(run, request, data)``; ``data`` is ``None`` if there is no such file.
         run: The run's id.
     """
 
@@ -55,15 +55,15 @@ class Offers:
         return digest
 
     def add_known(self, files: Mapping[str, Path]) -> None:
-        """Offer files whose digests are known; the worker checks them anyway."""
+        """Offer files whose digests are known; the worker verifies them anyway."""
         self._files.update(files)
 
     def answer(self, asked: Mapping[str, Any]) -> None:
-        """Send a piece of a file to the worker that asked for it."""
+        """Send a piece of a file to the worker that requested it."""
         self._threads.submit(self._send, asked["request"], asked["blob"], asked["offset"], asked["worker"])
 
     def close(self) -> None:
-        """Answer no more."""
+        """Stop responding to requests."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _send(self, request: str, blob: str, offset: int, worker: str) -> None:
@@ -74,15 +74,15 @@ class Offers:
                     file.seek(offset)
                     data = file.read(PIECE)
             except OSError:
-                data = None  # it was removed meanwhile; the worker says so
+                data = None  # it was removed meanwhile; the worker reports that
         self._client.run(self._deliver, self._run, request, data, workers=[worker], on_error="ignore")
 
 
 class Inbox:
-    """A worker's side: asks for files and takes what is delivered.
+    """A worker's side: requests files and receives their pieces.
 
     Args:
-        ask: Sends a question to the submitting host.
+        ask: Sends a request to the submitting host.
     """
 
     def __init__(self, ask: Callable[[Mapping[str, Any]], None]) -> None:
@@ -91,23 +91,23 @@ class Inbox:
         self._lock = Lock()
 
     def deliver(self, request: str, data: bytes | None) -> None:
-        """Take an answer; one that nobody waits for any more is dropped."""
+        """Accept the response to a request; drop it if the request is no longer pending."""
         with self._lock:
             waiting = self._waiting.get(request)
         if waiting is not None:
             waiting.put(data)
 
     def fetch(self, blob: str, path: Path, stop: Stop) -> None:
-        """Get a file.
+        """Fetch a file and verify its digest.
 
         Args:
-            blob: Its SHA-256.
-            path: Where it goes.
-            stop: When to give up.
+            blob: The file's SHA-256.
+            path: The destination.
+            stop: The conditions for giving up.
 
         Raises:
-            HostError: It does not come, or is not what was asked for.
-            Stopped: It is time to stop.
+            HostError: The file does not arrive, or its digest differs.
+            Stopped: A stop was requested.
         """
         digest = hashlib.sha256()
         offset = 0

@@ -1,8 +1,8 @@
-"""How a cluster is reached: only with TLS, or without leaving this computer.
+"""Connections to a cluster: with TLS, or within this computer only.
 
-Who may talk to a Dask scheduler may run any code on all of its workers. So nothing is sent to, or taken from,
-an address of another computer without certificates on both sides; a cluster that lives only as long as a run
-has certificates of its own, since other users of this computer can reach its ports, too.
+Any client of a Dask scheduler can run any code on all of its workers. So nothing is sent to, or accepted
+from, an address of another computer without certificates on both sides; a cluster that lives only as long as
+a run has certificates of its own, since other users of this computer can reach its ports, too.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from pytest_microvm.templates.runtime_folder import runtime_folder
 CONNECT_TIMEOUT = 60.0
 _NAME = "pytest-microvm"
 ALLOWED_FAILURES = 1
-"""How many workers may be lost while they do a task: it is begun once more, not twice."""
+"""How many workers may be lost during a task: the task is started once more, not twice."""
 
 
 def dask_settings() -> dict[str, Any]:
-    """Return Dask's configuration: no web pages, which ask nobody who he is, and files in a folder of ours.
+    """Return Dask's configuration: no web pages, which lack authentication, and a private folder for files.
 
-    Dask imports modules from the folder where it has its files, ``dask-scratch-space`` in the folder for
-    temporary files if nothing else is said: whoever made that first could put some there.
+    Dask imports modules from the folder of its files, by default ``dask-scratch-space`` in the folder for
+    temporary files: another user who creates that folder first could place modules there.
 
     Raises:
-        HostError: Our folder is open to other users.
+        HostError: The private folder is open to other users.
     """
     return {
         "distributed.scheduler.http.routes": [],
@@ -51,10 +51,10 @@ def dask_settings() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Certificates:
-    """What a host proves itself with: files in PEM form.
+    """The TLS certificates of a host, as files in PEM form.
 
     Args:
-        ca: The authority that signed everybody's certificate.
+        ca: The authority that signed all hosts' certificates.
         cert: This host's certificate.
         key: Its private key.
     """
@@ -65,14 +65,14 @@ class Certificates:
 
 
 def security_for(address: str, certificates: Certificates | None) -> Security | None:
-    """Return how to talk to a scheduler: with TLS; ``None``: without, on this computer.
+    """Return the TLS settings for a scheduler; ``None`` if it is on this computer and needs none.
 
     Args:
         address: ``tls://host:port``, or ``tcp://127.0.0.1:port``.
-        certificates: This host's.
+        certificates: This host's certificates.
 
     Raises:
-        UsageError: It is another computer's address without TLS, or the certificates are missing.
+        UsageError: The address is another computer's and has no TLS, or certificates are missing.
     """
     try:
         parts = urlsplit(address)
@@ -119,7 +119,7 @@ def _loopback(host: str) -> bool:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep Dask's log from the screen, which is a run's: what is lost shows in results."""
+    """Keep Dask's log off the terminal, which shows the run; results report what was lost."""
     loggers = [logging.getLogger(name) for name in ("distributed", "distributed.client")]
     levels = [logger.level for logger in loggers]
     try:
@@ -133,11 +133,11 @@ def _silent() -> Iterator[None]:
 
 @contextmanager
 def connected(address: str, certificates: Certificates | None) -> Iterator[Client]:
-    """Talk to a scheduler that is there.
+    """Connect to a running scheduler.
 
     Raises:
-        UsageError: It may not be talked to.
-        HostError: It does not answer, or has no worker.
+        UsageError: :func:`security_for` refuses the address.
+        HostError: The scheduler does not respond, or has no worker.
     """
     security = security_for(address, certificates)
     with ExitStack() as stack:
@@ -163,25 +163,25 @@ def connected(address: str, certificates: Certificates | None) -> Iterator[Clien
 
 
 class _Uninterrupted(WorkerPlugin):
-    """Leaves Ctrl-C, which a terminal sends to all processes of a command, to the one that submits."""
+    """Makes workers ignore Ctrl-C, which a terminal sends to all processes; the submitter handles it."""
 
     name = "pytest-microvm-uninterrupted"
 
     def setup(self, worker: Worker) -> None:
-        """Begin; called on the worker."""
+        """Ignore SIGINT; Dask calls this on the worker."""
         del worker
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
 def own_cluster(slots: int) -> Iterator[Client]:
-    """Run a cluster on this computer for as long as the ``with`` lasts.
+    """Run a cluster on this computer for the duration of the ``with`` block.
 
     Args:
-        slots: How many tasks at a time.
+        slots: How many tasks run at the same time.
 
     Raises:
-        HostError: It did not start.
+        HostError: The cluster did not start.
     """
     workers = min(slots, os.cpu_count() or 1)
     threads = math.ceil(slots / workers)

@@ -1,7 +1,7 @@
-"""Tasks on several hosts: a Dask scheduler finds each a worker that has room for its machine.
+"""Run tasks on several hosts: a Dask scheduler finds each task a worker that has room for its machine.
 
-A task's attempt is one key of the cluster. It can be begun again, for it changes nothing but what it returns:
-that is what Dask does when a worker is lost. It happens once; a second loss is the task's result.
+A task's attempt is one key of the cluster. It can be started again, for its return value is its only effect:
+Dask does so when a worker is lost. That happens once; a second loss is the task's result.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ from pytest_microvm.images.image import Image
 from pytest_microvm.untrusted.text import sanitize_line
 
 MOST = 64
-"""How many tasks are given to a cluster at once; where each runs, and when, its scheduler decides."""
+"""How many tasks are submitted to a cluster at once; its scheduler decides where and when each runs."""
 
 _END = {"kind": "end"}
 _GONE = (OSError, RuntimeError)
-"""What Dask raises where there is no scheduler any more."""
+"""The errors that Dask raises once the scheduler is gone."""
 
 
 class DaskExecutor:
-    """Runs tasks on a cluster (an :class:`pytest_microvm.ci.running.executor.Executor`).
+    """Runs tasks on a cluster (implements :class:`pytest_microvm.ci.running.executor.Executor`).
 
     Args:
-        host: This computer: its images are what the cluster's machines are made of.
-        work: What every task needs.
+        host: This computer; the cluster's machines boot from its images.
+        work: The data that all tasks share.
         slots: How many tasks run at the same time.
-        scheduler: Its address; ``None``: a cluster on this computer, for this run.
-        certificates: For a scheduler on another computer.
-        project: Where the kits are that jobs name.
+        scheduler: The scheduler's address; ``None`` starts a cluster on this computer, for this run.
+        certificates: This host's certificates, for a scheduler on another computer.
+        project: The folder with the kits that jobs name.
         require_accel: The only accelerator that will do.
 
     Raises:
-        UsageError: The scheduler may not be talked to.
-        HostError: It cannot be reached, or has no workers that can do this.
+        UsageError: The scheduler's address is refused.
+        HostError: The scheduler cannot be reached, or has no workers that can run this.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class DaskExecutor:
         self._run = secrets.token_hex(6)
         self._attempts: dict[str, int] = {}
         self._tasks: dict[str, Task] = {}
-        self._began: dict[str, list[str]] = {}  # the hosts that began an attempt, by its key
-        self._remote: dict[str, Any] = {}  # what Dask calls futures, by their keys
+        self._began: dict[str, list[str]] = {}  # the hosts that started an attempt, by its key
+        self._remote: dict[str, Any] = {}  # Dask's futures, by key
         self._sources: dict[Source, str] = {}
         self._cancelled = threading.Event()
         self._lock = threading.Lock()
@@ -106,22 +106,22 @@ class DaskExecutor:
             self._stack = stack.pop_all()
 
     def submit(self, task: Task) -> Future[TaskResult]:
-        """Begin a task."""
+        """Start a task."""
         return self._threads.submit(self._do, task)
 
     def cancel(self) -> None:
-        """End what runs, soon; what has not begun does not begin."""
+        """Stop running tasks soon, and start no further ones."""
         self._cancelled.set()
         with self._lock:
             waiting = [remote for key, remote in self._remote.items() if key not in self._began]
-        for remote in waiting:  # first: what ends makes room
+        for remote in waiting:  # first: a task that ends makes room
             remote.cancel()
         if self._connected():
             with contextlib.suppress(*_GONE):
                 self._client.run(end_run, self._run, on_error="ignore")
 
     def close(self) -> None:
-        """Leave the cluster; what runs is ended first, and not waited for."""
+        """Cancel running tasks without waiting for them, and disconnect from the cluster."""
         self.cancel()
         with self._lock:
             running = list(self._remote.values())
@@ -130,10 +130,10 @@ class DaskExecutor:
         self._stack.close()
 
     def _equip(self) -> None:
-        """Give every worker, those to come included, what it needs for this run.
+        """Install this run's plug-in on every worker, including workers that join later.
 
         Raises:
-            HostError: One cannot take it.
+            HostError: A worker cannot load it.
         """
         try:
             self._client.register_plugin(WorkerSide(self._run, self._require_accel))
@@ -149,13 +149,16 @@ class DaskExecutor:
                 self._client.unregister_worker_plugin(plugin_name(self._run))
 
     def _connected(self) -> bool:
-        """Whether there is a scheduler; without, its workers end what runs, and Dask tries for a minute."""
+        """Return True if the scheduler is reachable; if not, Dask would retry each call for a minute.
+
+        Workers that lose their scheduler stop their tasks themselves.
+        """
         return bool(self._client.status == "running")
 
     # One task
 
     def _do(self, task: Task) -> TaskResult:
-        """Have an attempt at a task made somewhere, and return what came of it."""
+        """Run an attempt at a task on a worker and return its result."""
         folder = self._work.output / task.id
         folder.mkdir(parents=True, exist_ok=True)
         with self._lock:
@@ -179,12 +182,12 @@ class DaskExecutor:
         return result
 
     def _answer(self, order: Order, image: Image) -> bytes:
-        """Wait for the answer to an order.
+        """Submit an order and wait for its reply.
 
         Raises:
-            CancelledError: It was cancelled, by us or with the cluster.
-            KilledWorker: Too many workers were lost with it.
-            HostError: A worker could not do it at all.
+            CancelledError: The order was cancelled, by this run or with the cluster.
+            KilledWorker: Too many workers were lost during the order.
+            HostError: A worker could not run the order at all.
         """
         resources = _resources(order.task, image, self._require_accel)
         if self._cancelled.is_set():
@@ -196,12 +199,12 @@ class DaskExecutor:
         with self._lock:
             self._remote[order.key] = remote
         try:
-            if self._cancelled.is_set():  # it came between
+            if self._cancelled.is_set():  # cancelled since the check above
                 remote.cancel()
             answer: bytes = remote.result()
         except (CancelledError, KilledWorker):
             raise
-        except Exception as error:  # whatever a worker's code raises that is of another version, say
+        except Exception as error:  # a worker of another version may raise anything
             raise HostError(
                 f"a worker failed: {type(error).__name__}: {error}", resolution="see the worker's log"
             ) from error
@@ -212,8 +215,8 @@ class DaskExecutor:
         return answer
 
     def _order(self, task: Task, key: str) -> tuple[Order, Image]:
-        """Return an order, with all that it names on offer."""
-        with self._making:  # an image or an archive is made once
+        """Return an order and its image, and offer all files that the order names."""
+        with self._making:  # build each image and archive only once
             image = self._host.images.get(task.job.spec.image, project=self._project, progress=self._host.say)
             sources = self._sources_of(task.source)
             bundle = self._offers.add(self._work.sources.bundle(task.source)) if task.job.git else None
@@ -242,14 +245,14 @@ class DaskExecutor:
         return self._sources[source]
 
     def _key(self, task: Task) -> str:
-        """Return an attempt's id: repository, commit, branch and job, number; no two runs share one."""
+        """Return an attempt's id: a digest of repository, commit, task and number, with the run's id."""
         source = task.source
         facts = [self._work.repository, source.commit, task.id, self._attempts[task.id]]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
         return f"microvm-ci-{digest}-{self._run}"
 
     def _check_room(self, task: Task, wanted: Mapping[str, float]) -> None:
-        """Say so if no worker will ever have room; one that has may still come."""
+        """Report it if no worker has room for a task; one may still join."""
         workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
         for worker in workers:
             if all(worker["resources"].get(name, 0) >= size for name, size in wanted.items()):
@@ -257,10 +260,10 @@ class DaskExecutor:
         sizes = ", ".join(f"{name} {size:g}" for name, size in wanted.items())
         self._work.watcher.line(task, f"waiting: no worker of the cluster has room for {sizes}")
 
-    # What is told
+    # Messages from workers
 
     def _listen(self) -> None:
-        """Handle what workers tell, in the order in which it comes."""
+        """Handle the workers' messages in the order of their arrival."""
         while (message := self._told.get()) is not _END:
             if message["kind"] == "need":
                 self._offers.answer(message)
@@ -303,7 +306,7 @@ class DaskExecutor:
 
 
 def _resources(task: Task, image: Image, require_accel: str | None) -> dict[str, float]:
-    """Return what a worker must have left for a task's machine."""
+    """Return the worker resources that a task's machine needs."""
     spec = task.job.spec
     resources = {
         "vcpus": float(spec.cpus or image.resources["cpus"]),

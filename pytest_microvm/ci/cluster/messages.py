@@ -1,7 +1,7 @@
-"""What goes between the host that submits a run and the hosts that do its tasks.
+"""Messages between the host that submits a run and the workers that run its tasks.
 
-Orders are values of this package, from the submitting host to a worker. What comes back holds what machines
-said and made: it is JSON and a tar archive, and is read as such.
+Orders are values of this package, from the submitting host to a worker. A reply holds output and files of
+machines: it is JSON and a tar archive, and is read as untrusted input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pytest_microvm.untrusted.text import sanitize_line
 
 MAX_FILES = 10_000
 MAX_BYTES = 256 * 1024**2
-"""Bytes of files that one task gives back; what is more is left out, and said to be."""
+"""Bytes of files that one task returns; further files are left out, and the log lists them."""
 
 _HEAD = 8  # bytes of the length of the JSON
 
@@ -33,16 +33,16 @@ class Order:
     """One attempt at a task, for a worker.
 
     Args:
-        run: The run's id, which topics and plug-ins of the cluster are named by.
+        run: The run's id, part of the names of the cluster's topics and plug-ins.
         key: The attempt's id.
         version: The submitting host's version of this package.
-        task: What to do; its image is named by digest.
+        task: The task; its image is named by digest.
         image: The image's name, for people.
         manifest: The image's manifest.
         sources: SHA-256 of the archive with the source's files.
-        bundle: SHA-256 of the git bundle; ``None``: the job has no use for it.
-        repository: What keeps this repository's prepared templates apart from another's.
-        default_branch: Whose prepared templates all branches may use.
+        bundle: SHA-256 of the git bundle; ``None`` if the job does not need it.
+        repository: An identifier that separates this repository's prepared templates from another's.
+        default_branch: The branch whose prepared templates all branches may use.
         require_accel: The only accelerator that will do.
     """
 
@@ -58,12 +58,12 @@ class Order:
     default_branch: str
     require_accel: str | None = None
 
-    def __repr__(self) -> str:  # Dask logs and shows it
+    def __repr__(self) -> str:  # Dask logs and displays it
         return f"<order {self.key}>"
 
 
 def not_done(task: Task, verdict: Verdict, reason: str) -> TaskResult:
-    """Return the result of a task that no machine worked on."""
+    """Return the result of a task that ran on no machine."""
     return TaskResult(
         task.id,
         task.source.branch,
@@ -80,7 +80,7 @@ def pack_reply(result: TaskResult, folder: Path) -> bytes:
 
     Args:
         result: The result.
-        folder: Its folder; artifacts that are too large together are left out, with a line in ``log.txt``.
+        folder: The task's folder; artifacts beyond the limits are left out, with a line in ``log.txt``.
     """
     chosen, left = _chosen(folder)
     if left:
@@ -99,10 +99,10 @@ def pack_reply(result: TaskResult, folder: Path) -> bytes:
 
 
 def unpack_reply(blob: bytes, folder: Path) -> TaskResult:
-    """Return the result, and put the files into ``folder``, which is made.
+    """Return the result from a reply, and extract its files into ``folder``, which is created.
 
     Raises:
-        TransferError: It is damaged, or has more than it may.
+        TransferError: The reply is damaged, or exceeds the limits.
     """
     size = int.from_bytes(blob[:_HEAD], "big")
     try:
@@ -115,7 +115,7 @@ def unpack_reply(blob: bytes, folder: Path) -> TaskResult:
 
 
 def _chosen(folder: Path) -> tuple[list[str], set[str]]:
-    """Return the files to send, and those for which there is no room; logs and reports come first."""
+    """Return the files to send, logs and reports first, and the files that exceed the limits."""
     sizes = dict(_files(folder))
     ordered = sorted(sizes, key=lambda path: (path.startswith("artifacts/"), path))
     chosen: list[str] = []

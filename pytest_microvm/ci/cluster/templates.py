@@ -1,7 +1,7 @@
-"""Prepared templates between the workers of a run: made once, used wherever the key is the same.
+"""Exchange of prepared templates between a run's workers: made once, reused wherever the key is the same.
 
-Workers of a cluster reach each other anyway (Dask moves results so), and ask each other directly. Nobody
-depends on it: what cannot be had is made.
+Workers of a cluster can reach each other anyway (Dask moves results so), and request templates directly from
+one another. This is only an optimization: a worker makes a template that it cannot fetch.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pytest_microvm.errors import HostError
 from pytest_microvm.templates.moving import lent, piece, receive
 from pytest_microvm.templates.store import Template, TemplateStore
 
-_PATIENCE = 60.0  # seconds for an answer
+_PATIENCE = 60.0  # seconds to wait for a response
 _log = logging.getLogger("pytest_microvm")
 
 
 class Lender:
-    """Gives templates of this computer to other workers; they are held until the run is over.
+    """Serves this computer's templates to other workers; they are kept until the run is over.
 
     Args:
         store: This computer's templates.
@@ -34,7 +34,7 @@ class Lender:
         self._held: dict[str, Template] = {}
 
     def describe(self, key: str) -> dict[str, Any] | None:
-        """Return a template's facts, ``None`` if it is not here."""
+        """Return a template's metadata, ``None`` if this computer does not have it."""
         if key not in self._held:
             template = lent(self._store, key)
             if template is None:
@@ -43,22 +43,22 @@ class Lender:
         return self._held[key].meta
 
     def piece(self, key: str, name: str, place: int) -> tuple[int, bytes]:
-        """Return the next data of one of its files; see :data:`pytest_microvm.templates.moving.Fetch`."""
+        """Return the next piece of a template's file; see :data:`pytest_microvm.templates.moving.Fetch`."""
         return piece(self._held[key], name, place)
 
     def close(self) -> None:
-        """Let them be removed again."""
+        """Release the served templates, so that they can be removed again."""
         while self._held:
             self._held.popitem()[1].close()
 
 
 class Borrower:
-    """Gets templates from other workers.
+    """Fetches templates from other workers.
 
     Args:
-        worker: This one.
-        describe: ``describe(run, key)``, to be called on the others.
-        piece: ``piece(run, key, name, place)``, likewise.
+        worker: This worker.
+        describe: ``describe(run, key)``, called on the other workers.
+        piece: ``piece(run, key, name, place)``, called likewise.
         run: The run's id.
     """
 
@@ -71,7 +71,7 @@ class Borrower:
         self._run = run
 
     def fetch(self, key: str, store: TemplateStore) -> bool:
-        """Put the template ``key`` into a store if another worker has it; return whether one had."""
+        """Fetch the template ``key`` into a store; return True if another worker had it."""
         for address in self._others():
             try:
                 meta = self._call(address, self._describe, key)
@@ -93,7 +93,7 @@ class Borrower:
         return [address for address in identity["workers"] if address != self._worker.address]
 
     def _call(self, address: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function on another worker, whose answer is of this package's own making."""
+        """Call a function on another worker; its response is trusted, for this package produced it."""
         packed = pickle.dumps((self._run, *arguments))
         answer = self._wait(self._worker.rpc(address).run(function=pickle.dumps(function), args=packed))
         if answer["status"] != "OK":

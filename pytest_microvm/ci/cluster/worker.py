@@ -1,7 +1,7 @@
-"""What a worker of a cluster does for one run: gets what a task needs, does it, gives back what came of it.
+"""A cluster worker's side of a run: fetches a task's inputs, runs the task and returns its result.
 
-A plug-in of the worker, one for each run, so that two runs on one cluster have nothing in common. Tasks are
-done in the worker's threads; their machines belong to the worker's process and do not outlive it.
+It is a plug-in of the worker, one for each run, so that two runs on one cluster share nothing. Tasks run in
+the worker's threads; their machines belong to the worker's process and do not outlive it.
 """
 
 from __future__ import annotations
@@ -31,51 +31,51 @@ from pytest_microvm.errors import ImageError, MicroVMError
 from pytest_microvm.host.host import Host
 from pytest_microvm.untrusted.text import sanitize_line
 
-_GATHER = 0.2  # seconds in which lines are gathered: each event costs the scheduler more than a line
+_GATHER = 0.2  # seconds to batch lines: an event costs the scheduler more than a line
 _MOST_LINES = 200
 _GONE = ("cancelled", "released", "forgotten")
 _log = logging.getLogger("pytest_microvm")
 
 
 def plugin_name(run: str) -> str:
-    """Return what the plug-in of a run is called."""
+    """Return the name of a run's plug-in."""
     return f"pytest-microvm-{run}"
 
 
 def topic(run: str) -> str:
-    """Return the topic of a run's events."""
+    """Return the name of the topic of a run's events."""
     return f"pytest-microvm-{run}"
 
 
 def do(order: Order) -> bytes:
-    """Do an order; this is what the cluster runs."""
+    """Run an order and return its reply; the cluster calls this function on a worker."""
     side = get_worker().plugins[plugin_name(order.run)]
     assert isinstance(side, WorkerSide)
     return side.do(order)
 
 
 def deliver(run: str, request: str, data: bytes | None, dask_worker: Any = None) -> None:
-    """Hand a piece of a file to whoever asked for it; called on a worker from the submitting host."""
+    """Pass a file's piece to the request that waits for it; the submitting host calls this on a worker."""
     side = dask_worker.plugins.get(plugin_name(run))
     if side is not None:
         side.inbox.deliver(request, data)
 
 
 def end_run(run: str, dask_worker: Any = None) -> None:
-    """End what a worker does for a run; what has come of it is still given back."""
+    """Stop a worker's tasks of a run; their results so far are still returned."""
     side = dask_worker.plugins.get(plugin_name(run))
     if side is not None:
         side.end()
 
 
 def describe_template(run: str, key: str, dask_worker: Any = None) -> Any:
-    """Return the facts of a template that is on a worker; called on it by others."""
+    """Return the metadata of a worker's template; other workers call this on it."""
     side = dask_worker.plugins.get(plugin_name(run))
     return None if side is None else side.lender.describe(key)
 
 
 def template_piece(run: str, key: str, name: str, place: int, dask_worker: Any = None) -> Any:
-    """Return a piece of it."""
+    """Return a piece of a worker's template; other workers call this on it."""
     return dask_worker.plugins[plugin_name(run)].lender.piece(key, name, place)
 
 
@@ -93,7 +93,7 @@ class WorkerSide(WorkerPlugin):
         self._require_accel = require_accel
 
     def setup(self, worker: Worker) -> None:
-        """Begin; called on the worker."""
+        """Set up the run's state; Dask calls this on the worker."""
         self._worker = worker
         self._jobs: dict[str, threading.Event] = {}
         self._ended = self._leaving = False
@@ -107,7 +107,7 @@ class WorkerSide(WorkerPlugin):
         self.lender = Lender(self.host.templates)
 
     def teardown(self, worker: Worker) -> None:
-        """End; the run is over, or the worker is going to be."""
+        """Stop all tasks and release resources, since the run is over or the worker is about to shut down."""
         del worker
         self._leaving = not self._ended
         self.end()
@@ -116,7 +116,7 @@ class WorkerSide(WorkerPlugin):
         self._folder.cleanup()
 
     def transition(self, key: Any, start: str, finish: str, **_more: Any) -> None:
-        """Notice that nobody waits for a task any more: it was cancelled, or who submitted it is gone."""
+        """Cancel a task that Dask no longer wants: it was cancelled, or its submitter is gone."""
         del start
         if finish in _GONE:
             with self._lock:
@@ -125,7 +125,7 @@ class WorkerSide(WorkerPlugin):
                 event.set()
 
     def end(self) -> None:
-        """End what runs, soon."""
+        """Stop running tasks soon."""
         with self._lock:
             self._ended = True
             events = list(self._jobs.values())
@@ -133,7 +133,7 @@ class WorkerSide(WorkerPlugin):
             event.set()
 
     def do(self, order: Order) -> bytes:
-        """Do an order."""
+        """Run an order and return its reply."""
         cancelled = threading.Event()
         with self._lock:
             self._jobs[order.key] = cancelled
@@ -147,7 +147,7 @@ class WorkerSide(WorkerPlugin):
                 (output / order.task.id).mkdir()
                 result = self._attempt(order, output, reporter, cancelled)
                 if self._leaving:
-                    raise Reschedule  # the run goes on, on other workers
+                    raise Reschedule  # the run continues on other workers
                 result = replace(result, worker=sanitize_line(str(self._worker.name)))
                 return pack_reply(result, output / order.task.id)
         finally:
@@ -176,7 +176,7 @@ class WorkerSide(WorkerPlugin):
             return not_done(order.task, "infra", error.brief)
 
     def _get_image(self, order: Order, reporter: _Reporter, stop: Stop) -> None:
-        """See that the image is here; what is missing of it comes from the submitting host."""
+        """Ensure that this worker has the image; fetch missing files from the submitting host."""
         images = self.host.images
         try:
             images.get(order.task.job.spec.image)
@@ -191,15 +191,15 @@ class WorkerSide(WorkerPlugin):
             )
 
     def file(self, blob: str, stop: Stop) -> Path:
-        """Return a file of the run by its digest, fetched when it is first asked for.
+        """Return the path of a run's file with a given digest; fetch the file on first use.
 
         Raises:
-            HostError: It does not come.
-            Stopped: It is time to stop.
+            HostError: The file does not arrive.
+            Stopped: A stop was requested.
         """
         path = Path(self._folder.name) / blob
         if not path.exists():
-            draft = Path(tempfile.mkdtemp(dir=self._folder.name)) / blob  # two may fetch it at once
+            draft = Path(tempfile.mkdtemp(dir=self._folder.name)) / blob  # two threads may fetch it at once
             self.inbox.fetch(blob, draft, stop)
             draft.replace(path)
         return path
@@ -230,7 +230,7 @@ class _Sources:
 
 
 class _Reporter:
-    """A watcher that tells the submitting host of one task, several lines at a time."""
+    """A watcher that forwards one task's events to the submitting host, log lines in batches."""
 
     def __init__(self, tell: Callable[[Mapping[str, Any]], None]) -> None:
         self._tell = tell
@@ -256,16 +256,16 @@ class _Reporter:
                 self._timer.start()
 
     def began(self, plan: Plan) -> None:
-        """Nothing: the submitting host knows, as of the end."""
+        """Do nothing: the submitting host knows when its run starts and ends."""
 
     def done(self, task: Task, result: TaskResult) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def ended(self, run: RunResult) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Tell what has not been told."""
+        """Send pending log lines."""
         with self._lock:
             self._flush()
 

@@ -1,1 +1,1 @@
-"""What a project says its CI jobs are: parsed, checked, described for editors."""
+"""The definition of a project's CI jobs: parsed, validated, described to editors as JSON Schema."""

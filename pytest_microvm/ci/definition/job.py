@@ -1,4 +1,4 @@
-"""What a job is: values, as the definition says them."""
+"""The values of a job: what the definition says about it, as frozen dataclasses."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pytest_microvm.settings.spec import MachineSpec
 When = Literal["success", "failure", "always"]
 
 WORKSPACE = PurePosixPath("/workspace")
-"""Where a job's files are, in its machine."""
+"""The folder of a job's files in its machine."""
 
 DEFAULT_TIMEOUT = 3600.0
-"""Seconds that a job's steps may take together where its definition does not say."""
+"""Default limit in seconds for all steps of a job together."""
 
 DEFAULT_RETRIES = 1
-"""How often a job whose machine never reached its steps is tried again."""
+"""Default number of retries of a job whose machine never reached its steps."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Step:
     """One command of a job.
 
     Args:
-        run: For the machine's ``/bin/sh -e``, in the workspace.
-        name: What reports call it.
-        when: Whether it runs after steps that succeeded, after one that failed, or always.
+        run: The command, for the machine's ``/bin/sh -e``, in the workspace.
+        name: The step's name in reports.
+        when: Run it after steps that succeeded, after one that failed, or always.
     """
 
     run: str
@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class GrantedSecret:
-    """A secret, and the globs of the branches that may have it; none: the default branch alone."""
+    """A secret, and globs of the branches that may have it; if empty, only the default branch may."""
 
     secret: Secret
     branches: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class GrantedSecret:
 
 @dataclass(frozen=True)
 class GrantedCredential:
-    """A credential, and the globs of the branches that may use it; none: the default branch alone."""
+    """A credential, and globs of the branches that may use it; if empty, only the default branch may."""
 
     credential: CredentialSpec
     branches: tuple[str, ...] = ()
@@ -59,26 +59,26 @@ class Job:
     """One job, of one combination of its matrix.
 
     Args:
-        key: Its table's name in the definition, which ``needs`` and ``--job`` name.
-        name: The same with the matrix's values: ``test (python=3.12)``.
-        steps: What it does.
-        spec: What its machine is made of and may reach; secrets and credentials are below.
+        key: The name of the job's table in the definition, as used in ``needs`` and ``--job``.
+        name: The key with the matrix's values: ``test (python=3.12)``.
+        steps: The steps that the job runs.
+        spec: The machine's spec, with its network rules; secrets and credentials are separate, below.
         matrix: The values of this combination.
         prepare: Shell commands run once, before the sources are there; the result is cached.
-        prepare_inputs: Files and folders of the commit that these need.
-        prepare_network: What these may reach.
-        env: Variables of its commands.
-        needs: Keys of the jobs that have to succeed first.
-        artifacts: Globs of files to take back, relative to the workspace; ``**`` crosses folders.
-        junit: Globs of JUnit files to take back.
-        timeout: Seconds that its steps may take together.
-        allow_failure: Whether the run may succeed without it.
-        retries: How often it is tried again if its machine never reached its steps.
-        branches: Globs of the branches it is for.
-        secrets: What it may hold.
-        credentials: What is added to its requests.
-        git: Whether it gets a repository with history, not only the commit's files.
-        fail_on_denied: Whether it fails if it tries to reach what it may not.
+        prepare_inputs: Files and folders of the commit that ``prepare`` needs.
+        prepare_network: Network rules of ``prepare``.
+        env: Environment variables of the job's commands.
+        needs: Keys of the jobs that must succeed first.
+        artifacts: Globs of files to copy back, relative to the workspace; ``**`` crosses folders.
+        junit: Globs of JUnit files to copy back.
+        timeout: Limit in seconds for all steps together.
+        allow_failure: Whether the run may succeed if the job fails.
+        retries: Number of retries if its machine never reached its steps.
+        branches: Globs of the branches that the job runs for.
+        secrets: Secrets that the machine may hold.
+        credentials: Credentials that are added to the machine's requests.
+        git: Whether it gets a repository with history instead of the commit's files alone.
+        fail_on_denied: Whether the job fails if it makes a request that is denied.
     """
 
     key: str
@@ -103,12 +103,12 @@ class Job:
     fail_on_denied: bool = False
 
     def is_for(self, branch: str) -> bool:
-        """Whether it runs for a branch."""
+        """Return True if the job runs for ``branch``."""
         return matches(branch, self.branches)
 
     @property
     def all_grants(self) -> MachineSpec:
-        """The spec of its machine with the secrets and credentials that any branch may have."""
+        """The machine's spec with all secrets and credentials, whichever branches may have them."""
         return replace(
             self.spec,
             secrets=tuple(granted.secret for granted in self.secrets),
@@ -116,7 +116,7 @@ class Job:
         )
 
     def spec_for(self, branch: str, *, default: bool) -> MachineSpec:
-        """Return the spec of its machine with the secrets and credentials that a branch may have.
+        """Return the machine's spec with the secrets and credentials that a branch may have.
 
         Args:
             branch: The branch's name.

@@ -1,4 +1,4 @@
-"""The keys of a job: how each is read, and what editors are told of it, in one table."""
+"""The keys of a job: one table with each key's parser, JSON Schema and description."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Key:
     """A key of a job's table.
 
     Args:
-        parse: Returns what it says, from the value and the key's place.
-        schema: What values it takes, as JSON Schema.
-        about: What it is, in one line.
+        parse: Returns the parsed value, from the written value and the key's place.
+        schema: The values that the key accepts, as JSON Schema.
+        about: A description in one line.
         matrix: Whether ``${matrix.NAME}`` is replaced in it.
-        trust: Whether it asks for more than the job's own files.
+        trust: Whether it requests access beyond the job's own files.
     """
 
     parse: Callable[[object, str], Any]
@@ -62,7 +62,7 @@ class Key:
 
 
 def whole(pattern: str) -> str:
-    """Return a pattern for all of a text, to those too for whom ``$`` is before a newline as well."""
+    """Return a pattern that matches whole texts only, even where ``$`` also matches before a last newline."""
     return f"^(?:{pattern})$(?!\\n)"
 
 
@@ -101,7 +101,7 @@ def _table(properties: Mapping[str, Schema], **more: Any) -> Schema:
 
 
 def _quota(option: Option) -> Key:
-    """Return the key of a quota: sizes are texts or numbers, all else is a number without quotes."""
+    """Return the key of a quota: a size is a text or a number, any other quota a number without quotes."""
     if option.kind == "size":
         least = {"type": "integer", "minimum": max(1, option.least)}
         return Key(parse_with_minimum(option.name), {"anyOf": [least, _SIZE_TEXT]}, option.about)
@@ -128,7 +128,7 @@ STEP_KEYS: dict[str, Key] = {
         "`success`: unless a step before it failed (default); `failure`: only then; `always`",
     ),
 }
-"""The keys of a step that is a table."""
+"""The keys of a step that is written as a table."""
 
 KEYS: dict[str, Key] = {
     "image": Key(
@@ -263,7 +263,7 @@ KEYS: dict[str, Key] = {
     ),
     **_QUOTAS,
 }
-"""The keys of a job, in the order in which the reference tells them."""
+"""The keys of a job, in the order of the reference page."""
 
 SPEC_KEYS = ("image", "network", "hosts", *_QUOTAS)
-"""Those that are fields of the machine's spec."""
+"""The keys that are fields of the machine's spec."""

@@ -1,4 +1,4 @@
-"""A job's matrix: the combinations of its values, and what ``${matrix.NAME}`` stands for."""
+"""A job's matrix: the combinations of its values, and substitution of ``${matrix.NAME}``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pytest_microvm.errors import UsageError
 NAME = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
 RESERVED = ("exclude", "include")
 MOST = 256
-"""Combinations of one matrix, and jobs of one definition."""
+"""Maximum number of combinations of one matrix, and of jobs of one definition."""
 
 _USE = re.compile(r"\$\{matrix\.([^}]*)\}")
-_LENGTH = 200  # of a value, which becomes part of a job's name
+_LENGTH = 200  # characters of a value, which becomes part of a job's name
 
 Combination = tuple[tuple[str, str], ...]
 
@@ -24,11 +24,11 @@ Combination = tuple[tuple[str, str], ...]
 def parse_matrix(value: object, where: str) -> tuple[Combination, ...]:
     """Return the combinations of a table such as ``{python = ["3.11", "3.12"]}``, in its order.
 
-    ``exclude`` is a list of tables: a combination that has all values of one is left out. ``include`` is a
-    list of tables that name a value for each name: they are added.
+    ``exclude`` is a list of tables: combinations that have all values of one table are left out. ``include``
+    is a list of tables, each with a value for every name: these combinations are added.
 
     Raises:
-        UsageError: It is no such table, or leaves no combination.
+        UsageError: The value is no such table, or no combination is left.
     """
     if not isinstance(value, Mapping):
         raise UsageError(f"{where}: this is not a table", resolution='write {python = ["3.11", "3.12"]}')
@@ -62,7 +62,7 @@ def parse_matrix(value: object, where: str) -> tuple[Combination, ...]:
 
 
 def substituted(value: Any, combination: Combination, where: str) -> Any:
-    """Return ``value`` with every ``${matrix.NAME}`` in its texts replaced; other ``$`` stay as they are.
+    """Return ``value`` with every ``${matrix.NAME}`` in its texts replaced; any other ``$`` is kept.
 
     Raises:
         UsageError: The matrix has no such name.

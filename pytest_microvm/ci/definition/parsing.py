@@ -1,4 +1,4 @@
-"""What ``[tool.pytest-microvm.ci]`` of pyproject.toml, or ``[ci]`` of microvm.toml, says: the jobs."""
+"""Parse the jobs from ``[tool.pytest-microvm.ci]`` of pyproject.toml, or ``[ci]`` of microvm.toml."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PYPROJECT = "pyproject.toml"
 OWN_FILE = "microvm.toml"
 
 NOT_DEFAULTS = ("matrix", "needs")
-"""The keys that each job says for itself."""
+"""The keys that are set per job and have no common default."""
 
 _EXAMPLE = '[ci.jobs.test]\nsteps = ["make test"]'
 
 
 class NoJobs(UsageError):
-    """Nothing is defined."""
+    """The file defines no jobs."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Definition:
     """The jobs of a project.
 
     Args:
-        jobs: One for each combination of each matrix; none comes before what it needs.
-        where: Where they are defined, for people.
-        asked: What they ask for that needs trust, by the key's place, with the matrix's values put in.
-        branch: What defines them, as :class:`pytest_microvm.ci.definition.task.Source` calls it.
+        jobs: One for each combination of each matrix, ordered so that each follows the jobs that it needs.
+        where: A readable name of the file that defines them.
+        asked: Requests that need the user's trust, by the key's place, with the matrix's values substituted.
+        branch: The branch that defines them, named as in :class:`pytest_microvm.ci.definition.task.Source`.
     """
 
     jobs: tuple[Job, ...]
@@ -51,7 +51,7 @@ class Definition:
 
 
 class _Written(float):
-    """A number that remembers how it was written: of ``3.10`` it is no ``3.1`` that is meant."""
+    """A number that keeps its spelling, since ``3.10`` must not become ``3.1``."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -65,11 +65,12 @@ def parse_definition(text: str, where: str) -> Definition:
 
     Args:
         text: The file's content.
-        where: What it is, for errors; where ``pyproject.toml`` is in it, it is one, else a ``microvm.toml``.
+        where: The file's name, for errors; a name with ``pyproject.toml`` in it selects that format, any
+            other name that of ``microvm.toml``.
 
     Raises:
-        NoJobs: It defines none.
-        UsageError: Something in it is wrong: the error names the key.
+        NoJobs: The file defines no jobs.
+        UsageError: The file is invalid; the error names the key.
     """
     written = ci_table(text, where)
     if written is None:
@@ -92,10 +93,10 @@ def parse_definition(text: str, where: str) -> Definition:
 
 
 def ci_table(text: str, where: str) -> object | None:
-    """Return the table ``ci`` of a file, ``None`` if it has none; see :func:`parse_definition`.
+    """Return the ``ci`` table of a file, ``None`` if it has none; see :func:`parse_definition`.
 
     Raises:
-        UsageError: It is not TOML, or a ``microvm.toml`` with other tables.
+        UsageError: The file is not TOML, or a ``microvm.toml`` with other tables.
     """
     try:
         tables: object = tomllib.loads(text, parse_float=_Written)
@@ -125,7 +126,7 @@ def _job_table(name: str, table: object, where: str) -> Mapping[str, Any]:
 def _expanded(
     name: str, own: Mapping[str, Any], defaults: Mapping[str, Any], where: str
 ) -> tuple[list[Job], dict[str, Any]]:
-    """Return a job for each combination of its matrix, and what they ask for."""
+    """Return a job for each combination of its matrix, and the jobs' requests that need trust."""
     table = {**defaults, **own}
     place = {key: f"{where}: ci.{f'jobs.{name}' if key in own else 'defaults'}.{key}" for key in table}
     if "steps" not in table:
@@ -163,10 +164,10 @@ def _job(key: str, combination: Combination, said: Mapping[str, Any]) -> Job:
 
 
 def _ordered(needs: Mapping[str, Sequence[str]], where: str) -> list[str]:
-    """Return the jobs' names in their order, each after those that it needs.
+    """Return the jobs' names sorted topologically, each after those that it needs.
 
     Raises:
-        UsageError: One needs what is not there, or in the end itself.
+        UsageError: A job needs one that is not defined, or directly or indirectly itself.
     """
     for name, others in needs.items():
         for other in others:
@@ -186,7 +187,7 @@ def _ordered(needs: Mapping[str, Sequence[str]], where: str) -> list[str]:
 
 
 def _cycle(needs: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return a cycle among jobs of which each needs another one of them."""
+    """Return a cycle among jobs each of which needs another of them."""
     path = [next(iter(needs))]
     while path.count(path[-1]) == 1:
         path.append(next(other for other in needs[path[-1]] if other in needs))

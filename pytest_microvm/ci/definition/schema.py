@@ -1,4 +1,4 @@
-"""The definition's JSON Schema, for editors; made from the same table of keys that it is read with."""
+"""The definition's JSON Schema, for editors; generated from the parser's own table of keys."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def definition_schema() -> dict[str, Any]:
-    """Return the schema of ``microvm.toml``; of a ``pyproject.toml``, ``ci`` in it is that table's.
+    """Return the schema of ``microvm.toml``; its ``ci`` also describes that table of ``pyproject.toml``.
 
-    Whatever the parser takes is valid. What needs more than one key to be judged, such as the names in
-    ``needs``, only the parser can say.
+    Every value that the parser accepts is valid. Only the parser checks rules that involve several keys, such
+    as the names in ``needs``.
     """
     properties = _described(KEYS)
     defaults = {key: fragment for key, fragment in properties.items() if key not in NOT_DEFAULTS}

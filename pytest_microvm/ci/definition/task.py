@@ -1,4 +1,4 @@
-"""A plan: which job runs for which branch, after which others."""
+"""A plan of a run: its tasks, one per job and branch, and their dependencies."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from pytest_microvm.ci.definition.job import Job
 
 WORKTREE = "worktree"
-"""What the work tree is called where a branch's name is expected."""
+"""The work tree's name wherever a branch's name is expected."""
 
 _LENGTH = 60
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is built and tested.
+    """The commit or work tree that is built and tested.
 
     Args:
-        branch: A branch's name, :data:`WORKTREE`, or the ref that was asked for.
-        commit: Its commit; of a work tree the digest of its files.
+        branch: A branch's name, :data:`WORKTREE`, or the requested ref.
+        commit: The commit's name; for a work tree, the digest of its files.
         default: Whether it is the default branch.
     """
 
@@ -35,11 +35,11 @@ class Task:
     """One job for one source; it has a machine of its own.
 
     Args:
-        id: Its name within the run, which is a folder's name, too.
-        source: What it is for.
-        job: What it does.
-        needs: The ids of the tasks that have to succeed first.
-        prepared_as: The branch whose its prepared template is; none: its source's own.
+        id: The task's unique name within the run, also the name of its folder.
+        source: The source that it builds and tests.
+        job: The job that it runs.
+        needs: The ids of the tasks that must succeed first.
+        prepared_as: The branch that owns its prepared template; if empty, its source's branch.
     """
 
     id: str
@@ -50,17 +50,17 @@ class Task:
 
     @property
     def title(self) -> str:
-        """What people read: branch and job."""
+        """The task's readable name: branch and job."""
         return f"{self.source.branch} / {self.job.name}"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run does.
+    """The tasks of a run.
 
     Args:
-        tasks: In an order in which none comes before what it needs.
-        definition: Where the jobs are defined, for people: ``main:pyproject.toml (1a2b3c4)``.
+        tasks: The tasks, each after those that it needs.
+        definition: A readable name of the jobs' definition: ``main:pyproject.toml (1a2b3c4)``.
     """
 
     tasks: tuple[Task, ...]
@@ -68,9 +68,9 @@ class Plan:
 
 
 def make_plan(sources: Iterable[Source], jobs: Iterable[Job], definition: str = "") -> Plan:
-    """Return the tasks of all ``jobs`` for all ``sources``; the jobs' order already heeds their needs.
+    """Return a plan with a task for each of ``jobs`` and ``sources``; the jobs must be sorted by their needs.
 
-    A job whose needs are not for this branch, or were not asked for, does not wait for them.
+    Needs that do not run for this branch, or are not among ``jobs``, are ignored.
     """
     jobs = list(jobs)
     tasks: list[Task] = []
@@ -87,7 +87,7 @@ def make_plan(sources: Iterable[Source], jobs: Iterable[Job], definition: str = 
 
 
 def _id(source: Source, job: Job) -> str:
-    """Return a folder's name that people recognise; a digest keeps two that look alike apart."""
+    """Return a readable folder name for a task; a digest distinguishes names that would become the same."""
     text = f"{source.branch}.{job.name}"
     slug = re.sub(r"[^A-Za-z0-9_.]+", "-", text).strip("-.")
     if slug == text and len(slug) <= _LENGTH:

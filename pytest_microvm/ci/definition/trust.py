@@ -1,4 +1,4 @@
-"""What jobs ask for by their images: kits of the project's own, whose commands run on this computer."""
+"""Find the jobs' images that need trust: the project's own kits, whose commands run on this computer."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pytest_microvm.host.project_grants import own_kit
 from pytest_microvm.images.kits import shipped_kits
 
 KITS = "microvm/kits"
-"""Where a project has its own kits."""
+"""The folder of a project's own kits."""
 
 
 def own_images(jobs: Iterable[Job]) -> set[str]:
-    """Return the images that do not ship."""
+    """Return the images that do not ship with this package."""
     images = {job.spec.image for job in jobs}
     return {image for image in images if "/" in image or not (shipped_kits() / image / "kit.toml").is_file()}
 
 
 def asked_by_kits(jobs: Iterable[Job], project: Path) -> dict[str, Any]:
-    """Return what the kits of a project's own ask for: each with a digest of all it says, and its network.
+    """Return the requests of a project's own kits: for each a digest of its content, and its network rules.
 
-    A kit that is not there, or cannot be used, asks for nothing: no machine will be made of it.
+    A missing or unusable kit requests nothing: no machine will be made from it.
 
     Args:
         jobs: The jobs.
-        project: The folder that has the kits.
+        project: The project's folder, which contains the kits.
     """
     jobs = list(jobs)
     asked: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""How the values of a job's keys are read where the machine's spec has no parser for them."""
+"""Parsers for the job keys that have none among the parsers of the machine's spec."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ WHENS: tuple[When, ...] = get_args(When)
 MAX_RETRIES = 10
 MAX_STEPS = 100
 MAX_TEXT = 64 * 1024
-"""Characters of a command or of a variable's value."""
+"""Maximum number of characters of a command or of a variable's value."""
 MAX_TITLE = 60
-"""Characters of a step's name."""
+"""Maximum number of characters of a step's name."""
 
 T = TypeVar("T")
 
@@ -31,16 +31,16 @@ _DURATION = re.compile(r"(?:([0-9]{1,4})h)?(?:([0-9]{1,5})m)?(?:([0-9]{1,7})s)?"
 
 
 def check_keys(table: object, known: Collection[str], where: str, example: str) -> Mapping[str, Any]:
-    """Return ``table`` if it is one and has known keys alone.
+    """Return ``table`` after checking that it is a table and has known keys only.
 
     Args:
-        table: What was written.
+        table: The written value.
         known: The keys it may have.
-        where: Its place, with a colon and a space or a dot before the key.
-        example: How it is written.
+        where: The table's place in the file; a dot and the key are appended for errors.
+        example: A valid spelling, for errors.
 
     Raises:
-        UsageError: It is none, or has another key.
+        UsageError: The value is no table, or has an unknown key.
     """
     if not isinstance(table, Mapping):
         raise UsageError(f"{where}: this is not a table", resolution=f"write {example}")
@@ -51,7 +51,7 @@ def check_keys(table: object, known: Collection[str], where: str, example: str) 
 
 
 def unknown_key(where: str, key: str, known: Collection[str]) -> UsageError:
-    """Return the error for a key that is not known, with the one that was meant if that can be told."""
+    """Return the error for an unknown key, with a suggestion if a known key is similar."""
     import difflib  # noqa: PLC0415 - only for an error
 
     close = difflib.get_close_matches(key, known, 1)
@@ -60,7 +60,7 @@ def unknown_key(where: str, key: str, known: Collection[str]) -> UsageError:
 
 
 def parse_with_minimum(name: str) -> Callable[[object, str], int]:
-    """Return a parser for a size of the spec, which may have a least value."""
+    """Return a parser for a size of the spec that also enforces the size's minimum, if it has one."""
 
     def parse(value: object, where: str) -> int:
         size: int = PARSERS[name](value, where)
@@ -71,7 +71,7 @@ def parse_with_minimum(name: str) -> Callable[[object, str], int]:
 
 
 def without_quotes(parse: Callable[[object, str], T]) -> Callable[[object, str], T]:
-    """Return a parser that takes numbers alone, of one that reads texts of a command line, too."""
+    """Return a parser that accepts numbers only, from one that also parses texts of a command line."""
 
     def parse_number(value: object, where: str) -> T:
         if isinstance(value, str):
@@ -82,7 +82,7 @@ def without_quotes(parse: Callable[[object, str], T]) -> Callable[[object, str],
 
 
 def parse_duration(value: object, where: str) -> float:
-    """Return seconds from a number, or a text such as ``90s``, ``10m``, ``1h30m``."""
+    """Return seconds from a number, or from a text such as ``90s``, ``10m``, ``1h30m``."""
     seconds = 0.0
     if isinstance(value, str):
         match = _DURATION.fullmatch(value)
@@ -102,7 +102,7 @@ def parse_commands(value: object, where: str) -> tuple[str, ...]:
     """Return shell commands from a list of texts.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The value is no list of shell commands.
     """
     return tuple(parse_command(each, f"{where}[{at}]") for at, each in enumerate(parse_strings(value, where)))
 
@@ -111,7 +111,7 @@ def parse_command(value: object, where: str) -> str:
     """Return a shell command.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The value is no shell command.
     """
     if not isinstance(value, str) or not value.strip() or "\0" in value or len(value) > MAX_TEXT:
         raise UsageError(
@@ -122,10 +122,10 @@ def parse_command(value: object, where: str) -> str:
 
 
 def parse_steps(value: object, where: str) -> tuple[Step, ...]:
-    """Return steps from a list of commands and of tables.
+    """Return steps from a list of commands and tables.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The value is no list of steps.
     """
     if not isinstance(value, list) or not 0 < len(value) <= MAX_STEPS:
         raise UsageError(
@@ -152,10 +152,10 @@ def _step(value: object, where: str) -> Step:
 
 
 def parse_title(value: object, where: str) -> str:
-    """Return a name that fits one line.
+    """Return a step's name, which must fit one line.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The value is no such name.
     """
     if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > MAX_TITLE:
         raise UsageError(
@@ -165,10 +165,10 @@ def parse_title(value: object, where: str) -> str:
 
 
 def parse_when(value: object, where: str) -> When:
-    """Return when a step runs.
+    """Return the condition for running a step: ``success``, ``failure`` or ``always``.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The value is no such condition.
     """
     for known in WHENS:
         if value == known:
@@ -180,7 +180,7 @@ def parse_variables(value: object, where: str) -> tuple[tuple[str, str], ...]:
     """Return names and values from a table of texts and numbers.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The value is no table of variables.
     """
     if not isinstance(value, Mapping):
         raise UsageError(f"{where}: this is not a table", resolution='write {NAME = "value"}')
@@ -203,7 +203,7 @@ def parse_paths(value: object, where: str) -> tuple[str, ...]:
     """Return paths or globs that stay below the workspace's top.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The value is no list of such paths.
     """
     for at, path in enumerate(parse_strings(value, where)):
         if path.startswith("/") or ".." in path.split("/") or "\0" in path:
@@ -215,10 +215,10 @@ def parse_paths(value: object, where: str) -> tuple[str, ...]:
 
 
 def parse_needs(value: object, where: str) -> tuple[str, ...]:
-    """Return the names of jobs, each once.
+    """Return the names of jobs from a list without duplicates.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The value is no such list.
     """
     found = parse_strings(value, where)
     if len(set(found)) < len(found):
@@ -227,10 +227,10 @@ def parse_needs(value: object, where: str) -> tuple[str, ...]:
 
 
 def parse_branches(value: object, where: str) -> tuple[str, ...]:
-    """Return globs of branches, at least one.
+    """Return globs of branches from a list that is not empty.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The value is no such list.
     """
     found = parse_strings(value, where)
     if not found:
@@ -239,10 +239,10 @@ def parse_branches(value: object, where: str) -> tuple[str, ...]:
 
 
 def parse_hosts(value: object, where: str) -> Any:
-    """Return where names lead, from a table.
+    """Return the destinations of host names from a table.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The value is no such table.
     """
     if not isinstance(value, Mapping):
         raise UsageError(
@@ -252,10 +252,10 @@ def parse_hosts(value: object, where: str) -> Any:
 
 
 def parse_secrets(value: object, where: str) -> tuple[GrantedSecret, ...]:
-    """Return secrets, and which branches may have them, from a table.
+    """Return secrets, each with the branches that may have it, from a table.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The value is no such table.
     """
     if not isinstance(value, Mapping):
         raise UsageError(f"{where}: this is not a table", resolution='write {NAME = {env = "VARIABLE"}}')
@@ -267,10 +267,10 @@ def parse_secrets(value: object, where: str) -> tuple[GrantedSecret, ...]:
 
 
 def parse_credentials(value: object, where: str) -> tuple[GrantedCredential, ...]:
-    """Return credentials, and which branches may use them, from a list of tables.
+    """Return credentials, each with the branches that may use it, from a list of tables.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The value is no such list.
     """
     example = '[{host = "api.example.com", value = {env = "TOKEN"}, branches = ["main"]}]'
     if not isinstance(value, list):
@@ -284,7 +284,7 @@ def parse_credentials(value: object, where: str) -> tuple[GrantedCredential, ...
 
 
 def _granted(value: object, where: str) -> tuple[Mapping[str, object], tuple[str, ...]]:
-    """Return a table without its ``branches``, and these. It is not shown: a secret may stand there."""
+    """Return a table without ``branches``, and these; errors omit the value, which may hold a secret."""
     if not isinstance(value, Mapping):
         raise UsageError(
             f"{where}: this is not a table",

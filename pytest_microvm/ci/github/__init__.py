@@ -1,1 +1,1 @@
-"""What the GitHub Action decides."""
+"""The steps of the GitHub Action."""

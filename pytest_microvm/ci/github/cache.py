@@ -1,8 +1,9 @@
-"""What GitHub's cache keeps of ours, under which keys.
+"""The contents and keys of the action's entries in GitHub's cache.
 
-Images go by their kits' recipes, which are known before anything is built. Templates go by all that shaped
-them, the hypervisor's build and this computer's CPU included: they are restored on an identical host alone.
-No key has a part that moves, such as a branch or "latest", and none is looked for by its beginning.
+Keys of images derive from their kits' recipes, which are known before the build. Keys of templates derive
+from everything that shaped them, including the hypervisor's build and this computer's CPU: templates are
+restored on an identical host only. No key has a mutable part, such as a branch or "latest", and no lookup
+uses a key's prefix.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from pytest_microvm.images import Image
 from pytest_microvm.images.kits import host_architecture
 from pytest_microvm.templates.chain import FORMAT
 
-_KINDS = ("boot", "prepared")  # of the others most follow every commit, and `started` is soon made
+_KINDS = ("boot", "prepared")  # most other kinds change with every commit, and `started` is quick to make
 
 
 def images_key(needs: Needs, more: str) -> str:
-    """Return the key of a cache with the images that a run needs.
+    """Return the cache key for the images that a run needs.
 
     Args:
-        needs: What it needs.
-        more: What else tells it from others, from the user.
+        needs: The run's needs.
+        more: A further part of the key, from the user.
     """
     return _named("images", more, *sorted(needs.keys))
 
@@ -37,14 +38,14 @@ def images_key(needs: Needs, more: str) -> str:
 def templates_key(
     host: Host, images: Sequence[Image], accelerator: Accelerator, needs: Needs, more: str
 ) -> str:
-    """Return the key of a cache with the templates that a run begins with.
+    """Return the cache key for the templates that a run starts from.
 
     Args:
         host: This computer.
-        images: What the machines boot from.
-        accelerator: What runs them here.
-        needs: What else shapes the templates.
-        more: What else tells it from others, from the user.
+        images: The images that the machines boot from.
+        accelerator: The accelerator that runs them here.
+        needs: The other inputs that shape the templates.
+        more: A further part of the key, from the user.
     """
     return _named(
         "templates",
@@ -59,12 +60,12 @@ def templates_key(
 
 
 def templates_folder(cache: Path) -> Path:
-    """Return the folder that GitHub saves and restores; the same in every job, or it would not be found."""
+    """Return the folder that GitHub saves and restores; it must be the same in every job to be found."""
     return cache / "github" / "templates"
 
 
 def set_aside(host: Host) -> int:
-    """Put the templates that are worth to be saved where GitHub finds them; return how many.
+    """Hard-link the templates worth caching into the folder that GitHub saves; return how many.
 
     Raises:
         OSError: The cache cannot be written.
@@ -77,16 +78,16 @@ def set_aside(host: Host) -> int:
         template = host.templates.open(key)
         if template is None:
             continue
-        with template:  # nobody removes it meanwhile
+        with template:  # an open template is not removed
             shutil.copytree(template.folder, folder / key, copy_function=os.link)
     return len(chosen)
 
 
 def take_in(host: Host) -> int:
-    """Put the templates that GitHub restored where runs find them; return how many are new.
+    """Move the templates that GitHub restored into this host's store; return how many are new.
 
-    A run opens a template by a key that it computes for itself, and verifies that its files are whole. Who
-    may write into the cache is GitHub's to say: a pull request's job cannot write into another branch's.
+    A run opens a template by a key that it computes itself, and verifies that its files are intact. GitHub
+    controls write access to the cache: a pull request's job cannot write into another branch's.
 
     Raises:
         OSError: The cache cannot be written.

@@ -1,6 +1,6 @@
-"""What GitHub's runner obeys on a step's output: annotations, and how to make it obey nothing.
+"""Workflow commands in a step's output: write annotations, and disable commands in untrusted output.
 
-The syntax is that of https://docs.github.com/actions/reference/workflow-commands-for-github-actions.
+Syntax: https://docs.github.com/actions/reference/workflow-commands-for-github-actions.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from typing import IO, Literal
 from pytest_microvm.untrusted.text import sanitize, sanitize_line
 
 MOST_ANNOTATIONS = 10
-"""Annotations of one kind that GitHub shows for a step; a job has room for 50."""
+"""Maximum number of annotations of one kind that GitHub shows for a step; a job may have 50."""
 
 _TITLE_LIMIT = 250
 _MESSAGE_LIMIT = 8 * 1024  # GitHub takes 64 KiB, people read a screen
-_MATCHERS = ("python",)  # what actions/setup-python registers: it reads tracebacks, also those of guests
+_MATCHERS = ("python",)  # registered by actions/setup-python: it parses tracebacks, even a guest's
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """A remark that GitHub shows on the job's page and in the changes.
+    """An annotation that GitHub shows on the job's page and in the diff.
 
     Args:
-        level: How bad it is.
-        message: What is shown.
-        title: The line above.
-        file: What it is about, relative to the repository's top; empty: no file.
-        line: Which line, the first is 1; 0: none.
+        level: The severity.
+        message: The text.
+        title: The line above the text.
+        file: The file it refers to, relative to the repository's top; empty: no file.
+        line: The line it refers to, counted from 1; 0: none.
     """
 
     level: Literal["notice", "warning", "error"]
@@ -40,7 +40,7 @@ class Annotation:
     line: int = 0
 
     def command(self) -> str:
-        """Return the line that makes it."""
+        """Return the workflow command that creates the annotation."""
         properties = {"file": sanitize_line(self.file), "line": str(self.line) if self.line > 0 else ""}
         properties["title"] = sanitize_line(self.title, _TITLE_LIMIT)
         if not self.file:
@@ -50,11 +50,11 @@ class Annotation:
 
 
 def fitting(annotations: Sequence[Annotation], rest: str) -> list[Annotation]:
-    """Return as many annotations as GitHub shows of a kind in one step; the last one tells of the others.
+    """Return the annotations that GitHub shows in one step; per level, the last one counts those left out.
 
     Args:
         annotations: The most important first.
-        rest: Where the others are told of, for people.
+        rest: A readable name of the place that lists the others.
     """
     found: list[Annotation] = []
     for level in ("error", "warning", "notice"):
@@ -68,10 +68,10 @@ def fitting(annotations: Sequence[Annotation], rest: str) -> list[Annotation]:
 
 @contextmanager
 def stopped(output: IO[str]) -> Iterator[None]:
-    """Let the runner obey nothing that is written to a step's output meanwhile, by whomever.
+    """Disable workflow commands in all output that any process writes to the step meanwhile.
 
-    The word that ends it is made up here and written nowhere that a guest can read. The matcher that
-    actions/setup-python registers is taken away: it makes annotations of tracebacks, which a guest can print.
+    The token that enables them again is random and written nowhere that a guest can read. The problem matcher
+    of actions/setup-python is removed: it turns tracebacks, which a guest can print, into annotations.
 
     Args:
         output: The step's standard output.
@@ -84,7 +84,7 @@ def stopped(output: IO[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        # On a line of its own, wherever the output before it ended.
+        # On a separate line, even if the output before it ended without a newline.
         output.write(f"\n::{word}::\n")
         output.flush()
 

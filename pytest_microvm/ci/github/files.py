@@ -1,4 +1,4 @@
-"""The files by which a step tells GitHub's runner something: outputs, and the job's summary."""
+"""Write the files that pass a step's outputs and summary to GitHub's runner."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from pytest_microvm.errors import UsageError
 
 SUMMARY_LIMIT = 1024 * 1024 - 4096
-"""Bytes of a step's summary; GitHub refuses a whole one of more than 1 MiB."""
+"""Maximum number of bytes of a step's summary; GitHub rejects one of more than 1 MiB entirely."""
 
 _NAME = re.compile(r"[a-z][a-z0-9-]*")
 _CUT = "\n\n**The rest of this summary was cut**: GitHub shows no more than 1 MiB. It is in the artifacts.\n"
@@ -20,11 +20,11 @@ _CUT = "\n\n**The rest of this summary was cut**: GitHub shows no more than 1 Mi
 def set_outputs(values: Mapping[str, str]) -> None:
     """Set outputs of this step.
 
-    Each value stands between lines that nobody can guess, so that it sets no other output, whatever is in it
+    Each value is enclosed by random delimiters, so that no value can set another output
     (https://docs.github.com/actions/reference/workflow-commands-for-github-actions#multiline-strings).
 
     Raises:
-        UsageError: This is no step of a GitHub job.
+        UsageError: The process is no step of a GitHub job.
     """
     text = ""
     for name, value in values.items():
@@ -35,22 +35,22 @@ def set_outputs(values: Mapping[str, str]) -> None:
 
 
 def add_summary(markdown: str) -> None:
-    """Add Markdown to what the job's page shows; what is too long is cut, and says so.
+    """Append Markdown to the job's summary, cut to GitHub's limit with a note.
 
     Raises:
-        UsageError: This is no step of a GitHub job.
+        UsageError: The process is no step of a GitHub job.
     """
     _append("GITHUB_STEP_SUMMARY", shortened(markdown, SUMMARY_LIMIT))
 
 
 def shortened(markdown: str, limit: int) -> str:
-    """Return Markdown of at most ``limit`` bytes, cut between lines, with a note where it was cut."""
+    """Return Markdown cut between lines to at most ``limit`` bytes, with a note where it was cut."""
     data = markdown.encode(errors="replace")
     if len(data) <= limit:
         return data.decode()
     kept = data[: limit - len(_CUT.encode()) - len("\n```")].decode(errors="ignore")
     kept = kept[: kept.rfind("\n") + 1] or kept
-    # A note inside a block of code would be part of it.
+    # Close an open code block first: a note inside it would be part of it.
     inside = sum(line.startswith("```") for line in kept.splitlines()) % 2
     return kept + ("```" if inside else "") + _CUT
 

@@ -1,4 +1,4 @@
-"""The inputs of the GitHub Action: what they may be, and how later steps get them."""
+"""The inputs of the GitHub Action: validate them, and save them for later steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODES = ("pytest", "ci")
 _FILE = "inputs.json"
 _ACCELERATORS = BY_NAME["require_accel"].choices
 _FOR_CI = ("branches", "definition-from")
-# What an input says, and so `args` does not.
+# Options that an input sets, and that `args` therefore must not contain.
 _SET = {
     "pytest": {
         "--junitxml": "output", "--junit-xml": "output", "--microvm-artifacts": "output",
@@ -34,21 +34,21 @@ _SET = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a job asked the action for.
+    """The validated inputs of the action.
 
     Args:
-        mode: ``pytest``: the project's suite in machines; ``ci``: its jobs for each branch.
-        args: More arguments for the command that is run.
-        image: The kit; empty: what the project says.
-        project: The folder of the project.
+        mode: ``pytest`` runs the project's suite in machines; ``ci`` runs its jobs for each branch.
+        args: Further arguments for the command.
+        image: The kit; empty: the project's setting.
+        project: The project's folder.
         output: The folder for results.
-        junit_profile: Who is to read the JUnit report.
-        branches: Globs of branches, for ``ci``; none: what is checked out.
-        definition_from: Where jobs are defined, for ``ci``; empty: the default branch.
-        require_accel: The only accelerator that will do; empty: any.
-        trust: Whether the job answers for what the project's configuration asks for.
-        cache_key: More that tells this job's caches from others'.
-        default_branch: What GitHub says it is; empty: it does not say.
+        junit_profile: The profile of the JUnit report, named after its reader.
+        branches: Globs of branches, for ``ci``; none: the commit that is checked out.
+        definition_from: The ref that defines the jobs, for ``ci``; empty: the default branch.
+        require_accel: The only acceptable accelerator; empty: any.
+        trust: Whether the job grants all requests of the project's configuration.
+        cache_key: A further part of this job's cache keys.
+        default_branch: The default branch according to GitHub; empty: unknown.
     """
 
     mode: str
@@ -65,16 +65,16 @@ class Inputs:
     default_branch: str
 
     def save(self, folder: Path) -> None:
-        """Write them for the steps that follow."""
+        """Save the inputs for later steps."""
         text = json.dumps(asdict(self), default=str)
         (folder / _FILE).write_text(text, encoding="utf-8")
 
 
 def saved_inputs(folder: Path) -> Inputs:
-    """Return what :meth:`Inputs.save` wrote.
+    """Return the inputs that :meth:`Inputs.save` wrote.
 
     Raises:
-        UsageError: Nothing was written there.
+        UsageError: The folder has no saved inputs.
     """
     try:
         data: dict[str, Any] = json.loads((folder / _FILE).read_text(encoding="utf-8"))
@@ -87,14 +87,14 @@ def saved_inputs(folder: Path) -> Inputs:
 
 
 def read_inputs(environ: Mapping[str, str], folder: Path) -> Inputs:
-    """Return the action's inputs, as its step hands them over: ``INPUT_MODE`` and so on.
+    """Return the action's inputs from its step's environment variables: ``INPUT_MODE`` and so on.
 
     Args:
-        environ: The variables.
-        folder: The action's own, for results where no other was named.
+        environ: The environment variables.
+        folder: The action's own folder, for results if the inputs name no other.
 
     Raises:
-        UsageError: One of them cannot be used.
+        UsageError: An input is invalid.
     """
 
     def given(name: str) -> str:

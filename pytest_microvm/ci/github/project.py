@@ -1,4 +1,4 @@
-"""What a project needs before its run: kits, and what is prepared; read, never run."""
+"""Determine what a project needs before its run, kits and prepared templates; runs none of its code."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from pytest_microvm.suite.workspace import scan
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run needs.
+    """The kits of a run, and digests of them and of its preparation.
 
     Args:
-        kits: The ``kit.toml`` of every image that can be built before it; a job's kit that is the project's
-            own is not among them, for the run takes it from where the jobs are defined.
-        keys: What every image is built from, digested.
-        prepared: A digest of what is prepared in its machines before its tests come in.
+        kits: The ``kit.toml`` of every image that can be built before the run; not those of jobs that use the
+            project's own kits, which the run takes from the jobs' definition.
+        keys: For every image, a digest of its inputs.
+        prepared: A digest of everything prepared in the run's machines before the tests are copied in.
     """
 
     kits: tuple[Path, ...]
@@ -40,11 +40,11 @@ class Needs:
 
 
 def needs_of(inputs: Inputs) -> Needs:
-    """Return what a run needs.
+    """Return the needs of a run.
 
     Raises:
-        UsageError: The project's configuration or the jobs' definition cannot be used, or asks for what
-            nobody has allowed.
+        UsageError: The project's configuration or the jobs' definition is invalid, or requests something that
+            the user has not allowed.
     """
     return _needs_of_jobs(inputs) if inputs.mode == "ci" else _needs_of_suite(inputs)
 
@@ -86,10 +86,10 @@ def _needs_of_jobs(inputs: Inputs) -> Needs:
 
 
 def _check_default_branch(repository: CodeRepository, expected: str) -> None:
-    """Refuse a checkout in which another branch would pass for the default one, and get what that may have.
+    """Refuse a checkout in which another branch would be taken for the default one and get its privileges.
 
     Raises:
-        UsageError: It is such a checkout.
+        UsageError: The checkout lacks the default branch.
     """
     found = repository.default_branch
     if expected and found != expected:
@@ -102,7 +102,7 @@ def _check_default_branch(repository: CodeRepository, expected: str) -> None:
 def _prepared(job: Job, tree: Tree) -> list[object]:
     try:
         digest = tree.digest(job.prepare_inputs) if job.prepare else ""
-    except UsageError:  # what is checked out does not have them: the job will say so
+    except UsageError:  # the checkout lacks these inputs: the job will report that
         digest = "none"
     return [_shape(job.spec), job.prepare, job.prepare_network, job.env, job.matrix, digest]
 

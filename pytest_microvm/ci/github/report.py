@@ -1,4 +1,4 @@
-"""What GitHub's page shows of a run: the summary, and remarks on the tests that failed."""
+"""GitHub's view of a run: a Markdown summary, and annotations for failed tests."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pytest_microvm.reports.reading import read_report
 from pytest_microvm.reports.text import cut, first_line
 from pytest_microvm.reports.values import Case, Report
 
-_SHOWN = 50  # failures with all that they say
-_TEXT = 20_000  # characters of one
+_SHOWN = 50  # failures whose full text is included
+_TEXT = 20_000  # characters of one failure's text
 
 
 @dataclass(frozen=True)
 class Ground:
-    """What the run had to go by.
+    """Facts about the run's environment and exit.
 
     Args:
-        accelerator: What ran the machines.
-        reason: Why.
-        images: Names and digests.
-        exit_code: How the run ended; ``None``: it did not end by itself.
+        accelerator: The accelerator that ran the machines.
+        reason: The reason for its choice.
+        images: The images' names and digests.
+        exit_code: The run's exit code; ``None`` if it did not end by itself.
     """
 
     accelerator: str
@@ -36,12 +36,12 @@ class Ground:
 
 
 def read_junit(path: Path) -> Report | None:
-    """Return the run's report; ``None`` if it wrote none."""
+    """Return the run's JUnit report; ``None`` if the run wrote none."""
     return read_report(path, ours=True) if path.is_file() else None
 
 
 def count(report: Report | None) -> Counts:
-    """Return how many tests came to what."""
+    """Return the number of tests per outcome."""
     outcomes = [(case.outcome, case.flaky) for case in _cases(report)]
     kinds = [outcome for outcome, _flaky in outcomes]
     return Counts(
@@ -54,13 +54,13 @@ def count(report: Report | None) -> Counts:
 
 
 def remarks(report: Report | None, ground: Ground, prefix: PurePosixPath | None) -> list[Annotation]:
-    """Return remarks on what failed, and on machines that are emulated.
+    """Return annotations for failed tests, an abnormal exit and emulated machines.
 
     Args:
-        report: The run's.
-        ground: What it had to go by.
-        prefix: Where the report's files are, relative to the repository's top; ``None``: not in what is
-            checked out.
+        report: The run's JUnit report.
+        ground: Facts about the run.
+        prefix: The folder of the report's files, relative to the repository's top; ``None``: outside the
+            checkout.
     """
     found = []
     for case in _cases(report):
@@ -81,7 +81,7 @@ def remarks(report: Report | None, ground: Ground, prefix: PurePosixPath | None)
 
 
 def heading(ground: Ground) -> str:
-    """Return the lines of Markdown that every summary begins with."""
+    """Return the Markdown lines at the start of every summary."""
     images = ", ".join(f"{code(name)} ({digest[:12]})" for name, digest in ground.images) or "none yet"
     lines = [f"Accelerator: **{ground.accelerator}** ({code(ground.reason)}). Images: {images}.", ""]
     if ground.accelerator == "tcg":
@@ -95,7 +95,7 @@ def heading(ground: Ground) -> str:
 
 
 def suite_summary(report: Report | None, ground: Ground) -> str:
-    """Return the summary of a suite in Markdown; what tests say is shown, and is no Markdown."""
+    """Return a suite's summary in Markdown; output of tests is quoted, so that it is not read as Markdown."""
     counts = count(report)
     lines = [f"## pytest-microvm: {_verdict(report, counts, ground)}", "", heading(ground)]
     if report is not None:
@@ -112,7 +112,7 @@ def suite_summary(report: Report | None, ground: Ground) -> str:
 
 
 def path_in_repository(folder: Path, workspace: Path) -> PurePosixPath | None:
-    """Return where a folder is, relative to what is checked out; ``None``: outside."""
+    """Return a folder's path relative to the checkout; ``None`` if it is outside."""
     relative = os.path.relpath(folder.resolve(), workspace.resolve())
     return None if relative.startswith("..") else PurePosixPath(relative)
 

@@ -1,4 +1,4 @@
-"""The run of the GitHub Action: its command, and what it may write to the job's log."""
+"""The run of the GitHub Action: its command, and protection of the job's log."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pytest_microvm.settings.trust import VARIABLE
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# -I: the folder it starts in is the project's, and Python would look there first for what it imports.
+# -I: the working directory is the project's, and Python would import modules from there first.
 _PYTHON = (sys.executable, "-I")
 _ITSELF = (*_PYTHON, "-c", "import sys; from pytest_microvm.cli import main; sys.exit(main())")
 _GITHUB_FILES = ("GITHUB_OUTPUT", "GITHUB_ENV", "GITHUB_PATH", "GITHUB_STEP_SUMMARY", "GITHUB_STATE")
 
 
 def run_command(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
-    """Return the command of a run.
+    """Return the command line of a run.
 
     Args:
-        inputs: The action's.
-        environ: GitHub's variables: what is checked out.
+        inputs: The action's inputs.
+        environ: GitHub's variables, which name the ref that is checked out.
     """
     if inputs.mode == "ci":
         return [*_ITSELF, *_ci_words(inputs, environ)]
@@ -48,15 +48,15 @@ def run_command(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
 
 
 def junit_path(inputs: Inputs) -> Path:
-    """Return where the run's JUnit report will be."""
+    """Return the path of the run's JUnit report."""
     return inputs.output / "junit.xml"
 
 
 def checked_out(environ: Mapping[str, str]) -> str:
     """Return the ref that is checked out, as actions/checkout names it.
 
-    A pull request is known by its number: its branch's name is chosen by whoever made it, and decides over
-    secrets and caches.
+    A pull request is identified by its number: its author chooses its branch's name, and branch names control
+    access to secrets and caches.
     """
     ref = environ.get("GITHUB_REF", "")
     if ref.startswith("refs/pull/"):
@@ -65,13 +65,13 @@ def checked_out(environ: Mapping[str, str]) -> str:
 
 
 def run_guarded(command: Sequence[str], inputs: Inputs, output: IO[str]) -> int:
-    """Run it with its output on ours, in which the runner obeys nothing meanwhile; return its exit code.
+    """Run the command with workflow commands disabled in its output; return its exit code.
 
-    An interrupt is passed on, and waited for: it ends its machines and writes its reports.
+    Interrupts are forwarded, and the command is waited for: it ends its machines and writes its reports.
 
     Args:
-        command: What to run.
-        inputs: The action's.
+        command: The command line.
+        inputs: The action's inputs.
         output: The step's standard output.
     """
     environment = {name: value for name, value in os.environ.items() if name not in _GITHUB_FILES}
@@ -88,9 +88,9 @@ def run_guarded(command: Sequence[str], inputs: Inputs, output: IO[str]) -> int:
 
 
 class _Interrupts:
-    """Hands interrupts on to a process, also those that come before it has quite started.
+    """Forwards interrupts to a process, including those that arrive while it is being started.
 
-    GitHub sends SIGINT, then SIGTERM, and to the step's own process alone.
+    GitHub sends SIGINT, then SIGTERM, and only to the step's own process.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class _Interrupts:
             signal.signal(kind, handler)
 
     def hand_to(self, process: subprocess.Popen[bytes]) -> None:
-        """Name the process."""
+        """Forward interrupts to ``process``, earlier ones first."""
         self._process = process
         for _ in range(self._early):
             self._hand_on(process)

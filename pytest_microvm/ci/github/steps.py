@@ -1,4 +1,4 @@
-"""The steps of the GitHub Action, each a process of its own: what one found, the next reads in a folder."""
+"""The steps of the GitHub Action, each a separate process; results for later steps are saved in a folder."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _GROUND = "ground.json"
 
 
 def plan(folder: Path) -> None:
-    """Check the action's inputs, and name the caches.
+    """Validate the action's inputs and output the cache keys and paths.
 
     Raises:
-        UsageError: An input, or the project's configuration, cannot be used.
+        UsageError: An input, or the project's configuration, is invalid.
     """
     inputs = read_inputs(os.environ, folder)
     needs = needs_of(inputs)
@@ -51,11 +51,11 @@ def plan(folder: Path) -> None:
 
 
 def ready(folder: Path) -> None:
-    """Build the images that are missing, and try the accelerator.
+    """Build missing images and test the accelerator.
 
     Raises:
         UsageError: No image could be chosen.
-        HostError: This computer lacks something, or what is required does not work.
+        HostError: This computer lacks a requirement, or the required accelerator does not work.
         BuildError: An image could not be built.
     """
     inputs = saved_inputs(folder)
@@ -78,7 +78,7 @@ def ready(folder: Path) -> None:
 
 
 def run(folder: Path) -> None:
-    """Run the suite or the jobs; their exit code is an output, and no failure of this step."""
+    """Run the suite or the jobs; a failure only sets the output ``exit-code`` and does not fail this step."""
     inputs = saved_inputs(folder)
     _say(f"{take_in(_host(inputs))} template(s) from the cache")
     inputs.output.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def run(folder: Path) -> None:
 
 
 def keep(folder: Path) -> None:
-    """Put the templates that are worth it where GitHub's cache takes them from."""
+    """Place the templates worth caching in the folder that GitHub's cache saves."""
     _say(f"{set_aside(_host(saved_inputs(folder)))} template(s) for the cache")
 
 
@@ -103,7 +103,7 @@ def report(folder: Path) -> None:
         add_summary(f"{heading(ground)}\n{written.read_text(encoding='utf-8')}")
     else:
         add_summary(suite_summary(found, ground))
-    # Of several branches at most one is checked out: files of the others are not there to be remarked on.
+    # Of several branches at most one is checked out: annotations cannot refer to files of the others.
     prefix = None if inputs.branches else path_in_repository(inputs.project, _workspace(os.environ))
     for line in make_uploadable(inputs.output):
         _say(line)

@@ -1,4 +1,4 @@
-"""Make a folder of results one that actions/upload-artifact takes, and that holds nothing else than it."""
+"""Make a folder of results acceptable to actions/upload-artifact, and remove all links from it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 from pytest_microvm.untrusted.text import sanitize_line
 
-# What it refuses in a name, with the whole upload: names of artifacts are chosen by the branch.
+# Characters that make it reject the whole upload: the branch chooses its artifacts' file names.
 _REFUSED = re.compile(r'["<>:|*?\x00-\x1f\x7f\\]|[^\x00-\x7f]')
 _LONGEST = 200  # characters of a name
 
 
 def make_uploadable(folder: Path) -> list[str]:
-    """Rename files whose names cannot be uploaded, and remove links, which an upload would follow.
+    """Rename files whose names the upload rejects, and remove links, which it would follow.
 
     Args:
         folder: The folder of results.
 
     Returns:
-        What was removed or renamed, in lines for people.
+        One readable line for each path that was removed or renamed.
     """
     told = []
     for top, folders, files in os.walk(folder, topdown=False):
@@ -40,7 +40,7 @@ def _allowed(name: str) -> str:
 
 
 def _free(path: Path) -> Path:
-    """Return ``path``, or one beside it if something is there."""
+    """Return ``path``, or a numbered variant of it if that exists."""
     number, candidate = 1, path
     while os.path.lexists(candidate):
         number += 1

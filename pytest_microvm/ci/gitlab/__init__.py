@@ -1,1 +1,1 @@
-"""GitLab's custom executor: its stages, and the machine that outlives them."""
+"""GitLab's custom executor: its stages, and the machine that all stages of a job share."""

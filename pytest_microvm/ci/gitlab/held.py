@@ -1,4 +1,4 @@
-"""A held machine as its users see it: start its holder, run scripts in it, end it for sure."""
+"""A held machine from its clients' side: start its holder, run scripts in it, end it reliably."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from pytest_microvm.errors import HostError, MachineError, UsageError
 from pytest_microvm.templates.runtime_folder import own_folder, runtime_folder
 from pytest_microvm.wire.frames import Kind, WireError
 
-_END_TIMEOUT = 60.0  # seconds that a holder has to end its machine and itself before it is killed
-_FORGOTTEN = 24 * 3600.0  # seconds after which the folder of a holder that ended is nobody's
+_END_TIMEOUT = 60.0  # seconds for a holder to end its machine and exit before it is killed
+_FORGOTTEN = 24 * 3600.0  # seconds after which the folder of an ended holder is abandoned
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a script ended.
+    """The outcome of a script.
 
     Args:
-        code: Its exit status, ``None`` if its machine ended first.
-        error: Why, then.
-        quota: Whether the machine was ended because it used more than it may.
+        code: The exit status, ``None`` if the machine ended first.
+        error: The reason why the machine ended.
+        quota: Whether the machine was ended because it exceeded a quota.
     """
 
     code: int | None
@@ -47,10 +47,10 @@ class Ended:
 
 
 class HeldMachine:
-    """The machine of one key.
+    """The held machine of one job, identified by a key.
 
     Args:
-        key: Its name: letters and digits.
+        key: The machine's key: letters and digits.
 
     Raises:
         HostError: The folder of held machines is open to other users.
@@ -69,17 +69,17 @@ class HeldMachine:
         where: str,
         say: Callable[[str], None],
     ) -> str:
-        """Start a holder with a machine and return the machine's id.
+        """Start a holder process with a machine, and return the machine's id.
 
         Args:
-            machine: What it is made of, as written.
-            terms: How long it is held.
-            relative_to: What relative paths in ``machine`` are relative to.
-            where: What the values were written in, for errors.
-            say: Told what takes long.
+            machine: The fields of its spec, as written.
+            terms: The limits for holding it.
+            relative_to: The base folder of relative paths in ``machine``.
+            where: The source of the values, for errors.
+            say: Called with messages about steps that take long.
 
         Raises:
-            UsageError: A value cannot be used.
+            UsageError: A value is invalid.
             HostError: The machine, or its holder, did not start.
         """
         self.end()
@@ -95,7 +95,7 @@ class HeldMachine:
         holder = _spawn(self._folder)
         assert holder.stdin is not None
         assert holder.stdout is not None
-        with holder.stdin, holder.stdout:  # closed before "go": the holder ends
+        with holder.stdin, holder.stdout:  # if closed before "go", the holder ends
             _write(holder.stdin, json.dumps(wanted).encode() + b"\n")
             for line in io.BufferedReader(holder.stdout):  # type: ignore[type-var]
                 told = json.loads(line)
@@ -109,15 +109,15 @@ class HeldMachine:
         raise HostError("the process that holds the machine ended", details=self._log())
 
     def run(self, shell: str, script: bytes, output: Callable[[int, bytes], None]) -> Ended:
-        """Run a script in the machine; SIGTERM or SIGINT stops it.
+        """Run a script in the machine; SIGTERM or SIGINT to this process stops the script.
 
         Args:
-            shell: What reads it from stdin.
-            script: What it reads.
-            output: Told what the script says: the stream (see :mod:`holder_socket`) and bytes.
+            shell: The shell, which reads the script from stdin.
+            script: The script.
+            output: Called with the script's output: the stream (see :mod:`holder_socket`) and bytes.
 
         Raises:
-            MachineError: Nobody holds the machine, or whoever held it has gone.
+            MachineError: The machine has no holder, or the holder has exited.
         """
         with self._connect() as holder, _signals_stop(holder):
             try:
@@ -137,7 +137,7 @@ class HeldMachine:
             raise self._gone()
 
     def end(self) -> None:
-        """End machine and holder, and see that they have; without any there is nothing to do.
+        """End machine and holder, and wait until both are gone; do nothing if there are none.
 
         Raises:
             HostError: They could not be ended.
@@ -160,7 +160,7 @@ class HeldMachine:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _kill(self) -> None:
-        """Kill a holder that holds its lock: its id is its own as long as it does."""
+        """Kill a holder that still holds its lock: as long as it does, its recorded pid is its own."""
         with contextlib.suppress(OSError, ValueError, KeyError):
             pid = json.loads((self._folder / FACTS).read_text())["pid"]
             holder = os.pidfd_open(pid)
@@ -194,12 +194,12 @@ class HeldMachine:
 
 @contextlib.contextmanager
 def _signals_stop(holder: FrameSocket) -> Iterator[None]:
-    """Stop the script at the first SIGTERM or SIGINT; whoever repeats it wants to leave."""
+    """Stop the script at the first SIGTERM or SIGINT; a second one interrupts this process."""
 
     def stop(_number: int, _frame: object) -> None:
         for number in before:
             signal.signal(number, signal.default_int_handler)
-        # Not here: the handler may have interrupted a thread that is sending.
+        # In a thread of its own: the handler may have interrupted a thread that holds the sending lock.
         threading.Thread(target=send, daemon=True).start()
 
     def send() -> None:
@@ -218,10 +218,10 @@ def _signals_stop(holder: FrameSocket) -> Iterator[None]:
 
 
 def _spawn(folder: Path) -> subprocess.Popen[bytes]:
-    """Start a holder in a session of its own: what ends the starter's process group is not for it.
+    """Start a holder in a session of its own, so that ending the starter's process group spares it.
 
-    It gets none of the starter's files, or whoever reads the starter's output would wait for the holder's
-    end; and nothing of a job's variables.
+    It inherits none of the starter's files, or a reader of the starter's output would wait for the holder's
+    end; and none of a job's variables.
     """
     with (folder / LOG).open("wb") as log:
         return subprocess.Popen(
@@ -237,12 +237,12 @@ def _spawn(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def _write(pipe: Any, data: bytes) -> None:
-    with contextlib.suppress(BrokenPipeError):  # it ended; what it reports tells why
+    with contextlib.suppress(BrokenPipeError):  # it ended; its report gives the reason
         pipe.write(data)
 
 
 def _sweep(held: Path) -> None:
-    """Remove folders of holders that ended by themselves and that nobody came back for."""
+    """Remove the abandoned folders of holders that have ended."""
     for folder in held.iterdir():
         with contextlib.suppress(OSError, Timeout):
             if folder.stat().st_mtime < time.time() - _FORGOTTEN:

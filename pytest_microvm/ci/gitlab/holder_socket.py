@@ -1,4 +1,4 @@
-"""Frames over the Unix socket between a holder and those who use its machine: the wire's own, whole."""
+"""Frames on the Unix socket between a holder and its clients, encoded as on the wire to a guest."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 SCRIPT, STDOUT, STDERR = 1, 2, 3
-"""Streams of a run: what the client sends, and what the script says."""
+"""Streams of a run: the script from the client, and its output."""
 
 _PIECE = 65536
 
 
 @contextlib.contextmanager
 def short_path(path: Path) -> Iterator[str]:
-    """Yield another path of the same socket that is never too long for one (unix(7): 107 bytes)."""
+    """Yield an alias of a socket's path that always fits into an address (unix(7): 107 bytes)."""
     folder = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{folder}/{path.name}"
@@ -36,7 +36,7 @@ class FrameSocket:
     """A connected socket that carries frames; any thread may send.
 
     Args:
-        connection: The socket; owned from here on.
+        connection: The socket, which this object then owns.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -50,7 +50,7 @@ class FrameSocket:
         self.close()
 
     def close(self) -> None:
-        """End the connection; whoever waits for its frames is woken up."""
+        """Close the connection; a thread that waits for frames wakes up."""
         with contextlib.suppress(OSError):
             self._connection.shutdown(socket.SHUT_RDWR)
         self._connection.close()
@@ -66,21 +66,21 @@ class FrameSocket:
             self._send(encode(Kind.DATA, stream, data[start : start + most]))
 
     def close_stream(self, stream: int) -> None:
-        """Say that no more bytes of a stream follow."""
+        """Send the end of a stream."""
         self._send(encode(Kind.CLOSE, stream))
 
     def frames(self) -> Iterator[Frame]:
-        """Yield what comes, until the other side has gone.
+        """Yield received frames until the peer closes the connection.
 
         Raises:
-            WireError: The other side speaks something else.
+            WireError: The peer sent invalid data.
         """
         reader = FrameReader()
         while data := self._receive():
             yield from reader.feed(data)
 
     def wait_end(self, timeout: float) -> None:
-        """Wait until the other side has gone, ``timeout`` seconds without a word at most."""
+        """Wait until the peer closes the connection, or sends nothing for ``timeout`` seconds."""
         self._connection.settimeout(timeout)
         while self._receive():
             pass
@@ -88,7 +88,7 @@ class FrameSocket:
     def _receive(self) -> bytes:
         try:
             return self._connection.recv(_PIECE)
-        except OSError:  # it was closed, here or there
+        except OSError:  # closed by this side or the peer
             return b""
 
     def _send(self, frame: bytes) -> None:

@@ -1,9 +1,9 @@
-"""A process that holds one machine for others that come and go: each stage of a GitLab job is a process.
+"""The holder: a process that keeps one machine alive across a GitLab job's stages, each a process itself.
 
-A machine ends with the process that started it, so a stage's would end with the stage. The holder is started
-by the first stage in a session of its own, is told on stdin what to start, says on stdout how that went,
-and then serves scripts over a Unix socket. It ends, and its machine with it, when it is told to, when the
-machine has existed for its lifetime, when nobody came for a while, and when its folder has gone.
+A machine ends with the process that started it, so a stage's machine would end with the stage. The first
+stage starts the holder in a session of its own. The holder reads from stdin which machine to start, reports
+the result on stdout, and then serves scripts over a Unix socket. It ends, and its machine with it, on
+request, at the end of the machine's lifetime, after a time without clients, and when its folder is removed.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ if TYPE_CHECKING:
     from pytest_microvm.machine.microvm import MicroVM
 
 SOCKET, LOCK, FACTS, ENDED, LOG = "socket", "lock", "holder.json", "ended", "log"
-"""Files of a holder's folder. Who can lock ``lock`` knows that no holder runs."""
+"""Files in a holder's folder. A process that can lock ``lock`` knows that no holder runs."""
 
 MAX_SCRIPT = 64 * 1024**2
-_LOOK = 2.0  # seconds between two looks at the folder: nothing wakes up a process when a folder goes
-_SILENCE = 2.0  # seconds that what a script left running may go on talking after the script's end
-_STEP = 0.2  # seconds between two looks at a process group, in the machine
-_STOP_TIMEOUT = 60.0  # seconds beyond the grace that a slow machine has to stop a script
+_LOOK = 2.0  # seconds between two checks of the folder: its removal wakes up no process
+_SILENCE = 2.0  # seconds after a script's end during which output of its background processes is read
+_STEP = 0.2  # seconds between two checks of a process group, in the machine
+_STOP_TIMEOUT = 60.0  # seconds beyond the grace period for a slow machine to stop a script
 _PIECE = 65536
-_log = logging.getLogger("pytest_microvm")  # its last resort is stderr, a holder's log
+_log = logging.getLogger("pytest_microvm")  # without handlers it writes to stderr, a holder's log
 
 
 @dataclass(frozen=True)
 class Terms:
-    """How long a holder holds.
+    """The time limits of a holder.
 
     Args:
-        lifetime: Seconds at most.
-        idle: Seconds without anybody.
+        lifetime: Maximum lifetime of the machine in seconds.
+        idle: Seconds without a client after which the machine is ended.
         grace: Seconds between SIGTERM and SIGKILL for a script that is stopped.
     """
 
@@ -65,12 +65,12 @@ class Terms:
 
 @dataclass
 class Holder:
-    """Serves one machine.
+    """Serves one machine to clients on a Unix socket.
 
     Args:
-        machine: The machine; not closed here.
-        folder: Where its socket is.
-        terms: How long.
+        machine: The machine; its owner closes it.
+        folder: The folder of the socket.
+        terms: The time limits.
     """
 
     machine: MicroVM
@@ -84,7 +84,7 @@ class Holder:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[socket.socket]:
-        """Bind the socket."""
+        """Bind the socket and listen on it."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
             with short_path(self.folder / SOCKET) as path:
                 server.bind(path)
@@ -92,7 +92,7 @@ class Holder:
             yield server
 
     def serve(self, server: socket.socket) -> str:
-        """Answer until it is over; return why it is."""
+        """Serve clients until the machine is to be ended; return the reason."""
         end = time.monotonic() + self.terms.lifetime
         while not self._over:
             left = end - time.monotonic()
@@ -108,7 +108,7 @@ class Holder:
                 connection, _address = server.accept()
             except TimeoutError:
                 continue
-            except OSError:  # the socket was shut down to wake this up
+            except OSError:  # the socket was shut down to wake up this thread
                 break
             connection.settimeout(None)
             with self._lock:
@@ -117,7 +117,7 @@ class Holder:
         return "it was told to"
 
     def say_goodbye(self) -> None:
-        """Tell those who asked for the end that the machine is gone."""
+        """Notify the clients that requested the end that the machine is gone."""
         for visitor in self._asked_to_end:
             with contextlib.suppress(OSError):
                 visitor.message(ended=True)
@@ -146,7 +146,7 @@ class Holder:
 
 
 class _Run:
-    """One script for one visitor, who may stop it, or leave."""
+    """Runs one script for one client, and stops it at the client's request or when the client disconnects."""
 
     def __init__(self, machine: MicroVM, visitor: FrameSocket, grace: float) -> None:
         self._machine = machine
@@ -164,7 +164,7 @@ class _Run:
             if len(script) > MAX_SCRIPT:
                 raise ValueError("a script that is too large")
         else:
-            return  # it left before it had said all
+            return  # the client disconnected before it had sent the whole script
         before = self._machine.instance.requests.added
         try:
             code = self._run(command, bytes(script), frames)
@@ -175,7 +175,7 @@ class _Run:
             self._visitor.message(error=str(error), kind=kind)
 
     def _tell_denied(self, before: int) -> None:
-        """Say on stderr what was denied since there were ``before`` requests."""
+        """Write denied requests to stderr, without the first ``before`` requests."""
         self._machine.network.settle()
         for request in self._machine.instance.requests.since(before):
             if not request.allowed:
@@ -199,14 +199,14 @@ class _Run:
             finally:
                 self._done.set()
             if self._stopping.is_set():
-                threads[3].join()  # the next script shall not find any of this one
+                threads[3].join()  # the next script must not meet processes of this one
             for thread in threads[1:3]:
                 thread.join(_SILENCE)
             return code
 
     def _feed(self, process: GuestProcess, script: bytes) -> None:
         assert process.stdin is not None
-        with contextlib.suppress(OSError, ValueError, MicroVMError):  # it need not read all of it
+        with contextlib.suppress(OSError, ValueError, MicroVMError):  # the script need not be read to its end
             process.stdin.write(script)
             process.stdin.close()
 
@@ -215,18 +215,18 @@ class _Run:
             while data := source.read1(_PIECE):
                 self._visitor.data(stream, data)
         except MicroVMError:
-            return  # whoever waits for the script is told the same
+            return  # waiting for the script raises the same error
         except (OSError, ValueError):
-            self._stop(process)  # nobody listens any more
+            self._stop(process)  # the client is gone
 
     def _obey(self, process: GuestProcess, frames: Iterator[Any]) -> None:
-        """Stop the script when its visitor asks for it, or has gone."""
+        """Stop the script when the client requests it or disconnects."""
         with contextlib.suppress(OSError, ValueError, WireError):
             next((frame for frame in frames if message_of(frame).get("do") == "stop"), None)
         self._stop(process)
 
     def _stop(self, process: GuestProcess) -> None:
-        """End the script and what it started: its process group, which may outlive the shell."""
+        """Terminate, then kill, the script's process group: it may outlive the shell."""
         if self._done.is_set() or self._stopping.is_set():
             return
         self._stopping.set()
@@ -241,10 +241,10 @@ class _Run:
 
 
 def spec_of(values: Mapping[str, Any], folder: Path, where: str) -> MachineSpec:
-    """Return a spec from its fields as written; mounts are relative to ``folder``.
+    """Return a spec from its fields as written; paths of mounts are relative to ``folder``.
 
     Raises:
-        UsageError: A value is impossible.
+        UsageError: A value is invalid.
     """
     values = dict(values)
     if "mounts" in values:
@@ -253,18 +253,19 @@ def spec_of(values: Mapping[str, Any], folder: Path, where: str) -> MachineSpec:
 
 
 def hold(spec: MachineSpec, folder: Path, terms: Terms, orders: IO[bytes], report: IO[bytes]) -> None:
-    """Start a machine, say how that went, and serve it until it is over.
+    """Start a machine, report the result, and serve the machine until it is to be ended.
 
     Args:
-        spec: What it is made of.
-        folder: The holder's own.
-        terms: How long.
-        orders: Where ``go`` comes from when the starter knows that it is ready; its end before ends this.
-        report: Where it goes to, a JSON object a line: ``say``, then ``ready`` or ``error``.
+        spec: The machine's spec.
+        folder: The holder's own folder.
+        terms: The time limits.
+        orders: The stream on which the starter acknowledges ``ready`` with ``go``; its end before that ends
+            this process.
+        report: The stream for reports, one JSON object a line: ``say``, then ``ready`` or ``error``.
     """
 
     def tell(**values: Any) -> None:
-        with contextlib.suppress(OSError, ValueError):  # once it is ready nobody listens
+        with contextlib.suppress(OSError, ValueError):  # after "ready" the starter no longer reads
             report.write(json.dumps(values).encode() + b"\n")
             report.flush()
 
@@ -289,15 +290,15 @@ def hold(spec: MachineSpec, folder: Path, terms: Terms, orders: IO[bytes], repor
 
 
 def _end_without_orders(orders: IO[bytes]) -> None:
-    """End this process if its starter ends before it has said ``go``."""
+    """End this process if the starter exits before it has sent ``go``."""
     if orders.readline() != b"go\n":
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> int:
-    """Read what to hold from stdin, and hold it."""
+    """Read the machine's description from stdin, and hold that machine."""
     interrupt_on_sigterm()
-    # Unbuffered: a thread that waits in a buffered file keeps Python from ending.
+    # Unbuffered: a thread that is blocked in a buffered file keeps Python from exiting.
     orders = open(sys.stdin.fileno(), "rb", buffering=0, closefd=False)  # noqa: SIM115
     report = sys.stdout.buffer
     wanted = json.loads(orders.readline())

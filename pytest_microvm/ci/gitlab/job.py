@@ -1,8 +1,9 @@
-"""A GitLab job as its runner tells it: what may be believed, and what anybody may have written.
+"""A GitLab job as its runner describes it: the server's facts, separate from variables that anyone may set.
 
-A job's variables reach the driver as ``CUSTOM_ENV_...``, and ``.gitlab-ci.yml``, whoever starts a pipeline,
-and a project's settings can set any of them, predefined ones too. What the server itself said of the job
-is in the file that ``JOB_RESPONSE_FILE`` names (docs.gitlab.com/runner/executors/custom, "Job response").
+A job's variables reach the driver as ``CUSTOM_ENV_...``, and ``.gitlab-ci.yml``, the user who starts a
+pipeline and a project's settings can set any of them, even predefined ones. The server's own facts about the
+job are in the file that ``JOB_RESPONSE_FILE`` names (docs.gitlab.com/runner/executors/custom, "Job
+response").
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ _WEB_PORTS = {"http": 80, "https": 443}
 
 @dataclass(frozen=True)
 class GitlabJob:
-    """What is known of a job.
+    """The known facts about a job.
 
     Args:
-        key: Names the job's machine: the same in all stages of a job, another one in all other jobs.
-        image: What its ``image:`` says, empty if nothing: what the project wants, no permission.
-        timeout: Seconds the job may take.
-        protected: Whether the server says that its branch or tag is protected.
-        host: The host of the GitLab it comes from, as a network rule; ``None`` if the server did not say.
-        services: Whether it asks for ``services:``.
+        key: The key of the job's machine: the same in all stages of a job, different in all other jobs.
+        image: The job's ``image:``, empty if it has none: the project's request, not a permission.
+        timeout: The job's timeout in seconds.
+        protected: Whether its branch or tag is protected, according to the server.
+        host: The host of its GitLab, as a network rule; ``None`` if the server did not name it.
+        services: Whether the job requests ``services:``.
     """
 
     key: str
@@ -46,17 +47,17 @@ class GitlabJob:
 
 
 def read_job(environment: Mapping[str, str]) -> GitlabJob:
-    """Return the job that a stage was started for.
+    """Return the job of the current stage.
 
     Args:
-        environment: The stage's variables, as the runner sets them.
+        environment: The stage's environment variables, as set by the runner.
 
     Raises:
-        UsageError: It was not a runner who started the stage.
+        UsageError: The stage was not started by a runner.
     """
     key = job_key(environment)
     response = _response(environment.get("JOB_RESPONSE_FILE", ""))
-    if response is None:  # an older runner: nothing is known for sure
+    if response is None:  # an older runner: nothing is reliable
         return GitlabJob(
             key,
             image=environment.get("CUSTOM_ENV_CI_JOB_IMAGE", ""),
@@ -74,13 +75,13 @@ def read_job(environment: Mapping[str, str]) -> GitlabJob:
 
 
 def job_key(environment: Mapping[str, str]) -> str:
-    """Return what names a job's machine.
+    """Return the key of a job's machine.
 
-    The runner makes a folder for each try of each job, ``TMPDIR`` of all its stages. A job cannot choose it,
-    so one that gives itself another's numbers still has another key.
+    The runner creates a folder for each attempt at each job, ``TMPDIR`` of all its stages. A job cannot
+    choose it, so a job that sets another job's ids for itself still gets a different key.
 
     Raises:
-        UsageError: There is no such folder.
+        UsageError: ``TMPDIR`` is not set.
     """
     folder = environment.get("TMPDIR", "")
     if not folder:
@@ -93,10 +94,10 @@ def job_key(environment: Mapping[str, str]) -> str:
 
 
 def _response(name: str) -> Mapping[str, Any] | None:
-    """Return what the server said, ``None`` where the runner does not hand it on.
+    """Return the server's description of the job, ``None`` if the runner does not pass it on.
 
     Raises:
-        UsageError: It is not what a runner writes.
+        UsageError: The file is unreadable, or no JSON object.
     """
     if not name:
         return None
@@ -124,7 +125,7 @@ def _seconds(value: object) -> float | None:
 
 
 def _host(url: str) -> str | None:
-    """Return a repository's host as a network rule: with its port where it is not the web's."""
+    """Return a repository's host as a network rule, with the port unless it is the scheme's default."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port

@@ -1,4 +1,4 @@
-"""What the operator of a GitLab runner gives to jobs: a TOML file that no job can change."""
+"""The settings that a GitLab runner's operator makes for all jobs: a TOML file that no job can change."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ else:
 VARIABLE = "PYTEST_MICROVM_GITLAB_CONFIG"
 DEFAULT_FILE = Path("/etc/pytest-microvm/gitlab.toml")
 GITLAB = "gitlab"
-"""As a network rule: the host of the GitLab that the job comes from."""
+"""The network rule that stands for the host of the job's GitLab."""
 
 _SHELLS = ("bash", "sh")
 _OUTPUTS = ("safe", "raw")
@@ -35,21 +35,21 @@ _MACHINE_KEYS = {option.name for option in MACHINE if "gitlab" not in option.abs
 
 @dataclass(frozen=True)
 class GitlabSettings:
-    """What machines of jobs are made of and given; every value is the operator's.
+    """The operator's settings for the machines of jobs.
 
     Args:
-        image: The kit where a job asks for no image: a name, or a path.
-        images: Which kit a job gets by the name in its ``image:``; no other name is accepted.
+        image: The kit for jobs that request no image: a name, or a path.
+        images: The kits by the names that jobs may use in ``image:``; any other name is rejected.
         machine: Fields of :class:`MachineSpec`, as written.
-        protected: The same on top, for jobs of protected branches and tags alone.
-        shell: What runs the runner's scripts in the machine: ``bash`` or ``sh``.
-        output: ``safe``: the job's log is text in which nothing can act; ``raw``: as it comes.
-        builds_dir: Where projects are built in the machine.
-        cache_dir: Where the runner's cache is in the machine.
-        lifetime: Seconds a machine may exist at most, whatever a job's timeout says.
+        protected: Further fields, for jobs of protected branches and tags only.
+        shell: The shell that runs the runner's scripts in the machine: ``bash`` or ``sh``.
+        output: ``safe`` removes control sequences from the job's log; ``raw`` passes it unchanged.
+        builds_dir: The folder in the machine where projects are built.
+        cache_dir: The folder in the machine for the runner's cache.
+        lifetime: Maximum lifetime of a machine in seconds, whatever the job's timeout.
         idle: Seconds without a stage after which a machine is ended: its runner is gone.
-        grace: Seconds that a cancelled script has between SIGTERM and SIGKILL.
-        folder: What relative paths in it are relative to.
+        grace: Seconds between SIGTERM and SIGKILL for a cancelled script.
+        folder: The base folder of relative paths in the settings.
     """
 
     image: str = "agent"
@@ -66,17 +66,17 @@ class GitlabSettings:
     folder: Path = Path("/")
 
     def values(self, *, protected: bool) -> dict[str, Any]:
-        """Return the fields of the spec for a job, as written."""
+        """Return the spec's fields for a job, as written."""
         return {**self.machine, **(self.protected if protected else {})}
 
 
 def find_settings(path: Path | None) -> GitlabSettings:
-    """Return the operator's settings: the file given, the one named by the variable, or the usual one.
+    """Load the operator's settings from the given file, the one named by the variable, or the default file.
 
-    Without any of them the defaults hold: one image, no network.
+    If none exists, the defaults apply: one image, no network.
 
     Raises:
-        UsageError: It cannot be read or used.
+        UsageError: The file is unreadable or invalid.
     """
     named = path or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
     file = named or DEFAULT_FILE
@@ -95,7 +95,7 @@ def parse_settings(text: str, where: str, folder: Path) -> GitlabSettings:
     """Return settings from TOML.
 
     Raises:
-        UsageError: A key is unknown or a value impossible; it names the key.
+        UsageError: A key is unknown or a value invalid; the error names the key.
     """
     try:
         table = tomllib.loads(text)
@@ -120,17 +120,17 @@ def parse_settings(text: str, where: str, folder: Path) -> GitlabSettings:
 def machine_values(
     settings: GitlabSettings, image: str, *, protected: bool, host: str | None, where: str
 ) -> dict[str, Any]:
-    """Return what a job's machine is made of: fields of :class:`MachineSpec`, as written.
+    """Return the spec of a job's machine: fields of :class:`MachineSpec`, as written.
 
     Args:
-        settings: The operator's.
+        settings: The operator's settings.
         image: The kit.
         protected: Whether the job's branch or tag is protected.
-        host: The host, and perhaps port, of the GitLab that the job comes from; ``None``: not known for sure.
-        where: What the values were written in, for errors.
+        host: The host, with a port if needed, of the job's GitLab; ``None`` if not reliably known.
+        where: The source of the values, for errors.
 
     Raises:
-        UsageError: A value is impossible, or the rule ``gitlab`` leads nowhere.
+        UsageError: A value is invalid, or the rule ``gitlab`` is used without a known host.
     """
     kit = str(settings.folder / image) if "/" in image else image
     values = {"network": [], **settings.values(protected=protected), "image": kit}

@@ -1,7 +1,7 @@
 """The stages of GitLab Runner's custom executor: one machine for each job.
 
-The contract is docs.gitlab.com/runner/executors/custom. Each stage is a process of its own; the machine is
-kept between them by :mod:`pytest_microvm.ci.gitlab.holding`.
+The contract is docs.gitlab.com/runner/executors/custom. Each stage is a separate process;
+:mod:`pytest_microvm.ci.gitlab.holding` keeps the machine between them.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from pytest_microvm.ci.gitlab.job import GitlabJob, job_key, read_job
 from pytest_microvm.ci.gitlab.settings import GitlabSettings, machine_values
 from pytest_microvm.errors import UsageError
 
-_AFTER_TIMEOUT = 600.0  # seconds a job's last stages (after_script, artifacts) may take beyond its timeout
+_AFTER_TIMEOUT = 600.0  # seconds beyond a job's timeout for its last stages (after_script, artifacts)
 
 
 class ImageNotOffered(UsageError):
-    """A job asks for an image that the operator does not offer."""
+    """A job requests an image that the operator does not offer."""
 
 
 class GitlabStages:
     """The stages of one job.
 
     Attributes:
-        settings: The operator's.
+        settings: The operator's settings.
 
     Args:
-        environment: This process's variables. ``TMPDIR`` is taken out of them: it is the job's folder, and
-            what belongs to the computer, the host budget above all, must not lie there.
-        settings: The operator's.
+        environment: This process's environment variables. ``TMPDIR`` is removed from the process: it is the
+            job's folder, and data of the whole computer, above all the host budget, must not be kept there.
+        settings: The operator's settings.
     """
 
     def __init__(self, environment: Mapping[str, str], settings: GitlabSettings) -> None:
@@ -45,7 +45,7 @@ class GitlabStages:
         tempfile.tempdir = None
 
     def config(self) -> dict[str, Any]:
-        """Return what the runner shall know before the job begins."""
+        """Return the driver's configuration for the runner, which requests it before the job starts."""
         return {
             "builds_dir": self.settings.builds_dir,
             "cache_dir": self.settings.cache_dir,
@@ -58,10 +58,10 @@ class GitlabStages:
         """Start the job's machine.
 
         Args:
-            say: Told what it is, and what takes long.
+            say: Called with messages about the machine and about steps that take long.
 
         Raises:
-            ImageNotOffered: The job asks for an image that it cannot have.
+            ImageNotOffered: The job requests an image that is not offered.
             MicroVMError: The machine could not be started.
         """
         job, settings = read_job(self._environment), self.settings
@@ -75,15 +75,15 @@ class GitlabStages:
         say(f"machine {machine} from image {image}; network: {', '.join(values['network']) or 'none'}")
 
     def run(self, script: Path, output: Callable[[int, bytes], None]) -> Ended:
-        """Run a script of the runner in the machine and return how it ended.
+        """Run a script of the runner in the machine and return its outcome.
 
         Args:
             script: The file that the runner wrote.
-            output: Told what the script says: stream and bytes.
+            output: Called with the script's output: stream and bytes.
 
         Raises:
-            UsageError: There is no such script.
-            MachineError: The machine has gone, or nobody holds it.
+            UsageError: The script is unreadable or too large.
+            MachineError: The machine is gone, or has no holder.
         """
         try:
             with script.open("rb") as file:
@@ -95,12 +95,12 @@ class GitlabStages:
         return HeldMachine(job_key(self._environment)).run(self.settings.shell, text, output)
 
     def cleanup(self) -> None:
-        """End the job's machine, if there is one; again if need be.
+        """End the job's machine, if there is one; safe to call repeatedly.
 
         Raises:
-            HostError: It could not be ended.
+            HostError: The machine could not be ended.
         """
-        if self._environment.get("TMPDIR"):  # else no stage came far enough to start one
+        if self._environment.get("TMPDIR"):  # otherwise no stage can have started a machine
             HeldMachine(job_key(self._environment)).end()
 
 
@@ -108,7 +108,7 @@ def _image(settings: GitlabSettings, job: GitlabJob) -> str:
     """Return the kit for a job.
 
     Raises:
-        ImageNotOffered: It asks for another one.
+        ImageNotOffered: The job requests an image that is not offered.
     """
     if not job.image:
         return settings.image

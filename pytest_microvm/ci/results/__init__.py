@@ -1,1 +1,1 @@
-"""What a run leaves: results, reports, summaries, a history."""
+"""The results of a run: values, reports, summaries and a history."""

@@ -1,7 +1,7 @@
-"""What earlier runs came to, in a SQLite file under the cache.
+"""The history of runs and their test results, in a SQLite file under the cache.
 
-Kept are the last :data:`KEPT_RUNS` runs of the last :data:`KEPT_DAYS` days, and of the newest of them at
-most :data:`KEPT_CASES` test cases. Several runs may write at once: WAL, and a busy timeout.
+It keeps the last :data:`KEPT_RUNS` runs of the last :data:`KEPT_DAYS` days, and at most :data:`KEPT_CASES`
+test cases, those of the newest runs. Several runs may write concurrently: WAL, and a busy timeout.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ KEPT_RUNS = 1000
 KEPT_DAYS = 90
 KEPT_CASES = 500_000
 LAST = "last"
-"""What the newest run may be called."""
+"""The alias of the newest run's id."""
 
 _CASES_OF_A_RUN = 100_000
 _NAME = 1000  # characters
@@ -52,13 +52,13 @@ DELETE FROM cases WHERE task IN (SELECT tasks.number FROM tasks JOIN
 
 @dataclass(frozen=True)
 class Case:
-    """What came of a test.
+    """The result of one test.
 
     Args:
         task: The id of the task that it ran in.
-        name: Its class's name and its own.
+        name: The names of the test's class and of the test.
         outcome: ``passed``, ``failed``, ``error``, ``skipped``, or ``flaky``: passed after it had failed.
-        seconds: How long it took.
+        seconds: The duration.
     """
 
     task: str
@@ -74,10 +74,10 @@ class Flaky:
     Args:
         repository: The repository's folder.
         job: The job that runs it.
-        name: Its name.
-        commits: With how many commits it did both.
-        passed: How often it passed with these.
-        failed: How often it failed with these.
+        name: The test's name.
+        commits: The number of commits with which it both passed and failed.
+        passed: How often it passed with these commits.
+        failed: How often it failed with these commits.
         flaky: How often it did both in one run.
     """
 
@@ -91,25 +91,25 @@ class Flaky:
 
 
 class History:
-    """The runs of this cache.
+    """The history of runs in a cache folder.
 
     Args:
         cache: The cache folder; see :func:`pytest_microvm.images.store.cache_root`.
-        say: Told when the file was damaged and a new one begins.
+        say: Called with a message if the file was damaged and is replaced by a new one.
     """
 
     def __init__(self, cache: Path, say: Callable[[str], None] = _log.warning) -> None:
         self._file = HistoryFile(cache / "ci" / "history.sqlite3", say)
 
     def add(self, run: RunResult, cases: Iterable[Case] = ()) -> None:
-        """Add a run, and forget what is too old.
+        """Add a run, and delete expired entries.
 
         Args:
-            run: The run; one that is there by the same id is replaced.
+            run: The run; it replaces one with the same id.
             cases: The tests of its tasks.
 
         Raises:
-            HostError: It cannot be written, or is of a newer version.
+            HostError: The file cannot be written, or is of a newer version.
         """
         tests: dict[str, list[Case]] = {task.id: [] for task in run.tasks}
         for case in islice((case for case in cases if case.task in tests), _CASES_OF_A_RUN):
@@ -126,8 +126,8 @@ class History:
         """Return runs, the newest first.
 
         Args:
-            limit: How many at most.
-            branches: Globs; of each run only the tasks of such branches count, and a run without is left out.
+            limit: The maximum number of runs.
+            branches: Globs; only tasks of matching branches are included, and runs without any are left out.
         """
 
         def read(database: sqlite3.Connection) -> list[RunResult]:
@@ -139,10 +139,10 @@ class History:
         return self._file.do(read)
 
     def run(self, prefix: str) -> RunResult:
-        """Return a run by the beginning of its id, or :data:`LAST`.
+        """Return a run by a prefix of its id, or by :data:`LAST`.
 
         Raises:
-            UsageError: There is none, or more than one.
+            UsageError: No run matches, or more than one.
         """
 
         def read(database: sqlite3.Connection) -> list[RunResult]:
@@ -158,17 +158,17 @@ class History:
         raise UsageError(f"{what} {prefix!r}", resolution="see `pytest-microvm ci history`")
 
     def cases(self, run: str) -> list[Case]:
-        """Return the tests of the run with this id, in order."""
+        """Return the tests of the run with the id ``run``, in order."""
         query = """SELECT tasks.id, name, outcome, cases.seconds FROM cases JOIN tasks
         ON tasks.number = cases.task JOIN runs ON runs.number = tasks.run WHERE runs.id = ?
         ORDER BY tasks.number, position"""
         return self._file.do(lambda database: [Case(*row) for row in database.execute(query, (run,))])
 
     def flaky(self, days: float = KEPT_DAYS) -> list[Flaky]:
-        """Return the tests that passed and failed with one commit, in one run or in several; the worst first.
+        """Return the tests that passed and failed with the same commit, in one run or several, worst first.
 
         Args:
-            days: How far back to look.
+            days: The period to search, in days up to now.
         """
         since = time.time() - days * _DAY
         return self._file.do(lambda database: [Flaky(*row) for row in database.execute(_FLAKY, (since,))])
@@ -203,7 +203,7 @@ def _prune(database: sqlite3.Connection) -> None:
 def _run(database: sqlite3.Connection, row: Sequence[Any]) -> RunResult:
     number, name, repository, definition, started, seconds, interrupted, _cases = row
     found = database.execute("SELECT data FROM tasks WHERE run = ? ORDER BY number", (number,))
-    # What an older version did not know yet has its default.
+    # Fields that an older version did not write get their defaults.
     unknown = asdict(TaskResult("", "", "", "", "infra"))
     tasks = tuple(task_from_json({**unknown, **json.loads(data)}) for (data,) in found)
     return RunResult(name, repository, definition, started, seconds, tasks, bool(interrupted))
@@ -215,5 +215,5 @@ def _only(run: RunResult, branches: Sequence[str]) -> RunResult:
 
 
 def _text(text: str) -> str:
-    """Return text that the database can hold, on one line."""
+    """Return text as one line that the database can store."""
     return sanitize_line(text, _NAME)

@@ -1,4 +1,4 @@
-"""The history's SQLite file: opened, brought to this version, put aside when it is damaged."""
+"""The history's SQLite file: open it, migrate it to this version, replace it if it is damaged."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         PRIMARY KEY (task, position)) WITHOUT ROWID""",
     ),
 )
-"""What makes a database of version N one of version N + 1; entries are only ever added."""
+"""The statements that migrate a database from version N to N + 1; entries are only ever added."""
 
 
 class HistoryFile:
-    """A database that several processes read and write at once.
+    """A database that several processes read and write concurrently.
 
     Args:
-        path: The file; made when it is first used.
-        say: Told when it was damaged and a new one begins.
+        path: The file; it is created on first use.
+        say: Called with a message if the file was damaged and is replaced by a new one.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
@@ -46,17 +46,17 @@ class HistoryFile:
         self._say = say
 
     def do(self, action: Callable[[sqlite3.Connection], _T]) -> _T:
-        """Do something with the database; a damaged one is put aside first, for a new one.
+        """Call ``action`` with the database; a damaged file is first renamed and replaced by a new one.
 
         Raises:
-            HostError: It is of a newer version, or cannot be used for another reason.
+            HostError: The file is of a newer version, or unusable for another reason.
         """
         try:
             try:
                 with self._open() as database:
                     return action(database)
             except sqlite3.DatabaseError as error:
-                # Only what is damaged is of this very class; a lock, a full disk, ... are of subclasses.
+                # Damage raises exactly this class; a lock, a full disk, ... raise subclasses.
                 if type(error) is not sqlite3.DatabaseError:
                     raise
                 self._put_aside(error)
@@ -82,7 +82,7 @@ class HistoryFile:
             database.close()
 
     def _migrate(self, database: sqlite3.Connection) -> None:
-        """Bring a database to this version; a new one has version 0."""
+        """Migrate a database to this version; a new one has version 0."""
         with self._alone():
             version = _version(database)
             if version > len(_MIGRATIONS):
@@ -128,12 +128,12 @@ def _version(database: sqlite3.Connection) -> int:
 
 @contextlib.contextmanager
 def transaction(database: sqlite3.Connection) -> Iterator[None]:
-    """Write all or nothing; the lock is taken at once, since a reader cannot always become a writer."""
+    """Run a write transaction; it takes the lock at once, since a reader cannot always become a writer."""
     database.execute("BEGIN IMMEDIATE")
     try:
         yield
     except BaseException:
-        with contextlib.suppress(sqlite3.Error):  # of a full disk it is rolled back already
+        with contextlib.suppress(sqlite3.Error):  # on a full disk SQLite has already rolled back
             database.execute("ROLLBACK")
         raise
     database.execute("COMMIT")

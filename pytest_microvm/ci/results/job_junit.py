@@ -1,4 +1,4 @@
-"""A task's JUnit: the branch's own reports made safe, or its steps as tests where it has none."""
+"""Write a task's JUnit report: the branch's own reports sanitized, or its steps as tests if it has none."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pytest_microvm.reports.values import Case, Problem, Properties, Report, Sui
 from pytest_microvm.reports.writing import write_report
 
 REPORT = "junit.xml"
-"""The name of the files that are written."""
+"""The file name of the written reports."""
 
 _TAKEN = "junit"  # the folder with the branch's own files
 _EVIDENCE = ("log.txt", "console.txt")
@@ -31,13 +31,13 @@ def write_job_junit(folder: Path, result: TaskResult, *, profile: str, output: P
     """Write a task's ``junit.xml``.
 
     Args:
-        folder: The task's folder. What is below its ``junit`` folder is the branch's, and not trusted.
-        result: What came of the task.
-        profile: Who reads the file: a name of :data:`pytest_microvm.reports.profiles.PROFILES`.
+        folder: The task's folder. Its ``junit`` folder comes from the branch and is untrusted.
+        result: The task's result.
+        profile: The profile of the file's reader: a name in :data:`pytest_microvm.reports.profiles.PROFILES`.
         output: The folder that the paths of ``result`` are relative to.
 
     Returns:
-        How many tests of the branch came to what; ``None`` if it reported none.
+        The number of the branch's tests per outcome; ``None`` if it reported none.
 
     Raises:
         UsageError: There is no such profile.
@@ -50,7 +50,7 @@ def write_job_junit(folder: Path, result: TaskResult, *, profile: str, output: P
 
 
 def own_suites(folder: Path) -> tuple[Suite, ...]:
-    """Return what the branch itself reported, of all its files.
+    """Return the suites of all JUnit files that the branch itself wrote.
 
     Args:
         folder: The task's folder.
@@ -71,12 +71,12 @@ def own_suites(folder: Path) -> tuple[Suite, ...]:
 
 
 def job_suite(folder: Path, result: TaskResult, own: Iterable[Suite], output: Path) -> Suite:
-    """Return a task's tests as one suite, which is as red as the task's verdict.
+    """Return a task's tests as one suite, which fails whenever the task's verdict is a failure.
 
     Args:
         folder: The task's folder.
-        result: What came of the task.
-        own: What the branch itself reported.
+        result: The task's result.
+        own: The suites that the branch itself reported.
         output: The folder that the paths of ``result`` are relative to.
     """
     evidence = tuple(path for name in _EVIDENCE if _is_file(path := folder / name))
@@ -105,7 +105,7 @@ def job_suite(folder: Path, result: TaskResult, own: Iterable[Suite], output: Pa
 
 
 def count(cases: Iterable[Case]) -> Counts:
-    """Return how many of the cases came to what."""
+    """Return the number of cases per outcome."""
     outcomes = {"passed": 0, "failed": 0, "error": 0, "skipped": 0}
     flaky = 0
     for case in cases:
@@ -118,7 +118,7 @@ def count(cases: Iterable[Case]) -> Counts:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yield the regular files below a folder; links lead nowhere."""
+    """Yield the regular files below a folder; symbolic links are ignored."""
     for parent, _folders, names in os.walk(folder):
         yield from (path for name in names if _is_file(path := Path(parent, name)))
 
@@ -140,7 +140,7 @@ def _left_out(number: int) -> Suite:
 
 
 def _with_files(case: Case, result: TaskResult, taken_back: set[str], output: Path) -> Case:
-    """Return the case with those of the files it claims that were taken back from its machine."""
+    """Return the case with attachments: the files it claims, if they were copied back from its machine."""
     found = []
     for claim in case.claims:
         inside = PurePosixPath(_WORKSPACE, claim)
@@ -152,7 +152,7 @@ def _with_files(case: Case, result: TaskResult, taken_back: set[str], output: Pa
     return replace(case, attachments=tuple(found))
 
 
-# What we know ourselves
+# Facts that do not come from the branch
 
 
 def _steps(result: TaskResult, folder: Path) -> Iterator[Case]:
@@ -188,7 +188,7 @@ def _log_tail(folder: Path) -> str:
 
 
 def _verdict(result: TaskResult, cases: Iterable[Case], evidence: tuple[Path, ...]) -> list[Case]:
-    """Return a case of the job itself where its tests do not say what came of it."""
+    """Return a case for the job itself if its tests do not reflect its verdict."""
     verdict, reason = result.verdict, result.reason or result.verdict
     red = any(case.outcome in ("failed", "error") for case in cases)
     if verdict == "passed" or (verdict == "failed" and red):

@@ -1,4 +1,4 @@
-"""The JUnit of a whole run: a suite for each branch and job."""
+"""Write the JUnit report of a whole run: a suite for each branch and job."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def write_merged_junit(output: Path, run: RunResult, *, profile: str) -> None:
 
     Args:
         output: The run's folder, with a folder for each task.
-        run: What came of it.
-        profile: Who reads the file: a name of :data:`pytest_microvm.reports.profiles.PROFILES`.
+        run: The run's result.
+        profile: The profile of the file's reader: a name in :data:`pytest_microvm.reports.profiles.PROFILES`.
 
     Raises:
         UsageError: There is no such profile.
@@ -33,6 +33,6 @@ def _suites(output: Path, run: RunResult) -> Iterator[Suite]:
     for task in run.tasks:
         folder = output / task.id
         suite = job_suite(folder, task, own_suites(folder), output)
-        # The same tests of several branches are different tests; where there is one branch, its name would
-        # keep readers from comparing them with those of the branch it is to be merged into.
+        # With several branches their equal tests are distinct; with one, its name would keep tools from
+        # comparing the tests with those of the branch it is to be merged into.
         yield replace(suite, scope=task.title if several else task.job)

@@ -1,4 +1,4 @@
-"""What people are told about a run: a matrix, what did not pass, and what to do about it."""
+"""The common content of a run's summaries: a matrix, the tasks that did not pass, and next steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pytest_microvm.reports.text import cut
 from pytest_microvm.reports.values import Case
 
 TEXT_LIMIT = 20_000
-"""Characters of a failure that are shown."""
+"""Maximum number of characters shown of a failure."""
 
 _MOST_TESTS = 200  # of one task
 
@@ -32,11 +32,11 @@ SIGNS: dict[Verdict, str] = {
 
 @dataclass(frozen=True)
 class Matrix:
-    """Which job came to what for which branch.
+    """A table of a run's tasks by branch and job.
 
     Args:
         jobs: The columns.
-        rows: A branch and its tasks, one for each column; ``None``: that job is not for it.
+        rows: A branch and its tasks, one for each column; ``None``: the job does not run for the branch.
     """
 
     jobs: tuple[str, ...]
@@ -55,7 +55,7 @@ def matrix(run: RunResult) -> Matrix:
 
 
 def headline(run: RunResult) -> str:
-    """Return what came of a run in one line."""
+    """Return the result of a run in one line."""
     total, passed = len(run.tasks), sum(task.verdict == "passed" for task in run.tasks)
     if run.interrupted:
         return f"Interrupted: {passed} of {total} jobs passed"
@@ -65,7 +65,7 @@ def headline(run: RunResult) -> str:
 
 
 def tests_line(task: TaskResult) -> str:
-    """Return what came of a task's own tests, in a few words; empty if it has none."""
+    """Return the counts of a task's own tests in a few words; empty if it has none."""
     counts = task.tests
     if counts is None:
         return ""
@@ -76,7 +76,7 @@ def tests_line(task: TaskResult) -> str:
 
 
 def worth_telling(run: RunResult) -> list[TaskResult]:
-    """Return the tasks that did not pass, the worst first, then those that were denied something."""
+    """Return the tasks that did not pass, the worst first, then passed ones with denied requests."""
     return sorted(
         (task for task in run.tasks if task.verdict != "passed" or task.denied),
         key=lambda task: (task.harmless, task.verdict in ("skipped", "cancelled"), task.verdict == "passed"),
@@ -85,16 +85,16 @@ def worth_telling(run: RunResult) -> list[TaskResult]:
 
 @dataclass(frozen=True)
 class FailedTests:
-    """Tests of one task that failed: the first of them, and how many there are."""
+    """The first failed tests of one task, and the total number of its failed tests."""
 
     cases: tuple[Case, ...] = ()
     total: int = 0
 
 
 def failed_tests(output: Path, task: TaskResult) -> FailedTests:
-    """Return a task's tests that failed; what stands for the job itself is not among them."""
+    """Return a task's failed tests, without the case that stands for the job itself."""
     path = output / task.id / REPORT
-    if not path.exists():  # it never ran
+    if not path.exists():  # the task never ran
         return FailedTests()
     report = read_report(path, ours=True)
     cases: Iterable[Case] = (case for suite in report.suites for case in suite.cases)
@@ -112,7 +112,7 @@ def _shortened(case: Case) -> Case:
 
 
 def local_command(task: TaskResult) -> str:
-    """Return the command that runs a task alone, here."""
+    """Return the command that runs a single task on this computer."""
     if task.branch == WORKTREE:
         source = ["--worktree"]
     else:
@@ -122,7 +122,7 @@ def local_command(task: TaskResult) -> str:
 
 
 def next_step(task: TaskResult) -> str:
-    """Return what to do about a task that did not pass."""
+    """Return a sentence with the user's next step for a task, by its verdict."""
     return {
         "passed": "It passed, but not with all that it tried to reach.",
         "failed": "Run it here:",
@@ -135,12 +135,12 @@ def next_step(task: TaskResult) -> str:
 
 
 def phases(task: TaskResult) -> list[tuple[str, float]]:
-    """Return where a task's time went, in order."""
+    """Return a task's phases and their seconds, in order."""
     return [(phase, task.phases[phase]) for phase in PHASES if phase in task.phases]
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as people write it: ``0.8 s``, ``12 s``, ``3 min 5 s``."""
+    """Return a duration in readable form: ``0.8 s``, ``12 s``, ``3 min 5 s``."""
     if seconds < 10:  # noqa: PLR2004 - below that a tenth matters
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""What came of a run: values, and the same as JSON."""
+"""The result of a run, its tasks and steps: values, and their JSON form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytest_microvm.untrusted.text import safe_json
 Verdict = Literal["passed", "failed", "quota", "crashed", "infra", "skipped", "cancelled"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 PHASES = ("queue", "restore", "prepare", "sync", "run", "collect")
-"""Where a task's time goes, in order; :attr:`TaskResult.phases` has the seconds of each."""
+"""The phases of a task, in order; :attr:`TaskResult.phases` has the seconds of each."""
 
 FORMAT = 1
 EXIT_OK, EXIT_FAILED, EXIT_INFRA = 0, 1, 75
@@ -22,12 +22,12 @@ EXIT_OK, EXIT_FAILED, EXIT_INFRA = 0, 1, 75
 
 @dataclass(frozen=True)
 class StepResult:
-    """What came of a step.
+    """The result of a step.
 
     Args:
-        name: What it is called.
-        status: Its exit status; negative: the signal that ended it; ``None``: it did not run to its end.
-        seconds: How long it took.
+        name: The step's name.
+        status: The exit status; negative: the signal that ended it; ``None``: it did not finish.
+        seconds: The duration.
     """
 
     name: str
@@ -37,7 +37,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Counts:
-    """How many tests came to what; ``flaky`` ones passed after they had failed, and are among the passed."""
+    """The number of tests per outcome; ``flaky`` tests passed after they had failed, and count as passed."""
 
     passed: int = 0
     failed: int = 0
@@ -47,35 +47,35 @@ class Counts:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The number of all tests."""
         return self.passed + self.failed + self.errors + self.skipped
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What came of a task. Every text is safe to show; paths are relative to the output folder.
+    """The result of a task. Every text is safe to display; paths are relative to the output folder.
 
     Args:
-        id: The task's id, which is its folder below the output folder.
-        branch: What it was for.
-        commit: The same, exactly.
+        id: The task's id, also the name of its folder below the output folder.
+        branch: The branch that it was for.
+        commit: The branch's commit.
         job: The job's name.
-        verdict: What came of it. ``failed``: a step or a test did; ``quota``, ``crashed``, ``infra``: its
-            machine's; ``skipped``: what it needs did not succeed; ``cancelled``: the run ended first.
-        reason: Why it is not ``passed``, in one line.
-        allow_failure: Whether the run may succeed without it.
-        attempts: How many machines it took.
-        started: When its first machine was asked for, in seconds since 1970.
-        seconds: How long it took, all attempts and the queue included.
+        verdict: The outcome. ``failed``: a step or a test failed; ``quota``, ``crashed``, ``infra``: its
+                machine failed; ``skipped``: a task that it needs failed; ``cancelled``: the run ended first.
+        reason: The reason for a verdict other than ``passed``, in one line.
+        allow_failure: Whether the run may succeed if it fails.
+        attempts: The number of machines used.
+        started: The time when its first machine was requested, in seconds since 1970.
+        seconds: The duration, including all attempts and the queue.
         phases: Seconds of the last attempt by :data:`PHASES`.
-        steps: Of the last attempt.
-        tests: Of its JUnit, if it had any of its own.
-        artifacts: Files taken back.
-        machine: What ran it: ``image``, ``image_digest``, ``accelerator``, ``peak_memory_bytes``,
+        steps: The steps of the last attempt.
+        tests: The counts of its own JUnit reports, if it had any.
+        artifacts: The files copied back from the machine.
+        machine: Facts about the machine: ``image``, ``image_digest``, ``accelerator``, ``peak_memory_bytes``,
             ``cpu_seconds``.
-        denied: What it tried to reach and may not, a line each.
-        worker: Which host ran it, if there are several.
-        lost_workers: How many hosts were lost while they ran it.
+        denied: The requests that were denied, one a line.
+        worker: The host that ran it, if there are several.
+        lost_workers: The number of hosts that were lost while they ran it.
     """
 
     id: str
@@ -99,27 +99,27 @@ class TaskResult:
 
     @property
     def title(self) -> str:
-        """What people read: branch and job."""
+        """The task's readable name: branch and job."""
         return f"{self.branch} / {self.job}"
 
     @property
     def harmless(self) -> bool:
-        """Whether the run may succeed with it."""
+        """True if the task does not make the run fail."""
         return self.verdict == "passed" or self.allow_failure
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What came of a run.
+    """The result of a run.
 
     Args:
-        id: The run's id: time and some letters, in the order of time.
+        id: The run's id: time and some letters, so that ids sort by time.
         repository: The repository's folder.
-        definition: Where the jobs were defined.
-        started: When it began, in seconds since 1970.
-        seconds: How long it took.
-        tasks: In the plan's order.
-        interrupted: Whether somebody ended it early.
+        definition: A readable name of the jobs' definition.
+        started: The time of its start, in seconds since 1970.
+        seconds: The duration.
+        tasks: The tasks' results, in the plan's order.
+        interrupted: Whether the run was ended early.
     """
 
     id: str
@@ -132,14 +132,14 @@ class RunResult:
 
     @property
     def exit_code(self) -> int:
-        """0: all succeeded; 1: something failed; 75: nothing failed, but a machine never did its work."""
+        """0: all succeeded; 1: a task failed; 75: none failed, but a machine could not do its work."""
         bad = [task.verdict for task in self.tasks if not task.harmless]
         if any(verdict in ("failed", "quota", "crashed") for verdict in bad):
             return EXIT_FAILED
         return EXIT_INFRA if bad else EXIT_OK
 
     def to_json(self) -> str:
-        """Return it as ``results.json`` has it."""
+        """Return the content of ``results.json``."""
         return safe_json({"format": FORMAT, "exit_code": self.exit_code, **asdict(self)}, indent=1) + "\n"
 
 
@@ -147,7 +147,7 @@ def read_results(path: Path) -> RunResult:
     """Read a ``results.json``.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The file is no ``results.json`` of this version.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ def read_results(path: Path) -> RunResult:
 
 
 def task_from_json(data: Mapping[str, Any]) -> TaskResult:
-    """Return a task's result from what :func:`dataclasses.asdict` made of it."""
+    """Return a task's result from its JSON object, as made by :func:`dataclasses.asdict`."""
     known = {key: data[key] for key in _names(TaskResult)}
     known["steps"] = tuple(StepResult(**step) for step in data["steps"])
     known["tests"] = None if data["tests"] is None else Counts(**data["tests"])

@@ -1,4 +1,4 @@
-"""``summary.md`` and ``summary.html``: what came of a run, for people."""
+"""Write ``summary.md`` and ``summary.html``, a run's readable summaries."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pytest_microvm.ci.results.summary_markdown import summary_markdown
 
 
 def write_summary(output: Path, run: RunResult) -> None:
-    """Write both into the run's folder, which has the tasks' reports already.
+    """Write both summaries into the run's folder, which must already have the tasks' reports.
 
     Args:
         output: The folder.
-        run: What came of the run.
+        run: The run's result.
 
     Raises:
-        OSError: They cannot be written.
+        OSError: A summary cannot be written.
     """
     failed = {task.id: failed_tests(output, task) for task in run.tasks}
     (output / "summary.md").write_text(summary_markdown(run, failed), encoding="utf-8")

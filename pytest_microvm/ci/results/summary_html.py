@@ -1,4 +1,4 @@
-"""A run's summary as one HTML file: no script, nothing loaded, readable in light and dark."""
+"""A run's summary as one HTML file without scripts or external resources, for light and dark displays."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pytest_microvm.ci.results.result import PHASES, RunResult, TaskResult
 from pytest_microvm.reports.text import safe_name, safe_text
 from pytest_microvm.reports.values import Case
 
-_LIMIT = 20 * 1024 * 1024  # characters; browsers take more, people do not
+_LIMIT = 20 * 1024 * 1024  # characters; browsers handle more, readers do not
 _MOST_DENIED = 100
 _EVIDENCE = ("log.txt", "console.txt", "network.jsonl", "events.jsonl", "machine.json", "junit.xml")
 
@@ -65,11 +65,11 @@ _TONES = {"passed": "good", "failed": "bad", "quota": "bad", "crashed": "bad", "
 
 
 def summary_html(output: Path, run: RunResult, failed: Mapping[str, FailedTests]) -> str:
-    """Return the summary.
+    """Return a run's summary in HTML.
 
     Args:
         output: The run's folder, with the tasks' files.
-        run: What came of it.
+        run: The run's result.
         failed: The tests that failed, by their tasks' ids.
     """
     parts = [_head(run)]

@@ -1,7 +1,7 @@
-"""A run's summary as Markdown that fits a job summary of GitHub, whatever a branch is called or prints.
+"""A run's summary as Markdown that fits GitHub's job summary and is safe with untrusted names and output.
 
-All that a branch chose stands in code spans and code blocks. Nothing in these is Markdown or HTML, and no
-reader makes links, mentions or references to issues of it.
+All text that a branch can choose is in code spans and code blocks. Their content is neither Markdown nor
+HTML, and no renderer turns it into links, mentions or references to issues.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pytest_microvm.reports.text import safe_name, safe_text
 from pytest_microvm.reports.values import Case
 
 LIMIT = 1_000_000
-"""Bytes of a summary; GitHub refuses those of more than 1 MiB."""
+"""Maximum number of bytes of a summary; GitHub rejects more than 1 MiB."""
 
 _MOST_ROWS = 300
 _MOST_TESTS = 20  # of one task
@@ -36,10 +36,10 @@ _MOST_DENIED = 20
 
 
 def summary_markdown(run: RunResult, failed: Mapping[str, FailedTests]) -> str:
-    """Return the summary.
+    """Return a run's summary in Markdown.
 
     Args:
-        run: What came of the run.
+        run: The run's result.
         failed: The tests that failed, by their tasks' ids.
     """
     parts, size = [], 0
@@ -57,8 +57,8 @@ def code(text: str, *, cell: bool = False) -> str:
     """Return untrusted text as a code span.
 
     Args:
-        text: The text; it becomes one line.
-        cell: Whether it stands in a table, where a bar would begin another cell.
+        text: The text, which is reduced to one line.
+        cell: Whether it is in a table, where a bar would start another cell.
     """
     line = safe_name(text, _NAME_LIMIT) or " "
     if cell:

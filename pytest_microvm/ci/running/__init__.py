@@ -1,1 +1,1 @@
-"""A run of jobs: its plan is carried out, each task in a machine of its own."""
+"""Run the jobs of a plan, each task in a machine of its own."""

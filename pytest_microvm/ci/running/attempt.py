@@ -34,14 +34,14 @@ from pytest_microvm.templates.store import Template
 from pytest_microvm.untrusted.text import sanitize, sanitize_line
 
 _TRANSFER_TIMEOUT = 900.0  # seconds for each copy in or out
-_COLLECT_TIMEOUT = 600.0  # seconds for all that is taken back together
-_PAUSE = 0.25  # seconds until it is tried again whether a machine fits into the host budget
+_COLLECT_TIMEOUT = 600.0  # seconds for copying back all files together
+_PAUSE = 0.25  # seconds between two attempts to fit a machine into the host budget
 _FAILED: Verdict = "failed"
 
 
 @dataclass
 class _State:
-    """What is known of an attempt so far."""
+    """The recorded progress and results of an attempt."""
 
     phase: str = ""
     since: float = field(default_factory=time.monotonic)
@@ -54,7 +54,7 @@ class _State:
     reason: str = ""
 
     def judge(self, verdict: Verdict, reason: str) -> None:
-        """Take note of why it is not passed; the first reason stays."""
+        """Record a verdict other than ``passed`` and its reason; the first one is kept."""
         if self.verdict == "passed":
             self.verdict, self.reason = verdict, sanitize_line(reason)
 
@@ -63,10 +63,10 @@ class Attempt:
     """Runs a task once.
 
     Args:
-        host: What starts machines.
-        task: What to do.
-        work: What every task needs.
-        cancelled: Set when the run is ended early.
+        host: The host, which starts machines.
+        task: The task.
+        work: The data that all tasks share.
+        cancelled: Set to end the run early.
     """
 
     def __init__(self, host: Host, task: Task, work: Work, cancelled: threading.Event) -> None:
@@ -80,7 +80,7 @@ class Attempt:
         self._log: IO[str] | None = None
 
     def run(self) -> TaskResult:
-        """Do it, and return what came of it; the task's folder is filled."""
+        """Run the task and return its result; its output is written to the task's folder."""
         self._folder.mkdir(parents=True, exist_ok=True)
         with (self._folder / "log.txt").open("w", encoding="utf-8", errors="backslashreplace") as self._log:
             try:
@@ -89,7 +89,7 @@ class Attempt:
                 self._stopped(stopped)
             except MicroVMError as error:
                 self._failed(error)
-            except OSError as error:  # of this computer: a full disk, say
+            except OSError as error:  # on this computer, for example a full disk
                 self._state.judge("infra", str(error))
             self._end_phase()
             if self._state.reason:
@@ -147,7 +147,7 @@ class Attempt:
             self._stopped(stopped)
         self._phase("collect")
         if machine.alive:
-            with suppress(QuotaExceeded, MachineCrashed):  # what was taken back before is still there
+            with suppress(QuotaExceeded, MachineCrashed):  # files copied back earlier are kept
                 self._collect(machine)
 
     def _sync(self, machine: MicroVM) -> None:
@@ -181,7 +181,7 @@ class Attempt:
                 self._state.steps.append(StepResult(step.name, None))
                 continue
             if self._state.steps and (self._job.artifacts or self._job.junit):
-                self._collect(machine)  # the machine may die in what comes now
+                self._collect(machine)  # the machine may crash during the next step
             self._step(machine, step, stop)
 
     def _step(self, machine: MicroVM, step: Step, stop: Stop) -> None:
@@ -221,7 +221,7 @@ class Attempt:
         }
 
     def _usual_environment(self) -> dict[str, str]:
-        """Return the variables that are the same for all branches: a prepared template is for many."""
+        """Return the variables that all branches have in common, since they can share a prepared template."""
         matrix = {f"MATRIX_{_variable(name)}": value for name, value in self._job.matrix}
         return {"CI": "true", **matrix, **dict(self._job.env)}
 
@@ -234,7 +234,7 @@ class Attempt:
             self._say(f"not taken back: {note}")
 
     def _put_away(self, machine: MicroVM) -> None:
-        """Write down what is known of the machine, and end it."""
+        """Record the machine's usage, denied requests and evidence, and close it."""
         machine.network.settle()
         usage = machine.usage()
         self._state.machine["peak_memory_bytes"] = usage.peak_memory_bytes
@@ -250,7 +250,7 @@ class Attempt:
             machine.close()
 
     def _failed(self, error: MicroVMError) -> None:
-        """Judge what ended the attempt."""
+        """Derive the verdict from the error that ended the attempt."""
         kinds: tuple[tuple[type[MicroVMError], Verdict], ...] = (
             (QuotaExceeded, "quota"),
             (BootError, "infra"),
@@ -271,10 +271,10 @@ class Attempt:
             during = f", during {self._state.steps[-1].name!r}" if self._state.steps else ""
             self._state.judge("quota", f"timeout: {self._job.timeout:g} s{during}")
 
-    # What is told
+    # Log and watcher
 
     def _say(self, text: str) -> None:
-        """Write to the log and tell the watcher."""
+        """Write lines to the log and pass them to the watcher."""
         assert self._log is not None
         for line in text.splitlines():
             self._log.write(f"{line}\n")
@@ -294,7 +294,7 @@ class Attempt:
 
     def _result(self) -> TaskResult:
         state, source = self._state, self._task.source
-        if "restore" in state.phases:  # measured within the queue
+        if "restore" in state.phases:  # measured as a part of the queue phase
             state.phases["queue"] = max(0.0, state.phases["queue"] - state.phases["restore"])
         return TaskResult(
             self._task.id,
@@ -318,7 +318,7 @@ git fetch --quiet --tags "$1" HEAD
 git checkout --quiet --force -B "$2" FETCH_HEAD
 rm -f "$1"
 """
-# Without git-lfs, git takes the content of a large file for a change of its pointer.
+# Without git-lfs, git regards the content of a large file as a change of its pointer.
 _UNCHANGED = """\
 git grep --quiet filter=lfs HEAD -- '*.gitattributes' || exit 0
 git ls-files -z --modified |

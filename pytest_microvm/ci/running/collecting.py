@@ -1,4 +1,4 @@
-"""What a job leaves: files of its workspace, found by globs and taken back; all of it is untrusted."""
+"""Copy files that match a job's globs from its workspace to the host; all of them are untrusted."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _WILD = re.compile(r"[*?\[]")
 
 
 class Collection:
-    """Takes files back, until there are too many.
+    """Copies files from a machine to the host, within limits for their number and size.
 
     Args:
-        machine: Whose.
-        workspace: The folder in it that globs are relative to.
-        deadline: When to give up, by :func:`time.monotonic`.
+        machine: The machine.
+        workspace: The folder in the machine that globs are relative to.
+        deadline: The time to give up, by :func:`time.monotonic`.
 
     Attributes:
-        notes: What could not be taken, and why: lines that are safe to show.
+        notes: Lines that name the files not copied, and the reasons; safe to display.
     """
 
     def __init__(self, machine: MicroVM, workspace: PurePosixPath, deadline: float) -> None:
@@ -46,12 +46,12 @@ class Collection:
         self._files = 0
 
     def take(self, globs: Sequence[str], folder: Path) -> list[str]:
-        """Take back what ``globs`` match now, and return the paths of the files, relative to ``folder``.
+        """Copy the files that match ``globs`` now into ``folder``; return their paths relative to it.
 
-        What ``folder`` had is replaced once all of it is here; their paths below the workspace are kept.
+        Paths below the workspace are kept. The folder's old content is replaced once all files have arrived.
 
         Raises:
-            MachineError: The machine ended; ``folder`` has what it had.
+            MachineError: The machine ended; ``folder`` is unchanged.
         """
         found = sorted({path for glob in globs for path in self._listed(glob)})
         draft = folder.with_name(f"{folder.name}.new")
@@ -92,13 +92,13 @@ class Collection:
         source = machine.path(self._workspace / path)
         with machine.client.operation("collect"):
             size = source.stat()["size"]
-            if size > room:  # asked first: else all that fits would come
+            if size > room:  # checked first: otherwise all bytes that fit would be sent
                 raise TransferError(f"it has {size} bytes, and {room} are left")
             with target.open("xb") as file:
                 receive_file(machine.client.link(), source.pure, file, room)
 
     def _listed(self, glob: str) -> list[str]:
-        """Return the files that match, as the machine names them."""
+        """Return the matching files, by their paths in the machine."""
         try:
             matching = glob_pattern(glob)
         except re.error as error:  # [z-a]
@@ -116,7 +116,7 @@ class Collection:
 
 
 def glob_pattern(glob: str) -> re.Pattern[str]:
-    """Return what a path has to be like: ``*`` and ``?`` stay within a folder, ``**`` crosses them."""
+    """Compile a glob for whole paths: ``*`` and ``?`` match within a folder, ``**`` crosses folders."""
     out = []
     parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]/]+\])", glob.removeprefix("./"))
     for part in parts:
@@ -142,7 +142,7 @@ def _remove(folder: Path) -> None:
 
 
 def _where(glob: str) -> tuple[str, list[str]]:
-    """Return the folder that everything that matches is in, and how deep to look, as options of find(1)."""
+    """Return the folder that contains all possible matches, and find(1) options for the depth to search."""
     parts = glob.removeprefix("./").split("/")
     wild = next((number for number, part in enumerate(parts) if _WILD.search(part)), len(parts))
     top = "/".join([".", *parts[:wild]])
@@ -150,7 +150,7 @@ def _where(glob: str) -> tuple[str, list[str]]:
 
 
 def _plain(name: str) -> bool:
-    """Whether a path stays below the folder it is relative to, whatever is done with it."""
+    """Return True if a relative path is safe to write on the host: it cannot leave its folder."""
     parts = name.split("/")
     return (
         0 < len(name) < _LONGEST

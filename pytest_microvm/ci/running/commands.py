@@ -1,4 +1,4 @@
-"""One shell command in a machine: its lines as they come, an end when time is up or the run is cancelled."""
+"""Run a shell command in a machine: stream its lines, and stop it at a deadline or on cancellation."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from pytest_microvm.untrusted.output import safe_text
 
 Why = Literal["cancelled", "timeout"]
 
-_LOOK = 0.2  # seconds between two looks at whether to stop
-_AFTERWARDS = 5.0  # seconds in which what a command left running may still say something
+_LOOK = 0.2  # seconds between two checks whether to stop
+_AFTERWARDS = 5.0  # seconds to read output of a command's background processes
 _PIECE = 65536
 
 
 class Stopped(Exception):
-    """A command was ended by us.
+    """A command was stopped on request.
 
     Args:
-        why: The run was cancelled, or the time was up.
+        why: ``cancelled``: the run was cancelled; ``timeout``: the deadline passed.
     """
 
     def __init__(self, why: Why) -> None:
@@ -36,21 +36,21 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Stop:
-    """When to stop.
+    """The conditions for stopping.
 
     Args:
-        cancelled: Set when the run is.
-        deadline: By :func:`time.monotonic`; ``None``: no limit.
+        cancelled: Set when the run is cancelled.
+        deadline: The deadline by :func:`time.monotonic`; ``None``: no limit.
     """
 
     cancelled: threading.Event = field(default_factory=threading.Event)
     deadline: float | None = None
 
     def check(self) -> None:
-        """Raise if it is time to stop.
+        """Raise an exception if a condition for stopping is met.
 
         Raises:
-            Stopped: It is.
+            Stopped: The run was cancelled, or the deadline passed.
         """
         if self.cancelled.is_set():
             raise Stopped("cancelled")
@@ -70,16 +70,16 @@ def run_command(
     """Run a command with ``/bin/sh -e`` and return its status (negative: the signal that ended it).
 
     Args:
-        machine: Where.
-        command: What; stdout and stderr come as one.
-        cwd: Its folder.
-        env: Variables.
-        say: Told each line it prints, safe to show.
-        stop: When to end it.
+        machine: The machine.
+        command: The command; stdout and stderr are merged.
+        cwd: The working directory.
+        env: The environment variables.
+        say: Called with each line of output, made safe to display.
+        stop: The conditions for stopping it.
 
     Raises:
-        Stopped: It was ended early.
-        QuotaExceeded: The machine was, because it used more than it may.
+        Stopped: The command was stopped early.
+        QuotaExceeded: The machine was ended, because it exceeded a quota.
         MachineCrashed: The machine ended by itself.
     """
     stop.check()
@@ -103,7 +103,7 @@ def run_command(
 
 
 def _read(stdout: Any, say: Callable[[str], None]) -> None:
-    with suppress(MicroVMError, ValueError, OSError):  # whoever waits for the command is told why it ended
+    with suppress(MicroVMError, ValueError, OSError):  # waiting for the command raises the error
         for text in safe_text(_pieces(stdout)):
             for line in text.splitlines():
                 say(line)

@@ -1,4 +1,4 @@
-"""Where tasks run: the seam between the plan's order and the machines."""
+"""Interfaces between scheduling and machines: an executor runs tasks, here or on a cluster."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from pytest_microvm.ci.sources.tree import Tree
 
 
 class Sources(Protocol):
-    """Gives the files of what is built and tested."""
+    """Provides the files of the sources under test."""
 
     def tree(self, source: Source) -> Tree:
         """Return a source's files."""
 
     def bundle(self, source: Source) -> Path:
-        """Return a git bundle with a source's history, made when first asked for."""
+        """Return the path of a git bundle with a source's history, created on first use."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every task needs.
+    """The data that all tasks of a run share.
 
     Args:
-        sources: The files.
+        sources: Provides the files.
         output: The run's output folder; a task's own is ``output / task.id``.
-        watcher: Told what happens.
-        repository: What keeps the prepared templates of one repository apart from another's.
-        default_branch: Whose prepared templates all branches may use.
+        watcher: Receives the run's events.
+        repository: An identifier that separates this repository's prepared templates from another's.
+        default_branch: The branch whose prepared templates all branches may use.
     """
 
     sources: Sources
@@ -43,19 +43,19 @@ class Work:
 
 
 class Executor(Protocol):
-    """Runs tasks, many at a time."""
+    """Runs tasks, many at the same time."""
 
     slots: int
-    """How many tasks to give it at once."""
+    """The maximum number of tasks to submit at the same time."""
 
     def submit(self, task: Task) -> Future[TaskResult]:
-        """Begin a task: one attempt, in one machine; its folder is filled when the future is done.
+        """Start one attempt at a task, in one machine; its folder is complete when the future is done.
 
-        The future never raises: a machine that did not come up is a result, too.
+        The future never raises an exception: a machine that did not start is a result, too.
         """
 
     def cancel(self) -> None:
-        """End what runs, soon; what has come of it so far is still taken back."""
+        """Stop running tasks soon; their results and files so far are still collected."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release all resources."""

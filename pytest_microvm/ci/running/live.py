@@ -1,4 +1,4 @@
-"""Show a run while it goes: a table that moves on a terminal, prefixed lines in a log."""
+"""Display a run's progress: a live table on a terminal, prefixed lines in a log."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from pytest_microvm.ci.running.watching import Watcher
 from pytest_microvm.untrusted.text import sanitize_line
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]{0,30}m")
-_REFRESHES = 4  # a second; each costs the host a few milliseconds that machines could have had
+_REFRESHES = 4  # per second; each takes a few milliseconds of CPU time from the machines
 _LINE = 4096  # characters of a line in a log
-_SHOWN = 400  # characters of one in the table; more than terminals are wide
+_SHOWN = 400  # characters of a line in the table; more than the width of terminals
 _TITLE = 60
 _WAITING = "queue"
 _STYLES: dict[Verdict, str] = {
@@ -39,12 +39,12 @@ _STYLES: dict[Verdict, str] = {
 
 @contextmanager
 def live_watcher(console: Console, *, plain: bool, jobs: int) -> Iterator[Watcher]:
-    """Show a run on ``console`` for as long as the ``with`` lasts.
+    """Display a run on ``console`` for the duration of the ``with`` block.
 
     Args:
-        console: Where to.
-        plain: Whether to write lines alone: for logs, and wherever nothing can move.
-        jobs: How many tasks run at a time.
+        console: The output.
+        plain: Whether to write lines only: for logs, and wherever a live table is impossible.
+        jobs: How many tasks run at the same time.
     """
     if plain:
         yield _Lines(console)
@@ -55,16 +55,16 @@ def live_watcher(console: Console, *, plain: bool, jobs: int) -> Iterator[Watche
 
 
 def verdict_text(result: TaskResult) -> Text:
-    """Return a finished task in one line: verdict, title, tests, seconds, and why."""
+    """Return a finished task in one line: verdict, title, tests, seconds and reason."""
     text = Text().append(f"{result.verdict:9}", style=_STYLES[result.verdict])
     return text.append(_clean(f" {result.title}  {_amounts(result)}", _LINE))
 
 
 class _Lines:
-    """A watcher that writes lines and no control character.
+    """A watcher that writes lines without control characters.
 
-    What a machine said begins with ``[branch / job]``, so it cannot begin a line itself: neither a CI
-    system's command nor one of our own lines, which begin with ``==``.
+    A machine's output is prefixed with ``[branch / job]``, so it cannot start a line itself: neither a CI
+    system's command nor a line of this watcher, which starts with ``==``.
     """
 
     def __init__(self, console: Console) -> None:
@@ -86,13 +86,13 @@ class _Lines:
         self._say(f"== {_ending(run)}")
 
     def _say(self, text: str) -> None:
-        # Never wrapped: a line's second part would begin a line of its own.
+        # Never wrapped: the rest of a wrapped line would start a line without prefix.
         self._console.print(Text(_clean(text, _LINE)), soft_wrap=True, style=None)
 
 
 @dataclass
 class _Row:
-    """A task that runs: its phase since when, and what it said last."""
+    """A running task: its phase, the start of that phase, and its last line of output."""
 
     title: str
     phase: str
@@ -101,7 +101,7 @@ class _Row:
 
 
 class _MovingTable:
-    """A watcher with a table of what runs now; what has finished is printed above it."""
+    """A watcher that shows a live table of running tasks, and prints finished ones above it."""
 
     def __init__(self, console: Console, jobs: int) -> None:
         self._console = console
@@ -109,7 +109,7 @@ class _MovingTable:
         self._total = 0
         self._rows: dict[str, _Row] = {}
         self._verdicts: Counter[str] = Counter()
-        self._lock = threading.Lock()  # rich draws in a thread of its own
+        self._lock = threading.Lock()  # rich renders in a separate thread
 
     def began(self, plan: Plan) -> None:
         self._total = len(plan.tasks)
@@ -138,7 +138,7 @@ class _MovingTable:
         self._console.print(Text(_ending(run), style="bold"))
 
     def render(self) -> Table:
-        """Return the table as of now."""
+        """Return the current table."""
         with self._lock:
             table = Table(box=None, padding=(0, 1), expand=True, show_header=False, caption=self._counts())
             table.caption_justify = "left"
@@ -175,7 +175,7 @@ def _ending(run: RunResult) -> str:
 
 
 def _amounts(result: TaskResult) -> str:
-    """Return ``12 tests, 2 failed, 3.4 s: why``."""
+    """Return a result's summary: ``12 tests, 2 failed, 3.4 s: reason``."""
     parts = [f"{result.seconds:.1f} s"]
     if (tests := result.tests) is not None:
         counts = {"failed": tests.failed, "errors": tests.errors, "skipped": tests.skipped}
@@ -193,5 +193,5 @@ def _number(count: int, noun: str) -> str:
 
 
 def _clean(text: str, limit: int) -> str:
-    """Return text on one line, without colours, with what else a terminal would obey made visible."""
+    """Return text on one line, with colours removed and other control characters made visible."""
     return sanitize_line(_COLOUR.sub("", text[: 2 * limit]).expandtabs(4), limit)

@@ -1,4 +1,4 @@
-"""Tasks on this computer: each in a thread that waits for its machine."""
+"""Run tasks on this computer, each in a thread that waits for its machine."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pytest_microvm.host.host import Host
 
 
 class LocalExecutor:
-    """Runs tasks here (an :class:`pytest_microvm.ci.running.executor.Executor`).
+    """Runs tasks on this computer (implements :class:`pytest_microvm.ci.running.executor.Executor`).
 
     Args:
-        host: What starts machines.
-        work: What every task needs.
+        host: The host, which starts machines.
+        work: The data that all tasks share.
         slots: How many tasks run at the same time.
     """
 
@@ -30,15 +30,15 @@ class LocalExecutor:
         self._threads = ThreadPoolExecutor(max_workers=slots, thread_name_prefix="microvm-ci")
 
     def submit(self, task: Task) -> Future[TaskResult]:
-        """Begin a task."""
+        """Start a task."""
         run: Callable[[], TaskResult] = Attempt(self._host, task, self._work, self._cancelled).run
         return self._threads.submit(run)
 
     def cancel(self) -> None:
-        """End what runs, soon."""
+        """Stop running tasks soon."""
         self._cancelled.set()
 
     def close(self) -> None:
-        """End the threads; what runs is ended first."""
+        """Cancel running tasks and wait until the threads have ended."""
         self.cancel()
         self._threads.shutdown(wait=True, cancel_futures=True)

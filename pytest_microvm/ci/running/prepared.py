@@ -1,9 +1,9 @@
-"""Where prepared templates are found: what the default branch made is everybody's, the rest is one's own.
+"""Share prepared templates safely: branches read their own and the default branch's, and write their own.
 
-A template's content is what its commands made of their inputs, the network's answers included. A branch that
-could write where another reads could give it anything, so a branch writes into a namespace of its own and
-reads from there and from the default branch's (as GitHub's and GitLab's caches do). A branch whose inputs are
-the default branch's, byte for byte, has no say in what comes of them: its template is the default branch's.
+A template's content is the result of its commands and their inputs, including responses from the network. A
+branch that could write where another reads could plant anything there, so each branch writes into its own
+namespace and reads from that and the default branch's (as in GitHub's and GitLab's caches). A branch whose
+inputs equal the default branch's, byte for byte, cannot influence the result: it uses that branch's template.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _WARM_TIMEOUT = 120.0
 
 
 def prepared_template(host: Host, base: Base, task: Task, work: Work, run: Run) -> Template:
-    """Return what a task's machine is a copy of, made if it is missing.
+    """Return the template that a task's machine is cloned from; make it if it is missing.
 
     Args:
-        host: Where.
-        base: What the task's machines are made from.
+        host: The host.
+        base: The base of the task's machines.
         task: The task.
-        work: The run.
+        work: The data that all tasks share.
         run: Runs one command of ``prepare``.
 
     Raises:
@@ -66,25 +66,25 @@ def prepared_template(host: Host, base: Base, task: Task, work: Work, run: Run) 
 
 
 def with_owner(task: Task, sources: Sources, default: Source) -> Task:
-    """Return the task with the branch whose its prepared template is.
+    """Return the task with its template's owner branch set.
 
     Args:
         task: The task.
-        sources: The files.
-        default: The default branch, as it is now.
+        sources: Provides the files.
+        default: The default branch in its current state.
     """
     wanted = task.job.prepare_inputs
     try:
         same = sources.tree(task.source).digest(wanted) == sources.tree(default).digest(wanted)
-    except UsageError:  # one of them does not have them; its own attempt will tell
+    except UsageError:  # one branch lacks an input; its own attempt will report that
         same = False
     return replace(task, prepared_as=default.branch if same else task.source.branch)
 
 
 def _warm_step(host: Host, base: Base) -> Step:
-    """Return the link in which pytest runs once, if there is one: its files are in memory from then on.
+    """Return a template step that runs pytest once, if it is installed, so that its files are in memory.
 
-    Reading and unpacking them is two thirds of what a job's first pytest takes.
+    Reading and unpacking these files takes two thirds of the time of a job's first pytest run.
     """
 
     def work(instance: Instance) -> dict[str, bytes]:

@@ -1,4 +1,4 @@
-"""A run from beginning to end: what is asked for becomes a plan, the plan results, the results files."""
+"""A run from selection to results: make a plan, run its tasks, write their results to files."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ from pytest_microvm.settings import trust as project_trust
 _log = logging.getLogger("pytest_microvm")
 
 KITS = "microvm/kits"
-"""Where a project's own kits are; those of the trusted definition's commit count."""
+"""The folder of a project's own kits; they are read from the commit of the trusted definition."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What somebody asked to be run.
+    """The user's selection of branches and jobs to run.
 
     Args:
         branches: Globs.
         refs: Refs or commits.
-        worktree: Whether the work tree is, with what is not committed.
-        changed_since: Branches that are not part of this ref yet.
-        jobs: Keys of jobs; none: all.
-        definition_from: The ref that the jobs are read from; ``None``: the default branch.
+        worktree: Whether to include the work tree, with uncommitted changes.
+        changed_since: A ref; selects branches with commits that it does not contain.
+        jobs: Keys of jobs; empty: all.
+        definition_from: The ref that defines the jobs; ``None``: the default branch.
     """
 
     branches: Sequence[str] = ()
@@ -61,12 +61,12 @@ class Selection:
 
 
 def select(repository: CodeRepository, selection: Selection) -> tuple[Plan, Definition]:
-    """Return what is to be done, and the definition that says how.
+    """Return the plan for a selection, and the definition of its jobs.
 
-    Without a selection it is the commit that is checked out.
+    An empty selection selects the commit that is checked out.
 
     Raises:
-        UsageError: Something that was asked for does not exist, or the definition cannot be used.
+        UsageError: A selected item does not exist, or the definition is invalid.
     """
     definition = read_definition(repository, selection.definition_from)
     jobs = _chosen(definition, selection.jobs)
@@ -88,7 +88,7 @@ def select(repository: CodeRepository, selection: Selection) -> tuple[Plan, Defi
 
 
 def _chosen(definition: Definition, keys: Sequence[str]) -> tuple[Job, ...]:
-    """Return the jobs that were asked for, and what they need."""
+    """Return the selected jobs and those that they need."""
     if not keys:
         return definition.jobs
     known = {job.key: job for job in definition.jobs}
@@ -108,20 +108,20 @@ def _chosen(definition: Definition, keys: Sequence[str]) -> tuple[Job, ...]:
 
 
 def check_trust(repository: CodeRepository, definition: Definition) -> None:
-    """Refuse a definition that asks for what its user has not allowed to the branch that it comes from.
+    """Refuse a definition with requests that the user has not granted to the branch that defines them.
 
     Raises:
-        UsageError: Nobody has, or a command for a secret uses something of the work tree.
+        UsageError: A request is not granted, or a command for a secret uses a file of the work tree.
     """
     check_commands_of(definition, repository.folder)
     project_trust.check(repository.folder, definition.asked, defined_by(repository, definition))
 
 
 def check_commands_of(definition: Definition, folder: Path) -> None:
-    """Refuse commands for secrets of jobs that use something of a work tree.
+    """Refuse jobs whose commands for secrets use files of a work tree.
 
     Raises:
-        UsageError: There is one.
+        UsageError: A job has such a command.
     """
     for job in definition.jobs:
         spec = job.all_grants
@@ -130,7 +130,7 @@ def check_commands_of(definition: Definition, folder: Path) -> None:
 
 
 def defined_by(repository: CodeRepository, definition: Definition) -> Checkout:
-    """Return whose jobs they are: a branch's, or what is checked out where the work tree defines them."""
+    """Return the checkout that defines the jobs: a branch, or the work tree's current checkout."""
     if definition.branch == WORKTREE:
         return checked_out(repository.folder)
     return Checkout(definition.branch)
@@ -141,7 +141,7 @@ class RepositorySources:
 
     Args:
         repository: The repository.
-        folder: A place for bundles.
+        folder: The folder for bundles.
     """
 
     def __init__(self, repository: CodeRepository, folder: Path) -> None:
@@ -159,13 +159,13 @@ class RepositorySources:
             return self._trees[source]
 
     def notes(self) -> list[str]:
-        """Return what is to be told about the files that were used: submodules that are not here, say."""
+        """Return notes about the files that were used, for example about missing submodules."""
         return [
             f"{source.branch}: {note}" for source in self._trees for note in self._repository.notes(source)
         ]
 
     def bundle(self, source: Source) -> Path:
-        """Return a git bundle with a source's history."""
+        """Return the path of a git bundle with a source's history."""
         with self._lock:
             if source not in self._bundles:
                 path = self._folder / f"{len(self._bundles)}.bundle"
@@ -177,9 +177,9 @@ class RepositorySources:
 
 @contextmanager
 def trusted_project(repository: CodeRepository, definition_from: str | None) -> Iterator[tuple[Path, Path]]:
-    """Yield a folder with the kits of the trusted commit, and one for files on the way; gone afterwards.
+    """Yield a folder with the kits of the trusted definition, and a temporary one for bundles.
 
-    Kits are built on this computer, so no branch may bring one.
+    Kits are built on this computer, so other branches must not supply any.
     """
     with tempfile.TemporaryDirectory(prefix="microvm-ci-") as folder:
         project, bundles = Path(folder) / "project", Path(folder) / "bundles"
@@ -194,25 +194,25 @@ def trusted_project(repository: CodeRepository, definition_from: str | None) -> 
 
 @dataclass
 class Outputs:
-    """Writes what came of a run.
+    """Writes the results of a run to files.
 
     Args:
-        work: The run's.
-        junit_profile: Who reads the JUnit files.
+        work: The run's shared data.
+        junit_profile: The profile of the JUnit files' reader.
     """
 
     work: Work
     junit_profile: str = "generic"
 
     def finish(self, task: Task, result: TaskResult) -> TaskResult:
-        """Write a task's JUnit file; return the result with its tests."""
+        """Write a task's JUnit file; return the result with its tests' counts."""
         folder = self.work.output / task.id
         folder.mkdir(parents=True, exist_ok=True)
         tests = write_job_junit(folder, result, profile=self.junit_profile, output=self.work.output)
         return replace(result, tests=tests)
 
     def write(self, run: RunResult) -> None:
-        """Write what is about all tasks."""
+        """Write the files about the whole run."""
         output = self.work.output
         write_merged_junit(output, run, profile=self.junit_profile)
         write_summary(output, run)
@@ -228,13 +228,13 @@ def run_plan(
     repository: Path,
     fail_fast: bool = False,
 ) -> RunResult:
-    """Run a plan, and write what came of it, whatever happens.
+    """Run a plan and write its results, even if it is interrupted.
 
     Args:
-        plan: What to do.
-        executor: Where.
-        outputs: Who writes the results.
-        history: Where they are remembered.
+        plan: The plan.
+        executor: Runs the tasks.
+        outputs: Writes the results.
+        history: Stores the results of runs.
         repository: The repository's folder, for the results.
         fail_fast: Whether the first failure ends the run.
     """
@@ -252,23 +252,23 @@ def run_plan(
         outputs.write(run)
     try:
         history.add(run, _cases(outputs.work.output, run))
-    except HostError as error:  # the run is whole without
+    except HostError as error:  # the run's results are complete without it
         _log.warning("%s", error)
     watcher.ended(run)
     return run
 
 
 def ready(plan: Plan, repository: CodeRepository, sources: Sources, project: Path) -> Plan:
-    """Return the plan with what has to be known before it begins.
+    """Check a plan's images, and return the plan with the owner branches of its tasks' templates set.
 
     Args:
-        plan: What to do.
+        plan: The plan.
         repository: The repository.
-        sources: Its files.
-        project: The folder with its trusted kits.
+        sources: Provides the repository's files.
+        project: The folder with the trusted kits.
 
     Raises:
-        KitError: There is no such image.
+        KitError: An image does not exist.
     """
     for image in sorted({task.job.spec.image for task in plan.tasks}):
         find_kit(image, project=project)
@@ -278,16 +278,16 @@ def ready(plan: Plan, repository: CodeRepository, sources: Sources, project: Pat
 
 
 def new_work(repository: CodeRepository, output: Path, watcher: Watcher, sources: RepositorySources) -> Work:
-    """Return what every task of a run needs.
+    """Return the data that all tasks of a run share.
 
     Raises:
-        UsageError: There is no default branch.
+        UsageError: The repository has no default branch.
     """
     return Work(sources, output, OneAtATime(watcher), repository.identity, repository.default_branch)
 
 
 def _cases(output: Path, run: RunResult) -> Iterator[Case]:
-    """Yield the tests that the branches reported themselves."""
+    """Yield the tests from the branches' own JUnit reports."""
     for task in run.tasks:
         for suite in own_suites(output / task.id):
             for case in suite.cases:

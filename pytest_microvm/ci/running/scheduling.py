@@ -1,4 +1,4 @@
-"""The order of tasks: none before what it needs, as many at once as there are places."""
+"""Schedule tasks: start each after those that it needs, and at most as many at once as there are slots."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from pytest_microvm.ci.running.watching import Watcher
 from pytest_microvm.untrusted.text import sanitize_line
 
 _log = logging.getLogger("pytest_microvm")
-_LOOK = 1.0  # seconds: a signal that comes just before Python blocks is only seen when it wakes up
-_GRACE = 120.0  # seconds in which what is cancelled gives back what it has
+_LOOK = 1.0  # seconds: a signal just before Python blocks is handled on wake-up
+_GRACE = 120.0  # seconds for cancelled tasks to return their results
 
 
 class Schedule:
     """Runs a plan.
 
     Args:
-        plan: What to do.
-        executor: Where.
-        watcher: Told of phases.
-        finish: Given a task's result when it is final; returns it with what became known on the way.
-        fail_fast: Whether nothing more is begun once something failed, and what runs is ended.
+        plan: The plan.
+        executor: Runs the tasks.
+        watcher: Receives the tasks' phases and results.
+        finish: Called with a task's final result; returns it with further fields set.
+        fail_fast: Whether the first failure stops running tasks and prevents new ones.
 
     Attributes:
-        interrupted: Whether somebody ended it early.
+        interrupted: Whether the run was interrupted.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class Schedule:
         self._tasks = plan.tasks
 
     def run(self) -> list[TaskResult]:
-        """Run everything and return the results in the plan's order.
+        """Run all tasks and return their results in the plan's order.
 
-        The first Ctrl-C ends what runs and takes back what there is; the second one leaves at once.
+        The first Ctrl-C stops running tasks and collects their results; the second one exits at once.
         """
         for task in self._waiting:
             self._watcher.phase(task, "queue")
@@ -74,7 +74,7 @@ class Schedule:
         while self._waiting or self._running:
             self._start()
             if not self._running:
-                continue  # what was waiting was skipped
+                continue  # all waiting tasks were skipped
             done, _running = wait(self._running, _LOOK, FIRST_COMPLETED)
             for future in done:
                 self._ended(future)
@@ -97,11 +97,11 @@ class Schedule:
     def _ended(self, future: Future[TaskResult]) -> None:
         task = self._running.pop(future, None)
         if task is None:
-            return  # it was among those that were ended
+            return  # it was stopped early
         result = self._outcome(task, future)
         attempts = self._attempts[task.id]
         self._lost[task.id] = self._lost.get(task.id, 0) + result.lost_workers
-        again = result.verdict == "infra" and result.lost_workers <= 1  # what loses two may lose more
+        again = result.verdict == "infra" and result.lost_workers <= 1  # with two lost, more may follow
         if again and attempts <= task.job.retries and not self.interrupted:
             number = f"{attempts} of {task.job.retries}"
             self._watcher.line(task, f"infra: {result.reason}; trying again ({number})")
@@ -120,7 +120,7 @@ class Schedule:
             self._give_up(f"{result.title} {result.verdict}, and --fail-fast was given")
 
     def _outcome(self, task: Task, future: Future[TaskResult]) -> TaskResult:
-        """Return a task's result; what should not have happened is told, and costs the others nothing."""
+        """Return a task's result; log an unexpected exception and turn it into the verdict ``infra``."""
         error = future.exception()
         if error is None:
             return future.result()
@@ -133,7 +133,7 @@ class Schedule:
         self._watcher.done(task, result)
 
     def _give_up(self, why: str) -> None:
-        """End what runs, and begin nothing more."""
+        """Stop running tasks and start no further ones."""
         self._waiting = []
         self._executor.cancel()
         running, self._running = {task.id: future for future, task in self._running.items()}, {}

@@ -1,4 +1,4 @@
-"""Who is told how a run goes, while it does."""
+"""The interface for watching a run's progress, and a lock around it."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from pytest_microvm.ci.results.result import RunResult, TaskResult
 
 
 class Watcher(Protocol):
-    """Told of everything; calls come from several threads, one at a time."""
+    """Receives the events of a run; calls come from several threads, one at a time."""
 
     def began(self, plan: Plan) -> None:
-        """The run begins."""
+        """Handle the start of the run."""
 
     def phase(self, task: Task, phase: str) -> None:
-        """A task is in one of :data:`pytest_microvm.ci.results.result.PHASES` now."""
+        """Handle a task's entry into one of :data:`pytest_microvm.ci.results.result.PHASES`."""
 
     def line(self, task: Task, text: str) -> None:
-        """A task's commands, or we about it, said a line: safe to show, without its newline."""
+        """Handle a line of a task's output or of a message about it: safe to display, without newline."""
 
     def done(self, task: Task, result: TaskResult) -> None:
-        """A task has its result."""
+        """Handle a task's result."""
 
     def ended(self, run: RunResult) -> None:
-        """The run has ended; everything is written."""
+        """Handle the end of the run, after all files are written."""
 
 
 class OneAtATime:
-    """A watcher that many threads may tell something.
+    """Serializes calls from many threads to a watcher.
 
     Args:
-        watcher: Who is told, by one at a time.
+        watcher: The watcher, which gets one call at a time.
     """
 
     def __init__(self, watcher: Watcher) -> None:
@@ -40,7 +40,7 @@ class OneAtATime:
         self._lock = threading.RLock()
 
     def began(self, plan: Plan) -> None:
-        """See :class:`Watcher`, as for the others."""
+        """See :class:`Watcher`; likewise for the other methods."""
         with self._lock:
             self._watcher.began(plan)
 

@@ -1,1 +1,1 @@
-"""Where the files of a branch come from: git's objects, a work tree, an archive."""
+"""Sources of a branch's files: git's objects, a work tree, an archive."""

@@ -1,21 +1,21 @@
-"""Which paths of a commit are files of it, and which are attacks on whoever writes them down."""
+"""Validate the paths of a commit's files: refuse those that would attack the computer that writes them."""
 
 from __future__ import annotations
 
 import re
 
 MAX_PATH = 4000
-"""Bytes of a path; Linux takes 4095."""
+"""Maximum length of a path in bytes; Linux allows 4095."""
 
 _MAX_NAME = 255  # bytes of one name, NAME_MAX
-# What HFS+ does not see in a name, as git's utf8.c has it (next_hfs_char).
+# Characters that HFS+ ignores in a name, from git's utf8.c (next_hfs_char).
 _IGNORED = re.compile("[\u200c-\u200f\u202a-\u202e\u206a-\u206f\ufeff]")
 
 
 def refusal(path: bytes) -> str:
-    """Return why a path cannot be a file of a workspace, or nothing if it can.
+    """Return the reason to refuse a path as a file of a workspace, or an empty text if it is valid.
 
-    What passes for ``.git`` on any file system is refused as ``git fsck`` does it: a file of a commit must
+    Names that any file system takes for ``.git`` are refused, as ``git fsck`` does: a file of a commit must
     not become a part of the repository beside it.
     """
     names = path.split(b"/")
@@ -32,5 +32,5 @@ def refusal(path: bytes) -> str:
 
 def _is_git(name: bytes) -> bool:
     text = _IGNORED.sub("", name.decode("utf-8", "surrogateescape")).lower()
-    plain = re.split(r"[:\\]", text)[0].rstrip(" .")  # NTFS: streams, separators, what it cuts off
+    plain = re.split(r"[:\\]", text)[0].rstrip(" .")  # NTFS: streams, separators, stripped endings
     return text == ".git" or plain in (".git", "git~1")

@@ -1,4 +1,4 @@
-"""The contents of a commit's files, whichever repository on this computer has them."""
+"""Read the contents of a commit's files, from whichever repository on this computer has them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class CommitFile:
     """A file of a commit.
 
     Args:
-        path: Relative to the top.
-        kind: What kind of file it is.
+        path: The path relative to the top.
+        kind: The kind of file.
         object: The name of its blob.
-        size: The blob's bytes.
+        size: The blob's size in bytes.
         home: The folder of the repository that has the blob.
     """
 
@@ -40,19 +40,19 @@ class CommitFile:
 
 
 class Readable(Protocol):
-    """What a file is read from."""
+    """A readable binary stream."""
 
     def read(self, size: int = -1, /) -> bytes:
         """Return the next ``size`` bytes, fewer only at the end."""
 
 
 class Contents:
-    """Contents of files, one at a time.
+    """Reads the contents of files, one at a time.
 
     Args:
         homes: The repositories by their folders.
-        limit: Bytes that all may have together.
-        note: Told of large files that are not here.
+        limit: Maximum size of all files together, in bytes.
+        note: Called with messages about large files that are not on this computer.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Contents:
 
     @contextmanager
     def content(self, file: CommitFile) -> Iterator[tuple[Readable, int]]:
-        """Give a file's content, of which all has to be read, and its bytes."""
+        """Yield a file's content, which must be read to its end, and its size in bytes."""
         found = self._of(file.home)
         if file.kind == "link" or file.size > MAX_POINTER:
             with found.content(file.object) as content:
@@ -108,7 +108,7 @@ class Contents:
 
 @contextmanager
 def contents(homes: Mapping[Path, Repository], limit: int, note: Callable[[str], None]) -> Iterator[Contents]:
-    """Give the contents of files as long as the block runs; see :class:`Contents`.
+    """Yield a reader for contents of files for the duration of the block; see :class:`Contents`.
 
     Raises:
         GitError: git failed.

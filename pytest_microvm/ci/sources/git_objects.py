@@ -1,7 +1,7 @@
-"""Git's objects, read from a throwaway repository that borrows them.
+"""Read git's objects through a temporary repository that borrows them.
 
-Nothing of the repository they are in takes part but its objects: not its configuration, hooks, attributes,
-index or references, and nothing is fetched for those that are missing.
+Only the original repository's objects are used: not its configuration, hooks, attributes, index or
+references, and missing objects are not fetched.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pytest_microvm.git.commands import GitError, Talk
 from pytest_microvm.git.repository import Repository
 
 OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.ASCII)
-"""An object's whole name."""
+"""An object's full name."""
 
 _PIECE = 1024 * 1024
 _ENTRY = re.compile(rb"([0-7]{6}) (blob|commit) ([0-9a-f]{40,64}) +([0-9]+|-)\t(.+)", re.DOTALL)
@@ -26,7 +26,7 @@ _ENTRY = re.compile(rb"([0-7]{6}) (blob|commit) ([0-9a-f]{40,64}) +([0-9]+|-)\t(
 
 @dataclass(frozen=True)
 class TreeEntry:
-    """What git has at a path: ``mode`` as in a tree, the object's name, bytes of ``size`` (none: -1)."""
+    """An entry of a tree: path, ``mode``, the object's name, and ``size`` in bytes (-1: none)."""
 
     path: bytes
     mode: int
@@ -36,10 +36,10 @@ class TreeEntry:
 
 @contextmanager
 def borrowed(repository: Repository) -> Iterator[Repository]:
-    """Give a throwaway repository with the objects of another one.
+    """Yield a temporary repository that borrows another one's objects.
 
     Raises:
-        GitError: git cannot.
+        GitError: git failed.
     """
     with tempfile.TemporaryDirectory(prefix="microvm-objects-") as folder:
         yield borrowing(repository, Path(folder) / "git")
@@ -49,7 +49,7 @@ def entries(repository: Repository, commit: str) -> Iterator[TreeEntry]:
     """Yield all files, links and submodules of a commit, as git lists them.
 
     Raises:
-        GitError: It is no commit, or a part of it is not there.
+        GitError: ``commit`` is no commit, or some of its objects are missing.
     """
     command = ("ls-tree", "-r", "-l", "-z", "--full-tree", f"{commit}^{{tree}}")
     with repository.talk(*command) as talk:
@@ -62,17 +62,17 @@ def entries(repository: Repository, commit: str) -> Iterator[TreeEntry]:
 
 
 class Blobs:
-    """The contents of blobs, one after the other."""
+    """Reads the contents of blobs, one after another."""
 
     def __init__(self, talk: Talk) -> None:
         self._talk = talk
 
     @contextmanager
     def content(self, name: str) -> Iterator[Content]:
-        """Give a blob's content, of which all has to be read.
+        """Yield a blob's content, which must be read to its end.
 
         Raises:
-            GitError: There is no such blob.
+            GitError: The blob does not exist, or was not read to its end.
         """
         self._talk.ask(name.encode() + b"\n")
         header = self._talk.until(b"\n")
@@ -92,27 +92,27 @@ class Blobs:
 
 
 class Content:
-    """A blob's content as a file that can be read once."""
+    """A blob's content as a stream that can be read once."""
 
     def __init__(self, talk: Talk, size: int) -> None:
         self._talk = talk
         self.left = size
 
     def read(self, size: int = -1) -> bytes:
-        """Return the next ``size`` bytes, or what is left."""
+        """Return the next ``size`` bytes, or all remaining ones if there are fewer."""
         size = self.left if size < 0 else min(size, self.left)
         self.left -= size
         return self._talk.exactly(size)
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield all of it."""
+        """Yield the remaining content in pieces."""
         while self.left:
             yield self.read(_PIECE)
 
 
 @contextmanager
 def blobs(repository: Repository) -> Iterator[Blobs]:
-    """Give the blobs of a repository; at the end of the block git ends.
+    """Yield a reader for a repository's blobs; its git process ends with the block.
 
     Raises:
         GitError: git failed.

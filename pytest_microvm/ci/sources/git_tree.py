@@ -1,4 +1,4 @@
-"""A commit's files, from git's objects: byte for byte, with submodules and large files that are here."""
+"""A commit's files from git's objects: unchanged bytes, with available submodules and large files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _MODULE, _LINK, _FORMAT, _EXECUTABLE = 0o160000, 0o120000, 0o170000, 0o111
 
 @dataclass
 class _Listing:
-    """What a commit has: files, folders that stay empty, its time; the repositories that have the blobs."""
+    """A commit's files, empty folders and time, and the repositories that have its blobs."""
 
     files: dict[str, CommitFile] = field(default_factory=dict)
     folders: list[str] = field(default_factory=list)
@@ -40,18 +40,18 @@ class _Listing:
 
 
 class GitTree:
-    """The files of a commit. Several threads may use it.
+    """The files of a commit; thread-safe.
 
     Args:
-        repository: Where its objects are.
-        commit: Its whole name.
-        modules: Folders in which repositories of submodules are, by their names.
-        known: SHA-256 of contents by blob, which trees of one repository share; it grows.
-        limit: Bytes that all files may have together.
+        repository: The repository with its objects.
+        commit: The commit's full name.
+        modules: Folders that contain the submodules' repositories, by name.
+        known: A cache of contents' SHA-256 by blob, shared by the trees of one repository.
+        limit: Maximum size of all files together, in bytes.
 
     Attributes:
-        notes: What is not as it could be, in lines for people: submodules and large files that are not here,
-            paths that were left out. Complete once the tree was used.
+        notes: Readable lines about missing submodules and large files, and about paths that were left out.
+            Complete once the tree was used.
     """
 
     def __init__(
@@ -73,14 +73,14 @@ class GitTree:
         self.notes: list[str] = []
 
     def digest(self, paths: Sequence[str] | None = None) -> str:
-        """Return the digest of its files; see :meth:`pytest_microvm.ci.sources.tree.Tree.digest`."""
+        """Return the digest of the tree's files; see :meth:`pytest_microvm.ci.sources.tree.Tree.digest`."""
         listing = self._listed()
         files = [listing.files[path] for path in selected(listing.files, paths)]
         with contents(listing.homes, self._limit, self._note) as source:
             return tree_digest((file.path, file.kind, self._sha256(source, file)) for file in files)
 
     def fill(self, archive: tarfile.TarFile, paths: Sequence[str] | None = None) -> None:
-        """Write its files into an archive; see :meth:`pytest_microvm.ci.sources.tree.Tree.fill`."""
+        """Write the tree's files to an archive; see :meth:`pytest_microvm.ci.sources.tree.Tree.fill`."""
         listing = self._listed()
         for folder in listing.folders if paths is None else ():
             info = _member(folder, listing)
@@ -99,10 +99,10 @@ class GitTree:
                         archive.addfile(info, content)
 
     def read(self, path: str, limit: int) -> bytes | None:
-        """Return the content of a plain file, ``None`` where there is none.
+        """Return the content of a regular file, ``None`` if there is no such file.
 
         Raises:
-            UsageError: It has more than ``limit`` bytes.
+            UsageError: The file has more than ``limit`` bytes.
         """
         listing = self._listed()
         file = listing.files.get(path)
@@ -114,13 +114,13 @@ class GitTree:
             return content.read()
 
     def plain_files(self, below: str) -> list[CommitFile]:
-        """Return the files below a folder that are no links."""
+        """Return the regular files below a folder."""
         prefix = below.strip("/") + "/"
         found = self._listed().files.values()
         return [file for file in found if file.path.startswith(prefix) and file.kind != "link"]
 
     def _sha256(self, source: Contents, file: CommitFile) -> str:
-        """Return the SHA-256 of a file's content; what might stand for another file is looked at anew."""
+        """Return the SHA-256 of a file's content; links and possible LFS pointers bypass the cache."""
         if file.kind != "link" and file.size <= MAX_POINTER:
             return source.sha256(file)
         if file.object not in self._known:
@@ -132,7 +132,7 @@ class GitTree:
         if text not in self.notes and len(self.notes) < _MAX_NOTES:
             self.notes.append(text)
 
-    # What it has
+    # Listing
 
     def _listed(self) -> _Listing:
         with self._lock:
@@ -156,7 +156,7 @@ class GitTree:
         top: str,
         depth: int,
     ) -> None:
-        """Put a commit's files below ``top`` into the listing, and those of its submodules."""
+        """Add a commit's files, and those of its submodules, to the listing below ``top``."""
         with borrowed(home) as repository:
             links = self._list_files(listing, home, repository, commit, top)
             names: Mapping[str, str] = {}
@@ -175,7 +175,7 @@ class GitTree:
     def _list_files(
         self, listing: _Listing, home: Repository, repository: Repository, commit: str, top: str
     ) -> dict[str, str]:
-        """Put a commit's own files into the listing; return its submodules' commits by path."""
+        """Add a commit's own files to the listing; return its submodules' commits by path."""
         listing.homes[home.directory] = home
         links: dict[str, str] = {}
         folders: set[str] = set()

@@ -1,6 +1,6 @@
-"""Git LFS: which blobs stand for a large file, and that file if it is on this computer.
+"""Git LFS: recognize pointers, and find their large files on this computer.
 
-A pointer's form: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md. git-lfs is not run.
+The format of pointers: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md. git-lfs is not run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import IO
 from pytest_microvm.untrusted.nofollow import OpenTree
 
 MAX_POINTER = 1023
-"""Bytes of the longest pointer."""
+"""Maximum size of a pointer in bytes."""
 
 _POINTER = re.compile(
     rb"version https://git-lfs\.github\.com/spec/v1\n(?:ext-[^\n]+\n)*"
@@ -28,25 +28,25 @@ _PIECE = 1024 * 1024
 
 @dataclass(frozen=True)
 class Pointer:
-    """What a pointer stands for: the content's SHA-256, and its bytes."""
+    """A pointer to a large file: the SHA-256 of its content, and its size in bytes."""
 
     sha256: str
     size: int
 
 
 def parse_pointer(data: bytes) -> Pointer | None:
-    """Return the pointer that a blob is, if it is one."""
+    """Parse a blob as a pointer; return ``None`` if it is none."""
     found = _POINTER.fullmatch(data) if len(data) <= MAX_POINTER else None
     return Pointer(found[1].decode(), int(found[2])) if found else None
 
 
 @contextmanager
 def large_file(repository: Path, pointer: Pointer) -> Iterator[IO[bytes] | None]:
-    """Give the file that a pointer stands for, ``None`` if it is not here or is another one.
+    """Yield the large file of a pointer, ``None`` if it is not on this computer or its content differs.
 
     Args:
-        repository: The folder with the repository's objects, in which LFS keeps its own.
-        pointer: What is wanted.
+        repository: The folder of the repository's objects, in which LFS keeps its own.
+        pointer: The pointer.
     """
     name = pointer.sha256
     with OpenTree(repository) as tree:

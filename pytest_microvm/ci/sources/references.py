@@ -1,4 +1,4 @@
-"""The branches, tags and other references of a repository, and what a name stands for."""
+"""Look up a repository's branches, tags and other references, and resolve names to commits."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pytest_microvm.git.repository import Repository, configuration
 
 _HEADS, _REMOTE, _TAGS = "refs/heads/", "refs/remotes/origin/", "refs/tags/"
 _MAX_REFS = 100_000
-_MAX_NAME = 500  # characters of a ref that somebody asks for
+_MAX_NAME = 500  # characters of a requested ref
 _SHOWN = 20  # branches that an error names
 
 
 class References:
-    """The references of a repository, as they are whenever they are asked for.
+    """The references of a repository, read anew at each call.
 
     Args:
-        folder: What it is called, for errors.
+        folder: The repository's folder, for errors.
         repository: The repository.
-        bare: Whether it has no work tree; its HEAD names the default branch then.
+        bare: Whether it has no work tree; then its HEAD names the default branch.
     """
 
     def __init__(self, folder: Path, repository: Repository, *, bare: bool) -> None:
@@ -33,10 +33,10 @@ class References:
         self._bare = bare
 
     def branches(self, *options: str) -> dict[str, str]:
-        """Return all branches and their commits: local ones, and origin's without a local one.
+        """Return all branches and their commits: local ones, and origin's that have no local branch.
 
         Args:
-            *options: For git-for-each-ref(1).
+            *options: Options of git-for-each-ref(1).
         """
         refs = self._listed(*options, _HEADS, _REMOTE)
         theirs = {name.removeprefix(_REMOTE): tip for name, tip in refs.items() if name.startswith(_REMOTE)}
@@ -45,13 +45,13 @@ class References:
         return {_called(name): tip for name, tip in {**theirs, **ours}.items()}
 
     def tags(self, commit: str) -> dict[str, str]:
-        """Return the tags of the history of a commit, with their whole names, and what they name."""
+        """Return the tags in a commit's history: their full names, and the objects that they name."""
         return self._listed(f"--merged={commit}", _TAGS)
 
     def default(self) -> str | None:
-        """Return the default branch: what origin says, else ``main``, ``master`` or the only one.
+        """Return the default branch: origin's HEAD, else ``main``, ``master`` or the only branch.
 
-        In a clone the only branch may be the one that was fetched, a stranger's: it counts for nothing.
+        In a clone the only branch may be a fetched one by a stranger, so there it does not count.
         """
         known = self.branches()
         candidates = ["main", "master", *(known if len(known) == 1 and not self._cloned() else [])]
@@ -63,18 +63,18 @@ class References:
         return next((name for name in candidates if name in known), None)
 
     def _cloned(self) -> bool:
-        """Whether the repository knows another one that it may have come from."""
+        """Return True if the repository has a remote, so that it may be a clone."""
         said = configuration(self._repository)
         return any(key.startswith("remote.") and key.endswith(".url") for key in said)
 
     def resolved(self, name: str) -> tuple[str, str]:
-        """Return the whole name of the ref that ``name`` stands for, nothing if it is none, and its commit.
+        """Return the full name of the ref that ``name`` resolves to, empty if it is no ref, and its commit.
 
-        The order is git's own, see gitrevisions(7), but that a branch goes before a tag, and a commit before
-        all. A branch that only calls itself like a commit, a ref or a branch of origin is not found by that.
+        The order is git's own, see gitrevisions(7), but branches precede tags, and commits precede all. A
+        branch that is named like a commit, a ref or a branch of origin is not found by that name.
 
         Raises:
-            UsageError: There is none.
+            UsageError: The name does not resolve to a commit.
         """
         _check(name)
         refs = self._listed(_HEADS, _REMOTE)
@@ -94,7 +94,7 @@ class References:
         return full, commit
 
     def _listed(self, *arguments: str) -> dict[str, str]:
-        """Return references that name commits, and what they name; of symbolic ones none."""
+        """Return the references to commits with the objects that they name; symbolic ones are left out."""
         form = "--format=%(refname)%00%(objectname)%00%(*objecttype)%(objecttype)%00%(symref)"
         found: dict[str, str] = {}
         with self._repository.talk("for-each-ref", form, *arguments) as talk:
@@ -107,7 +107,7 @@ class References:
         return found
 
     def _said(self, *arguments: str) -> str:
-        """Return what git-rev-parse(1) says, nothing where it fails."""
+        """Return the output of git-rev-parse(1), empty if it fails."""
         try:
             return self._git("rev-parse", "--verify", "--quiet", *arguments)
         except GitError:
@@ -118,7 +118,7 @@ class References:
 
 
 def branch_name(full: str) -> str | None:
-    """Return what the branch with a whole name is called, ``None`` if that names no branch."""
+    """Return the branch's name for a full ref name, ``None`` if the ref is no branch."""
     for prefix in (_HEADS, _REMOTE):
         if full.startswith(prefix):
             return _called(full.removeprefix(prefix))
@@ -126,23 +126,23 @@ def branch_name(full: str) -> str | None:
 
 
 def shown_names(branches: Iterable[str]) -> str:
-    """Return the names of some branches, for an error."""
+    """Return a readable list of some branches, for an error."""
     names = sorted(branches)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"branches: {', '.join(names[:_SHOWN]) or 'none'}{more}"
 
 
 def _called(branch: str) -> str:
-    """Return what a branch is called; one that calls itself like something else, with its whole name."""
+    """Return a branch's name; one that could be taken for something else gets its full ref name."""
     strange = branch.startswith("refs/") or branch in (WORKTREE, "HEAD") or OBJECT.fullmatch(branch)
     return f"{_HEADS}{branch}" if strange else branch
 
 
 def _check(name: str) -> None:
-    """Refuse what cannot name a commit, or would be an option.
+    """Refuse a name that cannot be a ref, or that git would take for an option.
 
     Raises:
-        UsageError: It is refused.
+        UsageError: The name is refused.
     """
     if not name or name.startswith("-") or not name.isprintable() or len(name) > _MAX_NAME:
         raise UsageError(f"{name!r} cannot be a ref", resolution="name a branch, a tag or a commit")

@@ -1,7 +1,7 @@
-"""A repository of this computer as a source of branches: it is read, never checked out.
+"""A repository on this computer as a source of branches: it is read, never checked out.
 
-References are looked up in it; files come from its objects alone, see
-:mod:`pytest_microvm.ci.sources.git_objects`. No hook, filter, attribute or program that it names takes part.
+References are looked up in it; files are read from its objects only, see
+:mod:`pytest_microvm.ci.sources.git_objects`. None of its hooks, filters, attributes or programs is used.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ _MAX_DEFINITION = 1024 * 1024  # bytes
 
 
 class CodeRepository:
-    """A repository; only what is asked for is looked up, when it is.
+    """A repository, whose data is looked up lazily.
 
     Args:
         folder: A folder of its work tree, or a bare repository.
-        bare: Whether it may be a bare repository: only where the user has named it, for a branch can have one
+        bare: Whether it may be a bare repository: only if the user has named it, for a branch can place one
             in any folder.
 
     Attributes:
         folder: The work tree's top, or the bare repository.
-        identity: What tells it from other repositories of this computer; a file's name can have it.
+        identity: An identifier of the repository on this computer, valid as a part of a file name.
 
     Raises:
-        UsageError: There is no repository.
+        UsageError: The folder has no repository.
         HostError: git is missing.
     """
 
@@ -72,10 +72,10 @@ class CodeRepository:
 
     @property
     def default_branch(self) -> str:
-        """The default branch's name: what origin says, else ``main``, ``master``; the only one if no clone.
+        """The default branch's name: origin's HEAD, else ``main``, ``master``, or, if no clone, the only one.
 
         Raises:
-            UsageError: That says nothing.
+            UsageError: None of these exists.
         """
         return self.default.branch
 
@@ -84,7 +84,7 @@ class CodeRepository:
         """The default branch.
 
         Raises:
-            UsageError: Which one that is cannot be told.
+            UsageError: The default branch is unknown.
         """
         branches, name = self._references.branches(), self._references.default()
         if name is None:
@@ -97,12 +97,12 @@ class CodeRepository:
         return Source(name, branches[name], default=True)
 
     def branches(self, globs: Sequence[str] = ("*",)) -> list[Source]:
-        """Return the branches that one of ``globs`` matches: local ones, and origin's without a local one.
+        """Return the branches that match one of ``globs``: local ones, and origin's without a local branch.
 
-        The default branch comes first, then they come by name.
+        The default branch comes first, the others follow by name.
 
         Raises:
-            UsageError: A glob matches none.
+            UsageError: A glob matches no branch.
         """
         known = self._references.branches()
         for glob in globs:
@@ -120,23 +120,23 @@ class CodeRepository:
         ]
 
     def changed_since(self, ref: str) -> list[Source]:
-        """Return the branches that have commits which ``ref`` has not.
+        """Return the branches that have commits which ``ref`` does not contain.
 
         Raises:
-            UsageError: There is no such ref.
+            UsageError: The ref does not exist.
         """
         _full, base = self._references.resolved(ref)
         changed = self._references.branches(f"--no-merged={base}").values()
         return [source for source in self.branches() if source.commit in changed]
 
     def ref(self, name: str) -> Source:
-        """Return what a ref or commit names: ``main``, ``origin/main``, ``refs/pull/7/head``, ``1a2b3c4``.
+        """Return the source that a name means: ``main``, ``origin/main``, ``refs/pull/7/head``, ``1a2b3c4``.
 
-        A branch goes before a tag of the same name. What is no branch is not called like one: a tag is
-        ``refs/tags/NAME``, a commit its whole name, so that neither gets what a branch of that name may have.
+        A branch precedes a tag of the same name. Only a branch gets a branch's name: a tag's source is named
+        ``refs/tags/NAME``, a commit's by its full name, so that neither gets the privileges of a branch.
 
         Raises:
-            UsageError: There is none.
+            UsageError: The name does not resolve to a commit.
         """
         full, commit = self._references.resolved(name)
         branch = branch_name(full)
@@ -145,10 +145,10 @@ class CodeRepository:
         return Source(full or commit, commit)
 
     def worktree(self) -> Source:
-        """Return the work tree, as it is now.
+        """Return the work tree in its current state.
 
         Raises:
-            UsageError: The repository has none.
+            UsageError: The repository has no work tree.
         """
         if self._bare:
             raise UsageError(
@@ -160,24 +160,24 @@ class CodeRepository:
         return Source(WORKTREE, digest)
 
     def tree(self, source: Source) -> Tree:
-        """Return the files of a source that this repository gave."""
+        """Return the files of a source that this object returned."""
         return self._work_trees.get(source.commit) or self._tree(source.commit)
 
     def notes(self, source: Source) -> list[str]:
-        """Return what is to be told about a source's files, in lines, once they were used."""
+        """Return readable notes about a source's files, complete once they were used."""
         tree = self._trees.get(source.commit)
         return [] if tree is None else list(tree.notes)
 
     def read(self, commit: str, path: str, limit: int) -> bytes | None:
-        """Return the content of a plain file, ``None`` where there is none.
+        """Return the content of a regular file, ``None`` if there is no such file.
 
         Args:
-            commit: A commit's whole name, or :data:`pytest_microvm.ci.definition.task.WORKTREE`.
-            path: Relative to the top.
-            limit: Bytes that it may have.
+            commit: A commit's full name, or :data:`pytest_microvm.ci.definition.task.WORKTREE`.
+            path: The path relative to the top.
+            limit: Maximum size in bytes.
 
         Raises:
-            UsageError: It has more.
+            UsageError: The file exceeds the limit.
         """
         if refusal(os.fsencode(path)):
             return None
@@ -191,13 +191,13 @@ class CodeRepository:
             return bounded(file, limit, self.folder / path)
 
     def export(self, ref: str, prefix: str, folder: Path) -> bool:
-        """Write the plain files below ``prefix`` of a ref into an empty folder of this computer.
+        """Write the regular files below ``prefix`` of a ref into an empty folder of this computer.
 
         Returns:
-            Whether there are any.
+            Whether there are any files.
 
         Raises:
-            UsageError: There is no such ref.
+            UsageError: The ref does not exist.
         """
         tree = self._tree(self._references.resolved(ref)[1])
         files = tree.plain_files(prefix)
@@ -211,17 +211,17 @@ class CodeRepository:
         return bool(files)
 
     def bundle(self, source: Source, file: IO[bytes]) -> None:
-        """Write the history of a source as a git bundle: its commit as a branch and as HEAD, and its tags.
+        """Write a source's history as a git bundle: its commit as a branch and as HEAD, and its tags.
 
-        What is not reachable from the commit is not in it. Of a work tree it is the history of what is
-        checked out.
+        The bundle has no objects that are unreachable from the commit. For a work tree it has the history of
+        the commit that is checked out.
 
         Args:
-            source: What this repository gave.
-            file: Where to.
+            source: A source that this object returned.
+            file: The file to write to.
 
         Raises:
-            UsageError: Parts of the history are not here.
+            UsageError: The repository is a shallow clone.
         """
         commit, branch = source.commit, source.branch
         if source.branch == WORKTREE and source.commit in self._work_trees:
@@ -245,7 +245,7 @@ class CodeRepository:
                 while piece := content.read(1024 * 1024):
                     file.write(piece)
 
-    # How it is looked up
+    # Look-up
 
     def _tree(self, commit: str) -> GitTree:
         if not OBJECT.fullmatch(commit):
@@ -259,16 +259,16 @@ class CodeRepository:
 
 
 def read_definition(repository: CodeRepository, wanted: str | None = None) -> Definition:
-    """Return the jobs that a repository defines; ``microvm.toml`` goes before ``pyproject.toml``.
+    """Return the jobs that a repository defines; ``microvm.toml`` precedes ``pyproject.toml``.
 
     Args:
-        repository: Whose.
-        wanted: The ref that is trusted to define them, or ``worktree``: the files as they lie there;
+        repository: The repository.
+        wanted: The ref that is trusted to define them, or ``worktree``: the files in the work tree;
             ``None``: the default branch.
 
     Raises:
-        NoJobs: It defines none.
-        UsageError: Something in it is wrong.
+        NoJobs: The repository defines no jobs.
+        UsageError: The definition is invalid.
     """
     if wanted == WORKTREE:
         branch = commit = WORKTREE
@@ -297,7 +297,7 @@ def read_definition(repository: CodeRepository, wanted: str | None = None) -> De
 
 
 def _with_kits(repository: CodeRepository, commit: str, definition: Definition) -> Definition:
-    """Return a definition with what the kits of the same commit ask for."""
+    """Return a definition that includes the requests of the kits of the same commit."""
     if not own_images(definition.jobs):
         return definition
     with tempfile.TemporaryDirectory(prefix="microvm-kits-") as folder:
@@ -311,7 +311,7 @@ def _with_kits(repository: CodeRepository, commit: str, definition: Definition) 
 
 
 def _opened(folder: Path, *, bare: bool) -> tuple[Path, bool, Repository]:
-    """Return the folder of the repository that a folder is in, whether it is bare, and the repository."""
+    """Return a repository's top folder, whether it is bare, and the repository, for a folder inside it."""
     if not folder.is_dir():
         raise UsageError(f"{folder} is no directory", resolution="start it in the repository")
     checkout = find_checkout(folder)

@@ -1,4 +1,4 @@
-"""Where the repositories of a commit's submodules are on this computer."""
+"""Find the repositories of a commit's submodules on this computer."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _KEY = re.compile(r"submodule\.(.+)\.path", re.DOTALL)
 def module_names(repository: Repository, gitmodules: str) -> Mapping[str, str]:
     """Return the submodules' names by their paths.
 
-    git-config(1) reads the blob alone; by itself it would follow its includes.
+    git-config(1) reads only the blob; by default it would follow the blob's includes.
 
     Args:
-        repository: Where the blob is.
-        gitmodules: The name of the blob that is the commit's ``.gitmodules``.
+        repository: The repository with the blob.
+        gitmodules: The name of the blob of the commit's ``.gitmodules``.
     """
     asked = ("config", "--no-includes", "--blob", gitmodules, "-z", "--get-regexp", r"^submodule\..*\.path$")
     try:
         listed = repository.git(*asked)
-    except GitError:  # it has none, or is no configuration
+    except GitError:  # the blob has no paths, or is no configuration
         return {}
     names = {}
     for item in listed.split("\0"):
@@ -38,13 +38,13 @@ def module_names(repository: Repository, gitmodules: str) -> Mapping[str, str]:
 
 
 def find_module(name: str | None, folders: Sequence[Path], kind: str, commit: str) -> Repository | None:
-    """Return the repository of a submodule if it is here and has the commit.
+    """Return a submodule's repository if it is on this computer and has the commit.
 
     Args:
         name: The submodule's name, if it has one.
-        folders: Where repositories of submodules are.
-        kind: The hash it has to use.
-        commit: What is wanted of it.
+        folders: The folders that contain submodules' repositories.
+        kind: The required hash algorithm.
+        commit: The required commit.
     """
     for folder in folders if name else ():
         place = folder / str(name)
@@ -63,6 +63,6 @@ def find_module(name: str | None, folders: Sequence[Path], kind: str, commit: st
 
 
 def _is_safe(name: str) -> bool:
-    """Whether a name stays where names belong; git's own check is check_submodule_name()."""
+    """Return True if a name is a safe relative path (compare git's check_submodule_name())."""
     names = re.split(r"[/\\]", name)
     return not name.startswith("-") and "" not in names and "." not in names and ".." not in names

@@ -1,4 +1,4 @@
-"""A source's files from a tar archive: how they reach a computer that does not have the repository."""
+"""A source's files in a tar archive, for transfer to computers that lack the repository."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _CHUNK = 1 << 20
 
 
 class TarTree:
-    """The files of an archive that :func:`write_tree` made, here or elsewhere. Several threads may use it.
+    """The files of an archive made by :func:`write_tree`, on this or another computer; thread-safe.
 
     Args:
-        path: The archive; it is neither changed nor removed while this object is used.
+        path: The archive; it must not be changed or removed while this object is in use.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def digest(self, paths: Sequence[str] | None = None) -> str:
-        """Return the digest of its files; see :meth:`pytest_microvm.ci.sources.tree.Tree.digest`."""
+        """Return the digest of the tree's files; see :meth:`pytest_microvm.ci.sources.tree.Tree.digest`."""
         with tarfile.open(self._path, "r:") as archive:
             files = {member.name: member for member in archive if not member.isdir()}
             return tree_digest(
@@ -32,7 +32,7 @@ class TarTree:
             )
 
     def fill(self, archive: tarfile.TarFile, paths: Sequence[str] | None = None) -> None:
-        """Write its files into an archive; see :meth:`pytest_microvm.ci.sources.tree.Tree.fill`."""
+        """Write the tree's files to an archive; see :meth:`pytest_microvm.ci.sources.tree.Tree.fill`."""
         with tarfile.open(self._path, "r:") as own:
             members = own.getmembers()
             files = {member.name: member for member in members if not member.isdir()}

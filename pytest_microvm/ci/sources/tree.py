@@ -1,4 +1,4 @@
-"""The files of a source, wherever they are: in git's objects, in a work tree, in an archive."""
+"""The interface of a source's files, common to git's objects, a work tree and an archive."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from typing import Literal, Protocol
 from pytest_microvm.errors import UsageError
 
 Kind = Literal["644", "755", "link"]
-"""What a file is to a tree: a plain one, one that can be run, a symbolic link."""
+"""The kind of a file in a tree: regular, executable, or a symbolic link."""
 
 
 class Tree(Protocol):
-    """Files to be copied into a machine. Nothing of them is checked out or run on this computer."""
+    """Files to be copied into a machine; none of them is checked out or run on this computer."""
 
     def digest(self, paths: Sequence[str] | None = None) -> str:
         """Return a SHA-256 over every path, mode and content.
 
-        Two trees of the same files have the same one, whatever kind of tree they are.
+        Trees with equal files have equal digests, whatever kind of tree they are.
 
         Args:
             paths: Files and folders, relative to the top; ``None``: all.
 
         Raises:
-            UsageError: A path is not in it.
+            UsageError: A path is not in the tree.
         """
 
     def fill(self, archive: tarfile.TarFile, paths: Sequence[str] | None = None) -> None:
-        """Write the files into an archive, with paths relative to the top.
+        """Write the files to an archive, with paths relative to the top.
 
         Args:
-            archive: Where to; a stream.
+            archive: The archive to write to; a stream.
             paths: As for :meth:`digest`.
 
         Raises:
-            UsageError: A path is not in it.
+            UsageError: A path is not in the tree.
         """
 
 
 def tree_digest(files: Iterable[tuple[str, Kind, str]]) -> str:
-    """Return the digest that every kind of tree gives for the same files.
+    """Return the digest of a tree's files, equal for equal files in every kind of tree.
 
-    Folders do not count: a tree is its files. Nor do times and owners.
+    Folders, times and owners are not part of the digest.
 
     Args:
-        files: Path (undecodable bytes as ``surrogateescape`` has them), kind, and the SHA-256 of the content
-            as hexadecimal digits, of a link the SHA-256 of its target; in any order.
+        files: Path (undecodable bytes as ``surrogateescape``), kind, and SHA-256 as hexadecimal digits, of
+            the content or of a link's target; in any order.
     """
     total = hashlib.sha256()
     for path, kind, content in sorted((os.fsencode(path), kind, content) for path, kind, content in files):
@@ -57,14 +57,14 @@ def tree_digest(files: Iterable[tuple[str, Kind, str]]) -> str:
 
 
 def selected(files: Iterable[str], paths: Sequence[str] | None) -> list[str]:
-    """Return which of ``files`` are one of ``paths``, or below one, in their order.
+    """Return those of ``files`` that are in ``paths`` or below one of them, in their order.
 
     Args:
         files: The paths of a tree's files.
         paths: Files and folders; ``None``: all.
 
     Raises:
-        UsageError: One of ``paths`` is nothing of the tree.
+        UsageError: One of ``paths`` is not in the tree.
     """
     if paths is None:
         return list(files)
@@ -85,6 +85,6 @@ def selected(files: Iterable[str], paths: Sequence[str] | None) -> list[str]:
 
 
 def _parts(path: str) -> tuple[str, ...]:
-    """Return a path's names; ``.`` is the top, and what begins with a slash is nothing of a tree."""
+    """Return a path's components; ``.`` is the top, and an absolute path matches no file of a tree."""
     start = ("/",) if path.startswith("/") else ()
     return start + tuple(name for name in path.split("/") if name not in ("", "."))

@@ -1,4 +1,4 @@
-"""The files of a work tree, as they lie there: what git tracks or would add."""
+"""The current files of a work tree: those that git tracks or would add."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pytest_microvm.untrusted.nofollow import OpenTree
 
 
 class WorkTree:
-    """The files of a work tree, as they were listed when this was made; several threads may use it.
+    """The files of a work tree, listed when the object is created; thread-safe.
 
     Args:
         top: The work tree's folder.
-        limit: Bytes that all files may have together.
+        limit: Maximum size of all files together, in bytes.
 
     Attributes:
-        notes: For people; it has none.
+        notes: Always empty; see :class:`pytest_microvm.ci.sources.git_tree.GitTree`.
 
     Raises:
-        UsageError: It is none, or too large.
+        UsageError: The folder is no work tree, or its files are too large.
     """
 
     def __init__(self, top: Path, *, limit: int = DEFAULT_LIMIT) -> None:
@@ -36,11 +36,11 @@ class WorkTree:
         self.notes: list[str] = []
 
     def digest(self, paths: Sequence[str] | None = None) -> str:
-        """Return the digest of its files; see :meth:`pytest_microvm.ci.sources.tree.Tree.digest`."""
+        """Return the digest of the tree's files; see :meth:`pytest_microvm.ci.sources.tree.Tree.digest`."""
         return tree_digest(self._hashed(selected(self._entries, paths)))
 
     def fill(self, archive: tarfile.TarFile, paths: Sequence[str] | None = None) -> None:
-        """Write its files into an archive; see :meth:`pytest_microvm.ci.sources.tree.Tree.fill`."""
+        """Write the tree's files to an archive; see :meth:`pytest_microvm.ci.sources.tree.Tree.fill`."""
         with OpenTree(self._top) as tree:
             for path in selected(self._entries, paths):
                 self._add(archive, tree, path)
