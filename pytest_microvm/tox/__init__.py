@@ -1,1 +1,1 @@
-"""tox environments that are machines."""
+"""Run tox environments in machines."""

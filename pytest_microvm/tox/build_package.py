@@ -1,7 +1,7 @@
-"""Told to an environment's Python: build the project's package, as tox's package environment would.
+"""Script for an environment's Python: build the project's package, as tox's package environment would.
 
-It is no part of this package when it runs: its text is a script in a machine. The project's build backend
-runs in an environment of its own (PEP 517), made here and used for every build.
+This module runs as a script in a machine, apart from this package. It makes a separate environment for the
+project's build backend (PEP 517), which it uses for all builds.
 """
 
 import os
@@ -23,13 +23,13 @@ _LEGACY = {"requires": ["setuptools>=40.8.0"], "build-backend": "setuptools.buil
 
 
 def main(how: str, root: Path, folder: Path, extras: str) -> None:
-    """Build it and write the requirement by which it is installed.
+    """Build the package and write a requirements file that installs it.
 
     Args:
-        how: ``wheel``, or ``sdist``: from the source distribution.
-        root: The project.
-        folder: Where the environment of the build, the packages and ``package.txt`` are to be.
-        extras: What to install with it, such as ``[test]``.
+        how: ``wheel`` builds a wheel directly, ``sdist`` by way of a source distribution.
+        root: The project's folder.
+        folder: The folder for the build environment, the packages and ``package.txt``.
+        extras: The extras to install, such as ``[test]``.
     """
     shutil.rmtree(folder, ignore_errors=True)
     python = folder / "env" / "bin" / "python"
@@ -46,13 +46,13 @@ def _unpacked_sdist(root: Path, folder: Path, python: Path) -> Path:
     hooks = _hooks(root, python)
     _install(python, hooks.get_requires_for_build_sdist())
     with tarfile.open(folder / hooks.build_sdist(str(folder))) as sdist:
-        sdist.extractall(folder / "source")  # noqa: S202 - by the project, in its machine
+        sdist.extractall(folder / "source")  # noqa: S202 - made by the project, in its own machine
     (source,) = (folder / "source").iterdir()
     return source
 
 
 def _system(root: Path) -> "dict[str, Any]":
-    """Return what pyproject.toml says of the build."""
+    """Return the build system from pyproject.toml, with defaults for missing values."""
     try:
         told = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8")).get(
             "build-system", _LEGACY
@@ -71,7 +71,7 @@ def _hooks(root: Path, python: Path) -> Any:
         subprocess.run(command, cwd=cwd, env=environment, check=True)
 
     backend, folders = system["build-backend"], system.get("backend-path")
-    caller: Any = BuildBackendHookCaller  # pip ships no types of it that hold
+    caller: Any = BuildBackendHookCaller  # pip's types for it are unreliable
     return caller(str(root), backend, folders, runner=run, python_executable=str(python))
 
 

@@ -1,6 +1,6 @@
-"""tox's configuration file as something to trust: which one counts, its digest, and what it names.
+"""The trust checks for tox's configuration file: find it, and list the requests that need trust.
 
-It is read here without tox, which would load a ``toxfile.py`` beside it.
+The file is parsed here without tox, which would load a ``toxfile.py`` beside it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 KEY = "tox"
-"""The key under which the file's content is allowed."""
+"""The key of the file's content among the user's grants."""
 
 _MAX_SIZE = 1024 * 1024  # bytes
 _PASSED = ("pass_env", "passenv")
@@ -45,11 +45,11 @@ _FILE = re.compile(r"^\s*(?:set_?env\s*=\s*)?file\|(.+)$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class ToxFile:
-    """The file that says what tox does in a folder.
+    """The tox configuration file of a folder.
 
     Args:
-        folder: The project's.
-        path: The file; one that is not there is as an empty one, as for tox.
+        folder: The project's folder.
+        path: The file; a missing file counts as empty, as in tox.
     """
 
     folder: Path
@@ -61,13 +61,13 @@ class ToxFile:
 
         Args:
             path: The file that tox has found.
-            options: Its command line: ``--root`` names another folder than the file's.
+            options: tox's command line; ``--root`` names another folder than the file's.
         """
         return cls((options.root_dir or path.parent).resolve(), path)
 
     @cached_property
     def asked(self) -> Mapping[str, str]:
-        """What it asks for, as :mod:`pytest_microvm.settings.trust` has it: all that it says, as a digest."""
+        """The file's request as in :mod:`pytest_microvm.settings.trust`: a digest of its whole content."""
         name = os.path.relpath(self.path, self.folder)
         own = _pyproject_table(self.path)
         data = _read(self.path) if own is None else json.dumps(own, sort_keys=True, default=str).encode()
@@ -75,28 +75,28 @@ class ToxFile:
 
     @cached_property
     def checkout(self) -> Checkout:
-        """What is checked out in the folder."""
+        """The checkout in the project's folder."""
         return checked_out(self.folder)
 
     @cached_property
     def is_allowed(self) -> bool:
-        """Whether this user has allowed what it says, for what is checked out."""
+        """True if the user has allowed the file's content for the current checkout."""
         return self.allows({})
 
     def allows(self, kit: Mapping[str, Any]) -> bool:
-        """Whether this user has allowed what it says, and a kit of the project's own if it names one.
+        """Return True if the user has allowed the file's content, and the project's own kit if it names one.
 
         Args:
-            kit: What :func:`asked_by_image` says of its image.
+            kit: The request of the file's image, from :func:`asked_by_image`.
         """
         if os.environ.get(VARIABLE) == "1":
             return True
         return is_trusted(self.folder, {**self.asked, **kit}, self.checkout)
 
     def all_asked(self) -> dict[str, Any]:
-        """Return what it asks for, and the images that it names; nothing if it asks for nothing.
+        """Return the requests of the file and of the images that it names; empty if there are none.
 
-        Computed names are not seen.
+        Computed names are not recognized.
         """
         pairs = list(_pairs(_tables(self.path)))
         if not any(_asks(key, text) for key, text in pairs):
@@ -109,7 +109,7 @@ class ToxFile:
         return asked
 
     def notes(self) -> list[str]:
-        """Return the variables and files that it names, and its grants, in lines; see :meth:`all_asked`."""
+        """Return readable lines with the file's variables, files and grants; see :meth:`all_asked`."""
         pairs = list(_pairs(_tables(self.path)))
         texts = [text for _key, text in pairs]
         passed = [name for key, text in pairs if key in _PASSED for name in re.split(r"[\s,]+", text)]
@@ -123,7 +123,7 @@ class ToxFile:
 
 
 def find(folder: Path) -> ToxFile | None:
-    """Return the configuration that tox would find in a folder; see ``tox.config.source.discover``."""
+    """Find the configuration that tox would use in a folder; see ``tox.config.source.discover``."""
     for name in ("tox.ini", "setup.cfg", "pyproject.toml", "tox.toml"):
         path = folder / name
         if path.is_file() and _is_toxs(path):
@@ -132,10 +132,10 @@ def find(folder: Path) -> ToxFile | None:
 
 
 def asked_by_image(image: str, project: Path) -> dict[str, Any]:
-    """Return what an image asks for if its kit is the project's own: all that it says, as a digest.
+    """Return the request of an image whose kit is the project's own: a digest of its whole content.
 
     Raises:
-        KitError: There is no such kit, or it cannot be used.
+        KitError: The kit does not exist, or is invalid.
     """
     own = own_kit(image, project)
     return {} if own is None else {f"{KEY}.image.{image}": own[0]}
@@ -152,13 +152,13 @@ def _is_toxs(path: Path) -> bool:
 
 
 def _pyproject_table(path: Path) -> object | None:
-    """Return ``[tool.tox]`` of a pyproject.toml: the rest of it changes often, and is not tox's."""
+    """Return ``[tool.tox]`` of a pyproject.toml; the rest changes often and does not concern tox."""
     tool = _tables(path).get("tool") if path.name == "pyproject.toml" else None
     return tool.get("tox") if isinstance(tool, Mapping) else None
 
 
 def _tables(path: Path) -> Mapping[str, Any]:
-    """Return a file's sections; none of what cannot be read, which tox will refuse."""
+    """Return a file's sections; empty if the file is invalid, which tox will report."""
     text = _read(path).decode("utf-8-sig", errors="replace")
     try:
         return tomllib.loads(text) if path.suffix == ".toml" else _sections(text)
@@ -176,7 +176,7 @@ def _sections(text: str) -> dict[str, dict[str, str]]:
 
 
 def _pairs(value: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every text with the key that it stands at; those in a list belong to the list's key."""
+    """Yield every text with its key; texts in a list belong to the list's key."""
     if isinstance(value, Mapping):
         if value.get("replace") == "env" and isinstance(value.get("name"), str):
             yield key, f"{{env:{value['name']}}}"
@@ -203,7 +203,7 @@ def _read(path: Path) -> bytes:
     """Return a file's content.
 
     Raises:
-        UsageError: It is too long, or cannot be read.
+        UsageError: The file is too long, or cannot be read.
     """
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""A machine's output on this terminal: as it comes, with colours and progress bars; nothing else acts."""
+"""Show a machine's output on this terminal: colours and progress bars work, other sequences do not."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import re
 
 from pytest_microvm.untrusted.text import sanitize
 
-# What moves within the line that is being written; what could write over other lines is made visible.
+# Sequences that act within the current line; those that could overwrite other lines are made visible.
 _HARMLESS = re.compile(r"\r+|\x08+|\x1b\[[0-9;]{0,30}[CDGKm]")
 _UNFINISHED = re.compile(r"\x1b(\[[0-9;]{0,30})?\Z|\r\Z")
-_MARK = "\ufdd0"  # a noncharacter: no text has it
+_MARK = "\ufdd0"  # a noncharacter, which valid text does not contain
 
 
 class TerminalText:
-    """Makes bytes from a machine's terminal safe for this one, piece by piece."""
+    """Makes output of a machine's terminal safe for this terminal, piece by piece."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
     def feed(self, data: bytes, *, final: bool = False) -> bytes:
-        """Return what may be written now; the beginning of a control sequence is held back."""
+        """Return output that is ready to be written; an incomplete control sequence is held back."""
         text = self._held + self._decoder.decode(data, final)
         self._held = ""
         unfinished = None if final else _UNFINISHED.search(text)

@@ -1,4 +1,4 @@
-"""Which variables reach a machine: what the project sets, and what it passes that means something there."""
+"""Select the variables for a machine: those the project sets, and passed ones that are meaningful there."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Mapping
 
 GUEST_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-"""Where commands are looked for after the environment's own."""
+"""The search path for commands after the environment's own folders."""
 
 PASSED = ("FORCE_COLOR", "NO_COLOR", "PYTHON_GIL")
-"""What is passed without being asked for; tox passes more, which is about this computer's files and tools."""
+"""Variables that are passed by default; tox passes more, which concern this computer's files and tools."""
 
 PASSED_ON_TERMINAL = ("TERM",)
 
@@ -23,14 +23,14 @@ NEVER_PASSED = (
     "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT",
     "PYTEST_MICROVM_*", "TOX_*",
 )  # fmt: skip
-"""What names a file, a socket or a setting of this computer; ``pass_env = *`` does not change that."""
+"""Variables that name a file, a socket or a setting of this computer; even ``pass_env = *`` skips them."""
 
 NOT_PREPARED_WITH = ("PYTHONHASHSEED",)
-"""Set anew in each run: what is installed must not depend on it."""
+"""Variables that change in each run: installations must not depend on them."""
 
 
 def passed(patterns: Iterable[str], host: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables of this computer that a machine gets.
+    """Return this computer's variables that are passed to a machine.
 
     Args:
         patterns: Names of ``pass_env``, with ``*`` and ``?``, upper or lower case.
@@ -41,17 +41,17 @@ def passed(patterns: Iterable[str], host: Mapping[str, str]) -> dict[str, str]:
 
 
 def prepared_with(variables: Mapping[str, str], passed_names: Iterable[str]) -> dict[str, str]:
-    """Return the variables that dependencies are installed with: none that was passed.
+    """Return the variables for installing dependencies: no passed ones, and none that changes per run.
 
-    A template is a file with the machine's memory in it, and may be used for long: what is passed is often a
-    token, and as often another value the next time.
+    A template is a file with the machine's memory in it, and may be used for a long time: a passed variable
+    is often a token, and often has another value the next time.
     """
     left_out = {*passed_names, *NOT_PREPARED_WITH}
     return {name: value for name, value in variables.items() if name not in left_out}
 
 
 def path_of(own: Iterable[object], existing: str | None) -> str:
-    """Return the search path of commands: the environment's folders first, none of them twice."""
+    """Return the search path for commands: the environment's folders first, without duplicates."""
     folders = [*map(str, own), *(existing or GUEST_PATH).split(":")]
     return ":".join(dict.fromkeys(folder for folder in folders if folder))
 

@@ -1,4 +1,4 @@
-"""Commands of tox in a machine: which may run, and their output as it comes."""
+"""Run tox's commands in a machine: check that they are allowed, and stream their output."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
     from pytest_microvm.machine.microvm import MicroVM
 
 _PIECE = 65536
-_AFTERWARDS = 5.0  # seconds in which what a command left running may still say something
+_AFTERWARDS = 5.0  # seconds to read output of a command's background processes
 _log = logging.getLogger(__name__)
 
-# A terminal of the machine's own would repeat what this computer's terminal has shown already.
+# The machine's terminal would echo input that this computer's terminal has already shown.
 _WITHOUT_ECHO = ["/bin/sh", "-c", 'stty -echo 2>/dev/null; exec "$@"', "sh"]
 
 
 class HasMachine(Protocol):
-    """The environment that commands run in."""
+    """An environment with a machine for its commands."""
 
     def running_machine(self) -> MicroVM:
-        """Return its machine, started if there is none yet."""
+        """Return the environment's machine; start it if necessary."""
 
 
 class GuestExecutor(Execute):
     """Runs commands in an environment's machine.
 
     Args:
-        colored: Whether tox's output is.
+        colored: Whether tox's output is coloured.
         env: The environment.
     """
 
@@ -59,19 +59,19 @@ class GuestExecutor(Execute):
     def build_instance(
         self, request: ExecuteRequest, options: ExecuteOptions, out: SyncWrite, err: SyncWrite
     ) -> ExecuteInstance:
-        """Return what runs one command."""
+        """Return an instance that runs one command."""
         return GuestExecution(request, options, out, err, self._env)
 
 
 class GuestExecution(ExecuteInstance):
-    """One command, while it runs.
+    """The execution of one command.
 
     Args:
-        request: What to run.
-        options: How it is stopped.
-        out: Takes its output.
-        err: Takes its errors; a terminal has one stream for both.
-        env: Where.
+        request: The command.
+        options: tox's options, with the timeouts for stopping it.
+        out: Receives stdout.
+        err: Receives stderr; a terminal has one stream for both.
+        env: The environment.
     """
 
     def __init__(
@@ -95,10 +95,10 @@ class GuestExecution(ExecuteInstance):
         return self._cmd
 
     def __enter__(self) -> ExecuteStatus:
-        """Start it.
+        """Start the command.
 
         Raises:
-            Fail: It is not allowed, or there is no machine.
+            Fail: The command is not allowed, or the machine cannot be started.
         """
         try:
             machine = self._env.running_machine()
@@ -112,7 +112,7 @@ class GuestExecution(ExecuteInstance):
         return GuestStatus(self.options, self._out, self._err, self._process, machine)
 
     def __exit__(self, *_exc: object) -> None:
-        """Read the rest of what it says, and let go of it."""
+        """Read the remaining output and release the command."""
         for reader in self._readers:
             reader.join(_AFTERWARDS)
         self._around.close()
@@ -148,7 +148,7 @@ class GuestExecution(ExecuteInstance):
         self, pieces: Iterable[bytes], handler: Callable[[bytes], int], *, terminal: bool, as_it_is: bool
     ) -> None:
         def read() -> None:
-            with suppress(MicroVMError, ValueError, OSError):  # whoever waits is told why it ended
+            with suppress(MicroVMError, ValueError, OSError):  # waiting for the command raises the error
                 for data in pieces if as_it_is else _shown(pieces, terminal=terminal):
                     handler(data)
 
@@ -158,17 +158,17 @@ class GuestExecution(ExecuteInstance):
 
 
 def allowed_command(request: ExecuteRequest, machine: MicroVM) -> list[str]:
-    """Return the command with its program's path, as the machine finds it.
+    """Return the command with its program's path in the machine.
 
     Raises:
-        Fail: It is neither the environment's own nor in ``allowlist_externals``.
+        Fail: The program is neither the environment's own nor in ``allowlist_externals``.
     """
     program = request.cmd[0]
     if request.allow is None or any(fnmatch.fnmatch(program, allow) for allow in request.allow):
         return request.cmd
     found = _found(program, request, machine)
     if found is None:
-        return request.cmd  # it cannot be started, which is the better message
+        return request.cmd  # starting it fails with a better message
     if any(fnmatch.fnmatch(found, allow) for allow in request.allow):
         return [found, *request.cmd[1:]]
     where = f"{program} (resolves to {found})" if program == found else program

@@ -1,4 +1,4 @@
-"""The folders of this computer that tox reads, empties or makes: a configuration chooses them."""
+"""Check the folders of this computer that a configuration makes tox read, empty or create."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pytest_microvm.errors import UsageError
 if TYPE_CHECKING:
     from tox.config.main import Config
 
-_INFO = ".tox-info.json"  # what tox leaves in each environment
-_WRITTEN = ("CACHEDIR.TAG", ".gitignore")  # what tox writes to its work folder, through a link too
+_INFO = ".tox-info.json"  # a file of tox in each environment
+_WRITTEN = ("CACHEDIR.TAG", ".gitignore")  # files that tox writes to its work folder, even through a link
 
 
 def check_core(conf: Config, folder: Path) -> None:
@@ -30,7 +30,7 @@ def check_core(conf: Config, folder: Path) -> None:
     core = conf.core
     root, work, temp = (core.get(key, Path) for key in ("tox_root", "work_dir", "temp_dir"))
     check_read("tox_root", root, folder)
-    if conf.options.work_dir is None:  # the command line's --workdir is its user's word
+    if conf.options.work_dir is None:  # --workdir on the command line is the user's own choice
         _inside("work_dir", work, [root])
     for file in (work / name for name in _WRITTEN):
         if file.is_symlink():
@@ -44,14 +44,14 @@ def check_core(conf: Config, folder: Path) -> None:
 
 
 def check_environment(folder: Path, roots: Sequence[Path]) -> None:
-    """See that an environment's folder may be emptied.
+    """Check that an environment's folder may be emptied.
 
     Args:
-        folder: Where the environment is to be.
-        roots: What tox may work in: the project, and the work folder that the command line names.
+        folder: The environment's folder.
+        roots: The folders that tox may work in: the project, and the work folder from the command line.
 
     Raises:
-        UsageError: It lies elsewhere, or is something else.
+        UsageError: The folder is outside ``roots``, or is no environment of tox.
     """
     _inside("env_dir", folder, roots)
     info = folder / _INFO
@@ -65,10 +65,10 @@ def check_environment(folder: Path, roots: Sequence[Path]) -> None:
 
 
 def check_logs(folder: Path, roots: Sequence[Path]) -> None:
-    """See that a folder for logs may be emptied.
+    """Check that a folder for logs may be emptied.
 
     Raises:
-        UsageError: It lies elsewhere, or has something else.
+        UsageError: The folder is outside ``roots``, or contains other files than logs.
     """
     _inside("env_log_dir", folder, roots)
     if folder.is_dir() and any(file.suffix != ".log" or not file.is_file() for file in folder.iterdir()):
@@ -79,25 +79,25 @@ def check_logs(folder: Path, roots: Sequence[Path]) -> None:
 
 
 def check_made(key: str, folder: Path, roots: Sequence[Path]) -> None:
-    """See that a folder may be made.
+    """Check that a folder exists or may be created.
 
     Raises:
-        UsageError: It would be made elsewhere.
+        UsageError: The folder would be created outside ``roots``.
     """
     if not folder.exists():
         _inside(key, folder, roots)
 
 
 def check_read(key: str, path: Path, folder: Path) -> None:
-    """See that a path which a machine gets, or which is read for it, is the project's.
+    """Check that a path which a machine gets, or which is read for it, is inside the project.
 
     Args:
-        key: What names it.
+        key: The key that names it.
         path: The path.
         folder: The project's folder.
 
     Raises:
-        UsageError: It lies elsewhere.
+        UsageError: The path is outside the project.
     """
     if not is_below(path, folder):
         raise UsageError(
@@ -111,12 +111,12 @@ def check_file(key: str, path: Path, folder: Path) -> None:
     """Check a file of the project that tox reads on this computer.
 
     Args:
-        key: What names it.
+        key: The key that names it.
         path: The file; it need not exist.
         folder: The project's folder.
 
     Raises:
-        UsageError: It is outside the project, or no regular file: a pipe would make tox wait.
+        UsageError: The file is outside the project, or no regular file: a pipe would make tox wait.
     """
     check_read(key, path, folder)
     if path.exists() and not path.is_file():
@@ -124,7 +124,7 @@ def check_file(key: str, path: Path, folder: Path) -> None:
 
 
 def is_below(path: Path, folder: Path) -> bool:
-    """Return whether a path leads to a folder or below it, links followed; a loop of links leads nowhere."""
+    """Return True if a path is a folder or below it, with links resolved; False for a loop of links."""
     try:
         return path.resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # Python before 3.13 raises RuntimeError for a loop

@@ -1,4 +1,4 @@
-"""The machines of one tox environment: its templates, and the one in which its commands run."""
+"""The machines of one tox environment: its templates, and the machine that runs its commands."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ if TYPE_CHECKING:
     from pytest_microvm.tox.settings import Settings
 
 FORMAT = "1"
-"""Part of every key; raise it when the way environments are made changes."""
+"""Part of every key; raise it when the creation of environments changes."""
 
 _TIMEOUT = 600.0
-_PAUSE = 0.25  # seconds until it is tried again whether a machine fits into the host budget
+_PAUSE = 0.25  # seconds between two attempts to fit a machine into the host budget
 _TITLES = {"tox-env": "making the environment", "tox-package": "building and installing the package"}
 
 _PROGRAMS = Path(__file__).parent
 
 
 class Guest:
-    """Where an environment's machines come from.
+    """Creates an environment's templates and starts its machine.
 
     Args:
-        settings: What they are.
-        project: The project's folder, copied to the same path in each.
-        work_dir: tox's own folder in it, which is not copied.
-        say: Told what takes long.
+        settings: The settings of the environment's machines.
+        project: The project's folder, copied to the same path in each machine.
+        work_dir: tox's own folder in the project, which is not copied.
+        say: Called with messages about steps that take long.
 
     Attributes:
-        machine: The one in which commands run, once it has been started.
-        stopped: To be set when nobody wants it any more.
+        machine: The machine that runs commands, once it has been started.
+        stopped: Set it to stop waiting for a machine.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Guest:
 
     @cached_property
     def workspace(self) -> Workspace:
-        """The project's files, without what tox made."""
+        """The project's files, without those that tox made."""
         whole = scan(self._project)
         if whole.size > self._base.resources.disk:
             raise UsageError(
@@ -95,7 +95,7 @@ class Guest:
         """Return some of the project's files.
 
         Raises:
-            UsageError: One of them is not among them.
+            UsageError: The project has no such file.
         """
         wanted = set(names)
         entries = tuple(entry for entry in self.workspace.entries if entry.path in wanted)
@@ -117,17 +117,17 @@ class Guest:
         run: Callable[[MicroVM], None],
         generation: str,
     ) -> Step:
-        """Return a link of the chain: files are copied in, commands run, the result is kept.
+        """Return a step of a template chain: copy files in, run commands, keep the result.
 
         Args:
-            kind: What it is called in lists: ``tox-env``, ``tox-package``.
-            plan: What is installed.
-            variables: The commands' variables.
-            files: What is copied in before.
-            venv: The virtual environment to make first: its Python, its folder, whether it has the system's
-                packages too.
+            kind: The step's kind in lists: ``tox-env``, ``tox-package``.
+            plan: The installation plan.
+            variables: The commands' environment variables.
+            files: The files that are copied in first.
+            venv: The virtual environment to create first: its Python, its folder, whether it includes the
+                system's packages.
             run: Runs the plan's commands.
-            generation: Another one makes it anew.
+            generation: Part of the key: another generation makes the step again.
         """
 
         def work(instance: Instance) -> dict[str, bytes]:
@@ -162,25 +162,25 @@ class Guest:
         return Step(kind, inputs, work, _TITLES[kind])
 
     def cached(self, steps: Sequence[Step]) -> bool:
-        """Whether nothing has to be installed."""
+        """Return True if the chain's template exists, so that nothing needs to be installed."""
         return self._host.cached(self._base, steps) is not None
 
     def make(self, steps: Sequence[Step]) -> None:
-        """Make what is missing of a chain."""
+        """Make the missing templates of a chain."""
         while True:
             try:
                 self._host.template(self._base, steps)
-            except BudgetExhausted:  # other environments of this run may have all there is, for long
+            except BudgetExhausted:  # other environments of this run may use all of it for a long time
                 self._wait_for_room()
             else:
                 return
 
     def start(self, steps: Sequence[Step], *, files: bool) -> MicroVM:
-        """Start the machine in which commands run.
+        """Start the machine that runs commands.
 
         Args:
-            steps: What it is a copy of.
-            files: Whether the project's files are to be copied in.
+            steps: The chain whose template the machine is cloned from.
+            files: Whether to copy the project's files in.
         """
         machine = self._start(steps)
         try:
@@ -193,7 +193,7 @@ class Guest:
         return machine
 
     def close(self) -> None:
-        """End the machine, and let templates be removed again."""
+        """End the machine, and release its templates, so that they can be removed."""
         try:
             if self.machine is not None:
                 self.machine.close()
@@ -212,11 +212,11 @@ class Guest:
         return machine
 
     def _wait_for_room(self) -> None:
-        """Wait a moment for another machine's end.
+        """Wait a moment for another machine to end.
 
         Raises:
-            BudgetExhausted: There can never be room.
-            MachineError: Somebody wants to stop.
+            BudgetExhausted: The machine can never fit into the host budget.
+            MachineError: :attr:`stopped` was set.
         """
         self._host.budget.check_hope(self._base.limits.cpus, self._base.limits.memory)
         if self.stopped.wait(_PAUSE):
@@ -234,7 +234,7 @@ def put(machine: MicroVM, workspace: Workspace) -> None:
 
 
 def program(name: str) -> str:
-    """Return the text of one of the programs that machines are told."""
+    """Return the source text of a script that runs in machines."""
     return (_PROGRAMS / f"{name}.py").read_text(encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
-"""What tox's configuration may read of this computer under ``--microvm``: variables and files.
+"""Guard this computer's variables and files against tox's configuration under ``--microvm``.
 
 tox expands ``{env:NAME}``, ``{glob:...}``, ``file|PATH``, and ``${NAME}`` in requirements, on this computer,
-for commands and variables that go into a machine. Its functions are made to ask first.
+for commands and variables in a machine. Its functions are patched to consult a guard first.
 """
 
 from __future__ import annotations
@@ -28,37 +28,37 @@ HARMLESS = (
     "SOURCE_DATE_EPOCH", "TERM", "COLORTERM", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "CLICOLOR",
     "CLICOLOR_FORCE", "PY_COLORS",
 )  # fmt: skip
-"""Variables that say nothing that anybody keeps to himself."""
+"""Variables that hold nothing confidential."""
 
-_TOXS = ("TOXENV", "TOX_*")  # its user's words for tox
+_TOXS = ("TOXENV", "TOX_*")  # the user's own settings of tox
 _MACHINES: Mapping[str, str] = {"HOME": "/root", "PATH": GUEST_PATH}
-"""What ``{env:NAME}`` stands for in place of a variable that names a place of this computer."""
+"""Values of ``{env:NAME}`` for variables that would name a place of this computer."""
 
 
 class Refused(HandledError):
-    """The configuration reads what nobody has allowed."""
+    """The configuration reads a value that the user has not allowed."""
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Decides what a configuration may read.
+    """Decides which variables and files a configuration may read.
 
     Args:
         file: The configuration.
-        named: Globs of variables from the command line, in place of what was allowed; ``None``: it has none.
+        named: Globs of variables from the command line, which replace earlier grants; ``None``: not given.
     """
 
     file: ToxFile
     named: Sequence[str] | None = None
 
     def allowed(self, names: Iterable[str]) -> set[str]:
-        """Return those of some variables that may be read; the others are to be as if they were not set.
+        """Return the variables that may be read; the others are treated as not set.
 
         Args:
-            names: Variables that are set.
+            names: Names of variables that are set.
 
         Raises:
-            Refused: Nobody has said anything about one of them.
+            Refused: The user has neither allowed nor excluded one of them.
         """
         names = set(names)
         harmless = {name for name in names if _one_of(name, HARMLESS)}
@@ -72,14 +72,14 @@ class Guard:
         return names
 
     def check_paths(self, paths: Iterable[Path], said: str) -> None:
-        """Refuse files that are not in the project, by their names or by where links lead.
+        """Refuse files outside the project, whether by their names or through links.
 
         Args:
             paths: The files, absolute.
-            said: What the configuration says; names that it does not know are not repeated.
+            said: The text from the configuration, for the error, which must reveal no other file names.
 
         Raises:
-            Refused: Nobody has allowed one.
+            Refused: A file is outside the project and not allowed.
         """
         folder = self.file.folder
         if not all(is_below(path, folder) for path in paths) and not self.file.is_allowed:
@@ -93,10 +93,10 @@ class Guard:
 
 
 class Variables(Mapping[str, str]):
-    """This computer's variables, as a configuration sees them.
+    """This computer's environment variables as a configuration may see them.
 
     Args:
-        guard: Decides.
+        guard: Decides which variables may be read.
     """
 
     def __init__(self, guard: Guard) -> None:
@@ -106,8 +106,8 @@ class Variables(Mapping[str, str]):
         """Return a variable's value.
 
         Raises:
-            KeyError: It is not set, or as if it were not.
-            Refused: Nobody has allowed it.
+            KeyError: The variable is not set, or treated as not set.
+            Refused: The user has not allowed the variable.
         """
         if _one_of(name, NEVER_PASSED) and not _one_of(name, _TOXS):
             return _MACHINES[name]
@@ -117,26 +117,26 @@ class Variables(Mapping[str, str]):
         return value
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the names of those that need nobody's word."""
+        """Yield the names of the variables that need no permission."""
         return (name for name in os.environ if _one_of(name, HARMLESS))
 
     def __len__(self) -> int:
-        """Return how many these are."""
+        """Return the number of variables that need no permission."""
         return sum(1 for _ in self)
 
 
 class _Os:
-    """The module ``os`` with other variables.
+    """Stand-in for the module ``os`` with guarded environment variables.
 
     Args:
-        guard: Decides which.
+        guard: Decides which variables may be read.
     """
 
     def __init__(self, guard: Guard) -> None:
         self.environ = Variables(guard)
 
     def getenv(self, name: str, default: str | None = None) -> str | None:
-        """Return a variable's value, or the default."""
+        """Return a variable's value, or ``default``."""
         return self.environ.get(name, default)
 
     def __getattr__(self, name: str) -> Any:
@@ -144,11 +144,11 @@ class _Os:
 
 
 class _Glob:
-    """The module ``glob``, whose matches have to be in the project.
+    """Stand-in for the module ``glob`` that refuses matches outside the project.
 
     Args:
-        module: The module.
-        guard: Decides.
+        module: The original module.
+        guard: Decides which files may be read.
     """
 
     def __init__(self, module: Any, guard: Guard) -> None:
@@ -156,10 +156,10 @@ class _Glob:
         self._guard = guard
 
     def glob(self, pattern: str, **options: Any) -> list[str]:
-        """Return the paths that match.
+        """Return the matching paths.
 
         Raises:
-            Refused: One is not in the project.
+            Refused: A match is outside the project and not allowed.
         """
         found: list[str] = self._module.glob(pattern, **options)
         self._guard.check_paths(map(Path, found), pattern)
@@ -170,10 +170,10 @@ class _Glob:
 
 
 def install(guard: Guard) -> None:
-    """Make tox's functions ask a guard, for the rest of the process.
+    """Patch tox's functions to consult a guard, for the rest of the process.
 
     Raises:
-        Refused: This version of tox has other functions.
+        Refused: This version of tox lacks one of the functions.
     """
     try:
         for reader in (replacer, toml_replacer, requirements):
@@ -188,7 +188,7 @@ def install(guard: Guard) -> None:
 
 
 def _put(owner: Any, name: str, value: Any) -> None:
-    getattr(owner, name)  # a name that tox does not use would guard nothing
+    getattr(owner, name)  # fail if tox does not have the name, for it would guard nothing
     setattr(owner, name, value)
 
 

@@ -1,4 +1,4 @@
-"""pip in the machine: what tox wants installed becomes a list of commands that make a template."""
+"""Record tox's installations with pip as a list of commands, which make a template in the machine."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tox.tox_env.python.pylock import Pylock
 
 @dataclass
 class Plan:
-    """What makes an environment.
+    """The installation plan of an environment.
 
     Attributes:
-        commands: What to run, with tox's name for it.
-        arguments: What pip was told in all of them.
-        files: Text of files that they read, by their path in the machine.
-        pushed: Files of this computer that they read, by their path in the machine.
+        commands: The command lines, with tox's names for them.
+        arguments: The arguments of all pip commands.
+        files: Texts of files that the commands read, by path in the machine.
+        pushed: Files of this computer that the commands read, by path in the machine.
     """
 
     commands: list[tuple[tuple[str, ...], str]] = field(default_factory=list)
@@ -32,11 +32,11 @@ class Plan:
 
 
 class GuestPip(Pip):
-    """tox's pip installer, which notes what it would run.
+    """tox's pip installer, changed to record its commands instead of running them.
 
     Args:
         tox_env: The environment.
-        plan: Returns the plan that is being made.
+        plan: Returns the current plan.
     """
 
     def __init__(self, tox_env: Python, plan: Callable[[], Plan]) -> None:
@@ -44,12 +44,12 @@ class GuestPip(Pip):
         super().__init__(tox_env)
 
     def install(self, arguments: Any, section: str, of_type: str) -> None:  # noqa: ARG002 - tox's signature
-        """Note the command that installs ``arguments``.
+        """Record the command that installs ``arguments``.
 
-        Nothing is read but the configuration: tox itself would open, and even fetch, requirement files here.
+        Only the configuration is read: tox itself would open, and even fetch, requirement files here.
 
         Raises:
-            Fail: They cannot be used.
+            Fail: The arguments are invalid.
         """
         if isinstance(arguments, PythonDeps):
             try:
@@ -68,13 +68,13 @@ class GuestPip(Pip):
             self.note(args if isinstance(arguments, Pylock) else [*args, *self._constraints()], of_type)
 
     def note(self, args: Sequence[str], of_type: str) -> None:
-        """Note a command of pip."""
+        """Record a command of pip."""
         plan = self._plan()
         plan.commands.append((tuple(self.build_install_cmd(args)), f"install_{of_type}"))
         plan.arguments += args
 
     def package_constraints(self) -> list[str]:
-        """Return what constrains the package's own dependencies."""
+        """Return pip's arguments with the constraints for the package's own dependencies."""
         return self._constraints() if self.constrain_package_deps else []
 
     def _constraints(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""The Pythons of an image: asked once, and remembered by the image's digest."""
+"""List the Pythons of an image: queried once, and cached by the image's digest."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def interpreters(cache: Path, digest: str, start: Callable[[], MicroVM]) -> list
 
     Args:
         cache: The cache folder.
-        digest: The image's.
-        start: Starts a machine of it, if it has to be asked.
+        digest: The image's digest.
+        start: Starts a machine of the image, if the list is not cached.
 
     Raises:
-        MachineError: It has none.
+        MachineError: The image has no Python.
     """
     known = cache / "tox" / f"pythons-{digest}.json"
     try:
@@ -94,18 +94,18 @@ def interpreters(cache: Path, digest: str, start: Callable[[], MicroVM]) -> list
         known.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(json.dumps(unique), encoding="utf-8")
         draft.replace(known)
-    except OSError:  # a cache that cannot be written: it is asked again
+    except OSError:  # the cache is not writable: the image is queried again next time
         pass
     return found
 
 
 def chosen(specs: Sequence[str], found: Sequence[PythonInfo]) -> PythonInfo | None:
-    """Return the first Python that one of ``specs`` asks for, ``None`` if there is none.
+    """Return the first Python that satisfies one of ``specs``, ``None`` if there is none.
 
     Args:
-        specs: As in ``base_python``: ``py311``, ``python3.11``, a path, of which the name counts; tox's own
-            Python, which it takes where nothing is said, stands for any.
-        found: The image's.
+        specs: Values of ``base_python``: ``py311``, ``python3.11``, or a path, of which only the name counts;
+            the path of tox's own Python, tox's default, accepts any.
+        found: The image's Pythons.
     """
     for text in specs:
         if text == sys.executable:
@@ -118,7 +118,7 @@ def chosen(specs: Sequence[str], found: Sequence[PythonInfo]) -> PythonInfo | No
 
 
 def _satisfies(python: PythonInfo, spec: PythonSpec) -> bool:
-    if spec.path is not None:  # a name that is no version
+    if spec.path is not None:  # a program's name, not a version
         return Path(spec.path).name == Path(str(python.extra["called"])).name
     name = (spec.implementation or "").lower()
     if name not in ("", "py", "python", python.implementation.lower()):

@@ -1,8 +1,8 @@
-"""Told to an image's Python: make a virtual environment that has pip, without running pip.
+"""Script for an image's Python: create a virtual environment with pip, without running pip.
 
-It is no part of this package when it runs: its text is given to an interpreter with ``-c``. ensurepip would
-run pip to install pip, which takes half a minute under software emulation; the wheels that it has are
-unpacked instead. What pip would add to that is a record of files, which nobody needs.
+Its text is passed to an interpreter in a machine with ``-c``, apart from this package. ensurepip would run
+pip to install pip, which takes half a minute under software emulation; this script unpacks ensurepip's
+wheels instead. pip would only add a record of the installed files, which is not needed.
 """
 
 import ensurepip
@@ -16,7 +16,7 @@ _SCRIPT = "#!{python}\nimport sys\nfrom pip._internal.cli.main import main\nsys.
 
 
 def main(folder: Path, system: str) -> int:
-    """Make it in ``folder``, with the system's packages if ``system`` says anything; return the status."""
+    """Create the environment; include the system's packages if ``system`` is not empty; return the status."""
     options = ["--system-site-packages"] if system else []
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", *options, str(folder)], check=True)
     python = str(folder / "bin" / "python")
@@ -37,7 +37,7 @@ def main(folder: Path, system: str) -> int:
 
 
 def _wheels(name: str) -> "list[Path]":
-    """Return ensurepip's wheels of a project; distributions keep them in a folder of their own."""
+    """Return ensurepip's wheels of a project; some distributions keep them in a separate folder."""
     places = [sysconfig.get_config_var("WHEEL_PKG_DIR"), Path(ensurepip.__file__).parent / "_bundled"]
     return sorted(path for place in places if place for path in Path(place).glob(f"{name}-*.whl"))
 

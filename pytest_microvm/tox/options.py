@@ -1,4 +1,4 @@
-"""The command line's options, and what ``--microvm`` changes before any environment is made."""
+"""The command line's options, and the effects of ``--microvm`` before any environment is created."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 def add_options(parser: ToxParser) -> None:
-    """Add what this plug-in has to tox's command line."""
+    """Add this plug-in's options to tox's command line."""
     parser.add_argument(
         "--microvm",
         action="store_true",
@@ -54,10 +54,10 @@ def add_options(parser: ToxParser) -> None:
 
 
 def guard_host(conf: Config) -> None:
-    """Let the configuration read nothing of this computer that its user has not allowed.
+    """Keep the configuration from reading values of this computer that the user has not allowed.
 
     Raises:
-        HandledError: This version of tox is not known.
+        HandledError: This version of tox is not supported.
     """
     from pytest_microvm.tox.configuration import ToxFile  # noqa: PLC0415 - for --microvm alone
     from pytest_microvm.tox.host_values import Guard, install  # noqa: PLC0415
@@ -70,10 +70,10 @@ def guard_host(conf: Config) -> None:
 
 
 def guard_folders(conf: Config) -> None:
-    """Let tox write to no folder and file of this computer that only the project's configuration names.
+    """Keep tox from writing outside the project to paths that only the project's configuration names.
 
     Raises:
-        HandledError: The configuration names one elsewhere, or a link of the project leads there.
+        HandledError: The configuration names a path outside the project, or a link of the project leads out.
     """
     from pytest_microvm.tox.configuration import ToxFile  # noqa: PLC0415
     from pytest_microvm.tox.folders import check_core  # noqa: PLC0415
@@ -90,7 +90,7 @@ def guard_folders(conf: Config) -> None:
 
 
 def switch_over(options: Parsed) -> None:
-    """Make every runner a machine, and keep tox from installing what a project asks for on this computer."""
+    """Replace every runner with machines, and keep tox from installing requirements on this computer."""
     for name in list(REGISTER.env_runners):
         if name != MicrovmRunner.id():
             REGISTER.add_run_env(_as(name))
@@ -105,5 +105,5 @@ def switch_over(options: Parsed) -> None:
 
 
 def _as(name: str) -> type[MicrovmRunner]:
-    """Return the runner under another runner's name."""
+    """Return a subclass of the runner with another runner's name."""
     return type("MicrovmRunner", (MicrovmRunner,), {"id": staticmethod(lambda: name)})

@@ -1,4 +1,4 @@
-"""How the project's package gets into its environment: what is noted for the template to be made with."""
+"""Plan the build and installation of the project's package, recorded for the template."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pytest_microvm.tox.installer import GuestPip, Plan
 
 @dataclass(frozen=True)
 class Package:
-    """What is to be installed.
+    """The package to install.
 
     Args:
-        how: tox's word for it, as in ``package``; all but ``skip``.
-        root: The project.
-        extras: Which of its extras.
+        how: tox's package type, as in ``package``; any but ``skip``.
+        root: The project's folder.
+        extras: The extras to install.
         given: The file that ``--installpkg`` names, for ``external``.
         env_dir: The environment's folder.
         python: The environment's Python.
@@ -33,10 +33,10 @@ class Package:
 
 
 def plan_package(package: Package, installer: GuestPip, plan: Plan) -> None:
-    """Note the commands that build and install it, and the files that they read.
+    """Record the commands that build and install the package, and the files that they read.
 
     Raises:
-        Fail: It cannot be installed that way.
+        Fail: The package cannot be installed in this way.
     """
     if package.how == "deps-only":
         _plan_dependencies(package, installer)

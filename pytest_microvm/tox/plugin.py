@@ -1,4 +1,4 @@
-"""What tox loads: it registers the runner ``microvm`` and its options; the rest is imported for machines."""
+"""The plug-in that tox loads: registers the runner ``microvm`` and its options, imports the rest lazily."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 @impl
 def tox_register_tox_env(register: ToxEnvRegister) -> None:
     """Register the runner."""
-    from pytest_microvm.tox.runner import MicrovmRunner  # noqa: PLC0415 - tox has its parts by now
+    from pytest_microvm.tox.runner import MicrovmRunner  # noqa: PLC0415 - tox is fully loaded by now
 
     register.add_run_env(MicrovmRunner)
 
 
 @impl
 def tox_add_option(parser: ToxParser) -> None:
-    """Add the options."""
+    """Add this plug-in's options."""
     from pytest_microvm.tox.options import add_options  # noqa: PLC0415
 
     add_options(parser)
@@ -33,7 +33,7 @@ def tox_add_option(parser: ToxParser) -> None:
 
 @impl
 def tox_add_core_config(core_conf: ConfigSet, state: State) -> None:  # noqa: ARG001 - tox gives them by name
-    """Let ``--microvm`` switch every environment over, and keep what is this computer's."""
+    """With ``--microvm``, switch every environment over to machines, and protect this computer's data."""
     if getattr(state.conf.options, "microvm", False):
         from pytest_microvm.tox import shown  # noqa: PLC0415
         from pytest_microvm.tox.options import guard_folders, guard_host, switch_over  # noqa: PLC0415
@@ -46,7 +46,7 @@ def tox_add_core_config(core_conf: ConfigSet, state: State) -> None:  # noqa: AR
 
 @impl
 def tox_after_run_commands(tox_env: ToxEnv, exit_code: int, outcomes: list[Outcome]) -> None:  # noqa: ARG001
-    """Take the artifacts back while the machine still runs."""
+    """Copy the artifacts back while the machine still runs."""
     give_back = getattr(tox_env, "take_artifacts_back", None)
     if give_back is not None:
         give_back()

@@ -1,4 +1,4 @@
-"""Which files of the project pip will read for a list of its arguments; nothing is fetched or built here."""
+"""Find the project's files that pip will read for its arguments; nothing is fetched or built here."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _ARCHIVE = re.compile(r"\.(whl|zip|tar\.gz|tgz|tar\.bz2|tar\.xz|tar)$", re.IGNOR
 _NAMED = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\s*(\[[^\]]*\]\s*)?($|[<>=!~;(@,\s-].*)", re.DOTALL)
 _SCHEME = re.compile(r"(?:[a-z0-9]+\+)?(?!file:)[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _MOST = 200  # requirement files
-_LONGEST = 1024 * 1024  # bytes of one
+_LONGEST = 1024 * 1024  # bytes of one requirement file
 
 
 @dataclass(frozen=True)
 class Needed:
-    """What pip reads of a project.
+    """The project's files that pip reads.
 
     Args:
         files: Requirement and constraint files, below the project's folder.
-        all: Whether it installs something that lies in the project: all of it may count.
+        all: Whether pip installs something from the project, so that any of its files may matter.
     """
 
     files: tuple[str, ...] = ()
@@ -35,10 +35,10 @@ class Needed:
 
 
 def needed(arguments: Sequence[str], root: Path) -> Needed:
-    """Return what pip reads of the project in ``root`` for ``arguments``.
+    """Return the files of the project in ``root`` that pip reads for ``arguments``.
 
     Raises:
-        UsageError: A requirement file is not in the project, or cannot be read.
+        UsageError: A requirement file is outside the project, or cannot be read.
     """
     files: dict[str, None] = {}
     local = [_note(kind, value, root, root, files) for kind, value in _pairs(arguments)]
@@ -61,7 +61,7 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _note(option: str, value: str, folder: Path, root: Path, files: dict[str, None]) -> bool:
-    """Note what one argument reads; return whether it installs something of the project."""
+    """Record the files that one argument reads; return True if it installs something from the project."""
     value = value.strip().strip("\"'")
     if option not in _FILES:
         return (not _SCHEME.match(value)) if option else is_local(value)
@@ -87,7 +87,7 @@ def _note(option: str, value: str, folder: Path, root: Path, files: dict[str, No
         raise UsageError(f"{path} is no file", resolution="check the name of the requirement file")
     text = content.decode("utf-8", "replace")
     lines = text.replace("\\\n", " ").splitlines()
-    local = [_line(line, path.parent, root, files) for line in lines]  # each has to be looked at
+    local = [_line(line, path.parent, root, files) for line in lines]  # no short circuit: process each line
     return any(local)
 
 
@@ -101,7 +101,7 @@ def _line(line: str, folder: Path, root: Path, files: dict[str, None]) -> bool:
 
 
 def is_local(requirement: str) -> bool:
-    """Whether pip looks for a requirement among files: anything but a project's name or a URL."""
+    """Return True if pip looks for a requirement among files: it is neither a project's name nor a URL."""
     requirement = requirement.strip()
     if _SCHEME.match(requirement):
         return False

@@ -1,4 +1,4 @@
-"""The runner ``microvm``: a tox environment whose installation and commands happen in machines."""
+"""The runner ``microvm``: a tox environment that installs packages and runs commands in machines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _PROJECT_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 _ARTIFACTS_TIMEOUT = 600.0
 _GENERATION = "generation"
-_LONGEST = 16  # bytes of it
+_LONGEST = 16  # bytes of a generation
 _log = logging.getLogger(__name__)
 
 
@@ -47,7 +47,7 @@ class MicrovmRunner(PythonRun):
     """virtual environment in a machine of its own, via pytest-microvm."""
 
     guard: ClassVar[Guard | None] = None
-    """Decides what the configuration may read of this computer; ``None``: what it likes, as in native tox."""
+    """Decides what the configuration may read on this computer; ``None``: anything, as in native tox."""
 
     def __init__(self, create_args: ToxEnvCreateArgs) -> None:
         self._executor: Execute | None = None
@@ -65,7 +65,7 @@ class MicrovmRunner(PythonRun):
 
     @staticmethod
     def id() -> str:
-        """Return what ``runner`` is to say."""
+        """Return the name of this runner, for tox's key ``runner``."""
         return "microvm"
 
     # Configuration
@@ -74,7 +74,7 @@ class MicrovmRunner(PythonRun):
         """Register the keys of a Python environment, and ``microvm_*``."""
         from pytest_microvm.tox import settings  # noqa: PLC0415 - see tox_plugin
 
-        # A folder of its own, so that switching to machines and back costs no native environment.
+        # A separate folder, so that switching to machines and back keeps the native environment.
         own = self.core.get("work_dir", Path) / ".microvm" / self.conf.name
         places = {"env_dir": own, "env_tmp_dir": own / "tmp", "env_log_dir": own / "log"}
         self.conf.loaders.append(MemoryLoader(**places))
@@ -89,7 +89,7 @@ class MicrovmRunner(PythonRun):
 
     @property
     def executor(self) -> Execute:
-        """What runs commands."""
+        """The executor of commands."""
         if self._executor is None:
             from pytest_microvm.tox.executor import GuestExecutor  # noqa: PLC0415 - needs a Unix
 
@@ -98,19 +98,19 @@ class MicrovmRunner(PythonRun):
 
     @property
     def installer(self) -> GuestPip:
-        """What notes what is to be installed."""
+        """The installer, which records installations."""
         if self._installer is None:
             self._installer = GuestPip(self, lambda: self._plan)
         return self._installer
 
     @property
     def runs_on_platform(self) -> str:
-        """The machine's."""
+        """The machine's platform."""
         return "linux"
 
     @property
     def default_pkg_type(self) -> str:
-        """Nothing to install where there is no project."""
+        """The default package type of tox, or ``skip`` if the folder has no project to install."""
         root = self.core.get("tox_root", Path)
         return super().default_pkg_type if any((root / name).exists() for name in _PROJECT_FILES) else "skip"
 
@@ -123,7 +123,7 @@ class MicrovmRunner(PythonRun):
         return "none"
 
     def get_package_env_types(self) -> tuple[str, str] | None:
-        """Return nothing: the package is built in the machine."""
+        """Return ``None``: the package is built in the machine."""
         self._installs_package = self._register_package_conf()
         return None
 
@@ -140,11 +140,11 @@ class MicrovmRunner(PythonRun):
 
     @classmethod
     def python_spec_for_path(cls, path: Path) -> PythonSpec:
-        """Return what a path to a Python asks for: its name, since it is in the machine, if anywhere."""
+        """Return the spec of a Python path: only its name counts, since the path is not this computer's."""
         return PythonSpec.from_string_spec(path.name)
 
     def env_bin_dir(self) -> Path:
-        """Return the folder of the environment's programs."""
+        """Return the folder with the environment's programs."""
         return self.env_dir / "bin"
 
     def env_python(self) -> Path:
@@ -152,18 +152,18 @@ class MicrovmRunner(PythonRun):
         return self.env_bin_dir() / "python"
 
     def env_site_package_dir(self) -> Path:
-        """Return where packages are installed."""
+        """Return the folder for installed packages."""
         python = self.base_python
         if python.implementation == "PyPy":
             return self.env_dir / "lib" / f"pypy{python.version_dot}" / "site-packages"
         return self.env_dir / "lib" / f"python{python.version_dot}" / "site-packages"
 
     def prepend_env_var_path(self) -> list[Path]:
-        """Return where commands are looked for first."""
+        """Return the folders that are searched first for commands."""
         return [self.env_bin_dir()]
 
     def create_python_env(self) -> None:
-        """Do nothing: it is made with what is installed in it."""
+        """Do nothing: the environment is created together with its packages."""
 
     # Variables
 
@@ -181,7 +181,7 @@ class MicrovmRunner(PythonRun):
 
     @property
     def environment_variables(self) -> dict[str, str]:
-        """The variables of commands; while a template is made, those that may be in it."""
+        """The variables of commands; while a template is made, only those that it may contain."""
         variables = super().environment_variables
         if self._making is None:
             return variables
@@ -207,11 +207,11 @@ class MicrovmRunner(PythonRun):
             self._steps = [self._environment_step()]
 
     def ensure_python_env(self) -> None:
-        """See that the image has a Python that will do.
+        """Check that the image has a suitable Python.
 
         Raises:
-            Skip: It has not, and missing ones are to be skipped.
-            NoInterpreter: It has not.
+            Skip: It has none, and missing interpreters are skipped.
+            NoInterpreter: It has none.
         """
         self.base_python  # noqa: B018 - it raises
 
@@ -292,7 +292,7 @@ class MicrovmRunner(PythonRun):
         return any(getattr(self.options, name, False) for name in ("skip_pkg_install", "skip_env_install"))
 
     def _generation(self) -> str:
-        """Return what makes templates other ones after ``tox -r``, though their inputs are the same."""
+        """Return the part of templates' keys that ``tox -r`` changes, so that equal inputs give new ones."""
         file = self.env_dir / _GENERATION
         if self._recreated and self._generation_now is None:
             mark = secrets.token_bytes(_LONGEST)
@@ -308,7 +308,7 @@ class MicrovmRunner(PythonRun):
     # Commands
 
     def running_machine(self) -> MicroVM:
-        """Return the machine that commands run in now."""
+        """Return the machine in which commands currently run."""
         if self._making is not None:
             return self._making
         guest = self._guest()
@@ -320,7 +320,7 @@ class MicrovmRunner(PythonRun):
         return guest.machine
 
     def take_artifacts_back(self) -> None:
-        """Copy what ``microvm_artifacts`` names to the environment's folder ``artifacts``.
+        """Copy the files that ``microvm_artifacts`` names to the environment's folder ``artifacts``.
 
         Raises:
             Fail: The machine has ended.
@@ -342,7 +342,7 @@ class MicrovmRunner(PythonRun):
         _log.warning("artifacts: %d files in %s", len(taken), folder)
 
     def interrupt(self) -> None:
-        """Stop the command that runs, and wait for no room any more."""
+        """Stop the running command, and stop waiting for room in the host budget."""
         guest = self._guest_made
         if guest is not None:
             guest.stopped.set()
@@ -355,7 +355,7 @@ class MicrovmRunner(PythonRun):
             self._guest_made = None
 
     def _guest(self) -> Guest:
-        """Return where machines come from."""
+        """Return the object that starts machines, created on first use."""
         if self._guest_made is None:
             from pytest_microvm.tox.guest import Guest  # noqa: PLC0415 - see tox_plugin
             from pytest_microvm.tox.settings import read  # noqa: PLC0415
@@ -373,23 +373,23 @@ class MicrovmRunner(PythonRun):
     # Files and folders of this computer
 
     def _file(self) -> ToxFile:
-        """Return the configuration."""
+        """Return tox's configuration file."""
         from pytest_microvm.tox.configuration import ToxFile  # noqa: PLC0415 - see tox_plugin
 
         return ToxFile.of(self.core.get("config_file_path", Path), self.options)
 
     def _check_reads(self, folder: Path) -> None:
-        """See that a machine gets nothing but the project: the configuration says what that is.
+        """Check that a machine gets only the project's files: the configuration chooses the paths.
 
         Args:
-            folder: Where the configuration is, or what the command line says in its place.
+            folder: The folder of the configuration, or the one that the command line names.
 
         Raises:
-            UsageError: It names something else.
+            UsageError: A path is outside the project.
         """
         folders.check_read("tox_root", self.core.get("tox_root", Path), folder)
         roots = {self.core.get("tox_root", Path)}
-        if "package_root" in self.core:  # older versions of tox have it with a package environment alone
+        if "package_root" in self.core:  # older versions of tox have it only with a package environment
             roots.add(self.core.get("package_root", Path))
         for root in roots:
             folders.check_read("package_root", root, folder)
@@ -407,10 +407,10 @@ class MicrovmRunner(PythonRun):
         return found
 
     def _check_folders(self) -> None:
-        """See that tox empties nothing but folders of its own: the configuration chooses them.
+        """Check that tox empties only its own folders: the configuration chooses them.
 
         Raises:
-            Fail: One lies elsewhere.
+            Fail: A folder is outside the project.
         """
         roots = [self.core.get("tox_root", Path)]
         if self.options.work_dir is not None:
@@ -422,7 +422,7 @@ class MicrovmRunner(PythonRun):
             folders.check_made("change_dir", self.conf.get("change_dir", Path), roots)
 
     def _handle_env_tmp_dir(self) -> None:
-        """Leave this computer's alone: the folder is the machine's."""
+        """Do nothing on this computer: the folder is in the machine."""
 
     def _clean(self, transitive: bool = False) -> None:
         self._check_folders()
@@ -430,14 +430,14 @@ class MicrovmRunner(PythonRun):
         super()._clean(transitive)
 
     def _run_recreate_commands(self) -> None:
-        """Run none: no machine of before is left for them."""
+        """Do nothing: no earlier machine is left to run them in."""
 
 
 def _check_name(name: str) -> None:
-    """Check the name of an environment: tox begins lines of its output with it.
+    """Check the name of an environment, since tox starts lines of its output with it.
 
     Raises:
-        HandledError: It commands a terminal or a CI system.
+        HandledError: The name contains control sequences or commands of a CI system.
     """
     from pytest_microvm.untrusted.text import sanitize_line  # noqa: PLC0415 - see tox_plugin
 
@@ -447,7 +447,7 @@ def _check_name(name: str) -> None:
 
 @contextmanager
 def _in_tox_words() -> Iterator[None]:
-    """Report errors as tox reports its own."""
+    """Convert errors into tox's own."""
     try:
         yield
     except MicroVMError as error:

@@ -1,4 +1,4 @@
-"""The keys ``microvm_*`` of a tox environment: what its machines are made of, and who may ask for it."""
+"""The keys ``microvm_*`` of a tox environment: the spec and grants of its machines, with trust checks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Key(NamedTuple):
-    """A key of an environment.
+    """The definition of one key.
 
     Args:
         of_type: ``str`` or ``list[str]``.
-        default: What it is where nothing is said.
-        about: What it says.
+        default: The default value.
+        about: The description.
     """
 
     of_type: Any
@@ -45,7 +45,7 @@ KEYS: Mapping[str, Key] = {
     "credentials": Key(list[str], [], "what is added to the commands' requests on the way out"),
     "artifacts": Key(list[str], [], "files of the project to copy back after the commands, globs"),
 }
-"""Each is written with ``microvm_`` in front."""
+"""The keys, which are written with the prefix ``microvm_``."""
 
 _GRANTS = ("network", "hosts", "secrets", "credentials")
 _OPTIONS = {
@@ -57,12 +57,12 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What the machines of one environment are.
+    """The settings of one environment's machines.
 
     Args:
-        spec: What they are made of, and given while the commands run.
-        prepare: What they are given while dependencies are installed: a network, and nothing else.
-        artifacts: What to copy back, as globs below the project.
+        spec: The machines' spec while commands run.
+        prepare: The spec while dependencies are installed: a network, and no other grants.
+        artifacts: Globs of the project's files to copy back.
     """
 
     spec: MachineSpec
@@ -71,27 +71,27 @@ class Settings:
 
 
 def register(conf: EnvConfigSet) -> None:
-    """Make the keys known to tox."""
+    """Register the keys with tox."""
     for name, key in KEYS.items():
         conf.add_config(f"microvm_{name}", of_type=key.of_type, default=key.default, desc=key.about)
 
 
 def read(conf: EnvConfigSet, options: Parsed, project: Path, file: ToxFile) -> Settings:
-    """Return what the configuration and the command line say.
+    """Return the settings from the configuration and the command line.
 
     Args:
-        conf: The environment's.
-        options: The command line's.
+        conf: The environment's configuration.
+        options: The command line's options.
         project: The folder that machines get.
         file: The configuration.
 
     Raises:
-        UsageError: A value is impossible, or asks for what nobody has allowed.
+        UsageError: A value is invalid, or requests something that the user has not allowed.
     """
     values = {name: conf[f"microvm_{name}"] for name in KEYS}
     asked = {name: list(values[name]) for name in (*_GRANTS, "prepare_network") if values[name]}
     if asked.get("prepare_network") == KEYS["prepare_network"].default:
-        del asked["prepare_network"]  # what tox would do on this computer, of which less is left
+        del asked["prepare_network"]  # no trust needed: tox itself would do more on this computer
     for name, option in _OPTIONS.items():
         given = getattr(options, option, None)
         if given is not None:
@@ -115,17 +115,17 @@ def _rules(text: str) -> list[str]:
 
 
 def _own_kit(image: str, project: Path, options: Parsed) -> dict[str, Any]:
-    """Return what the image asks for if its kit is the project's: its commands run on this computer."""
+    """Return the request of the project's own kit, since the kit's commands run on this computer."""
     from pytest_microvm.tox.configuration import asked_by_image  # noqa: PLC0415 - when one is run
 
     return {} if getattr(options, "microvm_image", None) is not None else asked_by_image(image, project)
 
 
 def _check(file: ToxFile, asked: Mapping[str, Any], kit: Mapping[str, Any]) -> None:
-    """Refuse what a configuration asks for if nobody has allowed it (see docs/adr/0020).
+    """Refuse requests of a configuration that the user has not allowed (see docs/adr/0020).
 
     Raises:
-        UsageError: Nobody has.
+        UsageError: A request is not allowed.
     """
     if not (asked or kit) or file.allows(kit):
         return

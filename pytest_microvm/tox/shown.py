@@ -1,4 +1,4 @@
-"""tox's own output, made safe: it repeats words of a project's configuration, such as commands and keys."""
+"""Make tox's own output safe: it repeats text of a project's configuration, such as commands and keys."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pytest_microvm.untrusted.text import sanitize
 
 
 class SafeStream:
-    """A text stream whose text is made safe; bytes for its buffer are passed as they are.
+    """A text stream that sanitizes text; bytes written to its buffer pass unchanged.
 
     Args:
         stream: The stream.
@@ -22,7 +22,7 @@ class SafeStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write text."""
+        """Write sanitized text."""
         self._stream.write(sanitize(text))
         return len(text)
 
@@ -31,7 +31,7 @@ class SafeStream:
 
 
 def install() -> None:
-    """Make tox's log, its reports and tracebacks safe for the rest of the process."""
+    """Sanitize tox's log, reports and tracebacks for the rest of the process."""
     if isinstance(sys.stdout, SafeStream):
         return
     show = ToxHandler.format

@@ -1,4 +1,4 @@
-"""A command of tox in a machine while it runs, its end, and what Ctrl-C does to it."""
+"""The status of tox's command in a machine: its exit code, its input, and its reaction to Ctrl-C."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _log = logging.getLogger(__name__)
 
 
 class GuestStatus(ExecuteStatus):
-    """How a command is doing.
+    """The status of a started command.
 
     Args:
-        options: How it is stopped.
-        out: Has its output.
-        err: Has its errors.
+        options: tox's options, with the timeouts for stopping it.
+        out: Its stdout.
+        err: Its stderr.
         process: The command.
-        machine: Where it runs.
+        machine: The machine that runs it.
     """
 
     def __init__(
@@ -49,19 +49,19 @@ class GuestStatus(ExecuteStatus):
 
     @property
     def exit_code(self) -> int | None:
-        """Its exit status (negative: the signal that ended it), ``None`` while it runs."""
+        """The exit status (negative: the signal that ended the command), ``None`` while it runs."""
         return self._process.returncode
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Where it runs."""
+        """The ids of the machine and of the process."""
         return {"machine": self._machine.id, "pid": self._process.pid}
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Wait for its end, ``timeout`` seconds at most.
+        """Wait for the command to end, at most ``timeout`` seconds.
 
         Raises:
-            Fail: Its machine ended, or exceeded a quota.
+            Fail: The machine ended, or exceeded a quota.
         """
         try:
             return self._process.wait(timeout)
@@ -71,14 +71,14 @@ class GuestStatus(ExecuteStatus):
             raise Fail(str(error)) from error
 
     def write_stdin(self, content: str) -> None:
-        """Write to what it reads."""
+        """Write to the command's stdin."""
         if self._process.stdin is not None:
             self._process.stdin.write(content.encode())
 
     def interrupt(self) -> None:
-        """Stop it as tox stops programs: SIGINT, SIGTERM, SIGKILL, with the configured time between.
+        """Stop the command as tox does: SIGINT, SIGTERM, SIGKILL, with the configured timeouts in between.
 
-        For one Ctrl-C tox asks from two threads; a program must not get a second SIGINT while it ends.
+        On one Ctrl-C tox calls this from two threads; a program must not get a second SIGINT while it exits.
         """
         with self._stopping:
             self._stop()
@@ -97,9 +97,9 @@ class GuestStatus(ExecuteStatus):
                 self._process.send_signal(number)
             if self.wait(_DEAD) is None:
                 self._machine.instance.vmm.kill()
-        except TimeoutError:  # its agent does not answer
+        except TimeoutError:  # the agent does not respond
             self._machine.instance.vmm.kill()
-        except (MicroVMError, Fail):  # it is gone: nothing runs any more
+        except (MicroVMError, Fail):  # the machine is gone: nothing is left to stop
             pass
 
 
@@ -107,10 +107,10 @@ class NotStarted(ExecuteStatus):
     """A command that could not be started.
 
     Args:
-        options: How it would have been stopped.
-        out: Has nothing.
-        err: Has nothing.
-        error: Why.
+        options: tox's options.
+        out: Its stdout, which stays empty.
+        err: Its stderr, which stays empty.
+        error: The error on starting it.
     """
 
     def __init__(self, options: ExecuteOptions, out: SyncWrite, err: SyncWrite, error: OSError) -> None:
@@ -119,20 +119,20 @@ class NotStarted(ExecuteStatus):
 
     @property
     def exit_code(self) -> int:
-        """The system's number of the error, as tox has it."""
+        """The system's error number, as in tox."""
         return self._error.errno or 1
 
     @property
     def start_error(self) -> BaseException:
-        """Why it did not start."""
+        """The error that prevented the start."""
         return self._error
 
     def wait(self, timeout: float | None = None) -> int:  # noqa: ARG002 - tox's signature
-        """Return at once."""
+        """Return the exit code at once."""
         return self.exit_code
 
     def write_stdin(self, content: str) -> None:
-        """Write nowhere."""
+        """Discard the content."""
 
     def interrupt(self) -> None:
-        """Stop nothing."""
+        """Do nothing."""

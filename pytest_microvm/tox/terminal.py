@@ -1,4 +1,4 @@
-"""This computer's keyboard for a command in a machine."""
+"""Forward this process's stdin to a command in a machine."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from pytest_microvm.agent.process import GuestProcess
 
 _PIECE = 65536
-_END_OF_INPUT = b"\x04"  # what Ctrl-D types
+_END_OF_INPUT = b"\x04"  # the character of Ctrl-D
 
 
 @contextmanager
 def forwarded_input(process: GuestProcess, *, terminal: bool) -> Iterator[None]:
-    """Send what comes from stdin to ``process`` until the block ends; what comes later is left to others.
+    """Forward stdin to ``process`` until the block ends; later input is left for other readers.
 
     Args:
         process: The command.
-        terminal: Whether it runs on a terminal of its own.
+        terminal: Whether it runs on a terminal in the machine.
     """
     leave, done = os.pipe()
     forwarder = threading.Thread(
@@ -43,7 +43,7 @@ def forwarded_input(process: GuestProcess, *, terminal: bool) -> Iterator[None]:
 def _forward(process: GuestProcess, leave: int, terminal: bool) -> None:
     stdin, target = sys.stdin.fileno(), process.stdin
     assert target is not None
-    with suppress(OSError, ValueError, MicroVMError):  # it need not read, and may have ended
+    with suppress(OSError, ValueError, MicroVMError):  # the command need not read, and may have ended
         while True:
             ready, _, _ = select.select([stdin, leave], [], [])
             if leave in ready:
