@@ -28,19 +28,19 @@ EXIT_USAGE = 4  # pytest's number for a usage error
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    os.environ["PATH"] = absolute_path()  # else QEMU, say, could be a program of the project
+    os.environ["PATH"] = absolute_path()  # otherwise QEMU could be a program of the project
     words = sys.argv[1:] if argv is None else list(argv)
     arguments = _parser(words[:1]).parse_args(words)
     leave_sigterm = interrupt_on_sigterm()
     try:
         status: int = arguments.run(arguments)
     except MicroVMError as error:
-        print(f"pytest-microvm: {sanitize(str(error))}", file=sys.stderr)  # it may quote a stranger's file
+        print(f"pytest-microvm: {sanitize(str(error))}", file=sys.stderr)  # may quote untrusted text
         return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
     except KeyboardInterrupt:
         print("pytest-microvm: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except BrokenPipeError:  # the reader of the output exited, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     finally:
@@ -52,7 +52,7 @@ def _parser(verbs: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Return the parser of the command line.
 
     Args:
-        verbs: The verb in use. If it has a module of its own, only that is imported: the others import much.
+        verbs: The verb in use. If it has its own module, only that is imported: the others import a lot.
     """
     parser = argparse.ArgumentParser(
         prog="pytest-microvm",

@@ -1,4 +1,4 @@
-"""``pytest-microvm ci``: build and test every branch in machines of its own."""
+"""``pytest-microvm ci``: build and test each branch in its own machines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 EXIT_INTERRUPTED = 130
 _OUTPUT = Path("microvm-ci")
-_OF_A_CLUSTER = 64  # tasks at a time; its scheduler decides what really runs
+_OF_A_CLUSTER = 64  # tasks submitted at a time; the scheduler decides which of them run
 
 _DESCRIPTION = """\
 Build and test branches, each job of each branch in a machine of its own. Jobs are defined in pyproject.toml
@@ -145,7 +145,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 project=project,
                 checkout=repository.folder,
                 require_accel=arguments.require_accel,
-                retries=0,  # the plan tries again, and says so
+                retries=0,  # the schedule retries, and reports it
                 say=lambda line: console.print(sanitize_line(line), markup=False, highlight=False),
             )
             executor = _executor(arguments, host, work, slots, project)
@@ -164,7 +164,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _executor(arguments: argparse.Namespace, host: Host, work: Work, slots: int, project: Path) -> Executor:
-    """Return what was asked for."""
+    """Return the executor that the options select."""
     from pytest_microvm.ci.running.local import LocalExecutor  # noqa: PLC0415
     from pytest_microvm.cli import ci_worker  # noqa: PLC0415
 
@@ -205,14 +205,14 @@ def _slots(wanted: int | None, *, cluster: bool) -> int:
 
 
 def _emptied(output: Path, *, named: bool) -> Path:
-    """Make the output folder; one that an earlier run made is emptied, another one is left alone.
+    """Create the output folder, or empty it if an earlier run created it.
 
     Args:
         output: The folder.
-        named: Whether the user has named it; if not, a link there may be the project's.
+        named: Whether the user named it; if not, a link at its path may come from the project.
 
     Raises:
-        UsageError: It has something else in it, or cannot be written.
+        UsageError: The folder has other content, or cannot be written.
     """
     output = output.absolute()
     if output.is_symlink() and not named:

@@ -1,4 +1,4 @@
-"""``pytest-microvm ci history`` and ``ci show``: what earlier runs came to."""
+"""``pytest-microvm ci history`` and ``ci show``: results of earlier runs."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _show_task(console: Console, task: TaskResult, cases: Sequence[Case]) -> None:
-    """Show what is noteworthy of a task: tests that did not pass, and what it tried to reach."""
+    """Print a task's failed and flaky tests, and its denied requests."""
     bad = [case for case in cases if case.outcome in ("failed", "error", "flaky")]
     lines = [f"{case.outcome:6}  {case.name}  {case.seconds:.2f} s" for case in bad[:_SHOWN_CASES]]
     if len(bad) > _SHOWN_CASES:
@@ -183,7 +183,7 @@ def _print_json(value: Any) -> None:
 
 
 def _console() -> Console:
-    from rich.console import Console  # noqa: PLC0415 - the parser of every command is made with this module
+    from rich.console import Console  # noqa: PLC0415 - every command's parser imports this module
 
     return Console(highlight=False)
 
@@ -195,7 +195,7 @@ def _say(console: Console, text: str) -> None:
 
 
 def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows: in colours, as wide as a terminal, or in full where nobody looks at them."""
+    """Print rows as a coloured table that fits the terminal; if the output is no terminal, in full length."""
     console = _console()
     rows = [[sanitize_line(cell, 500) for cell in row] for row in rows]
     if console.is_terminal:

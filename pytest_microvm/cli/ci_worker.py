@@ -1,4 +1,4 @@
-"""``pytest-microvm ci worker``: lend this computer's machines to a cluster."""
+"""``pytest-microvm ci worker``: make this computer a worker of a cluster."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def add_cluster_options(parser: argparse._ActionsContainer) -> None:
-    """Add what `ci run` needs for a cluster."""
+    """Add the options of `ci run` for a cluster."""
     parser.add_argument(
         "--executor", choices=("local", "dask"), default="local",
         help="where jobs run: here, or on a Dask cluster (default: local)",
@@ -68,7 +68,7 @@ def add_cluster_options(parser: argparse._ActionsContainer) -> None:
 
 
 def add_certificate_options(parser: argparse._ActionsContainer) -> None:
-    """Add the options that say who this computer is."""
+    """Add the options for this computer's TLS certificates."""
     for name, what in (
         ("ca", "the authority that signed all certificates of the cluster"),
         ("cert", "this computer's certificate"),
@@ -78,10 +78,10 @@ def add_certificate_options(parser: argparse._ActionsContainer) -> None:
 
 
 def certificates(arguments: argparse.Namespace) -> Certificates | None:
-    """Return what the options name.
+    """Return the certificates that the options name; ``None`` if there are none.
 
     Raises:
-        UsageError: Only some of them are given.
+        UsageError: Some of the three options are missing.
     """
     require_dask()
     from pytest_microvm.ci.cluster.connection import Certificates  # noqa: PLC0415
@@ -95,10 +95,10 @@ def certificates(arguments: argparse.Namespace) -> Certificates | None:
 
 
 def require_dask() -> None:
-    """Refuse to go on without Dask.
+    """Raise an error if Dask is missing.
 
     Raises:
-        HostError: It is not installed.
+        HostError: Dask is not installed.
     """
     if find_spec("distributed") is None:
         raise HostError("Dask is not installed", resolution="pip install 'pytest-microvm[distributed]'")
@@ -128,10 +128,10 @@ def _run(arguments: argparse.Namespace) -> int:
 async def _work(
     scheduler: str, security: Security | None, slots: int, resources: dict[str, float], name: str
 ) -> int:
-    """Be a worker until the scheduler ends it, or somebody here does.
+    """Run a worker until the scheduler or a signal ends it; return the exit status.
 
-    There is no nanny, a process that would start this one again: systemd or a container does that. The
-    kernel kills a machine when the process that started it dies, so a worker leaves none behind.
+    There is no nanny, a process that would restart this one: systemd or a container does that. The kernel
+    kills a machine when the process that started it dies, so a worker leaves none behind.
     """
     import dask.config  # noqa: PLC0415 - only for this command
     from distributed import Worker  # noqa: PLC0415
@@ -139,7 +139,7 @@ async def _work(
     from pytest_microvm.ci.cluster.connection import dask_settings  # noqa: PLC0415
 
     dask.config.set(dask_settings())
-    logging.getLogger("distributed.worker").setLevel(logging.WARNING)  # else a line for each call
+    logging.getLogger("distributed.worker").setLevel(logging.WARNING)  # INFO has a line for each call
     ended = asyncio.Event()
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(signal_number, ended.set)
@@ -150,7 +150,7 @@ async def _work(
         resources=resources,
         security=security,
         host="127.0.0.1" if security is None else None,
-        memory_limit=0,  # its jobs' memory is their machines', which the host budget counts
+        memory_limit=0,  # no limit: the memory is the machines', which the host budget counts
         dashboard=False,
         dashboard_address="127.0.0.1:0",
         death_timeout=_CONNECT_TIMEOUT,
@@ -166,7 +166,7 @@ async def _work(
     lost = asyncio.create_task(worker.finished())
     await asyncio.wait([lost, asyncio.create_task(ended.wait())], return_when=asyncio.FIRST_COMPLETED)
     with contextlib.suppress(OSError, TimeoutError):
-        await worker.close(timeout=_LEAVE_TIMEOUT)  # its jobs end their machines, and go to others
+        await worker.close(timeout=_LEAVE_TIMEOUT)  # its jobs end their machines, and move to other workers
     if ended.is_set():
         return 0
     print("pytest-microvm: the scheduler ended the connection", file=sys.stderr)
@@ -174,7 +174,7 @@ async def _work(
 
 
 def _has_kvm() -> bool:
-    """Whether machines run with KVM here; tried with an image if there is one, else as its device says."""
+    """Return True if machines run with KVM here: tested with an image if there is one, else by the device."""
     if not os.access(KVM_DEVICE, os.R_OK | os.W_OK):
         return False
     host = Host()

@@ -1,4 +1,4 @@
-"""``pytest-microvm doctor``: what this computer offers, what is missing, and the next step for each."""
+"""``pytest-microvm doctor``: check this computer's requirements, and name the next step for each problem."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _EXAMPLES = """examples:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report: ``status`` is ok, warn or fail; ``fix`` the next step, if one is needed."""
+    """One line of the report: ``status`` is ok, warn or fail; ``fix`` is the next step, if one is needed."""
 
     name: str
     status: str
@@ -80,7 +80,7 @@ def _tell(line: str) -> None:
 
 
 def examine(host: Host) -> dict[str, Any]:
-    """Return the whole report, as ``--json`` prints it."""
+    """Run all checks and return the report, as ``--json`` prints it."""
     accelerator, finding = _accelerator(host)
     checks = [_guarded("hypervisor", _hypervisor, host), finding]
     checks += [_guarded(name, check, host) for name, check in _CHECKS.items()]
@@ -97,7 +97,7 @@ def examine(host: Host) -> dict[str, Any]:
 
 
 def _guarded(name: str, check: Callable[[Host], Check], host: Host) -> Check:
-    """Run a check; what stops it is its result."""
+    """Run a check; an error becomes its result."""
     try:
         return check(host)
     except MicroVMError as error:
@@ -123,7 +123,7 @@ def _hypervisor(host: Host) -> Check:
 
 
 def _accelerator(host: Host) -> tuple[Accelerator | None, Check]:
-    """Return what runs machines here, found by booting an image's kernel; ``None`` if that is not known."""
+    """Return the accelerator, found by booting an image's kernel; ``None`` if it is unknown."""
     try:
         architecture = host_architecture()
         stored = [entry.image for entry in host.images.list() if entry.image.architecture == architecture]
@@ -160,7 +160,7 @@ def _kvm(_host: Host) -> Check:
 
 
 def kvm_fix(group: int, mode: int) -> str:
-    """Return the commands that give this user the right to use KVM's device, given its group and mode."""
+    """Return the commands that grant this user access to the KVM device, given its group and mode."""
     name = _group(group)
     join = "sudo usermod -aG {} $USER, then log in again"
     if group != 0 and mode & _GROUP_MAY == _GROUP_MAY:
@@ -189,7 +189,7 @@ def _setpriv(_host: Host) -> Check:
 
 
 def _containment(host: Host) -> Check:
-    """Tell what a guest that breaks out of QEMU meets."""
+    """Check the barriers that confine a guest which breaks out of QEMU."""
     accelerator, _finding = _accelerator(host)
     walls = host.hypervisor(host_architecture()).walls(accelerator)
     detail = "; ".join(f"{wall.name}: {wall.detail}" for wall in walls)

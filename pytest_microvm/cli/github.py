@@ -34,7 +34,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     try:
         getattr(github_steps, arguments.step)(arguments.folder.absolute())
-    except MicroVMError as error:  # to be seen on the job's page, too
+    except MicroVMError as error:  # show it on the job's page, too
         print(Annotation("error", str(error), "pytest-microvm").command(), flush=True)
         return 4 if isinstance(error, UsageError) else 1
     return 0

@@ -28,7 +28,7 @@ The stages of a job, as gitlab-runner starts them (executor = "custom"): a machi
 is in a file of the runner's operator. The exit status is 0, or what the runner names by
 BUILD_FAILURE_EXIT_CODE (the job failed) and SYSTEM_FAILURE_EXIT_CODE (the machine or this computer did).
 """
-_AHEAD = 64  # pieces of output that may wait to be printed
+_AHEAD = 64  # maximum number of pieces of output that wait to be printed
 _STAGES = {
     "config": "tell the runner about the driver, as JSON",
     "prepare": "start the job's machine",
@@ -102,7 +102,7 @@ def _script(stages: GitlabStages, arguments: argparse.Namespace, environment: Ma
             return _code(environment, "SYSTEM_FAILURE_EXIT_CODE", 2)
     code = EXIT_QUOTA if ended.code is None else shell_status(ended.code)
     file = environment.get("BUILD_EXIT_CODE_FILE")
-    if file:  # newer runners only; nothing but the number may be in it
+    if file:  # newer runners only; the file must contain only the number
         Path(file).write_text(str(code))
     return _code(environment, "BUILD_FAILURE_EXIT_CODE", 1)
 
@@ -121,7 +121,7 @@ def _code(environment: Mapping[str, str], name: str, usual: int) -> int:
 
 
 class RawPrinter:
-    """Passes on what a script says as it is."""
+    """Prints a script's output unchanged."""
 
     def __call__(self, stream: int, data: bytes) -> None:
         """Print bytes of a stream."""
@@ -130,11 +130,11 @@ class RawPrinter:
         target.flush()
 
     def close(self) -> None:
-        """Print what was held back: nothing."""
+        """Do nothing: no output is held back."""
 
 
 class SafePrinter:
-    """Passes on what a script says as text in which nothing can act on a terminal or on GitLab's log."""
+    """Prints a script's output as safe text, without control sequences for a terminal or GitLab's log."""
 
     def __init__(self) -> None:
         self._queues: dict[int, queue.Queue[bytes]] = {}
@@ -147,12 +147,12 @@ class SafePrinter:
             self._threads.append(thread)
 
     def __call__(self, stream: int, data: bytes) -> None:
-        """Print bytes of a stream when their line is whole."""
+        """Print bytes of a stream once their line is complete."""
         if stream in self._queues and data:
             self._queues[stream].put(data)
 
     def close(self) -> None:
-        """Print what was held back."""
+        """Print the remaining output."""
         for pieces in self._queues.values():
             pieces.put(b"")
         for thread in self._threads:
@@ -160,7 +160,7 @@ class SafePrinter:
 
     def _print(self, pieces: Iterator[bytes], target: TextIO) -> None:
         for text in safe_text(pieces):
-            with suppress(OSError):  # nobody reads: the rest is taken all the same, or the script would wait
+            with suppress(OSError):  # no reader: discard the rest, or the script would block
                 target.buffer.write(text.encode())
                 target.buffer.flush()
 

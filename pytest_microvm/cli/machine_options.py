@@ -1,4 +1,4 @@
-"""The options that say what a machine is made of and given, for every verb that starts one."""
+"""The options for a machine's spec and grants, common to every verb that starts a machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    """Add the image, the quotas and the grants to a verb."""
+    """Add the options for image, quotas and grants to a verb."""
     for option in MACHINE:
         known = option.arguments()
         if option.part == "image":
@@ -23,14 +23,14 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def machine_spec(arguments: argparse.Namespace, where: str) -> MachineSpec:
-    """Return what the machine is made of and given.
+    """Return the machine's spec from the options.
 
     Args:
-        arguments: What was parsed.
+        arguments: The parsed options.
         where: The command, for errors.
 
     Raises:
-        UsageError: An option cannot be used.
+        UsageError: An option is invalid.
     """
     written = {option.name: getattr(arguments, option.name) for option in MACHINE}
     given: dict[str, Any] = {key: value for key, value in written.items() if value is not None}

@@ -1,4 +1,4 @@
-"""``pytest-microvm ps``, ``shell`` and ``rm``: machines that run, and machines that were kept."""
+"""``pytest-microvm ps``, ``shell`` and ``rm``: running machines, and kept machines."""
 
 from __future__ import annotations
 

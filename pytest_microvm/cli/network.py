@@ -1,4 +1,4 @@
-"""``pytest-microvm network``: explain which rule decides about a URL, and what the rules come to here."""
+"""``pytest-microvm network``: explain which rule decides about a URL, and list the rules in effect."""
 
 from __future__ import annotations
 
@@ -95,16 +95,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 @dataclass(frozen=True)
 class _Rules:
-    """The rules in question.
+    """The network rules to explain.
 
     Args:
-        texts: As they were written.
-        where: Where.
-        policy: What they come to.
+        texts: The rules as written.
+        where: The setting that has them.
+        policy: The parsed rules, with presets expanded.
         project: The project's folder.
         rootfs: The image's root file system, if there is one.
-        hosts: Where the user lets names lead.
-        credentials: Hosts that get one, with their port if it is not 443.
+        hosts: The addresses that the user's ``hosts`` assigns to names.
+        credentials: The hosts that get a credential, with the port if it is not 443.
     """
 
     texts: tuple[str, ...]
@@ -171,10 +171,10 @@ def _asked_about(arguments: argparse.Namespace) -> _Rules:
     settings = load_settings(project, {})
     texts, where = _written(arguments, settings)
     rootfs = None
-    with suppress(ImageError):  # not built yet: the sources of this computer's apt are taken for its own
+    with suppress(ImageError):  # not built yet: this computer's apt sources are used instead
         rootfs = ImageStore(cache_root()).inspect(settings.spec.image).image.rootfs
     policy = parse_rules(texts, where, preset_rules(project, rootfs))
-    # Steps of `prepare` are given none.
+    # Steps of `prepare` get no credentials.
     credentials = () if arguments.prepare else tuple(map(credential_host, settings.spec.credentials))
     hosts = by_canonical_host(settings.spec.hosts)
     return _Rules(texts, where, policy, project, rootfs, hosts, credentials)
@@ -192,10 +192,10 @@ def _written(arguments: argparse.Namespace, settings: Settings) -> tuple[tuple[s
 
 
 def _request(url: str, method: str) -> Request:
-    """Return the request that a command line means.
+    """Return the request that a URL, or a host and port, describes.
 
     Raises:
-        UsageError: It is no URL, or no host and port.
+        UsageError: The text is neither a URL nor a host and port.
     """
     if "@" in re.split(r"[/?#]", url.partition("://")[2] or url)[0]:
         raise UsageError("a URL with a user name is not sent by a machine", resolution="leave it out")
@@ -217,7 +217,7 @@ def _request(url: str, method: str) -> Request:
 
 
 def _decide(rules: _Rules, request: Request) -> tuple[Decision, Request]:
-    """Return the decision as a machine's proxy comes to it, and the request as far as it gets to see it."""
+    """Return a machine's proxy's decision, and the request as far as the proxy can see it."""
     decision, looked_into = _by_rules(rules, request)
     if decision.allowed and looked_into.method in NEVER:
         decision = Decision(False, f"{looked_into.method} is not passed on", None)
@@ -225,7 +225,7 @@ def _decide(rules: _Rules, request: Request) -> tuple[Decision, Request]:
 
 
 def _by_rules(rules: _Rules, request: Request) -> tuple[Decision, Request]:
-    """Return what rules and credentials come to, and the request as far as the proxy gets to see it."""
+    """Return the decision by rules and credentials, and the request as far as the proxy can see it."""
     if request.scheme in ("https", "wss"):
         tunnel = replace(request, scheme=None, method=None, path=None)
         decision = rules.policy.decide(tunnel)
@@ -243,11 +243,11 @@ def _by_rules(rules: _Rules, request: Request) -> tuple[Decision, Request]:
 
 
 def _addresses(rules: _Rules, request: Request, looked_into: Request) -> dict[str, Decision]:
-    """Return what is decided for each address that the host of a request has."""
+    """Return the decision for each address of a request's host."""
     if request.host in rules.hosts:
         address, port = rules.hosts[request.host]
         decision = rules.policy.decide_address(looked_into, address)
-        if decision.rule is None:  # no rule is against it, and its range does not matter: the user chose it
+        if decision.rule is None:  # no rule denies it, and its range does not matter: the user chose it
             decision = Decision(True, "the project's `hosts` lets the name lead there", None)
         return {f"{address}:{port or request.port}": decision}
     if as_address(request.host) is not None:

@@ -1,4 +1,4 @@
-"""``pytest-microvm python``: a Python in a machine of its own, on this process's stdin and stdout."""
+"""``pytest-microvm python``: run Python in its own machine, connected to this process's stdin and stdout."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _command(arguments: argparse.Namespace) -> list[str]:
 
 
 def _workdir(workspace: Path | None) -> str | None:
-    """Return where Python runs: here, if the machine has this folder, else in the project."""
+    """Return Python's working directory: the current one if the machine has it, else the project."""
     if workspace is None:
         return None
     here = Path.cwd()
@@ -127,17 +127,17 @@ def _workdir(workspace: Path | None) -> str | None:
 
 
 def _end_with_the_reader() -> None:
-    """End this process, and the machine with it, when whoever reads its output has gone.
+    """End this process, and the machine with it, when the reader of its output has exited.
 
-    A Python that computes and never writes would not notice. poll(2) tells a pipe without readers by POLLERR
-    and a terminal that was closed by POLLHUP; of a file it tells nothing.
+    A Python that computes and never writes would not notice. poll(2) reports POLLERR for a pipe without
+    readers and POLLHUP for a closed terminal; for a file it reports nothing.
     """
 
     def watch() -> None:
         poller = select.poll()
         poller.register(sys.stdout.fileno(), 0)
         poller.poll()
-        os.kill(os.getpid(), signal.SIGTERM)  # an interrupt: the machine is ended on the way out
+        os.kill(os.getpid(), signal.SIGTERM)  # raises an interrupt, which ends the machine
 
     threading.Thread(target=watch, name="microvm-reader", daemon=True).start()
 

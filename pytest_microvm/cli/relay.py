@@ -1,4 +1,4 @@
-"""Connect a command in a machine with this process's terminal, or with its stdin, stdout and stderr."""
+"""Connect a command in a machine to this process's terminal, or to its stdin, stdout and stderr."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _PIECE = 65536
 
 
 def on_terminal(machine: MicroVM, command: list[str], **options: Any) -> int:
-    """Run ``command`` on a terminal that is this one, and return its exit status.
+    """Run ``command`` on this process's terminal, and return its exit status.
 
-    The machine's output reaches the terminal as it is: that is what entering it means.
+    The machine's output reaches the terminal unfiltered: the user has entered the machine.
     """
     size = shutil.get_terminal_size()
     environment = {"TERM": os.environ.get("TERM", "dumb"), **options.pop("env", {})}
@@ -43,15 +43,15 @@ def plainly(
 ) -> int:
     """Run ``command`` with this process's stdin, stdout and stderr, and return its exit status.
 
-    The first Ctrl-C goes to the command, the second one ends this process's wait.
+    The first Ctrl-C is sent to the command, the second one interrupts this process.
 
     Args:
-        machine: Where.
-        command: What.
-        raw: Whether its output is passed on byte by byte. Else it is text, line by line, in which nothing
-            can act on a terminal or a CI system.
-        raw_stderr: The same for its stderr; as ``raw`` if omitted.
-        **options: As for :meth:`MicroVM.popen`.
+        machine: The machine.
+        command: The command line.
+        raw: Whether to pass its output on byte by byte. Otherwise it is printed line by line as text without
+            control sequences for a terminal or a CI system.
+        raw_stderr: Likewise for its stderr; defaults to ``raw``.
+        **options: Options of :meth:`MicroVM.popen`.
     """
     with (
         machine.client.limited("the command"),
@@ -59,7 +59,7 @@ def plainly(
         _interrupts_go_to(process),
     ):
         assert process.stderr is not None
-        threading.Thread(target=_send, args=(process,), daemon=True).start()  # it may wait for our stdin
+        threading.Thread(target=_send, args=(process,), daemon=True).start()  # it may block on stdin
         as_it_is = raw if raw_stderr is None else raw_stderr
         errors = threading.Thread(
             target=_pass_on, args=(process.stderr, sys.stderr.buffer, as_it_is), daemon=True
@@ -71,7 +71,7 @@ def plainly(
 
 
 def shell_status(returncode: int) -> int:
-    """Return an exit status as shells give it: 128 and the signal's number for a command that was killed."""
+    """Return an exit status in the shell's form: 128 plus the signal's number for a killed command."""
     return returncode if returncode >= 0 else 128 - returncode
 
 
@@ -101,7 +101,7 @@ def _on_terminal(process: GuestProcess) -> int:
 
 def _send(process: GuestProcess) -> None:
     assert process.stdin is not None
-    with suppress(OSError, ValueError, MachineError):  # it need not read, and may have ended
+    with suppress(OSError, ValueError, MachineError):  # the command need not read, and may have ended
         while data := os.read(sys.stdin.fileno(), _PIECE):
             process.stdin.write(data)
         process.stdin.close()
@@ -116,7 +116,7 @@ def _pass_on(source: IO[bytes] | None, target: IO[bytes], raw: bool) -> None:
             target.flush()
     except MachineError:
         if threading.current_thread() is threading.main_thread():
-            raise  # another thread leaves it to whoever waits for the command, who is told the same
+            raise  # in other threads: waiting for the command raises the same error
 
 
 def _pieces(source: Any) -> Iterator[bytes]:
@@ -126,11 +126,11 @@ def _pieces(source: Any) -> Iterator[bytes]:
 
 @contextmanager
 def _interrupts_go_to(process: GuestProcess) -> Iterator[None]:
-    """Send the first Ctrl-C to the command; whoever repeats it wants to leave."""
+    """Send the first Ctrl-C to the command; a second one interrupts this process."""
 
     def interrupt(_number: int, _frame: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Not here: the handler may have interrupted a thread that holds the link's lock.
+        # In a thread of its own: the handler may have interrupted a thread that holds the link's lock.
         threading.Thread(target=forward, daemon=True).start()
 
     def forward() -> None:

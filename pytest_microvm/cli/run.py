@@ -1,4 +1,4 @@
-"""``pytest-microvm run``: any command, an AI agent too, in a machine of its own."""
+"""``pytest-microvm run``: run a command, for example an AI agent, in its own machine."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from pytest_microvm.machine.microvm import MicroVM
 
 EXIT_INFRA = 75
-"""The machine never reached the command: trying again may help (EX_TEMPFAIL of sysexits.h)."""
+"""The machine never reached the command: a retry may help (EX_TEMPFAIL of sysexits.h)."""
 EXIT_DENIED = 77
-"""The command was content, but something it tried to reach was denied (EX_NOPERM)."""
+"""The command succeeded, but one of its requests was denied (EX_NOPERM)."""
 EXIT_QUOTA = 124
-"""A quota was exceeded and the machine was ended; timeout(1) gives it for a time limit."""
+"""The machine was ended because it exceeded a quota; timeout(1) uses this status for a time limit."""
 EXIT_CRASHED = 125
-"""The machine ended by itself, or what came back could not be taken."""
+"""The machine ended by itself, or its files could not be copied back."""
 EXIT_NOT_EXECUTABLE = 126
 EXIT_NOT_FOUND = 127
 
@@ -137,10 +137,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _spec(arguments: argparse.Namespace) -> MachineSpec:
-    """Return what the machine is made of and given.
+    """Return the machine's spec from the options.
 
     Raises:
-        UsageError: An option cannot be used.
+        UsageError: An option is invalid.
     """
     if arguments.keep and arguments.secrets:
         raise UsageError(
@@ -165,7 +165,7 @@ def _command(machine: MicroVM, arguments: argparse.Namespace, environment: dict[
 def _after(
     machine: MicroVM, arguments: argparse.Namespace, pulls: list[tuple[str, str]], status: Status
 ) -> None:
-    """Take out what was asked for, say what was denied, and end the machine, whatever happened before."""
+    """Copy files out, report denied requests, and end the machine, even after an error."""
     folder = Path.cwd()
     try:
         if machine.alive:
@@ -193,12 +193,12 @@ def _after(
 
 
 def _refuse_links(arguments: argparse.Namespace, paths: Iterable[str]) -> None:
-    """Refuse files and folders that are reached through a link of the folder the command starts in.
+    """Refuse files and folders that are reached through a link in the current folder.
 
-    That may be a stranger's: a link in it would choose what is read, or overwritten.
+    The folder may be untrusted: a link in it could choose the files that are read or overwritten.
 
     Raises:
-        UsageError: One of them is.
+        UsageError: A path leads through a link.
     """
     folder = Path.cwd()
     for path in paths:
@@ -213,14 +213,14 @@ def _refuse_linked_record(folder: Path, record: Path) -> None:
 
 
 class Status:
-    """The exit status so far."""
+    """The current exit status."""
 
     code = 0
 
 
 @contextmanager
 def exit_statuses() -> Iterator[Status]:
-    """Give each way in which a machine can fail its exit status; bad input stays what it is."""
+    """Map each kind of machine failure to its exit status; usage errors pass through."""
     status = Status()
     try:
         yield status
@@ -254,10 +254,10 @@ def _pull(text: str) -> tuple[str, str]:
 
 
 def variable(text: str) -> tuple[str, str]:
-    """Return the name and value that ``--env`` gives.
+    """Return the name and value of a variable from ``--env``.
 
     Raises:
-        UsageError: It names a variable that is not set here.
+        UsageError: The text has no value, and the variable is not set here.
     """
     name, equals, value = text.partition("=")
     if not equals:

@@ -115,7 +115,7 @@ def _megabytes(size: int) -> str:
 
 
 def _ago(seconds: float) -> str:
-    """Return how long ago something was, in the largest unit that fits."""
+    """Return an age in readable form, in the largest unit that fits."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= size:
             return f"{seconds // size:.0f} {unit} ago"

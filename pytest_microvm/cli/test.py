@@ -1,4 +1,4 @@
-"""``pytest-microvm test``: a stranger's suite in machines, with nothing of it on this computer."""
+"""``pytest-microvm test``: run an untrusted suite in machines, with no code of it on this computer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ examples:
 `pytest --help` tells all arguments. For projects of your own there is `pytest --microvm`: pytest then obeys
 their configuration and loads what plug-ins are installed.
 """
-# -I: the folder it starts in is the project's, and Python would look there first for what it imports.
+# -I: the working directory is the project's, and Python would import modules from there first.
 _ISOLATED = "import sys; from pytest_microvm.suite.launch import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -64,7 +64,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _start_isolated(words: Sequence[str]) -> NoReturn:
-    """Become an interpreter that imports nothing from here, and run pytest in it."""
-    unbuffered = ["-u"] if os.environ.get("PYTHONUNBUFFERED") else []  # -I hides it
+    """Run pytest in an isolated interpreter, which imports nothing from here and replaces this process."""
+    unbuffered = ["-u"] if os.environ.get("PYTHONUNBUFFERED") else []  # -I ignores the variable
     command = [sys.executable, "-I", *unbuffered, "-c", _ISOLATED, *words]
     os.execv(sys.executable, command)  # noqa: S606 - no shell is wanted

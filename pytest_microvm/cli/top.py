@@ -1,4 +1,4 @@
-"""``pytest-microvm top``: the machines that run on this computer, and what they use."""
+"""``pytest-microvm top``: show running machines and their resource usage."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class Line:
     """One machine, as ``--json`` prints it.
 
     Args:
-        id: Its id.
+        id: The machine's id.
         image: Its image's name.
-        cpus: vCPUs it was given.
-        memory: Bytes of RAM it was given.
-        cpu_percent: CPU time since the look before, in percent of one CPU; ``None`` at the first.
-        cpu_seconds: CPU time so far.
-        memory_bytes: Memory of the host that it holds.
-        peak_memory_bytes: The most it held.
-        age: Seconds since its place in the host budget was taken.
-        owner: The process that it belongs to.
+        cpus: Its number of vCPUs.
+        memory: Its RAM in bytes.
+        cpu_percent: CPU time since the previous sample, in percent of one CPU; ``None`` at the first.
+        cpu_seconds: Total CPU time in seconds.
+        memory_bytes: Host memory in use, in bytes.
+        peak_memory_bytes: Its peak.
+        age: Seconds since it was added to the host budget.
+        owner: The process that owns it.
     """
 
     id: str
@@ -88,17 +88,17 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def look(budget: HostBudget, before: dict[str, tuple[float, float]] | None = None) -> list[Line]:
-    """Return what runs now, the busiest first.
+    """Sample the running machines; return the busiest first.
 
     Args:
-        budget: Where running machines are recorded.
-        before: Moment and CPU seconds of each machine at the look before; brought up to date.
+        budget: The host budget, which records running machines.
+        before: Time and CPU seconds of each machine at the previous sample; updated in place.
     """
     before = {} if before is None else before
     now, lines = time.monotonic(), []
     for record in budget.records():
         usage = process_usage(record.pid) if record.pid else None
-        if usage is None:  # it is only starting, or has just ended
+        if usage is None:  # it is still starting, or has just ended
             continue
         last = before.get(record.id)
         percent = None if last is None else 100 * (usage.cpu_seconds - last[1]) / max(now - last[0], 0.001)

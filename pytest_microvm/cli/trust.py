@@ -1,4 +1,4 @@
-"""``pytest-microvm trust``: allow a project what its configuration asks for, on a branch."""
+"""``pytest-microvm trust``: grant a project's configuration its requests, per branch."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ examples:
 
 @dataclass(frozen=True)
 class Request:
-    """What one part of a project asks for.
+    """The requests of one part of a project.
 
     Args:
         part: ``configuration``, ``jobs`` or ``tox``.
-        title: What asks, for people.
-        checkout: Whose it is.
-        asked: What it asks for, by key.
-        notes: What that means, in lines: what is started on this computer.
+        title: A readable name of the part.
+        checkout: The checkout that it belongs to.
+        asked: The requests, by key.
+        notes: Readable lines about commands that would run on this computer.
     """
 
     part: str
@@ -54,7 +54,7 @@ class Request:
     notes: Sequence[str] = ()
 
     def grant(self, branch: str | None) -> Grant:
-        """Return it as allowed to branches of a name, or to its own."""
+        """Return a grant of the requests for branches that match ``branch``, or for their own branch."""
         remote = self.checkout.remote if self.checkout.remote != OWN_REMOTE else ""
         return Grant(self.part, self.checkout.name if branch is None else branch, remote, self.asked)
 
@@ -113,7 +113,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _show(request: Request, project: Path) -> None:
-    """Print what is asked for, and to whom it is allowed."""
+    """Print a part's requests, and the branches that they are granted to."""
     print(f"{sanitize(request.title)}, {sanitize(str(request.checkout))}, asks for")
     for line in (*project_trust.shown(request.asked), *request.notes):
         print(f"  {sanitize(line)}")
@@ -126,7 +126,7 @@ def _show(request: Request, project: Path) -> None:
 
 
 def _show_granted(project: Path) -> None:
-    """Print all that was allowed to a project so far."""
+    """Print all grants of a project."""
     for grant in project_trust.granted(project):
         print(f"{sanitize(str(project))}, {sanitize(str(grant))}, may have ({sanitize(grant.part)})")
         for line in project_trust.shown(grant.keys):
@@ -134,7 +134,7 @@ def _show_granted(project: Path) -> None:
 
 
 def _requests(project: Path) -> Iterator[Request]:
-    """Yield what each part of a project asks for; the same without keys where it asks for nothing."""
+    """Yield the requests of each part of a project; a part without requests has no keys."""
     checkout = checked_out(project)
     settings = load_settings(project, {})
     notes = [f"started on this computer, in /: {line}" for line in started_here(settings.spec, project)]
@@ -146,7 +146,7 @@ def _requests(project: Path) -> Iterator[Request]:
 
 
 def _requests_of_tox(project: Path) -> Iterator[Request]:
-    """Yield what tox's configuration in a project reads and asks for, if it has one."""
+    """Yield the requests of a project's tox configuration, if it has one."""
     from pytest_microvm.tox.configuration import find  # noqa: PLC0415 - only for this command
 
     file = find(project)
@@ -155,10 +155,10 @@ def _requests_of_tox(project: Path) -> Iterator[Request]:
 
 
 def _requests_of_jobs(project: Path) -> Iterator[Request]:
-    """Yield what the CI jobs ask for that a repository defines, if it defines any.
+    """Yield the requests of the CI jobs that a repository defines, if it defines any.
 
     Raises:
-        UsageError: The definition cannot be used.
+        UsageError: The definition is invalid.
     """
     from pytest_microvm.ci.definition.parsing import NoJobs  # noqa: PLC0415 - only for this command
     from pytest_microvm.ci.running.run import check_commands_of, defined_by, trusted_project  # noqa: PLC0415
@@ -167,7 +167,7 @@ def _requests_of_jobs(project: Path) -> Iterator[Request]:
     repository = CodeRepository(project, bare=False)
     try:
         default = repository.default_branch
-    except UsageError:  # there is no commit yet, say: nothing that `ci run` would take jobs from
+    except UsageError:  # for example no commit yet: `ci run` would find no jobs either
         return
     try:
         definition = read_definition(repository, default)
