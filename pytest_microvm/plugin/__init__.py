@@ -1,6 +1,6 @@
-"""Registration with pytest: options, and what they switch on. Nothing heavy is imported here.
+"""Registration with pytest: options, and the plug-ins that they enable. Expensive imports are lazy.
 
-PYTEST_DONT_REWRITE: `pytest-microvm test` has imported it before pytest does.
+PYTEST_DONT_REWRITE: `pytest-microvm test` imports this module before pytest does.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _SUITE: pytest.StashKey[RemoteSuite] = pytest.StashKey()
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
-    """Add our hooks."""
+    """Add this plug-in's hooks."""
     pluginmanager.add_hookspecs(hookspecs)
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
-    """Add our options; with ``--microvm``, begin before pytest looks at the project."""
+    """Add the options; with ``--microvm``, register the remote suite before pytest reads the project."""
     group = parser.getgroup("microvm", "throwaway microVMs (pytest-microvm)")
     group.addoption("--microvm", action="store_true", help="run every test in a fresh microVM")
     for option in OPTIONS:
@@ -50,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 def pytest_load_initial_conftests(
     early_config: pytest.Config, parser: pytest.Parser, args: list[str]
 ) -> Generator[None, object, object]:
-    """With ``--microvm``, divide the arguments between host and guest; no conftest.py is loaded."""
+    """With ``--microvm``, split the arguments between host and guest; no conftest.py is loaded."""
     if early_config.known_args_namespace.microvm:
         _suite(early_config).divide(parser, args)
     return (yield)
@@ -58,7 +58,7 @@ def pytest_load_initial_conftests(
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session: pytest.Session) -> None:
-    """End a run in which something else would collect, and run the tests on the host."""
+    """End a run with ``--microvm`` whose remote suite is not registered: tests would run on the host."""
     config = session.config
     suite = config.stash.get(_SUITE, None)
     if config.option.microvm and (suite is None or not config.pluginmanager.is_registered(suite)):
@@ -69,7 +69,7 @@ def pytest_collection(session: pytest.Session) -> None:
 
 
 def _written(config: Any) -> list[str]:
-    """Return the words pytest was given, as far as they are known while plug-ins are being loaded."""
+    """Return pytest's arguments, as far as they are known while plug-ins are being loaded."""
     words = [*config.invocation_params.args, *os.environ.get("PYTEST_ADDOPTS", "").split()]
     if "addopts" in config._parser._inidict:  # noqa: SLF001 - not before the configuration file is read
         words += config.getini("addopts")
@@ -77,7 +77,7 @@ def _written(config: Any) -> list[str]:
 
 
 def _suite(config: pytest.Config) -> RemoteSuite:
-    """Return the plug-in that runs this run's tests in machines, made at first use."""
+    """Return the plug-in that runs this run's tests in machines, created on first use."""
     suite = config.stash.get(_SUITE, None)
     if suite is None:
         from pytest_microvm.suite.plugin import RemoteSuite  # noqa: PLC0415 - other runs need not load it

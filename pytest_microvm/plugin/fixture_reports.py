@@ -1,4 +1,4 @@
-"""What the ``microvm`` fixtures add to a test's report: what its machines were denied, and how they ended."""
+"""Additions of the ``microvm`` fixtures to a test's report: denied requests, and how machines ended."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pytest_microvm.network.proxy.log import NetworkRequest
 
 
 def asked(found: list[MicroVM], before: Mapping[str, int]) -> list[NetworkRequest]:
-    """Return what a test's machines asked of the network since it began.
+    """Return the network requests that a test's machines have made since the test began.
 
     Args:
         found: The machines.
-        before: How often each had asked by then, by its id.
+        before: The number of earlier requests of each machine, by its id.
     """
     for machine in found:
         machine.network.settle()
@@ -24,7 +24,7 @@ def asked(found: list[MicroVM], before: Mapping[str, int]) -> list[NetworkReques
 
 
 def tell_denied(report: pytest.TestReport, asked: list[NetworkRequest], *, fail: bool) -> None:
-    """Add what was denied to the report; let a test that passed fail for it, if that is wanted."""
+    """Add denied requests to the report; with ``fail``, they make a passed test fail."""
     denied = "\n".join(str(request) for request in asked if not request.allowed)
     if not denied or report.when != "call":
         return
@@ -36,7 +36,7 @@ def tell_denied(report: pytest.TestReport, asked: list[NetworkRequest], *, fail:
 
 
 def redact(report: pytest.TestReport, found: list[MicroVM]) -> None:
-    """Take the machines' secrets out of what the report shows."""
+    """Redact the machines' secrets in the report."""
     for redactor in (machine.client.redactor for machine in found if machine.client.redactor):
         report.sections = [(title, redactor.text(text)) for title, text in report.sections]
         if report.longrepr is not None and redactor.text(report.longreprtext) != report.longreprtext:
@@ -44,13 +44,13 @@ def redact(report: pytest.TestReport, found: list[MicroVM]) -> None:
 
 
 def outcome_of(report: pytest.TestReport, error: BaseException | None) -> str:
-    """Return a test's outcome: what became of its machine, if that is why it failed."""
+    """Return a test's outcome, or its machine's if that made it fail."""
     outcomes = {QuotaExceeded: "quota", MachineCrashed: "crashed", BootError: "infra"}
     found = [outcome for kind, outcome in outcomes.items() if isinstance(error, kind)]
     return found[0] if found else report.outcome
 
 
 def ended_by(error: BaseException | None, used: list[MicroVM]) -> MicroVM:
-    """Return the machine that ``error`` is about, as far as that shows; the last one otherwise."""
+    """Return the machine that caused ``error``, as far as it is known; otherwise the last one."""
     ended = [machine for machine in used if not machine.alive]
     return ended[-1] if error is not None and ended else used[-1]

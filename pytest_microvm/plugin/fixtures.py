@@ -1,6 +1,6 @@
-"""The ``microvm`` fixtures: a machine of a test's, class's, module's or run's own, or a factory of them.
+"""The ``microvm`` fixtures: a machine per test, class, module or run, and a factory for more machines.
 
-PYTEST_DONT_REWRITE: `pytest-microvm test` has imported it before pytest does.
+PYTEST_DONT_REWRITE: `pytest-microvm test` imports this module before pytest does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MARKER = "microvm"
 _machines = pytest.StashKey["list[tuple[str, MicroVM]]"]()  # the fixture's name, the machine
 _failed = pytest.StashKey[bool]()
-_before = pytest.StashKey["dict[str, int]"]()  # how often each machine had asked the network, by its id
+_before = pytest.StashKey["dict[str, int]"]()  # the number of earlier network requests, by machine id
 _runs = pytest.StashKey["Machines"]()
 
 
@@ -52,10 +52,10 @@ class Machines:
         self.leave_sigterm = interrupt_on_sigterm()
 
     def spec(self, node: pytest.Item | pytest.Collector, changes: dict[str, Any]) -> MachineSpec:
-        """Return what a machine for ``node`` is made of: call, then marker, then settings.
+        """Return the spec of a machine for ``node``: call before marker before settings.
 
         Raises:
-            UsageError: A key is unknown or a value impossible.
+            UsageError: A key is unknown or a value invalid.
         """
         spec = self.settings.spec
         for marker in reversed(list(node.iter_markers(MARKER))):
@@ -67,7 +67,7 @@ class Machines:
         return spec if changed is None else changed
 
     def start(self, node: pytest.Item | pytest.Collector, changes: dict[str, Any]) -> MicroVM:
-        """Return a machine for ``node``, ready to be used."""
+        """Start a machine for ``node`` and return it, ready for use."""
         keepable = self.settings.keep == "failed"
         machine = self.host.start(
             self.spec(node, changes), pool=0 if keepable else self.settings.pool_size, keepable=keepable
@@ -76,7 +76,7 @@ class Machines:
         return machine
 
     def end(self, machine: MicroVM, about: str, *, failed: bool) -> None:
-        """End a machine, or keep it if its test failed and that was asked for."""
+        """End a machine, or keep it if its test failed and keeping is enabled."""
         if machine.closed:
             return
         if failed and machine.keep(about):
@@ -88,7 +88,7 @@ class Machines:
         )
 
     def save(self, machine: MicroVM, error: BaseException | None, about: str) -> str | None:
-        """Save what is known of a machine that crashed or exceeded a quota, if asked; return where."""
+        """Save evidence about a machine that crashed or exceeded a quota, if enabled; return its place."""
         from pytest_microvm.errors import MachineCrashed, QuotaExceeded  # noqa: PLC0415
         from pytest_microvm.machine import evidence  # noqa: PLC0415 - only when a test failed
 
@@ -107,13 +107,13 @@ class Machines:
         if reporter is None or self._config.option.verbose < 0:
             return
         with capture.global_and_fixture_disabled():
-            if reporter._tw.width_of_current_line:  # noqa: SLF001 - a test's name or dots stand there
+            if reporter._tw.width_of_current_line:  # noqa: SLF001 - after a test's name or dots
                 reporter.line("")
             reporter.write_line(f"microvm: {line}")
 
 
 def machines(config: pytest.Config) -> Machines:
-    """Return this run's machines, made when a fixture first needs one."""
+    """Return this run's machines, created on first use by a fixture."""
     if _runs not in config.stash:
         config.stash[_runs] = Machines(config)
     return config.stash[_runs]
@@ -169,7 +169,7 @@ def microvm_factory(request: pytest.FixtureRequest) -> Iterator[Callable[..., Mi
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the marker known."""
+    """Register the marker."""
     config.addinivalue_line(
         "markers",
         f"{MARKER}({', '.join(option.name for option in MACHINE)}): what the machine of the microvm fixtures "
@@ -178,7 +178,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse a marker that cannot be used before any test runs."""
+    """Refuse invalid markers before any test runs."""
     for item in items:
         for marker in item.iter_markers(MARKER):
             from pytest_microvm.network.policy.rules import parse_rules  # noqa: PLC0415 - only where it is used
@@ -196,7 +196,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """Add the machines' properties to the test, and to a failure what its machines said last."""
+    """Add the machines' properties to the report, and to a failure their consoles and last commands."""
     report = yield
     wanted = getattr(item, "fixturenames", ())
     used = [pair for node in item.listchain() for pair in node.stash.get(_machines, [])]
@@ -237,14 +237,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """Say which machines were kept."""
+    """List the machines that were kept."""
     if _runs in config.stash:
         for line in config.stash[_runs].kept:
             terminalreporter.write_line(f"microvm: kept {line}")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """End what is left."""
+    """End the remaining machines."""
     if _runs in config.stash:
         config.stash[_runs].host.close()
         config.stash[_runs].leave_sigterm()
@@ -252,7 +252,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Take note of what the machines that this test shares with others have asked of the network before."""
+    """Record how many requests shared machines made before this test, so that its report omits those."""
     shared = [machine for node in item.listchain() for _fixture, machine in node.stash.get(_machines, [])]
     item.stash[_before] = {machine.id: machine.network.log.added for machine in shared}
 
@@ -263,7 +263,7 @@ def _used(node: Any) -> list[tuple[str, MicroVM]]:
 
 
 def _forget_ended(item: pytest.Item) -> None:
-    """Drop machines that have ended: pytest keeps its items, and these would stay with them until the end."""
+    """Drop ended machines: pytest keeps items to the end of the run, and with them their machines."""
     for node in item.listchain():
         if _machines in node.stash:
             node.stash[_machines] = [pair for pair in node.stash[_machines] if not pair[1].closed]
@@ -274,7 +274,7 @@ def _has_failed(node: Any) -> bool:
 
 
 class _usage_errors:  # noqa: N801 - used like a function
-    """Turn this package's usage errors into pytest's, without their traceback."""
+    """Convert this package's usage errors into pytest's, without their traceback."""
 
     def __enter__(self) -> None:
         return None

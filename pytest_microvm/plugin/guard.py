@@ -1,7 +1,7 @@
 """Second plug-in of this package: ends a run with ``--microvm`` if the first plug-in is blocked.
 
-Without it a conftest.py could define ``--microvm`` and pytest would run the tests on the host. A project that
-blocks both plug-ins still can; `pytest-microvm test` prevents that.
+Without it a conftest.py could define ``--microvm``, and pytest would run the tests on the host. A project
+that blocks both plug-ins can still do so; `pytest-microvm test` prevents that.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Hooks that other plug-ins can implement (pluggy): change what a machine is made of, follow what happens."""
+"""Hooks for other plug-ins (pluggy): change a machine's spec, and follow events of machines and tests."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ if TYPE_CHECKING:
 
 @pytest.hookspec(firstresult=True)
 def pytest_microvm_spec(config: pytest.Config, spec: MachineSpec, nodeid: str) -> MachineSpec | None:
-    """Return a changed spec for a machine that is about to be started; ``None`` leaves it.
+    """Return a changed spec for a machine that is about to be started; ``None`` leaves it unchanged.
 
     Args:
         config: pytest's configuration.
-        spec: What configuration, command line and marker say.
-        nodeid: The test (or class, module) it is for; empty for the machines of ``--microvm``.
+        spec: The spec from configuration, command line and marker.
+        nodeid: The test (or class, module) that uses it; empty for the machines of ``--microvm``.
     """
 
 
 @pytest.hookspec
 def pytest_microvm_started(config: pytest.Config, facts: MachineFacts, nodeid: str) -> None:
-    """A machine answers and is about to be used."""
+    """Handle the start of a machine, which responds and is about to be used."""
 
 
 @pytest.hookspec
 def pytest_microvm_stopped(config: pytest.Config, facts: MachineFacts, usage: Usage) -> None:
-    """A machine has been ended; ``usage`` is what the host saw it use."""
+    """Handle the end of a machine; ``usage`` is its resource usage as measured by the host."""
 
 
 @pytest.hookspec
 def pytest_microvm_outcome(config: pytest.Config, facts: MachineFacts, nodeid: str, outcome: str) -> None:
-    """A test in a machine has ended: ``passed``, ``failed``, ``skipped``, ``crashed``, ``quota``..."""
+    """Handle a test's end in a machine: ``passed``, ``failed``, ``skipped``, ``crashed``, ``quota``..."""
 
 
 @pytest.hookspec(firstresult=True)
 def pytest_microvm_backend(
     config: pytest.Config, settings: RemoteSettings, progress: Progress
 ) -> Backend | None:
-    """Return what runs the tests of ``pytest --microvm``; ``None`` leaves it to others."""
+    """Return the back end that runs the tests of ``pytest --microvm``; ``None`` leaves it to others."""
