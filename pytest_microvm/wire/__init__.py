@@ -1,1 +1,1 @@
-"""The channel between host and guest, without any I/O: the same code on both ends."""
+"""The protocol between host and guest, without any I/O; both ends run the same code."""

@@ -1,9 +1,9 @@
 """One end of a channel: hello, JSON messages, and byte streams with credit, without I/O.
 
-Strategy: the caller feeds received bytes to :meth:`Channel.receive` and gets events; everything
-the channel wants sent accumulates and is taken with :meth:`Channel.take`. Only the host opens
-streams. Each side may send ``WINDOW`` bytes on a stream before the other grants more, so a slow
-reader bounds the memory of both ends.
+Strategy: the caller feeds received bytes to :meth:`Channel.receive` and gets events; outgoing bytes
+are queued until the caller collects them with :meth:`Channel.take`. Only the host opens streams.
+Each side may send ``WINDOW`` bytes on a stream before the other grants more, so a slow reader bounds
+the memory of both ends.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 VERSION = 1
 WINDOW = 256 * 1024
 GRANT = WINDOW // 4
-"""Bytes that must be used up before they are granted again. Else a peer that sends single bytes and reads
-nothing would have this end queue a longer grant for each of them."""
+"""Bytes to consume before granting credit again. If every byte were granted at once, a peer that sends
+single bytes and reads nothing would make this end queue a grant, longer than the byte, for each of them."""
 MAX_STREAMS = 1024
 _CREDIT = struct.Struct("!I")
-# Made here and not looked up in json later: the runner's tests may replace what they find there.
+# Bound at import, not looked up in json later: tests that the runner runs may replace json's functions.
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 _decode = json.JSONDecoder().decode
 
@@ -43,20 +43,20 @@ class Message(NamedTuple):
 
 
 class Data(NamedTuple):
-    """Bytes arrived on a stream; call :meth:`Channel.consumed` once they are used."""
+    """Bytes arrived on a stream; call :meth:`Channel.consumed` after using them."""
 
     stream: int
     data: bytes
 
 
 class Credit(NamedTuple):
-    """More may be sent on a stream."""
+    """The peer granted credit to send more bytes on a stream."""
 
     stream: int
 
 
 class Closed(NamedTuple):
-    """The peer will send no more on this stream."""
+    """The peer will send no more bytes on this stream."""
 
     stream: int
 
@@ -65,7 +65,7 @@ Event = Union[Hello, Message, Data, Credit, Closed]  # noqa: UP007 - guests may 
 
 
 class _Stream:
-    """Bookkeeping of one open stream."""
+    """The state of one open stream."""
 
     __slots__ = ("closed_here", "closed_there", "may_receive", "may_send", "used")
 
@@ -78,11 +78,11 @@ class _Stream:
 
 
 class Channel:
-    """The state of one end.
+    """The state of one end of a channel.
 
     Args:
-        role: What this end calls itself in its hello: ``host``, ``agent``, ``runner`` or ``network``.
-        window: Bytes that may be under way on a stream; both ends must mean the same.
+        role: This end's name in its hello: ``host``, ``agent``, ``runner`` or ``network``.
+        window: Bytes that may be in flight on a stream; both ends must use the same value.
     """
 
     def __init__(self, role: str, window: int = WINDOW) -> None:
@@ -94,21 +94,21 @@ class Channel:
         self.peer: Hello | None = None
         self._emit(Kind.HELLO, 0, _encode({"version": VERSION, "role": role}).encode())
 
-    # What this end says
+    # Outgoing
 
     def send(self, body: dict[str, Any]) -> None:
         """Queue a JSON message.
 
         Raises:
-            ValueError: It is larger than a MESSAGE frame may be.
+            ValueError: The message is larger than a MESSAGE frame may be.
         """
         self._emit(Kind.MESSAGE, 0, _encode(body).encode())
 
     def open(self, stream: int) -> None:
-        """Begin to accept and send bytes on ``stream`` (both ends call this for the same number).
+        """Open ``stream`` for receiving and sending (both ends call this with the same number).
 
         Raises:
-            ValueError: The stream is open already, or too many are.
+            ValueError: The stream is already open, or too many streams are.
         """
         if stream in self._streams:
             raise ValueError(f"stream {stream} is open already")
@@ -117,7 +117,7 @@ class Channel:
         self._streams[stream] = _Stream(self._window)
 
     def write(self, stream: int, data: bytes) -> int:
-        """Queue as much of ``data`` as the peer's credit allows; return how many bytes that was."""
+        """Queue as much of ``data`` as the peer's credit allows; return the number of bytes queued."""
         state = self._streams[stream]
         if state.closed_here:
             raise ValueError(f"stream {stream} is closed for writing")
@@ -129,7 +129,7 @@ class Channel:
         return size
 
     def consumed(self, stream: int, size: int) -> None:
-        """Let the peer send ``size`` more bytes, once they are many; a stream that has ended needs none."""
+        """Count ``size`` bytes as consumed, and grant credit for them in batches until the peer closes."""
         state = self._streams.get(stream)
         if state is None or state.closed_there:
             return
@@ -149,44 +149,44 @@ class Channel:
         self._forget_if_done(stream)
 
     def forget(self, stream: int) -> None:
-        """Drop a stream that the peer never accepted, without a word."""
+        """Drop a stream that the peer never accepted, without sending a frame."""
         self._streams.pop(stream, None)
 
     def take(self) -> bytes:
-        """Return and forget what is to be sent."""
+        """Return the queued outgoing bytes and clear the queue."""
         data = b"".join(self._out)
         self._out.clear()
         return data
 
     def room(self, stream: int) -> int | None:
-        """Return how many bytes :meth:`write` would take now; None where it is closed for writing."""
+        """Return the number of bytes :meth:`write` would queue now; None if closed for writing."""
         state = self._streams.get(stream)
         return None if state is None or state.closed_here else state.may_send
 
     def is_open(self, stream: int) -> bool:
-        """Whether either side may still send on ``stream``."""
+        """Return True if either side may still send on ``stream``."""
         return stream in self._streams
 
     @property
     def pending(self) -> int:
-        """Bytes received of a frame that is not complete."""
+        """Number of bytes buffered from an incomplete frame."""
         return self._reader.pending
 
     @property
     def open_streams(self) -> int:
-        """How many streams are open on either side."""
+        """Number of streams that are open on either side."""
         return len(self._streams)
 
-    # What the peer says
+    # Incoming
 
     def receive(self, data: bytes) -> Iterator[Event]:
-        """Return the events in ``data``, to be used up before the next call.
+        """Return an iterator of the events in ``data``; exhaust it before the next call.
 
-        Each frame is judged when its event is asked for, so that a stream named in a message can
-        be opened before the bytes that follow it in the same ``data``.
+        Each frame is validated when the iterator reaches it, so that the caller can open a stream named
+        in a message before the stream's bytes follow in the same ``data``.
 
         Raises:
-            WireError: The peer broke the protocol, here or while iterating; drop the connection.
+            WireError: The peer violated the protocol, here or while iterating; drop the connection.
         """
         return map(self._event, self._reader.feed(data))
 
@@ -226,7 +226,7 @@ class Channel:
         if not size:
             raise WireError(f"stream {frame.stream}: CREDIT without credit")
         state = self._streams.get(frame.stream)
-        if state is not None:  # it may have been closed here while the grant was under way
+        if state is not None:  # this end may have closed the stream while the grant was in flight
             if state.may_send + size > self._window:
                 raise WireError(f"stream {frame.stream}: credit beyond the window")
             state.may_send += size

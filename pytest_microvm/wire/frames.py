@@ -1,7 +1,7 @@
-"""Frames: how bytes on a virtio-serial port become typed, bounded pieces.
+"""Frames: typed, size-limited units of the byte stream on a virtio-serial port.
 
 A frame is a nine-byte header (kind: u8, stream: u32, length: u32, network byte order) and
-``length`` bytes of payload. Every length has a limit, checked before a byte of payload is kept.
+``length`` bytes of payload. Every length has a limit, checked before any payload is buffered.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ MAX_STREAM = 2**31 - 1
 
 
 class WireError(Exception):
-    """The peer sent what the protocol forbids. The connection cannot go on."""
+    """The peer violated the protocol; the connection is unusable."""
 
 
 class Kind(IntEnum):
-    """What a frame carries."""
+    """The type of a frame's payload."""
 
     HELLO = 1  # JSON object: version, role; the first frame of each side
     MESSAGE = 2  # JSON object: a request, a reply or an event
     DATA = 3  # bytes of a stream
-    CREDIT = 4  # u32: so many more bytes of this stream may be sent
+    CREDIT = 4  # u32: the number of further bytes that may be sent on this stream
     CLOSE = 5  # no more bytes of this stream will follow from this side
 
 
@@ -38,7 +38,7 @@ MAX_PAYLOAD = {
 
 
 class Frame(NamedTuple):
-    """One frame, whole."""
+    """One complete frame."""
 
     kind: Kind
     stream: int
@@ -49,7 +49,7 @@ def encode(kind: Kind, stream: int, payload: bytes = b"") -> bytes:
     """Return the frame's bytes.
 
     Raises:
-        ValueError: The payload or the stream number is beyond its limit.
+        ValueError: The payload or the stream number exceeds its limit.
     """
     if len(payload) > MAX_PAYLOAD[kind]:
         raise ValueError(f"{kind.name} payload of {len(payload)} bytes, at most {MAX_PAYLOAD[kind]}")
@@ -59,9 +59,9 @@ def encode(kind: Kind, stream: int, payload: bytes = b"") -> bytes:
 
 
 class FrameReader:
-    """Turn received bytes into frames, however they are cut.
+    """Parser that turns received bytes into frames, however the bytes are split.
 
-    Keeps at most one incomplete frame (header and payload limit) plus what was fed last.
+    It buffers at most one incomplete frame (header and payload limit) plus the bytes fed last.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class FrameReader:
         """Return the frames that ``data`` completes.
 
         Raises:
-            WireError: A header names an unknown kind, or a length or stream beyond its limit.
+            WireError: A header names an unknown kind, or a length or stream above its limit.
         """
         self._buffer += data
         frames = []
@@ -88,7 +88,7 @@ class FrameReader:
 
     @property
     def pending(self) -> int:
-        """Bytes kept of a frame that is not complete."""
+        """Number of bytes buffered from an incomplete frame."""
         return len(self._buffer)
 
     def _header(self, position: int) -> tuple[Kind, int, int]:
