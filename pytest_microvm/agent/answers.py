@@ -1,4 +1,4 @@
-"""Read the fields of a guest's answers: right type, in range, or the machine is ended."""
+"""Validate the fields of a guest's replies; a wrong type or value ends the machine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from pytest_microvm.agent.link import Link
 
 _FAR = 2**63
-_MAX_TEXT = 4096  # bytes: what Linux takes as a path
+_MAX_TEXT = 4096  # PATH_MAX of Linux (bytes)
 
 
 class Answer:
-    """The result of a request; every field is judged when it is asked for.
+    """The result of a request; each field is validated when it is read.
 
     Args:
-        link: Where it came from; a wrong field ends it.
-        fields: What :meth:`pytest_microvm.agent.link.Request.wait` returned.
+        link: The link the result came from; an invalid field closes it and ends the machine.
+        fields: The return value of :meth:`pytest_microvm.agent.link.Request.wait`.
     """
 
     def __init__(self, link: Link, fields: dict[str, Any]) -> None:
@@ -28,10 +28,10 @@ class Answer:
         self._fields = fields
 
     def whole(self, name: str, low: int = 0, high: int = 2**63) -> int:
-        """Return a whole number between ``low`` and ``high``.
+        """Return an integer field from ``low`` to ``high``, both included.
 
         Raises:
-            ProtocolViolation: It is none.
+            ProtocolViolation: The field is no such integer.
         """
         value = self._fields.get(name)
         if type(value) is not int or not low <= value <= high:
@@ -39,21 +39,21 @@ class Answer:
         return value
 
     def number(self, name: str) -> float:
-        """Return a number that a float can hold.
+        """Return a numeric field whose magnitude is below 2**63.
 
         Raises:
-            ProtocolViolation: It is none.
+            ProtocolViolation: The field is no such number.
         """
         value = self._fields.get(name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_FAR < value < _FAR:
-            raise self._violation(name, "is no number")  # nan is neither less nor more than anything
+            raise self._violation(name, "is no number")  # includes nan: every comparison with it is false
         return value
 
     def choice(self, name: str, allowed: Collection[str]) -> str:
-        """Return a text that is one of ``allowed``.
+        """Return a string field that is one of ``allowed``.
 
         Raises:
-            ProtocolViolation: It is none.
+            ProtocolViolation: The field is none of them.
         """
         value = self._fields.get(name)
         if not isinstance(value, str) or value not in allowed:
@@ -61,10 +61,10 @@ class Answer:
         return value
 
     def path(self, name: str) -> str:
-        """Return a text that can be a path.
+        """Return a string field that is a possible path: not empty, no NUL, at most 4096 characters.
 
         Raises:
-            ProtocolViolation: It is none.
+            ProtocolViolation: The field is no such string.
         """
         value = self._fields.get(name)
         if not _is_path(value):
@@ -72,10 +72,10 @@ class Answer:
         return str(value)
 
     def names(self, name: str) -> list[str]:
-        """Return names of files, each without a folder: none can lead out of where it is put.
+        """Return a list of file names without ``/``, ``.`` and ``..``: none can escape its folder.
 
         Raises:
-            ProtocolViolation: They are none.
+            ProtocolViolation: The field is no such list.
         """
         value = self._fields.get(name)
         if not isinstance(value, list) or not all(

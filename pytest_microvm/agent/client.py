@@ -1,4 +1,4 @@
-"""What commands, files and paths need of the machine whose agent they ask."""
+"""The interface between a machine and the commands, files and paths that use its agent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class AgentClient(Protocol):
-    """A machine's link with the rules for using it: limits of time and output, and why the machine ended."""
+    """A machine's link with the rules for its use: time and output limits, and why the machine ended."""
 
     @property
     def id(self) -> str:
@@ -22,15 +22,15 @@ class AgentClient(Protocol):
 
     @property
     def alive(self) -> bool:
-        """Whether the machine still runs."""
+        """True while the machine is running."""
 
     @property
     def redactor(self) -> Redactor:
-        """What takes the machine's secrets out of text and bytes."""
+        """Redactor that removes the machine's secrets from text and bytes."""
 
     @property
     def output_limit(self) -> int | None:
-        """How many bytes a command may print; ``None``: as many as somebody reads."""
+        """Maximum bytes a command may print; ``None`` for as many as are read."""
 
     def link(self) -> Link:
         """Return the link to the agent.
@@ -40,19 +40,19 @@ class AgentClient(Protocol):
         """
 
     def explained(self) -> AbstractContextManager[None]:
-        """Raise why the machine ended (a quota, a crash) if it ends inside the block."""
+        """Raise the reason the machine ended (a quota, a crash) if it ends inside the block."""
 
     def limited(self, what: str) -> AbstractContextManager[None]:
-        """End the machine if the block takes longer than its timeout; ``what`` is for the message."""
+        """End the machine if the block exceeds its timeout; ``what`` names the block in the error message."""
 
     def operation(self, what: str) -> AbstractContextManager[None]:
-        """Do both: :meth:`explained` and :meth:`limited`."""
+        """Combine :meth:`explained` and :meth:`limited`."""
 
     def check_quotas(self) -> None:
-        """Raise what the machine has exceeded, if it has.
+        """Raise an error if the machine has exceeded a quota.
 
         Raises:
-            QuotaExceeded: Its kernel said so, perhaps only just now.
+            QuotaExceeded: The machine's kernel has reported it, possibly only just now.
         """
 
     def output_exceeded(self, observed: int, limit: int) -> QuotaExceeded:
@@ -63,11 +63,11 @@ class AgentClient(Protocol):
 
 
 class UnlimitedClient:
-    """A link without rules: no limit, no secret, nobody who knows why the machine ended.
+    """A link without rules: no limits, no secrets, and no explanation if the machine ends.
 
     Args:
         link: The link to the agent.
-        name: What the machine is called.
+        name: The machine's name.
     """
 
     alive = True
@@ -83,23 +83,23 @@ class UnlimitedClient:
         return self._link
 
     def explained(self) -> AbstractContextManager[None]:
-        """Leave errors as they are."""
+        """Return a context that leaves errors unchanged."""
         return contextlib.nullcontext()
 
     def limited(self, _what: str) -> AbstractContextManager[None]:
-        """Set no limit."""
+        """Return a context without a time limit."""
         return contextlib.nullcontext()
 
     def operation(self, _what: str) -> AbstractContextManager[None]:
-        """Do neither."""
+        """Return a context that neither explains errors nor limits time."""
         return contextlib.nullcontext()
 
     def check_quotas(self) -> None:
-        """Know of none."""
+        """Do nothing: there are no quotas."""
 
     def output_exceeded(self, observed: int, limit: int) -> QuotaExceeded:
-        """Return the error."""
+        """Return the error to raise; the machine is not ended."""
         return QuotaExceeded("output", limit, observed)
 
     def record(self, kind: str, text: str) -> None:
-        """Keep no log."""
+        """Do nothing: there is no log."""

@@ -1,11 +1,11 @@
-"""The host's end of a guest's port: a socket, a channel, requests and byte streams.
+"""The host's end of a guest's port: a socket with a channel, requests and byte streams.
 
 One daemon thread per process (:class:`_Reactor`) reads every guest's sockets; callers wait on
-conditions. Nothing a guest does or leaves undone can block that thread or grow memory beyond
-``WINDOW`` bytes per stream and one message per request, ``MAX_UNANSWERED`` of them at most.
+conditions. A guest cannot block that thread, nor grow the host's memory beyond ``WINDOW`` bytes per
+stream and one message per request, with at most ``MAX_UNANSWERED`` requests.
 
-A descriptor's number may be another link's a moment after it was closed. So sockets are read and
-written only under their owner's lock, after a look at whether they are closed.
+The kernel may reuse the number of a closed descriptor for another link at once. So a socket is read
+and written only under its owner's lock, after a check that it is still open.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from pytest_microvm.wire.frames import WireError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_TAIL_SIZE = 256 * 1024  # of a console at a time: more than a socket holds, so that one look sees the end
-_READ_SIZE = 64 * 1024  # at a time: no link keeps the I/O thread from the others for long
+_TAIL_SIZE = 256 * 1024  # bytes per console read: more than a socket buffers, so one read reaches the end
+_READ_SIZE = 64 * 1024  # bytes per read or write: no link occupies the I/O thread for long
 MAX_UNANSWERED = 4096
-_MAX_ERRNO = 4095  # of Linux: include/linux/err.h
+_MAX_ERRNO = 4095  # Linux: include/linux/err.h
 
 
 class GuestError(MachineError):
-    """The guest answered a request with an error.
+    """The guest replied to a request with an error.
 
     Args:
         kind: The guest's exception name, such as ``FileNotFoundError`` (untrusted, safe to show).
-        message: Its message (untrusted, safe to show).
-        errno: Its error number, or 0.
+        message: The exception's message (untrusted, safe to show).
+        errno: The exception's error number, or 0.
     """
 
     def __init__(self, kind: str, message: str, errno: int = 0) -> None:
@@ -53,10 +53,10 @@ class GuestError(MachineError):
 
 
 class _Reactor:
-    """The process's one I/O thread: calls back when a socket is ready.
+    """The process's single I/O thread, which runs callbacks when sockets are ready.
 
-    Sockets come and go while the thread waits: epoll and kqueue notice without being woken. A
-    callback may come once more, just after :meth:`remove`.
+    Sockets may be registered and removed while the thread waits: epoll and kqueue need no wake-up for
+    that. A callback may run once more just after :meth:`remove`.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class _Reactor:
         threading.Thread(target=self._run, name="microvm-io", daemon=True).start()
 
     def set(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
-        """Call ``callback(mask)`` on the I/O thread whenever ``sock`` has one of ``events``."""
+        """Call ``callback(mask)`` on the I/O thread whenever ``sock`` is ready for one of ``events``."""
         with self._lock:
             if sock in self._selector.get_map():
                 self._selector.modify(sock, events, callback)
@@ -78,18 +78,18 @@ class _Reactor:
                 self._selector.register(sock, events, callback)
 
     def remove(self, sock: socket.socket) -> None:
-        """Forget ``sock`` (call before closing it)."""
+        """Unregister ``sock``; call this before closing it."""
         with self._lock, contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(sock)
 
     def soon(self, call: Callable[[], None]) -> None:
-        """Run ``call`` on the I/O thread. This takes no lock, so that finalizers may use it.
+        """Run ``call`` on the I/O thread, without taking a lock, so that finalizers may use this method.
 
-        Garbage is collected in any thread at any allocation, also while it holds the lock of this object or
-        of a link.
+        Garbage collection may run in any thread at any allocation, even while the thread holds the lock of
+        this object or of a link.
         """
         self._calls.append(call)
-        with contextlib.suppress(BlockingIOError):  # it has been woken often enough
+        with contextlib.suppress(BlockingIOError):  # wake-ups are already pending
             self._waker.send(b"x")
 
     def _run(self) -> None:
@@ -97,8 +97,8 @@ class _Reactor:
             for key, mask in self._selector.select():
                 try:
                     key.data(mask)
-                except Exception:  # noqa: BLE001 - one link's fault must not end the others' I/O
-                    self.remove(key.fileobj)  # type: ignore[arg-type]  # or it would be ready again at once
+                except Exception:  # noqa: BLE001 - one link's failure must not stop the others' I/O
+                    self.remove(key.fileobj)  # type: ignore[arg-type]  # else it is ready again at once
                     _report_exception()
 
     def _run_calls(self, _mask: int) -> None:
@@ -107,7 +107,7 @@ class _Reactor:
         while self._calls:
             try:
                 self._calls.popleft()()
-            except Exception:  # noqa: BLE001 - the others are to run all the same
+            except Exception:  # noqa: BLE001 - the remaining calls must still run
                 _report_exception()
 
 
@@ -121,7 +121,7 @@ _reactor_lock = threading.Lock()
 
 
 def reactor() -> _Reactor:
-    """Return this process's I/O thread, starting it at first use (and again after a fork)."""
+    """Return this process's I/O thread; start it at first use and after a fork."""
     global _reactor, _reactor_pid
     with _reactor_lock:
         if _reactor is None or _reactor_pid != os.getpid():
@@ -130,12 +130,12 @@ def reactor() -> _Reactor:
 
 
 class Drain:
-    """Read a socket for good and keep its last ``size`` bytes (a machine's console).
+    """Continuous reader of a socket that keeps its last ``size`` bytes (a machine's console).
 
     Args:
-        sock: A connected stream socket; owned from here on.
-        heard: Called with what came, in order, by the thread that read it.
-        size: How many bytes to keep.
+        sock: A connected stream socket, which this object now owns.
+        heard: Called with the received bytes, in order, by the thread that read them.
+        size: Number of bytes to keep.
     """
 
     def __init__(
@@ -152,13 +152,13 @@ class Drain:
         reactor().set(sock, selectors.EVENT_READ, self._ready)
 
     def tail(self) -> bytes:
-        """Return what came last, at most ``size`` bytes; what is still in the socket is read first."""
+        """Return the last ``size`` bytes received, after reading those still in the socket."""
         self._read()
         with self._lock:
             return bytes(self._tail[-self._size :])
 
     def close(self) -> None:
-        """Stop reading; the tail stays."""
+        """Stop reading and close the socket; the tail remains available."""
         with self._lock:
             self._closed = True
         reactor().remove(self._sock)
@@ -186,7 +186,7 @@ class Drain:
 
 
 class Request:
-    """A request that was sent; wait for its reply."""
+    """A sent request, whose reply can be waited for."""
 
     def __init__(self, link: Link, op: str) -> None:
         self._link = link
@@ -197,8 +197,8 @@ class Request:
         """Return the reply's ``result``.
 
         Raises:
-            TimeoutError: No reply within ``timeout`` seconds; waiting again is allowed.
-            GuestError: The guest answered with an error.
+            TimeoutError: No reply within ``timeout`` seconds; you may wait again.
+            GuestError: The guest replied with an error.
             MachineCrashed: The machine ended first.
         """
         link = self._link
@@ -216,7 +216,7 @@ class Request:
 
     @property
     def done(self) -> bool:
-        """Whether an answer (or the machine's end) is there."""
+        """True once the reply has arrived or the link has failed."""
         return self.reply is not None or self._link.failure is not None
 
 
@@ -230,7 +230,7 @@ def _guest_error(error: dict[str, Any], redactor: Redactor) -> GuestError:
 
 
 class Stream:
-    """A byte stream between host and guest, with the guest's end named by ``number``."""
+    """A byte stream between host and guest; requests refer to it by its ``number``."""
 
     def __init__(self, link: Link, number: int) -> None:
         self._link = link
@@ -241,19 +241,19 @@ class Stream:
 
     @property
     def link(self) -> Link:
-        """The link it belongs to."""
+        """The link that carries the stream."""
         return self._link
 
     @property
     def ready(self) -> bool:
-        """Whether :meth:`read` would return at once."""
+        """True if :meth:`read` would return immediately."""
         return bool(self._received) or self._ended
 
     def read(self, size: int = 65536, timeout: float | None = None) -> bytes:
-        """Return between 1 and ``size`` bytes as soon as any are there, b"" at the end.
+        """Return between 1 and ``size`` bytes as soon as any are available, b"" at the end.
 
         Raises:
-            TimeoutError: Nothing came within ``timeout`` seconds.
+            TimeoutError: No bytes arrived within ``timeout`` seconds.
             MachineCrashed: The machine ended before the stream did.
         """
         link = self._link
@@ -270,15 +270,15 @@ class Stream:
         return data
 
     def read_all(self, limit: int, timeout: float | None = None) -> bytes:
-        """Return everything up to the stream's end.
+        """Return all bytes up to the stream's end.
 
         Raises:
-            TimeoutError: The end did not come within ``timeout`` seconds.
-            ProtocolViolation: More than ``limit`` bytes came; the machine has been ended.
+            TimeoutError: The stream did not end within ``timeout`` seconds.
+            ProtocolViolation: More than ``limit`` bytes arrived; the machine has been ended.
             MachineCrashed: The machine ended before the stream did.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
-        received = io.BytesIO()  # which gives its bytes away without a copy
+        received = io.BytesIO()  # its getvalue() does not copy
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             data = self.read(timeout=left)
@@ -291,12 +291,12 @@ class Stream:
                 raise violation
 
     def write(self, data: bytes, timeout: float | None = None) -> None:
-        """Send all of ``data``; waits while the guest has not consumed what was sent before.
+        """Send all of ``data``, waiting for the guest to consume earlier bytes where needed.
 
         Raises:
-            TimeoutError: The guest did not take it within ``timeout`` seconds.
+            TimeoutError: The guest did not accept all bytes within ``timeout`` seconds.
             BrokenPipeError: The guest has closed its end.
-            ValueError: This end was closed before.
+            ValueError: This end of the stream is closed.
             MachineCrashed: The machine ended.
         """
         link, channel = self._link, self._link.channel
@@ -316,18 +316,18 @@ class Stream:
             link.flush()
 
     def close(self) -> None:
-        """Tell the guest that no more will be sent."""
+        """Close the sending direction: the guest sees the stream's end."""
         with self._link.changed:
             self._link.channel.close(self.number)
-            self._link.changed.notify_all()  # another thread may wait to write here
+            self._link.changed.notify_all()  # another thread may be waiting in write()
         self._link.flush()
 
     def close_soon(self) -> None:
-        """Let the I/O thread :meth:`close` it; unlike that, this may be called by a finalizer."""
+        """Schedule :meth:`close` on the I/O thread; unlike ``close``, a finalizer may call this."""
         self._link.reactor.soon(self.close)
 
     def discard(self) -> None:
-        """Close this end and throw away whatever still comes."""
+        """Close this end and drop all bytes that still arrive."""
         with self._link.changed:
             self._discarding = True
             self._link.channel.consumed(self.number, len(self._received))
@@ -344,14 +344,14 @@ class Stream:
 
     def _end(self) -> None:
         self._ended = True
-        self._link.channel.close(self.number)  # both directions end together unless closed before
+        self._link.channel.close(self.number)  # the guest's CLOSE ends the sending direction too
 
 
 def read_any(streams: Sequence[Stream], timeout: float | None) -> list[tuple[Stream, bytes]]:
-    """Wait until any of a link's ``streams`` has something, and return what each has; b"" is its end.
+    """Wait until any of a link's ``streams`` is ready; return the bytes of each ready one, b"" at its end.
 
     Raises:
-        TimeoutError: Nothing came within ``timeout`` seconds.
+        TimeoutError: No stream was ready within ``timeout`` seconds.
         MachineCrashed: The machine ended.
     """
     link = streams[0].link
@@ -368,8 +368,8 @@ class Link:
     """A connection to one port of a guest.
 
     Args:
-        sock: A connected stream socket; owned from here on.
-        on_violation: Called once, on the thread that noticed, when the guest breaks the protocol.
+        sock: A connected stream socket, which this object now owns.
+        on_violation: Called once, on the thread that noticed, when the guest violates the protocol.
     """
 
     def __init__(self, sock: socket.socket, on_violation: Callable[[], None] = lambda: None) -> None:
@@ -397,7 +397,7 @@ class Link:
         """Return the guest's hello.
 
         Raises:
-            TimeoutError: It did not come within ``timeout`` seconds.
+            TimeoutError: No hello arrived within ``timeout`` seconds.
             MachineCrashed: The machine ended first.
         """
         with self.changed:
@@ -414,7 +414,7 @@ class Link:
         Raises:
             MachineCrashed: The machine has ended.
             MachineError: The guest has left too many requests unanswered.
-            ValueError: The arguments do not fit into one message.
+            ValueError: The request does not fit into one message.
         """
         with self.changed:
             if self.failure:
@@ -430,15 +430,15 @@ class Link:
         return request
 
     def call(self, op: str, *, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
-        """Send a request and return its reply's result (errors as :meth:`Request.wait`)."""
+        """Send a request and return its result; raises the errors of :meth:`Request.wait`."""
         return self.request(op, **arguments).wait(timeout)
 
     def open_stream(self) -> Stream:
-        """Open a stream; name its ``number`` in the request that tells the guest what it is for.
+        """Open a stream; pass its ``number`` in the request that uses it.
 
         Raises:
             MachineCrashed: The machine has ended.
-            MachineError: Too many streams are open; the guest may not have closed its ends.
+            MachineError: Too many streams are open, possibly because the guest does not close its ends.
         """
         with self.changed:
             if self.failure:
@@ -452,17 +452,17 @@ class Link:
         return stream
 
     def forget(self, stream: Stream) -> None:
-        """Take back a stream that the guest never accepted."""
+        """Drop a stream that the guest never accepted."""
         with self.changed:
             self._streams.pop(stream.number, None)
             self.channel.forget(stream.number)
 
     def close(self) -> None:
-        """Drop the connection; whoever waits gets :class:`MachineCrashed`."""
+        """Drop the connection; waiting callers get :class:`MachineCrashed`."""
         self._fail(MachineCrashed("the machine was ended"))
 
     def flush(self) -> None:
-        """Send what is queued, as far as the socket takes it now; the I/O thread sends the rest."""
+        """Send queued bytes until the socket would block; the I/O thread sends the rest."""
         with self.changed:
             if self._closed:
                 return
@@ -475,14 +475,14 @@ class Link:
             except BlockingIOError:
                 pass
             except OSError:
-                self._out.clear()  # the reading side reports the end
+                self._out.clear()  # _read() reports the closed connection
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._out else 0)
             if events != self._events:
                 self._events = events
                 self.reactor.set(self._sock, events, self._ready)
 
     def end_for(self, violation: ProtocolViolation) -> None:
-        """Drop the connection because the guest broke the protocol."""
+        """Drop the connection because the guest violated the protocol."""
         if self._fail(violation):
             self._on_violation()
 
@@ -520,7 +520,7 @@ class Link:
 
     def _handle(self, event: object) -> None:
         if isinstance(event, Data):
-            self._streams[event.stream]._came(event.data)  # noqa: SLF001 - two halves of one thing
+            self._streams[event.stream]._came(event.data)  # noqa: SLF001 - Link and Stream share state
         elif isinstance(event, Closed):
             self._streams.pop(event.stream)._end()  # noqa: SLF001
         elif isinstance(event, Message):

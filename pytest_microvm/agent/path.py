@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from pytest_microvm.agent.client import AgentClient
 
 MAX_READ = 256 * 1024**2
-"""Bytes that ``read_text`` and ``read_bytes`` return at most."""
+"""Maximum size of a file that ``read_text`` and ``read_bytes`` return, in bytes."""
 
 
 class GuestPath:
-    """A path in a machine; the methods are those of :class:`pathlib.Path` with the same names.
+    """A path in a machine, with methods named as in :class:`pathlib.Path`.
 
-    Pure parts (``name``, ``parent``, ``suffix``, ``/``) need no machine; the others ask it, and raise
-    the same ``OSError`` as on the host, marked "in the machine".
+    The pure operations (``name``, ``parent``, ``suffix``, ``/``) do not contact the machine; the others
+    do, and raise the same ``OSError`` as on the host, marked "in the machine".
     """
 
     def __init__(self, client: AgentClient, *segments: str | PurePosixPath) -> None:
@@ -51,57 +51,57 @@ class GuestPath:
 
     @property
     def name(self) -> str:
-        """The last segment."""
+        """The path's last segment."""
         return self.pure.name
 
     @property
     def suffix(self) -> str:
-        """The last segment's ending, with its dot."""
+        """The last segment's file extension, including the dot."""
         return self.pure.suffix
 
     @property
     def parent(self) -> GuestPath:
-        """The folder it is in."""
+        """The folder that contains the path."""
         return GuestPath(self._client, self.pure.parent)
 
     # Content
 
     def read_bytes(self) -> bytes:
-        """Return its content (at most :data:`MAX_READ` bytes)."""
+        """Return the file's content (at most :data:`MAX_READ` bytes)."""
         with self._client.explained():
             return read_file(self._client.link(), str(self.pure), MAX_READ)
 
     def read_text(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        """Return its content as text."""
+        """Return the file's content as text."""
         return self.read_bytes().decode(encoding, errors)
 
     def write_bytes(self, data: bytes) -> int:
-        """Write ``data`` as its content and return how many bytes that was."""
+        """Write ``data`` to the file and return the number of bytes written."""
         with self._client.explained():
             write_file(self._client.link(), str(self.pure), data)
         return len(data)
 
     def write_text(self, text: str, encoding: str = "utf-8") -> int:
-        """Write ``text`` as its content and return how many characters that was."""
+        """Write ``text`` to the file and return the number of characters written."""
         self.write_bytes(text.encode(encoding))
         return len(text)
 
-    # What it is
+    # Status
 
     def exists(self) -> bool:
-        """Whether there is something."""
+        """Return True if the path exists (links followed)."""
         return self._kind() is not None
 
     def is_file(self) -> bool:
-        """Whether it is a file (links followed)."""
+        """Return True if the path is a regular file (links followed)."""
         return self._kind() == "file"
 
     def is_dir(self) -> bool:
-        """Whether it is a folder (links followed)."""
+        """Return True if the path is a folder (links followed)."""
         return self._kind() == "directory"
 
     def is_symlink(self) -> bool:
-        """Whether it is a symbolic link."""
+        """Return True if the path is a symbolic link."""
         return self._kind(follow=False) == "symlink"
 
     def stat(self) -> dict[str, Any]:
@@ -114,18 +114,18 @@ class GuestPath:
         }
 
     def iterdir(self) -> Iterator[GuestPath]:
-        """Yield what is in the folder, sorted by name."""
+        """Yield the paths of the folder's entries, sorted by name."""
         for name in self._ask("list").names("names"):
             yield self / name
 
     def readlink(self) -> PurePosixPath:
-        """Return where the symbolic link points."""
+        """Return the symbolic link's target."""
         return PurePosixPath(self._ask("readlink").path("target"))
 
     # Changes
 
     def mkdir(self, mode: int = 0o777, *, parents: bool = False, exist_ok: bool = False) -> None:
-        """Make the folder."""
+        """Create the folder."""
         self._ask("mkdir", mode=mode, parents=parents, exist_ok=exist_ok)
 
     def unlink(self, *, missing_ok: bool = False) -> None:
@@ -141,15 +141,15 @@ class GuestPath:
         self._ask("rmtree")
 
     def chmod(self, mode: int) -> None:
-        """Set its permission bits."""
+        """Set the permission bits."""
         self._ask("chmod", mode=mode)
 
     def symlink_to(self, target: str | PurePosixPath | GuestPath) -> None:
-        """Make it a symbolic link to ``target``."""
+        """Create a symbolic link to ``target`` at this path."""
         self._ask("symlink", target=str(target))
 
     def rename(self, target: str | PurePosixPath | GuestPath) -> GuestPath:
-        """Give it a new name, replacing what has that name; return the new path."""
+        """Rename the file or folder to ``target``, replacing an existing one, and return the new path."""
         self._ask("rename", target=str(target))
         return GuestPath(self._client, str(target))
 
@@ -163,7 +163,7 @@ class GuestPath:
             with self._client.operation(f"{do} {self.pure}"):
                 link = self._client.link()
                 return Answer(link, link.call("path", timeout=TIMEOUT, do=do, path=str(self.pure), **options))
-        except TimeoutError as error:  # an OSError to Python, but not one of the path's
+        except TimeoutError as error:  # a subclass of OSError, but not about the path
             raise MachineError(f"{self.pure}: {error}") from error
         except GuestError as error:
             raise as_os_error(error, str(self.pure)) from None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from pytest_microvm.agent.client import AgentClient
 
-_ANSWER = 60.0  # seconds the agent may take to start or signal a process; only a dead machine takes longer
+_ANSWER = 60.0  # seconds for the agent to start or signal a process; only a dead machine takes longer
 
 
 def command_arguments(
@@ -37,7 +37,7 @@ def command_arguments(
     """Return the agent's ``exec`` request for a command, without its streams.
 
     Raises:
-        UsageError: The command is empty or has a NUL character.
+        UsageError: The command is empty or contains a NUL character.
     """
     request: dict[str, Any] = {"env": dict(env), "cwd": str(cwd) if cwd else "/"}
     if user is not None:
@@ -60,12 +60,12 @@ class GuestProcess:
     """A running command.
 
     Attributes:
-        args: What was asked to run.
-        pid: Its process id in the machine.
-        stdin: A file to write to, or ``None``.
-        stdout: A file to read from.
-        stderr: A file to read from; ``None`` on a terminal.
-        returncode: Its exit status (negative: the signal that ended it), ``None`` while it runs.
+        args: The command, as passed by the caller.
+        pid: The process ID in the machine.
+        stdin: A file for writing, or ``None``.
+        stdout: A file for reading.
+        stderr: A file for reading; ``None`` on a terminal.
+        returncode: The exit status (negative: the signal that ended it), ``None`` while it runs.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class GuestProcess:
             request = {**request, "pty": list(pty)}
         self._handle = self._out.number
         starting = link.request("exec", handle=self._handle, **request, **streams)
-        self._exit = link.request("wait", handle=self._handle)  # both at once: the guest wakes up once
+        self._exit = link.request("wait", handle=self._handle)  # sent together: the guest wakes up once
         try:
             started = starting.wait(_ANSWER)
         except GuestError as error:
@@ -118,7 +118,7 @@ class GuestProcess:
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        """Kill it if it still runs (it is in a machine of its own), and drop what it still says."""
+        """Kill the command if it still runs (its machine is isolated), and discard its remaining output."""
         with contextlib.suppress(MachineError, TimeoutError):
             if self.poll() is None:
                 self.kill()
@@ -126,17 +126,17 @@ class GuestProcess:
                 stream.discard()
 
     def poll(self) -> int | None:
-        """Return its exit status, or ``None`` while it runs."""
+        """Return the exit status, or ``None`` while the command runs."""
         if self.returncode is None and self._exit.done:
             self.wait()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        """Wait for its end and return its exit status.
+        """Wait for the command to end and return its exit status.
 
         Raises:
-            subprocess.TimeoutExpired: It still runs after ``timeout`` seconds.
-            QuotaExceeded: The machine used more than it may, and was ended.
+            subprocess.TimeoutExpired: The command still runs after ``timeout`` seconds.
+            QuotaExceeded: The machine exceeded a quota and was ended.
             MachineCrashed: The machine ended.
         """
         if self.returncode is None:
@@ -154,15 +154,15 @@ class GuestProcess:
         input: str | bytes | None = None,  # noqa: A002 - subprocess's word
         timeout: float | None = None,
     ) -> tuple[Any, Any]:
-        """Send ``input``, read everything, wait for the end.
+        """Send ``input``, read all output, and wait for the command to end.
 
         Returns:
             stdout and stderr, as text or bytes.
 
         Raises:
-            subprocess.TimeoutExpired: It took longer than ``timeout`` seconds; it has been killed.
-            QuotaExceeded: It said more than it may (64 MiB where nothing else is said), or took longer than
-                its machine allows; the machine has been ended.
+            subprocess.TimeoutExpired: The command ran longer than ``timeout`` seconds and was killed.
+            QuotaExceeded: The command printed more than the output limit (64 MiB by default) or exceeded
+                its machine's timeout; the machine has been ended.
             MachineCrashed: The machine ended.
         """
         with self._limited(timeout):
@@ -192,26 +192,26 @@ class GuestProcess:
         return values[0], values[1] if self._err else None
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to it and to what it started (its process group)."""
+        """Send a signal to the command's process group."""
         if self.poll() is None:
             with self._explained():
                 self._link.call("signal", timeout=_ANSWER, handle=self._handle, signal=int(number))
 
     def terminate(self) -> None:
-        """Send SIGTERM."""
+        """Send SIGTERM to the command's process group."""
         self.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Send SIGKILL."""
+        """Send SIGKILL to the command's process group."""
         self.send_signal(signal.SIGKILL)
 
     def resize(self, rows: int, columns: int) -> None:
-        """Tell its terminal a new size."""
+        """Set the size of the command's terminal."""
         with self._explained():
             self._link.call("resize", timeout=_ANSWER, handle=self._handle, size=[rows, columns])
 
     def _limited(self, timeout: float | None) -> AbstractContextManager[None]:
-        """Apply the machine's timeout where the caller gave none."""
+        """Return a context that applies the machine's timeout unless the caller passed one."""
         if timeout is not None:
             return contextlib.nullcontext()
         return self._client.limited(
@@ -219,10 +219,10 @@ class GuestProcess:
         )
 
     def _count(self, data: bytes, default: int | None = None) -> None:
-        """Count what the command said.
+        """Count the command's output against its limit, ``default`` if the machine has none.
 
         Raises:
-            QuotaExceeded: It was more than it may say.
+            QuotaExceeded: The command printed more than the limit.
         """
         self._said += len(data)
         limit = self._client.output_limit or default
@@ -234,10 +234,10 @@ class GuestProcess:
         if stream is None:
             return
         raw = data.encode() if isinstance(data, str) else data or b""
-        ends = self._in is not None  # a terminal's stream is its output too
+        ends = self._in is not None  # a terminal's one stream carries its output too
         if len(raw) <= WINDOW:
             _feed(stream, raw, ends=ends)
-        else:  # it may have to wait until the command has read, which may wait until we have
+        else:  # writing may block until the command reads, which may itself wait for us to read its output
             feeder = threading.Thread(
                 target=_feed, args=(stream, raw), kwargs={"ends": ends}, name="microvm-stdin", daemon=True
             )
@@ -257,7 +257,7 @@ class GuestProcess:
         if mode == "r":
             buffered: IO[bytes] = io.BufferedReader(raw, 65536)
         else:
-            buffered = raw  # type: ignore[assignment]  # unbuffered: what is written is sent
+            buffered = raw  # type: ignore[assignment]  # unbuffered: writes are sent at once
         return io.TextIOWrapper(buffered, "utf-8", "replace", write_through=True) if self._text else buffered
 
 
@@ -268,9 +268,9 @@ class StreamFile(io.RawIOBase):
         stream: The stream.
         mode: ``r`` or ``w``.
         ends: Whether closing a file opened for writing ends the stream's direction.
-        explained: What to read and write within.
-        count: Told what was read.
-        redactor: Takes secrets out of what is read.
+        explained: Returns the context for each read and write.
+        count: Called with the bytes of each read.
+        redactor: Removes secrets from the bytes read.
     """
 
     def __init__(
@@ -293,15 +293,15 @@ class StreamFile(io.RawIOBase):
         self._explained = explained
 
     def readable(self) -> bool:
-        """Whether it was opened for reading."""
+        """Return True if the file was opened for reading."""
         return self._mode == "r"
 
     def writable(self) -> bool:
-        """Whether it was opened for writing."""
+        """Return True if the file was opened for writing."""
         return self._mode == "w"
 
     def readinto(self, buffer: Any) -> int:
-        """Wait for bytes and put them into ``buffer``; 0 at the end."""
+        """Wait for bytes, store them in ``buffer`` and return their number; 0 at the end."""
         data = self._read(len(buffer)) if self._redacted is None else self._read_redacted(len(buffer))
         buffer[: len(data)] = data
         return len(data)
@@ -330,14 +330,14 @@ class StreamFile(io.RawIOBase):
         return len(raw)
 
     def close(self) -> None:
-        """End the stream's direction, in a moment: this is also what happens to a file that is garbage."""
+        """Schedule the end of the sending direction; scheduled, because a finalizer may call this method."""
         if not self.closed and self._mode == "w" and self._ends:
             self._stream.close_soon()
         super().close()
 
 
 def _feed(stream: Stream, data: bytes, *, ends: bool) -> None:
-    # The command need not read what it is given; ValueError: it was discarded meanwhile.
+    # The command need not read its input. ValueError: the stream has been discarded in the meantime.
     with contextlib.suppress(BrokenPipeError, MachineError, ValueError):
         stream.write(data)
     if ends:

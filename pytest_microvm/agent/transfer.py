@@ -1,4 +1,4 @@
-"""Files between host and machine, as tar streams; what a machine sends is treated as an attack."""
+"""Copy files between host and machine, folders as tar streams; data from a machine is untrusted."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 TIMEOUT = 600.0
-"""Seconds a transfer may stand still before it is given up."""
+"""Seconds without progress after which a transfer is aborted."""
 
 KINDS = frozenset(["file", "directory", "symlink", "other"])
-"""What a path in a machine can be."""
+"""Types of a path in a machine."""
 
-_REFUSED_WAIT = 10.0  # seconds that a machine has to end what the host has ended; it might go on
+_REFUSED_WAIT = 10.0  # seconds for a machine to end a transfer that the host aborted; it may never do so
 _PIECE = 65536
 
 
 class _Writer(io.RawIOBase):
-    """A file object that sends what is written to it."""
+    """Adapt a stream to a writable binary file."""
 
     def __init__(self, stream: Stream) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class _Writer(io.RawIOBase):
 
 
 class _Reader(io.RawIOBase):
-    """A file object over what the machine sends."""
+    """Adapt a stream to a readable binary file."""
 
     def __init__(self, stream: Stream) -> None:
         super().__init__()
@@ -87,14 +87,14 @@ def push(link: Link, source: Path, target: PurePosixPath) -> None:
 
 
 def _fill(archive: tarfile.TarFile, root: int) -> None:
-    """Write a folder into an archive; no link is followed, devices, pipes and sockets are left out."""
+    """Write a folder into an archive; do not follow links, and skip devices, pipes and sockets."""
     known: dict[tuple[int, int], str] = {}
     archive.addfile(_member(".", os.fstat(root)))
     for found in walk(root):
         member = _member(found.path, found.status)
         first = known.setdefault((found.status.st_dev, found.status.st_ino), found.path)
         mode = found.status.st_mode
-        with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+        with contextlib.suppress(FileNotFoundError):  # removed since the walk listed it
             if stat.S_ISLNK(mode):
                 member.type, member.linkname = tarfile.SYMTYPE, os.readlink(found.name, dir_fd=found.parent)
                 archive.addfile(member)
@@ -107,7 +107,7 @@ def _fill(archive: tarfile.TarFile, root: int) -> None:
                     archive.addfile(member, file)
             elif stat.S_ISDIR(mode):
                 archive.addfile(member)
-        archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all, in vain
+        archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every member
 
 
 def _member(name: str, status: os.stat_result) -> tarfile.TarInfo:
@@ -119,7 +119,7 @@ def _member(name: str, status: os.stat_result) -> tarfile.TarInfo:
 
 
 def send_tar(link: Link, target: PurePosixPath, fill: Callable[[tarfile.TarFile], None]) -> None:
-    """Let ``fill`` write a tar archive that the machine unpacks into the folder ``target``."""
+    """Stream a tar archive, written by ``fill``, that the machine unpacks into the folder ``target``."""
 
     def work(stream: Stream) -> None:
         with tarfile.open(fileobj=_Writer(stream), mode="w|", bufsize=_PIECE) as archive:
@@ -129,16 +129,16 @@ def send_tar(link: Link, target: PurePosixPath, fill: Callable[[tarfile.TarFile]
 
 
 def send_file(link: Link, op: str, target: str, file: IO[bytes]) -> None:
-    """Stream a host file into the machine: ``write`` it there, or ``unpack`` it if it is a tar archive."""
+    """Stream a host file to the machine, to ``write`` it there or to ``unpack`` it (a tar archive)."""
     _send(link, op, target, lambda stream: shutil.copyfileobj(file, _Writer(stream), _PIECE))
 
 
 def read_file(link: Link, path: str, limit: int) -> bytes:
-    """Return a file's content, at most ``limit`` bytes.
+    """Return the content of a file in the machine, at most ``limit`` bytes.
 
     Raises:
-        OSError: The machine could not read it.
-        TransferError: It is longer.
+        OSError: The machine could not read the file.
+        TransferError: The file is longer than ``limit``.
     """
     with _receiving(link, "read", path) as stream:
         parts, total = [], 0
@@ -154,7 +154,7 @@ def read_file(link: Link, path: str, limit: int) -> bytes:
 
 
 def write_file(link: Link, path: str, data: bytes, *, append: bool = False) -> None:
-    """Write a file in the machine."""
+    """Write or append ``data`` to a file in the machine."""
     _send(link, "write", path, lambda stream: stream.write(data, TIMEOUT), append=append)
 
 
@@ -170,7 +170,7 @@ def pull(link: Link, source: PurePosixPath, target: Path) -> Path:
         raise UsageError(
             f"{final.parent} is not a folder", resolution="make it first, or pull into an existing one"
         )
-    # Received beside its place and renamed when whole, so that a broken transfer leaves nothing half done.
+    # Received into a temporary folder and renamed when complete: an aborted transfer leaves no partial files.
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=".pull-") as folder:
         received = Path(folder) / "content"
         if kind == "directory":
@@ -194,22 +194,22 @@ def pull(link: Link, source: PurePosixPath, target: Path) -> Path:
 
 
 def receive_tree(link: Link, source: PurePosixPath, folder: Path, terms: Terms) -> None:
-    """Unpack what is below ``source`` in the machine into a folder of the host, as ``terms`` allow.
+    """Unpack the machine's folder ``source`` into a folder of the host, as ``terms`` allow.
 
     Raises:
-        OSError: The machine could not read it.
-        TransferError: What came was refused, or could not be written.
+        OSError: The machine could not read the folder.
+        TransferError: The archive was refused or could not be written.
     """
     with _receiving(link, "pack", str(source)) as stream:
         extract(io.BufferedReader(_Reader(stream), _PIECE), folder, terms)
 
 
 def receive_file(link: Link, source: PurePosixPath, file: IO[bytes], limit: int) -> None:
-    """Write a machine's file, at most ``limit`` bytes, into a file of the host.
+    """Copy a machine's file, at most ``limit`` bytes, into a file of the host.
 
     Raises:
-        OSError: The machine could not read it.
-        TransferError: It is longer.
+        OSError: The machine could not read the file.
+        TransferError: The file is longer than ``limit``.
     """
     with _receiving(link, "read", str(source)) as stream:
         _receive_file(stream, file, limit)
@@ -225,9 +225,9 @@ def _receive_file(stream: Stream, file: IO[bytes], limit: int = MAX_BYTES) -> No
 
 
 def put(received: Path, final: Path) -> None:
-    """Move what was received to its place on the same file system; a folder is merged into one that exists.
+    """Move a received file or folder to ``final`` on the same file system; merge into an existing folder.
 
-    Links at the place are replaced, not followed: they may come from a machine, too.
+    Links at the destination are replaced, not followed: they may also come from a machine.
     """
     if received.is_symlink() or not received.is_dir():
         received.replace(final)
@@ -240,7 +240,7 @@ def put(received: Path, final: Path) -> None:
 
 
 def as_os_error(error: GuestError, path: str) -> Exception:
-    """Return the guest's answer as the OSError it would be on the host, where it is one."""
+    """Convert a guest's error to the matching OSError, or to TransferError if it has no error number."""
     known = {"FileNotFoundError": errno.ENOENT, "PermissionError": errno.EACCES}
     code = error.errno or known.get(error.kind, 0)
     if code:
@@ -252,10 +252,10 @@ def _send(link: Link, op: str, target: str, work: Callable[[Stream], object], **
     stream = link.open_stream()
     request = link.request(op, path=target, stream=stream.number, **options)
     try:
-        # If the guest gives up it closes the stream: its answer says why.
+        # A guest that gives up closes the stream; its reply names the reason.
         with contextlib.suppress(BrokenPipeError):
             work(stream)
-    except Exception:  # what is to be sent cannot be read, say
+    except Exception:  # for example, the source cannot be read
         _end_early(stream, request)
         raise
     finally:
@@ -272,7 +272,7 @@ def _receiving(link: Link, op: str, path: str) -> Iterator[Stream]:
     request = link.request(op, path=path, stream=stream.number)
     try:
         yield stream
-    except Exception:  # what came is refused, or the host's disk is full, say
+    except Exception:  # for example, the content is refused or the host's disk is full
         _end_early(stream, request)
         raise
     finally:
@@ -284,7 +284,7 @@ def _receiving(link: Link, op: str, path: str) -> Iterator[Stream]:
 
 
 def _end_early(stream: Stream, request: Request) -> None:
-    """End a transfer that failed here, and see the machine end its part: nothing is written afterwards."""
+    """Abort a transfer that failed on the host, and wait for the machine to stop writing."""
     stream.discard()
     with contextlib.suppress(GuestError, TimeoutError):
         request.wait(_REFUSED_WAIT)
