@@ -1,4 +1,4 @@
-"""One directory or file of the host, copied into a machine, and what changed copied back."""
+"""Copy a directory or file of the host into a machine, and copy the machine's changes back."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _log = logging.getLogger("pytest_microvm")
 
 
 class Copy:
-    """A copy in a machine.
+    """A mount that is copied into a machine.
 
     Args:
         machine: The machine.
-        mount: What is where.
+        mount: Source, target and access of the mount.
 
     Raises:
-        UsageError: There is no such directory.
+        UsageError: The source does not exist or cannot be mounted.
     """
 
     def __init__(self, machine: Machine, mount: Mount) -> None:
@@ -46,15 +46,15 @@ class Copy:
         self._mount = mount
         self._source = resolved(mount)
         self._handed = Handover()
-        self._left_out: dict[str, str] = {}  # what was told already
+        self._left_out: dict[str, str] = {}  # already reported, path -> reason
         self.single = not self._source.is_dir()
 
     def hand_over(self) -> None:
-        """Copy it in.
+        """Copy the source into the machine.
 
         Raises:
-            UsageError: This user may not read all of it.
-            TransferError: The machine could not take it.
+            UsageError: This user may not read all of the source.
+            TransferError: The machine could not store the copy.
         """
         link, target = self._machine.client.link(), self._mount.target
         root = open_folder(self._source.parent if self.single else self._source)
@@ -69,7 +69,7 @@ class Copy:
             os.close(root)
 
     def bring_back(self) -> Changes:
-        """Take over what changed; see :meth:`pytest_microvm.mounts.mounting.Mounted.copy_back`."""
+        """Apply the machine's changes; see :meth:`pytest_microvm.mounts.mounting.Mounted.copy_back`."""
         with self._staging() as (root, staging):
             left_out: dict[str, str] = {}
             self._receive(staging / "content", left_out)
@@ -78,7 +78,7 @@ class Copy:
 
     @contextlib.contextmanager
     def _staging(self) -> Iterator[tuple[int, Path]]:
-        """Open the host's directory, and make one on the same file system that nobody else can enter."""
+        """Open the host's directory, and create a private staging directory on the same file system."""
         folder = self._source.parent if self.single else self._source
         try:
             root = open_folder(folder)
@@ -123,13 +123,13 @@ class Copy:
                 left_out[path] = _LEADS_OUT_BY_ANOTHER
             for path in after:
                 if is_git(path) and not is_git(path.rpartition("/")[0]):
-                    _remove(staging / "content" / path)  # it might come along with a directory that is moved
+                    _remove(staging / "content" / path)  # else it would be moved along with its directory
             work = TakeOver(root, content, spare, f".microvm-{self._machine.client.id}")
             result = work.run(before, after, left_out)
         finally:
             os.close(content)
             os.close(spare)
-        missed = {*left_out, *result.unsaved}  # the next time they are compared with what was handed over
+        missed = {*left_out, *result.unsaved}  # compared with the handed-over version next time
         self._handed.manifest = {
             path: entry
             for side, below in ((after, False), (before, True))
@@ -148,7 +148,11 @@ class Copy:
         return result
 
     def _told(self, result: Result) -> Changes:
-        """Return what was taken over, and say what was not."""
+        """Return the applied changes; log those left in the machine and raise an error for conflicts.
+
+        Raises:
+            MountConflict: Some changes were not applied.
+        """
         changes = Changes(
             tuple(result.created),
             tuple(result.changed),
@@ -187,10 +191,10 @@ class Copy:
 
 
 def resolved(what: Mount) -> Path:
-    """Return where the source's links lead to, made if it is missing and may be written.
+    """Return the mount's source with links resolved; create a missing one if the mount is writable.
 
     Raises:
-        UsageError: It is not there, or nothing that can be handed over.
+        UsageError: The source does not exist or cannot be mounted.
     """
     try:
         if what.access == "rw" and not what.source.exists():
@@ -212,32 +216,32 @@ def resolved(what: Mount) -> Path:
 
 
 def receive(machine: Machine, path: GuestPath, target: Path) -> None:
-    """Write a machine's file into a new file of the host.
+    """Copy a machine's file into a new file of the host.
 
     Raises:
-        TransferError: It is none, or larger than the machine.
+        TransferError: The path is no file, or the file is larger than the machine's disk and memory.
     """
     room = _room(machine)
-    if not path.is_file() or path.stat()["size"] > room:  # asked first: else all that fits would come
+    if not path.is_file() or path.stat()["size"] > room:  # else all bytes up to the limit are received first
         raise TransferError(f"{path} is no file in the machine, or one of more than {room} bytes")
     with target.open("wb") as file:
         receive_file(machine.client.link(), path.pure, file, room)
 
 
 def _room(machine: Machine) -> int:
-    """Return how many bytes a machine can have to give back: more is a file full of holes."""
+    """Return the maximum bytes a machine can hold: disk plus memory; only a sparse file is larger."""
     return min(MAX_BYTES, machine.facts.limits.disk + machine.facts.limits.memory)
 
 
 def _same_mount(one: Path, other: Path) -> bool:
-    """Whether rename(2) can move things from one to the other, which must be writable."""
+    """Return True if rename(2) can move files from ``one`` to ``other``, which must be writable."""
     if not os.access(other, os.W_OK | os.X_OK):
         return False
     return _mount_id(one) == _mount_id(other)
 
 
 def _mount_id(path: Path) -> str:
-    """Return what tells mounts apart; two of the same device may be different (proc(5), fdinfo)."""
+    """Return the ID of the mount at ``path``; one device may have several mounts (proc(5), fdinfo)."""
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         facts = Path(f"/proc/self/fdinfo/{folder}").read_text(encoding="ascii").splitlines()
@@ -249,7 +253,7 @@ def _mount_id(path: Path) -> str:
 
 
 def _leading_out(content: Path, before: Manifest, after: Manifest) -> list[str]:
-    """Return the machine's links that lead out through those that the host handed over itself."""
+    """Return the machine's new links that lead out of the directory by way of the host's own links."""
     return [
         path
         for path, entry in after.items()

@@ -1,8 +1,8 @@
-"""A repository handed to a machine as a clone; its commits come back as a branch.
+"""Hand a repository to a machine as a clone; the machine's commits come back as a branch.
 
-The host sends what is reachable from HEAD, in a clone without remotes, hooks or the user's configuration.
-What comes back is one bundle. Of the host's repository only the objects grow, and one branch; work tree,
-index and HEAD are not touched, and nothing is checked out.
+The host sends the objects reachable from HEAD, in a clone without remotes, hooks or the user's
+configuration. The machine returns one bundle. In the host's repository only objects and one branch are
+added; work tree, index and HEAD are not touched, and nothing is checked out.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ _OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _LENT = "refs/heads/lent"
 _MAX_BRANCHES = 100
 _MAX_UNCOMMITTED = 10**6
-_MAX_SAID = 2000  # characters of what the machine's git said
+_MAX_SAID = 2000  # characters of the error output of the machine's git
 
 
 class Clone:
-    """A repository's clone in a machine.
+    """A mount that is a clone of a repository.
 
     Args:
         machine: The machine.
-        mount: What is where; its source is the top of a working tree, or a bare repository.
+        mount: Source, target and access; the source is the top of a working tree, or a bare repository.
 
     Raises:
-        UsageError: It is no repository with a commit.
-        HostError: git is missing.
+        UsageError: The source is no repository, or has no commit.
+        HostError: git is missing on the host.
     """
 
     single = False
@@ -63,15 +63,15 @@ class Clone:
         self._base = self._tip = _head(self._source, self._repository)
         if mount.access == "rw":
             self._check_name()
-        self._branch: str | None = None  # the last that was made here, at ``_tip``
+        self._branch: str | None = None  # the last branch created here, at ``_tip``
         self._last = Changes()
 
     def hand_over(self) -> None:
-        """Clone it into the machine, and check its branch out there.
+        """Clone the repository into the machine and check out its branch there.
 
         Raises:
             UsageError: The machine has no git.
-            TransferError: The machine could not take it.
+            TransferError: The machine could not store or check out the clone.
         """
         if self._machine.run("command -v git").returncode:
             raise UsageError(
@@ -94,7 +94,7 @@ class Clone:
         self._guest_git("reset", "--hard", "--quiet")
 
     def bring_back(self) -> Changes:
-        """Import what the machine committed; see :meth:`pytest_microvm.mounts.mounting.Mounted.copy_back`."""
+        """Import the machine's commits; see :meth:`pytest_microvm.mounts.mounting.Mounted.copy_back`."""
         tip = self._guest_git("rev-parse", "--verify", "HEAD^{commit}").strip()
         if not _OBJECT.fullmatch(tip):
             raise self._refused("its git names no commit")
@@ -116,10 +116,10 @@ class Clone:
     # Into the machine
 
     def _make_clone(self, clone: Path) -> None:
-        """Clone what is reachable from HEAD, and nothing else that may lie in the repository.
+        """Clone only the objects reachable from HEAD.
 
-        It is fetched from a repository of ours that borrows the objects: git at the other end of a fetch
-        would obey the configuration that it finds there.
+        They are fetched from a repository of our own that borrows the objects: git, at the remote end of a
+        fetch, obeys the configuration of the repository that it reads.
         """
         git("init", "--quiet", "--template=", f"--object-format={self._repository.format}", clone)
         made = Repository(clone / ".git", self._repository.format, own=True)
@@ -143,7 +143,7 @@ class Clone:
     # Out of the machine
 
     def _uncommitted(self) -> int:
-        """Return how many changes the machine says it has not committed."""
+        """Return the number of uncommitted changes that the machine reports."""
         script = 'git -C "$1" status --porcelain | wc -l'
         done = self._machine.run(["/bin/sh", "-c", script, "sh", str(self._mount.target)])
         said = done.stdout.strip()
@@ -159,14 +159,14 @@ class Clone:
         self._machine.run(["rm", "-rf", str(place)])
 
     def _named(self, tip: str) -> str:
-        """Make a branch for ``tip``, or move the one made before if that loses nothing; return its name."""
+        """Create a branch for ``tip``, or fast-forward the one created before; return its name."""
         if self._branch and self._moved(self._branch, tip):
             return self._branch
         for number in range(1, _MAX_BRANCHES):
             branch = f"microvm/{self._machine.client.id}" + (f"-{number}" if number > 1 else "")
             if self._repository.git("for-each-ref", "--format=%(refname)", f"refs/heads/{branch}").strip():
                 continue
-            try:  # zeros: there must be none
+            try:  # zeros: the branch must not exist
                 self._update(branch, tip, "0" * len(tip))
             except GitError as error:
                 raise self._refused(f"branch {branch} cannot be made", error.details) from error
@@ -175,7 +175,7 @@ class Clone:
         raise self._refused(f"there are {_MAX_BRANCHES} branches of this machine already")
 
     def _moved(self, branch: str, tip: str) -> bool:
-        """Move a branch if it is where it was left, and ``tip`` comes after that."""
+        """Fast-forward a branch to ``tip`` if it is unchanged since the last import; return True if moved."""
         try:
             self._repository.git("merge-base", "--is-ancestor", self._tip, tip)
             self._update(branch, tip, self._tip)
@@ -190,10 +190,10 @@ class Clone:
         )
 
     def _check_name(self) -> None:
-        """Refuse a repository in which no branch below ``microvm/`` can be made: too late to find out later.
+        """Reject a repository that cannot hold branches ``microvm/*``, before the machine does any work.
 
         Raises:
-            UsageError: It has a branch of that name.
+            UsageError: The repository has a branch named ``microvm``.
         """
         names = self._repository.git("for-each-ref", "--format=%(refname)", "refs/heads/microvm")
         if names == "refs/heads/microvm\n":
@@ -203,7 +203,7 @@ class Clone:
             )
 
     def _handed_over(self, commit: str) -> bool:
-        """Whether a commit is one that the machine was given: it has gone back to it."""
+        """Return True if the machine got this commit from the host: its HEAD went back in history."""
         try:
             self._repository.git("merge-base", "--is-ancestor", commit, self._base)
         except GitError:
@@ -211,7 +211,7 @@ class Clone:
         return True
 
     def _guest_git(self, *arguments: str) -> str:
-        """Run the machine's git and return what it printed, which may be anything."""
+        """Run git in the machine and return its output, which is untrusted."""
         done = self._machine.run(["git", "-C", str(self._mount.target), *arguments])
         if done.returncode:
             raise self._refused(f"its git {arguments[0]} failed", sanitize(done.stderr, _MAX_SAID))
@@ -226,10 +226,10 @@ class Clone:
 
 
 def _repository(source: Path) -> Repository:
-    """Return the repository that has ``source`` as the top of a working tree, or is there.
+    """Return the repository at ``source``, the top of a working tree or a bare repository.
 
     Raises:
-        UsageError: There is none.
+        UsageError: ``source`` is neither.
     """
     if not source.is_dir():
         raise UsageError(f"{source} is no directory", resolution="check the path of the mount")
@@ -245,10 +245,10 @@ def _repository(source: Path) -> Repository:
 
 
 def _head(source: Path, repository: Repository) -> str:
-    """Return the commit that is checked out.
+    """Return the ID of the commit that is checked out.
 
     Raises:
-        UsageError: There is none.
+        UsageError: The repository has no commit.
     """
     try:
         return repository.git("rev-parse", "--verify", "HEAD^{commit}").strip()
@@ -259,7 +259,7 @@ def _head(source: Path, repository: Repository) -> str:
 
 
 def _branch(repository: Repository) -> str | None:
-    """Return the branch that is checked out, such as ``refs/heads/main``, if one is."""
+    """Return the branch that is checked out, such as ``refs/heads/main``; ``None`` if HEAD is detached."""
     try:
         return repository.git("symbolic-ref", "--quiet", "HEAD").strip() or None
     except GitError:

@@ -1,4 +1,4 @@
-"""A directory of the host that a machine works in: a live mount, handed over and taken away."""
+"""Live mounts: serve a directory of the host to a machine, which works in it directly."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _log = logging.getLogger("pytest_microvm")
 
 
 class Share:
-    """A directory that a machine sees as it is, and changes at once.
+    """A live mount: the machine sees the host's directory as it is and changes it immediately.
 
     Args:
         machine: The machine.
-        mount: What is where; its source is a directory.
+        mount: Source, target and access of the mount; the source is a directory.
 
     Raises:
-        UsageError: There is no such directory.
+        UsageError: The source is missing or is no directory.
     """
 
     single = False
@@ -49,10 +49,10 @@ class Share:
             )
 
     def hand_over(self) -> None:
-        """Mount it in the machine.
+        """Mount the directory in the machine.
 
         Raises:
-            TransferError: The machine cannot mount it.
+            TransferError: The machine cannot mount the directory.
         """
         path = self._machine.path(self._mount.target)
         path.mkdir(parents=True, exist_ok=True)
@@ -96,12 +96,12 @@ class Share:
         return folder
 
     def bring_back(self) -> Changes:
-        """Let the machine write out what its programs have in memory (mmap(2)); all else is here already."""
+        """Have the machine flush memory-mapped files (mmap(2)); all other changes are on the host already."""
         self._machine.client.link().call("path", timeout=TIMEOUT, do="sync", path=str(self._mount.target))
         return Changes()
 
     def take_away(self) -> None:
-        """Unmount it. What is mounted there is never removed, only the place where it was."""
+        """Unmount the directory and remove the empty mount point; the directory's content is kept."""
         try:
             self._machine.network.unshare(self._number)
             self._machine.path(self._mount.target).rmdir()

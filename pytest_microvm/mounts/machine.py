@@ -1,4 +1,4 @@
-"""What mounts need of a machine."""
+"""The interface of a machine that mounts use."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ if TYPE_CHECKING:
 
 
 class Facts(Protocol):
-    """What is known of a machine from its start."""
+    """Properties of a machine, fixed at its start."""
 
     @property
     def image(self) -> str:
-        """Its image's name."""
+        """The image's name."""
 
     @property
     def limits(self) -> Limits:
-        """What it may use."""
+        """The machine's resource limits."""
 
 
 class Machine(Protocol):
-    """A machine that directories of the host are handed to."""
+    """A machine into which directories of the host are mounted."""
 
     @property
     def client(self) -> AgentClient:
-        """Its link to the agent, and the rules for using it."""
+        """The link to the machine's agent, with the rules for its use."""
 
     @property
     def facts(self) -> Facts:
-        """What is known of it."""
+        """Properties fixed at the machine's start."""
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs."""
+        """True while the machine is running."""
 
     @property
     def closed(self) -> bool:
-        """Whether its user has ended it."""
+        """True if the user has closed the machine."""
 
     @property
     def mounts(self) -> list[Any]:
-        """Its mounts; one that is taken out is removed here."""
+        """The machine's mounts; a mount that is closed removes itself from this list."""
 
     @property
     def network(self) -> MachineNetwork:
-        """Its network, which carries live mounts."""
+        """The machine's network, which carries live mounts."""
 
     def run(self, args: str | Sequence[str | PurePosixPath]) -> subprocess.CompletedProcess[Any]:
-        """Run a command and return what came of it."""
+        """Run a command and return its result."""
 
     def path(self, *segments: str | PurePosixPath) -> GuestPath:
-        """Return a path in it."""
+        """Return a path in the machine."""

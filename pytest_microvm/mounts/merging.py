@@ -1,8 +1,8 @@
-"""Takes what a machine changed over into a directory of the host, unless it was changed there meanwhile.
+"""Merge a machine's changes into a directory of the host, except where the host changed it too.
 
-Three sides are compared: what the machine was handed, what it has now (received into a staging directory
-that nobody else can enter), and what the host's directory holds at the moment of the change. What is new is
-put in its place by link(2), which fails if something is there; what is changed by rename(2).
+Three versions are compared: the one handed to the machine, the machine's current one (received into a
+private staging directory), and the host's at the moment of the change. New files are put in place by
+link(2), which fails if the name exists; changed files by rename(2).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import NamedTuple
 from pytest_microvm.untrusted.manifest import Difference, Entry, Manifest, differences, is_git, look
 from pytest_microvm.untrusted.nofollow import FOLDER_FLAGS, folder_below, open_file
 
-_MAX_NAME = 255  # bytes: what Linux takes as a name
+_MAX_NAME = 255  # bytes; NAME_MAX of Linux
 _MAX_COPIES = 1000
 _PRIVATE = 0o700
 _CHANGED_HERE = "it was changed on the host meanwhile"
@@ -30,12 +30,12 @@ _GONE_HERE = "it was removed on the host meanwhile"
 
 
 class Conflict(NamedTuple):
-    """A change that was not taken over.
+    """A change that was not applied.
 
     Args:
-        path: Where, relative to the directory.
-        why: For people.
-        saved: What the machine's version is called now; ``None``: it has none.
+        path: The path, relative to the directory.
+        why: The reason, for people.
+        saved: The path of the machine's version on the host; ``None`` if there is none.
     """
 
     path: str
@@ -44,7 +44,7 @@ class Conflict(NamedTuple):
 
 
 class _Status(NamedTuple):
-    """What tells whether something was touched since; the time of its last reading does not."""
+    """The part of a file's status that reveals changes (all but the access time)."""
 
     device: int
     inode: int
@@ -58,10 +58,10 @@ class _Status(NamedTuple):
 
 @dataclass
 class Result:
-    """What was taken over, by paths relative to the directory, and what was not.
+    """Changes that were applied and that were not, as paths relative to the directory.
 
-    ``links`` are new links of the machine's that lead out: they concern nothing of the host's. ``unsaved``
-    are the conflicts of which the machine's version is nowhere but in the machine.
+    ``links`` holds new links that lead out of the directory; nothing of the host is affected.
+    ``unsaved`` holds the conflicts whose machine version exists only in the machine.
     """
 
     created: list[str] = field(default_factory=list)
@@ -74,13 +74,13 @@ class Result:
 
 
 class TakeOver:
-    """One taking over.
+    """One merge of a machine's changes.
 
     Args:
         root: Descriptor of the host's directory.
-        content: Descriptor of the staging directory with what the machine has now.
-        spare: Descriptor of another directory in staging, empty.
-        suffix: What the machine's version of a conflict gets behind its name.
+        content: Descriptor of the staging directory with the machine's current version.
+        spare: Descriptor of another staging directory, empty.
+        suffix: Suffix for the name of the machine's version in a conflict.
     """
 
     def __init__(self, root: int, content: int, spare: int, suffix: str) -> None:
@@ -89,12 +89,12 @@ class TakeOver:
         self._content = content
         self._spare = spare
         self._suffix = suffix
-        self._blocked: set[str] = set()  # paths at which, and below which, nothing is to be done any more
-        self._cleared: set[str] = set()  # paths where something of another kind was removed
-        self._beside: dict[str, str] = {}  # directories of the host that are gone -> what stands for them
+        self._blocked: set[str] = set()  # paths that, with everything below, are skipped from now on
+        self._cleared: set[str] = set()  # paths where a file of another type was removed
+        self._beside: dict[str, str] = {}  # directories missing on the host -> their substitutes
 
     def run(self, before: Manifest, after: Manifest, left_out: dict[str, str]) -> Result:
-        """Take over what differs between ``before`` and ``after``, but for what was ``left_out``."""
+        """Apply the differences between ``before`` and ``after``, except the paths in ``left_out``."""
         self._blocked.update(left_out)
         self.result.conflicts += [Conflict(path, why) for path, why in sorted(left_out.items())]
         wanted = []
@@ -103,7 +103,7 @@ class TakeOver:
                 self.result.left.append(difference.path)
             elif not self._is_blocked(difference.path):
                 wanted.append(difference)
-        for difference in reversed(wanted):  # what is in a directory before the directory
+        for difference in reversed(wanted):  # a directory's content before the directory
             if difference.before is not None and not _replaceable(difference):
                 self._try(self._remove, difference)
         for difference in wanted:
@@ -112,7 +112,7 @@ class TakeOver:
         return self.result
 
     def _try(self, do: Callable[[Difference], None], difference: Difference) -> None:
-        """Let one path that the host cannot change not stop the others."""
+        """Apply one difference; record a conflict if the host cannot, so that the others go on."""
         try:
             do(difference)
         except OSError as error:
@@ -170,7 +170,7 @@ class TakeOver:
             if parent is None:
                 self._conflict(difference, "its directory was removed on the host meanwhile")
             elif there == after or (there and there.kind == after.kind == "folder" and there != expected):
-                pass  # both made the same; of a directory's rights the host's stay
+                pass  # both sides did the same; a directory keeps the host's permissions
             elif there != expected:
                 why = _GONE_HERE if there is None else _NEW_HERE if expected is None else _CHANGED_HERE
                 self._conflict(difference, why)
@@ -195,7 +195,7 @@ class TakeOver:
             os.close(folder)
 
     def _put_content(self, difference: Difference, parent: int, name: str, status: _Status | None) -> None:
-        """Put a file or a link in its place, at once and whole."""
+        """Put a file or a link in place atomically."""
         before, after = difference.before, difference.after
         if status is None:
             try:
@@ -215,10 +215,10 @@ class TakeOver:
         self.result.changed.append(difference.path)
 
     def _move(self, path: str, parent: int, put: Callable[[int, str], None]) -> None:
-        """Let ``put`` move the machine's version, a directory's descriptor and a name, to ``parent``.
+        """Call ``put(folder, name)`` to move the machine's version of ``path`` from staging to ``parent``.
 
-        A file with more than one name (a hard link) is copied: a change to one is not to change the other.
-        So is what has to get to another file system, which may be mounted within the directory.
+        A file with several names (hard links) is copied, so that a change under one name does not show under
+        another. So is a file that goes to another file system, which may be mounted within the directory.
         """
         *above, name = path.split("/")
         with folder_below(self._content, above) as folder:
@@ -233,7 +233,7 @@ class TakeOver:
     # Conflicts
 
     def _conflict(self, difference: Difference, why: str) -> None:
-        """Leave the host's version alone, and put the machine's beside it."""
+        """Record a conflict: keep the host's version and store the machine's beside it."""
         saved = None
         if difference.after is not None:
             try:
@@ -245,7 +245,7 @@ class TakeOver:
         self.result.conflicts.append(Conflict(difference.path, why, saved))
 
     def _save(self, path: str) -> str:
-        """Put the machine's version of ``path``, all of a directory, beside the host's; return where."""
+        """Store the machine's version of ``path``, including a directory's content; return its new path."""
         *above, name = path.split("/")
         depth = self._depth(above)
         with folder_below(self._root, above[:depth]) as parent:
@@ -258,7 +258,7 @@ class TakeOver:
             return "/".join([*above, new])
 
     def _depth(self, segments: list[str]) -> int:
-        """Return how many of a path's directories the host still has."""
+        """Return the number of leading directories of a path that still exist on the host."""
         for depth in range(len(segments)):
             with folder_below(self._root, segments[: depth + 1]) as folder:
                 if folder is None:
@@ -266,7 +266,7 @@ class TakeOver:
         return len(segments)
 
     def _save_in(self, parent: int, depth: int, segments: list[str]) -> str:
-        """Save a path of which only ``depth`` directories are left into one that stands for the next."""
+        """Save a path of which only ``depth`` directories exist, in a substitute for the next directory."""
         gone = "/".join(segments[: depth + 1])
         if gone not in self._beside:
             self._beside[gone] = _new_name(parent, segments[depth], self._suffix)
@@ -286,7 +286,7 @@ class TakeOver:
 
 
 def is_below(path: str, places: Collection[str]) -> bool:
-    """Whether ``path`` is one of ``places``, or in one of them."""
+    """Return True if ``path`` equals one of ``places`` or lies below one."""
     while path and places:
         if path in places:
             return True
@@ -295,13 +295,13 @@ def is_below(path: str, places: Collection[str]) -> bool:
 
 
 def _replaceable(difference: Difference) -> bool:
-    """Whether rename(2) puts what comes after in the place of what was before."""
+    """Return True if rename(2) can replace the old version by the new one: both or neither are folders."""
     before, after = difference.before, difference.after
     return bool(before and after and (before.kind == "folder") == (after.kind == "folder"))
 
 
 def _see(parent: int | None, name: str) -> tuple[Entry | None, _Status | None]:
-    """Return what is called ``name``, and its state before that was found out."""
+    """Return the entry ``name`` and its status, which is read before the entry."""
     if parent is None:
         return None, None
     status = _status(parent, name)
@@ -320,10 +320,10 @@ def _status(parent: int, name: str) -> _Status | None:
 
 
 def _link_or_move(folder: int, received: str, parent: int, name: str) -> None:
-    """Give what was received its name; never in the place of anything.
+    """Move a received file to ``name`` in ``parent`` without replacing anything.
 
     Raises:
-        FileExistsError: Something has that name.
+        FileExistsError: The name exists.
     """
     try:
         os.link(received, name, src_dir_fd=folder, dst_dir_fd=parent, follow_symlinks=False)
@@ -338,7 +338,7 @@ def _link_or_move(folder: int, received: str, parent: int, name: str) -> None:
 
 
 def _move_or_copy(folder: int, name: str, parent: int, put: Callable[[int, str], None]) -> None:
-    """Let ``put`` move something to ``parent``, from a copy there if that is another file system."""
+    """Let ``put`` move a file to ``parent``; if that is another file system, copy it there first."""
     try:
         put(folder, name)
     except OSError as error:
@@ -349,7 +349,7 @@ def _move_or_copy(folder: int, name: str, parent: int, put: Callable[[int, str],
 
 
 def _take_rights(folder: int, name: str, status: _Status, *, rights: bool) -> None:
-    """Give a received file the owner of the one that it replaces and, if asked, its rights."""
+    """Give a received file the owner and, if ``rights``, the permissions of the file it replaces."""
     if os.geteuid() == 0:
         os.chown(name, status.uid, status.gid, dir_fd=folder, follow_symlinks=False)
     if rights:
@@ -359,7 +359,7 @@ def _take_rights(folder: int, name: str, status: _Status, *, rights: bool) -> No
 
 @contextlib.contextmanager
 def _copied(folder: int, name: str, target: int) -> Iterator[str]:
-    """Copy something into another directory; yield what it is called there, until it is moved or removed."""
+    """Copy a file or directory into ``target``; yield the copy's name, and remove it unless it was moved."""
     new = f".microvm-{secrets.token_hex(8)}"
     try:
         _copy(folder, name, target, new)
@@ -369,7 +369,7 @@ def _copied(folder: int, name: str, target: int) -> Iterator[str]:
 
 
 def _copy(folder: int, name: str, target: int, new: str) -> None:
-    """Copy a file, a link or a directory, rights and a file's times too."""
+    """Copy a file, link or directory with its permissions and, for a file, its times."""
     mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
     if stat.S_ISLNK(mode):
         os.symlink(os.readlink(name, dir_fd=folder), new, dir_fd=target)
@@ -395,7 +395,7 @@ def _copy(folder: int, name: str, target: int, new: str) -> None:
 
 
 def _remove_copy(parent: int, name: str) -> None:
-    """Remove a copy, all of a directory, as far as it was made and is still there."""
+    """Remove a copy, including a directory's content, if it exists (a copy may be incomplete)."""
     status = _status(parent, name)
     if status is not None and stat.S_ISDIR(status.mode):
         with folder_below(parent, [name]) as folder:
@@ -412,7 +412,7 @@ def _names(folder: int) -> list[str]:
 
 
 def _new_name(parent: int, name: str, suffix: str) -> str:
-    """Return ``name`` with ``suffix`` behind it, which nothing is called yet."""
+    """Return ``name`` with ``suffix`` appended, and a number if that name exists."""
     for number in range(1, _MAX_COPIES):
         behind = suffix if number == 1 else f"{suffix}-{number}"
         new = os.fsdecode(os.fsencode(name)[: _MAX_NAME - len(behind)]) + behind

@@ -1,4 +1,4 @@
-"""Mounts of a machine: handed over, brought back, taken away."""
+"""Mount directories and files of the host in a machine, copy changes back, and unmount them."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
     from pytest_microvm.agent.path import GuestPath
     from pytest_microvm.mounts.machine import Machine
 
-_MAX_SAID = 2000  # characters of what a machine said
+_MAX_SAID = 2000  # characters of a machine's error message
 _log = logging.getLogger("pytest_microvm")
 
 
 class _Handed(Protocol):
-    """What was handed over: a :class:`Copy`, a :class:`Clone` or a :class:`Share`."""
+    """The interface of the kinds of mount: :class:`Copy`, :class:`Clone` and :class:`Share`."""
 
     single: bool
 
     def hand_over(self) -> None:
-        """Put it into the machine."""
+        """Transfer the source into the machine."""
 
     def bring_back(self) -> Changes:
-        """Take over what the machine made of it."""
+        """Apply the machine's changes to the host."""
 
 
 class Mounted:
-    """A directory of the host that was handed to a machine.
+    """A directory or file of the host that is mounted in a machine.
 
-    As a context manager it copies what changed back at the end of the ``with`` block, and takes it out of the
-    machine.
+    As a context manager it copies changes back at the end of the ``with`` block and removes the mount from
+    the machine.
 
     Attributes:
-        mount: What is where.
-        closed: Whether it has been taken out of the machine.
+        mount: Source, target, kind and access.
+        closed: Whether the mount has been removed from the machine.
     """
 
     def __init__(self, machine: Machine, mount: Mount, handed: _Handed) -> None:
@@ -69,23 +69,23 @@ class Mounted:
         except MachineError as error:
             if kind is None:
                 raise
-            _log.warning("%s", error)  # what ended the block is more to the point
+            _log.warning("%s", error)  # the block's own exception is more relevant
 
     def copy_back(self) -> Changes:
-        """Take what the machine changed over into the host's directory.
+        """Apply the machine's changes to the host's directory.
 
-        What changed on both sides since it was handed over (or copied back before) is left alone on the
-        host; the machine's version is put beside it, with the machine's id behind its name. Of a repository
-        the commits come back, as a branch. Of a live mount everything is there already, but for what programs
-        wrote through memory maps.
+        A file that both sides changed since it was mounted (or last copied back) is left alone on the host;
+        the machine's version is stored beside it, with the machine's id appended to its name. For a git
+        repository the machine's commits come back as a branch. For a live mount only data that programs
+        wrote through memory maps is still missing on the host, and is written now.
 
         Returns:
-            What was taken over; nothing if the mount is ``ro``.
+            The changes applied; none if the mount is ``ro``.
 
         Raises:
-            MountConflict: Some was not; everything else was.
-            TransferError: What the machine has there now cannot come back. Nothing was taken over.
-            MachineCrashed: The machine ended. Nothing was taken over.
+            MountConflict: Some changes were not applied; all others were.
+            TransferError: The machine's current content cannot be copied back. Nothing was applied.
+            MachineCrashed: The machine ended. Nothing was applied.
         """
         if self.mount.access == "ro":
             return Changes()
@@ -106,10 +106,10 @@ class Mounted:
         return changes
 
     def close(self) -> None:
-        """Take it out of the machine without copying anything back; a second call does nothing.
+        """Remove the mount from the machine without copying anything back; a second call does nothing.
 
         Raises:
-            TransferError: The machine did not let go of it.
+            TransferError: The machine could not remove the mount.
             MachineCrashed: The machine ended.
         """
         if self.closed:
@@ -131,11 +131,11 @@ _KINDS: dict[str, Callable[[Machine, Mount], _Handed]] = {"copy": Copy, "git": C
 
 
 def mount(machine: Machine, what: Mount) -> Mounted:
-    """Hand a directory or a file of the host to a machine.
+    """Mount a directory or file of the host in a machine.
 
     Raises:
-        UsageError: There is no such directory, or the machine has something else at that place.
-        TransferError: The machine could not take it.
+        UsageError: The source is unusable, or the machine already has something at the target.
+        TransferError: The machine could not store or mount the source.
     """
     handed: _Handed = _KINDS[what.kind](machine, what)
     _check_place(machine, what, single=handed.single)
@@ -145,7 +145,7 @@ def mount(machine: Machine, what: Mount) -> Mounted:
                 handed.hand_over()
         except MachineError:
             if what.kind != "live" and machine.alive:
-                with contextlib.suppress(OSError, MachineError):  # what failed is more to the point
+                with contextlib.suppress(OSError, MachineError):  # the first error is more relevant
                     _remove(machine.path(what.target), single=handed.single)
             raise
         if what.access == "ro" and what.kind != "live":
@@ -154,18 +154,18 @@ def mount(machine: Machine, what: Mount) -> Mounted:
 
 
 def copy_all_back(mounted: Sequence[Mounted]) -> list[Changes]:
-    """Copy back what changed in each, all of them even if one fails.
+    """Copy back the changes of every mount, even if some of them fail; return those of the copied mounts.
 
     Raises:
-        MountConflict: Some was not taken over.
-        MachineError: One of them failed.
+        MountConflict: Some changes were not applied.
+        MachineError: A mount could not be copied back; the first error is raised, the others are logged.
     """
     done: list[Changes] = []
     failed: list[MachineError] = []
     for one in mounted:
         try:
             changes = one.copy_back()
-            if one.mount.kind != "live":  # of which there is nothing to tell
+            if one.mount.kind != "live":  # a live mount has no changes to report
                 done.append(changes)
         except MachineError as error:
             failed.append(error)
@@ -177,7 +177,7 @@ def copy_all_back(mounted: Sequence[Mounted]) -> list[Changes]:
 
 
 def _remove(path: GuestPath, *, single: bool) -> None:
-    """Remove what was handed over."""
+    """Remove a mounted file or directory from the machine."""
     if single:
         path.unlink(missing_ok=True)
     elif path.exists():
@@ -186,7 +186,7 @@ def _remove(path: GuestPath, *, single: bool) -> None:
 
 @contextlib.contextmanager
 def _as_transfer_error(what: object) -> Iterator[None]:
-    """Turn an OSError, the host's or one that the machine claims, into what users of mounts wait for."""
+    """Convert an OSError, raised by the host or reported by the machine, to a TransferError."""
     try:
         yield
     except OSError as error:
@@ -197,11 +197,11 @@ def _as_transfer_error(what: object) -> Iterator[None]:
 
 
 def _check_place(machine: Machine, what: Mount, *, single: bool) -> None:
-    """Refuse a place where the machine has something: it would come back as if it had been made there."""
+    """Reject a target that is not free: its content would be copied back as if newly created."""
     place = machine.path(what.target)
     try:
         free = not place.exists() or (not single and place.is_dir() and not any(place.iterdir()))
-    except (OSError, TransferError):  # too much to be listed
+    except (OSError, TransferError):  # too many entries to list
         free = False
     if place.is_symlink() or not free:
         raise UsageError(

@@ -1,1 +1,1 @@
-"""Live mounts: a directory of the host that a machine works in, served to its kernel as FUSE."""
+"""Live mounts: a directory of the host, served to a machine's kernel over FUSE."""

@@ -1,4 +1,4 @@
-"""Operations of a live mount on files: opened, read, written, and what they are like."""
+"""File operations of a live mount: open, read, write, and get and set attributes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytest_microvm.mounts.live.nodes import Node
 from pytest_microvm.mounts.live.session import Handle, Session
 
 READ = struct.Struct("<2Q2IQ2I")
-"""Handle, offset, size, and what does not matter here: of READ, WRITE and READDIR."""
+"""Arguments of READ, WRITE and READDIR: handle, offset, size, and fields that are ignored."""
 
 _OPEN = struct.Struct("<2I")  # flags
 _CREATE = struct.Struct("<4I")  # flags, mode, umask
@@ -28,7 +28,7 @@ _MODE, _UID, _GID, _SIZE, _ATIME, _MTIME, _FH = (1 << bit for bit in range(7))
 _ATIME_NOW, _MTIME_NOW = 1 << 7, 1 << 8
 _GETATTR_FH = 1
 _LAST_OFFSET = 2**63 - 1
-_LAST_SECOND = 2**33  # of a file's time: the year 2242
+_LAST_SECOND = 2**33  # limit of a file's time, in the year 2242
 _SECOND = 10**9
 
 
@@ -42,7 +42,7 @@ def open_file(session: Session, request: Request) -> bytes:
 
 
 def create(session: Session, request: Request) -> bytes:
-    """Make a file if there is none, and open it."""
+    """Open a file, creating it if it does not exist."""
     flags, mode, *_rest = request.fields(_CREATE)
     session.handles.check_room()
     parent, name = place(session, request, *request.names(1, _CREATE))
@@ -73,20 +73,20 @@ def write(session: Session, request: Request) -> bytes:
 
 
 def fsync(session: Session, request: Request) -> bytes:
-    """Bring a file to the disk."""
+    """Flush a file to disk."""
     number, *_rest = request.fields(_FSYNC)
     os.fsync(session.handles.file(number))
     return b""
 
 
 def flush(session: Session, request: Request) -> bytes:
-    """Take note that one of a file's descriptors was closed: what was written is there already."""
+    """Acknowledge that a descriptor of a file was closed; there is nothing to flush."""
     session.handles.get(*request.fields(_FLUSH))
     return b""
 
 
 def release(session: Session, request: Request) -> bytes:
-    """Close a file, or a directory."""
+    """Close a file or a directory."""
     number, *_rest = request.fields(_RELEASE)
     status = session.handles.release(number)
     if status is not None and status.st_nlink == 0:
@@ -95,19 +95,19 @@ def release(session: Session, request: Request) -> bytes:
 
 
 def statfs(session: Session, _request: Request) -> bytes:
-    """Tell how much room there is."""
+    """Return file system statistics: total and free space."""
     return messages.space(os.fstatvfs(session.folder.root), session.folder.room)
 
 
 def getattr_(session: Session, request: Request) -> bytes:
-    """Tell what something is like."""
+    """Return the attributes of a file, directory or link."""
     flags, _dummy, number = request.fields(_GETATTR)
     file = session.handles.file(number) if flags & _GETATTR_FH else None
     return _attributes(session, session.nodes.get(request.node), file)
 
 
 def setattr_(session: Session, request: Request) -> bytes:
-    """Change rights, size or times; everything belongs to root, and stays so."""
+    """Set permissions, size or times; the owner is always root and cannot be changed."""
     (
         valid, _padding, number, size, _owner, accessed, modified, _changed,
         accessed_ns, modified_ns, _changed_ns, mode, _unused, uid, gid, _unused_too,
@@ -133,7 +133,7 @@ def setattr_(session: Session, request: Request) -> bytes:
 
 
 def _attributes(session: Session, node: Node, file: int | None) -> bytes:
-    if file is None and node.gone:  # and perhaps still open
+    if file is None and node.gone:  # removed, but possibly still open
         file = session.handles.file_of(node)
     return messages.attributes_of_node(session.status(node) if file is None else os.fstat(file))
 
@@ -156,7 +156,7 @@ def _for_writing(flags: int) -> bool:
 
 
 def _time(seconds: int, rest: int, valid: int, *, given: int, now: int) -> int | None:
-    """Return a time that is set, in nanoseconds since 1970; ``None`` if it is not."""
+    """Return the time to set, in nanoseconds since 1970; ``None`` if the request does not set it."""
     if not valid & given:
         return None
     if valid & now:

@@ -1,7 +1,8 @@
-"""The host's side of a live mount: one directory, what a machine may do in it, and how much it may add.
+"""The host's side of a live mount: access to one directory, with its rules and its growth limit.
 
-No symbolic link of the host is followed, and none is made that leads out: the machine's kernel follows links
-in the machine, but programs of the host follow them here. No file is written that has a name elsewhere.
+Symbolic links of the host are not followed, and links that lead out of the directory cannot be created: the
+machine's kernel resolves links in the machine, but programs of the host resolve them here. Files that also
+have a name outside the directory are not written to.
 """
 
 from __future__ import annotations
@@ -23,44 +24,44 @@ from pytest_microvm.untrusted.manifest import file_mode, folder_mode, is_git
 from pytest_microvm.untrusted.nofollow import MAX_DEPTH, folder_below
 
 NEW_ENTRY = 4096
-"""Bytes that a new file, link or directory counts as, so that their number is limited, too."""
+"""Bytes charged for a new file, link or directory, which limits their number, too."""
 
 _CHANGING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC
 _MAX_LINK = 4095  # bytes
 
 
 class Growth:
-    """How much larger a machine may make the directory.
+    """Budget of bytes that a machine may add to the directory.
 
     Args:
-        limit: Bytes. What it removes, it may add again.
+        limit: Bytes. Bytes that the machine removes are added to the budget again.
     """
 
     def __init__(self, limit: int) -> None:
         self.left = limit
 
     def take(self, size: int) -> None:
-        """Take note that so many bytes are added.
+        """Charge ``size`` bytes to the budget.
 
         Raises:
-            OSError: They are more than are left.
+            OSError: Fewer bytes are left.
         """
         if size > self.left:
             raise error(errno.EDQUOT)
         self.left -= max(0, size)
 
     def give(self, size: int) -> None:
-        """Take note that so many bytes are gone."""
+        """Return ``size`` bytes to the budget."""
         self.left += size
 
 
 class Folder:
-    """A directory of the host.
+    """A directory of the host that a machine works in.
 
     Args:
-        root: A descriptor of it, owned from here on.
+        root: A descriptor of the directory, which this object now owns.
         writable: Whether the machine may change anything.
-        growth: How much it may add.
+        growth: The bytes that the machine may add.
     """
 
     def __init__(self, root: int, growth: Growth, *, writable: bool) -> None:
@@ -73,21 +74,21 @@ class Folder:
 
     @property
     def room(self) -> int:
-        """How many bytes the machine may still add."""
+        """Bytes that the machine may still add."""
         return max(0, self._growth.left) if self._writable else 0
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the directory and its lock."""
         self.lock.close()
         os.close(self.root)
 
-    # Looking
+    # Lookup
 
     def status(self, segments: list[str]) -> os.stat_result:
-        """Return what is at a place: a file, a directory or a link.
+        """Return the status of the file, directory or link at a path.
 
         Raises:
-            OSError: Nothing is, or something that no machine is shown.
+            OSError: The path does not exist or is hidden from machines.
         """
         if not segments:
             return os.fstat(self.root)
@@ -95,15 +96,15 @@ class Folder:
             return shown(parent, name)
 
     def target(self, segments: list[str]) -> bytes:
-        """Return where a link points."""
+        """Return a link's target."""
         with self._above(segments) as (parent, name):
             return os.fsencode(os.readlink(name, dir_fd=parent))
 
     def names(self, segments: list[str], most: int) -> list[str]:
-        """Return what is in a directory, as far as a machine is shown it.
+        """Return the names of a directory's files, directories and links.
 
         Raises:
-            OSError: It has more than ``most`` names.
+            OSError: There are more than ``most`` names.
         """
         with self._inside(segments) as folder, os.scandir(folder) as entries:
             found = []
@@ -121,11 +122,11 @@ class Folder:
     # Files
 
     def open(self, segments: list[str], flags: int) -> int:
-        """Open a file; return its descriptor, which cannot write yet if the file has names elsewhere.
+        """Open a file; return its descriptor, read-only if the file has names outside the directory.
 
         Args:
-            segments: Where it is.
-            flags: As the machine's program gave them; how it is opened counts, and nothing else.
+            segments: The file's path.
+            flags: The flags of the machine's program; only the access mode is used.
         """
         wanted = flags & os.O_ACCMODE
         if wanted & _CHANGING:
@@ -134,7 +135,7 @@ class Folder:
             return self._opened(parent, name, segments, wanted)
 
     def create(self, segments: list[str], flags: int, mode: int) -> int:
-        """Make a file if there is none, and open it; return its descriptor."""
+        """Open a file, creating it if it does not exist; return its descriptor."""
         self._may_change(segments)
         wanted = flags & os.O_ACCMODE
         with self._above(segments) as (parent, name):
@@ -148,11 +149,11 @@ class Folder:
                 )
 
     def only_here(self, status: os.stat_result, segments: list[str] | None) -> bool:
-        """Whether all names of a file are known to be in the directory: now, and not only once.
+        """Return True if all names of a file are inside the directory, verified at this moment.
 
         Args:
-            status: What the file is like.
-            segments: Where it is, as far as it is known; ``None``: it was removed.
+            status: The file's status.
+            segments: The file's path, if known; ``None`` if it was removed.
         """
         places = self._names.of(identity(status)) + ([] if segments is None else [segments])
         found: set[tuple[int, int, str]] = set()
@@ -165,16 +166,16 @@ class Folder:
         return len(found) >= status.st_nlink
 
     def own(self, segments: list[str], status: os.stat_result, keep: int | None = None) -> int:
-        """Open a file to write to it; if it has names elsewhere, put a copy in its place first.
+        """Open a file for writing; if it has names outside the directory, replace it by a copy first.
 
         Args:
-            segments: Where it is.
-            status: What it was like when it was looked at.
-            keep: Bytes that are needed of it, because it is about to be cut off there; ``None``: all.
+            segments: The file's path.
+            status: The file's status from an earlier lookup.
+            keep: Number of bytes to copy, as the file will be truncated to that size; ``None``: all.
 
         Raises:
-            OSError: Something else is there; the copy is larger than what may be added; a program of the host
-                wrote to it meanwhile.
+            OSError: Another file is at the path; the copy exceeds the growth limit; a program of the host
+                wrote to the file in the meantime.
         """
         self._may_change(segments)
         with self._above(segments) as (parent, name), reading(parent, name) as file:
@@ -188,7 +189,7 @@ class Folder:
                 return self._copied(parent, name, file, size)
 
     def write(self, file: int, data: bytes, offset: int) -> int:
-        """Write to an open file; return how much was."""
+        """Write to an open file; return the number of bytes written."""
         before = os.fstat(file).st_size
         grown = max(0, offset + len(data) - before)
         with self._added(grown):
@@ -197,14 +198,14 @@ class Folder:
         return written
 
     def resize(self, file: int, size: int) -> None:
-        """Cut an open file off, or fill it up with zeros."""
+        """Truncate an open file, or extend it with zeros."""
         before = os.fstat(file).st_size
         with self._added(max(0, size - before)):
             os.ftruncate(file, size)
         self._growth.give(max(0, before - size))
 
     def set_mode(self, segments: list[str], mode: int) -> None:
-        """Change who may do what; neither group nor others get the right to write."""
+        """Change permissions; neither group nor others get write permission."""
         self._may_change(segments)
         if not segments:
             os.fchmod(self.root, folder_mode(mode))
@@ -213,14 +214,14 @@ class Folder:
             status = shown(parent, name)
             if stat.S_ISLNK(status.st_mode):
                 raise error(errno.EOPNOTSUPP)
-            # fchmodat(2) follows links, and what a machine sees as a file may be one by now
+            # fchmodat(2) follows links, and a link may have replaced the file since the check
             with reading(parent, name) as file:
                 self._check_owned(file, segments)
                 folder = stat.S_ISDIR(os.fstat(file).st_mode)
                 os.fchmod(file, folder_mode(mode) if folder else file_mode(mode))
 
     def set_times(self, segments: list[str], accessed: int | None, modified: int | None) -> None:
-        """Change times, in nanoseconds since 1970; ``None``: as it is."""
+        """Set access and modification time, in nanoseconds since 1970; ``None``: unchanged."""
         self._may_change(segments)
         status = self.status(segments)
         times = (
@@ -241,16 +242,16 @@ class Folder:
     # Names
 
     def make_folder(self, segments: list[str], mode: int) -> None:
-        """Make a directory."""
+        """Create a directory."""
         self._may_change(segments)
         with self._above(segments) as (parent, name), self._added(NEW_ENTRY):
             os.mkdir(name, folder_mode(mode), dir_fd=parent)
 
     def make_link(self, segments: list[str], target: bytes) -> None:
-        """Make a symbolic link, to a place within the directory.
+        """Create a symbolic link to a path within the directory.
 
         Raises:
-            OSError: It would lead out, or cannot be made.
+            OSError: The link would lead out of the directory, or cannot be created.
         """
         self._may_change(segments)
         if not target or len(target) > _MAX_LINK:
@@ -264,7 +265,7 @@ class Folder:
                 os.symlink(target, name, dir_fd=parent)
 
     def make_name(self, segments: list[str], new: list[str]) -> None:
-        """Give a file one more name, if it has none elsewhere."""
+        """Create a hard link to a file that has no names outside the directory."""
         self._may_change(segments)
         self._may_change(new)
         with (
@@ -274,13 +275,13 @@ class Folder:
         ):
             status = shown(parent, name)
             if not stat.S_ISREG(status.st_mode) or not self.only_here(status, segments):
-                raise error(errno.EPERM)  # a link would lead elsewhere from there
+                raise error(errno.EPERM)  # a symbolic link would lead to another target from the new place
             with self._added(NEW_ENTRY):
                 os.link(name, new_name, src_dir_fd=parent, dst_dir_fd=new_parent, follow_symlinks=False)
             self._names.add(identity(status), segments, new)
 
     def remove(self, segments: list[str], *, folder: bool) -> os.stat_result:
-        """Remove a file or a link, or an empty directory; return what it was like."""
+        """Remove a file, a link or an empty directory; return its last status."""
         self._may_change(segments)
         with self._above(segments) as (parent, name):
             status = shown(parent, name)
@@ -294,7 +295,7 @@ class Folder:
         return status
 
     def move(self, segments: list[str], new: list[str]) -> os.stat_result | None:
-        """Give something another name; return what what was called so before was like."""
+        """Rename a file, directory or link; return the status of the file that it replaced, if any."""
         self._may_change(segments)
         self._may_change(new)
         with (
@@ -316,32 +317,32 @@ class Folder:
         return replaced
 
     def gone(self, size: int) -> None:
-        """Take note that the content of a file is no more: it has no name, and nobody has it open."""
+        """Return the bytes of a deleted file, without names or open handles, to the growth budget."""
         self._growth.give(size)
 
     def _set_link_times(self, parent: int, name: str, times: tuple[int, int]) -> None:
-        with self.lock:  # by its name alone can a link be changed: no other may come there
+        with self.lock:  # a link can only be changed by name, so nothing else may take that name
             if shown(parent, name).st_nlink > 1:
                 raise error(errno.EPERM)
             os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
 
     def _check_owned(self, file: int, segments: list[str]) -> None:
-        """Check that an open file may be changed: another may have come to its place."""
+        """Check that an open file may be changed, as another file may have taken its name."""
         status = os.fstat(file)
         if stat.S_ISREG(status.st_mode) and not self.only_here(status, segments):
             raise error(errno.ESTALE)
 
     def _check_move(self, segments: list[str], new: list[str]) -> None:
-        """Refuse to move a link or a directory to where something outside could be reached through it."""
-        with _as_error(errno.EXDEV):  # so that mv(1) copies it
+        """Reject a move after which a link or directory would lead out of the mounted directory."""
+        with _as_error(errno.EXDEV):  # so that mv(1) falls back to copying
             reach = Reach(self.root, (segments, new))
             reach.check(new)
             self._check_rise(reach)
 
     def _check_rise(self, reach: Reach) -> None:
-        """Refuse a link that leads nearer to the top if a link of the host has ``..`` behind a name.
+        """Reject a link that leads upwards if a link of the host has ``..`` after a name.
 
-        That name could be the refused link, and ``..`` would then lead higher than it did.
+        That name could be the rejected link, and ``..`` would then lead higher than before.
         """
         if not reach.rises:
             return
@@ -358,11 +359,11 @@ class Folder:
         if not stat.S_ISREG(status.st_mode):
             raise error(errno.EISDIR)
         if status.st_nlink > 1 and not self.only_here(status, segments):
-            wanted = os.O_RDONLY  # what is open for writing cannot be executed, under any of its names
+            wanted = os.O_RDONLY  # a file that is open for writing cannot be executed (ETXTBSY)
         return regular(os.open(name, wanted | ALWAYS, dir_fd=parent))
 
     def _copied(self, parent: int, name: str, file: int, size: int) -> int:
-        """Put a copy of an open file in its place; return its descriptor."""
+        """Replace an open file by a copy; return the copy's descriptor."""
         before = _version(os.fstat(file))
         temporary = f".microvm-{secrets.token_hex(8)}"
         copy = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | ALWAYS, 0o600, dir_fd=parent)
@@ -371,7 +372,7 @@ class Folder:
             with self.lock:
                 check_same(parent, {name: file, temporary: copy})
                 if _version(os.fstat(file)) != before:
-                    raise error(errno.EBUSY)  # noqa: TRY301 - what was made is removed below
+                    raise error(errno.EBUSY)  # noqa: TRY301 - the copy is removed below
                 os.rename(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
         except BaseException:
             os.close(copy)
@@ -380,11 +381,11 @@ class Folder:
             raise
         return copy
 
-    # Places
+    # Paths
 
     @contextlib.contextmanager
     def _inside(self, segments: list[str]) -> Iterator[int]:
-        """Open a directory, without following links."""
+        """Open a directory without following links."""
         with folder_below(self.root, segments) as folder:
             if folder is None:
                 raise error(errno.ENOENT)
@@ -392,7 +393,7 @@ class Folder:
 
     @contextlib.contextmanager
     def _above(self, segments: list[str]) -> Iterator[tuple[int, str]]:
-        """Open the directory in which something is; give it and what that is called."""
+        """Open a path's parent directory; yield its descriptor and the path's last segment."""
         if not segments:
             raise error(errno.EBUSY)
         if len(segments) > MAX_DEPTH:
@@ -408,7 +409,7 @@ class Folder:
 
     @contextlib.contextmanager
     def _added(self, size: int) -> Iterator[None]:
-        """Count what is added inside, unless that fails."""
+        """Charge ``size`` bytes to the growth budget; return them if the block fails."""
         self._growth.take(size)
         try:
             yield
@@ -419,7 +420,7 @@ class Folder:
 
 @contextlib.contextmanager
 def _as_error(number: int) -> Iterator[None]:
-    """Raise what is too large to be judged as an error of the system."""
+    """Convert :class:`TooLarge` to the OSError with this number."""
     try:
         yield
     except TooLarge:

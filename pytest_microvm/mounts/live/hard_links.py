@@ -1,7 +1,7 @@
-"""Hard links of a live mount: files that have names elsewhere, and copies of them that have none.
+"""Hard links of a live mount: detect files that have names outside the directory, and copy them.
 
-What is written to a file shows under all its names. Package managers (uv, pnpm) install files as further
-names of those in their caches, so that a machine would change a cache, and every project installed from it.
+A change to a file shows under all its names. Package managers (uv, pnpm) install files as hard links to
+their caches, so a machine could otherwise change a cache and every project installed from it.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from pytest_microvm.mounts.live.nodes import Identity
 from pytest_microvm.untrusted.manifest import MAX_PATHS, folded
 
 MAX_NAMES = 64
-"""Names of one file that are remembered: all of them are looked at before each write."""
+"""Maximum names remembered per file; all of them are checked before each write."""
 
 _PIECE = 2**20
 
 
 class KnownNames:
-    """Names in a directory of files that have more than one; each is looked at again before it counts."""
+    """Known names of files with hard links in a directory; callers verify each name before use."""
 
     def __init__(self) -> None:
         self._places: dict[Identity, list[list[str]]] = {}
         self._count = 0
 
     def of(self, file: Identity) -> list[list[str]]:
-        """Return names that a file had."""
+        """Return the remembered names of a file, which may be out of date."""
         return self._places.get(file, [])
 
     def add(self, file: Identity, *places: list[str]) -> None:
-        """Remember names of a file, as far as there is room; it is copied if one is missing."""
+        """Remember names of a file, up to the limits; a file with an unknown name is merely copied."""
         known = self._places.setdefault(file, [])
         for place in places:
             if place not in known and len(known) < MAX_NAMES and self._count < MAX_PATHS:
@@ -40,33 +40,33 @@ class KnownNames:
                 self._count += 1
 
     def forget(self, file: Identity) -> None:
-        """Forget a file's names: it has one at most."""
+        """Forget the names of a file that has at most one name left."""
         self._count -= len(self._places.pop(file, []))
 
     def move(self, old: list[str], new: list[str]) -> None:
-        """Take note that what was at one place, or below it, is at another one now."""
+        """Update remembered names after a move of ``old``, and everything below it, to ``new``."""
         for places in self._places.values():
             places[:] = [new + place[len(old) :] if place[: len(old)] == old else place for place in places]
 
 
 def one_name(parent: int, name: str) -> tuple[int, int, str]:
-    """Return what tells a name from others, however it is spelled and whatever path leads to it.
+    """Return a key that identifies a directory entry, independent of its spelling and of the path to it.
 
     Args:
         parent: A descriptor of the directory.
-        name: The name in it; on some file systems case does not count.
+        name: The entry's name; some file systems ignore its case.
     """
     status = os.fstat(parent)
     return status.st_dev, status.st_ino, unicodedata.normalize("NFKD", folded(name))
 
 
 def copy(source: int, target: int, size: int) -> None:
-    """Copy the beginning of a file into a new one, with its owner, permission bits and times.
+    """Copy the first ``size`` bytes of a file into a new one, with its owner, permission bits and times.
 
     The set-user-id bit, access control lists and extended attributes are not kept.
 
     Raises:
-        OSError: It cannot be read or written, or this user may not give a file to the owner.
+        OSError: Reading or writing failed, or this user may not change the copy's owner.
     """
     status = os.fstat(source)
     made = os.fstat(target)

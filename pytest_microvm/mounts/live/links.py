@@ -1,7 +1,8 @@
-"""Symbolic links of a live mount: which ones a machine may make, and to where it may move them.
+"""Symbolic links of a live mount: validate links that a machine creates, and links that it moves.
 
-Whatever a machine makes or moves must keep a program of the host inside the directory: the name itself, and
-every name that can be reached through it. Then it stays so, whatever names are made later by the same rule.
+A name that a machine creates or moves must not lead a program of the host out of the directory, neither by
+itself nor through any name reachable from it. This invariant then also holds for all later names that
+follow the same rule.
 """
 
 from __future__ import annotations
@@ -16,35 +17,35 @@ from pytest_microvm.untrusted.manifest import is_git
 from pytest_microvm.untrusted.nofollow import MAX_DEPTH, folder_below
 
 MAX_STEPS = 1_000_000
-"""Names that are looked at for one judgement, some seconds; a directory counts as often as it is deep."""
+"""Maximum names inspected per check, which takes some seconds; a directory counts once per level of depth."""
 
-_MAX_FOLLOWED = 40  # links in one path: the kernel follows no more (path_resolution(7))
+_MAX_FOLLOWED = 40  # links in one path: the kernel's limit (path_resolution(7))
 
 
 class TooLarge(Exception):
-    """There is more to be looked at than :data:`MAX_STEPS`."""
+    """A check needs more than :data:`MAX_STEPS` steps."""
 
 
 def leads_out(target: str, depth: int) -> bool:
-    """Whether a link in a directory ``depth`` below the mounted one may lead out of that, as it is written.
+    """Return True if the text of a link, ``depth`` levels below the mounted directory, may lead out of it.
 
-    ``..`` is only taken where it cannot follow another link: at the beginning.
+    ``..`` is accepted only at the beginning, where it cannot follow another link.
     """
     return target.startswith("/") or climbs(target) or _parts(target).count("..") > depth
 
 
 def climbs(target: str) -> bool:
-    """Whether ``..`` stands behind a name in a link: where that leads depends on what the name is."""
+    """Return True if a link has ``..`` after a name; its target then depends on the type of that name."""
     parts = _parts(target)
     return ".." in parts[parts.count("..") :]
 
 
 class Reach:
-    """What can be reached in a directory, through links and directories.
+    """Checker for the paths that are reachable in a directory through links and directories.
 
     Args:
         root: A descriptor of the directory.
-        moved: From where to where something is about to be moved: names are looked at as if it were there.
+        moved: Source and target of a planned move; names are resolved as if it were done.
     """
 
     def __init__(self, root: int, moved: tuple[list[str], list[str]] | None = None) -> None:
@@ -52,27 +53,27 @@ class Reach:
         self._moved = moved
         self._left = MAX_STEPS
         self.rises = False
-        """Whether a link that was looked at leads nearer to the top than it is itself."""
+        """True if an inspected link leads to a path nearer to the root than the link itself."""
 
     def check_link(self, above: list[str], target: str) -> None:
-        """Refuse a link in the directory ``above`` if anything outside can be reached through it.
+        """Reject a link in the directory ``above`` if it leads, directly or indirectly, out of the root.
 
         Git's own files count as outside.
 
         Raises:
-            OSError: It can be.
-            TooLarge: It cannot be told.
+            OSError: The link leads out.
+            TooLarge: The check takes too many steps.
         """
         place, is_folder = self._follow(above, target)
         if is_folder:
             self._check_below([place])
 
     def check(self, place: list[str]) -> None:
-        """Refuse a link or a directory at a place if anything outside can be reached through it.
+        """Reject a link or a directory if it leads, directly or indirectly, out of the root.
 
         Raises:
-            OSError: It can be.
-            TooLarge: It cannot be told.
+            OSError: It leads out.
+            TooLarge: The check takes too many steps.
         """
         found = self._look(place)
         if isinstance(found, str):
@@ -86,7 +87,7 @@ class Reach:
             self._check_below(ends, [place])
 
     def links(self, place: list[str]) -> Iterator[tuple[list[str], str]]:
-        """Yield the links below a directory: in which directory each is, and where it points."""
+        """Yield the parent directory and the target of each link below a directory."""
         pending = [place]
         while pending:
             here = pending.pop()
@@ -103,14 +104,14 @@ class Reach:
                     for entry in entries:
                         self._spend(1)
                         if self._moved and [*here, entry.name] == self._moved[1]:
-                            continue  # what is there will be gone
+                            continue  # the move replaces this entry
                         if entry.is_dir(follow_symlinks=False):
                             pending.append([*here, entry.name])
                         elif entry.is_symlink() and self._real([*here, entry.name]) is not None:
                             yield here, os.readlink(entry.name, dir_fd=folder)
 
     def _check_below(self, pending: list[list[str]], done: list[list[str]] | None = None) -> None:
-        """Refuse directories from which a link leads out, those included to which their links lead."""
+        """Reject directories with a link that leads out; also check directories reached through links."""
         seen = {tuple(place) for place in done or ()}
         while pending:
             place = pending.pop()
@@ -123,10 +124,10 @@ class Reach:
             seen.add(tuple(place))
 
     def _follow(self, above: list[str], target: str) -> tuple[list[str], bool]:
-        """Return where a link leads, as far as that exists, and whether it is a directory.
+        """Return a link's resolved path, which need not exist, and whether it is a directory.
 
         Raises:
-            OSError: It leads out, or through a link that does.
+            OSError: The link leads out, or through a link that does.
         """
         place, is_folder = self._end(above, target)
         self.rises = self.rises or len(place) <= len(above)
@@ -152,7 +153,7 @@ class Reach:
         return here, True
 
     def _look(self, place: list[str]) -> str | bool:
-        """Return where the link at a place points; whether a directory is there, if it is no link."""
+        """Return the target of the link at a path; for any other path, whether it is a directory."""
         real = self._real(place)
         if not real:
             return real is not None
@@ -167,7 +168,7 @@ class Reach:
                 return False
 
     def _real(self, place: list[str]) -> list[str] | None:
-        """Return where what will be at a place is now; ``None`` if nothing will be."""
+        """Return the current path of the file at ``place`` after the move; ``None`` if there will be none."""
         if self._moved is None:
             return place
         old, new = self._moved

@@ -1,4 +1,4 @@
-"""Operations of a live mount on directories: their names are read once, when one is opened."""
+"""Directory operations of a live mount; a directory's names are read once, when it is opened."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def opendir(session: Session, request: Request) -> bytes:
 
 
 def readdir(session: Session, request: Request) -> bytes:
-    """Tell names, and what kind of thing each is."""
+    """Return names of a directory with their file types."""
     return _list(session, request, 0, _plain)
 
 
 def readdirplus(session: Session, request: Request) -> bytes:
-    """Tell the same, and what each is like, so that the kernel need not ask again."""
+    """Return names of a directory with their attributes, which saves the kernel a lookup for each."""
     return _list(session, request, len(NO_ENTRY), _full)
 
 
 def _list(
     session: Session, request: Request, more: int, record: Callable[[Session, Node, str, int], bytes]
 ) -> bytes:
-    """Return records from the place on that is asked for, as many as there is room for."""
+    """Return as many records as fit into the reply, starting at the requested offset."""
     number, offset, size, *_rest = request.fields(READ)
     handle = session.handles.get(number)
     if handle.file is not None:
@@ -47,7 +47,7 @@ def _list(
     for place, name in enumerate(handle.names[offset:], offset + 1):
         if messages.directory_entry_size(name) + more > room:
             break
-        with contextlib.suppress(FileNotFoundError):  # gone since the directory was opened
+        with contextlib.suppress(FileNotFoundError):  # removed since the directory was opened
             records.append(record(session, handle.node, name, place))
             room -= len(records[-1])
     return b"".join(records)

@@ -1,9 +1,9 @@
-"""One lock for each directory that is mounted live, across mounts and processes.
+"""A lock for each directory that is mounted live, across mounts and processes.
 
-A name is judged, and then made: nothing may be moved in between by another machine that works in the same
-directory, or in one above or below it. So a lock is exclusive for its own directory and shared for all above
-it. All locks are ranges of one file (Linux's open file description locks, fcntl_locking(2)), which are gone
-with the process that holds them.
+A name is validated first and created then: in between, no other machine that works in the same directory,
+or in one above or below it, may move anything. So a lock is exclusive for its own directory and shared for
+all directories above. All locks are ranges of one file (Linux's open file description locks,
+fcntl_locking(2)), which the kernel releases when the process that holds them ends.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _FILE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 def lock_file() -> Path:
     """Return this user's lock file.
 
-    It does not depend on the environment, so that all processes of a user agree, and no project chooses it.
+    The path does not depend on the environment: all processes of a user agree, and no project can change it.
     """
     return Path("/tmp") / f"pytest-microvm-{os.getuid()}" / "live.lock"  # noqa: S108 - see _open
 
 
 class FolderLock:
-    """Held while names in a directory are judged and changed, as a context manager.
+    """Context manager that holds the lock of a directory while names in it are validated and changed.
 
     Args:
-        root: A descriptor of the directory; not owned.
+        root: A descriptor of the directory, owned by the caller.
     """
 
     def __init__(self, root: int) -> None:
@@ -42,7 +42,7 @@ class FolderLock:
         self._file = -1
 
     def __enter__(self) -> None:
-        """Wait until no other mount changes names of this directory, or of one above or below it.
+        """Wait until no other mount changes names in this directory, or in one above or below it.
 
         Raises:
             OSError: The lock file cannot be used.
@@ -55,11 +55,11 @@ class FolderLock:
                 for place in above[:-1]:
                     self._set(fcntl.F_RDLCK, place, 1)
                 self._set(fcntl.F_WRLCK, above[-1], 1)
-                if not _is_at(self._file, lock_file()):  # removed by what tidies /tmp
+                if not _is_at(self._file, lock_file()):  # removed by a clean-up of /tmp
                     self.close()
                 elif above == _ancestors(self._root):
                     return
-                else:  # moved while this waited
+                else:  # the directory was moved during the wait
                     self._release()
             except BaseException:
                 self.close()
@@ -84,7 +84,7 @@ class FolderLock:
 
 
 def _ancestors(root: int) -> list[int]:
-    """Return the ranges of a directory and of all above it, the topmost first."""
+    """Return the lock ranges of a directory and of all directories above it, topmost first."""
     places: list[int] = []
     up = "."
     before = None
@@ -96,10 +96,10 @@ def _ancestors(root: int) -> list[int]:
 
 
 def _open(path: Path) -> int:
-    """Open the lock file in a directory that only this user can enter.
+    """Open the lock file in a directory that this user owns and that no other user can write to.
 
     Raises:
-        OSError: Another user has made that directory, or it cannot be made.
+        OSError: Another user has created that directory, or it cannot be created.
     """
     with contextlib.suppress(FileExistsError):
         path.parent.mkdir(mode=0o700)

@@ -1,7 +1,7 @@
-"""The messages of FUSE, as bytes: requests of a guest's kernel, and their answers, without I/O.
+"""Parse FUSE requests of a guest's kernel and build the responses, without I/O.
 
-Source: include/uapi/linux/fuse.h, protocol 7.31 (Linux 5.4 and later). A request comes from a guest: every
-field is bounded or checked before it is used.
+Source: include/uapi/linux/fuse.h, protocol 7.31 (Linux 5.4 and later). Requests are untrusted: every field
+is bounded or validated before use.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from enum import IntEnum
 from typing import NamedTuple
 
 MAX_WRITE = 128 * 1024
-"""Bytes of a file that one request writes, or asks for."""
+"""Maximum bytes of a file that one request reads or writes."""
 
 MAX_REQUEST = MAX_WRITE + 4096
-"""Bytes of the longest request; names in it are shorter than a page."""
+"""Maximum bytes of a request; the names in it are shorter than a page."""
 
 ROOT = 1
-"""The node that is the mounted directory itself."""
+"""The node number of the mounted directory itself."""
 
 MAJOR, MINOR = 7, 31
-_OLDEST_MINOR = 28  # since then answers have the forms below, and MAX_PAGES is known
+_OLDEST_MINOR = 28  # the first with these response formats and with MAX_PAGES
 
 _IN_HEADER = struct.Struct("<IIQQIIIHH")
 _OUT_HEADER = struct.Struct("<IiQ")
 HEADER_SIZE = _IN_HEADER.size
 LENGTH = struct.Struct("<I")
-"""What a request begins with: its length."""
+"""The first field of a request: its length."""
 
 _ATTRIBUTES = struct.Struct("<6Q10I")
 _ENTRY = struct.Struct("<4Q2I")
@@ -46,15 +46,15 @@ _WANTED = (
     _ASYNC_READ | _BIG_WRITES | _AUTO_INVAL_DATA | _DO_READDIRPLUS | _READDIRPLUS_AUTO | _PARALLEL_DIROPS
     | _MAX_PAGES
 )  # fmt: skip
-_BACKGROUND = 12  # requests that a kernel has under way of its own accord: the kernel's default
+_BACKGROUND = 12  # maximum background requests of the kernel: its default
 _PAGE = 4096
 
 SECONDS_KNOWN = 1
-"""How long a guest's kernel may believe what it was told of a file: what the host changes shows then."""
+"""Seconds for which a guest's kernel may cache names and attributes: the delay of changes by the host."""
 
 
 class Op(IntEnum):
-    """What a request asks for; those that are missing are answered with "function not implemented"."""
+    """Supported operations; all others are answered with "function not implemented"."""
 
     LOOKUP = 1
     FORGET = 2
@@ -89,22 +89,22 @@ class Op(IntEnum):
 
 
 def error(number: int) -> OSError:
-    """Return the error of the system with a number of :mod:`errno`."""
+    """Return the OSError for a number from :mod:`errno`."""
     return OSError(number, os.strerror(number))
 
 
 class BadRequest(Exception):
-    """What came is not FUSE; the mount cannot go on."""
+    """A request is not valid FUSE; the mount must end."""
 
 
 class Request(NamedTuple):
     """One request.
 
     Args:
-        op: What it asks for, as a number.
-        unique: What its answer refers to.
-        node: What it is about.
-        body: What follows the header.
+        op: The number of the operation.
+        unique: The request's ID, repeated in its response.
+        node: The number of the node to operate on.
+        body: The bytes after the header.
     """
 
     op: int
@@ -113,20 +113,20 @@ class Request(NamedTuple):
     body: bytes
 
     def fields(self, form: struct.Struct) -> tuple[int, ...]:
-        """Return the numbers that the body begins with.
+        """Unpack the fixed fields at the beginning of the body.
 
         Raises:
-            BadRequest: It is too short.
+            BadRequest: The body is too short.
         """
         if len(self.body) < form.size:
             raise BadRequest(f"request {self.op} is too short")
         return form.unpack_from(self.body)
 
     def names(self, count: int, after: struct.Struct | None = None) -> list[bytes]:
-        """Return the texts that the body ends with, each closed by a zero byte.
+        """Return the ``count`` zero-terminated strings at the end of the body, after the fields ``after``.
 
         Raises:
-            BadRequest: There are fewer, or more.
+            BadRequest: The body has fewer or more strings.
         """
         parts = self.body[0 if after is None else after.size :].split(b"\0")
         if len(parts) != count + 1 or parts[-1]:
@@ -135,10 +135,10 @@ class Request(NamedTuple):
 
 
 def parse(data: bytes) -> Request:
-    """Return the request that ``data`` is.
+    """Parse a request.
 
     Raises:
-        BadRequest: It is none.
+        BadRequest: ``data`` is not one complete request.
     """
     if len(data) < HEADER_SIZE:
         raise BadRequest("a request without a header")
@@ -149,20 +149,20 @@ def parse(data: bytes) -> Request:
 
 
 def answer(unique: int, body: bytes = b"") -> bytes:
-    """Return an answer."""
+    """Return a successful response."""
     return _OUT_HEADER.pack(_OUT_HEADER.size + len(body), 0, unique) + body
 
 
 def refusal(unique: int, number: int) -> bytes:
-    """Return an answer that is an error of the system."""
+    """Return an error response with an :mod:`errno` number."""
     return _OUT_HEADER.pack(_OUT_HEADER.size, -number, unique)
 
 
 def welcome(request: Request) -> bytes:
-    """Return the body that answers INIT.
+    """Return the response body of INIT.
 
     Raises:
-        OSError: The kernel is too old.
+        OSError: The kernel's protocol version is not supported.
     """
     major, minor, readahead, offered = request.fields(_INIT_IN)
     if major != MAJOR or minor < _OLDEST_MINOR:
@@ -174,7 +174,7 @@ def welcome(request: Request) -> bytes:
 
 
 def attributes(status: os.stat_result) -> bytes:
-    """Return what a file is like; in the machine everything belongs to root."""
+    """Return the packed attributes of a file, with root as its owner in the machine."""
     times = [divmod(time, 10**9) for time in (status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns)]
     mode = stat.S_IFMT(status.st_mode) | status.st_mode & 0o777
     return _ATTRIBUTES.pack(
@@ -184,30 +184,30 @@ def attributes(status: os.stat_result) -> bytes:
 
 
 def entry(node: int, status: os.stat_result) -> bytes:
-    """Return a node with what it is like."""
+    """Return a packed node entry with its attributes."""
     return _ENTRY.pack(node, 0, SECONDS_KNOWN, SECONDS_KNOWN, 0, 0) + attributes(status)
 
 
 def attributes_of_node(status: os.stat_result) -> bytes:
-    """Return the body that answers GETATTR and SETATTR."""
+    """Return the response body of GETATTR and SETATTR."""
     return _ATTR_OUT.pack(SECONDS_KNOWN, 0, 0) + attributes(status)
 
 
 def opened(handle: int) -> bytes:
-    """Return a handle; what the kernel has of the file in memory is read anew."""
+    """Return the response body with a handle; the kernel drops its cached pages of the file."""
     return _OPEN_OUT.pack(handle, 0, 0)
 
 
 def written(size: int) -> bytes:
-    """Return how much was written."""
+    """Return the response body of WRITE: the number of bytes written."""
     return struct.pack("<II", size, 0)
 
 
 def space(status: os.statvfs_result, free: int) -> bytes:
-    """Return what STATFS asks for.
+    """Return the response body of STATFS.
 
     Args:
-        status: The file system's.
+        status: The file system's status.
         free: Bytes that the machine may still add.
     """
     blocks = min(status.f_bavail, free // status.f_frsize)
@@ -218,12 +218,12 @@ def space(status: os.statvfs_result, free: int) -> bytes:
 
 
 def directory_entry(name: str, status: os.stat_result, place: int) -> bytes:
-    """Return one entry of READDIR.
+    """Return one packed entry of READDIR.
 
     Args:
-        name: What it is called.
-        status: What it is like.
-        place: Where the entry behind it begins.
+        name: The entry's name.
+        status: The entry's status.
+        place: The offset of the next entry.
     """
     text = os.fsencode(name)
     record = _DIRENT.pack(status.st_ino, place, len(text), stat.S_IFMT(status.st_mode) >> 12) + text
@@ -231,10 +231,10 @@ def directory_entry(name: str, status: os.stat_result, place: int) -> bytes:
 
 
 def directory_entry_size(name: str) -> int:
-    """Return how many bytes :func:`directory_entry` has."""
+    """Return the size of a :func:`directory_entry` in bytes."""
     size = _DIRENT.size + len(os.fsencode(name))
     return size + -size % 8
 
 
 NO_ENTRY = bytes(_ENTRY.size + _ATTRIBUTES.size)
-"""What READDIRPLUS has of an entry whose node the kernel shall not look at."""
+"""The node entry in READDIRPLUS that makes the kernel ignore the node."""

@@ -1,4 +1,4 @@
-"""Operations of a live mount on names: looked up, made, moved, removed."""
+"""Name operations of a live mount: look up, create, rename, remove, read links."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pytest_microvm.mounts.live.session import Session
 _MKNOD = struct.Struct("<4I")  # mode, device, umask
 _MKDIR = struct.Struct("<2I")  # mode, umask
 _RENAME = struct.Struct("<Q")  # the new directory
-_RENAME2 = struct.Struct("<Q2I")  # the same, flags
-_LINK = struct.Struct("<Q")  # what gets the name
+_RENAME2 = struct.Struct("<Q2I")  # the new directory, flags
+_LINK = struct.Struct("<Q")  # the node to link
 
 
 def place(session: Session, request: Request, name: bytes) -> tuple[Node, str]:
-    """Return the directory that a request is about, and a name in it.
+    """Return the directory node of a request, and a validated name in it.
 
     Raises:
-        OSError: The name is none, or there is no such directory.
+        OSError: The name is invalid, or the node is unknown.
     """
     return session.nodes.get(request.node), checked_name(name)
 
@@ -36,18 +36,18 @@ def _made(session: Session, request: Request, name: bytes, make: Callable[[list[
 
 
 def lookup(session: Session, request: Request) -> bytes:
-    """Tell what is called so."""
+    """Look up a name in a directory; return its node and attributes."""
     return session.entry(*place(session, request, *request.names(1)))
 
 
 def symlink(session: Session, request: Request) -> bytes:
-    """Make a symbolic link."""
+    """Create a symbolic link."""
     name, target = request.names(2)
     return _made(session, request, name, lambda segments: session.folder.make_link(segments, target))
 
 
 def mknod(session: Session, request: Request) -> bytes:
-    """Make an empty file; devices, pipes and sockets are not made."""
+    """Create an empty file; reject devices, pipes and sockets."""
     mode, *_rest = request.fields(_MKNOD)
     if not stat.S_ISREG(mode):
         raise error(errno.EPERM)
@@ -59,14 +59,14 @@ def mknod(session: Session, request: Request) -> bytes:
 
 
 def mkdir(session: Session, request: Request) -> bytes:
-    """Make a directory."""
+    """Create a directory."""
     mode, _umask = request.fields(_MKDIR)
     (name,) = request.names(1, _MKDIR)
     return _made(session, request, name, lambda segments: session.folder.make_folder(segments, mode))
 
 
 def link(session: Session, request: Request) -> bytes:
-    """Give a file one more name."""
+    """Create a hard link to a file."""
     (number,) = request.fields(_LINK)
     session.own(session.nodes.get(number))
     old = session.where(number)
@@ -93,13 +93,13 @@ def _remove(session: Session, request: Request, *, folder: bool) -> bytes:
 
 
 def rename(session: Session, request: Request) -> bytes:
-    """Give something another name."""
+    """Rename a file, directory or link."""
     (number,) = request.fields(_RENAME)
     return _move(session, request, number, *request.names(2, _RENAME))
 
 
 def rename2(session: Session, request: Request) -> bytes:
-    """Do the same; what the flags ask for (exchange, do not replace), programs can do without."""
+    """Rename without flags; reject flags (exchange, no replace), which programs can do without."""
     number, flags, _padding = request.fields(_RENAME2)
     if flags:
         raise error(errno.EINVAL)
@@ -116,11 +116,11 @@ def _move(session: Session, request: Request, number: int, old: bytes, new: byte
 
 
 def _lost(session: Session, status: os.stat_result | None) -> None:
-    """Take note that something lost a name; a file that has no other is gone once nobody has it open."""
+    """Update accounting after a name was removed; a file without names is deleted when it is closed."""
     if status is not None and status.st_nlink == 1:
         session.removed(status)
 
 
 def readlink(session: Session, request: Request) -> bytes:
-    """Tell where a link points."""
+    """Return the target of a symbolic link."""
     return session.folder.target(session.where(request.node))

@@ -1,4 +1,4 @@
-"""What a guest's kernel knows by number: places in a mounted directory."""
+"""FUSE nodes: the numbers by which a guest's kernel refers to paths in a mounted directory."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pytest_microvm.untrusted.manifest import MAX_PATHS
 from pytest_microvm.untrusted.nofollow import MAX_DEPTH
 
 Identity = tuple[int, int, int]
-"""What tells files apart: device, inode, and what kind of thing it is."""
+"""A file's identity: device, inode and file type."""
 
 
 class Node:
-    """A file at a place: a name in another node's directory; ``None`` once it is not there any more.
+    """A file known to the kernel, by its parent node and its name (``None`` once it is removed).
 
-    A machine may know it for long; its place is looked at anew each time, so nothing is held open.
+    A machine may refer to a node for a long time; its path is looked up anew each time, so that no
+    descriptor is kept open.
     """
 
     __slots__ = ("identity", "known", "name", "number", "parent")
@@ -27,18 +28,18 @@ class Node:
         self.parent = parent
         self.name = name
         self.identity = identity
-        self.known = 0  # how often the kernel was told of it, and has not forgotten it since
+        self.known = 0  # FUSE's lookup count: references that the kernel holds
 
     @property
     def gone(self) -> bool:
-        """Whether it has been removed, or something else is in its place."""
+        """True if the file has been removed or replaced."""
         return self.parent is not None and self.name is None
 
     def segments(self) -> list[str]:
-        """Return the names that lead here from the mounted directory.
+        """Return the path from the mounted directory to this node, as a list of names.
 
         Raises:
-            OSError: It was removed, or lies too deep.
+            OSError: The file was removed, or its path is too deep.
         """
         names: list[str] = []
         here = self
@@ -53,7 +54,7 @@ class Node:
 
 
 class Nodes:
-    """All nodes that a kernel knows."""
+    """All nodes that a guest's kernel holds references to."""
 
     def __init__(self) -> None:
         self._by_number = {ROOT: Node(ROOT, None, None, None)}
@@ -64,7 +65,7 @@ class Nodes:
         """Return a node.
 
         Raises:
-            OSError: There is none of this number.
+            OSError: The number is unknown.
         """
         try:
             return self._by_number[number]
@@ -72,10 +73,10 @@ class Nodes:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE)) from None
 
     def tell(self, parent: Node, name: str, status: os.stat_result) -> Node:
-        """Return the node of what is at a place, which the kernel is told of.
+        """Return the node of a file, created if necessary, and count a reference of the kernel.
 
         Raises:
-            OSError: It knows too many.
+            OSError: The kernel holds too many nodes.
         """
         node = self._by_place.get((parent.number, name))
         if node is not None and node.identity != identity(status):
@@ -91,7 +92,7 @@ class Nodes:
         return node
 
     def forget(self, number: int, times: int) -> None:
-        """Take note that the kernel forgot a node so many times."""
+        """Drop ``times`` references of the kernel to a node."""
         node = self._by_number.get(number)
         if node is None or number == ROOT:
             return
@@ -101,14 +102,14 @@ class Nodes:
             self._vacate(node)
 
     def remove(self, parent: Node, name: str) -> None:
-        """Take note that what was at a place is not there any more."""
+        """Mark the node at a path as removed."""
         node = self._by_place.get((parent.number, name))
         if node is not None:
             self._vacate(node)
             node.name = None
 
     def move(self, parent: Node, name: str, new_parent: Node, new_name: str) -> None:
-        """Take note that what was at one place is at another one now."""
+        """Update the node of a file that was renamed."""
         self.remove(new_parent, new_name)
         node = self._by_place.pop((parent.number, name), None)
         if node is not None:
@@ -123,5 +124,5 @@ class Nodes:
 
 
 def identity(status: os.stat_result) -> Identity:
-    """Return what tells a file from others."""
+    """Return a file's identity."""
     return status.st_dev, status.st_ino, stat.S_IFMT(status.st_mode)

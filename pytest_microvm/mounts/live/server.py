@@ -1,4 +1,4 @@
-"""Answers what a guest's kernel asks about a live mount: one request in, at most one answer out."""
+"""Handle FUSE requests of a guest's kernel for a live mount: at most one response per request."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pytest_microvm.mounts.live.folder import Folder
 from pytest_microvm.mounts.live.messages import Op, Request, error
 from pytest_microvm.mounts.live.session import Session
 
-_FORGET = struct.Struct("<Q")  # how often it was known
-_BATCH = struct.Struct("<2I")  # how many follow
-_BATCH_ONE = struct.Struct("<2Q")  # the node, how often it was known
+_FORGET = struct.Struct("<Q")  # number of references to drop
+_BATCH = struct.Struct("<2I")  # number of entries that follow
+_BATCH_ONE = struct.Struct("<2Q")  # node, number of references to drop
 _SILENT = frozenset([Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT])
 
 
 class Server:
-    """One live mount.
+    """The FUSE server of one live mount.
 
     Args:
-        folder: What is mounted; owned from here on.
+        folder: The mounted directory, which this object now owns.
     """
 
     def __init__(self, folder: Folder) -> None:
         self._session = Session(folder)
 
     def answer(self, data: bytes) -> bytes | None:
-        """Answer one request; ``None`` if there is nothing to say.
+        """Return the response to one request; ``None`` if the operation has no response.
 
         Raises:
-            BadRequest: It is not FUSE; nothing more is to be answered.
+            BadRequest: The request is not valid FUSE; stop serving the mount.
         """
         request = messages.parse(data)
         try:
@@ -41,7 +41,7 @@ class Server:
         return None if request.op in _SILENT else said
 
     def close(self) -> None:
-        """Close what is open: the mount is no more."""
+        """Close all handles and the directory."""
         self._session.handles.close()
         self._session.folder.close()
 
@@ -51,7 +51,7 @@ class Server:
             raise error(errno.ENOSYS)
         try:
             return operation(self._session, request)
-        except (ValueError, OverflowError):  # a number or a name that the system cannot take
+        except (ValueError, OverflowError):  # a number or a name that the system does not accept
             raise error(errno.EINVAL) from None
 
 

@@ -1,6 +1,6 @@
-"""Serves a live mount over a stream of the machine's network port: requests come, answers go, in order.
+"""Serve a live mount over a stream of the machine's network port, one request after the other.
 
-The host's file system may be slow, so it is asked on a thread of the mount's own, never on the loop.
+The host's file system may be slow, so each mount accesses it on a thread of its own, never on the loop.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, serv
     """Answer requests until the machine or the mount has ended.
 
     Raises:
-        BadRequest: What came is not FUSE.
+        BadRequest: A request is not valid FUSE.
     """
     loop = asyncio.get_running_loop()
     thread = concurrent.futures.ThreadPoolExecutor(1, "microvm-live")
@@ -34,11 +34,11 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, serv
                 await writer.drain()
     finally:
         thread.submit(server.close)
-        thread.shutdown(wait=False)  # nobody on the loop waits for a slow disk
+        thread.shutdown(wait=False)  # the event loop does not wait for a slow disk
 
 
 async def _request(reader: asyncio.StreamReader) -> bytes:
-    """Return the next request; nothing at the end."""
+    """Return the next request; b"" at the end."""
     try:
         begin = await reader.readexactly(LENGTH.size)
         (length,) = LENGTH.unpack(begin)

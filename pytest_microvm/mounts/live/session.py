@@ -1,4 +1,4 @@
-"""One live mount as its kernel knows it: the directory, nodes, and handles."""
+"""The state of one live mount: its directory, nodes and open handles."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytest_microvm.mounts.live.messages import error
 from pytest_microvm.mounts.live.nodes import Node, Nodes, identity
 
 MAX_HANDLES = 256
-"""Files and directories that a machine may have open at once in one mount: a file is a descriptor here."""
+"""Maximum open files and directories of a machine in one mount; each file is a descriptor on the host."""
 
 
 @dataclass
@@ -22,10 +22,10 @@ class Handle:
     """An open file, or the names of a directory as they were when it was opened.
 
     Args:
-        node: What was opened.
+        node: The node of the file or directory.
         file: A descriptor of the file.
         writable: Whether the machine opened the file for writing.
-        names: The names.
+        names: The directory's names.
     """
 
     node: Node
@@ -35,24 +35,24 @@ class Handle:
 
 
 class Handles:
-    """All that is open."""
+    """The open handles of a mount."""
 
     def __init__(self) -> None:
-        self.names = 0  # in all of them together
+        self.names = 0  # total of all handles
         self._handles: dict[int, Handle] = {}
         self._next = 1
 
     def check_room(self) -> None:
-        """Refuse to open one more, if too many are.
+        """Check that another handle may be opened.
 
         Raises:
-            OSError: They are.
+            OSError: Too many handles are open.
         """
         if len(self._handles) >= MAX_HANDLES:
             raise error(errno.ENFILE)
 
     def add(self, handle: Handle) -> int:
-        """Return the number by which the kernel means it."""
+        """Add a handle and return its number."""
         number = self._next
         self._next += 1
         self._handles[number] = handle
@@ -60,10 +60,10 @@ class Handles:
         return number
 
     def get(self, number: int) -> Handle:
-        """Return what a number means.
+        """Return the handle with a number.
 
         Raises:
-            OSError: Nothing.
+            OSError: There is no such handle.
         """
         try:
             return self._handles[number]
@@ -74,7 +74,7 @@ class Handles:
         """Return the descriptor of an open file.
 
         Raises:
-            OSError: It is none.
+            OSError: The handle is unknown, or is a directory's.
         """
         file = self.get(number).file
         if file is None:
@@ -82,23 +82,23 @@ class Handles:
         return file
 
     def file_of(self, node: Node) -> int | None:
-        """Return a descriptor of what was at a place, if it is open."""
+        """Return a descriptor of a node's file; ``None`` if the file is not open."""
         files = (one.file for one in self._handles.values() if one.node is node and one.file is not None)
         return next(files, None)
 
     def replace(self, node: Node, file: int) -> None:
-        """Let all that is open of a node be another file, which has taken its place."""
+        """Redirect all open handles of a node to the file that replaced it."""
         for one in self._handles.values():
             if one.node is node and one.file is not None:
                 os.dup2(file, one.file, inheritable=False)
 
     def has_open(self, status: os.stat_result) -> bool:
-        """Whether a file is open, whatever it was called."""
+        """Return True if a file is open under any name."""
         files = (one.file for one in self._handles.values() if one.file is not None)
         return any(identity(os.fstat(file)) == identity(status) for file in files)
 
     def release(self, number: int) -> os.stat_result | None:
-        """Close it; return what a file is like then.
+        """Close a handle; return a file's last status, ``None`` for a directory.
 
         Raises:
             OSError: There is no such handle.
@@ -113,19 +113,19 @@ class Handles:
         return status
 
     def close(self) -> None:
-        """Close all."""
+        """Close all handles."""
         for number in list(self._handles):
             self.release(number)
 
 
 @dataclass
 class Session:
-    """What the operations of a mount work on.
+    """The state that the operations of a mount share.
 
     Args:
-        folder: What is mounted.
-        nodes: The places that the kernel knows.
-        handles: What its programs have open.
+        folder: The mounted directory.
+        nodes: The nodes that the kernel holds references to.
+        handles: The files and directories that programs in the machine have open.
     """
 
     folder: Folder
@@ -133,19 +133,19 @@ class Session:
     handles: Handles = field(default_factory=Handles)
 
     def entry(self, parent: Node, name: str) -> bytes:
-        """Return the node of what is at a place, and what it is like; the kernel knows it from now on.
+        """Return the packed node and attributes of a name, and count a reference of the kernel.
 
         Raises:
-            OSError: Nothing is there, or the kernel knows too many.
+            OSError: The name does not exist, or the kernel holds too many nodes.
         """
         status = self.folder.status([*parent.segments(), name])
         return messages.entry(self.nodes.tell(parent, name, status).number, status)
 
     def status(self, node: Node) -> os.stat_result:
-        """Return what a node is like.
+        """Return the status of a node's file.
 
         Raises:
-            OSError: It is not there any more; the kernel then looks what is.
+            OSError: The file was removed or replaced; the kernel then looks up the name again.
         """
         status = self.folder.status(node.segments())
         if node.parent is not None and node.identity != identity(status):
@@ -153,38 +153,38 @@ class Session:
         return status
 
     def where(self, number: int) -> list[str]:
-        """Return the place of a node, at which it still is.
+        """Return the path of a node after checking that its file is still there.
 
         Raises:
-            OSError: It is not.
+            OSError: The file was removed or replaced, or the node is unknown.
         """
         node = self.nodes.get(number)
         self.status(node)
         return node.segments()
 
     def own(self, node: Node, keep: int | None = None) -> None:
-        """Make sure that a file has no names elsewhere, so that it may be changed.
+        """Make a file safe to change: if it has names outside the directory, replace it by a copy.
 
         Args:
-            node: The file, or anything else.
-            keep: Bytes that are needed of it; ``None``: all.
+            node: The node of the file; other types are left alone.
+            keep: Number of bytes to copy; ``None``: all.
 
         Raises:
-            OSError: It is not there any more, or it cannot be copied.
+            OSError: The file was removed or replaced, or cannot be copied.
         """
         status = self.status(node)
         if stat.S_ISREG(status.st_mode) and not self.folder.only_here(status, node.segments()):
             os.close(self.own_file(node, status, keep))
 
     def file_to_change(self, number: int, keep: int | None = None) -> int:
-        """Return the descriptor of an open file, to write to it; it has no names elsewhere.
+        """Return an open file's descriptor for writing; copy a file with names outside the directory first.
 
         Args:
-            number: The handle.
-            keep: Bytes that are needed of it; ``None``: all.
+            number: The number of the handle.
+            keep: Number of bytes to copy; ``None``: all.
 
         Raises:
-            OSError: It was not opened for writing; it was moved out of the directory; it cannot be copied.
+            OSError: The file was not opened for writing, was moved out of the directory, or cannot be copied.
         """
         file, handle = self.handles.file(number), self.handles.get(number)
         if not handle.writable:
@@ -195,7 +195,7 @@ class Session:
         return file
 
     def own_file(self, node: Node, status: os.stat_result, keep: int | None) -> int:
-        """Open a file that is about to be changed, or the copy in its place; see :meth:`Folder.own`."""
+        """Open a file for writing, copied first if necessary (:meth:`Folder.own`), and update its handles."""
         own = self.folder.own(node.segments(), status, keep)
         node.identity = identity(os.fstat(own))
         self.handles.replace(node, own)
@@ -208,13 +208,13 @@ class Session:
             return None
 
     def removed(self, status: os.stat_result | None) -> None:
-        """Take note that a file lost a name, or that it was closed.
+        """Return the bytes of a file without names to the growth budget, unless it is still open.
 
         Args:
-            status: What it was like; ``None``: there was none.
+            status: The file's last status; ``None``: no file was removed.
         """
         if status is None or not stat.S_ISREG(status.st_mode) or self.handles.has_open(status):
-            return  # what is open still takes room
+            return  # an open file still occupies space
         self.folder.gone(status.st_size)
 
 
