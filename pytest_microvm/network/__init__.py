@@ -1,1 +1,1 @@
-"""What a machine may reach: rules, the policy proxy, credentials, and the ports of the guest."""
+"""A machine's network access: rules, the policy proxy, credentials, and forwarded guest ports."""

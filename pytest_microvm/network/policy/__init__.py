@@ -1,1 +1,1 @@
-"""What a machine may reach: rules, and how requests are compared with them. No connection is made here."""
+"""The network policy: rules, and how requests are matched against them. No connections are made here."""

@@ -1,4 +1,4 @@
-"""Classes of addresses: which ones are not of the public internet, hidden inside others too."""
+"""Classification of addresses: detect those that are not public, including IPv4 embedded in IPv6."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ Address = IPv4Address | IPv6Address
 AddressNetwork = IPv4Network | IPv6Network
 
 OWN = frozenset({"private", "shared by a provider's customers", "unique local"})
-"""Kinds of addresses that an organisation's own servers have."""
+"""Kinds of addresses that an organisation's own servers use."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Addresses that are not of the public internet.
+    """A range of addresses that are not public.
 
     Args:
-        network: All of them.
-        kind: What they are, for people.
+        network: The range.
+        kind: Its description, for people.
     """
 
     network: AddressNetwork
@@ -27,7 +27,7 @@ class Range:
 
 
 _KINDS = {
-    # Whoever answers at these hands out a cloud machine's identity.
+    # Services at these addresses hand out a cloud machine's credentials.
     "cloud metadata": (
         "169.254.169.254/32", "169.254.169.253/32", "169.254.170.2/32", "169.254.170.23/32",
         "100.100.100.200/32", "168.63.129.16/32", "192.0.0.192/32", "fd00:ec2::254/128",
@@ -43,11 +43,11 @@ _KINDS = {
     "unique local": ("fc00::/7",),
     "multicast": ("224.0.0.0/4", "ff00::/8"),
     "broadcast": ("255.255.255.255/32",),
-    # Not the ranges for documentation (192.0.2.0/24, 198.51.100.0/24, 203.0.113.0/24): nobody's own
-    # services are there, and networks that translate every name give them out.
+    # Without the documentation ranges (192.0.2.0/24, 198.51.100.0/24, 203.0.113.0/24): no private services
+    # use them, and networks that translate every name hand them out.
     "reserved": (
         "192.0.0.0/24", "192.88.99.0/24", "198.18.0.0/15", "240.0.0.0/4",
-        # Of IPv6 only 2000::/3 is given to anybody; 64:ff9b:1::/48 is translated to whatever a network chose.
+        # Only 2000::/3 of IPv6 is allocated; networks translate 64:ff9b:1::/48 to addresses of their choice.
         "::/3", "4000::/2", "8000::/2", "c000::/3", "e000::/4", "f000::/5", "f800::/6", "fe00::/9",
         "2001::/23",
     ),
@@ -74,14 +74,13 @@ _NAT64 = _LAST_32[3]
 
 
 def parse_address(text: str) -> Address:
-    """Return the address that a connection to ``text`` goes to; a zone (``%eth0``) is left out.
+    """Parse an address, without its zone (``%eth0``); an IPv4-mapped one becomes its IPv4 address.
 
     Args:
-        text: An address in its usual writing, without brackets. One that is an IPv4 address inside an IPv6
-            one (``::ffff:127.0.0.1``) is that IPv4 address.
+        text: An address in its usual notation, without brackets; ``::ffff:127.0.0.1`` yields ``127.0.0.1``.
 
     Raises:
-        ValueError: It is none.
+        ValueError: ``text`` is no address.
     """
     address = ip_address(text.partition("%")[0])
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
@@ -90,7 +89,7 @@ def parse_address(text: str) -> Address:
 
 
 def readings(address: Address) -> Iterator[Address]:
-    """Yield the address, and every IPv4 address that a translator or a tunnel may turn it into."""
+    """Yield the address, and every IPv4 address that a translator or tunnel may turn it into."""
     yield address
     if isinstance(address, IPv4Address) or address in _NOT_V4:
         return
@@ -99,7 +98,7 @@ def readings(address: Address) -> Iterator[Address]:
         yield IPv4Address(bits & 0xFFFFFFFF)
     if address in _6TO4:
         yield IPv4Address(bits >> 80 & 0xFFFFFFFF)
-    if address in _TEREDO:  # its server, and the client with every bit turned (RFC 4380)
+    if address in _TEREDO:  # the server, and the client with all bits inverted (RFC 4380)
         yield IPv4Address(bits >> 64 & 0xFFFFFFFF)
         yield IPv4Address(~bits & 0xFFFFFFFF)
     if bits >> 32 & 0xFFFFFFFF in _ISATAP:  # RFC 5214
@@ -107,10 +106,10 @@ def readings(address: Address) -> Iterator[Address]:
 
 
 def special_range(address: Address) -> Range | None:
-    """Return the smallest range of addresses that are not public in which one is; ``None`` for a public one.
+    """Return the smallest non-public range that contains an address; ``None`` for a public address.
 
-    An address that stands for another (NAT64, 6to4, Teredo, ...) is as public as that one. If only the
-    inner address is special, the range is the address itself.
+    An address that embeds another (NAT64, 6to4, Teredo, ...) is as public as the embedded one. If the
+    embedded address is special, the range is the outer address alone.
     """
     inner = [_own_range(reading) for reading in readings(address)]
     own, hidden = inner[0], [found for found in inner[1:] if found]
@@ -120,10 +119,10 @@ def special_range(address: Address) -> Range | None:
 
 
 def covers(network: AddressNetwork, address: Address) -> bool:
-    """Tell whether ``network`` names ``address`` for being reached.
+    """Return True if a rule for ``network`` allows ``address``.
 
-    A range that is not public is only named from within: ``0.0.0.0/0`` names no loopback address, and
-    ``169.254.0.0/16`` not the metadata address, which is a range of its own.
+    A non-public address must be allowed by a network inside its special range: ``0.0.0.0/0`` allows no
+    loopback address, and ``169.254.0.0/16`` not the metadata address, which is a range of its own.
     """
     if address not in network:
         return False
@@ -134,7 +133,7 @@ def covers(network: AddressNetwork, address: Address) -> bool:
 
 
 def is_subnet(network: AddressNetwork, outer: AddressNetwork) -> bool:
-    """Tell whether all addresses of a network are in another one; never if only one of them is of IPv6."""
+    """Return True if a network lies inside another; False if their IP versions differ."""
     if isinstance(network, IPv4Network):
         return isinstance(outer, IPv4Network) and network.subnet_of(outer)
     return isinstance(outer, IPv6Network) and network.subnet_of(outer)

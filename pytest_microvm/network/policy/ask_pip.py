@@ -1,8 +1,8 @@
-"""Told to a Python that has pip: print which indexes pip uses, and which hosts they send it to.
+"""Script for a Python that has pip: print the indexes that pip uses and the hosts of their files.
 
-It is no part of this package when it runs: its text is given to an interpreter's standard input. pip itself
-reads its configuration and asks its indexes, so its certificates, proxies and logins are the ones that count.
-Nothing that is printed holds a user name or a password.
+The script runs outside this package: its text is passed to an interpreter's standard input. pip itself reads
+its configuration and queries its indexes, with its own certificates, proxies and logins. The output
+contains no user names or passwords.
 """
 
 import json
@@ -14,12 +14,12 @@ from urllib.parse import urlsplit, urlunsplit
 from pip._internal.commands import create_command
 
 PROJECTS = ("pip", "setuptools", "wheel", "packaging")  # small, and on about every index
-TIMEOUT = 15.0  # seconds, without a sign of life
+TIMEOUT = 15.0  # seconds without data from an index
 
 
 def main() -> None:
-    """Print the answer as JSON."""
-    logging.basicConfig(format="%(message)s")  # why an index gave no answer, to stderr
+    """Print pip's indexes, links and file hosts as JSON."""
+    logging.basicConfig(format="%(message)s")  # errors of indexes, to stderr
     logging.getLogger("pip._internal.index.collector").setLevel(logging.INFO)
     command: Any = create_command("install")
     options, _ = command.parser.parse_args([])
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def asked(finder: Any) -> set[str]:
-    """Return where an index serves files from, as ``scheme://host:port``."""
+    """Return the hosts from which an index serves files, as ``scheme://host:port``."""
     for project in PROJECTS:
         found = {urlsplit(one.link.url) for one in finder.find_all_candidates(project)}
         hosts = {urlunsplit((url.scheme, url.netloc.rpartition("@")[2], "", "", "")) for url in found}

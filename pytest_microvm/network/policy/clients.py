@@ -1,4 +1,4 @@
-"""Ask a package client of this computer about its configuration: one program, bounded in time and output."""
+"""Run a package client of this computer to query its configuration, with limits on time and output."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from threading import Event, Timer
 from pytest_microvm.errors import HostError
 from pytest_microvm.untrusted.text import sanitize
 
-TIMEOUT = 90.0  # seconds; an index may be slow, and is asked about more than one project
+TIMEOUT = 90.0  # seconds; an index may be slow, and is queried for several projects
 MAX_ANSWER = 4 * 1024 * 1024
-_TAIL = 1500  # characters of what a client said when it failed
-_LOGIN = re.compile(r"(://)[^/\s]*@")  # to the last @, which a password may have too
+_TAIL = 1500  # characters of a failed client's error output
+_LOGIN = re.compile(r"(://)[^/\s]*@")  # up to the last @, as a password may contain @
 
 
 def answer(
     command: list[str], *, what: str, folder: Path = Path("/"), program: str = "",
     statuses: Collection[int] = (0,),
 ) -> tuple[str, str]:  # fmt: skip
-    """Return what a program prints, and what it says beside that, without user names and passwords.
+    """Run a program; return its output, and its error output without user names and passwords in URLs.
 
     Args:
-        command: The program and its arguments; it gets the user's whole environment, like the client it is.
-        what: What it is asked for, for errors.
-        folder: Where it runs. The root folder is nobody's project: nothing there is read as configuration.
-        program: Text for its standard input.
-        statuses: The exit statuses that are no failure.
+        command: The program and its arguments; it gets the user's whole environment, as in normal use.
+        what: The subject of the query, for errors.
+        folder: The working directory. The root folder belongs to no project and has no configuration files.
+        program: Text for the standard input.
+        statuses: The exit statuses that mean success.
 
     Raises:
-        HostError: It could not be run, failed, took too long or said too much.
+        HostError: The program could not be run, failed, took too long or printed too much.
     """
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as source:
         source.write(program.encode())
@@ -79,8 +79,8 @@ def answer(
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a client with all that it has started: as long as one of them lives, its answer has no end."""
-    if process.returncode is None:  # else the number may be another's by now
+    """Kill a client's process group: a child that lives on would keep the output pipe open."""
+    if process.returncode is None:  # else the process ID may have been reused
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 

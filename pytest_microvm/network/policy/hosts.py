@@ -1,4 +1,4 @@
-"""How a host is written: one spelling for each, and a refusal for what could be read in two ways."""
+"""Canonical spelling of hosts; ambiguous spellings are rejected."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pytest_microvm.network.policy.addresses import Address, parse_address
 
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 _NUMBER = re.compile(r"0x[0-9a-f]*|[0-9]+")
-_PARTS = 4  # an IPv4 address has no more
+_PARTS = 4  # of an IPv4 address, at most
 _MAX_NAME = 253
-# Two generations of the rules for international names turn these into different names.
+# IDNA 2003 and IDNA 2008 turn these characters into different names.
 _AMBIGUOUS = re.compile("[\u00df\u03c2\u200c\u200d\u1e9e]")
 LOOPBACK_NAME = "localhost"
 
@@ -22,16 +22,16 @@ _Place = TypeVar("_Place")
 
 
 def canonical_host(text: str) -> str:
-    """Return a host as requests and rules are compared: lower case, no trailing dot, ASCII.
+    """Return a host's canonical spelling, in which requests and rules are compared.
 
-    An address is returned in its usual spelling, without brackets: ``127.1``, ``0x7f.1`` and ``2130706433``
-    are what a resolver makes of them, ``127.0.0.1``.
+    A name is returned in lower case and ASCII, without a trailing dot; an address in its usual spelling,
+    without brackets, as a resolver reads it: ``127.1``, ``0x7f.1`` and ``2130706433`` are ``127.0.0.1``.
 
     Args:
-        text: A name, or an address, in brackets or not.
+        text: A name or an address, with or without brackets.
 
     Raises:
-        ValueError: It is no host, or one that others would read in another way. The text is not repeated.
+        ValueError: ``text`` is no host, or is ambiguous. The message does not repeat the text.
     """
     bracketed = text.startswith("[") and text.endswith("]")
     bare = text[1:-1] if bracketed else text
@@ -49,10 +49,10 @@ def canonical_host(text: str) -> str:
 
 
 def by_canonical_host(places: Iterable[tuple[str, _Place]]) -> dict[str, _Place]:
-    """Return where names lead, by the spelling in which requests are compared.
+    """Return a mapping of canonical host names to their places.
 
     Raises:
-        UsageError: One of them is no host.
+        UsageError: A name is no host.
     """
     found: dict[str, _Place] = {}
     for name, place in places:
@@ -66,7 +66,7 @@ def by_canonical_host(places: Iterable[tuple[str, _Place]]) -> dict[str, _Place]
 
 
 def as_address(host: str) -> Address | None:
-    """Return the address that a canonical host is, ``None`` for a name."""
+    """Return a canonical host as an address, ``None`` if it is a name."""
     try:
         return parse_address(host)
     except ValueError:
@@ -74,12 +74,12 @@ def as_address(host: str) -> Address | None:
 
 
 def is_loopback_name(host: str) -> bool:
-    """Tell whether a canonical host is loopback by its name alone (RFC 6761, section 6.3)."""
+    """Return True if a canonical host is a loopback name: localhost or below (RFC 6761, section 6.3)."""
     return host == LOOPBACK_NAME or host.endswith("." + LOOPBACK_NAME)
 
 
 def _ascii(text: str) -> str:
-    if len(text) > _MAX_NAME + 1:  # before encoding: that takes quadratic time
+    if len(text) > _MAX_NAME + 1:  # before encoding, which takes quadratic time
         raise ValueError("it is longer than a name can be")
     if text.isascii():
         return text.lower()
@@ -101,7 +101,7 @@ def _v6(text: str) -> Address:
 
 
 def _v4(labels: list[str]) -> IPv4Address:
-    """Return what ``inet_aton`` makes of numbers: hexadecimal, octal, and fewer than four of them."""
+    """Parse an address like ``inet_aton``: numbers may be hexadecimal, octal, and fewer than four."""
     try:
         numbers = [_number(label) for label in labels]
     except ValueError:

@@ -1,4 +1,4 @@
-"""A rule and a request as values, and whether the one is about the other."""
+"""Rules and requests as values, and the matching between them."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _UNQUOTED = "/!$&'()*+,:=@~"
 
 
 class Match(IntEnum):
-    """How much of what is asked for a rule is about."""
+    """The extent to which a rule applies to a request."""
 
     NOTHING = 0
     PART = 1
-    """Some of the requests in a tunnel: each has to be looked at."""
+    """Some of the requests in a tunnel: each must be inspected."""
     ALL = 2
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for.
+    """A request of a guest, as the policy gets it.
 
     Args:
         host: Lower case, no trailing dot, IDNA A-label; or an address without brackets. Other spellings are
-            put into this one before anything is decided.
+            converted to this one before a decision.
         port: 1 to 65535.
         scheme: ``http`` or ``https`` (``ws`` and ``wss`` count as these); ``None``: an opaque tunnel.
-        method: Of HTTP, as it was sent; ``None`` if it is not known.
-        path: The raw path of the request's target, without the query; ``None`` if it is not known.
+        method: The HTTP method, as it was sent; ``None`` if unknown.
+        path: The raw path of the request's target, without the query; ``None`` if unknown.
     """
 
     host: str
@@ -48,11 +48,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as rules see it: its host in the one spelling, its scheme one of two, an address parsed.
+    """A normalized request: canonical host, parsed address, scheme ``http`` or ``https``.
 
     Attributes:
-        host: Canonical.
-        address: What ``host`` is if it is no name.
+        host: The canonical host.
+        address: The parsed ``host``; ``None`` if it is a name.
         scheme: ``None`` for a tunnel.
     """
 
@@ -65,12 +65,12 @@ class Asked:
 
     @classmethod
     def of(cls, request: Request) -> Asked:
-        """Return a request as rules see it.
+        """Normalize a request.
 
         Raises:
-            ValueError: It has no host, port or scheme that could be asked for.
+            ValueError: The host, port or scheme is invalid.
         """
-        if not 1 <= request.port <= 65535:  # noqa: PLR2004 - the ports there are
+        if not 1 <= request.port <= 65535:  # noqa: PLR2004 - the range of ports
             raise ValueError("its port is none")
         scheme = None if request.scheme is None else _SCHEMES.get(request.scheme.lower())
         if request.scheme is not None and scheme is None:
@@ -81,7 +81,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Name:
-    """A host by its name, or all below it."""
+    """Rule target: a host name, or all its subdomains."""
 
     name: str
     subdomains: bool = False
@@ -89,8 +89,8 @@ class Name:
     def __str__(self) -> str:
         return f"*.{self.name}" if self.subdomains else self.name
 
-    def includes(self, asked: Asked, *, deny: bool) -> bool:  # noqa: ARG002 - as the others
-        """Tell whether the host that is asked for is meant."""
+    def includes(self, asked: Asked, *, deny: bool) -> bool:  # noqa: ARG002 - same signature as the others
+        """Return True if the target includes the request's host; addresses never match a name."""
         if asked.address is not None:
             return False
         return asked.host.endswith("." + self.name) if self.subdomains else asked.host == self.name
@@ -98,7 +98,7 @@ class Name:
 
 @dataclass(frozen=True)
 class Network:
-    """One address, or a network of them."""
+    """Rule target: an address or a network."""
 
     network: AddressNetwork
 
@@ -107,7 +107,7 @@ class Network:
         return str(self.network.network_address if one else self.network)
 
     def includes(self, asked: Asked, *, deny: bool) -> bool:
-        """Tell whether the address that is asked for is meant; a name never is before it is resolved."""
+        """Return True if the target includes the request's address; False for a name, not yet resolved."""
         if asked.address is None:
             return False
         if deny:
@@ -117,13 +117,13 @@ class Network:
 
 @dataclass(frozen=True)
 class Everything:
-    """Every public host."""
+    """Rule target: every public host."""
 
     def __str__(self) -> str:
         return "all"
 
     def includes(self, asked: Asked, *, deny: bool) -> bool:
-        """Tell whether the host that is asked for is meant: to forbid, every host; else only public ones."""
+        """Return True if the target includes the request's host: any host to deny, public ones to allow."""
         if deny:
             return True
         if asked.address is not None:
@@ -136,18 +136,18 @@ Target = Name | Network | Everything
 
 @dataclass(frozen=True)
 class Rule:
-    """One rule.
+    """A rule that allows or denies requests.
 
     Args:
-        target: The hosts it is about.
-        deny: It forbids.
-        port: The only one; ``None``: its scheme's, without a scheme 80 and 443. To forbid, and for
-            :class:`Everything`, every one.
-        scheme: ``http`` or ``https``, if it is about that alone.
-        path: Unescaped; ``/*`` at the end stands for everything below.
-        methods: In upper case; none: every one.
-        preset: The preset that it comes from, if it does.
-        public_only: Somebody outside told the preset of the host, not the user's own configuration.
+        target: The hosts the rule applies to.
+        deny: Whether the rule denies.
+        port: The only port; ``None``: the scheme's port, or 80 and 443 without a scheme. A deny rule and
+            :class:`Everything` without a scheme then match every port.
+        scheme: ``http`` or ``https``, if the rule applies to that alone.
+        path: Unescaped; ``/*`` at the end matches everything below.
+        methods: In upper case; empty: every method.
+        preset: The preset that the rule comes from, if any.
+        public_only: Whether the preset got the host from a public server, not from the user's configuration.
     """
 
     target: Target
@@ -173,27 +173,27 @@ class Rule:
 
     @property
     def is_partial(self) -> bool:
-        """Tell whether the rule is about some requests to its host and not about others."""
+        """True if the rule applies only to some requests to its host, by path or method."""
         return self.path != EVERY_PATH or bool(self.methods)
 
     @property
     def may_lead_inside(self) -> bool:
-        """Tell whether its name may lead to an organisation's own addresses that no rule names."""
+        """True if the rule's name may resolve to an organisation's own addresses without a rule for these."""
         return self.preset is not None and not self.public_only
 
     @property
     def any_protocol(self) -> bool:
-        """Tell whether the rule allows whatever is spoken on its port: it names the port, not a scheme."""
+        """True if the rule allows any protocol on its port: it names a port, or everything, and no scheme."""
         return self.scheme is None and (self.port is not None or isinstance(self.target, Everything))
 
     def match(self, asked: Asked) -> Match:
-        """Tell how much of what is asked for the rule is about."""
+        """Return the extent to which the rule applies to a request."""
         if not self.target.includes(asked, deny=self.deny) or not self._has_port(asked):
             return Match.NOTHING
         if self.scheme is None:
             return Match.ALL
         if asked.scheme is None:
-            # HTTP on a port of its own: whether a tunnel carries that has to be looked at.
+            # HTTP on another port than 80: the tunnel must be inspected to see if it carries HTTP.
             whole = not self.is_partial and (self.scheme == "https" or asked.port == PORTS["http"])
             return Match.ALL if whole else Match.PART
         if asked.scheme != self.scheme:
@@ -201,7 +201,7 @@ class Rule:
         return min(self._has_method(asked), self._has_path(asked))
 
     def forbidding(self) -> Rule:
-        """Return the rule that forbids the hosts this one allows, altogether."""
+        """Return the rule that denies all requests to the hosts that this rule allows."""
         return Rule(self.target, deny=True, preset=self.preset)
 
     def _has_port(self, asked: Asked) -> bool:
@@ -211,7 +211,7 @@ class Rule:
             return asked.port == PORTS[self.scheme]
         if self.deny or isinstance(self.target, Everything):
             return True
-        # 80 speaks HTTP and 443 TLS; a tunnel's first bytes are looked at by whoever carries it.
+        # Port 80 is HTTP and 443 TLS; the proxy verifies a tunnel's first bytes.
         return asked.port == PORTS[asked.scheme] if asked.scheme else asked.port in PORTS.values()
 
     def _has_method(self, asked: Asked) -> Match:

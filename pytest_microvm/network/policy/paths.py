@@ -1,4 +1,4 @@
-"""Paths of requests and of rules: when one lies below the other, and when servers may disagree about it."""
+"""Match paths of requests with paths of rules, and detect paths that servers interpret differently."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _TELLING = frozenset(b"/\\;%?#\x7f") | frozenset(range(0x20))
 
 
 def plain_path(path: str) -> str | None:
-    r"""Return a request's path unescaped, or ``None`` if servers may disagree about which one it is.
+    r"""Return a request's path unescaped, or ``None`` if servers may interpret it differently.
 
-    They may about dot segments, empty segments, ``\``, ``;parameters``, escaped slashes and escapes, and
-    characters that no URL has.
+    Such paths have dot segments, empty segments, ``\``, ``;parameters``, escaped slashes or percent signs, or
+    characters that are invalid in a URL.
 
     Args:
-        path: As it stands in the request, without the query.
+        path: The raw path of the request, without the query.
     """
     if not _WRITTEN.fullmatch(path):
         return None
@@ -34,7 +34,7 @@ def plain_path(path: str) -> str | None:
 
 
 def is_allowed_by(pattern: str, path: str) -> bool:
-    """Tell whether a rule's path allows a request's: ``/a/*`` what lies below ``/a/``, ``/a`` that alone."""
+    """Return True if a rule's path allows a request's: ``/a/*`` all below ``/a/``, ``/a`` only itself."""
     if pattern == EVERY_PATH:
         return True
     plain = plain_path(path)
@@ -44,9 +44,10 @@ def is_allowed_by(pattern: str, path: str) -> bool:
 
 
 def is_denied_by(pattern: str, path: str) -> bool:
-    """Tell whether a rule's path forbids a request's.
+    """Return True if a rule's path denies a request's.
 
-    Whatever a server may take for it counts: other case, a slash at the end, every path that is not plain.
+    All paths match that a server may treat as the same: in other case, with a trailing slash, and every
+    ambiguous path (see :func:`plain_path`).
     """
     if pattern == EVERY_PATH:
         return True

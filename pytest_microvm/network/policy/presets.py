@@ -1,8 +1,8 @@
-"""Rules by ecosystem: the hosts that pip, npm, apt and git of this computer use, as they themselves tell.
+"""Rules by ecosystem: the hosts that pip, npm, apt and git are configured to use on this computer.
 
-Each reads its own configuration: the user's and the computer's, not the project's files, which may be
-somebody else's. Of the checkout's own configuration the remotes count: whoever asks for the preset git asks
-for them. No host is written here.
+Each tool reads its own configuration: that of the user and the computer, not the project's files, which may
+be untrusted. The exception is git: its preset consists of the remotes in the checkout's configuration. No
+hosts are hard-coded here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pytest_microvm.network.policy.hosts import as_address, is_loopback_name
 from pytest_microvm.network.policy.matching import Name, Rule
 from pytest_microvm.network.policy.rule_text import PRESETS, parse_rule, split_deny
 
-_MAX_HOSTS = 50  # of one tool; more would be no configuration
+_MAX_HOSTS = 50  # per tool; more are not plausible
 _APT_URI = re.compile(r"'([^']+)'")
 _SOURCE = re.compile(r"(?:[a-z0-9]+\+)?(https?://[^\s\]]+)")
 _WEB = re.compile(r"https?://", re.IGNORECASE)
@@ -37,12 +37,12 @@ _CREDENTIAL = "its login stays on this computer: hand it over as a credential"
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset comes to on this computer.
+    """The rules and settings of a preset on this computer.
 
     Args:
         rules: The hosts, each with its scheme and port.
-        environment: What makes the tool in the guest use the same ones.
-        hints: What the user may want to know, one line each.
+        environment: Variables that make the tool in the guest use the same hosts.
+        hints: Hints for the user, one line each.
     """
 
     rules: tuple[Rule, ...]
@@ -51,16 +51,16 @@ class Preset:
 
 
 def read_preset(name: str, project: Path, rootfs: Path | None = None) -> Preset:
-    """Return what a preset comes to, asked once a process.
+    """Return a preset's rules and settings, determined once per process.
 
     Args:
         name: One of ``PRESETS``.
         project: The project's folder, for the remotes of its repository.
-        rootfs: The image's root file system (squashfs): apt in the guest uses the sources that are in it.
+        rootfs: The image's root file system (squashfs), whose sources apt in the guest uses.
 
     Raises:
-        UsageError: The tool is not installed, or has nothing configured that could be reached.
-        HostError: The tool failed, or its index did not answer.
+        UsageError: The tool is not installed, or has no reachable host configured.
+        HostError: The tool failed, or its index did not respond.
     """
     if name not in PRESETS:
         raise UsageError(f"{name!r} is no preset", resolution=f"presets are {', '.join(PRESETS)}")
@@ -68,12 +68,12 @@ def read_preset(name: str, project: Path, rootfs: Path | None = None) -> Preset:
 
 
 def preset_rules(project: Path, rootfs: Path | None = None) -> Callable[[str], Sequence[Rule]]:
-    """Return what ``parse_rules`` takes for its presets."""
+    """Return a function from preset name to rules, for ``parse_rules``."""
     return lambda name: read_preset(name, project, rootfs).rules
 
 
 def named_presets(texts: Iterable[str]) -> list[str]:
-    """Return the presets that rules allow, in the order of their first mention."""
+    """Return the names of the presets that rules allow, in order of first mention."""
     split = [split_deny(text) for text in texts]
     return list(dict.fromkeys(name for deny, name in split if not deny and name in PRESETS))
 
@@ -184,18 +184,18 @@ def _apt(rootfs: Path | None) -> Preset:
 
 
 def _sources_in(rootfs: Path) -> list[str]:
-    """Return the sources that an image's own apt uses."""
+    """Return the source URLs that apt uses in an image."""
     wanted = ["etc/apt/sources.list", "etc/apt/sources.list.d/*"]
     told, _said = answer(
         [_installed("unsquashfs", "apt"), "-cat", str(rootfs.absolute()), *wanted],
-        what="preset apt", statuses=(0, 2),  # 2: one of them is not there
+        what="preset apt", statuses=(0, 2),  # 2: one of them is missing
     )  # fmt: skip
     lines = [line for line in told.splitlines() if not line.lstrip().startswith("#")]
     return _SOURCE.findall("\n".join(lines))
 
 
 def _web(uri: str) -> str | None:
-    """Return the URL in one of apt's, which may be ``mirror+https://...``."""
+    """Return the http(s) URL in a URI of apt, such as ``mirror+https://...``; ``None`` without one."""
     match = _SOURCE.match(uri)
     return match[1] if match else None
 
@@ -204,7 +204,7 @@ def _web(uri: str) -> str | None:
 
 
 def _git(project: Path) -> Preset:
-    """Return the hosts of the checkout's remotes, which are read as data, as the user's git rewrites them."""
+    """Return the preset for the checkout's remotes, read as data and rewritten as the user's git does."""
     if git_program() is None:
         raise _missing("git", "git")
     checkout = find_checkout(project)
@@ -228,10 +228,10 @@ def _git(project: Path) -> Preset:
 
 
 def _insteads(key: str) -> list[tuple[str, str]]:
-    """Return what the user has git write in place of the beginnings of URLs, and these beginnings."""
+    """Return the user's URL rewrites for git, as pairs of new and old URL prefix."""
     try:
         said = user_config("--null", "--get-regexp", rf"^url\..*\.{key}$")
-    except GitError:  # there is none
+    except GitError:  # no rewrites configured
         return []
     items = [item.partition("\n") for item in said.split("\0") if item]
     return [(name[len("url.") : -len(f".{key}")], old) for name, _newline, old in items]
@@ -250,7 +250,7 @@ def _remotes(
 
 
 def _rewritten(url: str, pairs: Sequence[tuple[str, str]]) -> str:
-    """Return a URL with its beginning replaced, the longest one that is to be."""
+    """Return a URL with its longest matching prefix replaced."""
     new, old = max(
         ((new, old) for new, old in pairs if url.startswith(old)),
         key=lambda pair: len(pair[1]), default=("", ""),
@@ -259,7 +259,7 @@ def _rewritten(url: str, pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def _rewriting(fetched: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Return what makes git in the guest replace URLs as the user's git does."""
+    """Return the variables that make git in the guest rewrite URLs like the user's git."""
     pairs = [
         (new, old)
         for new, old in fetched
@@ -273,7 +273,7 @@ def _rewriting(fetched: Sequence[tuple[str, str]]) -> dict[str, str]:
 
 
 def _has_secret(url: str) -> bool:
-    """Tell whether a URL, or the beginning of one, has a login in it that is more than a name for ssh."""
+    """Return True if a URL or URL prefix contains a login other than a user name for ssh."""
     login = url.partition("://")[2].partition("/")[0].rpartition("@")[0]
     return bool(login) and (":" in login or url.lower().startswith(("http:", "https:")))
 
@@ -288,7 +288,7 @@ def _preset(
     hints: Iterable[str] = (),
     told: Mapping[str, Sequence[str]] | None = None,
 ) -> Preset:
-    """Return a preset of the URLs that are configured, and of those that each of them told of."""
+    """Return a preset for the configured URLs and the URLs of files that their servers reported."""
     rules = dict.fromkeys(_rule(name, url) for url in urls)
     for url, files in (told or {}).items():
         found = {_rule(name, file): None for file in files}
@@ -314,7 +314,7 @@ def _rule(name: str, url: str) -> Rule:
 
 
 def _may_lead(index: str, file: str) -> bool:
-    """Tell whether an index may say that its files are there: inside the network only if it is too."""
+    """Return True if an index may refer to a file URL: inside the network only if the index is inside."""
     return not _is_inside(file) or _is_inside(index)
 
 
@@ -330,7 +330,7 @@ def _is_inside(url: str) -> bool:
 
 
 def _leads_inside(url: str) -> bool:
-    """Tell whether a URL's host is inside the network, as its addresses tell."""
+    """Return True if a URL's host is inside the network, judged by its addresses."""
     if _is_inside(url):
         return True
     try:

@@ -1,4 +1,4 @@
-"""One rule as people write it: text in, :class:`Rule` out."""
+"""Parse one rule from text into a :class:`Rule`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SCHEMES: dict[str, Scheme] = {"http": "http", "https": "https"}
 _METHOD = re.compile(r"[A-Za-z]{1,20}")
 _PORT = re.compile(r":([1-9][0-9]{0,4})")
 _MAX_PORT = 65535
-_SHOWN = 80  # characters of what was written
+_SHOWN = 80  # characters of a rule in an error message
 _FORMS = (
     "host, *.host, host:port, an address or a network (10.0.0.0/8, [::1]:8080), "
     "[METHOD,METHOD ]http(s)://host[:port]/path/*, a preset (pip, npm, apt, git) or all; "
@@ -31,27 +31,27 @@ _FORMS = (
 
 
 def parse_rule(text: str, where: str) -> Rule:
-    """Return the rule that ``text`` stands for; presets are not rules.
+    """Parse a rule; names of presets are not accepted.
 
     Args:
-        text: What was written.
-        where: What it was written in, for errors.
+        text: The rule's text.
+        where: The source of the text, for errors.
 
     Raises:
-        UsageError: It is no rule.
+        UsageError: ``text`` is no rule.
     """
     return _Writing(text, where).rule()
 
 
 def split_deny(text: str) -> tuple[bool, str]:
-    """Return whether a rule forbids, and what it is about."""
+    """Split a rule into a deny flag and the rest of its text."""
     text = text.strip()
     deny = text[: len(DENY)].lower() == DENY
     return deny, text[len(DENY) :].strip() if deny else text
 
 
 def _refuse(where: str, text: str, why: str, resolution: str = "") -> NoReturn:
-    """Say why what was written is no rule.
+    """Raise an error that names the reason a text is no rule.
 
     Raises:
         UsageError: Always.
@@ -63,7 +63,7 @@ def _refuse(where: str, text: str, why: str, resolution: str = "") -> NoReturn:
 
 
 class _Writing:
-    """What was written, while it is taken apart."""
+    """Parser of one rule's text."""
 
     def __init__(self, text: str, where: str) -> None:
         self._text = text
@@ -74,7 +74,7 @@ class _Writing:
         if not text:
             self._refuse("it is empty")
         if "@" in text.partition("://")[2].partition("/")[0] or ("@" in text and "://" not in text):
-            raise UsageError(  # what was written is not shown: it may hold a password
+            raise UsageError(  # the text is not shown: it may contain a password
                 f"{self._where}: a network rule has no user name or password",
                 resolution="leave out what stands before the @, and hand the secret over as a credential",
             )
@@ -164,7 +164,7 @@ class _Writing:
             if not bracket or ":" not in host or (rest and not _PORT.fullmatch(rest)):
                 self._refuse("its brackets hold no IPv6 address, with a :port behind", "write [::1]:8080")
             return host, int(rest[1:]) if rest else None
-        if text.count(":") > 1:  # IPv6 as it is
+        if text.count(":") > 1:  # IPv6 without brackets
             return text, None
         host, colon, port = text.partition(":")
         if colon and not _PORT.fullmatch(colon + port):

@@ -1,8 +1,8 @@
-"""The policy: what a guest may reach, decided from rules alone, without I/O.
+"""The policy: decide from rules alone, without I/O, whether a guest's request is allowed.
 
-Nothing is allowed unless a rule allows it, and what a rule forbids is not allowed by any other. Names are
-decided upon before they are resolved (:meth:`Policy.decide`), and again with each address that they resolve
-to, each time (:meth:`Policy.decide_address`).
+A request is denied unless a rule allows it, and deny rules override all others. A name is checked before it
+is resolved (:meth:`Policy.decide`), and again with each address that it resolves to, each time
+(:meth:`Policy.decide_address`).
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _IPV6_LOOPBACK = parse_address("::1")
 
 @dataclass(frozen=True)
 class Decision:
-    """What comes of a request.
+    """The policy's decision on a request.
 
     Args:
-        allowed: It may go out.
-        reason: For people, in one line: which rule decided, or why none did. Nothing of the request's is in
-            it but its host, in the one spelling, and its port.
+        allowed: Whether the request may go out.
+        reason: One line for people: the rule that decided, or why none did. Of the request it contains only
+            the canonical host and the port.
         rule: The text of the rule that decided.
-        inspect: A tunnel is allowed only if the requests in it are looked at one by one.
-        tcp: Any protocol may be spoken; otherwise TLS on every port but 80, and HTTP there.
+        inspect: Whether a tunnel is allowed only if each request in it is inspected.
+        tcp: Whether any protocol is allowed; otherwise HTTP on port 80 and TLS on all others.
     """
 
     allowed: bool
@@ -52,17 +52,17 @@ class Decision:
 
 @dataclass(frozen=True)
 class Policy:
-    """What a guest may reach.
+    """The network rules of a guest.
 
     Args:
-        rules: In any order: it makes no difference.
+        rules: The rules; their order makes no difference.
     """
 
     rules: tuple[Rule, ...] = ()
 
     @property
     def needs_inspection(self) -> bool:
-        """Tell whether requests in TLS have to be looked at: a rule for https names a path or methods."""
+        """True if requests inside TLS must be inspected: a rule for https names a path or methods."""
         return any(rule.scheme == "https" and rule.is_partial for rule in self.rules)
 
     def decide(self, request: Request) -> Decision:
@@ -74,11 +74,11 @@ class Policy:
         return self._decide(asked)[0]
 
     def decide_address(self, request: Request, address: str) -> Decision:
-        """Decide on a request again, now that it is known which address it would go to.
+        """Decide on a request again, with the address that it would go to.
 
         Args:
-            request: The same as before.
-            address: One that its name resolved to, or its host itself if that is an address.
+            request: The request passed to :meth:`decide`.
+            address: An address that its name resolved to, or its host itself if that is an address.
         """
         try:
             asked, found = Asked.of(request), parse_address(address)
@@ -96,15 +96,15 @@ class Policy:
         return Decision(False, why, None) if why else decision
 
     def expects(self, request: Request, address: str, own: AddressNetwork) -> bool:
-        """Tell whether a request that is allowed may go to an address of this computer or of its links.
+        """Return True if an allowed request may go to an address of this computer or its links.
 
-        It may if a rule names the address and no more than the network that it is in, if the address is not
-        public (a rule has named its range then), and if the user's own configuration has the host.
+        It may if a rule names the address, or a network around it no wider than ``own``; if the address is
+        not public (a rule has named its range then); or if the user's own configuration names the host.
 
         Args:
-            request: What is asked for.
-            address: Where it would go.
-            own: The network.
+            request: The request.
+            address: The address that it would go to.
+            own: The network of this computer that contains the address.
         """
         asked, found = Asked.of(request), parse_address(address)
         if special_range(found) is not None:
@@ -118,7 +118,7 @@ class Policy:
         )
 
     def _decide(self, asked: Asked) -> tuple[Decision, list[Rule]]:
-        """Return the decision, and the rules that allow what is asked for."""
+        """Return the decision, and the rules that allow the request."""
         matches = [(rule, match) for rule in self.rules if (match := rule.match(asked))]
         wholly = [rule for rule, match in matches if match is Match.ALL]
         if forbidden := _first(rule for rule in wholly if rule.deny):
@@ -135,11 +135,11 @@ class Policy:
         return Decision(True, f"allowed by {_shown(rule)}{watched}", str(rule), inspect, tcp), allowing
 
     def _denying(self, asked: Asked) -> list[Rule]:
-        """Return the rules that forbid what is asked for, or might once it is known."""
+        """Return the rules that deny the request, or might deny a request in the tunnel."""
         return [rule for rule in self.rules if rule.deny and rule.match(asked)]
 
     def _address_refused(self, asked: Asked, address: Address, allowing: list[Rule]) -> str:
-        """Say why a request that is allowed may not go to an address; empty if it may."""
+        """Return the reason an allowed request may not go to an address; empty if it may."""
         if asked.address is not None:
             return "" if asked.address == address else f"{asked.host} is not {address}"
         special = special_range(address)
@@ -157,7 +157,7 @@ class Policy:
 
     @staticmethod
     def _names(rule: Rule, address: Address, port: int) -> bool:
-        """Tell whether a rule is there for an address itself: a name that may be asked for may lead to it."""
+        """Return True if a rule names an address itself, so that any allowed name may resolve to it."""
         return (
             not rule.deny
             and rule.scheme is None
@@ -185,16 +185,16 @@ class Policy:
 def parse_rules(
     texts: Sequence[str], where: str, presets: Callable[[str], Sequence[Rule]] | None = None
 ) -> Policy:
-    """Return the policy that was written.
+    """Parse rules into a policy.
 
     Args:
         texts: Rules, and names of presets.
-        where: What they were written in, for errors.
-        presets: Gives the rules of a preset; without it presets are known by name and come to nothing, which
-            is enough to check what was written.
+        where: The source of the texts, for errors.
+        presets: Returns the rules of a preset; without it presets are accepted but yield no rules, which is
+            enough to validate the texts.
 
     Raises:
-        UsageError: One is no rule.
+        UsageError: A text is no rule.
     """
     rules: list[Rule] = []
     for text in texts:
@@ -210,12 +210,12 @@ def parse_rules(
 
 
 def _is_within(rule: Rule, own: AddressNetwork) -> bool:
-    """Tell whether a rule is about addresses of one network, and no others."""
+    """Return True if a rule's target is an address or network inside ``own``."""
     return isinstance(rule.target, Network) and is_subnet(rule.target.network, own)
 
 
 def _first(rules: Iterable[Rule]) -> Rule | None:
-    """Return the rule to name among several that decide the same, whatever their order."""
+    """Return the rule to report among several with the same decision, independent of their order."""
     return min(rules, key=_plainness, default=None)
 
 

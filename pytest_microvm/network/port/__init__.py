@@ -1,1 +1,1 @@
-"""The host's end of a guest's network port: streams to the proxy, ports forwarded into the guest."""
+"""The host's end of a guest's network port: streams to the proxy and port forwarding into the guest."""

@@ -1,4 +1,4 @@
-"""A port or Unix socket of a guest on this computer: a listener here, a connection there for each client."""
+"""Forward a port or Unix socket of a guest: a listener on this computer, one guest connection per client."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 _BACKLOG = 512
 _PIECE = 64 * 1024
 _RESET = struct.pack("ii", 1, 0)  # struct linger
-_PATIENCE = 10.0  # seconds for tasks that were cancelled
+_PATIENCE = 10.0  # seconds for cancelled tasks to end
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a forwarded port is on this computer.
+    """The address of a forwarded port on this computer.
 
     Args:
         host: ``127.0.0.1``; empty for a Unix socket.
@@ -41,7 +41,7 @@ class Address:
 
     @property
     def url(self) -> str:
-        """``http://127.0.0.1:PORT``; of a Unix socket ``http+unix://PATH``, as requests-unixsocket has it."""
+        """``http://127.0.0.1:PORT``, or ``http+unix://PATH`` for a Unix socket, as in requests-unixsocket."""
         if self.path is not None:
             return f"http+unix://{quote(str(self.path), safe='')}"
         return f"http://{self.host}:{self.port}"
@@ -52,7 +52,7 @@ class Address:
 
 @contextlib.contextmanager
 def forwarded(port: NetworkPort, target: int | str, *, unix: bool) -> Iterator[Address]:
-    """Let clients of this computer reach ``target`` in the guest; ends with the block, or with the machine.
+    """Forward clients of this computer to ``target`` in the guest until the block or the machine ends.
 
     Args:
         port: The guest's port.
@@ -81,7 +81,7 @@ async def _forward(port: NetworkPort, target: int | str, listener: socket.socket
 
 
 class Listener:
-    """A listener and its clients; lives on the loop."""
+    """A listener and its client connections; runs on the network loop."""
 
     def __init__(self, port: NetworkPort, target: int | str) -> None:
         self._port = port
@@ -90,7 +90,7 @@ class Listener:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def listen(self, listener: socket.socket) -> None:
-        """Take clients from now on; ``listener`` is owned from here on."""
+        """Start to accept clients on ``listener``, which this object now owns."""
         if self._port.failure is not None:
             raise self._port.failure
         self._port.forwardings.add(self)
@@ -98,7 +98,7 @@ class Listener:
         self._server = await start(self._serve, sock=listener, backlog=_BACKLOG)
 
     def stop(self) -> None:
-        """Take no more clients, and drop those that are there."""
+        """Stop accepting clients and drop the connected ones."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -106,7 +106,7 @@ class Listener:
             task.cancel()
 
     async def close(self) -> None:
-        """Stop, and wait until no client is left."""
+        """Stop, and wait until all client connections have ended."""
         self.stop()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._port.forwardings.discard(self)
@@ -126,14 +126,14 @@ class Listener:
 
 
 def _reset(writer: asyncio.StreamWriter) -> None:
-    """Drop a client so that it cannot take what it got for the whole: close(2) then sends RST."""
-    with contextlib.suppress(OSError):  # it has gone already
+    """Drop a client with RST, so that it does not take a truncated response for a complete one."""
+    with contextlib.suppress(OSError):  # the client has already disconnected
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
     writer.transport.abort()
 
 
 async def _carry(*ways: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
-    """Copy each way until both have ended; if one fails, so does the other."""
+    """Copy bytes in both directions until both have ended; if one fails, cancel the other."""
     tasks = [asyncio.ensure_future(_copy(reader, writer)) for reader, writer in ways]
     try:
         await asyncio.gather(*tasks)

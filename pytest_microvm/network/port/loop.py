@@ -1,4 +1,4 @@
-"""The process's one thread for connections of machines: an asyncio loop, begun at first use."""
+"""The process's single thread for machines' connections: an asyncio loop, started at first use."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def network_loop() -> asyncio.AbstractEventLoop:
 
 
 def run(work: Coroutine[Any, Any, _Result], timeout: float | None = None) -> _Result:
-    """Run ``work`` on the loop and return its result; not to be called on the loop's own thread.
+    """Run ``work`` on the loop and return its result; must not be called on the loop's own thread.
 
     Raises:
-        TimeoutError: It took longer than ``timeout`` seconds; it has been cancelled.
+        TimeoutError: ``work`` took longer than ``timeout`` seconds and was cancelled.
     """
     future = asyncio.run_coroutine_threadsafe(work, network_loop())
     try:
         return future.result(timeout)
-    except concurrent.futures.TimeoutError as error:  # before Python 3.11 not the built-in one
+    except concurrent.futures.TimeoutError as error:  # differs from the built-in one before Python 3.11
         future.cancel()
         raise TimeoutError(str(error) or f"not done within {timeout:g} s") from error
     except BaseException:

@@ -1,4 +1,4 @@
-"""A machine's network on this computer: nothing until the guest speaks, or somebody reaches into it."""
+"""A machine's network on this computer, started when the guest sends data or the host connects into it."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
     from pytest_microvm.network.port.forwarding import Address
     from pytest_microvm.network.port.streams import NetworkPort, Served
 
-_ANSWER = 10.0  # seconds for the guest's network process, which may have been killed
-_END = 10.0  # seconds for what served connections to end
+_ANSWER = 10.0  # seconds for the guest's network process to reply; it may have been killed
+_END = 10.0  # seconds for served connections to end
 
 
 class Server(Protocol):
-    """What serves a machine's connections: :class:`pytest_microvm.network.proxy.server.Proxy`."""
+    """The server of a machine's connections: :class:`pytest_microvm.network.proxy.server.Proxy`."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection until it ends."""
 
     async def close(self) -> None:
-        """Let go of everything."""
+        """End all connections and release resources."""
 
 
 class MachineNetwork:
-    """What a machine asks of the network, and how its servers are reached.
+    """A machine's network: its logged requests, and access to servers in the guest.
 
     Args:
-        sock: The socket of the guest's port ``network``; it stays its owner's.
-        proxy: Makes what serves the guest's connections; called when the guest makes its first.
-        log: Takes note of what the guest tried to send past the proxy.
-        on_violation: Called when the guest breaks the protocol.
+        sock: The socket of the guest's port ``network``, owned by the caller.
+        proxy: Creates the server of the guest's connections; called at the guest's first connection.
+        log: Records packets that the guest tried to send past the proxy.
+        on_violation: Called when the guest violates the protocol.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class MachineNetwork:
         self._on_violation = on_violation
         self._proxy: Server | None = None
         self._port: NetworkPort | None = None
-        self._before = (0, 0)  # bytes received and sent by ports that have come to rest
+        self._before = (0, 0)  # bytes received and sent by ports before the last rest()
         self._closed = False
         self._lock = threading.RLock()
         sock.setblocking(False)
@@ -65,17 +65,17 @@ class MachineNetwork:
 
     @property
     def requests(self) -> list[NetworkRequest]:
-        """What the machine asked for, in order: the last 1000."""
+        """The machine's last requests in order, up to 1000 allowed and 1000 denied ones."""
         self.settle()
         return self.log.list()
 
     @property
     def denied(self) -> list[NetworkRequest]:
-        """Those of :attr:`requests` that were denied."""
+        """The denied ones among :attr:`requests`."""
         return [request for request in self.requests if not request.allowed]
 
     def settle(self) -> None:
-        """Take in what the guest has said by now: what it just tried is in the log afterwards."""
+        """Process all data that the guest has sent so far, so that the log includes its latest attempts."""
         if self.silent:
             return
         from pytest_microvm.network.port.loop import run  # noqa: PLC0415 - asyncio, once it is needed
@@ -85,17 +85,17 @@ class MachineNetwork:
 
     @property
     def bytes_received(self) -> int:
-        """What came from the guest over this port."""
+        """Bytes received from the guest over this port."""
         return self._before[0] + (0 if self._port is None else self._port.bytes_received)
 
     @property
     def bytes_sent(self) -> int:
-        """What went to the guest over this port."""
+        """Bytes sent to the guest over this port."""
         return self._before[1] + (0 if self._port is None else self._port.bytes_sent)
 
     @contextlib.contextmanager
     def forward(self, target: int | str, *, unix: bool = False) -> Iterator[Address]:
-        """Let clients of this computer reach a TCP port or Unix socket of the guest.
+        """Forward clients of this computer to a TCP port or Unix socket of the guest.
 
         Args:
             target: A TCP port of the guest's loopback, or the path of a Unix socket.
@@ -113,8 +113,8 @@ class MachineNetwork:
         """Mount a directory of this computer in the guest; see :meth:`NetworkPort.share`.
 
         Raises:
-            GuestError: The guest cannot mount it.
-            TimeoutError: Its network process did not answer.
+            GuestError: The guest cannot mount the directory.
+            TimeoutError: The guest's network process did not reply.
             MachineCrashed: The machine has ended.
         """
         from pytest_microvm.network.port.loop import run  # noqa: PLC0415 - asyncio, once it is needed
@@ -122,21 +122,21 @@ class MachineNetwork:
         return run(self._open().share(path, serve, read_only=read_only), _ANSWER)
 
     def unshare(self, number: int) -> None:
-        """Unmount what :meth:`share` has mounted.
+        """Unmount a directory mounted by :meth:`share`.
 
         Raises:
-            TimeoutError: The guest's network process did not answer.
+            TimeoutError: The guest's network process did not reply.
             MachineCrashed: The machine has ended.
         """
-        from pytest_microvm.network.port.loop import run  # noqa: PLC0415 - it is there already
+        from pytest_microvm.network.port.loop import run  # noqa: PLC0415 - already loaded
 
         run(self._open().unshare(number), _ANSWER)
 
     def wait_for(self, target: int | str, timeout: float) -> None:
-        """Wait until somebody in the guest listens on a TCP port or Unix socket.
+        """Wait until a server in the guest listens on a TCP port or Unix socket.
 
         Raises:
-            TimeoutError: Nobody did within ``timeout`` seconds.
+            TimeoutError: No server listened within ``timeout`` seconds.
             MachineCrashed: The machine has ended.
         """
         from pytest_microvm.network.port.loop import run  # noqa: PLC0415 - asyncio, once it is needed
@@ -149,10 +149,10 @@ class MachineNetwork:
             raise TimeoutError(f"the machine's network process did not answer for {timeout:g} s") from None
 
     def rest(self, timeout: float = _ANSWER) -> None:
-        """Bring the guest's end back to where it began, before the machine is frozen; if it was used at all.
+        """Reset the guest's end to its initial state, if it was used, before the machine is frozen.
 
         Raises:
-            TimeoutError: The guest did not answer within ``timeout`` seconds.
+            TimeoutError: The guest did not reply within ``timeout`` seconds.
             MachineCrashed: The machine has ended.
         """
         if self.silent:
@@ -172,12 +172,12 @@ class MachineNetwork:
 
     @property
     def silent(self) -> bool:
-        """Whether neither end has said anything, from the beginning or since the last rest."""
+        """True if neither end has sent anything since the start or the last :meth:`rest`."""
         with self._lock:
             return self._port is None and not self._closed and not self._something_came()
 
     def close(self) -> None:
-        """Drop all connections and listeners, before the socket is closed; a second call does nothing."""
+        """Drop all connections and listeners; call this before closing the socket. May be called twice."""
         with self._lock:
             if self._closed:
                 return
@@ -185,19 +185,19 @@ class MachineNetwork:
             reactor().remove(self._sock)
             port, proxy = self._port, self._proxy
         if port is not None:
-            from pytest_microvm.network.port.loop import run  # noqa: PLC0415 - it is there already
+            from pytest_microvm.network.port.loop import run  # noqa: PLC0415 - already loaded
 
-            with contextlib.suppress(TimeoutError):  # the machine has ended; nobody waits for a slow server
+            with contextlib.suppress(TimeoutError):  # the machine has ended: do not wait for a slow server
                 run(_finish(port, proxy), _END)
 
     def _spoke(self, _mask: int) -> None:
-        """On the I/O thread: the guest said its first word, or the machine ended."""
+        """Handle the guest's first data or the machine's end, on the I/O thread."""
         with self._lock:
             if self._closed:
                 return
             reactor().remove(self._sock)
             if self._port is None and self._something_came():
-                # What comes now takes long the first time: it must not stop the other machines' I/O.
+                # The first start takes long, so it must not block the I/O of other machines.
                 threading.Thread(target=self._begin, name="microvm-network-begin", daemon=True).start()
 
     def _begin(self) -> None:
@@ -211,7 +211,7 @@ class MachineNetwork:
             return False
 
     def _open(self) -> NetworkPort:
-        """Return the port, in use from now on."""
+        """Return the port; create it if necessary."""
         from pytest_microvm.network.port.loop import run  # noqa: PLC0415 - asyncio, once it is needed
         from pytest_microvm.network.port.streams import NetworkPort  # noqa: PLC0415
 

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any, Protocol, cast
 
 HIGH = 64 * 1024
-"""Bytes that wait to be written to a guest before the writer is paused."""
+"""Bytes buffered for a guest above which the writer is paused."""
 
 _LOW = HIGH // 4
 _PIECE = 64 * 1024
@@ -19,23 +19,23 @@ class Carrier(Protocol):
     full: bool
 
     def write(self, number: int, data: bytes) -> int:
-        """Send bytes of a stream as far as the guest has granted credit; return how many were taken."""
+        """Send as many bytes of a stream as the guest has granted credit for; return their number."""
 
     def consumed(self, number: int, size: int) -> None:
-        """Grant the guest credit for bytes that were handed on."""
+        """Grant the guest credit for bytes that the protocol has received."""
 
     def close_stream(self, number: int, *, end: bool) -> None:
-        """Say that this end sends no more; with ``end``, reads no more either."""
+        """Close the sending direction of a stream; with ``end``, the receiving one, too."""
 
     def drop(self, number: int) -> None:
-        """Forget a stream and tell the guest so."""
+        """Reset a stream on both sides."""
 
 
 class Stream(asyncio.Transport):
     """One connection of a guest.
 
-    The guest may send a window of bytes; it gets more credit as they are handed to the protocol, so a paused
-    reader stops the guest's program. What the writer says waits here until the guest has granted credit and
+    The guest may send a window of bytes; it gets more credit as the protocol receives them, so a paused
+    reader stops the guest's program. Written bytes are buffered here until the guest has granted credit and
     the port has room.
     """
 
@@ -47,45 +47,45 @@ class Stream(asyncio.Transport):
         self._port = port
         self._protocol: asyncio.BaseProtocol = asyncio.Protocol()
         self._buffer = bytearray()
-        self._held = bytearray()  # came while reading was paused
+        self._held = bytearray()  # received while reading was paused
         self._ended = False  # the guest sends no more
-        self._paused = True  # until somebody is there to be told
+        self._paused = True  # until a protocol is set
         self._writer_paused = False
         self._eof = False
         self._closing = False
         self._lost = False
         self._high, self._low = HIGH, _LOW
 
-    # Of a transport
+    # asyncio.Transport
 
     def get_protocol(self) -> asyncio.BaseProtocol:
-        """Return who is told what comes."""
+        """Return the protocol."""
         return self._protocol
 
     def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
-        """Tell ``protocol`` what comes from now on."""
+        """Set the protocol that receives the guest's bytes."""
         self._protocol = protocol
 
     def is_closing(self) -> bool:
-        """Whether it is closed, or will be once everything is written."""
+        """Return True if the transport is closed or closes once its buffer is written."""
         return self._closing
 
     def is_reading(self) -> bool:
-        """Whether the protocol is told what comes."""
+        """Return True if the protocol receives data."""
         return not self._paused and not self._closing
 
     def pause_reading(self) -> None:
-        """Tell the protocol nothing more; the guest gets no more credit."""
+        """Pass no more data to the protocol and grant the guest no more credit."""
         self._paused = True
 
     def resume_reading(self) -> None:
-        """Go on telling the protocol what comes."""
+        """Pass data to the protocol again."""
         if self._paused:
             self._paused = False
             self._port.loop.call_soon(self._hand_over)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send ``data``, as the guest takes it."""
+        """Queue ``data`` and send it as the guest grants credit."""
         if self._lost or self._closing:
             return
         if self._eof:
@@ -97,48 +97,48 @@ class Stream(asyncio.Transport):
             self._protocol.pause_writing()
 
     def write_eof(self) -> None:
-        """Send no more after what was written."""
+        """Close the sending direction after the buffered data is sent."""
         self._eof = True
         self.pump()
 
     def can_write_eof(self) -> bool:
-        """Whether :meth:`write_eof` works: always."""
+        """Return True: :meth:`write_eof` is supported."""
         return True
 
     def close(self) -> None:
-        """Write what is left, then read and write no more."""
+        """Stop reading, and close the transport once the buffered data is sent."""
         if not self._closing:
             self._closing = self._eof = True
             self._held.clear()
             self.pump()
 
     def abort(self) -> None:
-        """Drop the connection at once, on the guest's side too."""
+        """Drop the connection immediately, also on the guest's side."""
         self._force_close(None)
 
     def get_write_buffer_size(self) -> int:
-        """Return how many bytes wait to be written."""
+        """Return the number of bytes in the write buffer."""
         return len(self._buffer)
 
     def get_write_buffer_limits(self) -> tuple[int, int]:
-        """Return (low, high): where writers go on, and where they are paused."""
+        """Return (low, high): the buffer sizes at which writers are resumed and paused."""
         return self._low, self._high
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
-        """Say where writers are paused and where they go on."""
+        """Set the buffer sizes at which writers are paused and resumed."""
         self._high = HIGH if high is None else high
         self._low = self._high // 4 if low is None else low
 
     def _force_close(self, error: Exception | None) -> None:
-        """Drop the connection; asyncio's TLS calls it so."""
+        """Drop the connection; asyncio's TLS calls this method by this name."""
         if not self._lost:
             self._port.drop(self.number)
             self.lose(error)
 
-    # Of the port
+    # Called by the port
 
     def pump(self) -> None:
-        """Send what credit and the port's room allow."""
+        """Send as many buffered bytes as the credit and the port's room allow."""
         if self._lost:
             return
         while self._buffer and not self._port.full:
@@ -156,23 +156,23 @@ class Stream(asyncio.Transport):
 
     @property
     def waits(self) -> bool:
-        """Whether something waits to be sent."""
+        """True if bytes are waiting to be sent."""
         return bool(self._buffer)
 
     def came(self, data: bytes) -> None:
-        """Take bytes of the guest."""
+        """Accept bytes from the guest."""
         if self._closing:
             return
         self._held += data
         self._hand_over()
 
     def end(self) -> None:
-        """Take note that the guest sends no more."""
+        """Handle the guest's end of data."""
         self._ended = True
         self._hand_over()
 
     def lose(self, error: Exception | None) -> None:
-        """Tell the protocol that the connection is no more."""
+        """Notify the protocol that the connection is lost."""
         if not self._lost:
             self._lost = self._closing = True
             self._buffer.clear()
@@ -186,7 +186,7 @@ class Stream(asyncio.Transport):
             self._tell(data)
             self._port.consumed(self.number, len(data))
         if self._ended and not self._paused and not self._closing:
-            self._ended = False  # it is told once
+            self._ended = False  # notify the protocol once
             if not cast("Any", self._protocol).eof_received():
                 self.close()
 
@@ -207,12 +207,12 @@ class Stream(asyncio.Transport):
 def connect_streams(
     stream: Stream, loop: asyncio.AbstractEventLoop, limit: int
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Return reader and writer of ``stream``, as :func:`asyncio.open_connection` does.
+    """Return a reader and a writer for ``stream``, like :func:`asyncio.open_connection`.
 
     Args:
         stream: A new stream.
-        loop: Its loop.
-        limit: Twice as many bytes wait in the reader before the guest's program is paused.
+        loop: The stream's loop.
+        limit: The reader buffers twice as many bytes before the guest's program is paused.
     """
     reader = asyncio.StreamReader(limit=limit, loop=loop)
     protocol = asyncio.StreamReaderProtocol(reader, loop=loop)

@@ -1,7 +1,7 @@
 """The host's end of a guest's port ``network``: streams to the proxy, and to servers in the guest.
 
-Everything here happens on the thread of :mod:`pytest_microvm.network.port.loop`. What the guest says is not
-believed: connections, bytes and messages are bounded, and what breaks the protocol ends the machine.
+All code here runs on the thread of :mod:`pytest_microvm.network.port.loop`. The guest is not trusted:
+connections, bytes and messages are limited, and a protocol violation ends the machine.
 """
 
 from __future__ import annotations
@@ -26,37 +26,38 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 _READ_SIZE = 64 * 1024
-_HIGH = 512 * 1024  # bytes that wait for the socket; above it streams wait, and the guest is not heard
+_HIGH = 512 * 1024  # bytes buffered for the socket above which streams and reading pause
 _LOW = 128 * 1024
-_HEARD_AT_ONCE = 64  # reads, of which the guest can fill each
+_HEARD_AT_ONCE = 64  # reads per hear(); a guest may keep the socket full
 _READER = 32 * 1024
-_MAX_PACKETS = 10_000  # reports of packets; a guest that behaves sends a tenth
+_MAX_PACKETS = 10_000  # reports of packets; a well-behaved guest sends a tenth
 _MAX_ADDRESS = 64
-_MAX_NAME = 1100  # of 255 bytes, each as \ddd at most
+_MAX_NAME = 1100  # 255 bytes, each written as \ddd at most
 Served = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-"""What serves one stream until it ends."""
+"""Coroutine function that serves one stream until it ends."""
 
 _PROTOCOL = re.compile(r"TCP|UDP|ICMP|DNS|IP/[0-9]{1,3}")
 
 
 class Forwarding(Protocol):
-    """A listener on this computer whose clients are connected through a port."""
+    """A listener on this computer that forwards its clients through a port."""
 
     def stop(self) -> None:
-        """Take no more clients, and drop those that are there."""
+        """Stop accepting clients and drop the connected ones."""
 
     async def close(self) -> None:
-        """Stop, and wait until no client is left."""
+        """Stop, and wait until all client connections have ended."""
 
 
 class NetworkPort:
-    """One guest's connections.
+    """The connections of one guest.
 
     Args:
-        sock: The port's socket; it stays its owner's.
+        sock: The port's socket, owned by the caller.
         serve: Serves a connection of the guest until it ends.
-        packet: Told what tried to get past the proxy: protocol, address, port, name (untrusted).
-        on_violation: Called when the guest breaks the protocol.
+        packet: Called for each packet that tried to bypass the proxy, with protocol, address, port and name
+            (untrusted).
+        on_violation: Called when the guest violates the protocol.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class NetworkPort:
         self._on_violation = on_violation
         self._channel = Channel("host", WINDOW)
         self._out = bytearray()
-        self._flushes = False  # whether a flush is on its way
+        self._flushes = False  # whether a flush is scheduled
         self._resting = False
         self._streams: dict[int, Stream] = {}
         self._of_guest: set[int] = (
@@ -91,16 +92,16 @@ class NetworkPort:
         self.forwardings: set[Forwarding] = set()
         self.loop.add_reader(sock, self._readable)
 
-    # For those who want something of the guest
+    # Operations on the guest
 
     @contextlib.asynccontextmanager
     async def connect(
         self, target: int | str
     ) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        """Connect to a server in the guest: a TCP port or the path of a Unix socket; gives reader and writer.
+        """Connect to a TCP port or Unix socket path in the guest; yield a reader and a writer.
 
         Raises:
-            GuestError: Nobody listens there.
+            GuestError: No server listens there.
             MachineError: The machine has ended.
         """
         async with self._reaching:
@@ -118,15 +119,15 @@ class NetworkPort:
         """Mount a directory of this computer in the guest, until the machine ends or :meth:`unshare`.
 
         Args:
-            path: Where: an empty directory of the guest.
-            serve: Answers what the guest's kernel asks, until it does no more.
-            read_only: Whether the guest's kernel shall refuse changes by itself.
+            path: The mount point: an empty directory of the guest.
+            serve: Serves the requests of the guest's kernel until the stream ends.
+            read_only: Whether the guest's kernel rejects changes by itself.
 
         Returns:
-            What :meth:`unshare` takes.
+            The number to pass to :meth:`unshare`.
 
         Raises:
-            GuestError: It cannot be mounted there.
+            GuestError: The guest cannot mount the directory there.
             MachineError: The machine has ended.
         """
         stream = await self._reach(op="share", path=path, read_only=read_only)
@@ -134,7 +135,7 @@ class NetworkPort:
         return stream.number
 
     async def unshare(self, number: int) -> None:
-        """Unmount what :meth:`share` has mounted.
+        """Unmount a directory mounted by :meth:`share`.
 
         Raises:
             MachineError: The machine has ended.
@@ -142,16 +143,16 @@ class NetworkPort:
         await self._ask(op="unshare", stream=number)
 
     async def wait(self, target: int | str, timeout: float) -> None:
-        """Wait until somebody in the guest listens.
+        """Wait until a server in the guest listens on a TCP port or Unix socket.
 
         Raises:
-            GuestError: Nobody did within ``timeout`` seconds.
+            GuestError: No server listened within ``timeout`` seconds.
             MachineError: The machine has ended.
         """
         await self._ask(op="wait", timeout=timeout, **_target(target))
 
     async def hear(self) -> None:
-        """Take in what the guest has said by now."""
+        """Process the data that the guest has sent so far."""
         for _ in range(_HEARD_AT_ONCE):
             before = self.bytes_received
             if self.failure is None and not self.full:
@@ -161,7 +162,7 @@ class NetworkPort:
             await asyncio.sleep(0)
 
     async def rest(self) -> None:
-        """Bring the guest's end back to where it began; this end is of no use any more.
+        """Reset the guest's end to its initial state, and close this end.
 
         Raises:
             MachineError: The machine has ended.
@@ -178,14 +179,14 @@ class NetworkPort:
         self.close(MachineCrashed("the machine is at rest"))
 
     async def finish(self) -> None:
-        """Drop everything, and wait until what served connections has ended."""
+        """Drop all connections, and wait until their servers have ended."""
         self.close(MachineCrashed("the machine was ended"))
         await self._end_tasks()
         for forwarding in list(self.forwardings):
             await forwarding.close()
 
     def close(self, failure: MachineError) -> None:
-        """Hear and say no more; the socket stays open."""
+        """Stop reading and writing and drop all connections; the socket stays open."""
         if self.failure is not None:
             return
         self.failure = failure
@@ -202,22 +203,22 @@ class NetworkPort:
         for forwarding in list(self.forwardings):
             forwarding.stop()
 
-    # For streams
+    # Called by streams
 
     def write(self, number: int, data: bytes) -> int:
-        """Queue what the guest's credit allows of ``data``; return how much that was."""
+        """Queue as much of ``data`` as the guest's credit allows; return the number of bytes."""
         room = self._channel.room(number)
         sent = self._channel.write(number, data) if room else 0
         self._flush_soon()
         return sent
 
     def consumed(self, number: int, size: int) -> None:
-        """Let the guest send more."""
+        """Grant the guest credit for consumed bytes."""
         self._channel.consumed(number, size)
         self._flush_soon()
 
     def close_stream(self, number: int, *, end: bool) -> None:
-        """Say that no more follows, and with ``end`` that no more is read."""
+        """Close the sending direction of a stream; with ``end``, the receiving one, too."""
         self._channel.close(number)
         if end:
             if self._channel.is_open(number):
@@ -227,10 +228,10 @@ class NetworkPort:
         self._flush_soon()
 
     def drop(self, number: int) -> None:
-        """Drop a connection on both sides."""
+        """Reset a stream on both sides."""
         if self._channel.is_open(
             number
-        ):  # said first: after CLOSE the guest's program would see a proper end
+        ):  # sent first: after CLOSE the guest's program would see a regular end
             self._channel.send({"op": "reset", "stream": number})
         self._channel.close(number)
         self._streams.pop(number, None)
@@ -277,7 +278,7 @@ class NetworkPort:
         except BlockingIOError:
             self.loop.add_writer(self._sock, self._flush)
         except OSError:
-            self._out.clear()  # the reading side notices the end
+            self._out.clear()  # _readable() handles the closed connection
         else:
             self.loop.remove_writer(self._sock)
         full = len(self._out) > (_LOW if self.full else _HIGH)
@@ -291,7 +292,7 @@ class NetworkPort:
                     if stream.waits:
                         stream.pump()
 
-    # What the guest says
+    # Incoming events
 
     def _handle(self, event: object) -> None:
         if isinstance(event, Message):
@@ -300,7 +301,7 @@ class NetworkPort:
         stream = self._streams.get(getattr(event, "stream", 0))
         if isinstance(event, Closed):
             self._retire(event.stream)
-        if stream is None:  # it was dropped here, and the guest does not know yet
+        if stream is None:  # dropped here, which the guest does not know yet
             return
         if isinstance(event, Data):
             stream.came(event.data)
@@ -326,7 +327,7 @@ class NetworkPort:
             raise WireError("an event of an unknown kind")
 
     def _take(self, connection: int) -> None:
-        if self._resting:  # the guest forgets it
+        if self._resting:  # the guest drops the connection
             return
         if len(self._of_guest) >= CONNECTIONS or self._channel.open_streams >= MAX_STREAMS:
             self._channel.send({"op": "refuse", "connection": connection})
@@ -359,7 +360,7 @@ class NetworkPort:
         request = self._requests.pop(_whole(body, "id"), None)
         if request is None:
             raise WireError("an answer to no request")
-        if request.done():  # nobody waits any more
+        if request.done():  # the caller has stopped waiting
             return
         error = body.get("error")
         if isinstance(error, dict):
@@ -371,12 +372,12 @@ class NetworkPort:
     # Bookkeeping
 
     async def _reach(self, **body: Any) -> Stream:
-        """Ask the guest for what a new stream leads to; return the stream."""
+        """Open a stream and request the guest to connect it as ``body`` says; return the stream."""
         stream = self._open()
         asked = self.loop.create_task(self._ask(stream=stream.number, **body))
         try:
             await asyncio.shield(asked)
-        except asyncio.CancelledError:  # the guest may say yes all the same
+        except asyncio.CancelledError:  # the guest may still accept
             asked.add_done_callback(lambda done: self._reached_too_late(stream, done))
             raise
         except GuestError:
@@ -393,7 +394,7 @@ class NetworkPort:
         return stream
 
     def _unopened(self, stream: Stream) -> None:
-        """Take back a stream that the guest never accepted."""
+        """Drop a stream that the guest never accepted."""
         self._streams.pop(stream.number, None)
         self._channel.forget(stream.number)
 

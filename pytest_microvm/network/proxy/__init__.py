@@ -1,1 +1,1 @@
-"""A machine's proxy: judges each request, adds credentials, connects."""
+"""A machine's proxy: it checks each request against the policy, adds credentials and connects."""

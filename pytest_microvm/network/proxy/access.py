@@ -1,4 +1,4 @@
-"""What one machine may reach, and with whose credentials: what its proxy is made from."""
+"""The network access of one machine: policy, credentials and authority, from which its proxy is built."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Access:
-    """What one machine may reach.
+    """The network access of one machine.
 
     Args:
         policy: The rules.
-        credentials: What the proxy adds on the way out.
-        authority: The machine's own certificate authority; ``None`` where no request has to be looked into.
-        hosts: Names that lead to an address (and a port, if it is another one) that the user chose; they are
-            not looked up.
+        credentials: Credentials that the proxy adds to outgoing requests.
+        authority: The machine's own certificate authority; ``None`` if no TLS has to be inspected.
+        hosts: Names that the user mapped to an address, and to a port if it differs; the proxy does not
+            resolve them.
     """
 
     policy: Policy

@@ -1,4 +1,4 @@
-"""A machine's own certificate authority: made for it in memory, and gone with it."""
+"""A machine's own certificate authority, which exists only in memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pytest_microvm.errors import UsageError
 if TYPE_CHECKING:
     import trustme
 
-_MOST = 256  # hosts whose certificates are kept
+_MOST = 256  # cached certificates of hosts
 
 
 class Authority:
-    """Vouches for hosts whose requests the proxy looks into, to one machine.
+    """Issuer of certificates, for one machine, for hosts whose TLS the proxy inspects.
 
     Args:
-        authority: The key and certificate it signs with.
+        authority: The authority's key and certificate.
     """
 
     def __init__(self, authority: trustme.CA) -> None:
@@ -27,7 +27,7 @@ class Authority:
         self._contexts: dict[str, ssl.SSLContext] = {}
 
     def context(self, host: str) -> ssl.SSLContext:
-        """Return what shows a guest a certificate for ``host``, a name or an address.
+        """Return a server-side TLS context with a certificate for ``host``, a name or an address.
 
         Raises:
             ValueError: No certificate can name that host.
@@ -40,16 +40,16 @@ class Authority:
 
 
 def new_authority(name: str) -> Authority:
-    """Return a new authority.
+    """Create an authority.
 
     Args:
-        name: The machine, for people who look at its certificates.
+        name: The machine's name, which appears in the certificates.
 
     Raises:
-        UsageError: The packages for it are not installed.
+        UsageError: The package trustme is not installed.
     """
     try:
-        import trustme  # noqa: PLC0415 - only where requests are looked into
+        import trustme  # noqa: PLC0415 - only where TLS is inspected
     except ImportError:
         raise UsageError(
             "looking into https (rules with a path or method, credentials) needs the package trustme",
@@ -63,9 +63,9 @@ def _context(leaf: trustme.LeafCert) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
-    context.num_tickets = 0  # a guest that comes again says whom it wants again
+    context.num_tickets = 0  # no resumption: each connection of a guest names its host
     context.set_alpn_protocols(["http/1.1"])
-    # OpenSSL reads keys from files alone; this one has no name and is on no disk.
+    # OpenSSL only reads keys from files; this file has no name and is not on a disk.
     file = os.memfd_create("microvm-certificate")
     try:
         for blob in (leaf.private_key_pem, *leaf.cert_chain_pems):

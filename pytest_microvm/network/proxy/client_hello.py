@@ -1,4 +1,4 @@
-"""The first message of TLS: whose certificate a client asks for (RFC 8446, 4.1.2; RFC 6066, 3)."""
+"""Parse the server name in a TLS ClientHello (RFC 8446, 4.1.2; RFC 6066, 3)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ HANDSHAKE = 0x16
 """The first byte of a connection that speaks TLS."""
 
 MAX_BYTES = 32 * 1024
-"""The longest beginning of a connection that is looked at; hellos have two kilobytes."""
+"""Maximum bytes of a ClientHello with its record headers; real ones have two kilobytes."""
 
 _RECORD_HEADER = 5
 _MESSAGE_HEADER = 4
@@ -20,37 +20,37 @@ _NAME = re.compile(rb"[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*", re.ASCII)
 
 
 class BadHello(ValueError):
-    """What came is no ClientHello that can be judged."""
+    """The bytes are no valid, unambiguous ClientHello."""
 
 
 @dataclass(frozen=True)
 class ClientHello:
-    """What matters of a ClientHello.
+    """The relevant part of a ClientHello.
 
     Args:
-        server_name: The name it asks for, in lower case; ``None`` if it asks for none.
+        server_name: The requested server name in lower case; ``None`` if there is none.
     """
 
     server_name: str | None
 
 
 class HelloReader:
-    """Reads the ClientHello that a connection begins with, in time that grows with its bytes alone."""
+    """Incremental reader of the ClientHello that begins a connection, in time linear in its bytes."""
 
     def __init__(self) -> None:
         self.data = bytearray()
-        """All that came."""
-        self._record = 0  # where the record begins that is not all there yet
-        self._message = bytearray()  # what the records before it hold
+        """All bytes received."""
+        self._record = 0  # start of the first incomplete record
+        self._message = bytearray()  # content of the records before it
 
     def feed(self, data: bytes) -> ClientHello | None:
-        """Return the ClientHello once it is all there.
+        """Return the ClientHello once it is complete.
 
         Args:
-            data: What came next.
+            data: The next received bytes.
 
         Raises:
-            BadHello: There is none, it is too long, or it is ambiguous.
+            BadHello: The bytes are no ClientHello, or it is too long or ambiguous.
         """
         self.data += data
         while (content := self._content()) is not None:
@@ -67,7 +67,7 @@ class HelloReader:
         return None
 
     def _content(self) -> tuple[int, int] | None:
-        """Return where the content of the record at hand lies, once that is known; judge what there is."""
+        """Return start and end of the current record's content once known; validate its header so far."""
         header = bytes(self.data[self._record : self._record + _RECORD_HEADER])
         if header and header[0] != HANDSHAKE:
             raise BadHello("it does not begin with a handshake")
@@ -83,7 +83,7 @@ class HelloReader:
 
 
 def _complete(before: bytearray, came: bytearray) -> bytes | None:
-    """Return the body of the handshake's first message; ``None`` if it is not all there yet."""
+    """Return the body of the handshake's first message; ``None`` if it is incomplete."""
     start = bytes(before[:_MESSAGE_HEADER]) + bytes(came[:_MESSAGE_HEADER])
     if start and start[0] != _CLIENT_HELLO:
         raise BadHello("it does not begin with a ClientHello")
@@ -98,7 +98,7 @@ def _complete(before: bytearray, came: bytearray) -> bytes | None:
 
 
 class _Fields:
-    """Fields one after another; what does not fit is an error."""
+    """Reader of consecutive fields; a field beyond the data is an error."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
@@ -114,7 +114,7 @@ class _Fields:
         return int.from_bytes(self.take(size), "big")
 
     def vector(self, size: int) -> _Fields:
-        """Take a field with its length before it, of that many bytes."""
+        """Read a field preceded by its length, an integer of ``size`` bytes."""
         return _Fields(self.take(self.number(size)))
 
     @property

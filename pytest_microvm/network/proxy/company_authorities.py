@@ -1,6 +1,6 @@
-"""Certificates of a company's own authorities: what this computer trusts beyond what its system brought.
+"""Certificates of a company's own authorities, which this computer trusts beyond its system's collection.
 
-Public certificates, no secrets. Sources: update-ca-certificates(8), update-ca-trust(8).
+These are public certificates, no secrets. Sources: update-ca-certificates(8), update-ca-trust(8).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _FOLDERS = (
     Path("/etc/ca-certificates/trust-source/anchors"),  # Arch
 )
 _VARIABLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT", "NODE_EXTRA_CA_CERTS")
-_SYSTEM = ("/etc/ssl", "/etc/pki", "/usr/share", "/usr/lib")  # what is below is the system's own collection
+_SYSTEM = ("/etc/ssl", "/etc/pki", "/usr/share", "/usr/lib")  # folders of the system's own collection
 _CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----")
 _MOST = 256 * 1024  # bytes: some dozen authorities
 
@@ -24,8 +24,8 @@ _MOST = 256 * 1024  # bytes: some dozen authorities
 def company_certificates() -> str:
     """Return, in PEM, the authorities that this computer's administrator or user added.
 
-    From the folders where administrators put them, and from the files that ``SSL_CERT_FILE`` and the like
-    name, where these are not the system's own collection.
+    Sources are the folders for administrators, and the files named by variables such as ``SSL_CERT_FILE``
+    unless they are the system's own collection.
     """
     found: dict[str, None] = {}
     size = 0

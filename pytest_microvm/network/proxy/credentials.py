@@ -1,4 +1,4 @@
-"""What the proxy adds to requests to one host, so that a guest never holds it."""
+"""Credentials that the proxy adds to requests to one host, so that a guest never holds them."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ if TYPE_CHECKING:  # credentials are resolved where nothing is sent
 
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]+)(?::([0-9]{1,5}))?")
 _VALUE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
-# A part of a response, or a compressed one, cannot be searched for what it must not hold.
+# Partial or compressed responses cannot be searched for credentials.
 _UNSEARCHABLE = frozenset((b"accept_encoding", b"range", b"if_range", b"sec_websocket_extensions", b"a_im"))
 
 
 @dataclass(frozen=True)
 class Credential:
-    """A value that the proxy adds to requests to one host.
+    """A secret value that the proxy adds to requests to one host.
 
     Args:
-        host: The only host it goes to.
-        port: Its only port; ``None``: 443.
-        value: The value, as it was found.
-        header: The header it goes into.
-        query: Or the parameter of the query.
-        scheme: How the header is written: ``Bearer VALUE``, ``Basic`` with the value (``user:password``)
-            encoded, or as it is.
-        variable: The variable of the guest in which programs look for it.
-        placeholder: What that variable holds instead; empty before a machine has one.
+        host: The only host that gets the value.
+        port: The host's only port; ``None``: 443.
+        value: The value, as read from its source.
+        header: The header that carries the value.
+        query: The query parameter that carries it instead.
+        scheme: The format of the header: ``Bearer VALUE``, ``Basic`` with the value (``user:password``)
+            encoded, or the plain value.
+        variable: The environment variable in which the guest's programs look for the value.
+        placeholder: The content of that variable in the guest; empty before a machine has one.
     """
 
     host: str
@@ -54,16 +54,16 @@ class Credential:
     placeholder: str = ""
 
     def for_machine(self) -> Credential:
-        """Return the same with a placeholder for one machine, made up anew."""
+        """Return a copy with a new random placeholder for one machine."""
         return replace(self, placeholder=f"microvm-placeholder-{secrets.token_hex(12)}")
 
     def covers(self, origin: Origin) -> bool:
-        """Tell whether it goes to a server, over TLS."""
+        """Return True if the credential is meant for a server, over TLS."""
         return origin.host == self.host and origin.port == (self.port or PORTS["https"])
 
     @property
     def sent(self) -> str:
-        """What is sent for it, in the header or the query."""
+        """The encoded value for the header or the query."""
         value = self.value.reveal()
         if self.query is not None:
             return quote(value, safe="")
@@ -72,7 +72,7 @@ class Credential:
         return f"Bearer {value}" if self.scheme == "bearer" else value
 
     def added_to(self, asked: Asked) -> Asked:
-        """Return a request with the value in it; what the guest wrote in its place is dropped."""
+        """Return a request with the value added, replacing the guest's own header or parameter."""
         if self.query is not None:
             pairs = [kept for pair in asked.query[1:].split("&") if (kept := self._without(pair))]
             return replace(asked, query="?" + "&".join([*pairs, f"{self.query}={self.sent}"]))
@@ -82,9 +82,9 @@ class Credential:
         return replace(asked, headers=(*others, (name, self.sent.encode("ascii"))))
 
     def _without(self, pair: str) -> str:
-        """Return what stands between two ``&`` of a query without the parameter, as any server may read it.
+        """Remove the credential's parameter from a part of a query between two ``&``.
 
-        Some divide at ``;`` as well, and some take upper and lower case for the same.
+        Some servers also split at ``;``, and some ignore case.
         """
         assert self.query is not None
         parts = pair.split(";")
@@ -93,20 +93,20 @@ class Credential:
 
 
 def resolve_credential(spec: CredentialSpec, project: Path | None = None) -> Credential:
-    """Return a credential with its value, which is read here.
+    """Read a credential's value from its source and return the credential.
 
     Args:
-        spec: The credential as it was written.
-        project: The folder of which a command that gives the value may use nothing.
+        spec: The credential as configured.
+        project: The folder from which a command that prints the value may not use any files.
 
     Raises:
-        UsageError: There is no value, or it cannot be sent, or its host is none.
+        UsageError: There is no value, it cannot be sent, or the host is invalid.
     """
     name = f"credential for {spec.host}"
     host, port = credential_host(spec)
     value = spec.source.read(name, project)
     text = value.reveal()
-    # Shorter ones could not be taken out of what a server sends back, which may be anything.
+    # Shorter values cannot be redacted from arbitrary responses.
     if not _VALUE.fullmatch(text) or len(text) < MIN_LENGTH:
         raise UsageError(
             f"{name}: what {spec.source} gives cannot be sent",
@@ -124,7 +124,7 @@ def for_request(credentials: Iterable[Credential], asked: Asked) -> tuple[Creden
     """Return the credentials that go with a request.
 
     Raises:
-        Refused: There are some for its host, and it would show them to everybody on the way.
+        Refused: The host has a credential, and the request would send it unencrypted.
     """
     origin = asked.origin
     if origin.scheme == "https":
@@ -135,12 +135,12 @@ def for_request(credentials: Iterable[Credential], asked: Asked) -> tuple[Creden
 
 
 def needs_tls(host: str) -> str:
-    """Return why a request to a host is refused that would show its credential to everybody on the way."""
+    """Return the reason for refusing an unencrypted request to a host that has a credential."""
     return f"{host} has a credential, which goes over TLS only: use https"
 
 
 def with_credentials(asked: Asked, credentials: tuple[Credential, ...]) -> Asked:
-    """Return a request as it goes out: with the credentials, and asking for what can be searched for them."""
+    """Return a request with its credentials, and with headers that request a searchable response."""
     if not credentials:
         return asked
     headers = tuple(pair for pair in asked.headers if _as_servers_read(pair[0]) not in _UNSEARCHABLE)
@@ -151,21 +151,21 @@ def with_credentials(asked: Asked, credentials: tuple[Credential, ...]) -> Asked
 
 
 def _as_servers_read(header: bytes) -> bytes:
-    """Return the name by which CGI and WSGI know a header: ``X_Key`` is ``X-Key`` to them (RFC 3875, 4.1)."""
+    """Normalize a header's name as CGI and WSGI do: ``X_Key`` equals ``X-Key`` (RFC 3875, 4.1)."""
     return header.lower().replace(b"-", b"_")
 
 
 def credential_host(spec: CredentialSpec) -> tuple[str, int | None]:
-    """Return the only host that gets a credential, and its port if it is not 443.
+    """Return a credential's host, and its port or ``None`` for 443.
 
     Raises:
-        UsageError: It is none.
+        UsageError: The host or port is invalid.
     """
     text, name = spec.host, f"credential for {spec.host}"
     found = _HOST.fullmatch(text)
     port = int(found[2]) if found and found[2] else None
     try:
-        if found and (port is None or 0 < port < 65536):  # noqa: PLR2004 - the ports there are
+        if found and (port is None or 0 < port < 65536):  # noqa: PLR2004 - the range of ports
             return canonical_host(found[1]), port
     except ValueError as error:
         raise UsageError(f"{name}: {text} is no host: {error}") from None

@@ -1,6 +1,6 @@
-"""Keep a guest from reading its credentials in what servers send back: the values are blanked out.
+"""Redact credentials in responses, so that a guest cannot read them when a server echoes them.
 
-What replaces a value is as long as it is, so that lengths that were announced stay true.
+A replacement is as long as the value, so that announced lengths stay valid.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pytest_microvm.network.proxy.credentials import Credential
 from pytest_microvm.network.proxy.refusal import Refused
 from pytest_microvm.untrusted.redaction import RedactedStream, Redactor
 
-# Values of headers that say how what follows is encoded.
+# Allowed values of headers that describe the encoding of the body.
 _SEARCHABLE = {
     b"content-encoding": (b"", b"identity"),
     b"transfer-encoding": (b"", b"identity", b"chunked"),
@@ -21,10 +21,10 @@ _SEARCHABLE = {
 
 
 class Echoes:
-    """Blanks credentials out of one response.
+    """Redactor of credentials in one response.
 
     Args:
-        credentials: Those that went with the request.
+        credentials: The credentials sent with the request.
     """
 
     def __init__(self, credentials: Iterable[Credential]) -> None:
@@ -36,20 +36,20 @@ class Echoes:
         return bool(self._redactor)
 
     def blanked(self, text: bytes) -> bytes:
-        """Return a text that is all there (a header's value) without the values."""
+        """Return a complete text, such as a header's value, with the credentials redacted."""
         return self._redactor.raw(text)
 
     def feed(self, data: bytes) -> bytes:
-        """Return what can be sent on now that ``data`` came; at the end (none) what was held back."""
+        """Return the redacted bytes to forward after ``data``; for b"" (the end), the held-back rest."""
         if not self:
             return data
         return self._stream.feed(data) if data else self._stream.end()
 
     def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Refuse a response, or a WebSocket, that cannot be searched.
+        """Reject a response or WebSocket that cannot be searched.
 
         Raises:
-            Refused: It is compressed, although that was not asked for.
+            Refused: It is compressed, which the request did not ask for.
         """
         if self:
             for name, value in headers:

@@ -20,12 +20,12 @@ _FRAMING = (b"content-length", b"transfer-encoding")
 
 
 class Broken(Exception):
-    """A response could not be finished; the guest's connection is cut, so that it is not taken for whole."""
+    """A response ended early; the guest's connection is reset, so that it is not taken for complete."""
 
 
 @dataclass
 class Line:
-    """A connection to a server, and what is known of the requests on it.
+    """A connection to a server, with the HTTP state of the requests on it.
 
     Args:
         origin: The server.
@@ -43,22 +43,22 @@ class Line:
         await self.stream.write(self.http.send(event) or b"")
 
     async def event(self) -> object:
-        """Return what the server sends next.
+        """Return the next event from the server.
 
         Raises:
-            OSError: The connection broke.
-            h11.RemoteProtocolError: It is not HTTP/1.1, or ended too early.
+            OSError: The connection failed.
+            h11.RemoteProtocolError: The response is not HTTP/1.1, or ended too early.
         """
         while (event := self.http.next_event()) is h11.NEED_DATA:
             self.http.receive_data(await self.stream.read())
         return event
 
     def renew(self) -> bool:
-        """Prepare for another request; return whether that is possible."""
+        """Prepare the connection for another request; return True if that is possible."""
         if (self.http.our_state, self.http.their_state) != (h11.DONE, h11.DONE):
             return False
         if self.http.trailing_data != (b"", False):
-            return False  # what came without being asked for would be taken for the next response
+            return False  # unsolicited bytes would be taken for the next response
         self.http = h11.Connection(h11.CLIENT, MAX_HEAD)
         return True
 
@@ -68,15 +68,15 @@ class Exchange:
 
     Args:
         asked: The request.
-        http: The guest's connection, with the request's head read.
-        guest: The same as a stream.
-        credentials: What goes with the request.
-        note_status: Told the response's status before the guest is.
+        http: The HTTP state of the guest's connection, after the request's head.
+        guest: The guest's connection.
+        credentials: The credentials to send with the request.
+        note_status: Called with the response's status before the guest gets it.
 
     Attributes:
         keeps: Whether the guest's connection can be used for another request.
-        sent: Bytes that went to the server.
-        received: Bytes that came from it.
+        sent: Bytes sent to the server.
+        received: Bytes received from the server.
     """
 
     def __init__(
@@ -98,15 +98,15 @@ class Exchange:
         self._note_status = note_status
         self._answered = False
         if asked.length == 0:
-            http.next_event()  # its end
+            http.next_event()  # the request's end
 
     async def over(self, line: Line) -> bool:
-        """Do it over a connection; return False if that ended before it brought anything of a response.
+        """Run the exchange over a connection; return False if that ended before any byte of a response.
 
         Raises:
-            Refused: The server does not answer in HTTP, or with what cannot be passed on.
+            Refused: The server does not respond in HTTP, or its response cannot be forwarded.
             Broken: The response ended too early.
-            GuestGone: The guest's connection did.
+            GuestGone: The guest's connection failed.
         """
         sent, received = line.stream.sent_bytes, line.stream.received_bytes
         try:
@@ -131,7 +131,7 @@ class Exchange:
             self.received += line.stream.received_bytes - received
 
     async def _both(self, line: Line) -> None:
-        """Send the body and pass the response on; a server may answer before it has read everything."""
+        """Send the body and forward the response; a server may respond before it has read the whole body."""
         sending = asyncio.ensure_future(self._send_body(line))
         responding = asyncio.ensure_future(self._respond(line))
         try:
@@ -152,7 +152,7 @@ class Exchange:
             if isinstance(event, h11.Data):
                 try:
                     await line.send(h11.Data(bytes(event.data)))
-                except OSError:  # it may have answered before it closed
+                except OSError:  # the server may have responded before closing
                     return
         self._guest.unread(self._http.trailing_data[0])
         await line.send(h11.EndOfMessage())
@@ -197,7 +197,7 @@ class Exchange:
         }
 
     async def _switch(self, line: Line, event: h11.InformationalResponse) -> None:
-        """Go on as a WebSocket: bytes both ways; the server's messages are searched for credentials."""
+        """Switch to a WebSocket: relay bytes both ways and redact credentials in the server's messages."""
         if dict(event.headers).get(b"upgrade", b"").lower() != b"websocket":
             raise Refused(502, f"{line.origin.host} switches to a protocol that was not asked for")
         self._echoes.check(event.headers)

@@ -1,7 +1,7 @@
-"""The head of a guest's request: read, judged, and what it asks for.
+"""Read, validate and parse the head of a guest's request.
 
-What two programs could understand differently is refused, not repaired, and what goes out is written anew
-from what was understood here.
+A head that two programs could interpret differently is rejected, not repaired; the outgoing head is written
+anew from the parsed values.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pytest_microvm.network.proxy.refusal import Refused
 from pytest_microvm.network.proxy.relaying import Stream
 
 MAX_HEAD = 64 * 1024
-"""The longest head of a message, in bytes."""
+"""Maximum size of a message's head, in bytes."""
 
 NEVER = frozenset({"TRACE", "TRACK"})
-"""Methods that no rule allows: they give back what a request had in it."""
+"""Methods that are always refused: their responses echo the request, with its credentials."""
 
 PORTS = {"http": 80, "https": 443}
 _SCHEMES = {"http": "http", "ws": "http", "https": "https", "wss": "https"}
@@ -29,14 +29,14 @@ _SCHEMES = {"http": "http", "ws": "http", "https": "https", "wss": "https"}
 _END = b"\r\n\r\n"
 _FIRST = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]")
 _BARE_LINE_FEED = re.compile(rb"(?<!\r)\n")
-# Controls, line ends that are not CRLF, and headers folded over several lines.
+# Control characters, line ends other than CRLF, and headers folded over several lines.
 _UNCLEAR = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n|\n[ \t]")
 _ABSOLUTE = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^?#]*)(\?[^#]*)?")
 _RELATIVE = re.compile(r"(/[^?#]*)(\?[^#]*)?")
 _AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:@\[\]/?#]+)(?::([0-9]{1,5}))?")
 _REQUEST_LINE = re.compile(rb"([!-~]{1,40}) (?:[A-Za-z]+://)?([!-~]{0,4096})")
 
-# Of one connection and not of the request (RFC 9110, 7.6.1), or about the framing, which is written anew.
+# Headers of one connection (RFC 9110, 7.6.1), and of the framing, which is written anew.
 _HOP_BY_HOP = frozenset(
     b"connection proxy-connection keep-alive te trailer transfer-encoding content-length upgrade expect "
     b"http2-settings proxy-authorization proxy-authenticate proxy-authentication-info host".split()
@@ -45,12 +45,12 @@ _HOP_BY_HOP = frozenset(
 
 @dataclass(frozen=True)
 class Origin:
-    """A server as it is named in requests.
+    """A server that requests name.
 
     Args:
-        scheme: ``http`` or ``https``; ``None``: it is not known what will be spoken.
-        host: In its one spelling, an address without brackets.
-        port: Its port.
+        scheme: ``http`` or ``https``; ``None`` if the protocol is not known.
+        host: The canonical host, an address without brackets.
+        port: The server's port.
     """
 
     scheme: str | None
@@ -59,24 +59,24 @@ class Origin:
 
     @property
     def authority(self) -> str:
-        """Host and port as the ``Host`` header has them."""
+        """Host and port in the format of the ``Host`` header."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return host if PORTS.get(self.scheme or "") == self.port else f"{host}:{self.port}"
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request asks for.
+    """A parsed request.
 
     Args:
         origin: The server.
-        method: As it was written.
-        path: Without the query; empty for ``CONNECT``.
-        query: With its question mark; empty if there is none.
-        headers: Those that are the request's own and go out.
-        length: Bytes of the body; ``None``: it comes in chunks.
-        websocket: It asks to go on as a WebSocket.
-        persistent: The connection may be used for another request.
+        method: The method, as the guest wrote it.
+        path: The path without the query; empty for ``CONNECT``.
+        query: The query with its question mark; empty if there is none.
+        headers: The end-to-end headers, which are forwarded.
+        length: Bytes of the body; ``None`` for a chunked body.
+        websocket: Whether the request asks to switch to a WebSocket.
+        persistent: Whether the connection may be used for another request.
     """
 
     origin: Origin
@@ -90,14 +90,14 @@ class Asked:
 
     @property
     def request(self) -> Request:
-        """What the policy is asked."""
+        """The request for the policy to decide on."""
         origin = self.origin
         if self.method == "CONNECT":
             return Request(origin.host, origin.port)
         return Request(origin.host, origin.port, origin.scheme, self.method, self.path)
 
     def outgoing(self) -> h11.Request:
-        """Return the request as the server gets it."""
+        """Return the request to send to the server."""
         headers = [(b"Host", self.origin.authority.encode("ascii")), *self.headers]
         if self.websocket:
             headers += [(b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
@@ -106,17 +106,17 @@ class Asked:
         elif self.length or self.method in ("POST", "PUT", "PATCH"):
             headers.append((b"Content-Length", b"%d" % self.length))
         if self.length != 0:
-            # A server that does not read a body would take it for the next request, one that nobody decided
-            # upon, or the next request for the rest of one that a guest began there.
+            # A server that does not read the body would take it for the next request, which the policy has
+            # not checked, or take the next request for the rest of one that a guest began in the body.
             headers.append((b"Connection", b"close"))
         return h11.Request(method=self.method, target=self.path + self.query, headers=headers)
 
 
 async def read_head(stream: Stream) -> bytes | None:
-    """Return the next head, with the empty line at its end; ``None`` if there is none any more.
+    """Read the next head, with the empty line at its end; return ``None`` at the end of the stream.
 
     Raises:
-        Refused: What comes is no head, or is too long.
+        Refused: The bytes are no head, or it is too long.
     """
     data = bytearray()
     while piece := await stream.read():
@@ -138,14 +138,14 @@ async def read_head(stream: Stream) -> bytes | None:
 
 
 def parse_head(raw: bytes, fixed: Origin | None = None) -> tuple[Asked, h11.Connection]:
-    """Return what a head asks for, and the connection that will read its body and write its response.
+    """Parse a head; return the request, and the HTTP state to read its body and write its response.
 
     Args:
         raw: The head.
-        fixed: The server, where it was chosen before (inside of a tunnel).
+        fixed: The server, if it was chosen before (inside a tunnel).
 
     Raises:
-        Refused: It is malformed, or could be understood in more than one way.
+        Refused: The head is malformed or ambiguous.
     """
     if _UNCLEAR.search(raw):
         raise _malformed("it has control characters, bare line ends or folded headers")
@@ -161,7 +161,7 @@ def parse_head(raw: bytes, fixed: Origin | None = None) -> tuple[Asked, h11.Conn
 
 
 def attempted(raw: bytes) -> tuple[str, str]:
-    """Return the method and host that a head seems to ask for, for the log of what was refused unread."""
+    """Return the apparent method and host of a malformed head, for the log."""
     found = _REQUEST_LINE.match(raw)
     if not found:
         return "?", ""
@@ -170,12 +170,12 @@ def attempted(raw: bytes) -> tuple[str, str]:
 
 
 def in_short(error: h11.RemoteProtocolError) -> str:
-    """Return what is wrong, without the bytes that are: they may be anybody's secret."""
+    """Return an error's message without the offending bytes, which may contain secrets."""
     return str(error).partition(": b")[0]
 
 
 def kept(headers: Iterable[tuple[bytes, bytes]]) -> tuple[tuple[bytes, bytes], ...]:
-    """Return the headers that are passed on: neither of one connection alone, nor about framing."""
+    """Return the headers to forward: without those of a single connection and of the framing."""
     headers = tuple(headers)
     named = set(_HOP_BY_HOP)
     for name, value in headers:
@@ -214,7 +214,7 @@ def _asked(head: h11.Request, fixed: Origin | None) -> Asked:
 
 
 def _fields(head: h11.Request) -> dict[bytes, bytes]:
-    """Return the headers by name, those that are repeated as one list."""
+    """Return the headers by name, with repeated ones joined by commas."""
     fields: dict[bytes, bytes] = {}
     for name, value in head.headers:
         fields[name] = fields[name] + b", " + value if name in fields else value
@@ -254,7 +254,7 @@ def _tunnel(target: str) -> Origin:
 
 
 def _check_host(value: bytes | None, asked: Asked) -> None:
-    """Refuse a ``Host`` header that names another server than the target does."""
+    """Reject a ``Host`` header that names another server than the target does."""
     if value is None:
         return  # HTTP/1.0
     try:
@@ -268,10 +268,10 @@ def _check_host(value: bytes | None, asked: Asked) -> None:
 
 
 def split_host(text: str) -> tuple[str, int | None]:
-    """Return the host, in its one spelling, and the port of ``host`` or ``host:port``.
+    """Split ``host`` or ``host:port`` into the canonical host and the port.
 
     Raises:
-        Refused: It is neither.
+        Refused: ``text`` is neither.
     """
     if "@" in text:
         raise _malformed("there is a user or password in the target")
@@ -279,7 +279,7 @@ def split_host(text: str) -> tuple[str, int | None]:
     if not found:
         raise _malformed("there is no host, or no port, that could be asked for")
     port = None if found[2] is None else int(found[2])
-    if port is not None and not 1 <= port <= 65535:  # noqa: PLR2004 - the ports there are
+    if port is not None and not 1 <= port <= 65535:  # noqa: PLR2004 - the range of ports
         raise _malformed("there is no such port")
     try:
         return canonical_host(found[1]), port

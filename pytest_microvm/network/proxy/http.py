@@ -1,4 +1,4 @@
-"""The requests of one connection, one after another: each is decided and answered on its own."""
+"""Handle the requests of one connection in sequence; each is checked against the policy on its own."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ _REPEATABLE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Conversation:
-    """The requests of one connection of a guest.
+    """The sequence of requests on one connection of a guest.
 
     Args:
         guest: The connection.
-        outbound: Decides and connects.
+        outbound: Checks requests and connects to servers.
         patience: Ends the connection when a head takes too long.
-        fixed: The server, where it was chosen before (inside of a tunnel); otherwise each request names its
-            own.
+        fixed: The server, if it was chosen before (inside a tunnel); otherwise each request names its own.
     """
 
     def __init__(
@@ -39,13 +38,13 @@ class Conversation:
         self._line: Line | None = None
 
     async def run(self) -> Asked | None:
-        """Answer requests until the guest has no more; return the one that asks for a tunnel, if one does.
+        """Handle requests until the guest sends no more; return a request for a tunnel, if one arrives.
 
-        A request that is refused is the last one.
+        A refused request is the last one.
 
         Raises:
             Broken: A response ended too early.
-            GuestGone: The guest's connection did.
+            GuestGone: The guest's connection failed.
         """
         try:
             while True:
@@ -56,7 +55,7 @@ class Conversation:
                 if asked.method == "CONNECT":
                     return asked
                 if not await self._answer(asked, http):
-                    await self._guest.linger()  # it may still be sending a body that nobody reads
+                    await self._guest.linger()  # the guest may still be sending an unread body
                     return None
         except Refused as refused:
             await self._guest.write(refused.response())
@@ -66,7 +65,7 @@ class Conversation:
             self._hang_up()
 
     async def _next(self) -> tuple[Asked, h11.Connection] | None:
-        """Return the next request; ``None`` if there is none any more."""
+        """Return the next request; ``None`` at the end of the connection."""
         raw = await self._guest.read()
         self._guest.unread(raw)
         if not raw:
@@ -84,7 +83,7 @@ class Conversation:
             raise
 
     async def _answer(self, asked: Asked, http: h11.Connection) -> bool:
-        """Answer one request; return whether another may follow."""
+        """Handle one request; return True if another may follow."""
         request = asked.request
         places: list[Place] = []
         try:
@@ -108,7 +107,7 @@ class Conversation:
         return exchange.keeps
 
     async def _exchange(self, asked: Asked, exchange: Exchange, places: list[Place]) -> None:
-        """Do one request, on the connection there is, or on a new one if that has ended."""
+        """Run one exchange on the open connection, or on a new one if there is none or it has ended."""
         if self._line is None or not await exchange.over(self._line):
             self._hang_up()
             request = asked.request
@@ -125,7 +124,7 @@ class Conversation:
         return lambda status: self._outbound.log.update(number, status=status)
 
     async def _can_reuse(self, asked: Asked) -> bool:
-        """Tell whether the connection there is may be used: for what can be asked again if it has ended."""
+        """Return True if the open connection may be reused: for repeatable requests, in case it has ended."""
         line = self._line
         return (
             line is not None

@@ -1,4 +1,4 @@
-"""What a machine asked of the network: each request, what was decided, and what became of it."""
+"""Log of a machine's network requests: each request with its decision and its outcome."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pytest_microvm.network.policy.hosts import as_address
 from pytest_microvm.untrusted.text import sanitize_line
 
 MAX_REQUESTS = 1000
-"""Of what was allowed and of what was denied, so many are kept: the one cannot push the other out."""
+"""Number of allowed requests kept, and of denied ones; counted apart so that neither evicts the other."""
 
 MAX_EVENTS = 500
-"""Requests that become events, too: they must not push the other events of their machine out."""
+"""Number of requests also logged as events; limited so that they do not evict the machine's other events."""
 
 _TEXT = 1000  # characters of a path or a reason
 _NAME = 300  # characters of a host; a name has 253
@@ -24,22 +24,23 @@ _WORD = 40  # characters of a method
 
 @dataclass(frozen=True)
 class NetworkRequest:
-    """One request of a guest, or one attempt to get past the proxy.
+    """One request of a guest, or one attempt to bypass the proxy.
 
     Args:
-        at: When, in seconds since 1970.
-        allowed: What was decided.
-        method: ``GET``, ...; ``CONNECT`` for a tunnel nobody looks into; of direct packets ``TCP``, ``UDP``,
-            ``ICMP`` or ``DNS``.
-        host: The name or address that was asked for.
-        port: The port that was asked for; 0 where there is none.
+        at: The time, in seconds since 1970.
+        allowed: The decision.
+        method: ``GET``, ...; ``CONNECT`` for a tunnel that is not inspected; for direct packets ``TCP``,
+            ``UDP``, ``ICMP`` or ``DNS``.
+        host: The requested name or address.
+        port: The requested port; 0 if there is none.
         path: The path without its query; empty for tunnels and packets.
         rule: The rule that decided; ``None`` if there was none.
-        reason: Why, for people.
+        reason: The reason for the decision, for people.
         status: The response's status, once there is one.
-        sent_bytes: Bytes that went from the guest to the server.
-        received_bytes: Bytes that came from the server.
-        seen_by: ``host``, or ``guest`` for what only the guest's kernel saw, whose root may lie.
+        sent_bytes: Bytes sent from the guest to the server.
+        received_bytes: Bytes received from the server.
+        seen_by: ``host``, or ``guest`` for packets reported by the guest's kernel, which root in the guest
+            can forge.
     """
 
     at: float
@@ -61,13 +62,13 @@ class NetworkRequest:
 
 
 class NetworkLog:
-    """The last 1000 allowed and denied requests of a machine each, and how many there were.
+    """The last 1000 allowed and the last 1000 denied requests of a machine, and their total numbers.
 
-    Threads may use it at the same time.
+    The log is thread-safe.
 
     Args:
-        events: Where the first 500 are also noted, as events of kind ``network``.
-        redact: Takes out of a text what nobody may see.
+        events: The log that also gets the first 500 requests, as events of kind ``network``.
+        redact: Removes secrets from a text.
     """
 
     def __init__(self, events: EventLog | None = None, redact: Callable[[str], str] = str) -> None:
@@ -79,7 +80,7 @@ class NetworkLog:
         self._denied = 0
 
     def add(self, request: NetworkRequest) -> int:
-        """Take note of a request that has been decided; return its number, for :meth:`update`."""
+        """Add a request with its decision; return its number, for :meth:`update`."""
         request = replace(
             request,
             method=self._safe(request.method, _WORD),
@@ -105,13 +106,13 @@ class NetworkLog:
     def update(
         self, number: int, *, status: int | None = None, sent_bytes: int = 0, received_bytes: int = 0
     ) -> None:
-        """Add what has become of a request; nothing happens if it is no longer among the last.
+        """Update a request with its outcome; do nothing if the request was evicted.
 
         Args:
-            number: What :meth:`add` returned.
+            number: The number that :meth:`add` returned.
             status: The response's status.
-            sent_bytes: Bytes that went to the server since the last update.
-            received_bytes: Bytes that came from it since the last update.
+            sent_bytes: Bytes sent to the server since the last update.
+            received_bytes: Bytes received from it since the last update.
         """
         with self._lock:
             kept = self._requests[number in self._requests[True]]
@@ -126,29 +127,29 @@ class NetworkLog:
 
     @property
     def added(self) -> int:
-        """How many requests there have been."""
+        """Total number of requests."""
         with self._lock:
             return self._added
 
     def since(self, number: int) -> list[NetworkRequest]:
-        """Return those of the last requests that came after the first ``number``, the oldest first."""
+        """Return the logged requests after the first ``number`` of all requests, oldest first."""
         with self._lock:
             kept = sorted((self._requests[True] | self._requests[False]).items())
         return [request for key, request in kept if key >= number]
 
     def list(self) -> list[NetworkRequest]:
-        """Return the last requests, the oldest first."""
+        """Return the logged requests, oldest first."""
         return self.since(0)
 
     @property
     def allowed(self) -> int:
-        """How many requests have been allowed, those included that the list no longer holds."""
+        """Total number of allowed requests, including evicted ones."""
         with self._lock:
             return self._added - self._denied
 
     @property
     def denied(self) -> int:
-        """How many requests have been denied, those included that the list no longer holds."""
+        """Total number of denied requests, including evicted ones."""
         with self._lock:
             return self._denied
 
@@ -157,5 +158,5 @@ class NetworkLog:
 
 
 def _is_address(host: str) -> bool:
-    """Tell whether a host is an address and nothing else: ``::1`` is no workflow command."""
+    """Return True if a host is a canonical address, which needs no sanitizing (``::1`` is no CI command)."""
     return str(as_address(host)) == host

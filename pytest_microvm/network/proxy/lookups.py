@@ -1,4 +1,4 @@
-"""Names of one machine are looked up by threads of its own: names that never resolve stop nobody else's."""
+"""Per-machine resolver threads: a hung lookup cannot block other machines."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-_THREADS = 4  # the resolver of the C library stays in each for as long as it waits for an answer
+_THREADS = 4  # the C library's resolver blocks a thread until it gets a response
 
 
 class Lookups:
-    """Asks this computer's resolver for one machine.
+    """Resolver of names for one machine, backed by this computer's resolver.
 
-    The loop's own threads are not used: they are few, all machines' and also those that end a machine.
+    It does not use the loop's default threads: they are few, and shared by all machines and by the code that
+    ends machines.
     """
 
     def __init__(self) -> None:
@@ -23,12 +24,12 @@ class Lookups:
         """Return the addresses that this computer's resolver gives for a name.
 
         Raises:
-            OSError: It gives none.
+            OSError: The name does not resolve.
         """
         look = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         found = await asyncio.get_running_loop().run_in_executor(self._threads, look)
         return [str(entry[4][0]) for entry in found]
 
     def close(self) -> None:
-        """Begin no more look-ups; those on their way are not waited for."""
+        """Start no more lookups; do not wait for running ones."""
         self._threads.shutdown(wait=False, cancel_futures=True)

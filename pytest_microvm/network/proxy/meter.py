@@ -1,4 +1,4 @@
-"""How much a machine has moved over the network: counted, slowed down, and ended at its quota."""
+"""Count a machine's network traffic, limit its bandwidth, and end the machine at its quota."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable
 
 CHUNK = 64 * 1024
-"""Bytes that are moved at a time, at most."""
+"""Maximum bytes transferred at a time."""
 
-_BURST = 0.05  # seconds of bandwidth that may be caught up with after a pause
-_TURN = 0.1  # seconds of bandwidth that one connection may take before the others have their turn
+_BURST = 0.05  # seconds of unused bandwidth that may be used after a pause
+_TURN = 0.1  # seconds of bandwidth that a connection may use before the others get their turn
 
 
 class QuotaReached(Exception):
@@ -17,15 +17,15 @@ class QuotaReached(Exception):
 
 
 class Meter:
-    """Counts what one machine moves, both ways, and compares it with its quotas.
+    """Counter of one machine's traffic in both directions, with quotas and a bandwidth limit.
 
-    It belongs to one event loop; its figures may be read by any thread.
+    A meter belongs to one event loop; any thread may read its figures.
 
     Args:
-        network_bytes: Bytes it may move, both ways together; ``None``: any number.
-        connections: Connections to servers it may make in total; ``None``: any number.
-        bandwidth: Bytes a second, both ways together; ``None``: any number.
-        exceed: Told once, in a thread of its own, which quota was exceeded, its limit and what was observed.
+        network_bytes: Maximum bytes in both directions together; ``None``: unlimited.
+        connections: Maximum connections to servers in total; ``None``: unlimited.
+        bandwidth: Maximum bytes per second in both directions together; ``None``: unlimited.
+        exceed: Called once, in another thread, with the exceeded quota, its limit and the observed value.
     """
 
     def __init__(
@@ -41,27 +41,27 @@ class Meter:
         self._limits = {"network_bytes": network_bytes, "connections": connections}
         self._bandwidth = bandwidth
         self._exceed = exceed
-        self._ending: asyncio.Future[None] | None = None  # of the machine, once it has exceeded one
-        self._free = 0.0  # when, on the loop's clock, the next byte may move
+        self._ending: asyncio.Future[None] | None = None  # the machine's end, once it has exceeded a quota
+        self._free = 0.0  # time on the loop's clock at which the next byte may be transferred
 
     async def connection(self) -> None:
-        """Count one connection to a server, before it is made.
+        """Count one connection to a server, before it is opened.
 
         Raises:
-            QuotaReached: The machine may make no more, or may move nothing any more.
+            QuotaReached: The machine has exceeded a quota.
         """
         self.made_connections += 1
         await self._check("connections", self.made_connections)
 
     async def move(self, number: int) -> None:
-        """Count bytes that are about to move, and wait until it is their turn.
+        """Count bytes before their transfer, and wait for their turn within the bandwidth.
 
         Args:
-            number: How many, at most :attr:`chunk`: whoever waits first moves first, so that all
-                connections get the same share.
+            number: The number of bytes, at most :attr:`chunk`; turns are first come, first served, so that
+                all connections get the same share.
 
         Raises:
-            QuotaReached: The machine may move no more.
+            QuotaReached: The machine has exceeded a quota.
         """
         self.moved_bytes += number
         await self._check("network_bytes", self.moved_bytes)
@@ -75,10 +75,10 @@ class Meter:
     async def _check(self, quota: str, observed: int) -> None:
         limit = self._limits[quota]
         if limit is not None and observed > limit and self._ending is None:
-            # Not by this thread: ending a machine waits for its connections, which are ours.
+            # In another thread: ending a machine waits for its connections, which this thread serves.
             loop = asyncio.get_running_loop()
             self._ending = loop.run_in_executor(None, self._exceed, quota, limit, observed)
         if self._ending is not None:
-            # The machine is ended before any of its connections is: a guest never sees why.
+            # The machine ends before any of its connections: a guest never sees the reason.
             await asyncio.shield(self._ending)
             raise QuotaReached(quota)

@@ -1,6 +1,6 @@
-"""Addresses of this computer and its links: public ones, too, have services that are not meant for everybody.
+"""Protect addresses of this computer and its links: even public ones may run services that are not public.
 
-The kernel is asked for its route each time, so policy routing counts, and a network that came up since.
+The kernel is queried for the route each time, which covers policy routing and networks that came up later.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from pytest_microvm.network.policy.rules import Decision, Policy, Request
 from pytest_microvm.network.proxy.routes import is_neighbour, route_to
 
 _INTERNET = {4: 8, 6: 16}
-"""Shorter prefixes are no network of anybody's: such a route without a router is a tunnel to the internet."""
+"""Minimum prefix length of a local network; a wider route without a router is a tunnel to the internet."""
 
 
 def decide_here(policy: Policy, request: Request, address: str) -> Decision:
-    """Decide on a request once its address is known, on the computer from which it would go out.
+    """Decide on a request with its resolved address, considering this computer's own networks.
 
     Args:
         policy: The rules.
-        request: What is asked for.
-        address: One that its name resolved to, or its host itself if that is an address.
+        request: The request.
+        address: An address that its name resolved to, or its host itself if that is an address.
     """
     decision = policy.decide_address(request, address)
     if not decision.allowed:
@@ -47,14 +47,14 @@ def decide_here(policy: Policy, request: Request, address: str) -> Decision:
 
 
 def own_network(address: Address) -> AddressNetwork | None:
-    """Return the network in which a rule must name an address: it is this computer's, or on its links.
+    """Return the local network of an address, inside which a rule must name it; ``None`` if not local.
 
-    That is the address alone if it is one of this computer's, a router's or a neighbour's, or stands for
-    another address (NAT64, 6to4, ...) which is any of that; else what a route without a router has as its
-    destination. ``None`` if packets to it go through a router, or it is not public, and so judged already.
+    That is the address alone if it belongs to this computer, a router or a neighbour, or embeds an address
+    (NAT64, 6to4, ...) that is local; else the destination of a route without a router. It is ``None`` if
+    packets go through a router, or if the address is not public, which the policy has already checked.
 
     Raises:
-        OSError: The kernel cannot be asked.
+        OSError: The kernel cannot be queried.
     """
     if special_range(address) is not None:
         return None

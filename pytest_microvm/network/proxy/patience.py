@@ -1,4 +1,4 @@
-"""Connections of a guest on which nothing happens for too long are ended."""
+"""Time limits for a guest's connections: end those that are idle or send a request's head too slowly."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ HEAD = 60.0
 """Seconds from the first byte of a request to the end of its head."""
 
 IDLE = 600.0
-"""Seconds without a byte either way: models of today think for minutes before they answer."""
+"""Seconds without a byte in either direction; today's language models think for minutes before responding."""
 
-_AGAIN = 1.0  # seconds; a cancellation can get lost, see the proxy's
+_AGAIN = 1.0  # seconds before another try; a cancellation can get lost, see _AGAIN in server.py
 
 
 class Patience:
-    """Cancels the work on a connection when it waits for too long.
+    """Timer that cancels the task of a connection when it waits for too long.
 
     Args:
         guest: The connection.
-        work: What is done for it.
-        idle: Seconds without a byte.
-        head: Seconds for the head of a request.
+        work: The task that serves the connection.
+        idle: Maximum seconds without a byte.
+        head: Maximum seconds for the head of a request.
     """
 
     def __init__(self, guest: GuestStream, work: asyncio.Task[Any], *, idle: float, head: float) -> None:
@@ -39,7 +39,7 @@ class Patience:
 
     @contextlib.contextmanager
     def for_a_head(self) -> Iterator[None]:
-        """Let what happens inside take no longer than a head may."""
+        """Cancel the task if the block exceeds the time limit for a head."""
         late = self._loop.call_later(self._head, self._work.cancel)
         try:
             yield
@@ -47,7 +47,7 @@ class Patience:
             late.cancel()
 
     def end(self) -> None:
-        """Look no longer."""
+        """Stop the timer."""
         self._timer.cancel()
 
     def _look(self) -> None:

@@ -1,4 +1,4 @@
-"""A request that does not go out: why, as an HTTP response and as a line of the log."""
+"""Refused and failed requests, with the reason as an HTTP response and as a log line."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ _LONGEST = 500  # characters of a reason in a header
 
 
 class Refused(Exception):
-    """A request is not passed on, or what it asks for cannot be reached.
+    """A request is not forwarded, or its server cannot be reached.
 
     Args:
-        status: The HTTP status to answer with; 502 if it was allowed, and the server is at fault.
-        reason: Why, for people, in one line.
+        status: The HTTP status of the response; 502 if the request was allowed and the server failed.
+        reason: The reason for people, in one line.
         rule: The rule that decided.
-        allow: The host to write into ``network`` to allow it; empty where that would not help.
+        allow: The rule for ``network`` that would allow the request; empty if none would.
     """
 
     def __init__(self, status: int, reason: str, rule: str | None = None, allow: str = "") -> None:
@@ -28,17 +28,17 @@ class Refused(Exception):
 
     @property
     def denied(self) -> bool:
-        """Whether it is refused here; otherwise it was allowed, and failed."""
+        """True if the proxy refused the request; False if it was allowed and failed."""
         return self.status != HTTPStatus.BAD_GATEWAY
 
     def response(self) -> bytes:
-        """Return the whole response, after which the connection ends."""
+        """Return the complete response, after which the connection ends."""
         line = f"microvm: {'denied' if self.denied else 'failed'}: {self.reason}"
         text = f"{line}\n"
         if self.allow:
             text += f'To allow it, on the host: network = ["{self.allow}"]\n'
         content = text.encode(errors="replace")
-        # Of a refused tunnel most programs show nothing but this.
+        # For a refused tunnel, most programs show only the reason phrase.
         phrase = _NO_HEADER.sub("?", line)[:_LONGEST].strip()
         head = [
             f"HTTP/1.1 {self.status} {phrase}",

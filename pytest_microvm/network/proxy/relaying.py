@@ -1,4 +1,4 @@
-"""Byte streams as the proxy uses them (plain, counted, with TLS ended here), and what carries their bytes."""
+"""The proxy's byte streams (plain, metered, TLS terminated here), and functions that relay between them."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from pytest_microvm.network.proxy.meter import CHUNK, Meter
 
 _Result = TypeVar("_Result")
 
-_FLUSH = 30.0  # seconds a guest may take to read the last of what it was sent
-_LINGER = 5.0  # seconds for what a guest still sends after it was refused
+_FLUSH = 30.0  # seconds for a guest to read the last bytes sent to it
+_LINGER = 5.0  # seconds to drain the rest of a refused guest's data
 _LINGER_BYTES = 1024 * 1024
 
 
 class GuestGone(Exception):
-    """A guest's connection is broken, or what comes on it is not what was agreed on."""
+    """A guest's connection failed, or its data violates the protocol."""
 
 
 class Stream(Protocol):
-    """A byte stream both ways."""
+    """A bidirectional byte stream."""
 
     async def read(self) -> bytes:
-        """Return some bytes; none at the end."""
+        """Return some bytes; b"" at the end."""
 
     def unread(self, data: bytes) -> None:
-        """Put bytes back; they are read next."""
+        """Put bytes back; the next read returns them."""
 
     async def write(self, data: bytes) -> None:
-        """Send bytes, as fast as the other side takes them."""
+        """Send bytes, at the speed at which the other side reads them."""
 
     async def end(self) -> bool:
-        """Send the end; return whether the other side can still send."""
+        """Close the sending direction; return True if the other side can still send."""
 
 
 class Guest(Stream, Protocol):
     """A guest's end of a byte stream."""
 
     async def linger(self) -> None:
-        """Send the end, and drop what still comes for a while: the guest must get to read its answer."""
+        """Close the sending direction and drain input for a while, so that the guest reads its response."""
 
 
 class GuestStream:
     """A guest's connection.
 
     Args:
-        reader: What it sends.
-        writer: What it gets.
+        reader: Reads the guest's data.
+        writer: Writes data to the guest.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -57,10 +57,10 @@ class GuestStream:
         self._writer = writer
         self._ahead = b""
         self._ended = False
-        self.touched = 0.0  # when bytes last moved, on the loop's clock
+        self.touched = 0.0  # time of the last transfer, on the loop's clock
 
     async def read(self) -> bytes:
-        """Return some bytes; none at the end."""
+        """Return some bytes; b"" at the end."""
         if self._ahead:
             data, self._ahead = self._ahead, b""
             return data
@@ -72,18 +72,18 @@ class GuestStream:
         return data
 
     def unread(self, data: bytes) -> None:
-        """Put bytes back; they are read next."""
+        """Put bytes back; the next read returns them."""
         self._ahead = data + self._ahead
 
     async def write(self, data: bytes) -> None:
-        """Send bytes, as fast as the guest takes them.
+        """Send bytes, at the speed at which the guest reads them.
 
         Raises:
-            GuestGone: It broke, or the end was sent before.
+            GuestGone: The connection failed, or :meth:`end` was called before.
         """
         if self._ended:
             raise GuestGone
-        self._writer.write(data)  # before anything is awaited: what GuestTls relies on
+        self._writer.write(data)  # before any await: GuestTls relies on that
         try:
             await self._writer.drain()
         except OSError as error:
@@ -91,7 +91,7 @@ class GuestStream:
         self.touched = asyncio.get_running_loop().time()
 
     async def end(self) -> bool:
-        """Send the end; the guest can still send."""
+        """Close the sending direction; return True if the guest can still send."""
         self._ended = True
         if self._writer.can_write_eof():
             self._writer.write_eof()
@@ -99,7 +99,7 @@ class GuestStream:
         return False
 
     async def linger(self) -> None:
-        """Send the end, and drop what still comes for a while: the guest must get to read its answer."""
+        """Close the sending direction and drain input for a while, so that the guest reads its response."""
 
         async def drop() -> None:
             dropped = 0
@@ -111,7 +111,7 @@ class GuestStream:
                 await asyncio.wait_for(drop(), _LINGER)
 
     async def close(self) -> None:
-        """Close it when the guest has read everything, or does not for too long."""
+        """Close the connection when the guest has read all data, or cut it after a timeout."""
         self._writer.close()
         try:
             await asyncio.wait_for(self._writer.wait_closed(), _FLUSH)
@@ -119,17 +119,17 @@ class GuestStream:
             self.cut()
 
     def cut(self) -> None:
-        """Close it at once, so that what was sent is not taken for whole; nothing happens if it is closed."""
+        """Reset the connection, so that truncated data is not taken for complete; may be called twice."""
         _abort(self._writer)
 
 
 class ServerStream:
-    """A connection to a server; what it moves is counted.
+    """A metered connection to a server.
 
     Args:
-        reader: What the server sends.
-        writer: What it gets.
-        meter: Counts it.
+        reader: Reads the server's data.
+        writer: Writes data to the server.
+        meter: Counts the bytes and limits the bandwidth.
     """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, meter: Meter) -> None:
@@ -141,7 +141,7 @@ class ServerStream:
         self.received_bytes = 0
 
     async def read(self) -> bytes:
-        """Return some bytes; none at the end."""
+        """Return some bytes; b"" at the end."""
         if self._ahead:
             data, self._ahead = self._ahead, b""
             return data
@@ -151,11 +151,11 @@ class ServerStream:
         return data
 
     def unread(self, data: bytes) -> None:
-        """Put bytes back; they are read next."""
+        """Put bytes back; the next read returns them."""
         self._ahead = data + self._ahead
 
     async def write(self, data: bytes) -> None:
-        """Send bytes, as fast as the server takes them and the bandwidth allows."""
+        """Send bytes, as fast as the server reads them and the bandwidth allows."""
         for start in range(0, len(data), self._meter.chunk):
             piece = data[start : start + self._meter.chunk]
             await self._meter.move(len(piece))
@@ -164,35 +164,35 @@ class ServerStream:
             await self._writer.drain()
 
     async def end(self) -> bool:
-        """Send the end; with TLS the server cannot send any more then."""
+        """Close the sending direction if possible; return False with TLS, which cannot end one direction."""
         if self._writer.can_write_eof():
             self._writer.write_eof()
             return True
         return False
 
     async def is_quiet(self) -> bool:
-        """Tell whether the server has neither closed it nor sent what nobody asked for; else drop it."""
+        """Return True if the idle connection is reusable: still open, and without unsolicited data."""
         if self._ahead or self._writer.is_closing():
             return False
         reading = asyncio.ensure_future(self._reader.read(1))
         try:
-            await asyncio.sleep(0)  # what has come is read at once, the end too; nothing else is waited for
+            await asyncio.sleep(0)  # lets the read finish if data or the end has already arrived
             return not reading.done()
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
     def close(self) -> None:
-        """Close it at once."""
+        """Close the connection immediately."""
         _abort(self._writer)
 
 
 class GuestTls:
-    """TLS with a guest, ended at the proxy: its plain text.
+    """Plain text of a TLS connection with a guest, terminated at the proxy.
 
     Args:
         below: The guest's connection.
-        context: The certificate to show.
+        context: The TLS context with the certificate to present.
     """
 
     def __init__(self, below: Guest, context: ssl.SSLContext) -> None:
@@ -203,15 +203,15 @@ class GuestTls:
         self._ahead = b""
 
     async def handshake(self) -> None:
-        """Agree on a key.
+        """Perform the TLS handshake.
 
         Raises:
-            GuestGone: The guest does not trust the certificate, or speaks no TLS.
+            GuestGone: The guest does not trust the certificate, or does not use TLS.
         """
         await self._until_done(self._tls.do_handshake)
 
     async def read(self) -> bytes:
-        """Return some bytes; none at the end."""
+        """Return some bytes; b"" at the end."""
         if self._ahead:
             data, self._ahead = self._ahead, b""
             return data
@@ -221,24 +221,24 @@ class GuestTls:
             return b""
 
     def unread(self, data: bytes) -> None:
-        """Put bytes back; they are read next."""
+        """Put bytes back; the next read returns them."""
         self._ahead = data + self._ahead
 
     async def write(self, data: bytes) -> None:
-        """Send bytes, as fast as the guest takes them."""
+        """Send bytes, at the speed at which the guest reads them."""
         if data:
             self._tls.write(data)
             await self._flush()
 
     async def end(self) -> bool:
-        """Send the end; nothing more can be read then."""
-        with contextlib.suppress(ssl.SSLError):  # it wants the guest's end, too, which we do not wait for
+        """Close the TLS connection; return False, as nothing more can be read."""
+        with contextlib.suppress(ssl.SSLError):  # it expects the guest's end, which we do not wait for
             self._tls.unwrap()
         await self._flush()
         return False
 
     async def linger(self) -> None:
-        """Send the end, and drop what still comes for a while: the guest must get to read its answer."""
+        """Close the sending direction and drain input for a while, so that the guest reads its response."""
         await self.end()
         await self._below.linger()
 
@@ -262,25 +262,28 @@ class GuestTls:
                 return result
 
     async def _flush(self) -> None:
-        # Reading and writing may both be here; what is taken out first is also handed on first, because
-        # the stream below takes it before it waits.
+        # Reader and writer may run this concurrently; bytes keep their order because the stream below
+        # accepts them before its first await.
         if data := self._outgoing.read():
             await self._below.write(data)
 
 
 def _abort(writer: asyncio.StreamWriter) -> None:
-    # One that has sent the last of its buffer after close() must not be aborted: CPython's fails then.
+    # Do not abort a writer that has sent all its data after close(): CPython's abort() fails then.
     if not writer.is_closing() or writer.transport.get_write_buffer_size():
         writer.transport.abort()
 
 
 async def copy(source: Stream, sink: Stream, change: Callable[[bytes], bytes] | None = None) -> None:
-    """Carry bytes one way, to the end.
+    """Copy bytes in one direction up to the end.
 
     Args:
-        source: Where they come from.
-        sink: Where they go.
-        change: Applied to each piece, and at last to none, for what it held back.
+        source: The stream to read.
+        sink: The stream to write.
+        change: Applied to each piece, and finally to b"", which returns bytes that it held back.
+
+    Raises:
+        EOFError: The sink cannot close one direction only, so the other must end, too.
     """
     while data := await source.read():
         await sink.write(change(data) if change else data)
@@ -291,19 +294,19 @@ async def copy(source: Stream, sink: Stream, change: Callable[[bytes], bytes] | 
 
 
 async def relay(one: Stream, other: Stream, back: Callable[[bytes], bytes] | None = None) -> None:
-    """Carry bytes both ways until both sides have ended, or one that cannot do so alone.
+    """Copy bytes in both directions until both have ended, or one ends that cannot end alone.
 
     Args:
         one: A stream.
-        other: Another one.
-        back: Applied to what goes from the other to the one.
+        other: Another stream.
+        back: Applied to the bytes from ``other`` to ``one``.
     """
     with contextlib.suppress(EOFError):
         await together(copy(one, other), copy(other, one, back))
 
 
 async def together(*steps: Coroutine[Any, Any, None]) -> None:
-    """Do things at the same time; when one fails, so do all."""
+    """Run coroutines concurrently; when one fails, cancel the others."""
     tasks = [asyncio.ensure_future(step) for step in steps]
     try:
         await asyncio.gather(*tasks)

@@ -1,4 +1,4 @@
-"""Ask the kernel for its route to an address, and for its neighbours (rtnetlink(7), linux/rtnetlink.h)."""
+"""Query the kernel for routes and neighbours (rtnetlink(7), linux/rtnetlink.h)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ipaddress import IPv6Address, ip_address, ip_network
 from pytest_microvm.network.policy.addresses import Address, AddressNetwork
 
 _TIMEOUT = 5.0  # seconds; the kernel answers at once
-_MAX_REPLY = 65536  # bytes; of one route or neighbour
+_MAX_REPLY = 65536  # bytes of a reply with one route or neighbour
 _HEADER = struct.Struct("=IHHII")  # nlmsghdr: length, type, flags, sequence, port
 _ROUTE = struct.Struct("=BBBBBBBBI")  # rtmsg: family, dst_len, ..., route type, flags
 _NEIGHBOUR = struct.Struct("=BxxxiHBB")  # ndmsg: family, ifindex, state, flags, type
@@ -27,20 +27,20 @@ _LOCAL = 2  # RTN_LOCAL
 _DESTINATION, _DEVICE, _GATEWAY, _MULTIPATH, _VIA = 1, 4, 5, 9, 18  # RTA_DST, RTA_OIF, ...
 _ATTRIBUTE_TYPE = 0x3FFF  # NLA_TYPE_MASK
 _RESOLVED = 0x02 | 0x04 | 0x08 | 0x10 | 0x80  # NUD_REACHABLE, _STALE, _DELAY, _PROBE, _PERMANENT
-# Not what forbidding routes answer as well (EINVAL, EACCES): a kernel that refuses the question does so, too.
+# Without EINVAL and EACCES of prohibiting routes: a kernel that rejects the query returns these, too.
 _NO_ROUTE = frozenset((errno.ENETUNREACH, errno.EHOSTUNREACH))
 
 
 @dataclass(frozen=True)
 class Route:
-    """The entry of the kernel's tables that decides where packets to an address go.
+    """The entry of the kernel's routing tables for packets to an address.
 
     Args:
         network: The destinations of the entry.
-        is_local: They are this computer's own.
-        devices: Numbers of the interfaces that packets may leave by.
-        gateways: Routers that packets may go to; ``None`` among them stands for no router: the destination
-            itself is on the link.
+        is_local: Whether the destinations are this computer's own addresses.
+        devices: Numbers of the interfaces that packets may leave through.
+        gateways: Routers that packets may go to; ``None`` among them means no router: the destination is on
+            the link.
     """
 
     network: AddressNetwork
@@ -50,10 +50,10 @@ class Route:
 
 
 def route_to(address: Address) -> Route | None:
-    """Return the kernel's route to an address, rules of policy routing applied; ``None`` without any.
+    """Return the kernel's route to an address, with policy routing applied; ``None`` if there is none.
 
     Raises:
-        OSError: The kernel cannot be asked.
+        OSError: The kernel cannot be queried.
     """
     body = _ROUTE.pack(_family(address), address.max_prefixlen, 0, 0, 0, 0, 0, 0, _FIB_MATCH)
     try:
@@ -74,14 +74,14 @@ def route_to(address: Address) -> Route | None:
 
 
 def is_neighbour(address: Address, device: int) -> bool:
-    """Tell whether the kernel knows a link-layer address of ``address`` on an interface.
+    """Return True if the kernel knows a link-layer address for ``address`` on an interface.
 
     Args:
-        address: Any.
+        address: Any address.
         device: The number of the interface.
 
     Raises:
-        OSError: The kernel cannot be asked.
+        OSError: The kernel cannot be queried.
     """
     body = _NEIGHBOUR.pack(_family(address), device, 0, 0, 0)
     try:
@@ -94,7 +94,7 @@ def is_neighbour(address: Address, device: int) -> bool:
 
 
 def _hops(attributes: bytes) -> Iterator[tuple[int, Address | None]]:
-    """Yield interface and router of each way that a route has."""
+    """Yield interface and router of each next hop of a route."""
     found = dict(_attributes(attributes))
     rest = found.get(_MULTIPATH, b"")
     if not rest:
@@ -107,7 +107,7 @@ def _hops(attributes: bytes) -> Iterator[tuple[int, Address | None]]:
 
 
 def _gateway(attributes: dict[int, bytes]) -> Address | None:
-    if _VIA in attributes:  # of another family, whose number comes first
+    if _VIA in attributes:  # a router of another address family; the family's number comes first
         return ip_address(attributes[_VIA][2:])
     return ip_address(attributes[_GATEWAY]) if _GATEWAY in attributes else None
 
@@ -117,14 +117,14 @@ def _family(address: Address) -> int:
 
 
 def _ask(kind: int, body: bytes) -> bytes:
-    """Send a request, and return what follows the header of its reply.
+    """Send a request to the kernel and return its reply without the header.
 
     Raises:
-        OSError: The kernel refused it, or no socket can be had.
+        OSError: The kernel rejected the request, or no socket could be opened.
     """
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
         sock.settimeout(_TIMEOUT)
-        sock.connect((0, 0))  # the kernel: nobody else can answer
+        sock.connect((0, 0))  # the kernel: no other process can reply
         sock.send(_HEADER.pack(_HEADER.size + len(body), kind, _REQUEST, 1, 0) + body)
         reply = sock.recv(_MAX_REPLY)
     length, answered, *_ = _HEADER.unpack_from(reply)

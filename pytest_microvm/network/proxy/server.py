@@ -1,4 +1,4 @@
-"""The policy proxy of one machine: what its guest may send goes out, all else is answered with why not."""
+"""The policy proxy of one machine: it forwards allowed requests and answers others with the reason."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from pytest_microvm.network.proxy.tunnels import Tunnel
 from pytest_microvm.network.proxy.upstream import Outbound, Resolver
 
 MAX_CONNECTIONS = 512
-"""Connections that one guest may have open at a time; more are closed at once."""
+"""Maximum open connections of one guest; further ones are closed immediately."""
 
 _AGAIN = 0.5  # seconds; before Python 3.12 wait_for() can lose a cancellation (CPython's issue 86296)
 
 
 class Proxy:
-    """Serves one machine's connections; it belongs to one event loop.
+    """Server of one machine's connections, on one event loop.
 
     Args:
-        access: What the machine may reach, and with whose credentials.
-        log: Where each request is written down.
-        meter: Counts what moves, and slows it down.
-        resolve: Gives the addresses of names; ``None``: this computer's resolver.
-        redact: Takes out of a text for the log what nobody may see.
+        access: The machine's policy and credentials.
+        log: Records each request.
+        meter: Counts the traffic and limits the bandwidth.
+        resolve: Resolves names to addresses; ``None``: this computer's resolver.
+        redact: Removes secrets from a text for the log.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class Proxy:
         """Serve one connection of the guest until it ends.
 
         Args:
-            reader: What the guest sends.
-            writer: What it gets.
+            reader: Reads the guest's data.
+            writer: Writes data to the guest.
         """
         guest = GuestStream(reader, writer)
         if self._closed or len(self._works) >= MAX_CONNECTIONS:
@@ -71,7 +71,7 @@ class Proxy:
             )
 
     async def close(self) -> None:
-        """End all connections; those that come later are closed at once."""
+        """End all connections; later ones are closed immediately."""
         self._closed = True
         while left := [work for work in self._works if not work.done()]:
             self._end_all()
@@ -96,7 +96,7 @@ class Proxy:
             self._closed = True
             self._end_all()
         except (Broken, GuestGone, OSError):
-            pass  # it is cut: the guest sees that it is not whole
+            pass  # the connection is reset, so that the guest sees that the response is incomplete
         finally:
             patience.end()
             guest.cut()

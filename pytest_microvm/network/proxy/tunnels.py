@@ -1,4 +1,4 @@
-"""CONNECT: a tunnel is judged by its first bytes, and looked into where a rule needs that."""
+"""Handle CONNECT: validate a tunnel's first bytes, and inspect its requests if a rule requires it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _ACCESS_DENIED = b"\x15\x03\x03\x00\x02\x02\x31"  # a fatal alert (RFC 8446, 6)
 
 
 class Tunnel:
-    """One tunnel that a guest asks for.
+    """One tunnel that a guest requests.
 
     Args:
-        asked: What it asked for.
-        guest: Its connection.
-        outbound: Decides and connects.
-        patience: Ends the connection when its beginning takes too long.
+        asked: The CONNECT request.
+        guest: The guest's connection.
+        outbound: Checks requests and connects to servers.
+        patience: Ends the connection when the TLS hello or a head takes too long.
     """
 
     def __init__(self, asked: Asked, guest: GuestStream, outbound: Outbound, patience: Patience) -> None:
@@ -45,12 +45,12 @@ class Tunnel:
         self._speaks_tls = False
 
     async def run(self) -> None:
-        """Carry what the guest may send, until both sides have ended.
+        """Serve the tunnel until both sides have ended, or refuse it.
 
         Raises:
             Broken: A response ended too early.
-            GuestGone: The guest's connection did.
-            OSError: The server's connection did.
+            GuestGone: The guest's connection failed.
+            OSError: The server's connection failed.
         """
         try:
             await self._run()
@@ -74,7 +74,7 @@ class Tunnel:
             await self._converse(self._guest, "http")
 
     async def _carry(self, decision: Decision) -> None:
-        """Carry bytes that nobody looks into but for whom they are meant."""
+        """Relay the tunnel's bytes without inspecting requests, after a check of the first bytes."""
         try:
             places = await self._outbound.places(self._asked.request)
         except Refused as refused:
@@ -92,7 +92,7 @@ class Tunnel:
             if not decision.tcp:
                 await self._begin(any_protocol=False)
                 await relay(self._guest, server)
-            else:  # the server may be the first to speak
+            else:  # the server may send first
                 with contextlib.suppress(EOFError):
                     await together(self._send_any(server), copy(server, self._guest))
         finally:
@@ -106,7 +106,7 @@ class Tunnel:
         await copy(self._guest, server)
 
     async def _look_into(self) -> None:
-        """Answer the requests in the tunnel one by one; TLS ends here, with the machine's own certificate."""
+        """Inspect the requests in the tunnel; TLS is terminated here with the machine's own authority."""
         await self._guest.write(_ESTABLISHED)
         await self._begin(any_protocol=True)
         if not self._speaks_tls:
@@ -130,10 +130,10 @@ class Tunnel:
         await Conversation(guest, self._outbound, self._patience, fixed).run()
 
     async def _begin(self, *, any_protocol: bool) -> None:
-        """Judge the first bytes that the guest sends; they are put back.
+        """Validate the first bytes that the guest sends, and put them back.
 
         Raises:
-            Refused: They are not TLS, or ask for another host.
+            Refused: They are not TLS where TLS is required, or the hello is invalid or names another host.
         """
         data = await self._guest.read()
         if not data:
@@ -151,7 +151,7 @@ class Tunnel:
         self._guest.unread(data)
 
     async def _hello(self, data: bytes, *, nameless: bool) -> bytes:
-        """Return the first bytes of TLS, once they say that the host is meant which was asked for."""
+        """Read the TLS ClientHello and return its bytes if it names the tunnel's host."""
         reader = HelloReader()
         try:
             while (hello := reader.feed(data)) is None:

@@ -1,4 +1,4 @@
-"""The only way out: decide by name, resolve, decide on the addresses, connect to one of exactly these."""
+"""Outgoing connections: check the name, resolve it, check the addresses, connect to one of exactly these."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Place = tuple[str, int]
 """An address and a port."""
 
 Resolver = Callable[[str, int], Awaitable[list[str]]]
-"""Gives the addresses of a name, for a port."""
+"""Coroutine function that resolves a name, for a port, to addresses."""
 
 _RESOLVE = 30.0  # seconds
 _CONNECT = 15.0  # seconds for one address
-_MAX_ADDRESSES = 16  # of one name
-# Where the systems keep what a Python that was built elsewhere does not know of.
+_MAX_ADDRESSES = 16  # per name
+# CA bundles of operating systems, for a Python that was built for another one.
 _BUNDLES = (
     "/etc/ssl/certs/ca-certificates.crt",
     "/etc/pki/tls/certs/ca-bundle.crt",
@@ -37,7 +37,7 @@ _BUNDLES = (
 
 
 def trust_store() -> ssl.SSLContext:
-    """Return what decides whom this computer trusts: its system's and its company's authorities."""
+    """Return a TLS context that trusts this computer's authorities: the system's and the company's."""
     context = ssl.create_default_context()
     context.set_alpn_protocols(["http/1.1"])
     if company := company_certificates():
@@ -50,14 +50,14 @@ def trust_store() -> ssl.SSLContext:
 
 
 class Outbound:
-    """What a machine's connections go out by; each one is decided upon and written down here.
+    """Gateway for a machine's connections to servers; it checks and logs each one.
 
     Args:
-        access: What may be reached.
-        log: Where it is written down.
-        meter: Counts what moves.
-        resolve: Gives the addresses of names.
-        redact: Takes out of a text for the log what nobody may see.
+        access: The machine's policy and credentials.
+        log: Records each request.
+        meter: Counts the traffic.
+        resolve: Resolves names to addresses.
+        redact: Removes secrets from a text for the log.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class Outbound:
         self._trust: ssl.SSLContext | None = None
 
     def decide(self, request: Request) -> Decision:
-        """Decide by name.
+        """Check a request by its host's name, before it is resolved.
 
         Raises:
-            Refused: It is not allowed.
+            Refused: The request is not allowed.
         """
         decision = self.access.policy.decide(request)
         if not decision.allowed:
@@ -82,15 +82,15 @@ class Outbound:
         return decision
 
     async def places(self, request: Request) -> list[Place]:
-        """Resolve a name, and return those of its addresses that are allowed, with the port.
+        """Resolve a request's host and return its allowed addresses, each with the port.
 
         Raises:
-            Refused: None is.
+            Refused: No address is allowed, or the host does not resolve.
         """
         if request.host in self.access.hosts:
             address, port = self.access.hosts[request.host]
             decision = self.access.policy.decide_address(request, address)
-            if decision.allowed or decision.rule is None:  # its range does not matter: the user chose it
+            if decision.allowed or decision.rule is None:  # any range is fine: the user chose the address
                 return [(address, port or request.port)]
             raise Refused(403, decision.reason, decision.rule)
         found = await self._lookup(request)
@@ -109,16 +109,16 @@ class Outbound:
         raise Refused(403, refused.reason, refused.rule)
 
     async def connect(self, request: Request, places: list[Place], *, tls: bool) -> ServerStream:
-        """Connect to the first of the addresses that answers.
+        """Connect to the first address that accepts a connection.
 
         Args:
-            request: What for.
-            places: What :meth:`places` returned for it.
-            tls: Speak TLS, and verify that it is the host that was asked for.
+            request: The request.
+            places: The result of :meth:`places` for the request.
+            tls: Whether to use TLS and verify the host's certificate.
 
         Raises:
-            Refused: None answers, or it is somebody else.
-            QuotaReached: The machine may make no more connections.
+            Refused: No address accepts a connection, or the certificate is not valid for the host.
+            QuotaReached: The machine has exceeded a quota.
         """
         await self.meter.connection()
         problem: Exception | None = None
@@ -133,7 +133,7 @@ class Outbound:
         raise Refused(502, f"{request.host}:{request.port} cannot be reached: {why}")
 
     def note(self, request: Request, verdict: Decision | Refused) -> int:
-        """Write down what was decided; return its number in the log."""
+        """Log a request with its decision; return its number in the log."""
         refused = verdict if isinstance(verdict, Refused) else None
         return self.log.add(
             NetworkRequest(
@@ -152,7 +152,7 @@ class Outbound:
     async def _lookup(self, request: Request) -> list[str]:
         if as_address(request.host) is not None:
             return [request.host]
-        if is_loopback_name(request.host):  # RFC 6761, 6.3: nobody is asked
+        if is_loopback_name(request.host):  # RFC 6761, 6.3: no query is sent
             return ["127.0.0.1", "::1"]
         try:
             found = await asyncio.wait_for(self._resolve(request.host, request.port), _RESOLVE)
@@ -163,7 +163,7 @@ class Outbound:
     async def _connect(self, request: Request, place: Place, *, tls: bool) -> ServerStream:
         if tls and self._trust is None:
             self._trust = trust_store()
-        # An address is not looked up again: it is the one that was decided upon.
+        # The address is not resolved again, so the connection goes to the address that was checked.
         reader, writer = await asyncio.open_connection(
             *place,
             limit=CHUNK,
@@ -174,6 +174,6 @@ class Outbound:
 
 
 def _rule_for(request: Request) -> str:
-    """Return the rule to write that would allow a request's host."""
+    """Return the text of a rule that would allow a request's host."""
     host = f"[{request.host}]" if ":" in request.host else request.host
     return host if request.port in (80, 443) else f"{host}:{request.port}"

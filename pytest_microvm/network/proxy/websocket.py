@@ -1,9 +1,8 @@
-"""The messages that a server sends over a WebSocket (RFC 6455), with credentials blanked out of them.
+"""Redact credentials in the messages that a server sends over a WebSocket (RFC 6455).
 
-A message may come in fragments, with frames for control between them. What may be the beginning of a
-credential waits for the fragment that follows, and is sent on with it: an intermediary may change where
-fragments end (section 5.4), since extensions, which could give that a meaning, are refused. No message waits
-for another.
+A message may be fragmented, with control frames between the fragments. Bytes that may begin a credential are
+held back and forwarded with the next fragment: an intermediary may change the fragmentation (section 5.4), as
+extensions, which could give it a meaning, are refused. No message waits for another.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Callable
 
 from pytest_microvm.network.proxy.refusal import Refused
 
-_HEAD = 2  # bytes; those of a longer length follow
+_HEAD = 2  # bytes; an extended length follows
 _LENGTHS = {126: 2, 127: 8}
 _FINAL, _EXTENSIONS, _OPCODE = 0x80, 0x70, 0x0F  # bits of the first byte
 _MASKED, _LENGTH = 0x80, 0x7F  # bits of the second one
@@ -20,34 +19,34 @@ _CONTINUATION, _TEXT, _BINARY, _CLOSE, _PING, _PONG = 0x0, 0x1, 0x2, 0x8, 0x9, 0
 _CONTROL = frozenset((_CLOSE, _PING, _PONG))
 _DATA = frozenset((_CONTINUATION, _TEXT, _BINARY))
 _MAX_CONTROL = 125  # bytes
-_MAX_LENGTH = 2**63 - 1  # bytes of any other frame
+_MAX_LENGTH = 2**63 - 1  # bytes of a data frame
 
 
 class Frames:
-    """Takes what a server sends, and returns it as frames without credentials.
+    """Parser of a server's frames that returns them with credentials redacted.
 
     Args:
-        change: Blanks credentials out of a message that comes in pieces: returns what is decided by now, and
-            for no bytes, at its end, the rest. All in all it returns as many bytes as it gets.
-        change_whole: Does the same to the content of a frame for control.
+        change: Redacts a message piece by piece: returns the bytes that are safe to forward, and for b"", at
+            the message's end, the rest. In total it returns as many bytes as it gets.
+        change_whole: Redacts the complete content of a control frame.
     """
 
     def __init__(self, change: Callable[[bytes], bytes], change_whole: Callable[[bytes], bytes]) -> None:
         self._change = change
         self._change_whole = change_whole
-        self._head = b""  # of the next frame, while it is not all there
-        self._first = 0  # the first byte of the frame at hand
-        self._left = 0  # bytes of its content that are still to come
+        self._head = b""  # head of the next frame, while incomplete
+        self._first = 0  # first byte of the current frame
+        self._left = 0  # bytes of its content not yet received
         self._in_frame = False
-        self._control = b""  # what came of the content of a frame for control
-        self._message: int | None = None  # opcode for its next frame, if a message has begun and not ended
-        self._held = 0  # bytes of the message that wait
+        self._control = b""  # received content of a control frame
+        self._message: int | None = None  # opcode for the next frame of an unfinished message
+        self._held = 0  # held-back bytes of the message
 
     def feed(self, data: bytes) -> bytes:
-        """Return what can be sent on now that ``data`` came.
+        """Return the redacted bytes to forward after ``data``.
 
         Raises:
-            Refused: It is not what a server may send.
+            Refused: The server violates the WebSocket protocol.
         """
         out = []
         while data:
@@ -64,7 +63,7 @@ class Frames:
         return b"".join(out)
 
     def _begin(self, data: bytes) -> tuple[bytes, bytes]:
-        """Read a frame's head, as far as it is there; return what follows, and what to send on for it."""
+        """Read a frame's head as far as received; return the bytes after it and the head to forward."""
         for size, byte in enumerate(data, 1):
             self._head += bytes([byte])
             head = self._head
@@ -76,7 +75,7 @@ class Frames:
         return b"", b""
 
     def _check(self, *, is_masked: bool) -> None:
-        """Refuse a frame on which a client has to end the connection (sections 5.1 to 5.5)."""
+        """Reject a frame for which a client must fail the connection (sections 5.1 to 5.5)."""
         opcode = self._first & _OPCODE
         if self._first & _EXTENSIONS:
             raise _broken("uses an extension that was not agreed upon")
@@ -95,7 +94,7 @@ class Frames:
         return self._first & _OPCODE in _CONTROL
 
     def _opened(self) -> bytes:
-        """Begin a frame; return the head of one that ends a message: all that waits comes with it."""
+        """Begin a frame; return the head of a message's last frame, which includes held-back bytes."""
         if self._is_control:
             return b""
         if self._message is None:
@@ -129,7 +128,7 @@ class Frames:
 
 
 def _head(first: int, length: int) -> bytes:
-    """Return the head of a frame that is not masked."""
+    """Return the head of an unmasked frame."""
     if length <= _MAX_CONTROL:
         return bytes([first, length])
     code, size = (126, 2) if length < 1 << 16 else (127, 8)
