@@ -1,1 +1,1 @@
-"""What users say about machines: sizes and limits, project configuration, secrets, credentials, trust."""
+"""User settings for machines: sizes and limits, project configuration, secrets, credentials, trust."""

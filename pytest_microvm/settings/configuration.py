@@ -1,4 +1,4 @@
-"""``[tool.pytest-microvm]`` of pyproject.toml, and what the command line puts on top."""
+"""``[tool.pytest-microvm]`` of pyproject.toml, and the command-line options that override it."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ if TYPE_CHECKING:
     import pytest
 
 DEFAULT_TIMEOUT = 300.0
-"""Seconds one test or command may take where neither project nor kit say."""
+"""Seconds one test or command may take if neither the project nor the kit sets a timeout."""
 DEFAULT_RETRIES = 2
-"""How often a test whose machine never reached it is tried again in a fresh one."""
+"""Retries, each in a fresh machine, of a test whose machine failed before the test started."""
 
 ELSEWHERE = ("ci",)
-"""Keys of the table that are no settings: ``ci`` is for :mod:`pytest_microvm.ci.definition.parsing`."""
+"""Keys of the table that other modules parse: ``ci`` is for :mod:`pytest_microvm.ci.definition.parsing`."""
 
 _MAX_CONFIGURATION = 1024 * 1024  # bytes of pyproject.toml
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A project's settings, merged.
+    """A project's settings: configuration and command line, merged.
 
     Args:
-        spec: What its machines are made of.
-        isolation: How often a machine is new under ``--microvm``.
-        pool: How many machines to keep ready; ``None``: as many as there are cores, at most 4.
+        spec: The spec of its machines.
+        isolation: The scope that shares one machine under ``--microvm``.
+        pool: Number of machines to keep ready; ``None``: the number of cores, at most 4.
         prepare: Shell commands run once in the machine, before the workspace is copied; the result is cached.
-        prepare_inputs: Files and folders they need, which are copied first; the cache follows their content.
-        prepare_network: Rules of what they may reach; the tests' own grant does not count for them.
-        fail_on_denied: Whether a test fails that tried to reach what it may not.
+        prepare_inputs: Files and folders that ``prepare`` needs; copied first, and part of the cache key.
+        prepare_network: Network rules for ``prepare``; the tests' own grant does not apply to it.
+        fail_on_denied: Whether a test fails if one of its network requests was denied.
         args: More arguments for the guest's pytest.
-        keep: Which machines to keep for a look: ``never``, ``failed``.
-        retries: How often a test whose machine never reached it (``infra``) is tried again.
-        artifacts: The folder for what is known of machines that crashed or exceeded a quota.
-        require_accel: The only accelerator that will do.
-        junit_profile: For whom the file of ``--junitxml`` is; ``None``: as pytest writes it.
-        asked: What the configuration file asks for of what needs trust, as written, where the command line
-            says nothing else.
+        keep: Which machines to keep for inspection: ``never``, ``failed``.
+        retries: Times that a test is retried if its machine failed before the test started (``infra``).
+        artifacts: The folder for records of machines that crashed or exceeded a quota.
+        require_accel: The only acceptable accelerator.
+        junit_profile: The consumer of the ``--junitxml`` file; ``None``: as pytest writes it.
+        asked: The configuration file's keys that need trust, as written, without those that the command line
+            overrides.
         project: The folder of the configuration file.
     """
 
@@ -79,19 +79,19 @@ class Settings:
 
     @property
     def pool_size(self) -> int:
-        """How many machines to keep ready."""
+        """Number of machines to keep ready."""
         return min(4, os.cpu_count() or 2) if self.pool is None else self.pool
 
 
 def load_settings(project: Path, options: Mapping[str, Any]) -> Settings:
-    """Return the settings of the project in ``project``, with ``options`` on top.
+    """Return the settings of the project in ``project``, overridden by ``options``.
 
     Args:
         project: The folder whose pyproject.toml is read, if it has one.
-        options: The command line's, by the same keys; ``None`` means not given.
+        options: Values from the command line, by the same keys; ``None`` means not given.
 
     Raises:
-        UsageError: A key is unknown, or a value impossible.
+        UsageError: A key is unknown or a value invalid.
     """
     file = project / "pyproject.toml"
     settings = Settings(project=project)
@@ -117,7 +117,7 @@ def load_settings(project: Path, options: Mapping[str, Any]) -> Settings:
 
 
 def command_line(config: pytest.Config) -> dict[str, Any]:
-    """Return what pytest's command line says, by key; ``--microvm-args`` only add to the configuration's."""
+    """Return the options given to pytest, by key, without ``--microvm-args``, which extend the file's."""
     given = {
         option.name: config.getoption(f"microvm_{option.name}", None)
         for option in OPTIONS
@@ -127,10 +127,10 @@ def command_line(config: pytest.Config) -> dict[str, Any]:
 
 
 def merged(settings: Settings, values: Mapping[str, Any], where: str) -> Settings:
-    """Return ``settings`` with ``values`` put in.
+    """Return a copy of ``settings`` with ``values`` applied.
 
     Raises:
-        UsageError: A key is unknown, or a value impossible.
+        UsageError: A key is unknown or a value invalid.
     """
     known = {*_PARSERS, *PARSERS, *ELSEWHERE}
     for key in values:
@@ -139,7 +139,7 @@ def merged(settings: Settings, values: Mapping[str, Any], where: str) -> Setting
                 f"{where}: unknown key {key!r}", resolution="known keys: " + ", ".join(sorted(known))
             )
     grants = {k: v for k, v in values.items() if k in PARSERS}
-    if "mounts" in grants:  # relative to the project, wherever pytest was started
+    if "mounts" in grants:  # relative to the project, not to the folder that pytest was started in
         grants["mounts"] = parse_mounts(grants["mounts"], f"{where}: mounts", settings.project)
     spec = settings.spec.with_changes(grants, where)
     changes = {k: _PARSERS[k](v, f"{where}: {k}") for k, v in values.items() if k in _PARSERS}
@@ -147,7 +147,7 @@ def merged(settings: Settings, values: Mapping[str, Any], where: str) -> Setting
 
 
 def parse_choice(*allowed: str) -> Callable[[object, str], str]:
-    """Return a parser of one of ``allowed``."""
+    """Return a parser that accepts one of ``allowed``."""
 
     def parse(value: object, name: str) -> str:
         if value not in allowed:
@@ -158,7 +158,7 @@ def parse_choice(*allowed: str) -> Callable[[object, str], str]:
 
 
 def parse_count(most: int, what: str) -> Callable[[object, str], int]:
-    """Return a parser of whole numbers from 0 to ``most``; ``what`` is counted, for the error."""
+    """Return a parser of whole numbers from 0 to ``most``; ``what`` is the thing counted, for the error."""
 
     def parse(value: object, name: str) -> int:
         text = str(value)
@@ -170,10 +170,10 @@ def parse_count(most: int, what: str) -> Callable[[object, str], int]:
 
 
 def parse_flag(value: object, name: str) -> bool:
-    """Return a boolean.
+    """Return ``value``, which must be a boolean.
 
     Raises:
-        UsageError: It is none.
+        UsageError: It is not a boolean.
     """
     if not isinstance(value, bool):
         raise UsageError(f"{name}: {value!r} is neither true nor false", resolution="write true or false")
@@ -187,10 +187,10 @@ def _folder(value: object, name: str) -> Path:
 
 
 def parse_strings(value: object, name: str) -> tuple[str, ...]:
-    """Return a list of texts, none of them empty.
+    """Return a list of non-empty strings as a tuple.
 
     Raises:
-        UsageError: It is none.
+        UsageError: It is not such a list.
     """
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
         raise UsageError(f"{name}: {value!r} is not a list of strings", resolution='write it like ["a", "b"]')

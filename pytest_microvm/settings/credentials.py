@@ -1,6 +1,6 @@
-"""What a credential is: a value that is added to a machine's requests to one host, on their way out.
+"""Credentials: values that the proxy adds to a machine's requests to one host, on their way out.
 
-The machine never holds it: it has a placeholder in the variable that its tool expects.
+The machine never holds the value: it gets a placeholder in the variable that its tool expects.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}", re.ASCII)  # token of 
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,253})(?::[0-9]{1,5})?", re.ASCII)
 _QUERY = re.compile(r"[A-Za-z0-9._~-]{1,64}", re.ASCII)
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}", re.ASCII)
-# They are about the connection, the framing or the server, which is decided elsewhere.
+# Headers of the connection, the framing or the server, which other code sets.
 _NEVER = frozenset(
     [
         *("host", "connection", "content-length", "transfer-encoding", "upgrade", "te", "trailer", "expect"),
@@ -34,14 +34,14 @@ _FORM = '{host = "api.example.com", value = {env = "TOKEN"}, variable = "API_TOK
 
 @dataclass(frozen=True)
 class CredentialSpec:
-    """A credential as it was written, without its value.
+    """A credential as configured, without its value.
 
     Args:
-        host: The only host that gets it: ``api.example.com``, or with a port that is not 443.
-        source: Where its value is found.
-        header: The header it is put into; ``None``: none.
-        query: The parameter of the query it is put into; ``None``: none.
-        scheme: ``bearer``: ``Bearer VALUE``; ``basic``: the value is ``user:password``; ``raw``: as it is.
+        host: The only host that receives it: ``api.example.com``, or with a port other than 443.
+        source: The source of its value.
+        header: The request header that carries it; ``None``: none.
+        query: The query parameter that carries it; ``None``: none.
+        scheme: ``bearer``: ``Bearer VALUE``; ``basic``: the value is ``user:password``; ``raw``: unchanged.
         variable: The variable in which the machine finds a placeholder; ``None``: none.
     """
 
@@ -54,14 +54,14 @@ class CredentialSpec:
 
 
 def parse_credentials(value: object, where: str) -> tuple[CredentialSpec, ...]:
-    """Return the credentials of a list of tables, or of texts ``host=...,env=...``.
+    """Parse a list of credentials, each a table or a text ``host=...,env=...``.
 
     Args:
-        value: What was written.
-        where: What it was written in, for errors.
+        value: The list to parse.
+        where: The place that ``value`` comes from, for errors.
 
     Raises:
-        UsageError: One of them cannot be used.
+        UsageError: One of them is invalid.
     """
     if isinstance(value, (str, Mapping)) or not isinstance(value, (list, tuple)):
         raise UsageError(f"{where}: this is not a list of credentials", resolution=f"write [{_FORM}]")
@@ -71,10 +71,10 @@ def parse_credentials(value: object, where: str) -> tuple[CredentialSpec, ...]:
 
 
 def parse_credential(value: object, where: str) -> CredentialSpec:
-    """Return the credential of a table, or of a text such as ``host=api.example.com,env=TOKEN``.
+    """Parse a credential, a table or a text such as ``host=api.example.com,env=TOKEN``.
 
     Raises:
-        UsageError: It cannot be used. What was written is not repeated where it may be the value itself.
+        UsageError: It is invalid. The error omits input that may be the value itself.
     """
     table = _table(value, where) if isinstance(value, str) else value
     if not isinstance(table, Mapping):
@@ -106,7 +106,7 @@ def parse_credential(value: object, where: str) -> CredentialSpec:
 
 
 def _table(text: str, where: str) -> Mapping[str, object]:
-    """Return ``host=...,env=...`` as a table; a comma divides only where one of the keys follows."""
+    """Parse ``host=...,env=...`` into a table; a comma separates pairs only if a known key follows it."""
     table: dict[str, object] = {}
     for pair in _PAIR.split(text):
         key, equals, value = pair.partition("=")
@@ -126,7 +126,7 @@ def _text(table: Mapping[str, object], key: str, pattern: re.Pattern[str], where
     if value is None:
         return None
     if not isinstance(value, str) or not pattern.fullmatch(value):
-        # Not repeated: what was meant as something else may stand here.
+        # The value is not quoted: a misplaced secret may stand here.
         raise UsageError(f"{where}: this {key} cannot be used", resolution=f"write it like {_FORM}")
     return value
 

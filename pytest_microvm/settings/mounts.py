@@ -1,4 +1,4 @@
-"""What a mount is: a directory (or file) of the host that a machine is handed, and how it is written."""
+"""Mounts: host directories (or files) made available in a machine, and the text form that specifies them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ KINDS = ("copy", "live", "git")
 
 _FORM = 'write it as "SOURCE:/TARGET", with ":ro" or ":rw", ":copy", ":live" or ":git" behind'
 _KERNELS_OWN = tuple(PurePosixPath(path) for path in ("/proc", "/sys", "/dev"))
-_MAX_PATH = 4096  # bytes: what Linux takes as a path
+_MAX_PATH = 4096  # bytes: Linux's PATH_MAX
 
 
 @dataclass(frozen=True)
 class Mount:
-    """A directory of the host at a place in a machine.
+    """A host directory mounted at a path in a machine.
 
     Args:
-        source: On the host, absolute: a directory or a file, or a git working tree.
-        target: In the machine, absolute.
-        access: ``ro``: nothing comes back; ``rw``: what the machine changes comes back.
-        kind: ``copy``: its content is copied in, and changes back; ``live``: shared while the machine
-            runs; ``git``: handed over as a clone, whose commits come back as a branch.
+        source: Absolute path on the host: a directory, a file or a git working tree.
+        target: Absolute path in the machine.
+        access: ``ro``: nothing is copied back; ``rw``: the machine's changes are copied back.
+        kind: ``copy``: the content is copied in, and changes are copied back; ``live``: shared while the
+            machine runs; ``git``: the machine gets a clone, and its commits come back as a branch.
     """
 
     source: Path
@@ -46,17 +46,17 @@ class Mount:
 
 @dataclass(frozen=True)
 class Changes:
-    """What came back of a mount. A machine chose the names in it.
+    """Changes copied back from a mount. The names are untrusted: the machine chose them.
 
     Args:
         created: New files, directories and links, relative to the mounted directory.
-        changed: Those that were replaced, or got other rights.
-        deleted: Those that were removed.
+        changed: Entries that were replaced, or whose permissions changed.
+        deleted: Entries that were removed.
         left: Changes to git's own files, which are never copied back.
-        branch: The host's branch that has the machine's commits; ``None``: it made none.
-        commits: How many it made.
-        subjects: First lines of the newest of them, made safe to show.
-        uncommitted: How many changes it had not committed; they were lost.
+        branch: The host branch that holds the machine's commits; ``None``: the machine made none.
+        commits: Number of commits that the machine made.
+        subjects: Subject lines of the newest commits, made safe to show.
+        uncommitted: Number of uncommitted changes in the machine; they were lost.
         links: New links that lead out of the directory; they stay in the machine.
     """
 
@@ -83,18 +83,18 @@ class Changes:
 
 
 def parse_mount(value: object, where: str, folder: Path) -> Mount:
-    """Return the mount that was written as ``SOURCE:/TARGET[:ro|rw][:copy|live|git]``.
+    """Parse a mount written as ``SOURCE:/TARGET[:ro|rw][:copy|live|git]``.
 
-    What is not said is ``rw`` and ``copy``. A path with a colon in it can only be given to
+    The defaults are ``rw`` and ``copy``. A path that contains a colon can only be given to
     :meth:`pytest_microvm.MicroVM.mount`.
 
     Args:
-        value: What was written.
-        where: What it was written in, for errors.
-        folder: What a relative source is relative to; ``~`` is the user's home.
+        value: The text to parse.
+        where: The place that ``value`` comes from, for errors.
+        folder: The base of a relative source; ``~`` is the user's home.
 
     Raises:
-        UsageError: It is no such text, or names a target that no machine can offer.
+        UsageError: The text has another form, or its target cannot be mounted in any machine.
     """
     parts = value.split(":") if isinstance(value, str) else []
     if not 2 <= len(parts) <= 4:  # noqa: PLR2004 - source, target, access, kind
@@ -104,16 +104,16 @@ def parse_mount(value: object, where: str, folder: Path) -> Mount:
     if not target.startswith("/"):
         raise UsageError(f"{where}: {value!r}: {target!r} is no absolute path", resolution=_FORM)
     access, kind = _words(words, f"{where}: {value!r}")
-    place = PurePosixPath("/" + target.lstrip("/"))  # POSIX leaves open what // at the start means
+    place = PurePosixPath("/" + target.lstrip("/"))  # POSIX leaves the meaning of a leading // open
     _check_target(place, f"{where}: {value!r}")
     return Mount(absolute(source, folder), place, access, kind)
 
 
 def parse_mounts(value: object, where: str, folder: Path) -> tuple[Mount, ...]:
-    """Return the mounts of a list; see :func:`parse_mount`.
+    """Parse a list of mounts; see :func:`parse_mount`.
 
     Raises:
-        UsageError: It is no list of mounts, or two of them are at the same place or within each other.
+        UsageError: The value is not a list of mounts, or the targets of two mounts are equal or nested.
     """
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise UsageError(
@@ -127,10 +127,10 @@ def parse_mounts(value: object, where: str, folder: Path) -> tuple[Mount, ...]:
 
 
 def check_apart(mounts: Sequence[Mount], where: str) -> None:
-    """Refuse mounts whose places in the machine are the same, or within each other.
+    """Check that no two mounts have equal or nested targets in the machine.
 
     Raises:
-        UsageError: There are such.
+        UsageError: Two targets are equal or nested.
     """
     for number, mount in enumerate(mounts):
         for other in mounts[:number]:
@@ -142,10 +142,10 @@ def check_apart(mounts: Sequence[Mount], where: str) -> None:
 
 
 def absolute(source: str | Path, folder: Path) -> Path:
-    """Return ``source`` as an absolute path; links stay as they are."""
+    """Return ``source`` as an absolute path, without resolving links."""
     try:
         expanded = Path(source).expanduser()
-    except RuntimeError as error:  # ~user of somebody this computer does not know
+    except RuntimeError as error:  # ~user names a user unknown to this computer
         raise UsageError(f"{source}: {error}", resolution="write the path out") from error
     return (folder / expanded).absolute()
 

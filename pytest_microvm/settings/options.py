@@ -1,9 +1,9 @@
-"""The options of machines and of test runs, each declared once: every front end is made from this table.
+"""The options of machines and test runs, each declared once; every front end is generated from this table.
 
-A new quota is an entry here, a field of :class:`pytest_microvm.settings.spec.MachineSpec` and of
+A new quota needs an entry here, a field in :class:`pytest_microvm.settings.spec.MachineSpec` and in
 :class:`pytest_microvm.settings.spec.Limits`, and the code that enforces it. pytest loads this module in
-every run: it imports nothing heavy, and an option is a named tuple, which is made in a quarter of a
-dataclass's time.
+every run: it imports nothing heavy, and an option is a named tuple, created in a quarter of a dataclass's
+time.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -34,23 +34,23 @@ _METAVARS: dict[Kind, str] = {
 class Option(NamedTuple):
     """An option: a key of the configuration, and an option of pytest.
 
-    All but those of a run are also keywords of the marker and the factory, and options of verbs that start
-    a machine; quotas are also keys of a kit's ``resources``.
+    All except ``run`` options are also keywords of the marker and the factory, and options of subcommands
+    that start a machine; quotas are also keys of a kit's ``resources``.
 
     Args:
         name: Its key.
-        part: What it is about: ``image``, ``quota`` and ``grant`` are what a machine is made of, may use, and
-            may reach and hold; ``run`` is how pytest uses machines.
-        kind: What values it takes.
-        about: What it says, in one sentence without a full stop.
-        example: Values for the help of command lines.
-        default: What holds with pytest where nothing is said, in words.
-        least: The least value.
-        least_for: What a smaller size does not suffice for.
-        most: The greatest value.
-        unit: What is counted.
-        choices: The only values.
-        absent: Front ends that lack it, or that have a key of this name with a meaning of its own.
+        part: Its category: ``image``, ``quota`` and ``grant`` set a machine's image, resource limits, and
+            network, secrets and mounts; ``run`` sets how pytest uses machines.
+        kind: The kind of its values.
+        about: Its description, in one sentence without a full stop.
+        example: Sample values for command-line help.
+        default: pytest's default, in words.
+        least: The smallest value.
+        least_for: The purpose for which a smaller size is too little.
+        most: The largest value.
+        unit: The thing that a count counts.
+        choices: The allowed values.
+        absent: Front ends that lack it, or that use its key with a different meaning.
     """
 
     name: str
@@ -68,17 +68,17 @@ class Option(NamedTuple):
 
     @property
     def word(self) -> str:
-        """Its name on a command line; what is repeated has the singular there."""
+        """Its name on a command line; a repeatable grant's is singular."""
         return (self.name.removesuffix("s") if self.part == "grant" else self.name).replace("_", "-")
 
     @property
     def repeatable(self) -> bool:
-        """Whether a command line may have it several times."""
+        """True if the option may be repeated on a command line."""
         return self.part == "grant" or self.kind == "words"
 
     @property
     def help(self) -> str:
-        """What a command line's help says."""
+        """Its help text for command lines."""
         example = f", such as {self.example}" if self.example else ""
         return f"{self.about}{example}{'; repeatable' if self.repeatable else ''}"
 
@@ -151,5 +151,5 @@ BY_NAME = {option.name: option for option in OPTIONS}
 QUOTAS = tuple(option for option in OPTIONS if option.part == "quota")
 GRANTS = tuple(option for option in OPTIONS if option.part == "grant")
 MACHINE = (BY_NAME["image"], *QUOTAS, *GRANTS)
-"""What a machine is made of, may use, reach and hold: the keywords of the marker and the factory."""
+"""The options of a machine's image, quotas and grants: the keywords of the marker and the factory."""
 RUN = tuple(option for option in OPTIONS if option.part == "run")

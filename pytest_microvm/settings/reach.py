@@ -1,4 +1,4 @@
-"""What a machine may reach, as people write it: rules, and where names lead."""
+"""Parsing of a machine's network settings: rules, and addresses for host names."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from pytest_microvm.errors import UsageError
 
 Place = tuple[str, "int | None"]
-"""An address, and a port if it is another one than was asked for."""
+"""An address, and a port if it differs from the requested one."""
 
 _PLACE = re.compile(r"(?:\[([0-9a-fA-F:.]{2,45})\]|([0-9.]{7,15}))(?::([0-9]{1,5}))?", re.ASCII)
 
 
 def parse_network(value: object, name: str) -> tuple[str, ...]:
-    """Return rules from a list of them, or from one rule; what they say is judged where they are used.
+    """Return network rules from a list or a single rule; their content is validated where they are used.
 
     Raises:
-        UsageError: It is no list of texts.
+        UsageError: The value is neither a string nor a list of non-empty strings.
     """
     rules = [value] if isinstance(value, str) else value
     if not isinstance(rules, (list, tuple)) or not all(isinstance(r, str) and r.strip() for r in rules):
@@ -30,17 +30,17 @@ def parse_network(value: object, name: str) -> tuple[str, ...]:
 
 
 def parse_hosts(value: object, name: str) -> tuple[tuple[str, Place], ...]:
-    """Return where names lead, from a table or a list of ``NAME=ADDRESS[:PORT]``.
+    """Parse addresses for host names, from a table or a list of ``NAME=ADDRESS[:PORT]``.
 
     Raises:
-        UsageError: It is neither, or a value is no address.
+        UsageError: The value is neither, or contains an invalid address.
     """
     pairs: Any = None
     if isinstance(value, Mapping):
         pairs = value.items()
     elif isinstance(value, (list, tuple)) and all(isinstance(item, str) and "=" in item for item in value):
         pairs = (item.split("=", 1) for item in value)
-    elif isinstance(value, tuple):  # parsed before
+    elif isinstance(value, tuple):  # already parsed
         pairs = ((host, place) for host, place in value)
     if pairs is None:
         raise UsageError(
@@ -62,7 +62,7 @@ def _place(value: object, name: str) -> Place:
         port = int(match[3]) if match and match[3] else None
     except ValueError:
         address, port = None, None
-    if address is None or (port is not None and not 0 < port < 65536):  # noqa: PLR2004 - the ports there are
+    if address is None or (port is not None and not 0 < port < 65536):  # noqa: PLR2004 - ports are 16 bits
         raise UsageError(
             f"{name}: {value!r} is not an address", resolution="write ADDRESS or ADDRESS:PORT, [::1]:8443 too"
         )

@@ -1,8 +1,8 @@
-"""Commands that print a secret: programs of the user's own, started in ``/`` with a clean environment.
+"""Commands that print a secret: the user's own programs, started in ``/`` with a clean environment.
 
-A project's configuration may name such a command, and its user allows these words. So nothing that another
-branch can change may stand behind them: no program, script or other file of the project, no folder to start
-in where ``make`` finds a ``Makefile``, no variable such as ``PYTHONPATH`` that leads into the project.
+A project's configuration may name such a command, and the user approves its words. Nothing that another
+branch can change may change their meaning: no program, script or other file of the project, no working
+directory where ``make`` finds a ``Makefile``, no variable such as ``PYTHONPATH`` that leads into the project.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from pytest_microvm.errors import UsageError
 
 PASSED = (
-    # who asks, in which language, on which terminal
+    # user, language, terminal
     "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "LC_*", "TZ", "TERM",
     # the session: D-Bus, the desktop that a password prompt appears on, agents
     "XDG_RUNTIME_DIR", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME",
@@ -34,18 +34,18 @@ PASSED = (
     "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "all_proxy",
     "no_proxy", "SSL_CERT_FILE", "SSL_CERT_DIR",
 )  # fmt: skip
-"""The variables that a command gets, besides ``PATH``, unless their value names something in the project."""
+"""The variables that a command gets, besides ``PATH``, unless their value names a path in the project."""
 
 MAX_LENGTH = 4096  # characters of a command
 _TIMEOUT = 120.0  # seconds; a password manager may ask its user
-_LINKS = 40  # Linux follows as many, path_resolution(7)
+_LINKS = 40  # the most that Linux follows, path_resolution(7)
 _SCRIPT = 256  # bytes of a script's first line that Linux reads, execve(2)
-_OTHERS_PLACES = re.compile(r"/proc/[^/]*/(?:cwd|root|fd|task)\b")  # ours is the project, perhaps
+_OTHERS_PLACES = re.compile(r"/proc/[^/]*/(?:cwd|root|fd|task)\b")  # may lead into the project
 _PIECE = re.compile(r"[^\s:;,=|&<>()'\"`@\[\]{}]+")
 
 
 class UsesProject(UsageError):
-    """A command uses something that a branch of the project may change."""
+    """A command uses a file that a branch of the project may change."""
 
 
 class NotStarted(UsageError):
@@ -54,7 +54,7 @@ class NotStarted(UsageError):
 
 @dataclass(frozen=True)
 class Command:
-    """What is started for a secret.
+    """A command that prints a secret, ready to start.
 
     Args:
         argv: The program's absolute path, and its arguments.
@@ -68,25 +68,25 @@ class Command:
 def changeable(project: Path) -> tuple[Path, ...]:
     """Return the folders whose files another branch may change: the project, and repositories around it.
 
-    A repository in the user's home itself, or above it, is not one of them: that would leave no program over.
+    A repository at the user's home or above it is left out: counting it would leave no usable program.
     """
     folder, home = project.resolve(), Path.home().resolve()
     around = [each for each in folder.parents if os.path.lexists(each / ".git")]
     found = (folder, *(each for each in around if not home.is_relative_to(each)))
-    return tuple(each for each in found if each != each.parent)  # the root is nobody's project
+    return tuple(each for each in found if each != each.parent)  # the root directory is no project
 
 
 def prepared(command: str, name: str, project: Path | None) -> Command:
-    """Return what is to be started for a command as it was written.
+    """Validate a command as configured and return it ready to start.
 
     Args:
         command: The words, quoted as for a shell; no shell reads them.
-        name: What it is for, for errors.
-        project: The folder of which it may use nothing; ``None``: there is none.
+        name: The secret's name, for errors.
+        project: The folder whose files it must not use; ``None``: there is none.
 
     Raises:
-        UsesProject: It uses something of the project, or is named by a relative path.
-        NotStarted: There is no such program, or the words cannot be read.
+        UsesProject: It uses a file of the project, or is named by a relative path.
+        NotStarted: There is no such program, or the words cannot be parsed.
     """
     words = _words(command, name)
     folders = () if project is None else changeable(project)
@@ -103,10 +103,10 @@ def prepared(command: str, name: str, project: Path | None) -> Command:
 
 
 def run(command: str, name: str, project: Path | None) -> bytes:
-    """Return what a command prints; see :func:`prepared`.
+    """Run a command and return its standard output; see :func:`prepared`.
 
     Raises:
-        UsageError: It cannot be started, uses something of the project, or fails.
+        UsageError: It cannot be started, uses a file of the project, or fails.
     """
     start = prepared(command, name, project)
     shown = start.argv[0]
@@ -115,7 +115,7 @@ def run(command: str, name: str, project: Path | None) -> bytes:
             start.argv, cwd="/", env=start.environment, stdout=subprocess.PIPE, timeout=_TIMEOUT, check=False
         )
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        kind = type(error).__name__  # its text may hold output
+        kind = type(error).__name__  # the error's text may contain output
         raise NotStarted(f"{name}: the command {shown!r} could not be run ({kind})") from None
     if done.returncode != 0:
         raise UsageError(
@@ -162,7 +162,7 @@ def _program(word: str, name: str, path: str) -> str:
 def _uses(
     program: str, arguments: Sequence[str], folders: Sequence[Path], project: Path | None
 ) -> Iterator[str]:
-    """Yield what a command uses of some folders, as far as its words tell."""
+    """Yield the paths named by a command's words that lead into one of ``folders``."""
     if _leads_into(program, folders):
         yield program
     for word in (*arguments, *_interpreter(program)):
@@ -171,25 +171,25 @@ def _uses(
         for path in _named(word):
             if _leads_into(path, folders):
                 yield path
-    for word in arguments:  # not found from /, which its own error would not say
+    for word in arguments:  # relative to the project: not found from /, and its own error would not say why
         relative = not word.startswith("/") and ("/" in word or "." in word)
         if project is not None and relative and os.path.isfile(project / word):  # noqa: PTH113 - any word
             yield word
 
 
 def _interpreter(program: str) -> list[str]:
-    """Return what starts a script, as its first line says."""
+    """Return the interpreter and arguments on a script's ``#!`` line; empty if there is none."""
     try:
         with open(program, "rb") as file:  # noqa: PTH123 - as it is spelt
             line = file.readline(_SCRIPT)
-    except (OSError, ValueError):  # starting it will say so
+    except (OSError, ValueError):  # starting it will raise the same error
         return []
     return line[2:].decode(errors="surrogateescape").split() if line.startswith(b"#!") else []
 
 
 def _named(word: str) -> Iterator[str]:
     """Yield every absolute path that a word may name: alone, in an option, a list, or words for a shell."""
-    home = os.path.expanduser("~")  # noqa: PTH111 - a text is wanted
+    home = os.path.expanduser("~")  # noqa: PTH111 - a string is needed
     for spelling in {word, word.replace("${HOME}", home).replace("$HOME", home)}:
         for match in _PIECE.finditer(spelling):
             for piece in (match[0], spelling[match.start() :]):
@@ -200,31 +200,31 @@ def _named(word: str) -> Iterator[str]:
 
 
 def _leads_into(path: str, folders: Sequence[Path]) -> bool:
-    """Whether a path is in one of some folders, or passes one of them by a link; see path_resolution(7)."""
+    """Return True if a path is in one of ``folders``, or passes one by a link; see path_resolution(7)."""
     inside = {str(folder) for folder in folders}
     place, left, links = "/", path.split("/")[::-1], 0
     while left:
         part = left.pop()
         if part in ("", ".", ".."):
-            place = os.path.dirname(place) if part == ".." else place  # noqa: PTH120 - it has no links any more
+            place = os.path.dirname(place) if part == ".." else place  # noqa: PTH120 - its links are resolved
             continue
         place = os.path.join(place, part)  # noqa: PTH118
         if place in inside:
             return True
         try:
-            target = os.readlink(place)  # noqa: PTH115 - mostly there is none
+            target = os.readlink(place)  # noqa: PTH115 - usually not a link
         except (OSError, ValueError):
             continue
         links += 1
         if links > _LINKS:
-            return False  # Linux follows no more
+            return False  # the kernel fails with ELOOP
         place = "/" if target.startswith("/") else os.path.dirname(place)  # noqa: PTH120
         left += target.split("/")[::-1]
     return False
 
 
 def _environment(folders: Sequence[Path]) -> dict[str, str]:
-    """Return a command's variables: those of :data:`PASSED` and a search path, without the project's."""
+    """Return a command's variables: :data:`PASSED` and ``PATH``, without paths into the project."""
     path = os.environ.get("PATH", os.defpath).split(":")
     kept = [folder for folder in path if folder.startswith("/") and not _leads_into(folder, folders)]
     passed = {

@@ -1,7 +1,7 @@
-"""Values that must not be seen: where they come from, and how they are held on the host.
+"""Secret values: their sources, and a type that holds them on the host without exposing them.
 
-A :class:`Source` says where a value is; it is part of a spec, can be shown and compared. What it gives is a
-:class:`SecretValue`, which shows itself to nobody: not in a repr, a log, a pickle or an f-string.
+A :class:`Source` names the place of a value; it is part of a spec and can be shown and compared. Reading it
+returns a :class:`SecretValue`, which never appears in a repr, a log, a pickle or an f-string.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from pytest_microvm.untrusted.nofollow import refuse_links
 Kind = Literal["env", "file", "command", "keyring"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 MAX_BYTES = 64 * 1024
-"""The longest value; a key, a token or a certificate is shorter."""
+"""The longest value in bytes; a key, a token or a certificate is shorter."""
 
 FOLDER = "/run/secrets"
-"""Where a machine finds the secrets that are delivered as files."""
+"""The machine's folder for secrets that are delivered as files."""
 
 Delivery = Literal["env", "file"]
 
@@ -31,11 +31,11 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}", re.ASCII)
 
 
 class SecretValue:
-    """A value that shows itself to nobody who does not ask for it.
+    """A secret value that only :meth:`reveal` exposes.
 
     Args:
-        value: What is secret.
-        name: What it is called, for people.
+        value: The secret itself.
+        name: Its name, for messages.
     """
 
     __slots__ = ("_value", "name")
@@ -63,12 +63,12 @@ class SecretValue:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a value is found on the host.
+    """The source of a secret value on the host.
 
     Args:
-        kind: ``env``: a variable; ``file``: a file's content without the line's end; ``command``: what a
-            command prints, the same way (it starts in ``/``); ``keyring``: ``SERVICE/USER`` in the system's
-            keyring.
+        kind: ``env``: a variable; ``file``: a file's content without the final newline; ``command``: a
+            command's output, also without it (it starts in ``/``); ``keyring``: ``SERVICE/USER`` in the
+            system's keyring.
         where: The variable, path, command or entry.
     """
 
@@ -76,15 +76,15 @@ class Source:
     where: str
 
     def read(self, name: str, project: Path | None = None) -> SecretValue:
-        """Return the value.
+        """Read the value.
 
         Args:
-            name: What it is for, for errors and for the value's own name.
-            project: The folder of which a command may use nothing; see
+            name: The name of the value, also for errors.
+            project: The folder whose files a command must not use; see
                 :mod:`pytest_microvm.settings.secret_commands`.
 
         Raises:
-            UsageError: There is none, or it is no text that could be one; or the command uses the project.
+            UsageError: The value is missing, empty or invalid, or the command uses the project.
         """
         value = _READERS[self.kind](self.where, name, project)
         if self.kind in ("file", "command"):
@@ -104,11 +104,11 @@ class Source:
 
 
 def parse_source(value: object, where: str) -> Source:
-    """Return the source that ``{env = "TOKEN"}`` or ``"env:TOKEN"`` stands for.
+    """Parse a source written as ``{env = "TOKEN"}`` or ``"env:TOKEN"``.
 
     Args:
-        value: What was written.
-        where: What it was written in, for errors.
+        value: The value to parse.
+        where: The place that ``value`` comes from, for errors.
 
     Raises:
         UsageError: It names no source.
@@ -120,7 +120,7 @@ def parse_source(value: object, where: str) -> Source:
         kind, name = next(iter(value.items()))
         if kind in KINDS and isinstance(name, str) and name.strip():
             return Source(kind, name)
-    # What was written is not shown: it may be the secret itself.
+    # The error does not quote the input: it may be the secret itself.
     raise UsageError(
         f"{where}: this is not where a value is found",
         details="the value itself does not belong into configuration or onto a command line",
@@ -132,11 +132,11 @@ def parse_source(value: object, where: str) -> Source:
 
 @dataclass(frozen=True)
 class Secret:
-    """A value that a machine is given at run time.
+    """A secret that a machine gets at run time.
 
     Args:
-        name: The variable's name, and the file's.
-        source: Where it is found on the host.
+        name: The name of the variable or file.
+        source: The source of its value on the host.
         delivery: ``env``: a variable of every command; ``file``: ``/run/secrets/NAME``, mode 0400, in memory.
     """
 
@@ -146,19 +146,19 @@ class Secret:
 
     @property
     def path(self) -> str:
-        """Where it is in the machine if it is delivered as a file."""
+        """Its path in the machine if it is delivered as a file."""
         return f"{FOLDER}/{self.name}"
 
 
 def parse_secrets(value: object, where: str) -> tuple[Secret, ...]:
-    """Return the secrets that a table ``{NAME = {env = "TOKEN"}}`` or a list of ``NAME=env:TOKEN`` names.
+    """Parse secrets from a table ``{NAME = {env = "TOKEN"}}`` or a list of ``NAME=env:TOKEN``.
 
     Args:
-        value: What was written.
-        where: What it was written in, for errors.
+        value: The value to parse.
+        where: The place that ``value`` comes from, for errors.
 
     Raises:
-        UsageError: It names none, or one twice.
+        UsageError: It has another form, or names a secret twice.
     """
     if isinstance(value, (list, tuple)) and all(isinstance(item, Secret) for item in value):
         return tuple(value)
@@ -180,7 +180,7 @@ def parse_secrets(value: object, where: str) -> tuple[Secret, ...]:
 
 
 def _written(text: str) -> object:
-    """Return ``env:VARIABLE[,as=file]`` as a table."""
+    """Parse ``env:VARIABLE[,as=file]`` into a table."""
     source, _, delivery = text.partition(",as=")
     kind, _, name = source.partition(":")
     return {kind: name, "as": delivery} if delivery else {kind: name}
@@ -230,14 +230,14 @@ def _from_command(where: str, name: str, project: Path | None) -> str:
 
 
 def _program(command: str) -> str:
-    """Return a command's first word: its arguments may say too much."""
+    """Return a command's first word, without its arguments, which may reveal a secret."""
     return command.split(maxsplit=1)[0]
 
 
 def _from_keyring(where: str, name: str, _project: Path | None) -> str:
     service, _, user = where.rpartition("/")
     try:
-        import keyring  # noqa: PLC0415 - only where it is used
+        import keyring  # noqa: PLC0415 - an optional dependency
     except ImportError:
         raise UsageError(
             f"{name}: reading the keyring needs the package keyring",

@@ -1,4 +1,4 @@
-"""What a machine is made of and may use: sizes, :class:`MachineSpec`, :class:`Limits`."""
+"""Composition and quotas of a machine: size parsing, :class:`MachineSpec`, :class:`Limits`."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3, "T": 1024**4}
 _SIZE = re.compile(r"(\d{1,18})\s*(?:([KMGT])i?)?B?", re.IGNORECASE | re.ASCII)
 
 DEFAULT_OUTPUT = 64 * 1024**2
-"""Bytes of output that one command or test may produce where nothing else is said."""
+"""Bytes of output that one command or test may produce by default."""
 
 
 def parse_size(value: object, name: str) -> int:
-    """Return a size in bytes from ``512M``, ``2G`` (binary units) or a number of bytes.
+    """Parse a size such as ``512M`` or ``2G`` (binary units), or a number of bytes, into bytes.
 
     Args:
-        value: What was written.
-        name: What it was written for, for the error.
+        value: The value to parse.
+        name: The setting's name, for the error.
 
     Raises:
-        UsageError: It is not a size.
+        UsageError: The value is not a size.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
@@ -46,7 +46,7 @@ def parse_size(value: object, name: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """Return ``size`` bytes as people write it: ``512M``, ``2G``; bytes where no unit fits exactly."""
+    """Format ``size`` bytes as users write sizes: ``512M``, ``2G``; bytes where no unit fits exactly."""
     for unit in ("T", "G", "M", "K"):
         if size and size % _UNITS[unit] == 0:
             return f"{size // _UNITS[unit]}{unit}"
@@ -54,10 +54,10 @@ def format_size(size: int) -> str:
 
 
 def parse_cpus(value: object, name: str) -> float:
-    """Return how many CPUs a machine may use: 1 to 64, or a fraction from 0.05 that is throttled.
+    """Parse a number of CPUs from 0.05 to 64; a fraction means throttled CPUs.
 
     Raises:
-        UsageError: It is no such number.
+        UsageError: The value is not such a number.
     """
     least, most = BY_NAME["cpus"].least, BY_NAME["cpus"].most
     text = str(value).strip()
@@ -71,7 +71,7 @@ def parse_cpus(value: object, name: str) -> float:
 
 
 def format_cpus(cpus: float) -> str:
-    """Return a number of CPUs as people write it: ``2``, ``0.5``."""
+    """Format a number of CPUs as users write it: ``2``, ``0.5``."""
     return f"{cpus:g}"
 
 
@@ -90,10 +90,10 @@ def _parse_count(option: Option, value: object, name: str) -> int:
 
 
 def parse_seconds(value: object, name: str) -> float:
-    """Return a positive number of seconds.
+    """Parse a positive number of seconds.
 
     Raises:
-        UsageError: It is not one.
+        UsageError: The value is not such a number.
     """
     try:
         seconds = (
@@ -110,7 +110,7 @@ def parse_seconds(value: object, name: str) -> float:
 
 @dataclass(frozen=True)
 class MachineSpec:
-    """What a machine is made of and what it may use. ``None`` means: what the image's kit says.
+    """Composition, quotas and grants of a machine. ``None`` means the default of the image's kit.
 
     Args:
         image: A kit's name, or a path to one.
@@ -124,13 +124,13 @@ class MachineSpec:
         lifetime: Seconds the machine may exist, from when it is handed out.
         network_bytes: Bytes it may send to and receive from the network.
         connections: Connections it may make in total.
-        bandwidth: Bytes a second, both directions together; a limit that slows down and ends nothing.
-        network: Rules of what it may reach; an empty list: nothing.
-        hosts: Where names lead, such as ``{"api.example.com": "127.0.0.1:8443"}``: an address, and a port if
-            it is another one. A rule still has to allow the name.
-        credentials: What is added to its requests on the way out, so that it never holds it.
-        secrets: Values it is given at run time.
-        mounts: Directories of the host it is given.
+        bandwidth: Bytes per second, both directions together; excess traffic is slowed down, not ended.
+        network: Rules for the network it may reach; an empty list: nothing.
+        hosts: Addresses for host names, such as ``{"api.example.com": "127.0.0.1:8443"}``: an address, and a
+            port if it differs from the requested one. A rule still has to allow the name.
+        credentials: Credentials added to its requests on the way out; the machine never holds them.
+        secrets: Values it gets at run time.
+        mounts: Host directories it gets.
     """
 
     image: str = "python"
@@ -157,14 +157,14 @@ class MachineSpec:
                 check_minimum(option.name, option.name, getattr(self, option.name))
 
     def with_changes(self, values: Mapping[str, Any], where: str) -> MachineSpec:
-        """Return a spec with ``values`` (as people write them) put in.
+        """Return a copy of the spec with ``values`` (as users write them) parsed and applied.
 
         Args:
             values: Any of the fields above; sizes as text or bytes.
-            where: What the values were written in, for errors: ``marker``, ``pyproject.toml``...
+            where: The place that the values come from, for errors: ``marker``, ``pyproject.toml``...
 
         Raises:
-            UsageError: A key is unknown or a value impossible.
+            UsageError: A key is unknown or a value invalid.
         """
         unknown = sorted(set(values) - set(PARSERS))
         if unknown:
@@ -178,7 +178,7 @@ class MachineSpec:
 
 
 def check_minimum(where: str, name: str, size: int | None) -> None:
-    """Refuse a size of a machine that is too small for it to start, such as of its ``memory``.
+    """Check that a size, such as ``memory``, is large enough for a machine to start.
 
     Raises:
         UsageError: It is too small.
@@ -213,15 +213,15 @@ PARSERS: dict[str, Callable[[object, str], Any]] = {
     option.name: partial(_parse_count, option) if option.kind == "count" else _BY_KIND[option.kind]
     for option in MACHINE
 }
-"""How each field of a spec is read as people write it."""
+"""The parser of each field of a spec."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a running machine may use, nothing left open; its memory and disk are what it is made of.
+    """Quotas of a running machine with all defaults resolved; memory and disk are its actual sizes.
 
-    The quotas are those of :class:`MachineSpec`; ``None`` means: as much as it can. Without ``output`` what
-    is collected is limited to :data:`DEFAULT_OUTPUT`, what is read as it comes is not.
+    The quotas are those of :class:`MachineSpec`; ``None`` means unlimited. Without ``output``, collected
+    output is limited to :data:`DEFAULT_OUTPUT`; streamed output is not.
     """
 
     cpus: float
@@ -238,18 +238,18 @@ class Limits:
 
     @property
     def vcpus(self) -> int:
-        """How many vCPUs it has."""
+        """Number of vCPUs."""
         return max(1, math.ceil(self.cpus))
 
     @property
     def throttle(self) -> float | None:
-        """How many CPUs its process may use where that is not a whole number, else ``None``."""
+        """Number of CPUs to throttle its process to; ``None`` if ``cpus`` is a whole number."""
         return None if self.cpus == self.vcpus else self.cpus
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What shapes a template: vCPUs, bytes of memory, bytes of disk, and every command's environment."""
+    """Resources built into a template: vCPUs, bytes of memory, bytes of disk, every command's environment."""
 
     cpus: int
     memory: int

@@ -1,9 +1,8 @@
-"""Whether a project may ask for what reaches beyond it: network, secrets, credentials, directories.
+"""User trust in a project's configuration, which may ask for network, secrets, credentials, directories.
 
-``pytest --microvm`` runs suites that nobody read, and a branch brings its own pyproject.toml. What that asks
-for is given only if this user has said so for exactly these words (as direnv and mise do), and for the branch
-that is checked out. Whoever runs the tests on this computer anyway, as with the ``microvm`` fixture, is not
-asked.
+``pytest --microvm`` runs suites that no one has reviewed, and a branch brings its own pyproject.toml. Its
+grants take effect only if this user has allowed exactly these words (as with direnv and mise) for the branch
+that is checked out. Tests that run on this computer anyway, as with the ``microvm`` fixture, need no trust.
 """
 
 from __future__ import annotations
@@ -23,27 +22,27 @@ from pytest_microvm.git.checkout import OWN_REMOTE, Checkout, checked_out, match
 from pytest_microvm.settings import options
 
 VARIABLE = "PYTEST_MICROVM_TRUST"
-"""``1`` where whoever starts the run answers for the project, such as a CI job on branches of its own."""
+"""``1`` if the user who starts the run vouches for the project, such as a CI job on its own branches."""
 
 GRANTS = ("image", "prepare_network", *(option.name for option in options.GRANTS))
-"""The keys of the configuration that need it; an image does if its kit is the project's own."""
+"""The configuration keys that need trust; an image needs it if its kit is the project's own."""
 
 ANY_BRANCH = "any branch"
-"""In place of a glob: every branch, commit and pull request, strangers' too. No branch can be called that."""
+"""In place of a glob: every branch, commit and pull request, also of strangers. Not a valid branch name."""
 
-_FORMAT = 2  # before there were branches, a note had digests of keys alone
-_SHOWN = 5  # branches that an error names
+_FORMAT = 2  # records without a format hold digests of keys only, and predate branches
+_SHOWN = 5  # branches listed in an error
 
 
 @dataclass(frozen=True)
 class Grant:
-    """What a user allowed: keys with their values, to a branch.
+    """A user's permission: keys with their values, allowed for a branch.
 
     Args:
-        part: What asked: ``configuration``, ``jobs`` or ``tox``.
-        branch: A glob of names as :class:`Checkout` has them, as in ``branches`` of a CI definition.
+        part: The part of the project that asked: ``configuration``, ``jobs`` or ``tox``.
+        branch: A glob of :class:`Checkout` names, as in ``branches`` of a CI definition.
         remote: The remote that the branch may follow besides ``origin``.
-        keys: What was asked for, by key, as written.
+        keys: The allowed values, by key, as written.
     """
 
     part: str
@@ -52,10 +51,10 @@ class Grant:
     keys: Mapping[str, Any] = field(default_factory=dict)
 
     def is_for(self, checkout: Checkout) -> bool:
-        """Whether it counts for what is checked out.
+        """Return True if the grant applies to ``checkout``.
 
-        A branch that follows another remote is somebody else's, whatever it is called here; and no glob of
-        branches is for a commit or a pull request.
+        A branch that follows another remote belongs to someone else, whatever its local name; and a glob of
+        branches never applies to a commit or a pull request.
         """
         if self.branch == ANY_BRANCH:
             return True
@@ -66,7 +65,7 @@ class Grant:
         return self.branch == checkout.name
 
     def has(self, asked: Mapping[str, Any]) -> bool:
-        """Whether all that is asked for was allowed, with these values."""
+        """Return True if the grant allows every key in ``asked`` with exactly its value."""
         return all(key in self.keys and self.keys[key] == _plain(value) for key, value in asked.items())
 
     def __str__(self) -> str:
@@ -74,16 +73,16 @@ class Grant:
 
 
 def check(project: Path, asked: Mapping[str, Any], checkout: Checkout | None = None) -> None:
-    """Refuse what a project asks for if nobody has allowed it.
+    """Check that the user has allowed everything a project asks for.
 
     Args:
         project: Its folder.
-        asked: What its configuration asks for, by key, as written; what the command line says instead is not
-            among it.
-        checkout: Whose configuration it is; ``None``: that of what is checked out in the folder.
+        asked: The keys that its configuration asks for, as written, without those that the command line
+            overrides.
+        checkout: The checkout that the configuration belongs to; ``None``: the one in the folder.
 
     Raises:
-        UsageError: Nobody has.
+        UsageError: The user has not allowed it.
     """
     asked = {key: value for key, value in asked.items() if value}
     if not asked or os.environ.get(VARIABLE) == "1":
@@ -101,12 +100,12 @@ def check(project: Path, asked: Mapping[str, Any], checkout: Checkout | None = N
 
 
 def shown(asked: Mapping[str, Any]) -> list[str]:
-    """Return what is asked for, a line for each key."""
+    """Format the requested keys and values, one line per key."""
     return [f"{key} = {json.dumps(value, default=str)}" for key, value in sorted(asked.items())]
 
 
 def notes(project: Path, asked: Mapping[str, Any]) -> list[str]:
-    """Return what may surprise whoever is refused: to whom the same was allowed, and an old note."""
+    """Return hints for a refused user: other branches with the same grant, or an outdated trust record."""
     others = [str(grant) for grant in granted(project) if grant.has(asked)]
     if others:
         return [f"it is allowed for {', '.join(others[:_SHOWN])}"]
@@ -116,12 +115,12 @@ def notes(project: Path, asked: Mapping[str, Any]) -> list[str]:
 
 
 def is_trusted(project: Path, asked: Mapping[str, Any], checkout: Checkout) -> bool:
-    """Whether this user has allowed exactly that, or all of it and more keys, for what is checked out."""
+    """Return True if one grant of this user covers all of ``asked``, or more, for ``checkout``."""
     return any(grant.is_for(checkout) and grant.has(asked) for grant in granted(project))
 
 
 def granted(project: Path) -> list[Grant]:
-    """Return what was allowed to a project, the newest last; a note that cannot be read allows nothing."""
+    """Return a project's grants, the newest last; an unreadable trust record allows nothing."""
     note = _read(project)
     if not isinstance(note, dict) or note.get("format") != _FORMAT:
         return []
@@ -135,15 +134,14 @@ def granted(project: Path) -> list[Grant]:
 
 
 def trust(project: Path, grants: Iterable[Grant]) -> None:
-    """Remember what this user allows a project; a change of it will be asked about.
+    """Store this user's grants for a project; changed values will need trust again.
 
     Args:
         project: Its folder.
-        grants: Each takes the place of what the same part was allowed for the same branch; one without keys
-            takes that away.
+        grants: Each replaces the stored grant of the same part and branch; one without keys removes it.
 
     Raises:
-        UsageError: It cannot be written down.
+        UsageError: The trust record cannot be written.
     """
     new = {(grant.part, grant.branch): grant for grant in grants}
     kept = [grant for grant in granted(project) if (grant.part, grant.branch) not in new]
@@ -155,7 +153,7 @@ def trust(project: Path, grants: Iterable[Grant]) -> None:
 
 
 def revoke(project: Path, branches: Sequence[str] = ()) -> bool:
-    """Forget what was allowed, for some globs of branches or for all; return whether anything was."""
+    """Remove a project's grants, for some globs of branches or for all; return whether any existed."""
     grants, note = granted(project), _file(project)
     kept = [grant for grant in grants if branches and grant.branch not in branches]
     if kept:
@@ -201,5 +199,5 @@ def _file(project: Path) -> Path:
 
 
 def _plain(value: object) -> Any:
-    """Return a value as it comes back from a note."""
+    """Return a value as it is read back from a trust record."""
     return json.loads(json.dumps(value, default=str))
