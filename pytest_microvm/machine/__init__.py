@@ -1,1 +1,1 @@
-"""A running machine: the object its user holds, its quotas, its console, what is kept of it."""
+"""A running machine: the user's object for it, its quotas, its console, its saved records."""

@@ -1,4 +1,4 @@
-"""A machine as its own commands and files see it: the link, its limits, and why it ended."""
+"""A machine's client: the agent link, limits and error mapping that commands and files use."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class MachineClient:
 
     Args:
         instance: The machine.
-        facts: What is known of it.
+        facts: Facts known from its start.
 
     Attributes:
-        closed: Whether its user has ended it.
+        closed: Whether the user has ended it.
     """
 
     def __init__(self, instance: Instance, facts: MachineFacts) -> None:
@@ -38,24 +38,24 @@ class MachineClient:
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs."""
+        """True while the machine runs."""
         return self._instance.vmm.alive
 
     @property
     def redactor(self) -> Redactor:
-        """What takes its secrets out of text and bytes."""
+        """The redactor that removes its secrets from text and bytes."""
         return self._instance.redactor
 
     @property
     def output_limit(self) -> int | None:
-        """How many bytes a command may print; ``None``: as many as somebody reads."""
+        """Maximum number of bytes a command may print; ``None``: no limit for a reader."""
         return self._facts.limits.output
 
     def check_open(self) -> None:
-        """Check that it has not been closed.
+        """Check that the machine has not been closed.
 
         Raises:
-            UsageError: It has been.
+            UsageError: It has been closed.
         """
         if self.closed:
             raise UsageError(f"machine {self.id} has been closed", resolution="start another one")
@@ -71,9 +71,9 @@ class MachineClient:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn "the machine ended" into why it did: the quota, or a crash with the console's tail.
+        """Replace a plain crash error by its cause: the exceeded quota, or a crash with the console's tail.
 
-        Secrets are taken out of what is said of a transfer: a machine chose the names in it.
+        Transfer errors are redacted: the machine chose the names in them.
         """
         try:
             yield
@@ -87,21 +87,21 @@ class MachineClient:
             raise self._instance.end_error(self.id) from error
 
     def limited(self, what: str) -> AbstractContextManager[None]:
-        """End the machine if the block takes longer than its timeout."""
+        """End the machine if the block takes longer than the machine's timeout."""
         guard = self._instance.guard
         return contextlib.nullcontext() if guard is None else guard.limited(self.redactor.text(what))
 
     @contextlib.contextmanager
     def operation(self, what: str) -> Iterator[None]:
-        """Do both: :meth:`explained` and :meth:`limited`."""
+        """Combine :meth:`explained` and :meth:`limited`."""
         with self.explained(), self.limited(what):
             yield
 
     def check_quotas(self) -> None:
-        """Raise what the machine has exceeded, if it has.
+        """Check that the machine has not exceeded a quota, reading unread console output first.
 
         Raises:
-            QuotaExceeded: Its kernel said so, perhaps only just now.
+            QuotaExceeded: It has exceeded one.
         """
         exceeded = self._instance.exceeded()
         if exceeded is not None:
@@ -114,5 +114,5 @@ class MachineClient:
         return self._instance.guard.exceed("output", limit, observed)
 
     def record(self, kind: str, text: str) -> None:
-        """Add an event to its log."""
+        """Add an event to the machine's log."""
         self._instance.events.add(kind, text)

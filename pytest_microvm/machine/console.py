@@ -1,6 +1,6 @@
-"""What a guest's kernel says on its console when something goes wrong: panic, oops, out of memory.
+"""Detection of failures that a guest's kernel reports on its console: panic, oops, out of memory.
 
-Only a report: root in the guest can print the same lines. It can harm nothing but its own machine with it.
+Findings are not trustworthy: root in the guest can print the same lines, but harms only its own machine.
 Formats: mm/oom_kill.c, kernel/panic.c, kernel/hung_task.c, arch/x86/kernel/dumpstack.c of Linux 5.10 to 6.12.
 """
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PIDS_WORD = "microvm: too many processes"
-"""What the agent prints when a fork was refused (pytest_microvm/guest/limits.py)."""
+"""The agent's message when a fork was refused (pytest_microvm/guest/limits.py)."""
 
 _MAX_LINE = 1024
 _MAX_FINDINGS = 20
-_MAX_MARKED = 10_000  # lines that are looked at closely, of one machine
+_MAX_MARKED = 10_000  # lines of one machine that are matched against the full patterns
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something the guest's kernel (or the agent) reported.
+    """A failure reported by the guest's kernel (or the agent).
 
     Args:
         kind: ``memory``, ``pids``, ``runner``, ``panic``, ``oops``, ``hang`` or ``file system``.
-        text: What happened, for people, from the guest's own words.
-        size: Bytes that the killed process had, 0 of other kinds.
+        text: A description for users, taken from the guest's message.
+        size: Bytes that the killed process held; 0 for other kinds.
     """
 
     kind: str
@@ -39,7 +39,7 @@ class Finding:
 
 
 class ConsoleReader:
-    """Finds such lines in a console's bytes as they come; remembers no more than one line."""
+    """Finds failure reports in a console's byte stream; buffers at most one line."""
 
     def __init__(self) -> None:
         self.findings: list[Finding] = []
@@ -47,10 +47,10 @@ class ConsoleReader:
         self._patience = _MAX_MARKED
 
     def feed(self, data: bytes) -> Iterator[Finding]:
-        """Take what came and yield what was found in it; at most the first 20 of a machine are kept."""
+        """Process console bytes and yield the findings in them, at most 20 per machine."""
         text = self._line + data
         position, end = 0, text.rfind(b"\n") + 1
-        # One search for all of it: all machines share this thread, and a guest can write newlines alone.
+        # One search, not one per line: all machines share this thread, and a guest can send only newlines.
         while self._patience and (marked := _MARKED.search(text, position, end)):
             start = max(position, text.rfind(b"\n", position, marked.start()) + 1)
             position = text.find(b"\n", marked.end()) + 1
@@ -65,7 +65,7 @@ class ConsoleReader:
 
 
 def find(line: str) -> Finding | None:
-    """Return what a line of the console reports, if it reports anything; its text is safe to show."""
+    """Return the finding that a console line reports, if any; its text is safe to show."""
     line = sanitize_line(line.strip())
     for marker, kind, pattern in _PATTERNS:
         if marker in line and (match := pattern.search(line)):
@@ -82,7 +82,7 @@ def find(line: str) -> Finding | None:
 
 _PATTERNS: tuple[tuple[str, str, re.Pattern[str]], ...] = (
     (
-        # "Memory cgroup out of memory" is a limit that somebody set inside the guest, not the machine's
+        # "Memory cgroup out of memory" is a limit set inside the guest, not the machine's
         "Out of memory",
         "memory",
         re.compile(

@@ -1,4 +1,4 @@
-"""What is saved of a machine: of one that crashed or exceeded a quota, or of what a command did."""
+"""Files that record a machine's run: after a crash or an exceeded quota, or after a command."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from pytest_microvm.machine.instance import Instance, MachineFacts
 
 RECORDED = ("console.txt", "machine.json", "events.jsonl", "network.jsonl")
-"""What :func:`record` writes."""
+"""The files that :func:`record` writes."""
 
 _CONSOLE_LINES = 10_000
 _NAME_LENGTH = 100
 
 
 def folder_for(artifacts: Path, about: str, machine: str) -> Path:
-    """Return where the files about ``machine`` go, named after what it was used for.
+    """Return the folder for the files about ``machine``, named after its test.
 
     Args:
-        artifacts: The folder of all of them.
-        about: A test's node id, which may hold any character.
+        artifacts: The parent folder.
+        about: A test's node id, which may contain any character.
         machine: The machine's id.
     """
     readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", about).strip("-.")[:_NAME_LENGTH]
@@ -38,9 +38,10 @@ def folder_for(artifacts: Path, about: str, machine: str) -> Path:
 
 
 def saved(artifacts: Path | None, about: str, machine: str, write: Callable[[Path], None]) -> str | None:
-    """Let ``write`` fill the folder about ``machine``, if there shall be one; return where, or why not.
+    """Call ``write`` with the folder for ``machine``; return its path, or the error that prevented saving.
 
-    A folder that cannot be written costs no test its report.
+    Without ``artifacts`` nothing is saved. An error is returned, not raised, so that the test is still
+    reported.
     """
     if artifacts is None:
         return None
@@ -53,16 +54,16 @@ def saved(artifacts: Path | None, about: str, machine: str, write: Callable[[Pat
 
 
 def save(folder: Path, instance: Instance, facts: MachineFacts, error: MachineError, about: str) -> None:
-    """Write what is known of a machine that has ended.
+    """Save the records of a machine that crashed or exceeded a quota.
 
-    ``report.txt`` says why it ended; the other files are those of :func:`record`.
+    ``report.txt`` gives the cause; the other files are those of :func:`record`.
 
     Args:
-        folder: Where to; made if needed.
+        folder: The target folder; created if needed.
         instance: The machine.
-        facts: What was known of it from its start.
-        error: Why it ended.
-        about: What it was used for.
+        facts: Facts known from its start.
+        error: The error that ended it.
+        about: Its purpose, such as a test's node id.
 
     Raises:
         OSError: The folder cannot be written.
@@ -83,17 +84,17 @@ def record(
     about: str,
     known: Mapping[str, object] | None = None,
 ) -> None:
-    """Write what a machine was, used, said, did and asked of the network.
+    """Write a machine's facts, usage, console, events and network requests to a folder.
 
-    ``machine.json`` says what it was and used, ``console.txt`` what it said, ``events.jsonl`` what happened,
-    its last commands among it, ``network.jsonl`` what it asked of the network.
+    ``machine.json`` holds facts and usage, ``console.txt`` the console's output, ``events.jsonl`` the events,
+    including its last commands, ``network.jsonl`` its network requests.
 
     Args:
-        folder: Where to; made if needed.
+        folder: The target folder; created if needed.
         instance: The machine.
-        facts: What was known of it from its start.
-        about: What it was used for.
-        known: More about it, as JSON values.
+        facts: Facts known from its start.
+        about: Its purpose, such as a test's node id.
+        known: Additional entries of ``machine.json``, as JSON values.
 
     Raises:
         OSError: The folder cannot be written.

@@ -1,6 +1,6 @@
-"""What machines are given at run time: read once on this computer, made ready for each machine.
+"""Grants: secrets, credentials and network access, read once on this computer, prepared for each machine.
 
-Nothing of it is in an image or a template: it arrives with the message by which a copy wakes up.
+Images and templates contain none of them: they arrive in the message that resumes a copy.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from pytest_microvm.settings.spec import MachineSpec
 
 PROXY = "http://127.0.0.1:3128"
-"""Where programs in a machine find the way out."""
+"""The URL of the proxy for programs in a machine."""
 
 TRUST = "/etc/ssl/certs/ca-certificates.crt"
-"""The certificates that programs in a machine trust, the company's and the machine's own added."""
+"""The certificates that programs in a machine trust, including the company's and the machine's own."""
 
 _PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
 _DIRECT_VARIABLES = ("NO_PROXY", "no_proxy")
 _DIRECT = "localhost,127.0.0.1,::1"
-# Node's fetch asks for the proxy's variables only when told to (since Node 22.21 and 24.0).
+# Node's fetch reads the proxy variables only if this is set (since Node 22.21 and 24.0).
 _OTHER = {"NODE_USE_ENV_PROXY": "1"}
-# Programs that bring certificates of their own have a variable each for others.
+# Programs that bundle their own certificates each have a variable for others.
 _TRUST_VARIABLES = (
     "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "PIP_CERT", "GIT_SSL_CAINFO",
     "NODE_EXTRA_CA_CERTS", "NPM_CONFIG_CAFILE", "AWS_CA_BUNDLE",
@@ -45,15 +45,15 @@ _TRUST_VARIABLES = (
 
 @dataclass(frozen=True)
 class Given:
-    """What one machine is given.
+    """The grants of one machine.
 
     Args:
-        access: What its proxy lets it reach, and adds to its requests.
+        access: Network access through its proxy, and the credentials that the proxy adds.
         environment: Variables of its commands and tests.
         files: Path, mode and content of each file in its memory.
-        trust: Certificates in PEM that it trusts besides its image's.
-        redactor: Takes out of what it says what nobody shall see.
-        secret: Whether it holds a value that must be on no disk.
+        trust: PEM certificates that it trusts besides its image's.
+        redactor: Removes secrets from its output.
+        secret: Whether it holds a value that must not be written to a disk.
     """
 
     access: Access = field(default_factory=lambda: Access(Policy()))
@@ -64,7 +64,7 @@ class Given:
     secret: bool = False
 
     def message(self) -> dict[str, Any]:
-        """Return what a copy is told when it wakes up; see ``guest/resume.py``."""
+        """Return the grants part of the resume message for a copy; see ``guest/resume.py``."""
         told: dict[str, Any] = {}
         if self.environment:
             told["environment"] = dict(self.environment)
@@ -80,15 +80,15 @@ NOTHING = Given()
 
 @dataclass(frozen=True)
 class Grants:
-    """What every machine of a spec is given.
+    """The grants shared by all machines of a spec.
 
     Args:
-        policy: What it may reach.
-        environment: Variables by which its tools find what the policy's presets allow.
-        credentials: What is added to its requests.
+        policy: Its network policy.
+        environment: Variables that point its tools to the servers that the policy's presets allow.
+        credentials: Credentials added to its requests.
         secrets: Its secrets with their values.
-        hosts: Where names lead on this computer: an address, and a port if it is another one.
-        trust: Certificates in PEM of the company's authorities.
+        hosts: Addresses for host names: an address, and a port if it differs from the requested one.
+        trust: PEM certificates of the company's authorities.
     """
 
     policy: Policy
@@ -99,10 +99,10 @@ class Grants:
     trust: str = ""
 
     def for_machine(self, name: str) -> Given:
-        """Return what the machine ``name`` is given: an authority and placeholders of its own among it.
+        """Return the grants for the machine ``name``, with its own certificate authority and placeholders.
 
         Raises:
-            UsageError: Requests have to be looked into, and what that needs is not installed.
+            UsageError: Requests must be inspected, but a package needed for that is not installed.
         """
         if not self.policy.rules and not self.secrets:
             return NOTHING
@@ -139,7 +139,7 @@ class Grants:
 
     @cached_property
     def _redactor(self) -> Redactor:
-        """What takes all values out of what is shown; it takes a moment to make for a long key."""
+        """The redactor for all secret values; cached because a long key takes a moment to prepare."""
         values = [value for _secret, value in self.secrets] + [each.value for each in self.credentials]
         return Redactor([value.reveal() for value in values])
 
@@ -151,7 +151,7 @@ NO_GRANTS = Grants(Policy())
 
 
 def network_environment(*, trusted: bool) -> dict[str, str]:
-    """Return the variables by which programs find the proxy, and the certificates they have to trust."""
+    """Return the variables that point programs to the proxy and, if ``trusted``, to its certificates."""
     found = dict.fromkeys(_PROXY_VARIABLES, PROXY) | dict.fromkeys(_DIRECT_VARIABLES, _DIRECT) | _OTHER
     return found | (dict.fromkeys(_TRUST_VARIABLES, TRUST) if trusted else {})
 
@@ -166,25 +166,25 @@ def resolve(
     rootfs: Path | None = None,
     say: Callable[[str], None] = lambda _line: None,
 ) -> Grants:
-    """Return what machines of ``spec`` are given; its secrets and credentials are read here, once.
+    """Resolve the grants for machines of ``spec``, reading its secrets and credentials once.
 
     Args:
-        spec: What is asked for.
-        rules: What its network key says, or its image's kit.
-        where: What that was written in, for errors.
-        project: The user's project, whose git remotes the preset ``git`` stands for.
-        own: The folder of which commands that give secrets may use nothing; ``None``: there is none.
-        rootfs: The image's root file system, whose sources apt uses.
-        say: Told what the user may want to know.
+        spec: The requested spec.
+        rules: The network rules of the spec, or of its image's kit.
+        where: The place that the rules come from, for errors.
+        project: The user's project, whose git remotes the preset ``git`` allows.
+        own: The folder whose files commands that print secrets must not use; ``None``: there is none.
+        rootfs: The image's root file system, whose apt sources the preset ``apt`` allows.
+        say: Called with hints for the user.
 
     Raises:
-        UsageError: A rule, a secret or a credential cannot be used.
+        UsageError: A rule, a secret or a credential is invalid.
         HostError: A tool's index did not answer.
     """
     environment: dict[str, str] = {}
 
     def preset(name: str) -> Sequence[Rule]:
-        from pytest_microvm.network.policy import presets  # noqa: PLC0415 - asks the tools: seconds
+        from pytest_microvm.network.policy import presets  # noqa: PLC0415 - runs the tools, which takes seconds
 
         found = presets.read_preset(name, project, rootfs)
         if name in presets.named_presets(rules):  # not if it is only forbidden

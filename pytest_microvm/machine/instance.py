@@ -1,4 +1,4 @@
-"""A running VM with its links: greeted, watched, and asked why it ended."""
+"""A running VM with its links: resume handshake, quota enforcement, usage, and the cause of its end."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
     from pytest_microvm.settings.spec import Limits
 
 BOOT_TIMEOUT = 60.0
-"""Seconds a boot may take before its machine is given up (about 3 under emulation)."""
+"""Seconds a boot may take before it fails (about 3 are usual under emulation)."""
 
 _CLOCK_ERROR = 0.2  # seconds that a guest's clock may be late; on a busy host its first answer takes longer
 _CLOCK_ATTEMPTS = 3
 _RESTS = 5
-_END_LINES = 60  # of the console, where a machine ended: a kernel panic with its headline
+_END_LINES = 60  # console lines shown for a machine that ended: a kernel panic with its headline
 
 
 _ENDS = {
     "panic": "the guest's kernel panicked",
     "runner": "the pytest process in the guest ended",
 }
-"""Why a guest rebooted, by what was found on its console."""
+"""Causes of a guest's reboot, by kind of the finding on its console."""
 
 
 class Vmm(Protocol):
-    """What a hypervisor hands out: one running VM."""
+    """A running VM, as a hypervisor returns it."""
 
     sockets: dict[str, socket.socket]
 
@@ -55,42 +55,42 @@ class Vmm(Protocol):
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs."""
+        """True while the VM runs."""
 
     def checkpoint(self, state: Path) -> None:
         """Stop the guest and write its device state."""
 
     def resume(self) -> None:
-        """Let a stopped guest run on."""
+        """Resume a stopped guest."""
 
     def kill(self) -> None:
-        """End it at once."""
+        """End the VM at once."""
 
     def end_reason(self) -> str:
-        """Why it ended by itself, for people."""
+        """Return the reason, for users, that the VM ended by itself."""
 
     def usage(self) -> Usage:
-        """What its process has used so far (all but the channel's bytes); the last known once it ended."""
+        """Return its process's usage so far, without the channel's bytes; the last known once it ended."""
 
     def ceiling_hit(self) -> int | None:
-        """The memory ceiling of its process in bytes, if the host's kernel ended it there."""
+        """Return its process's memory ceiling in bytes if the host's kernel ended the process there."""
 
     @property
     def not_enforced(self) -> tuple[str, ...]:
-        """What was asked for and cannot be enforced on this host, a line each."""
+        """Requested limits that this host cannot enforce, one line each."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a machine has used so far, as the host saw it.
+    """Resources used by a machine so far, as measured by the host.
 
     Args:
-        cpu_seconds: CPU time of the VMM's process, all its threads.
-        memory_bytes: Its resident memory now.
-        peak_memory_bytes: The most it was.
-        disk_bytes: What the machine has written to its scratch disk and still keeps there.
-        received_bytes: What came from the machine over its channel.
-        sent_bytes: What went to it.
+        cpu_seconds: CPU time of the VMM process, all its threads.
+        memory_bytes: Current resident memory of the VMM process.
+        peak_memory_bytes: Peak resident memory.
+        disk_bytes: Bytes that the machine has written to its scratch disk and still keeps there.
+        received_bytes: Bytes received from the machine over its channel.
+        sent_bytes: Bytes sent to the machine over its channel.
     """
 
     cpu_seconds: float = 0.0
@@ -103,16 +103,16 @@ class Usage:
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """What is known of a machine from its start.
+    """Facts about a machine that are fixed when it starts.
 
     Args:
         id: Its name, unique on this host.
         image: The image's name.
         image_digest: The image's digest.
-        accelerator: What runs it: ``kvm``, ``tcg``...
-        accelerator_reason: Why that one, for people.
-        ready_seconds: From asking for it to its first answer.
-        limits: What it may use.
+        accelerator: The accelerator that runs it: ``kvm``, ``tcg``...
+        accelerator_reason: The reason for that choice, for users.
+        ready_seconds: Seconds from the request for a machine to its first answer.
+        limits: Its quotas.
         environment: Variables that every command gets.
     """
 
@@ -127,10 +127,10 @@ class MachineFacts:
 
 
 class Instance:
-    """A running VM with its links: what templates hand to those who use machines.
+    """A running VM with its links, as templates return it.
 
     Args:
-        vmm: The running VM; owned from here on.
+        vmm: The running VM; the instance owns it.
     """
 
     def __init__(self, vmm: Vmm) -> None:
@@ -140,7 +140,7 @@ class Instance:
         self.guard: Guard | None = None
         self.resumed_with: dict[str, Any] = {}
         self.given = NOTHING
-        self.granted = False  # whether it was ever given anything: its proxy goes on serving by that
+        self.granted = False  # whether it ever had grants: a proxy made then keeps applying them
         self._violation = ""
         self._links: dict[str, Link] = {}
         self._lock = threading.Lock()
@@ -150,33 +150,33 @@ class Instance:
 
     @property
     def findings(self) -> list[Finding]:
-        """What the guest's kernel reported on the console."""
+        """Failures that the guest's kernel reported on the console, redacted."""
         return [replace(found, text=self.redactor.text(found.text)) for found in self._reader.findings]
 
     @property
     def redactor(self) -> Redactor:
-        """What takes its secrets out of what is shown."""
+        """The redactor that removes its secrets from output."""
         return self.given.redactor
 
     def give(self, given: Given) -> None:
-        """Let the machine have what it is given, before it is adopted."""
+        """Set the machine's grants, before it is adopted."""
         self.given = given
         self.granted = self.granted or given is not NOTHING
         self.events.redact = given.redactor.text
 
     def take_away(self) -> None:
-        """Take back what the machine was given to be prepared with; its template shall not trust it."""
+        """Revoke the grants of the prepare step, so that the template does not trust their certificates."""
         if self.given.trust:
             self.link("agent").call("resume", timeout=BOOT_TIMEOUT, **{**self.resumed_with, "trust": ""})
         self.give(NOTHING)
 
     def narrow(self, policy: Policy) -> None:
-        """Lower what it may reach, before it has asked for anything."""
+        """Restrict its network policy, before its first request."""
         self.given = replace(self.given, access=replace(self.given.access, policy=policy))
 
     def proxy(self) -> Proxy:
-        """Return what its connections to the network are served by, made when the first one comes."""
-        from pytest_microvm.network.proxy.meter import Meter  # noqa: PLC0415 - a machine may never ask
+        """Return a new proxy for its network connections; called at the first connection."""
+        from pytest_microvm.network.proxy.meter import Meter  # noqa: PLC0415 - a machine may never connect
         from pytest_microvm.network.proxy.server import Proxy  # noqa: PLC0415
 
         limits = None if self.guard is None else self.guard.limits  # none while it is being prepared
@@ -185,7 +185,7 @@ class Instance:
         return Proxy(self.given.access, self.requests, meter, redact=self.redactor.text)
 
     def _redact(self, text: str) -> str:
-        return self.redactor.text(text)  # what it was given is only known once it has woken up
+        return self.redactor.text(text)  # looked up late: the grants are only known once it has resumed
 
     def _violated(self) -> None:
         self._violation = "its network process broke the protocol"
@@ -197,12 +197,12 @@ class Instance:
 
     def watch(self, limits: Limits) -> None:
         """Enforce ``limits`` from now on: the machine has been handed out."""
-        self.usage()  # of one that ends before the watchdog's first look this is all that is known
+        self.usage()  # the only figures if the machine ends before the watchdog's first check
         self.guard = Guard(limits, self.usage, self._end_for)
         watchdog().add(self.guard)
 
     def link(self, port: str) -> Link:
-        """Return the link to ``port``, made when first asked for."""
+        """Return the link to ``port``, created on first use."""
         with self._lock:
             if port not in self._links:
                 self._links[port] = link = Link(self.vmm.sockets[port], on_violation=self.vmm.kill)
@@ -216,16 +216,16 @@ class Instance:
         given: Mapping[str, Any] | None = None,
         timeout: float = BOOT_TIMEOUT,
     ) -> Link:
-        """Greet a copy on ``port`` and make it its own before anything else happens in it.
+        """Resume a copy over ``port`` with its own identity and grants, before any other request.
 
         Args:
-            port: The port whose guest end does it.
+            port: The port whose guest end handles the request.
             identity: ``hostname`` and ``machine_id``; entropy and time are added here.
-            given: What the machine is given, once (see ``guest/resume.py``).
+            given: The machine's grants, sent once (see ``guest/resume.py``).
             timeout: Seconds to wait.
 
         Raises:
-            BootError: The guest did not answer, or did not take what it is given.
+            BootError: The guest did not answer, or did not accept its grants.
         """
         link = self.link(port)
         given = given or {}
@@ -241,18 +241,19 @@ class Instance:
             refused = [] if attempt else _not_taken(result, given)
             if refused:
                 raise self.boot_error(f"a machine did not take what it was given: {refused[0]}")
-            if time.monotonic() - begin < _CLOCK_ERROR:  # its clock is late by less than this took
+            if time.monotonic() - begin < _CLOCK_ERROR:  # its clock is late by less than the call took
                 break
         return link
 
     def checkpoint(self, state: Path) -> None:
-        """Stop the guest and write its device state; its network's end is at rest then.
+        """Stop the guest while its network process is at rest, and write its device state.
 
-        A copy has another host, to which its network process must not go on with a conversation. One that is
-        at rest keeps quiet for a second, in which the machine stops; if it took longer, it rests once more.
+        A copy's network process must not continue a conversation that began with this machine's host end.
+        At rest it stays silent for a second, in which the machine stops; if stopping takes longer, the
+        attempt is repeated.
 
         Raises:
-            MachineError: It cannot be saved, or does not come to rest.
+            MachineError: The state cannot be saved, or the network process does not come to rest.
         """
         for _ in range(_RESTS):
             try:
@@ -272,11 +273,11 @@ class Instance:
         )
 
     def resume(self) -> None:
-        """Let a machine that was stopped by :meth:`checkpoint` run on."""
+        """Resume a machine that was stopped by :meth:`checkpoint`."""
         self.vmm.resume()
 
     def boot_error(self, brief: str) -> BootError:
-        """Return an error that quotes the console."""
+        """Return a boot error that quotes the console."""
         return BootError(
             brief, details=self.console_text(_END_LINES), resolution="run `pytest-microvm doctor`"
         )
@@ -287,10 +288,10 @@ class Instance:
         return sanitize("\n".join(text.split("\n")[-lines:]).strip())
 
     def end_error(self, name: str) -> MachineError:
-        """Return why the machine, which has ended, did: a quota, or a crash with the console's tail.
+        """Return the error that ended the machine: a quota, or a crash with the console's tail.
 
         Args:
-            name: What it is called.
+            name: The machine's name.
         """
         exceeded = self.exceeded()
         if exceeded is not None:
@@ -305,8 +306,8 @@ class Instance:
         )
 
     def exceeded(self) -> QuotaExceeded | None:
-        """Return the quota that ended it, or is about to: a new exception for each who asks."""
-        self.console.tail()  # what is still unread may say so
+        """Return the exceeded quota that ended the machine, or is about to, as a new exception per call."""
+        self.console.tail()  # unread output may report an exceeded quota
         guard = self.guard
         if guard is not None and guard.verdict is not None:
             verdict = guard.verdict
@@ -328,9 +329,9 @@ class Instance:
         self.vmm.kill()
 
     def _end_reason(self) -> str:
-        """Return why it ended by itself, for people; the console tells a panic from a reboot."""
+        """Return the reason, for users, that it ended by itself; a reboot's cause comes from the console."""
         reason = self._violation or self.vmm.end_reason()
-        if reason.startswith("the guest rebooted"):  # the console knows better why
+        if reason.startswith("the guest rebooted"):  # the console has the cause
             kinds = {finding.kind for finding in self.findings}
             for kind, why in _ENDS.items():
                 if kind in kinds:
@@ -338,7 +339,7 @@ class Instance:
         return reason
 
     def _heard(self, data: bytes) -> None:
-        """Look at what came from the console; the guest's kernel may report what the host cannot see."""
+        """Search console output for failures that only the guest's kernel can see."""
         for found in self._reader.feed(data):
             finding = replace(found, text=self.redactor.text(found.text))
             self.events.add("finding", finding.text, seen_by="guest", finding=finding.kind)
@@ -350,7 +351,7 @@ class Instance:
                 guard.exceed("pids", guard.limits.pids, guard.limits.pids + 1, finding.text)
 
     def usage(self) -> Usage:
-        """Return what it has used so far; the last known figures once it ended."""
+        """Return the machine's usage so far; the last known figures once it ended."""
         ends: list[Link | MachineNetwork] = [*self._links.values(), self.network]
         return replace(
             self.vmm.usage(),
@@ -359,7 +360,7 @@ class Instance:
         )
 
     def close(self) -> None:
-        """End the VM and let go of everything; a second call does nothing."""
+        """End the VM and release its resources; a second call does nothing."""
         if self.guard is not None:
             watchdog().remove(self.guard)
         self.usage()
@@ -374,7 +375,7 @@ class Instance:
 
 
 def _not_taken(result: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Return which of ``given`` the guest says it could not take, with why."""
+    """Return the entries of ``given`` that the guest reports as not applied, each with its reason."""
     skipped = result.get("skipped")
     if not isinstance(skipped, list):
         return []

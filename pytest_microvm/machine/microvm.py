@@ -1,4 +1,4 @@
-"""A machine: the object a user holds. Commands, files and its end; vocabulary of subprocess and pathlib."""
+""":class:`MicroVM`, the user's object for a machine, with the vocabulary of subprocess and pathlib."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class MicroVM:
             vm.run(["python3", "--version"], check=True)
 
     Attributes:
-        facts: What is known of it from its start, its limits too.
-        last_commands: What was asked of it, the last 20.
+        facts: Facts known from its start, including its limits.
+        last_commands: The last 20 commands and transfers requested of it.
     """
 
     _starter: ClassVar[Callable[[], Start]]  # set by the composition root, see host.py
@@ -79,26 +79,26 @@ class MicroVM:
     def start(cls, spec: MachineSpec | None = None, *, pool: int = 0, **changes: Any) -> MicroVM:
         """Start a machine (a copy of a cached template; the first one of its kind boots).
 
-        What takes long, and what this host cannot enforce, is logged by the logger ``pytest_microvm``.
+        Slow steps, and limits that this host cannot enforce, are logged by the logger ``pytest_microvm``.
 
         Args:
-            spec: What it is made of; the defaults of :class:`MachineSpec` if omitted.
-            pool: How many more of the same kind to keep ready from now on, for those who ask next.
-            **changes: Fields of the spec as people write them, such as ``memory="1G"``.
+            spec: The machine's spec; the defaults of :class:`MachineSpec` if omitted.
+            pool: Number of additional machines of the same kind to keep ready for later calls.
+            **changes: Fields of the spec as users write them, such as ``memory="1G"``.
 
         Returns:
-            A machine that answers; use it as a context manager, or call :meth:`close`.
+            A running machine; use it as a context manager, or call :meth:`close`.
 
         Raises:
-            UsageError: A field is unknown or impossible.
-            HostError: This computer lacks something.
+            UsageError: A field is unknown or invalid.
+            HostError: This computer lacks a requirement.
             BootError: The machine did not come up.
         """
         return cls._starter()(spec, pool=pool, **changes)
 
     @classmethod
     def started_by(cls, starter: Callable[[], Start]) -> None:
-        """Let :meth:`start` use what ``starter`` returns: the composition root's default host."""
+        """Make :meth:`start` use the function that ``starter`` returns: the default host's."""
         cls._starter = starter
 
     def __enter__(self) -> Self:
@@ -110,7 +110,7 @@ class MicroVM:
         except MicroVMError as error:
             if kind is None:
                 raise
-            _log.warning("%s", error)  # what ended the block is more to the point
+            _log.warning("%s", error)  # the exception that ended the block matters more
 
     def __repr__(self) -> str:
         return f"<MicroVM {self.facts.id} {self.facts.image}{' (ended)' if self.closed else ''}>"
@@ -122,12 +122,12 @@ class MicroVM:
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs."""
+        """True while the machine runs."""
         return self.client.alive
 
     @property
     def closed(self) -> bool:
-        """Whether its user has ended it."""
+        """True once the user has ended the machine."""
         return self.client.closed
 
     # Commands
@@ -144,24 +144,24 @@ class MicroVM:
         user: str | int | None = None,
         text: bool = True,
     ) -> subprocess.CompletedProcess[Any]:
-        """Run a command and return what came of it; like :func:`subprocess.run` with captured output.
+        """Run a command and return its result; like :func:`subprocess.run` with captured output.
 
         Args:
             args: A list of arguments, or a string for the machine's ``/bin/sh``.
             check: Raise when the command fails.
-            timeout: Seconds after which it is killed. If omitted the machine's quota applies, and the machine
-                ends with it.
-            input: What it reads from stdin.
-            env: Variables on top of the machine's usual ones.
-            cwd: Where it runs; ``/`` if omitted.
-            user: Who runs it; root if omitted.
+            timeout: Seconds after which it is killed. If omitted, the machine's ``timeout`` quota applies;
+                exceeding that ends the machine too.
+            input: Data for its stdin.
+            env: Variables added to the machine's usual ones.
+            cwd: Its working directory; ``/`` if omitted.
+            user: The user that runs it; root if omitted.
             text: Whether ``input``, ``stdout`` and ``stderr`` are str (UTF-8, errors replaced) or bytes.
 
         Raises:
             subprocess.CalledProcessError: It failed and ``check`` was set.
             subprocess.TimeoutExpired: It took longer than ``timeout``.
             FileNotFoundError: The machine has no such program or folder.
-            QuotaExceeded: The machine used more than it may, and was ended.
+            QuotaExceeded: The machine exceeded a quota, and was ended.
             MachineCrashed: The machine ended.
         """
         with self.popen(args, stdin=input is not None, env=env, cwd=cwd, user=user, text=text) as process:
@@ -184,15 +184,15 @@ class MicroVM:
     ) -> GuestProcess:
         """Start a command and return while it runs; like :class:`subprocess.Popen` with pipes.
 
-        The machine's ``timeout`` counts while somebody waits for the command, not while it runs beside
-        others.
+        The machine's ``timeout`` counts while the caller waits for the command, not while it runs in the
+        background.
 
         Args:
             args: A list of arguments, or a string for the machine's ``/bin/sh``.
-            stdin: Whether ``process.stdin`` is wanted; otherwise it reads nothing.
-            env: Variables on top of the machine's usual ones.
-            cwd: Where it runs; ``/`` if omitted.
-            user: Who runs it; root if omitted.
+            stdin: Whether to provide ``process.stdin``; otherwise its stdin is empty.
+            env: Variables added to the machine's usual ones.
+            cwd: Its working directory; ``/`` if omitted.
+            user: The user that runs it; root if omitted.
             text: Whether its files are text (UTF-8, errors replaced) or bytes.
             pty: Rows and columns of a terminal to run it on; stderr then comes with stdout.
 
@@ -236,7 +236,7 @@ class MicroVM:
                 raise subprocess.TimeoutExpired(done.args, timeout, done.stdout, done.stderr)
             threading.Event().wait(
                 interval
-            )  # the guest offers nothing to wait for: the condition is the user's
+            )  # polling: the condition is the user's, so the guest has no event to wait for
 
     # Files
 
@@ -249,11 +249,11 @@ class MicroVM:
 
         Args:
             source: On the host; relative to the current folder.
-            target: In the machine: what the file, or the folder, is to be called there.
+            target: In the machine: the path of the new file or folder.
 
         Raises:
             UsageError: There is no ``source``.
-            TransferError: The machine could not take it (its disk is full, say).
+            TransferError: The machine could not store it (its disk is full, for example).
         """
         self._asked("push", f"push {source} {target}")
         with self.client.operation("push"):
@@ -262,18 +262,18 @@ class MicroVM:
     def pull(self, source: str | PurePosixPath, target: str | os.PathLike[str]) -> Path:
         """Copy a file or a folder from the machine to the host.
 
-        Nothing the machine sends can leave ``target``: links out, devices and odd names are refused.
+        Nothing is written outside ``target``: links out of it, devices and odd names are refused.
 
         Args:
             source: In the machine.
-            target: On the host: an existing folder to put it into, or the name it shall have.
+            target: On the host: an existing folder to put it into, or the path of the copy.
 
         Returns:
-            Where it is now.
+            The path of the copy.
 
         Raises:
             FileNotFoundError: The machine has no ``source``.
-            TransferError: What came was refused, or could not be written.
+            TransferError: The data was refused, or could not be written.
         """
         self._asked("pull", f"pull {source} {target}")
         with self.client.operation("pull"):
@@ -286,27 +286,28 @@ class MicroVM:
         mode: Access = "rw",
         kind: Kind = "copy",
     ) -> Mounted:
-        """Hand a directory or a file of the host to the machine.
+        """Mount a directory or a file of the host in the machine.
 
         Args:
-            source: On the host; relative to the current folder. Made if it is missing and ``mode`` is ``rw``.
-            target: In the machine: a place where it has nothing.
-            mode: ``ro``: nothing comes back; ``rw``: what the machine changes comes back.
+            source: On the host; relative to the current folder. Created if it is missing and ``mode`` is
+                ``rw``.
+            target: In the machine: a path where nothing exists yet.
+            mode: ``ro``: nothing is copied back; ``rw``: the machine's changes are copied back.
             kind: ``copy``, ``git`` or ``live``; see :class:`Mount`.
 
         Returns:
-            What copies the changes back: when asked, at the end of a ``with`` block, or when the machine is
-            closed.
+            The mount, which copies changes back on request, at the end of a ``with`` block, or when the
+            machine is closed.
 
         Raises:
             UsageError: It cannot be mounted.
-            TransferError: The machine could not take it.
+            TransferError: The machine could not store it.
         """
         where = absolute(os.fspath(source), Path.cwd())
         return self.hand_over(Mount(where, PurePosixPath(target), mode, kind))
 
     def hand_over(self, what: Mount) -> Mounted:
-        """Hand over what a spec's mount says; see :meth:`mount`."""
+        """Mount as a spec's ``Mount`` specifies; see :meth:`mount`."""
         check_apart([*(mounted.mount for mounted in self.mounts), what], "mount")
         self._asked("mount", f"mount {what}")
         mounted = mount(self, what)
@@ -314,50 +315,50 @@ class MicroVM:
         return mounted
 
     def copy_back(self) -> list[Changes]:
-        """Copy back what the machine changed in its mounts; see :meth:`Mounted.copy_back`."""
+        """Copy the machine's changes in its mounts back to the host; see :meth:`Mounted.copy_back`."""
         return copy_all_back(self.mounts)
 
     # Connections
 
     @property
     def network(self) -> MachineNetwork:
-        """What it asked of the network: ``network.requests``, and of these ``network.denied``."""
+        """The machine's network, with ``network.requests`` and, among these, ``network.denied``."""
         return self.instance.network
 
     def forward(
         self, target: int | str | PurePosixPath, *, unix: bool = False
     ) -> AbstractContextManager[Address]:
-        """Let clients on this computer reach a server in the machine, inside a ``with`` block.
+        """Forward connections from this computer to a server in the machine, inside a ``with`` block.
 
-        Many may be connected at once, 500 at most; others wait. Nothing has to listen yet: clients that come
-        too early are refused, see :meth:`wait_for_port`. Clients are dropped when the block or the machine
-        ends.
+        Up to 500 clients may be connected at once; others wait. The server need not listen yet: clients that
+        connect too early are refused, see :meth:`wait_for_port`. Clients are dropped when the block or the
+        machine ends.
 
         Args:
-            target: A TCP port on which something in the machine listens, on its loopback or everywhere; or
-                the path of a Unix socket in the machine.
+            target: The TCP port of a server in the machine, on its loopback or on all addresses; or the path
+                of a Unix socket in the machine.
             unix: Whether to offer a Unix socket, which only this user can connect to, instead of a TCP port,
                 which any user of this computer can.
 
         Returns:
-            Where it is: ``host`` and ``port``, or ``path``; and ``url``.
+            The address to connect to: ``host`` and ``port``, or ``path``; and ``url``.
 
         Raises:
-            UsageError: The machine has been closed, or ``target`` is no port.
+            UsageError: The machine has been closed, or ``target`` is not valid.
             MachineCrashed: The machine has ended.
         """
         return self._forwarded(target, unix=unix)
 
     def wait_for_port(self, target: int | str | PurePosixPath, *, timeout: float) -> None:
-        """Wait until something in the machine listens on a TCP port or Unix socket; it is connected to once.
+        """Wait until a server in the machine listens on a TCP port or Unix socket; it sees one connection.
 
         Args:
             target: As for :meth:`forward`.
             timeout: Seconds after which to give up.
 
         Raises:
-            TimeoutError: Nothing listened in time.
-            UsageError: The machine has been closed, or ``target`` is no port.
+            TimeoutError: No server listened in time.
+            UsageError: The machine has been closed, or ``target`` is not valid.
             MachineCrashed: The machine ended.
         """
         with self.client.operation(f"wait for {target}"):
@@ -369,12 +370,12 @@ class MicroVM:
     # The machine
 
     def usage(self) -> Usage:
-        """Return what the machine has used so far, as the host sees it."""
+        """Return the machine's usage so far, as measured by the host."""
         return self.instance.usage()
 
     @property
     def events(self) -> list[Event]:
-        """What happened to it, in order: the last 1000 events."""
+        """The machine's last 1000 events, in order."""
         return self.instance.events.list()
 
     def console_tail(self, lines: int = 30) -> str:
@@ -382,13 +383,13 @@ class MicroVM:
         return self.instance.console_text(lines)
 
     def keep(self, about: str) -> bool:
-        """Freeze the machine on disk, to be entered with ``pytest-microvm shell``; it ends here.
+        """Freeze the machine to disk, to be entered with ``pytest-microvm shell``, and end it here.
 
         Args:
-            about: What it was used for, such as a test's node id.
+            about: Its purpose, such as a test's node id.
 
         Returns:
-            Whether it was kept: it must have been started for that, and still run.
+            True if it was kept: it must have been started for that, and still run.
         """
         if self._on_keep is None or self.closed or not self.alive:
             return False
@@ -400,12 +401,12 @@ class MicroVM:
         return True
 
     def close(self) -> None:
-        """End the machine and forget everything in it; a second call does nothing.
+        """End the machine and discard everything in it; a second call does nothing.
 
-        What it changed in its mounts is copied back first, if it still runs.
+        If it still runs, its changes in mounts are copied back first.
 
         Raises:
-            MicroVMError: Not all of that was taken over. The machine has ended all the same.
+            MicroVMError: Some changes could not be copied back. The machine has ended all the same.
         """
         if not self.closed:
             try:
@@ -416,7 +417,7 @@ class MicroVM:
                 self._on_close()
 
     def give_back(self) -> list[Changes]:
-        """Copy back what the machine changed in its mounts, for the last time: :meth:`close` will not."""
+        """Copy changes in mounts back for the last time: :meth:`close` will not repeat it."""
         mounted, self.mounts = self.mounts, []
         if mounted and not self.alive:
             places = ", ".join(str(one.mount.target) for one in mounted if one.mount.kind != "live")

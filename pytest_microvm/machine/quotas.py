@@ -1,7 +1,7 @@
-"""Quotas of running machines: what each has used is compared with what it may, and excess ends it.
+"""Quotas of running machines: the watchdog compares usage with limits, and ends machines that exceed them.
 
-The host judges by what it sees itself: CPU time, time, bytes. What only the guest's kernel can tell
-(out of memory, too many processes) arrives as a finding on the console
+The host measures CPU time, elapsed time and bytes itself. Events that only the guest's kernel can see
+(out of memory, too many processes) arrive as findings on the console
 (:mod:`pytest_microvm.machine.console`).
 """
 
@@ -24,24 +24,24 @@ if TYPE_CHECKING:
 _Limit = TypeVar("_Limit", int, float)
 
 TICK = 0.25
-"""Seconds between two looks at a machine; an excess is noticed at most this much later."""
+"""Seconds between two checks of a machine; an excess is noticed at most this much later."""
 
 
 class Used(Protocol):
-    """What the host saw a machine use: seconds and bytes."""
+    """Usage of a machine as measured by the host: seconds and bytes."""
 
     @property
     def cpu_seconds(self) -> float:
-        """CPU time of its VMM's process."""
+        """CPU time of its VMM process."""
 
     @property
     def disk_bytes(self) -> int:
-        """What it has written to its disk."""
+        """Bytes written to its disk."""
 
 
 @dataclass
 class Deadline:
-    """A limit on how long one thing may take; ``what`` names it, ``end`` is on the monotonic clock."""
+    """A time limit on one operation; ``what`` names it, ``begin`` and ``end`` are on the monotonic clock."""
 
     what: str
     begin: float
@@ -49,12 +49,12 @@ class Deadline:
 
 
 class Guard:
-    """Watches one machine from when it is handed out until it ends.
+    """Enforces the quotas of one machine from when it is handed out until it ends.
 
     Args:
-        limits: What it may use.
-        used: Tells what it has used.
-        end: Ends it at once, and is told why; called at most once, by whichever thread notices.
+        limits: Its quotas.
+        used: Returns its usage.
+        end: Ends it at once, given the reason; called at most once, in the thread that notices the excess.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Guard:
         self._deadlines: list[Deadline] = []
 
     def tighten(self, *, pids: int | None, cpu_seconds: float | None, lifetime: float | None) -> None:
-        """Lower what the machine may use; ``None`` and what is higher change nothing."""
+        """Lower the machine's limits; ``None`` and higher values change nothing."""
         mine = self.limits
         self.limits = replace(
             mine,
@@ -79,7 +79,7 @@ class Guard:
         )
 
     def exceed(self, quota: str, limit: float, observed: float, details: str = "") -> QuotaExceeded:
-        """End the machine because of a quota; the first reason stays."""
+        """End the machine because of a quota; return the first quota that was exceeded."""
         with self._lock:
             first = self.verdict is None
             self.verdict = verdict = self.verdict or QuotaExceeded(quota, limit, observed, details=details)
@@ -88,7 +88,7 @@ class Guard:
         return verdict
 
     def check(self) -> float:
-        """Compare with the limits; return the seconds until the next time limit (at most :data:`TICK`)."""
+        """Compare usage with the limits; return seconds until the next time limit (at most :data:`TICK`)."""
         now = time.monotonic()
         limits, used = self.limits, self._used()
         if limits.cpu_seconds is not None and used.cpu_seconds > limits.cpu_seconds:
@@ -110,7 +110,7 @@ class Guard:
 
     @contextlib.contextmanager
     def limited(self, what: str) -> Iterator[None]:
-        """Let what happens inside take no longer than ``limits.timeout``; after that the machine ends."""
+        """End the machine if the block takes longer than ``limits.timeout``."""
         if self.limits.timeout is None:
             yield
             return
@@ -132,7 +132,7 @@ def _least(*limits: _Limit | None) -> _Limit | None:
 
 
 class Watchdog:
-    """One thread that looks after the guards of a process; it ends when there is none left."""
+    """A thread that checks all guards of this process; it ends when no guard is left."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -140,7 +140,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
 
     def add(self, guard: Guard) -> None:
-        """Look after ``guard`` from now on."""
+        """Start checking ``guard``."""
         with self._changed:
             self._guards.append(guard)
             if self._thread is None:
@@ -149,12 +149,12 @@ class Watchdog:
             self._changed.notify_all()
 
     def remove(self, guard: Guard) -> None:
-        """Look after it no longer; a second call does nothing."""
+        """Stop checking ``guard``; a second call does nothing."""
         with self._changed, contextlib.suppress(ValueError):
             self._guards.remove(guard)
 
     def hurry(self) -> None:
-        """Look at all of them now."""
+        """Check all guards now."""
         with self._changed:
             self._changed.notify_all()
 
@@ -180,7 +180,7 @@ def watchdog() -> Watchdog:
 
 
 def _renew() -> None:
-    """Give a fork a watchdog of its own: it has neither its parent's thread nor its machines."""
+    """Give a forked child its own watchdog: it has neither its parent's thread nor its machines."""
     global _watchdog  # noqa: PLW0603 - one per process
     _watchdog = Watchdog()
 
