@@ -1,4 +1,4 @@
-"""The agent: PID 1 of a machine. Runs commands, moves files, and answers the host on one port.
+"""The agent: PID 1 of a machine. Runs commands, transfers files, and answers the host on one port.
 
 One thread serves the port and the children's pipes; each file transfer has a short-lived thread of
 its own. When the host closes the port, or the agent dies, the machine ends.
@@ -28,7 +28,7 @@ RB_AUTOBOOT = 0x01234567
 
 
 class Transfer:
-    """One stream that a thread reads from or writes to, with waiting."""
+    """A stream that a file transfer's thread reads or writes with blocking calls."""
 
     def __init__(self, agent: Agent, stream: int) -> None:
         self._agent = agent
@@ -38,15 +38,15 @@ class Transfer:
         self._ended = False
 
     def came(self, data: bytes) -> None:
-        """Take bytes from the host (called with the agent's condition held)."""
+        """Buffer bytes from the host (called with the agent's condition held)."""
         self._received += data
 
     def end(self) -> None:
-        """Take note that the host will send no more."""
+        """Record that the host has closed its side."""
         self._ended = True
 
     def read(self) -> bytes:
-        """Return some bytes as soon as any are there, b"" at the end."""
+        """Wait for bytes and return those received; b"" at the end."""
         agent = self._agent
         with agent.changed:
             agent.changed.wait_for(lambda: self._received or self._ended)
@@ -57,7 +57,7 @@ class Transfer:
         return data
 
     def write(self, data: bytes) -> None:
-        """Send all of ``data`` as the host's credit allows."""
+        """Send all of ``data``, waiting for the host's credit."""
         agent = self._agent
         view = memoryview(data)
         while view:
@@ -79,7 +79,7 @@ class Transfer:
 
 
 class Agent:
-    """The agent's state: children by handle, streams by what they are for."""
+    """The agent: its child processes by handle, and its streams by use."""
 
     def __init__(self, port: Port) -> None:
         self.port = port
@@ -91,7 +91,7 @@ class Agent:
         self._stalled: dict[int, tuple[int, Child]] = {}  # stream -> pipe that waits for credit
         self._leftover: dict[int, bytes] = {}  # stream -> bytes read from the pipe, not yet sent
         self._refusals: Refusals | None = None
-        self._vital: set[int] = set()  # processes without which the machine is of no use
+        self._vital: set[int] = set()  # pids of processes whose end must end the machine
 
     def serve(self) -> None:
         """Answer the host until it closes the port."""
@@ -102,21 +102,21 @@ class Agent:
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         self._selector.register(wake_read, selectors.EVENT_READ, lambda: self._reap(wake_read))
         self._selector.register(self.port.fd, selectors.EVENT_READ, self._receive)
-        if os.getpid() == 1:  # not as a process of the host, in tests
+        if os.getpid() == 1:  # skipped in tests, which run the agent as a process of the host
             self._begin_machine()
         self.port.flush()
         while True:
             for key, _mask in self._selector.select():
-                # One before it may have dropped it, and the number may already be another file's.
+                # An earlier handler may have closed the file, and its descriptor may be in use again.
                 if self._selector.get_map().get(key.fd) is key:
                     key.data()
 
     def _begin_machine(self) -> None:
-        from pytest_microvm.guest import network  # noqa: PLC0415 - a process of a computer, in tests, has its own
+        from pytest_microvm.guest import network  # noqa: PLC0415 - tests run the agent without it
 
         forbid_thrashing()
         resume.make_ready()
-        network.start()  # outside the group: none of the machine's processes, whose number is limited
+        network.start()  # outside the control group: it does not count towards the process limit
         self._refusals = enter_group()
         if self._refusals is not None:
             self._selector.register(self._refusals, selectors.EVENT_READ, self._refusals.tell)
@@ -146,7 +146,7 @@ class Agent:
         try:
             handler = _OPERATIONS[body["op"]]
             result = handler(self, body)
-        except Exception as error:  # noqa: BLE001 - whatever went wrong is the request's answer
+        except Exception as error:  # noqa: BLE001 - any failure is the request's answer
             self._reply_error(number, error)
         else:
             if result is not None:
@@ -167,7 +167,7 @@ class Agent:
         self.port.channel.send({"id": number, "error": answer})
 
     def _forget_connection(self) -> None:
-        """Drop what belonged to the host that this machine's template knew."""
+        """Drop all state of the previous host connection, made by this machine's template."""
         for child in list(self._children.values()):
             for descriptor in list(child.outputs):
                 self._discard_output(child, descriptor)
@@ -197,7 +197,7 @@ class Agent:
             child.input_ended = True
             self.port.channel.close(stream)
             self._feed(child)
-        else:  # a terminal is hung up: the kernel tells its processes
+        else:  # a terminal is hung up: the kernel signals its processes
             self._inputs.pop(stream, None)
             self._host_stopped_reading(stream)
 
@@ -237,7 +237,7 @@ class Agent:
 
     def _signal(self, body: dict[str, Any]) -> dict[str, Any]:
         child = self._children.get(body["handle"])
-        if child is not None:  # else it has ended, and so have its pipes
+        if child is not None:  # otherwise it has ended, and so have its pipes
             with contextlib.suppress(ProcessLookupError):  # it may end by itself at any moment
                 child.signal(body["signal"])
         return {}
@@ -282,9 +282,9 @@ class Agent:
         return {"returncode": child.returncode, "usage": child.usage}
 
     def _forget_if_done(self, child: Child) -> None:
-        """Drop a child that has ended, whose end the host knows, and whose pipes are read to the end."""
+        """Drop a child that has ended, was reported to the host, and whose pipes are read to the end."""
         done = child.returncode is not None and child.reported and not child.outputs
-        if done and self._children.get(child.handle) is child:  # a new host end begins to count anew
+        if done and self._children.get(child.handle) is child:  # a new host end reuses handles
             del self._children[child.handle]
 
     def _watch_output(self, child: Child, descriptor: int, stream: int) -> None:
@@ -307,7 +307,7 @@ class Agent:
             self.port.flush()
 
     def _go_on_with_output(self, child: Child, descriptor: int, stream: int) -> None:
-        """Wait for more, or end the stream: all that the command itself printed has been sent."""
+        """Wait for more output, or end the stream if all output of the command itself has been sent."""
         if child.next_read(descriptor):
             self._watch_output(child, descriptor, stream)
         else:
@@ -315,7 +315,7 @@ class Agent:
             self.port.channel.close(stream)
 
     def _discard_output(self, child: Child, descriptor: int) -> None:
-        """Let what a command has left running print on: it would end if nobody read its pipe."""
+        """Discard output of a command's background processes, which would fail if the pipe were closed."""
         self._unwatch(descriptor)
         child.outputs.pop(descriptor, None)
         if child.terminal:
@@ -357,7 +357,7 @@ class Agent:
             self._selector.unregister(descriptor)
 
     def _feed(self, child: Child) -> None:
-        """Write what the host sent into the command's stdin, as far as its pipe takes it now."""
+        """Write pending input to the command's stdin, as much as its pipe accepts without blocking."""
         descriptor = child.stdin
         if descriptor is None:
             self._discard_input(child)
@@ -380,7 +380,7 @@ class Agent:
             self._unwatch(descriptor)
 
     def _drop_input(self, child: Child) -> None:
-        """Close the command's stdin and drop what it did not take."""
+        """Close the command's stdin and drop pending input."""
         if child.stdin is not None:
             self._unwatch(child.stdin)
             os.close(child.stdin)
@@ -404,7 +404,7 @@ class Agent:
     # Files
 
     def _transfer(self, body: dict[str, Any], work: Callable[[Transfer], None]) -> None:
-        """Run ``work`` on a thread with the request's stream, and answer when it is done."""
+        """Run ``work`` on a thread with the request's stream, and reply when it is done."""
         stream = body["stream"]
         self.port.channel.open(stream)
         transfer = self.transfers[stream] = Transfer(self, stream)
@@ -413,7 +413,7 @@ class Agent:
             failure: BaseException | None = None
             try:
                 work(transfer)
-            except Exception as error:  # noqa: BLE001 - it is the request's answer
+            except Exception as error:  # noqa: BLE001 - any failure is the request's answer
                 failure = error
             transfer.close()
             with self.changed:
@@ -471,7 +471,7 @@ class Agent:
 def _read(descriptor: int, size: int) -> bytes:
     try:
         return os.read(descriptor, size)
-    except OSError:  # a terminal whose last user has gone (EIO)
+    except OSError:  # a terminal whose last process has closed it (EIO)
         return b""
 
 
@@ -492,12 +492,12 @@ _OPERATIONS: dict[str, Callable[[Agent, dict[str, Any]], Any]] = {
 
 
 def main() -> None:
-    """Serve the port called ``agent``; end the machine when that ends."""
+    """Serve the port called ``agent``, then end the machine."""
     try:
         Agent(Port(open_port("agent"), "agent")).serve()
     except EOFError:
         pass
-    except BaseException:  # noqa: BLE001 - PID 1 must not return: tell the console, then end the machine
+    except BaseException:  # noqa: BLE001 - PID 1 must not return: log to the console, then end the machine
         traceback.print_exc()
         sys.stderr.flush()
     end_machine()
@@ -508,4 +508,4 @@ def end_machine() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.sync()
     libc.reboot(RB_AUTOBOOT)
-    os._exit(1)  # not allowed to: the kernel panics without PID 1, which ends the machine as well
+    os._exit(1)  # reboot(2) was refused: the kernel panics without PID 1, which ends the machine as well

@@ -1,4 +1,4 @@
-"""Connections of the guest's network process: a socket here, a stream of the channel there."""
+"""Connections of the guest's network process: each joins a socket in the guest to a channel stream."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ if TYPE_CHECKING:
     from pytest_microvm.wire.channel import Channel
 
 _READ_SIZE = 65536
-_LINGER = 2.0  # seconds in which a client may read the last words before it hears that nobody listens
+_LINGER = 2.0  # seconds for a client to read the last bytes before its connection is reset
 _RETRY = 0.1  # seconds between two tries to reach a server
 _LONGEST = 30 * 24 * 3600.0
-_PATIENCE = 10.0  # seconds for a server that listens to take the connection
+_PATIENCE = 10.0  # seconds for a listening server to accept the connection
 _RESET = b"\1\0\0\0\0\0\0\0"  # struct linger: close(2) sends RST
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class Carrier(Protocol):
-    """The process that carries connections: its channel, its event loop, and who is still being reached."""
+    """The process that carries connections: its channel, event loop and pending connection attempts."""
 
     channel: Channel
     reaching: set[Reaching]
 
     def watch(self, file: socket.socket | int, events: int, ready: Callable[[int], None]) -> None:
-        """Call ``ready`` when ``file`` has one of ``events``; 0: forget it."""
+        """Call ``ready`` whenever ``file`` has one of ``events``; 0 stops watching it."""
 
     def forget(self, stream: int, connection: Any) -> None:
-        """Drop a connection that has ended here."""
+        """Drop a connection that has ended in the guest."""
 
     def linger(self, stream: int, connection: Any) -> None:
-        """Keep a connection that has something left to say, but no stream any more."""
+        """Keep a connection whose stream is closed until its pending bytes are written."""
 
     def later(self, seconds: float, call: Callable[[], None]) -> list[Any]:
-        """Call ``call`` in so many seconds; return what :meth:`never` takes."""
+        """Schedule ``call`` in ``seconds``; return a timer for :meth:`never`."""
 
     def never(self, timer: list[Any] | None) -> None:
-        """Do not call it."""
+        """Cancel a timer of :meth:`later`."""
 
 
 class Connection:
-    """A socket and the stream that carries what goes through it.
+    """A socket and the stream that carries its bytes.
 
     Each side's bytes wait in one place only: the host's in ``_pending`` (a window at most), the socket's in
     the kernel, until the stream has credit and the port has room.
@@ -57,37 +57,37 @@ class Connection:
         self._sock = sock
         self._stream = stream
         self._pending = bytearray()
-        self._reading = True  # the socket may still say something
+        self._reading = True  # the socket has not reached its end
         self._host_done = False  # the host sends no more
-        self._shut = False  # nor do we, to the socket
+        self._shut = False  # our sending side of the socket is shut down
         self._ended = False  # the host reads no more
         self.update()
 
     def update(self) -> None:
-        """Wait for what can be used now."""
+        """Watch the socket for the events that can be handled now."""
         reads = self._reading and (self._ended or self._network.channel.room(self._stream))
         self._network.watch(self._sock, (READ if reads else 0) | (WRITE if self._pending else 0), self._ready)
 
     def came(self, data: bytes) -> None:
-        """Take bytes from the host."""
+        """Queue bytes from the host and write them to the socket."""
         self._pending += data
         self._write()
 
     def host_closed(self) -> None:
-        """Take note that the host sends no more."""
+        """Record that the host sends no more."""
         self._host_done = True
         self._write()
 
     def end(self) -> None:
-        """Say what is still to be said to the socket, then close it: the host reads no more."""
+        """Write pending bytes to the socket, then close it: the host reads no more."""
         self._ended = True
         self._network.channel.close(self._stream)
         self._network.linger(self._stream, self)
         self._write()
 
     def reset(self) -> None:
-        """Drop it at once."""
-        if not self._ended:  # else the number may be another's by now
+        """Reset the connection at once."""
+        if not self._ended:  # otherwise the number may belong to another stream by now
             self._network.channel.close(self._stream)
         with contextlib.suppress(OSError):
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
@@ -133,7 +133,7 @@ class Connection:
                 self._network.channel.consumed(self._stream, sent)
         if not self._pending and (self._host_done or self._ended) and not self._shut:
             self._shut = True
-            with contextlib.suppress(OSError):  # it has ended by itself
+            with contextlib.suppress(OSError):  # already disconnected
                 self._sock.shutdown(socket.SHUT_WR)
             if self._ended and self._reading:
                 self._network.later(_LINGER, self._close)
@@ -146,7 +146,7 @@ class Connection:
             self.update()
 
     def _fail(self) -> None:
-        """Tell the host that the socket failed, and drop it."""
+        """Report the socket's failure to the host, and reset the connection."""
         if not self._ended:
             self._network.channel.send({"event": "reset", "stream": self._stream})
         self.reset()
@@ -158,10 +158,10 @@ class Connection:
 
 
 def whole_number(request: dict[str, Any], key: str, limit: int) -> int:
-    """Return a number of a request.
+    """Return a validated number of a request.
 
     Raises:
-        ValueError: It is none between 1 and ``limit``.
+        ValueError: It is not an integer from 1 to ``limit``.
     """
     value = request[key]
     if type(value) is not int or not 1 <= value <= limit:
@@ -170,13 +170,13 @@ def whole_number(request: dict[str, Any], key: str, limit: int) -> int:
 
 
 class Reaching:
-    """Tries to connect to a server in the guest.
+    """An attempt to connect to a server in the guest.
 
     Args:
-        network: Whose it is.
+        network: The process that carries connections.
         request: With ``port`` (on 127.0.0.1, then ::1) or ``path`` (of a Unix socket), and ``timeout``.
         done: Called once with the connected socket, or with the error.
-        again: Whether to try again until the time is over when nobody listens.
+        again: Whether to retry until the timeout while no server listens.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class Reaching:
         self._try()
 
     def cancel(self) -> None:
-        """Give up without a word."""
+        """Give up without calling ``done``."""
         self._drop()
         self._network.never(self._deadline)
         self._network.never(self._retry)
@@ -231,7 +231,7 @@ class Reaching:
             return
         self._drop()
         self._failure = OSError(code, os.strerror(code))
-        full = code == errno.EAGAIN  # a Unix server that has not accepted those before
+        full = code == errno.EAGAIN  # the backlog of a Unix server
         if not full:
             self._next = (self._next + 1) % len(self._targets)
         if self._next and not full:

@@ -1,4 +1,4 @@
-"""What the agent does with files: path operations, and trees packed and unpacked as tar."""
+"""The agent's file operations: on single paths, and on trees packed and unpacked as tar."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class StreamWriter:
 
 
 def unpack(reader: StreamReader, target: str) -> None:
-    """Unpack a tar stream from the host into the folder ``target``, which is made if needed.
+    """Unpack a tar stream from the host into the folder ``target``, which is created if needed.
 
-    The host is trusted here; owners are kept as the archive says, times too.
+    The host is trusted; the archive's owners and times are kept.
     """
     os.makedirs(target, exist_ok=True)
     with tarfile.open(fileobj=reader, mode="r|", bufsize=_PIECE, copybufsize=_PIECE) as archive:  # type: ignore[call-overload]
@@ -61,17 +61,17 @@ def unpack(reader: StreamReader, target: str) -> None:
                 archive.extract(member, target, filter="fully_trusted")
             else:
                 archive.extract(member, target)
-            archive.members.clear()  # tarfile keeps them all, in vain
+            archive.members.clear()  # tarfile would keep all members in memory
     while reader.read(65536):  # tar's padding, up to the stream's end
         pass
 
 
 def pack(path: str, writer: StreamWriter) -> None:
-    """Write ``path`` as a tar stream: a folder's contents, or the one file under its own name."""
+    """Write ``path`` as a tar stream: a folder's contents, or a single file under its own name."""
     with tarfile.open(fileobj=writer, mode="w|", bufsize=_PIECE, copybufsize=_PIECE) as archive:  # type: ignore[call-overload]
 
         def forget(member: tarfile.TarInfo) -> tarfile.TarInfo:
-            archive.members.clear()  # tarfile keeps them all, in vain
+            archive.members.clear()  # tarfile would keep all members in memory
             return member
 
         if os.path.isdir(path):
@@ -82,7 +82,7 @@ def pack(path: str, writer: StreamWriter) -> None:
 
 
 def path_operation(request: dict[str, Any]) -> dict[str, Any]:
-    """Do one small thing to a path: ``do`` names it (a key of :data:`OPERATIONS`)."""
+    """Perform the operation on a path that ``do`` names (a key of :data:`OPERATIONS`)."""
     return OPERATIONS[request["do"]](request["path"], request)
 
 
@@ -156,7 +156,7 @@ def _rename(path: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _freeze(path: str, _request: dict[str, Any]) -> dict[str, Any]:
-    """Make what is at a path read-only: for those who mean well, since root can undo it."""
+    """Mount a path read-only over itself: a guard against mistakes, since root can undo it."""
     _mount(path, path, _MS_BIND)
     _mount(None, path, _MS_BIND | _MS_REMOUNT | _MS_RDONLY)
     return {}
@@ -176,7 +176,7 @@ def _sync(_path: str, _request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mount(source: str | None, target: str, flags: int) -> None:
-    import ctypes  # noqa: PLC0415 - not before it is needed
+    import ctypes  # noqa: PLC0415 - loaded only when needed
 
     what = None if source is None else os.fsencode(source)
     if ctypes.CDLL(None, use_errno=True).mount(what, os.fsencode(target), None, ctypes.c_ulong(flags), None):

@@ -1,10 +1,10 @@
-"""What the guest's own kernel enforces: a number of processes, and an end to thrashing.
+"""Limits enforced by the guest's own kernel: the number of processes, and protection against thrashing.
 
-The agent and everything it starts are in one control group; a fork beyond its limit is refused by the
-kernel, which is told on the console, before the host hears how the command or test ended. A machine whose
+The agent and everything it starts are in one control group. The kernel refuses a fork beyond its limit; the
+agent reports that on the console before the host learns how the command or test ended. A machine whose
 memory is full would read its programs from the disk again and again, for minutes, before the kernel kills
-anything: it is told to kill once the pages of the last tenth of a second no longer fit. Sources: cgroup-v2
-and multigen_lru of the kernel's admin guide, mount(2).
+a process; the kernel is configured to kill once the pages used in the last tenth of a second no longer fit.
+Sources: cgroup-v2 and multigen_lru of the kernel's admin guide, mount(2).
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ _TOLD = b"\nmicrovm: too many processes\n"  # the host looks for it: pytest_micr
 
 
 class Refusals:
-    """Readable, for a selector, when the kernel has refused a fork."""
+    """A file for a selector that becomes readable when the kernel has refused a fork."""
 
     def __init__(self) -> None:
         self._events = os.open(_GROUP + "/pids.events", os.O_RDONLY | os.O_CLOEXEC)
-        # The file itself is always readable; a change is an exceptional condition, which selectors lack.
+        # The file itself is always readable; a change is an exceptional condition (EPOLLPRI), which selectors
+        # do not support.
         self._watch = select.epoll()
         self._watch.register(self._events, select.EPOLLPRI)
 
@@ -35,21 +36,21 @@ class Refusals:
         return self._watch.fileno()
 
     def tell(self) -> None:
-        """Say on the console if a fork was refused since it was last asked."""
+        """Report on the console if a fork was refused since the last call."""
         if self._watch.poll(0):
-            os.pread(self._events, 256, 0)  # only once it is read, the next change is told
+            os.pread(self._events, 256, 0)  # the next change is only signalled after a read
             tell_of_refusal()
 
 
 def tell_of_refusal() -> None:
-    """Say on the console that a fork was refused."""
+    """Report on the console that a fork was refused."""
     console = os.open("/dev/console", os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC)
     os.write(console, _TOLD)
     os.close(console)
 
 
 def enter_group() -> Refusals | None:
-    """Put this process into a group of its own; ``None`` where the guest's kernel has no control groups."""
+    """Move this process into its own control group; return ``None`` if the kernel has no control groups."""
     libc = ctypes.CDLL(None, use_errno=True)
     try:
         if not os.path.exists(_ROOT + "/cgroup.procs"):
@@ -63,19 +64,19 @@ def enter_group() -> Refusals | None:
 
 
 def forbid_thrashing() -> None:
-    """Let the kernel's out-of-memory killer act before the machine stands still (since Linux 6.1)."""
+    """Make the kernel's out-of-memory killer act before the machine thrashes (since Linux 6.1)."""
     with contextlib.suppress(OSError):
         _write(_LRU + "/enabled", "y")
         _write(_LRU + "/min_ttl_ms", _KEEP_MILLISECONDS)
 
 
 def limit_processes(processes: int) -> None:
-    """Let ``processes`` more run than do now (the agent's and the runner's own)."""
+    """Limit the group to ``processes`` more than run now (the agent's and the runner's own)."""
     _write(_GROUP + "/pids.max", str(processes + int(_read("pids.current"))))
 
 
 def refused_forks() -> int:
-    """Return how many forks were refused so far."""
+    """Return the number of forks refused so far."""
     return int(_read("pids.events").split()[1])
 
 

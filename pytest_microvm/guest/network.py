@@ -1,9 +1,9 @@
 """The network process of a machine: carries connections over the port ``network``, the only way out.
 
-It is forked from the agent when the machine boots, so each template holds it asleep, and a copy pays for it
-only once it is used. The guest's programs find it as their HTTP proxy on 127.0.0.1:3128; what they send past
-it comes out of the device ``nowhere`` (see ``tun``). If it ends, the machine goes on without a network. The
-messages are told in ``pytest_microvm.wire.network``.
+It is forked from the agent when the machine boots, so each template contains it asleep, and it costs a copy
+nothing until first use. The guest's programs use it as their HTTP proxy on 127.0.0.1:3128; packets that
+bypass it arrive at the device ``nowhere`` (see ``tun``). If it ends, the machine continues without a network.
+``pytest_microvm.wire.network`` describes the messages.
 """
 
 from __future__ import annotations
@@ -36,21 +36,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _READ_SIZE = 65536
-_HIGH = 256 * 1024  # bytes that wait for the port; above it nothing more is read from sockets
+_HIGH = 256 * 1024  # bytes queued for the port above which sockets are no longer read
 _LOW = 64 * 1024
-_PACKETS = 32  # at a time, so that a flood of them does not stop connections
-_MAX_TOLD = 1000  # attempts, of which each kind is told once
+_PACKETS = 32  # handled at a time, so that a flood of packets does not block connections
+_MAX_TOLD = 1000  # distinct attempts, each reported once
 _FILES = 4096
-_QUIET = 1.0  # seconds after a rest; the machine is frozen in them
+_QUIET = 1.0  # seconds of silence after a rest, in which the machine is frozen
 
 
 class Network:
-    """The process's state.
+    """The network process: its connections, timers and event loop.
 
     Args:
-        port: A descriptor of the port; not blocking from here on.
-        listener: Where programs connect to.
-        device: The device that leads nowhere, if there is one.
+        port: A descriptor of the port; made non-blocking.
+        listener: The listening socket of the proxy.
+        device: The device ``nowhere``, if there is one.
     """
 
     def __init__(self, port: int, listener: socket.socket, device: int | None = None) -> None:
@@ -61,7 +61,7 @@ class Network:
         self._device = device
         self._selector = selectors.DefaultSelector()
         self._port_alone = select.poll()
-        self._quiet = False  # since a rest
+        self._quiet = False  # silent after a rest
         self._timers: list[list[Any]] = []
         self._numbers = itertools.count(1)
         os.set_blocking(port, False)
@@ -72,12 +72,12 @@ class Network:
         self._listen()
 
     def _begin(self) -> None:
-        """Be as if nothing had ever been said."""
+        """Reset the channel and all connections to the initial state."""
         self.channel = Channel("network", WINDOW)
         self._out = bytearray()
-        self._full = False  # whether so much waits for the port that nothing is to be added
-        self._spoke = False  # until then the hello stays in the channel
-        self._resting = False  # whether the answer to a rest is under way
+        self._full = False  # whether the port's queue is above its high-water mark
+        self._spoke = False  # until the first message the hello stays in the channel
+        self._resting = False  # whether the reply to a rest is still being sent
         self._waiting: dict[int, socket.socket] = {}
         self._connections: dict[int, Connection | Share] = {}
         self._lingering: set[Connection | Share] = set()
@@ -87,16 +87,16 @@ class Network:
         """Carry connections until the host closes the port.
 
         Raises:
-            EOFError: It did.
+            EOFError: The host has closed it.
             WireError: The host broke the protocol.
         """
         while True:
-            if self._full:  # nothing else can be done before the port takes some of it
+            if self._full:  # first the port has to accept some of the queue
                 self._port_alone.poll(self._patience())
                 self._receive()
             else:
                 for key, mask in self._selector.select(self._patience()):
-                    # One before it may have dropped it, and the number may already be another file's.
+                    # An earlier handler may have closed the file, and its descriptor may be in use again.
                     if self._selector.get_map().get(key.fd) is key and not self._full:
                         key.data(mask)
                         self._flush()
@@ -106,7 +106,7 @@ class Network:
     # For connections
 
     def watch(self, file: socket.socket | int, events: int, ready: Callable[[int], None]) -> None:
-        """Call ``ready`` when ``file`` has one of ``events``; 0: forget it."""
+        """Call ``ready`` whenever ``file`` has one of ``events``; 0 stops watching it."""
         number = file if isinstance(file, int) else file.fileno()
         known = self._selector.get_map().get(number) if number >= 0 else None
         if known is None:
@@ -118,32 +118,32 @@ class Network:
             self._selector.modify(file, events, ready)
 
     def forget(self, stream: int, connection: Connection | Share) -> None:
-        """Drop a connection that has ended here."""
+        """Drop a connection that has ended in the guest."""
         self._lingering.discard(connection)
         if self._connections.get(stream) is connection:
             del self._connections[stream]
             self._listen()
 
     def linger(self, stream: int, connection: Connection) -> None:
-        """Keep a connection that has something left to say, but no stream any more."""
+        """Keep a connection whose stream is closed until its pending bytes are written."""
         self.forget(stream, connection)
         self._lingering.add(connection)
 
     def later(self, seconds: float, call: Callable[[], None]) -> list[Any]:
-        """Call ``call`` in so many seconds; return what :meth:`never` takes."""
+        """Schedule ``call`` in ``seconds``; return a timer for :meth:`never`."""
         timer = [time.monotonic() + seconds, next(self._numbers), call]
         heapq.heappush(self._timers, timer)
         return timer
 
     def never(self, timer: list[Any] | None) -> None:
-        """Take back what :meth:`later` was told."""
+        """Cancel a timer of :meth:`later`."""
         if timer is not None:
             timer[2] = None
 
     # The guest's programs
 
     def _listen(self) -> None:
-        """Take connections as long as there is room for them; others wait in the kernel."""
+        """Accept connections while there is room for them; others wait in the kernel."""
         room = len(self._waiting) + len(self._connections) < CONNECTIONS
         self.watch(self._listener, READ if room and not self._quiet else 0, self._accept)
         if self._device is not None:
@@ -152,7 +152,7 @@ class Network:
     def _accept(self, _mask: int) -> None:
         try:
             sock, _address = self._listener.accept()
-        except OSError:  # it has gone already
+        except OSError:  # the client has already disconnected
             return
         sock.setblocking(False)
         number = next(self._numbers)
@@ -166,14 +166,14 @@ class Network:
         for _ in range(_PACKETS):
             try:
                 data = os.read(self._device, _READ_SIZE)
-            except OSError:  # no more
+            except OSError:  # no more packets
                 return
             attempt, answer = judge(data, socket.gethostname())
             if attempt is not None and attempt not in self._told and len(self._told) < _MAX_TOLD:
                 self._told.add(attempt)
                 self.channel.send({"event": "packet", **attempt._asdict()})
                 self._spoke = True
-                self._flush()  # the answer may end the test, after which the host looks at what it tried
+                self._flush()  # the answer may end the test, after which the host checks its attempts
             if answer is not None:
                 with contextlib.suppress(OSError):  # the device's queue is full
                     os.write(self._device, answer)
@@ -197,7 +197,7 @@ class Network:
                 self._answer(event.body)
                 continue
             connection = self._connections.get(getattr(event, "stream", 0))
-            if connection is None:  # it has ended here, and the host does not know yet
+            if connection is None:  # it has ended in the guest, and the host does not know yet
                 continue
             if isinstance(event, Data):
                 connection.came(event.data)
@@ -249,7 +249,7 @@ class Network:
         Reaching(self, body, done, again=True)
 
     def _check_path(self, body: dict[str, Any]) -> None:
-        """Refuse a Unix socket in a live mount: this process would wait for itself."""
+        """Reject a Unix socket in a live mount: this process would wait for itself."""
         shares = [each for each in self._connections.values() if isinstance(each, Share)]
         if "path" in body and any(share.holds(body["path"]) for share in shares):
             raise ValueError("it is in a live mount, where no sockets are")
@@ -268,7 +268,7 @@ class Network:
 
     def _unshare(self, body: dict[str, Any]) -> None:
         share = self._connections.get(body["stream"])
-        if share is not None:  # else somebody has unmounted it here
+        if share is not None:  # otherwise the guest has unmounted it
             share.reset()
         self.channel.send({"id": body["id"], "result": {}})
 
@@ -300,7 +300,7 @@ class Network:
             self.channel.open(stream)
         except ValueError as error:
             raise WireError(str(error)) from error
-        with contextlib.suppress(OSError):  # a Unix socket has no such thing
+        with contextlib.suppress(OSError):  # not supported by Unix sockets
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connections[stream] = Connection(self, sock, stream)
 
@@ -314,7 +314,7 @@ class Network:
         self.channel.send({"id": number, "error": told})
 
     def _flush(self) -> None:
-        """Write what the port takes now."""
+        """Write as much of the queue as the port accepts without blocking."""
         if not self._spoke:
             return
         self._out += self.channel.take()
@@ -361,7 +361,7 @@ _OPERATIONS: dict[str, Callable[[Network, dict[str, Any]], None]] = {
 
 
 def listen() -> socket.socket:
-    """Return the socket that programs find their proxy on."""
+    """Return the proxy's listening socket."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", PORT))
@@ -370,7 +370,7 @@ def listen() -> socket.socket:
 
 
 def start() -> None:
-    """Fork the process and wait until it sleeps: no template may hold it while it still begins."""
+    """Fork the network process and wait until it is idle: no template may contain it half started."""
     reading, writing = os.pipe()
     if os.fork():
         os.close(writing)
@@ -388,15 +388,15 @@ def start() -> None:
         network.serve()
     except EOFError:
         pass
-    except BaseException:  # noqa: BLE001 - a copy of PID 1 must not return; the console is told
+    except BaseException:  # noqa: BLE001 - a fork of PID 1 must not return; the error is logged to the console
         traceback.print_exc()
         sys.stderr.flush()
     os._exit(0)
 
 
 def _leave_agent(keep: int) -> None:
-    """Let go of what belongs to the agent."""
-    gc.freeze()  # its objects' pages stay shared
+    """Release the descriptors and signal handlers inherited from the agent, and set this process's own."""
+    gc.freeze()  # keeps the pages of its objects shared
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.closerange(3, keep)

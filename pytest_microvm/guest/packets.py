@@ -1,7 +1,7 @@
-"""What is said to packets that have nowhere to go: RST, ICMP unreachable, NXDOMAIN; pure functions.
+"""Answers to packets that bypass the proxy: RST, ICMP unreachable, NXDOMAIN; pure functions.
 
-A machine has no network but its proxy. What a program sends past it lands here, is answered in a way that
-makes the program fail at once, and is reported. Sources: RFC 791, 792, 1035, 4443, 8200, 9293.
+A machine has no network except its proxy. Packets that programs send past it are answered in a way that
+makes the program fail at once, and are reported. Sources: RFC 791, 792, 1035, 4443, 8200, 9293.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ TCP, UDP, ICMP, ICMP6 = 6, 17, 1, 58
 _FIN, _SYN, _RST, _ACK = 1, 2, 4, 16
 _QUOTED_4, _QUOTED_6 = 548, 1232  # bytes of the packet that an ICMP error may carry
 _ECHO_4, _ECHO_6 = 8, 128
-# Answers and errors, which nobody answers; neighbours and groups, whom a kernel asks by itself.
+# Replies and errors, which get no answer; neighbour and group messages, which a kernel sends by itself.
 _SILENT_4 = {0, 3, 4, 5, 9, 10, 11, 12, 14, 16, 18}
 _SILENT_6 = {*range(128), 129, *range(130, 138), 143}
 _EXTENSIONS = {0, 43, 60}  # hop-by-hop options, routing, destination options
@@ -29,7 +29,7 @@ _PROHIBITED_6, _PORT_6 = (1, 1), (1, 4)
 
 
 class Attempt(NamedTuple):
-    """What a program tried: ``protocol`` is TCP, UDP, ICMP, DNS or ``IP/<number>``."""
+    """A program's attempt to reach a network; ``protocol`` is TCP, UDP, ICMP, DNS or ``IP/<number>``."""
 
     protocol: str
     address: str
@@ -38,7 +38,7 @@ class Attempt(NamedTuple):
 
 
 class _Packet(NamedTuple):
-    """An IP packet as far as it matters here."""
+    """The parts of an IP packet that answers are made from."""
 
     version: int
     source: bytes
@@ -49,11 +49,11 @@ class _Packet(NamedTuple):
 
 
 def judge(data: bytes, own_name: str = "") -> tuple[Attempt | None, bytes | None]:
-    """Return what a packet is an attempt of, and the packet that answers it; ``None`` for nothing.
+    """Classify a packet; return the attempt to report and the answer to send, each ``None`` if there is none.
 
     Args:
-        data: One IPv4 or IPv6 packet, as a program had it sent.
-        own_name: The machine's name: asking for that is no attempt to reach anything.
+        data: One IPv4 or IPv6 packet sent by a program.
+        own_name: The machine's name: a lookup of it is not reported as an attempt.
     """
     packet = _parse(data)
     if packet is None or _to_many(packet):
@@ -83,14 +83,14 @@ def _family(packet: _Packet) -> int:
 
 
 def _to_many(packet: _Packet) -> bool:
-    """Whether it is for a group, or comes from nobody, as what a kernel says by itself does."""
+    """Return True for a multicast target, or an unspecified source, as in a kernel's own messages."""
     if packet.version == 4:  # noqa: PLR2004 - IP's version
         return 224 <= packet.target[0] < 240  # noqa: PLR2004 - RFC 5771
     return packet.target[0] == 0xFF or not any(packet.source)  # noqa: PLR2004 - RFC 4291
 
 
 def _parse(data: bytes) -> _Packet | None:
-    """Return the packet; ``None`` if it is cut off, broken, or not the first fragment."""
+    """Parse an IP packet; return ``None`` if it is truncated, malformed, or not the first fragment."""
     if not data:
         return None
     version = data[0] >> 4
@@ -119,7 +119,7 @@ def _parse_6(data: bytes) -> _Packet | None:
     for _ in range(_MAX_EXTENSIONS):
         if protocol not in _EXTENSIONS and protocol != _FRAGMENT:
             return _Packet(6, data[8:24], data[24:40], protocol, data[begin:end], data[:end])
-        if end - begin < 8:  # noqa: PLR2004 - the least of each
+        if end - begin < 8:  # noqa: PLR2004 - the smallest extension header
             return None
         following, size = data[begin], data[begin + 1]
         if protocol == _FRAGMENT and struct.unpack_from("!H", data, begin + 2)[0] & 0xFFF8:
@@ -135,7 +135,7 @@ def _judge_tcp(packet: _Packet, address: str) -> tuple[Attempt | None, bytes | N
     source, port, number, acknowledged, offset, flags = struct.unpack_from("!HHIIBB", packet.payload)
     if flags & _RST or offset >> 4 < 5 or len(packet.payload) < (offset >> 4) * 4:  # noqa: PLR2004 - words
         return None, None
-    if flags & _ACK:  # RFC 9293, 3.5.2: what is said to a segment of no connection
+    if flags & _ACK:  # RFC 9293, 3.5.2: the reset for a segment of no connection
         answer = struct.pack("!HHIIBBHHH", port, source, acknowledged, 0, 5 << 4, _RST, 0, 0, 0)
     else:
         length = len(packet.payload) - (offset >> 4) * 4 + bool(flags & _SYN) + bool(flags & _FIN)
@@ -170,11 +170,11 @@ def _judge_icmp(packet: _Packet, address: str) -> tuple[Attempt | None, bytes | 
 
 
 def _question(query: bytes) -> tuple[str, int] | None:
-    """Return the name that a DNS query asks for, and where the question ends; ``None`` if it is none."""
+    """Parse a DNS query; return the queried name and the question's end offset, or ``None`` if malformed."""
     if len(query) < 12:  # noqa: PLR2004 - the header
         return None
     flags, questions = struct.unpack_from("!HH", query, 2)
-    if flags & 0xF800 or questions != 1:  # an answer, or another operation than a query
+    if flags & 0xF800 or questions != 1:  # a response, or an operation other than a query
         return None
     labels: list[str] = []
     place = 12
@@ -197,7 +197,7 @@ def _shown(byte: int) -> str:
 
 
 def _dns_answer(query: bytes, end: int, *, own: bool) -> bytes:
-    """Return the response: no such name, or of the machine's own name that it is this machine."""
+    """Return the DNS response: NXDOMAIN, or 127.0.0.1 for the machine's own name."""
     number, flags = struct.unpack_from("!HH", query)
     question = query[12:end]
     records = b""
@@ -208,7 +208,7 @@ def _dns_answer(query: bytes, end: int, *, own: bool) -> bytes:
 
 
 def _unreachable(packet: _Packet, why_4: tuple[int, int], why_6: tuple[int, int]) -> bytes | None:
-    """Return the ICMP error that says so, in the name of the address that was tried."""
+    """Return an ICMP error of the given type and code, sent from the packet's target address."""
     if packet.version == 4:  # noqa: PLR2004 - IP's version
         if packet.target == b"\xff\xff\xff\xff":
             return None
@@ -219,7 +219,7 @@ def _unreachable(packet: _Packet, why_4: tuple[int, int], why_6: tuple[int, int]
 
 
 def _reply(packet: _Packet, protocol: int, body: bytes, checksum_at: int) -> bytes:
-    """Return ``body`` as a packet back to the sender, with its checksum at ``checksum_at``."""
+    """Return ``body`` as a packet to the sender, with its checksum at offset ``checksum_at``."""
     source, target = packet.target, packet.source
     pseudo = b""
     if packet.version == 6:  # noqa: PLR2004 - IP's version
@@ -227,7 +227,7 @@ def _reply(packet: _Packet, protocol: int, body: bytes, checksum_at: int) -> byt
     elif protocol != ICMP:
         pseudo = source + target + struct.pack("!BBH", 0, protocol, len(body))
     total = checksum(pseudo + body)
-    if protocol == UDP and total == 0:  # which would say that there is none
+    if protocol == UDP and total == 0:  # 0 would mean "no checksum"
         total = 0xFFFF
     body = body[:checksum_at] + struct.pack("!H", total) + body[checksum_at + 2 :]
     if packet.version == 6:  # noqa: PLR2004 - IP's version

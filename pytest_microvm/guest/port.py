@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 PORTS = "/sys/class/virtio-ports"
 
-# Linux hands out what came on a virtio-serial port in pieces of a page, one for each read (fill_readbuf in
-# drivers/char/virtio_console.c). readv(2) of a port that does not block takes all that are there at once.
+# Linux returns at most one page of a virtio-serial port's data per read (fill_readbuf in
+# drivers/char/virtio_console.c). readv(2) on a non-blocking port returns all available pages at once.
 _PAGE = 4096
 _PAGES = 16
 
@@ -37,10 +37,10 @@ def open_port(name: str) -> int:
 
 
 class Reader:
-    """Reads a port that does not block, as much at once as is there.
+    """A reader for a non-blocking port that returns all available data at once.
 
     Args:
-        fd: Its descriptor.
+        fd: The port's descriptor.
     """
 
     def __init__(self, fd: int) -> None:
@@ -48,16 +48,16 @@ class Reader:
         self._pieces = [bytearray(_PAGE) for _ in range(_PAGES)]
 
     def read(self) -> bytes:
-        """Return what is there; nothing once the host has closed the port.
+        """Return the available data; b"" once the host has closed the port.
 
         Raises:
-            BlockingIOError: There is nothing now.
+            BlockingIOError: No data is available.
         """
         data = read(self._fd, _PAGE)
         return data if len(data) < _PAGE else data + self._more()
 
     def _more(self) -> bytes:
-        """Return what else is there; a copy's first, short message does not come to this."""
+        """Return the rest of the available data; not called for a copy's first, short message."""
         try:
             size = readv(self._fd, self._pieces)
         except BlockingIOError:
@@ -66,10 +66,10 @@ class Reader:
 
 
 class Port:
-    """A channel on a descriptor; :meth:`receive` and :meth:`flush` wait.
+    """A channel on a descriptor; :meth:`receive` and :meth:`flush` block.
 
     A clone's host end is new while this end is as old as its template, so a hello from the host
-    starts the channel anew. Templates are only cut while no stream is open and nothing is under way.
+    restarts the channel. Templates are only made while no stream is open and no data is in transit.
     """
 
     def __init__(self, fd: int, role: str) -> None:
@@ -96,7 +96,7 @@ class Port:
         return self.channel.receive(data)
 
     def flush(self) -> None:
-        """Write what the channel has to send."""
+        """Write the channel's outgoing data."""
         view = memoryview(self.channel.take())
         while view:
             try:

@@ -24,7 +24,7 @@ class Child:
     """One command and the streams it is connected to.
 
     Args:
-        handle: What the host calls it.
+        handle: The host's number for it.
         request: The ``exec`` message: ``argv`` or ``shell``, ``env``, ``cwd``, ``user``, ``pty``
             ([rows, columns]) and the stream numbers ``stdin``, ``stdout``, ``stderr``.
     """
@@ -32,7 +32,7 @@ class Child:
     def __init__(self, handle: int, request: dict[str, Any]) -> None:
         self.handle = handle
         self.terminal = bool(request.get("pty"))
-        self.reported = False  # whether the host was told of its end
+        self.reported = False  # whether its end was reported to the host
         self.returncode: int | None = None
         self.usage: dict[str, Any] = {}
         self.waiters: list[int] = []
@@ -43,17 +43,17 @@ class Child:
         self.pending_input = bytearray()
         self.input_ended = False
         self._process: subprocess.Popen[bytes] | None = None
-        self.pid = self._start(request)  # which is its process group too
+        self.pid = self._start(request)  # also its process group
 
     def reaped(self, status: int, usage: Any) -> None:
-        """Take note of the end that wait4(2) told."""
+        """Record the exit status and resource usage that wait4(2) returned."""
         code = (
             os.waitstatus_to_exitcode(status) if hasattr(os, "waitstatus_to_exitcode") else _exit_code(status)
         )
         self.returncode = code
         self._unread = {descriptor: _waiting(descriptor) for descriptor in self.outputs}
         if self._process is not None:
-            self._process.returncode = code  # or it would wait for the child once more
+            self._process.returncode = code  # otherwise Popen would wait for the child again
         self.usage = {
             "user_seconds": usage.ru_utime,
             "system_seconds": usage.ru_stime,
@@ -61,14 +61,14 @@ class Child:
         }
 
     def next_read(self, descriptor: int) -> int:
-        """Return how many bytes of an output to read: once the command has ended, what it left and no more.
+        """Return the number of bytes to read from an output; after the command's end, only those left then.
 
-        What it started in the background may hold its pipe open for ever.
+        Background processes that it started may hold the pipe open for ever.
         """
         return READ_SIZE if self.returncode is None else min(READ_SIZE, self._unread.get(descriptor, 0))
 
     def was_read(self, descriptor: int, size: int) -> None:
-        """Take note of bytes that were read of an output."""
+        """Record that ``size`` bytes were read from an output."""
         if descriptor in self._unread:
             self._unread[descriptor] -= size
 
@@ -110,7 +110,7 @@ class Child:
                 os.close(descriptor)
 
     def _make_pipes(self, request: dict[str, Any]) -> tuple[int, int, int]:
-        """Make the pipes that are wanted; return the command's ends: stdin, stdout, stderr."""
+        """Create the requested pipes; return the command's ends: stdin, stdout, stderr."""
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         stdin = stdout = stderr = nothing
         if request.get("stdin"):
@@ -163,12 +163,12 @@ class Child:
             os.close(slave)
         os.set_blocking(master, False)
         self.outputs[master] = request["stdout"]
-        self.stdin = os.dup(master)  # a number of its own, to be watched for room while the other is read
+        self.stdin = os.dup(master)  # a second descriptor, to select on writing separately
         return process.pid
 
 
 def _waiting(descriptor: int) -> int:
-    """Return how many bytes can be read from a pipe or terminal now (ioctl_tty(2), pipe(7))."""
+    """Return the number of bytes readable from a pipe or terminal now (ioctl_tty(2), pipe(7))."""
     size = bytearray(4)
     with contextlib.suppress(OSError):
         fcntl.ioctl(descriptor, termios.FIONREAD, size)
@@ -176,7 +176,7 @@ def _waiting(descriptor: int) -> int:
 
 
 def set_window_size(descriptor: int, size: list[int]) -> None:
-    """Tell a terminal its size (rows, columns)."""
+    """Set the window size (rows, columns) of a terminal."""
     fcntl.ioctl(descriptor, termios.TIOCSWINSZ, struct.pack("HHHH", size[0], size[1], 0, 0))
 
 
@@ -215,7 +215,7 @@ def _demotion(user: pwd.struct_passwd | None) -> Callable[[], None] | None:
 
 
 def _which(program: str, path: str, cwd: str) -> str:
-    """Return the program's file, looked up in the command's own PATH, not the agent's."""
+    """Return the program's path, looked up in the command's own PATH, not the agent's."""
     if "/" in program:
         return program
     for folder in path.split(":"):

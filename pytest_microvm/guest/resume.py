@@ -1,4 +1,4 @@
-"""What a copy must change first, so that it is no longer its template: entropy, time, names.
+"""First steps of a resumed copy, which make it differ from its template: entropy, time, names.
 
 Sources: random(4) for the ioctls, machine-id(5).
 """
@@ -23,18 +23,18 @@ RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
 _MAX_ENTROPY = 512
 _TRUST = "/etc/ssl/certs/ca-certificates.crt"
-_ADDED = "/run/microvm/trust"  # where in it what was added begins and ends
-_MEMORY = "/run"  # a tmpfs: what is written there is on no disk
+_ADDED = "/run/microvm/trust"  # the offsets in _TRUST where the added certificates begin and end
+_MEMORY = "/run"  # a tmpfs: its files are on no disk
 _FUTURE = 20 * 365 * 24 * 3600  # seconds; longer than any template is kept
 
 
 def apply(message: dict[str, Any]) -> dict[str, Any]:
-    """Make this machine its own: fresh kernel entropy, the host's time, a name, a machine id.
+    """Give this machine its own identity: fresh kernel entropy, the host's time, a host name, a machine id.
 
     Args:
-        message: ``entropy`` (hex), ``time`` (seconds since 1970), ``hostname``, ``machine_id``; ``pids`` if
-            the number of its processes is limited; ``trust`` (certificates in PEM) and ``files`` (lists of
-            path, mode and base64) if it is given such.
+        message: ``entropy`` (hex), ``time`` (seconds since 1970), ``hostname``, ``machine_id``; optionally
+            ``pids`` (the limit on its processes), ``trust`` (certificates in PEM) and ``files`` (lists of
+            path, mode and base64).
 
     Returns:
         ``skipped``: the steps this guest does not allow (not root, no /etc, no control groups).
@@ -53,31 +53,32 @@ def apply(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_ready() -> None:
-    """Do at boot what copies need not do: bring the certificates where they can be changed.
+    """Copy the certificates to the writable layer at boot, so that copies need not do it.
 
-    They are in the read-only image; whoever opens them to write waits until they are copied from there.
+    They are in the read-only image; opening them for writing waits until they are copied up.
     """
-    with contextlib.suppress(OSError):  # it has none
+    with contextlib.suppress(OSError):  # the image has none
         os.close(os.open(_TRUST, os.O_RDWR | os.O_CLOEXEC))
 
 
 def outdate_openssl(loaded: Callable[[str], Any] = sys.modules.get) -> None:
-    """Let OpenSSL take fresh entropy in each copy, when it first needs any.
+    """Make OpenSSL reseed its random generator in each copy, on first use.
 
-    Its generator lives in the process, so copies would go on with the same numbers. To add entropy in each
-    would cost a tenth of a small test under emulation. It seeds itself anew when its last seed lies in the
-    future (``ossl_prov_drbg_generate``), so that seed is made there, with the clock put forward for a moment.
+    The generator lives in the process, so copies would continue with the same numbers. Adding entropy in each
+    copy would cost a tenth of a small test under emulation. The generator reseeds itself if its last seed's
+    time lies in the future (``ossl_prov_drbg_generate``), so it is seeded here with the clock briefly set
+    forward.
 
     Args:
-        loaded: Returns a loaded module by its name, ``None`` for one that is not.
+        loaded: Returns a loaded module by its name, or ``None`` if it is not loaded.
     """
     openssl = loaded("_ssl")
-    if openssl is None:  # whoever loads it later, in a copy, has entropy of that copy
+    if openssl is None:  # if a copy loads it later, it is seeded from that copy's entropy
         return
     begin, now = time.monotonic(), time.time()
     try:
         time.clock_settime(time.CLOCK_REALTIME, now + _FUTURE)
-    except OSError:  # not allowed: in a container, say
+    except OSError:  # not permitted, as in a container
         openssl.RAND_add(os.urandom(32), 32.0)
         return
     try:
@@ -109,9 +110,9 @@ def _pids(message: dict[str, Any]) -> None:
 
 
 def _trust(message: dict[str, Any]) -> None:
-    """Let the machine's programs trust certificates besides those it has, in place of those added earlier.
+    """Add certificates to the machine's trust store, replacing those added earlier.
 
-    They are added at the end: to read and write all of them takes a tenth of a second under emulation.
+    They are appended: reading and writing the whole file takes a tenth of a second under emulation.
     """
     os.makedirs(os.path.dirname(_TRUST), exist_ok=True)
     fd = os.open(_TRUST, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -119,7 +120,7 @@ def _trust(message: dict[str, Any]) -> None:
         begin = os.fstat(fd).st_size
         with contextlib.suppress(FileNotFoundError), open(_ADDED) as file:
             before, after = map(int, file.read().split())
-            if begin == after:  # else a program has written the file anew since
+            if begin == after:  # otherwise a program has rewritten the file since
                 begin = before
         os.ftruncate(fd, begin)
         end = begin + os.pwrite(fd, message["trust"].encode(), begin)

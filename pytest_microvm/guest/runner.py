@@ -1,7 +1,7 @@
-"""The runner: a pytest process in the guest that collects once and runs the tests it is asked for.
+"""The runner: a pytest process in the guest that collects once and runs tests on request.
 
-The host speaks first. ``collect`` starts a pytest session that stays inside its test loop, where
-``resume``, ``run`` and ``finish`` are answered; a clone of the machine continues in that very loop.
+The host sends the first message. ``collect`` starts a pytest session that stays inside its test loop, which
+answers ``resume``, ``run`` and ``finish``; a clone of the machine continues in the same loop.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
     from pytest_microvm.guest.runner_preload import HeldModules
 
-_HIGH_FD = 900  # above what a test closes when it closes "all" descriptors, below the usual limit
+_HIGH_FD = 900  # above the range that a test closes when it closes "all" descriptors, below the usual limit
 
 
 def main(arguments: list[str]) -> int:
     """Serve on the port called ``runner``.
 
     Args:
-        arguments: What follows the code folder on the command line: ``--fd N`` for a descriptor instead of
-            the port, ``--preload`` to import what installed plug-ins import before the host is greeted.
+        arguments: The arguments after the code folder on the command line: ``--fd N`` for a descriptor
+            instead of the port, ``--preload`` to import the installed plug-ins' modules before the hello.
     """
     fd = int(arguments[arguments.index("--fd") + 1]) if "--fd" in arguments else open_port("runner")
-    from pytest_microvm.guest import resume  # noqa: PLC0415 - must be loaded before the code folder is left
+    from pytest_microvm.guest import resume  # noqa: PLC0415 - before the code folder leaves sys.path
 
     runner = Runner(Port(_out_of_the_way(fd), "runner"), resume.apply, resume.outdate_openssl)
     start(runner, preload="--preload" in arguments)
@@ -39,11 +39,11 @@ def main(arguments: list[str]) -> int:
 
 
 def start(runner: Runner, *, preload: bool = False) -> None:
-    """Load pytest, leave the code folder (``sys.path[0]``) and serve until the host has gone.
+    """Load pytest, remove the code folder (``sys.path[0]``) and serve until the host disconnects.
 
     Args:
         runner: The connection to the host.
-        preload: Whether to import what installed plug-ins import, before the host is greeted.
+        preload: Whether to import the installed plug-ins' modules before the hello to the host.
     """
     code_folder = sys.path[0]
     serve, import_ahead = _import_session()
@@ -58,7 +58,7 @@ def _out_of_the_way(fd: int) -> int:
     """Move ``fd`` above the numbers that tests close or reuse; no child process inherits it."""
     try:
         high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD)
-    except OSError:  # the limit of descriptors is lower than usual
+    except OSError:  # the descriptor limit is lower than usual
         os.set_inheritable(fd, False)
         return fd
     os.close(fd)
@@ -66,7 +66,7 @@ def _out_of_the_way(fd: int) -> int:
 
 
 def _import_session() -> tuple[Callable[[Runner], None], Callable[[], HeldModules | None]]:
-    """Return what serves the host, and what imports the plug-ins' modules ahead."""
+    """Import and return two functions: one serves the host, the other preloads the plug-ins' modules."""
     try:
         from pytest_microvm.guest import runner_session, runner_warm_up  # noqa: PLC0415 - they need pytest
     except ModuleNotFoundError as error:
@@ -76,13 +76,13 @@ def _import_session() -> tuple[Callable[[Runner], None], Callable[[], HeldModule
     runner_warm_up.warm_up()
     try:
         from pytest_microvm.guest import runner_preload  # noqa: PLC0415 - it needs pytest's internals
-    except ImportError:  # another pytest than those we know: it imports plug-ins in the session
+    except ImportError:  # an unknown pytest version: it imports plug-ins in the session
         return runner_session.serve, lambda: None
     return runner_session.serve, runner_preload.preload
 
 
 def _serve_without_pytest(runner: Runner) -> None:
-    """Tell the host that there is no pytest here, however often it asks."""
+    """Answer every ``collect`` with an error: this machine's Python has no pytest."""
     while True:
         request = runner.next_request()
         if request.get("op") == "resume":
@@ -98,7 +98,7 @@ def _serve_without_pytest(runner: Runner) -> None:
 
 
 def _forget_own_code(code_folder: str) -> None:
-    """Leave no name of ours where the project looks for its own modules."""
+    """Remove our modules from ``sys.path`` and ``sys.modules``, so that the project cannot import them."""
     sys.path[:] = [entry for entry in sys.path if entry != code_folder]
     own = [name for name in sys.modules if name.partition(".")[0] == "pytest_microvm"]
     _KEPT.extend(sys.modules.pop(name) for name in own)

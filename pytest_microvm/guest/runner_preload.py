@@ -1,15 +1,15 @@
-"""Import what installed plug-ins import before the workspace comes, and hold it back until it is imported.
+"""Preload the modules of installed plug-ins before the workspace arrives, hidden until code imports them.
 
 Under emulation the plug-ins of an image cost seconds in every collection. They are the same for every
-project, so the runner imports them while it starts. A session must not notice. So a module that was imported
-ahead is not in ``sys.modules`` until something imports it, and it is served only if the import would find
-the same file now. Options (``-p no:NAME``, PYTEST_DISABLE_PLUGIN_AUTOLOAD), the order of imports, and a
-project's own modules of the same name keep their meaning.
+project, so the runner imports them while it starts. A session must not notice. So a preloaded module is not
+in ``sys.modules`` until code imports it, and it is served only if the import would find the same file now.
+Options (``-p no:NAME``, PYTEST_DISABLE_PLUGIN_AUTOLOAD), the order of imports, and a project's own modules of
+the same name keep their meaning.
 
-1. A forked child runs a session with all installed plug-ins and names the modules that it loaded. Whatever
-   else the plug-ins' hooks did ends with the child.
-2. The runner imports those modules, with pytest's assertion rewriting, and takes them out of ``sys.modules``.
-3. :class:`HeldModules`, the first finder of ``sys.meta_path``, hands them out.
+1. A forked child runs a session with all installed plug-ins and reports the modules that it loaded. All other
+   effects of the plug-ins' hooks end with the child.
+2. The runner imports those modules, with pytest's assertion rewriting, and removes them from ``sys.modules``.
+3. :class:`HeldModules`, the first finder of ``sys.meta_path``, serves them.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from types import ModuleType
 
-_CHILD_TIMEOUT = 60.0  # seconds; with more plug-ins than load in this time, they load in the session
+_CHILD_TIMEOUT = 60.0  # seconds; plug-ins that take longer to load are loaded in the session
 _MAX_ANSWER = 4 * 1024 * 1024  # bytes
 _STANDARD_LIBRARY: frozenset[str] = getattr(sys, "stdlib_module_names", frozenset())  # Python 3.10
 
 
 def preload() -> HeldModules:
-    """Import what the installed plug-ins import; nothing where they are not loaded by themselves."""
+    """Import the modules of the installed plug-ins; none if plug-in autoload is disabled."""
     if os.environ.get("PYTEST_DISABLE_PLUGIN_AUTOLOAD"):
         return HeldModules([])
     loader = _Loader(_modules_of_a_session())
@@ -53,13 +53,13 @@ def preload() -> HeldModules:
 
 @dataclass(frozen=True)
 class _Group:
-    """Modules that one import loaded.
+    """The modules that one import loaded.
 
     Args:
         modules: By name, in the order in which they were loaded.
         specs: Their specs, where they have one.
         files: Modification and change time and size of each file, by path.
-        rewritten: Names that were registered for assertion rewriting meanwhile.
+        rewritten: Names registered for assertion rewriting during the import.
     """
 
     modules: dict[str, ModuleType]
@@ -69,32 +69,32 @@ class _Group:
 
     @property
     def of_python(self) -> bool:
-        """Whether all are of the standard library."""
+        """True if all modules belong to the standard library."""
         return all(name.partition(".")[0] in _STANDARD_LIBRARY for name in self.modules)
 
 
 class HeldModules:
-    """Modules that were imported ahead: a finder and loader for ``sys.meta_path``.
+    """Preloaded modules: a finder and loader for ``sys.meta_path``.
 
-    Groups are released in the order in which they were loaded, each with all before it, since later ones
-    may refer to earlier ones. Once one cannot be released, those after it never are: they are imported
-    anew, as without this class.
+    Groups are released in the order in which they were loaded, each with all before it, since later groups
+    may refer to earlier ones. If a group cannot be released, neither are those after it: they are imported
+    again, as without this class.
     """
 
     def __init__(self, groups: Sequence[_Group]) -> None:
         self._groups = list(groups)
         self._places = {name: place for place, group in enumerate(groups) for name in group.modules}
-        self._released = 0  # how many groups are in sys.modules
+        self._released = 0  # number of groups in sys.modules
         self._hook: AssertionRewritingHook | None = None
         self._lock = threading.RLock()
 
     def get(self, name: str) -> ModuleType | None:
-        """Return a module that is loaded, in ``sys.modules`` or held."""
+        """Return a loaded module, from ``sys.modules`` or held; ``None`` if it is neither."""
         place = self._places.get(name)
         return sys.modules.get(name) or (None if place is None else self._groups[place].modules[name])
 
     def install(self) -> None:
-        """Serve imports from now on, in front of the rewriting hook that the next session installs."""
+        """Start serving imports, ahead of the rewriting hook that the next session installs."""
         if not self._groups:
             return
         sys.meta_path.insert(0, self)
@@ -104,17 +104,17 @@ class HeldModules:
             _pytest.assertion.install_importhook = original
             self._hook = original(config)
             self._mark(self._groups[: self._released])
-            with contextlib.suppress(ValueError):  # nothing is held any more
+            with contextlib.suppress(ValueError):  # no module is held any more
                 sys.meta_path.remove(self)
                 sys.meta_path.insert(0, self)
             return self._hook
 
         _pytest.assertion.install_importhook = install_importhook
 
-    # What importlib calls
+    # Called by importlib
 
     def find_spec(self, name: str, _path: object = None, _target: object = None) -> ModuleSpec | None:
-        """Release the module's group and those before it; ``None`` for what is not held."""
+        """Release a held module's group and those before it, and return its spec; ``None`` if not held."""
         with self._lock:
             place = self._places.get(name, -1)
             if place < self._released or not self._release(place, name):
@@ -122,11 +122,11 @@ class HeldModules:
         return ModuleSpec(name, self, origin="held")  # type: ignore[arg-type] # a loader by its methods
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Return the module itself."""
+        """Return the held module."""
         return self._groups[self._places[spec.name]].modules[spec.name]
 
     def exec_module(self, module: ModuleType) -> None:
-        """Give the module its own spec back; it has run."""
+        """Restore the module's own spec; its code has already run."""
         spec = module.__spec__
         assert spec is not None
         module.__spec__ = self._groups[self._places[spec.name]].specs.get(spec.name)
@@ -156,7 +156,7 @@ class HeldModules:
         sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
 
     def _as_before(self, group: _Group) -> bool:
-        """Tell whether importing the group now would load the same files in the same way."""
+        """Return True if importing the group now would load the same files in the same way."""
         if self._hook is None and not group.of_python:  # --assert=plain: nothing is rewritten
             return False
         if any(name in sys.modules for name in group.modules):  # a project's own stand-in
@@ -192,7 +192,7 @@ class _Loader:
     """A plug-in that imports modules, group by group, once its session's rewriting hook is installed.
 
     Args:
-        names: What to import, in order.
+        names: The modules to import, in order.
     """
 
     def __init__(self, names: _Names) -> None:
@@ -201,7 +201,7 @@ class _Loader:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_cmdline_main(self, config: pytest.Config) -> int:
-        """Import, and run no test."""
+        """Import the modules, and end the session before any test runs."""
         hook = config.pluginmanager.rewrite_hook
         if isinstance(hook, AssertionRewritingHook):
             hook.mark_rewrite(*self._names.rewritten)
@@ -224,7 +224,7 @@ class _Loader:
             if name not in sys.modules:
                 marked.clear()
                 group = _load(name, marked)
-                if group is None:  # what follows may depend on it
+                if group is None:  # later modules may depend on it
                     return
                 self.groups.append(group)
 
@@ -238,7 +238,7 @@ def _load(name: str, marked: list[str]) -> _Group | None:
             filters = list(warnings.filters)
             __import__(name)
             harmless = not warned and filters == warnings.filters
-    except BaseException:  # noqa: BLE001 - a plug-in may do anything; in the session it will be seen
+    except BaseException:  # noqa: BLE001 - a plug-in may raise anything; the session will report it
         harmless = False
     modules = {new: module for new, module in sys.modules.items() if new not in before}
     if not (state.restore() and harmless):
@@ -255,7 +255,7 @@ def _spec(module: object) -> Any:
 
 
 class _State:
-    """What an import may change besides ``sys.modules``, as it is now."""
+    """A snapshot of process state, besides ``sys.modules``, that an import may change."""
 
     def __init__(self) -> None:
         lists: tuple[list[Any], ...] = (sys.path, sys.meta_path, sys.path_hooks)
@@ -264,7 +264,7 @@ class _State:
         self._others = self._now()
 
     def restore(self) -> bool:
-        """Undo what was changed; tell whether nothing was."""
+        """Undo changes where possible; return True if nothing had changed."""
         same = self._others == self._now() and self._environ == dict(os.environ)
         for each, before in self._lists:
             same = same and each == before
@@ -285,11 +285,11 @@ class _State:
 
 @dataclass(frozen=True)
 class _Names:
-    """What a session with all plug-ins did.
+    """The modules of a session with all plug-ins.
 
     Args:
-        imported: The modules it loaded, those of the standard library first.
-        rewritten: The names that pytest rewrites assertions of.
+        imported: Modules that it loaded, those of the standard library first.
+        rewritten: Names of the modules whose assertions pytest rewrites.
     """
 
     imported: list[str]
@@ -297,7 +297,7 @@ class _Names:
 
 
 def _modules_of_a_session() -> _Names:
-    """Run a session in a child process; of one that fails, or takes too long, nothing is taken."""
+    """Run a session in a child process and return its modules; none if it fails or times out."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -314,7 +314,7 @@ def _modules_of_a_session() -> _Names:
             os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(child, signal.SIGKILL)  # whatever it has started
+            os.killpg(child, signal.SIGKILL)  # its own child processes
     try:
         return _Names(**json.loads(text))
     except (ValueError, TypeError):
@@ -323,7 +323,7 @@ def _modules_of_a_session() -> _Names:
 
 @contextlib.contextmanager
 def _ending() -> Any:
-    """End the process after the block, however it went."""
+    """End the process after the block, even if it raised."""
     try:
         yield
     finally:
@@ -347,7 +347,7 @@ def _answer(pipe: int) -> None:
 
 
 class _Marks:
-    """A plug-in that takes note of what its session rewrites."""
+    """A plug-in that records the modules registered for assertion rewriting in its session."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -357,7 +357,7 @@ class _Marks:
 
 
 def _read(pipe: int, deadline: float) -> bytes:
-    """Return what comes before the deadline and the end; nothing if the end does not come."""
+    """Read a pipe to its end; return b"" if the end does not come before the deadline or the size limit."""
     data = b""
     while len(data) < _MAX_ANSWER:
         ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))

@@ -1,4 +1,4 @@
-"""What a pytest session holds, as plain JSON records: nodes, markers, reports, warnings."""
+"""A pytest session's contents as plain JSON records: nodes, markers, reports, warnings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DIRECTORY = getattr(pytest, "Directory", ())  # pytest 8.0
 
 
 class NodeTable:
-    """Number nodes, parents first, and describe each once.
+    """A table that numbers nodes, parents first, and holds one record for each.
 
     Args:
         session: The pytest session; it gets number 0 and no record.
@@ -25,11 +25,11 @@ class NodeTable:
 
     def __init__(self, session: pytest.Session) -> None:
         self._numbers: dict[int, int] = {id(session): 0}
-        self._nodes: list[Any] = [session]  # keeps them alive: an id must not be used again
+        self._nodes: list[Any] = [session]  # keeps nodes alive, so that their ids stay unique
         self.records: list[dict[str, Any]] = []
 
     def number(self, node: Any) -> int:
-        """Return the node's number; a node not met before, and its parents, are described."""
+        """Return the node's number, adding records for the node and its parents if they are new."""
         known = self._numbers.get(id(node))
         if known is not None:
             return known
@@ -68,7 +68,7 @@ def _describe(node: Any, parent: int) -> dict[str, Any]:
 
 
 def _loaded_object(node: Any) -> Any:
-    """Return what the node stands for, if it is loaded: asking ``node.obj`` would import it again."""
+    """Return the node's Python object if it is loaded; accessing ``node.obj`` would import it again."""
     return getattr(node, "_obj", None) or vars(node).get("obj")
 
 
@@ -81,7 +81,7 @@ def _kind(node: Any) -> str:
 
 
 def _mark_arguments(mark: Any) -> tuple[list[Any], dict[str, Any]]:
-    if mark.name == "parametrize":  # every item carries the values of all its siblings
+    if mark.name == "parametrize":  # every item's marker has the values of all its siblings
         return [], {}
     return (
         [_value(arg) for arg in mark.args],
@@ -90,7 +90,7 @@ def _mark_arguments(mark: Any) -> tuple[list[Any], dict[str, Any]]:
 
 
 def _value(value: Any, depth: int = 0) -> Any:
-    """Return a marker's argument as JSON, or as text where JSON or our patience ends."""
+    """Return a marker's argument as a JSON value, or its repr if it is no JSON value, or too deep or long."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     if depth < _MAX_DEPTH and type(value) in (list, tuple) and len(value) <= _MAX_ITEMS:
@@ -111,7 +111,7 @@ def report_record(config: Any, report: Any) -> dict[str, Any]:
 
 
 def _cut(text: str) -> str:
-    """Return as much of a test's output as the host shows."""
+    """Truncate a test's output to the length that the host shows."""
     if len(text) <= _MAX_OUTPUT:
         return text
     return f"{text[:_MAX_OUTPUT]}\n[{len(text) - _MAX_OUTPUT} more characters were cut]"
@@ -133,7 +133,7 @@ def warning_record(warning_message: Any, when: str, nodeid: str) -> dict[str, An
 
 
 def _source_line(warning_message: Any) -> str:
-    """Return the line of code: the host must not read files that a guest names."""
+    """Return the warning's source line; the guest reads it because the host must not open paths it names."""
     if isinstance(warning_message.line, str):
         return warning_message.line
     return linecache.getline(str(warning_message.filename), warning_message.lineno).strip()

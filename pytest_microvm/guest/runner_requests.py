@@ -1,4 +1,4 @@
-"""The host's requests to a runner, and its answers, over one port.
+"""The host's requests to a runner, and the runner's replies, over one port.
 
 Replies and data are written from one thread, between tests, with names bound at import: a test may
 replace ``sys.stdout``, ``json`` or ``os.write``, close descriptors, change directory or fork.
@@ -28,16 +28,16 @@ _encode = json.JSONEncoder(separators=(",", ":"), default=repr).encode
 
 
 class Runner:
-    """Serve one host on one port.
+    """A server for one host on one port.
 
     Args:
         port: The connection to the host.
         resume: Called with a ``resume`` message before anything else runs in a clone.
-        settle: Called once the machine holds what its clones shall have, before it is frozen, with a function
-            that returns a loaded module by its name.
+        settle: Called when the machine is ready to be frozen for cloning, with a function that returns a
+            loaded module by its name.
 
     Attributes:
-        held: The modules that were imported ahead of the session, if any were.
+        held: The modules preloaded before the session, if any.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class Runner:
         return self._queue.popleft()
 
     def reply(self, request: dict[str, Any], result: dict[str, Any]) -> None:
-        """Answer ``request``."""
+        """Reply to ``request`` with ``result``."""
         self._send({"id": request.get("id"), "result": result})
 
     def refuse(self, request: dict[str, Any], kind: str, message: str) -> None:
-        """Answer ``request`` with an error."""
+        """Reply to ``request`` with an error."""
         self._send({"id": request.get("id"), "error": {"type": kind, "message": message[:10_000]}})
 
     def open_stream(self, request: dict[str, Any]) -> int:
@@ -87,23 +87,23 @@ class Runner:
             data = data[sent:]
             self.port.flush()
             if data and not sent:
-                self._receive()  # the host grants more once it has read what was sent
+                self._receive()  # the host grants more credit once it has read the data
         channel.close(stream)
         self.port.flush()
 
     def answer_resume(self, request: dict[str, Any]) -> None:
-        """Make this clone its own: kernel entropy, clock, names, random numbers, what it is given."""
+        """Give this clone its own kernel entropy, clock, names, random seeds and grants, then reply."""
         result = self._resume(request)
         os.environ.update(request.get("environment", {}))
         reseed(self._loaded)
         self.reply(request, result)
 
     def settle(self) -> None:
-        """Let loaded libraries forget what clones must not share."""
+        """Reset state of loaded libraries that clones must not share."""
         self._settle(self._loaded)
 
     def leave_if_forked(self) -> None:
-        """End a child process that a test forked and that ran on into the runner's code."""
+        """Exit if this is a child process that a test forked and that returned into the runner's code."""
         if _getpid() != self.pid:
             _exit(0)
 
@@ -122,7 +122,7 @@ class Runner:
 
 
 def encode(value: object) -> str:
-    """Return ``value`` as ASCII JSON on one line; what JSON cannot say becomes its ``repr``."""
+    """Encode ``value`` as ASCII JSON on one line; values that JSON lacks become their ``repr``."""
     try:
         return _encode(value)
     except (TypeError, ValueError, RecursionError):
@@ -130,7 +130,7 @@ def encode(value: object) -> str:
 
 
 def _plain(value: object, depth: int = 0) -> object:
-    """Return ``value`` with keys that JSON allows and without cycles."""
+    """Return ``value`` with string keys and without cycles, as JSON requires."""
     if depth > 20:  # noqa: PLR2004 - deeper than any report is
         return repr(value)[:1000]
     if isinstance(value, dict):
@@ -141,10 +141,10 @@ def _plain(value: object, depth: int = 0) -> object:
 
 
 def reseed(loaded: Callable[[str], Any]) -> None:
-    """Give every random generator that clones share a seed of its own.
+    """Reseed every random generator that a clone shares with its template.
 
     Args:
-        loaded: Returns a loaded module by its name, ``None`` for one that is not.
+        loaded: Returns a loaded module by its name, or ``None`` if it is not loaded.
     """
     random.seed(_urandom(32))
     numpy = loaded("numpy")

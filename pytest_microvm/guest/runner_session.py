@@ -1,4 +1,4 @@
-"""A pytest session that stops in its test loop and runs tests one by one, on request."""
+"""A pytest session that waits in its test loop and runs tests one by one, on request."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def serve(runner: Runner) -> None:
 
 
 def _collect(runner: Runner, request: dict[str, Any]) -> None:
-    """Be ``python -m pytest`` in the invocation directory, up to and including the test loop."""
+    """Act as ``python -m pytest`` in the invocation directory, up to and including the test loop."""
     arguments = [str(argument) for argument in request["args"]]
     os.environ.update(request.get("env") or {})
     os.makedirs(request["cwd"], exist_ok=True)
@@ -64,7 +64,7 @@ def _collect(runner: Runner, request: dict[str, Any]) -> None:
         code, session.reason = error.code if isinstance(error.code, int) else 1, f"SystemExit: {error.code}"
     except EOFError:
         raise
-    except BaseException:  # noqa: BLE001 - whatever it was, the host must hear it
+    except BaseException:  # noqa: BLE001 - any failure must be reported to the host
         code, session.reason = 3, traceback.format_exc()
     runner.leave_if_forked()
     session.ended(int(code))
@@ -74,7 +74,7 @@ class _Session:
     """The plug-in that watches collection and takes over the test loop."""
 
     def __init__(self, runner: Runner, request: dict[str, Any], stream: int) -> None:
-        self.out = io.StringIO()  # what the project's code prints around capturing
+        self.out = io.StringIO()  # output of the project's code outside of capturing
         self.err = io.StringIO()
         self.reason = ""
         self._runner = runner
@@ -151,16 +151,16 @@ class _Session:
         return True
 
     def _make_base_folder(self) -> None:
-        """Make the folder of all ``tmp_path`` now; each clone would do it for the first test that wants one.
+        """Create the base folder of ``tmp_path`` now, or each clone would create it for its first such test.
 
-        One that the user names is left to that test: pytest removes what it holds.
+        A user's ``--basetemp`` is left to that test, because pytest empties that folder.
         """
         factory = getattr(self._config, "_tmp_path_factory", None)
         if factory is not None and not self._config.getoption("basetemp", None):
             factory.getbasetemp()
 
     def _collected(self) -> list[dict[str, Any]]:
-        """Return what was collected so far; nodes come before the records that name them."""
+        """Return the records of the collection so far; nodes come before the records that refer to them."""
         versions = {"k": "guest", "python": sys.version.split()[0], "pytest": pytest.__version__}
         nodes = [] if self._nodes is None else self._nodes.records
         return [{**versions, "header": self._header}, *nodes, *self._records]
@@ -186,7 +186,7 @@ class _Session:
         if request.get("pids") is not None:
             limits.limit_processes(int(request["pids"]))
         stream = self._runner.open_stream(request)
-        self._runner.reply(request, {})  # from here on whatever happens is the test's doing
+        self._runner.reply(request, {})  # from here on any failure is caused by the test
         following = request.get("next")
         item = session.items[request["item"]]
         nextitem = session.items[following] if following is not None else None
@@ -200,7 +200,7 @@ class _Session:
             records.append({"k": "exit", "code": 3, "reason": "internal", "text": traceback.format_exc()})
         self._runner.leave_if_forked()
         if request.get("limited") and limits.refused_forks():
-            limits.tell_of_refusal()  # before the host hears that the test has ended
+            limits.tell_of_refusal()  # before the host learns that the test has ended
         if self._output > self._output_limit:
             records.append({"k": "excess", "printed": self._output})
         stop = session.shouldstop or session.shouldfail
@@ -208,13 +208,13 @@ class _Session:
         self._runner.send_lines(stream, records)
 
     def _limit_output(self, config: pytest.Config) -> None:
-        """Measure what a phase of a test printed before pytest reads it into memory.
+        """Measure the output of each test phase before pytest reads it into memory.
 
-        Not in a hook around the phase: it would stand in the tracebacks of ``--tb=native``.
+        This is not a hook around the phase, because that would appear in tracebacks of ``--tb=native``.
         """
         manager: Any = config.pluginmanager.getplugin("capturemanager")
         capture = getattr(manager, "_global_capturing", None)
-        if capture is None:  # -p no:capture: what a test prints goes to the console
+        if capture is None:  # -p no:capture: a test's output goes to the console
             return
         files = [getattr(each, "tmpfile", None) for each in (capture.out, capture.err)]
         read = manager.read_global_capture
@@ -228,8 +228,8 @@ class _Session:
         manager.read_global_capture = measured
 
     def _measure(self, file: Any) -> None:
-        """Count what was printed into ``file``; drop it if it is too much."""
-        with contextlib.suppress(OSError, ValueError):  # it is none of the system's (--capture=sys)
+        """Add the size of ``file`` to the test's output; empty the file if the limit is exceeded."""
+        with contextlib.suppress(OSError, ValueError):  # no file descriptor (--capture=sys)
             self._output += os.fstat(file.fileno()).st_size
             if self._output > self._output_limit:
                 os.ftruncate(file.fileno(), 0)
@@ -254,7 +254,7 @@ class _Session:
         self.reason = str(getattr(excinfo.value, "msg", None) or excinfo.typename)
 
     def ended(self, code: int) -> None:
-        """Tell the host how the session ended, before or after its test loop."""
+        """Report the end of the session to the host, whether before or after its test loop."""
         if self._request is not None:
             reason = "usage" if code == 4 else "interrupt" if code == 2 else "internal"  # noqa: PLR2004
             text = self.err.getvalue() or self.reason
@@ -268,7 +268,7 @@ class _Session:
 
 
 class _Nowhere(io.TextIOBase):
-    """A terminal that shows nothing."""
+    """A terminal that discards its output."""
 
     def write(self, text: str) -> int:
         return len(text)

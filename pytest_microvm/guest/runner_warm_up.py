@@ -1,4 +1,4 @@
-"""Run a tiny pytest session of our own, so that what pytest loads lazily is loaded before the checkpoint."""
+"""Warm-up: run a tiny pytest session, so that pytest's lazy imports happen before the checkpoint."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _MODULE = "test_warm_up_of_the_runner"
 
 
 def warm_up() -> None:
-    """Run the session without installed plug-ins, and serialize its reports as the real session will."""
+    """Run the tiny session without installed plug-ins, and serialize its reports as a real session does."""
     run_session([_Serializer()], autoload=False)
 
 
 def run_session(plugins: Sequence[object], *, autoload: bool) -> None:
-    """Run the session in a temporary folder; the process is as before, but for the modules it loaded.
+    """Run the tiny session in a temporary folder, restoring the process's state except loaded modules.
 
     It sees no configuration, conftest or test of the user's, and prints nothing.
 
@@ -80,7 +80,7 @@ def _temporary_session(*, autoload: bool) -> Iterator[str]:
 
 
 class _Serializer:
-    """Serialize the reports and drop them."""
+    """A plug-in that serializes reports and drops the result."""
 
     def pytest_configure(self, config: pytest.Config) -> None:
         self._config = config

@@ -1,7 +1,7 @@
-"""Process ``.pth`` files again for what was missing when Python started, before the workspace came.
+"""Reprocess ``.pth`` files once the workspace has arrived, for lines that had no effect at Python's start.
 
 Python's ``site`` module skips directories that do not exist, and stops at a line whose import fails. An
-installation in editable mode has such files, with paths in the workspace.
+editable installation has such files, with paths in the workspace.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Line(NamedTuple):
 
 
 def lines_in_effect() -> set[tuple[str, str, str]]:
-    """Return the lines of ``.pth`` files that have had their effect: folder, file, text."""
+    """Return the lines of ``.pth`` files that are in effect: folder, file, text."""
     return {(line.folder, line.file, line.text) for line in _lines() if line.in_effect}
 
 
@@ -44,7 +44,7 @@ def catch_up(done: set[tuple[str, str, str]]) -> None:
             place = sys.path.index(folder)
         if _IMPORT.match(line.text):
             if tuple(line) not in done:
-                exec(line.text)  # noqa: S102 - what .pth files are made of
+                exec(line.text)  # noqa: S102 - .pth files contain code
         elif line.path in sys.path:
             place = sys.path.index(line.path)
         elif os.path.exists(line.path):

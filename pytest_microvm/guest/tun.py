@@ -1,7 +1,7 @@
-"""The device that all addresses lead to, and that leads nowhere: a TUN interface with default routes.
+"""The device ``nowhere``: a TUN interface with default routes that receives all packets past the proxy.
 
-Its other end is the guest's network process, which answers what comes (see ``packets``). The kernel is told
-to send nothing by itself on it. Sources: netdevice(7), rtnetlink's ioctls in route.h and ipv6.h,
+Its other end is the guest's network process, which answers the packets (see ``packets``). The kernel is
+configured to send nothing of its own on it. Sources: netdevice(7), rtnetlink's ioctls in route.h and ipv6.h,
 Documentation/networking/tuntap.
 """
 
@@ -15,9 +15,9 @@ import socket
 import struct
 
 NAME = "nowhere"
-ADDRESS = "192.0.0.8"  # of a host that has none (RFC 7600)
+ADDRESS = "192.0.0.8"  # the dummy address of a host without one (RFC 7600)
 ADDRESS_6 = "fd6d:6963:726f:766d::1"
-RESOLVER = "192.0.0.53"  # leads into the device as any other does, so that lookups fail at once
+RESOLVER = "192.0.0.53"  # routed to the device like any other address, so that lookups fail at once
 MTU = 1500
 _RESOLV_CONF = "/etc/resolv.conf"
 
@@ -28,7 +28,7 @@ _SIOCSIFADDR, _SIOCSIFNETMASK = 0x8916, 0x891C
 _IFF_TUN_NO_PI = 0x1001
 _IFF_UP, _IFF_MULTICAST = 0x1, 0x1000
 _RTF_UP = 1
-_METRIC = 1024  # of a default route that a user adds
+_METRIC = 1024  # that of a default route added by a user
 _IFREQ = struct.Struct("16s24s")
 _QUIET = {
     "accept_dad": "0", "accept_ra": "0", "addr_gen_mode": "1", "autoconf": "0", "dad_transmits": "0",
@@ -37,7 +37,7 @@ _QUIET = {
 
 
 def open_device() -> int | None:
-    """Make the device and return its descriptor; ``None`` where the kernel has no such thing."""
+    """Create the device and return its descriptor; ``None`` if the kernel has no TUN devices."""
     try:
         fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -54,9 +54,9 @@ def open_device() -> int | None:
 
 
 def name_resolver() -> None:
-    """Name a resolver behind the device, unless the image names one that is not the machine itself.
+    """Configure a name server behind the device, unless the image configures one outside the machine.
 
-    With none, or one that does not run, a program's lookups would fail all the same, but nobody would know.
+    Without one, or with one that does not run, lookups would fail too, but unreported.
     """
     with contextlib.suppress(OSError, UnicodeDecodeError), open(_RESOLV_CONF) as file:
         words = [line.split() for line in file]
@@ -101,7 +101,7 @@ def _address(text: str) -> bytes:
 
 
 def _route() -> bytes:
-    """Return a struct rtentry: everything, by this device."""
+    """Return a struct rtentry: the default route, by this device."""
     name = _route_device.buffer_info()[0]
     everything = _address("0.0.0.0")  # noqa: S104 - a route, not a listener
     return struct.pack(
