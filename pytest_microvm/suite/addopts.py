@@ -28,11 +28,11 @@ from pytest_microvm.untrusted.text import sanitize_line
 _ADDOPTS = "addopts of the project's configuration"
 _NEXT = "say it yourself on the command line, or run `pytest-microvm test`, which lets no project do this"
 _HOST_AND_GUEST = frozenset(["--tb"])
-_WITHOUT_EFFECT = frozenset(["-c", "--config-file", "--rootdir"])  # pytest has decided both by then
+_WITHOUT_EFFECT = frozenset(["-c", "--config-file", "--rootdir"])  # pytest has already decided both
 _OVERRIDE = frozenset(["-o", "--override-ini"])
 _PLUGIN = "-p"
 
-_WRITING = frozenset(["--basetemp", "--log-file"])  # both sides obey them where the user says them
+_WRITING = frozenset(["--basetemp", "--log-file"])  # given by the user, both sides obey them
 
 _HOST_PLUGINS_OFF = frozenset(["no:cacheprovider"])
 _OURS = "--microvm"
@@ -52,7 +52,7 @@ SHOWN_KEYS: Mapping[str, Callable[[str], bool]] = {
     "max_warnings": str.isdecimal,
     "testpaths": lambda text: all(_stays_below(path) for path in shlex.split(text)),
 }
-"""Keys of pytest's configuration that say how the host shows results, and what their values may be."""
+"""Keys of pytest's configuration that format the host's results, each with a check of its value."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class ProjectWords:
     """A project's ``addopts``, divided.
 
     Args:
-        host: What the host obeys; each is one word that begins with its option.
-        guest: What the machine obeys.
-        left: What nobody obeys: options that would act on this computer.
+        host: Words for the host's pytest; each is one word that begins with its option.
+        guest: Words for the machine's pytest.
+        left: Words that are dropped: options that would act on this computer.
     """
 
     host: tuple[str, ...]
@@ -74,7 +74,7 @@ def addopts_words(value: Any, path: Path | None) -> list[str]:
     """Return the words of a configuration's ``addopts``.
 
     Raises:
-        UsageError: It is neither text nor a list of texts, or a quotation does not end.
+        UsageError: The value is neither text nor a list of texts, or a quotation does not end.
     """
     if isinstance(value, list) and all(isinstance(word, str) for word in value):
         return value
@@ -87,10 +87,10 @@ def addopts_words(value: Any, path: Path | None) -> list[str]:
 
 
 def refuse_granting(addopts: Sequence[str]) -> None:
-    """Refuse options in a project's own ``addopts`` that would give its tests more than its files.
+    """Check that a project's own ``addopts`` grant its tests nothing beyond its files.
 
     Raises:
-        UsageError: There are such, or a file with more of them is named.
+        UsageError: An option grants more, or names a file of more options (``@FILE``).
     """
     for word in addopts:
         option = word.partition("=")[0]
@@ -103,15 +103,15 @@ def refuse_granting(addopts: Sequence[str]) -> None:
 
 
 def refuse_acting(addopts: Sequence[str], users: Sequence[str], arity: Mapping[str, str]) -> None:
-    """Refuse options in a project's own ``addopts`` that act on the host, for pytest would obey them.
+    """Check that a project's own ``addopts`` have no options that act on the host: pytest would obey them.
 
     Args:
         addopts: The words.
-        users: What the user says, which counts instead where only one can.
-        arity: Which options there are, from :func:`~pytest_microvm.suite.arguments.option_arity`.
+        users: The user's words, which override the project's where only one can apply.
+        arity: The known options, from :func:`~pytest_microvm.suite.arguments.option_arity`.
 
     Raises:
-        UsageError: There are such.
+        UsageError: An option acts on the host.
     """
     named = REPORT_FILES if _names(users, REPORT_FILES, arity) else frozenset()
     for token in tokens(addopts, arity):
@@ -130,12 +130,12 @@ def divide_addopts(
 
     Args:
         addopts: The words.
-        users: What the user says, which counts instead where only one can.
-        arity: Which options there are, from :func:`~pytest_microvm.suite.arguments.option_arity`.
-        reports: Where files are written that it names; ``None``: such an option is refused.
+        users: The user's words, which override the project's where only one can apply.
+        arity: The known options, from :func:`~pytest_microvm.suite.arguments.option_arity`.
+        reports: The folder for files that the project names; ``None``: options that name one are refused.
 
     Raises:
-        UsageError: An option grants something, names a file to write, or cannot work.
+        UsageError: An option is a grant, names a file to write, or does not work with machines.
     """
     refuse_granting(addopts)
     host: list[str] = []
@@ -159,7 +159,7 @@ def divide_addopts(
 
 
 def shown_values(values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield, as ``key=value`` each, what a configuration says of how results are shown."""
+    """Yield a configuration's keys of :data:`SHOWN_KEYS` whose values are allowed, as ``key=value``."""
     for key, allowed in SHOWN_KEYS.items():
         value = values.get(key)
         if isinstance(value, list) and all(isinstance(each, str) for each in value):
@@ -181,7 +181,7 @@ def _allows(allowed: Callable[[str], bool], text: str) -> bool:
 
 
 def _for_host(token: Token) -> list[str]:
-    """Return a token as the host may obey it, in one word: pytest looks for ``-p`` at the start of each."""
+    """Return a token's part for the host as single words: pytest looks for ``-p`` at the start of each."""
     option, value = token.option, token.value
     if option in SELECTING_AND_SHOWING | _HOST_AND_GUEST or option.startswith(_OURS):
         return _joined(option, value)
@@ -208,11 +208,11 @@ def _joined(option: str, value: str | None) -> list[str]:
         return [option]
     if option.startswith("--"):
         return [f"{option}={value}"]
-    return [f"{option}{value}"] if value else []  # an empty -k, -m or -r says nothing
+    return [f"{option}{value}"] if value else []  # an empty -k, -m or -r has no effect
 
 
 def _overridden(token: Token) -> str:
-    """Return the key that ``-o`` sets, nothing for another option."""
+    """Return the key that ``-o`` sets; "" for any other option."""
     return (token.value or "").partition("=")[0].strip() if token.option in _OVERRIDE else ""
 
 
@@ -224,10 +224,10 @@ def _is_ours_switched_off(token: Token) -> bool:
 
 
 def _below(reports: Path | None, token: Token) -> Path:
-    """Return where a file is written that the project names.
+    """Return the path below ``reports`` for a file that the project names.
 
     Raises:
-        UsageError: Nobody said where, or it would lie elsewhere.
+        UsageError: There is no such folder, or the path would leave it.
     """
     path = token.value or ""
     if reports is None:

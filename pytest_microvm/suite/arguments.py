@@ -1,4 +1,4 @@
-"""Which pytest arguments are the host's, which the guest's, and which both need (pure functions)."""
+"""Division of pytest's arguments between the host and the guest (pure functions)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 from pytest_microvm.errors import UsageError
 
-# What the host decides or shows. The guest collects everything, so another -k or -m needs no new template.
-# None of these names a file, a program or a module.
+# Options that select tests or format results on the host. The guest collects everything, so another -k or -m
+# needs no new template. None of these options names a file, a program or a module.
 SELECTING_AND_SHOWING = frozenset(
     [
         *("-x", "--exitfirst", "--maxfail", "-k", "-m", "--deselect", "--continue-on-collection-errors"),
@@ -31,10 +31,10 @@ _WORKERS_WITH_VALUE = (
     "--maxschedchunk",
 )
 WORKERS = frozenset([*_WORKERS_WITH_VALUE, "-d", "--loadscope-reorder", "--no-loadscope-reorder"])
-"""Options of pytest-xdist that say how many workers there are, and what each gets."""
+"""Options of pytest-xdist that set the number of workers, and the distribution of tests."""
 
 REPORT_FILES = frozenset(["--junit-xml", "--junitxml"])
-"""Options of pytest that name a file which the host writes."""
+"""Options of pytest that name a file for the host to write."""
 
 _ACTING_WITH_VALUE = (
     *("--tx", "--px", "--rsyncdir", "--rsyncignore"),  # of pytest-xdist: programs, folders
@@ -47,16 +47,16 @@ ACTING = frozenset(
         *("--debug", "--trace-config", "--traceconfig", "-h", "--help", "-V", "--version"),
     ]
 )
-"""Options of the host alone that start a program, write a file, or send something away."""
+"""Host-only options that start a program, write a file, or send data away."""
 
 ARITY_ELSEWHERE = {
     **dict.fromkeys((*_WORKERS_WITH_VALUE, *_ACTING_WITH_VALUE), "1"),
     **dict.fromkeys(("-d", "-f", "--looponfail"), "0"),
 }
-"""Whether those of plug-ins take a value, for a pytest that has not loaded them."""
+"""The arity of plug-ins' options, for a pytest that has not loaded the plug-ins."""
 
 HOST_ONLY = SELECTING_AND_SHOWING | WORKERS | REPORT_FILES | ACTING
-# What would act, on the host, on what only the guest has.
+# Options that would act, on the host, on modules that only the guest has.
 GUEST_ONLY = frozenset(["-W", "--pythonwarnings"])
 _WITHOUT = "run it without --microvm"
 REFUSED = {
@@ -95,21 +95,21 @@ class Token:
 
 @dataclass(frozen=True)
 class Split:
-    """The two argument lists, and whether the host shall print what tests print (``-s``)."""
+    """The arguments of the host's pytest and of the guest's."""
 
     host: tuple[str, ...]
     guest: tuple[str, ...]
 
 
 def option_arity(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return for each option of ``parser`` whether it takes a value: ``0``, ``1`` or ``?``."""
+    """Return the arity of each option of ``parser``: ``0``, ``1`` or ``?`` (optional value)."""
     actions = parser._option_string_actions  # noqa: SLF001 - argparse has no public list
     return {name: _arity(action) for name, action in actions.items()}
 
 
 def parser_arity(parser: pytest.Parser) -> dict[str, str]:
-    """Return :func:`option_arity` of a pytest parser: what plug-ins have registered up to now."""
-    make = getattr(parser, "_getparser", None)  # before pytest 9 a parser is made when it is needed
+    """Return :func:`option_arity` of a pytest parser, with the plug-ins' options registered so far."""
+    make = getattr(parser, "_getparser", None)  # pytest before 9 makes its parser on demand
     return option_arity(make() if make else parser.optparser)
 
 
@@ -120,10 +120,10 @@ def _arity(action: argparse.Action) -> str:
 
 
 def tokens(arguments: Sequence[str], arity: Mapping[str, str]) -> Iterator[Token]:
-    """Cut ``arguments`` as argparse would, given the options it knows.
+    """Split ``arguments`` into tokens as argparse would, given the known options.
 
-    An unknown option is one word; a value written after it (``--opt value``) stays a word of its own,
-    in its place, so that whoever knows the option can still join them.
+    An unknown option is one word; a value written after it (``--opt value``) stays a separate word in its
+    place, so that a parser that knows the option can still join them.
     """
     rest = list(arguments)
     while rest:
@@ -153,7 +153,7 @@ def _with_value(word: str, arity: str, rest: list[str]) -> Token:
 
 
 def _short(word: str, arity: Mapping[str, str], rest: list[str]) -> Iterator[Token]:
-    """Cut ``-xvs`` into its flags and ``-kname`` into option and value."""
+    """Split ``-xvs`` into its flags and ``-kname`` into option and value."""
     cluster = word[1:]
     found: list[Token] = []
     while cluster:
@@ -181,7 +181,7 @@ def split_arguments(
     """Divide ``arguments`` between the host's and the guest's pytest.
 
     Args:
-        arguments: What pytest was given, configuration's ``addopts`` included.
+        arguments: pytest's arguments, including the configuration's ``addopts``.
         arity: From :func:`option_arity`.
         is_host_plugin: Whether the plug-in of ``-p NAME`` concerns the host alone.
 

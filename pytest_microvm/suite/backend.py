@@ -1,4 +1,4 @@
-"""The seam between a remote suite and what runs it: machines, or (in this project's tests) processes."""
+"""The seam between a remote suite and its backend: machines, or (in this project's tests) processes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line says about machines; ``None`` and empty mean: as configured elsewhere.
+    """Command-line settings for machines; omitted options fall back to the configuration.
 
     Args:
         values: The options given, by their key in ``[tool.pytest-microvm]``, as written.
         rootdir: pytest's root directory.
-        written: Where the project's configuration may have files written; ``None``: nowhere.
+        written: The folder in which the project's configuration may have files written; ``None``: none.
         worker: The name of this pytest-xdist worker, empty in a run without workers or in the controller.
-        workers: How many pytest-xdist workers share the run, 0 without.
+        workers: Number of pytest-xdist workers that share the run, 0 without.
     """
 
     values: Mapping[str, Any]
@@ -39,7 +39,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class TestLimits:
-    """What one test may use of its machine; ``None``: what the machine may.
+    """Limits of one test in its machine; ``None``: the machine's own limit applies.
 
     Args:
         timeout: Seconds it may take.
@@ -47,7 +47,7 @@ class TestLimits:
         pids: Processes and threads it may start at the same time.
         cpu_seconds: Seconds of CPU time of its machine.
         lifetime: Seconds its machine may exist.
-        network: Rules of what it may reach.
+        network: Rules for the network it may reach.
         counted: Whether the number of its processes is limited, by ``pids`` or for the machine.
     """
 
@@ -64,20 +64,20 @@ class TestLimits:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the suite itself must know once the configuration is merged.
+    """The part of the merged configuration that the suite itself uses.
 
     Args:
-        isolation: How often a machine is new: ``test``, ``class``, ``module`` or ``session``.
+        isolation: The scope that shares one machine: ``test``, ``class``, ``module`` or ``session``.
         timeout: Seconds one test may take, ``None`` for no limit.
         output: Bytes one test may print.
         counted: Whether the number of a machine's processes is limited.
-        retries: How often a test whose machine never reached it is tried again.
-        artifacts: The folder for what is known of machines that crashed or exceeded a quota.
+        retries: Times that a test is retried if its machine failed before the test started.
+        artifacts: The folder for records of machines that crashed or exceeded a quota.
         collect_timeout: Seconds the runner may take to collect.
         arguments: Arguments for the guest's pytest from the configuration.
-        fail_on_denied: Whether a test fails that tried to reach what it may not.
-        network: The rules of what tests may reach, as they were written.
-        junit_profile: For whom the file of ``--junitxml`` is; ``None``: as pytest writes it.
+        fail_on_denied: Whether a test fails if one of its network requests was denied.
+        network: Rules for the network that tests may reach, as written.
+        junit_profile: The consumer of the ``--junitxml`` file; ``None``: as pytest writes it.
     """
 
     isolation: str = "test"
@@ -95,13 +95,13 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class CollectPlan:
-    """What the runner is asked to collect.
+    """A request to the runner to collect tests.
 
     Args:
         arguments: The guest's pytest arguments.
         directory: The invocation directory, the same path in the guest.
         rootdir: pytest's root directory.
-        workspace: The top of what is copied into the guest.
+        workspace: The top of the tree that is copied into the guest.
         environment: Variables for the runner.
         timeout: Seconds collection may take.
     """
@@ -116,7 +116,7 @@ class CollectPlan:
 
 @dataclass(frozen=True)
 class BackendFacts:
-    """What runs the tests: ``accelerator`` and why it was chosen, the image and its digest."""
+    """A backend's accelerator with the reason for its choice, and its image with the digest."""
 
     accelerator: str
     accelerator_reason: str
@@ -125,11 +125,11 @@ class BackendFacts:
 
 
 class Kept(Protocol):
-    """A machine that was kept for a person to enter."""
+    """A machine that was kept for a user to enter."""
 
     @property
     def id(self) -> str:
-        """What to enter it by."""
+        """The id to enter it by."""
 
 
 class RunnerMachine(Protocol):
@@ -141,76 +141,76 @@ class RunnerMachine(Protocol):
 
     @property
     def facts(self) -> MachineFacts:
-        """What it is."""
+        """Facts about the machine, fixed when it starts."""
 
     @property
     def redactor(self) -> Redactor:
-        """What takes its secrets out of what its tests report."""
+        """The redactor that removes its secrets from test reports."""
 
     @property
     def requests(self) -> NetworkLog:
-        """What it asked of the network."""
+        """The log of its network requests."""
 
     def take_back(self) -> list[str]:
-        """Copy back what its tests changed in what it was handed; return what there is to say about it."""
+        """Copy changes in its mounts back; return messages about the result, for users."""
 
     def usage(self) -> Usage:
-        """Return what it has used so far."""
+        """Return the machine's usage so far."""
 
     def exceeded(self) -> QuotaExceeded | None:
-        """Return the quota that it exceeded, if it did; its console may have said so only just now."""
+        """Return the quota that it exceeded, if any, reading unread console output first."""
 
     def end_for(self, quota: QuotaExceeded) -> None:
-        """End it because its test exceeded a quota that was counted by whoever asks."""
+        """End the machine because its test exceeded a quota that the caller measured."""
 
     def end_error(self) -> MachineError:
-        """Return why it ended by itself: a quota, or a crash with what it said last (untrusted text)."""
+        """Return the error that ended it: a quota, or a crash with its last output (untrusted text)."""
 
     def tighten(self, limits: TestLimits) -> None:
-        """Lower what it may use."""
+        """Lower the machine's limits."""
 
     def save(self, folder: Path, error: MachineError, about: str) -> None:
-        """Write what is known of it, after it ended because of ``error``, into ``folder``."""
+        """Save the machine's records, after it ended because of ``error``, in ``folder``."""
 
     def keep(self, about: str) -> Kept | None:
-        """Keep it for a person instead of ending it; ``None`` if that is not wanted or not possible."""
+        """Keep the machine for a user instead of ending it; ``None`` if not requested or not possible."""
 
     def kill(self) -> None:
-        """End it; a second call does nothing."""
+        """End the machine; a second call does nothing."""
 
 
 class Backend(Protocol):
-    """Where a suite's machines come from."""
+    """The source of a suite's machines."""
 
     @property
     def facts(self) -> BackendFacts:
-        """What runs the tests."""
+        """The accelerator and image that run the tests."""
 
     @property
     def options(self) -> RunOptions:
-        """The merged configuration, as far as the suite needs it."""
+        """The part of the merged configuration that the suite uses."""
 
     def collect(self, plan: CollectPlan, progress: Progress) -> bytes:
-        """Return the runner's answer to ``collect`` as it was sent, from a cache where nothing changed.
+        """Return the runner's answer to ``collect`` as it was sent, from a cache if nothing changed.
 
         Raises:
             MicroVMError: No machine could be prepared.
         """
 
     def lease(self) -> RunnerMachine:
-        """Return a fresh machine in which collection has happened.
+        """Return a fresh machine whose runner has collected the tests.
 
         Raises:
             BootError: It never became ready.
         """
 
     def close(self) -> None:
-        """End every machine that is left."""
+        """End all remaining machines."""
 
 
 @dataclass
 class Lease:
-    """A machine in use, what has happened in it, and how often it had asked the network before its test."""
+    """A machine in use, with its sharing key, test count, and count of network requests before its test."""
 
     machine: RunnerMachine
     key: object = None

@@ -1,4 +1,4 @@
-"""Read JSON values that a guest sent: right type, bounded, or :class:`ProtocolViolation`."""
+"""Validate JSON values that a guest sent: expected type, bounded, or :class:`ProtocolViolation`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pytest_microvm.untrusted.text import sanitize, sanitize_line
 MAX_LINE = 32 * 1024 * 1024
 MAX_LIST = 1_000_000
 MAX_VALUES = 2_000_000
-"""JSON values in the records about one test. Each costs some 64 bytes, in JSON it can be two or three."""
+"""JSON values in the records about one test. Each costs some 64 bytes of memory, but two or three in JSON."""
 MAX_COLLECTED_VALUES = 20_000_000
 """JSON values in the records of a collection, few of which are kept."""
 
-_MAX_DIGITS = 1000  # Python before 3.10.7 needs time for the square of their number
+_MAX_DIGITS = 1000  # before 3.10.7, Python parses integers in quadratic time
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # no closing quote: up to the end, at once
 
 
@@ -28,9 +28,9 @@ def violation(what: str) -> ProtocolViolation:
 
 
 class Records:
-    """The records of one answer, which together hold no more than ``limit`` values.
+    """A reader for the records of one answer, which together may hold at most ``limit`` values.
 
-    Without the limit ``[[],[],...]`` would grow to more than twenty times its size when it is parsed.
+    Without the limit, ``[[],[],...]`` would grow to more than twenty times its size when parsed.
     """
 
     def __init__(self, limit: int = MAX_VALUES) -> None:
@@ -40,7 +40,7 @@ class Records:
         """Return the JSON object in ``line``.
 
         Raises:
-            ProtocolViolation: It is none, too long, or one value too many.
+            ProtocolViolation: The line is not a JSON object, is too long, or exceeds the limit of values.
         """
         if len(line) > MAX_LINE:
             raise violation(f"a record of more than {MAX_LINE} bytes")
@@ -57,7 +57,7 @@ class Records:
 
 
 def _count_values(line: bytes, enough: int) -> int:
-    """Return how many values ``line`` may hold: exactly where that matters, else no fewer than it has."""
+    """Return an upper bound of the values in ``line``, computed precisely where it could matter."""
     roughly = sum(map(line.count, (b",", b"[", b"{"))) + 1
     if roughly <= min(enough, len(line) // 100):
         return roughly
@@ -88,7 +88,7 @@ def line(value: object, what: str) -> str:
 
 
 def path(value: object, what: str) -> str:
-    """Return ``value`` as a line to be followed by a colon, with which it makes no CI workflow command."""
+    """Return ``value`` as a safe line that, followed by a colon, cannot form a CI workflow command."""
     shown = line(value, what)
     return f"\\{shown}" if shown.lstrip().startswith(":") else shown
 
@@ -108,7 +108,7 @@ def integer(value: object, what: str, low: int = 0, high: int = 2**53) -> int:
 
 
 def seconds(value: object) -> float:
-    """Return ``value`` as a finite number of seconds, not below 0; 0 where it is none."""
+    """Return ``value`` as a finite number of seconds, not below 0; 0 if it is not one."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return 0.0
     return float(value) if 0 <= value < 2**53 else 0.0

@@ -1,4 +1,4 @@
-"""What a guest's pytest collected, as a value: parsed and judged, nothing in it trusted."""
+"""The collection of a guest's pytest as a value, parsed from untrusted records and validated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_CLASSES = 1000
 
 @dataclass(frozen=True)
 class Mark:
-    """A marker of a node; arguments that JSON cannot carry are texts."""
+    """A marker of a node; arguments that JSON cannot represent are texts."""
 
     name: str
     args: tuple[Any, ...]
@@ -27,7 +27,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class Node:
-    """A collector or an item. ``raw_nodeid`` is what the guest calls it, the other texts are safe to show."""
+    """A collector or an item. ``raw_nodeid`` is the guest's own text; all other texts are safe to show."""
 
     parent: int
     kind: str
@@ -46,9 +46,9 @@ class Node:
 
 @dataclass(frozen=True)
 class CollectOutcome:
-    """One collect report: which collector, what came of it, and the report where there is more to say.
+    """One collect report: the collector's number, its outcome and results, and the full report if any.
 
-    ``shown``: its failure is a text that an object showed, not one that pytest made.
+    ``shown``: its failure was an object that renders itself (``toterminal``), serialized as text.
     """
 
     node: int
@@ -60,7 +60,7 @@ class CollectOutcome:
 
 @dataclass(frozen=True)
 class GuestWarning:
-    """A warning that was recorded in the guest; ``category`` are class names, the most special first."""
+    """A warning recorded in the guest; ``category`` holds class names, the most specific first."""
 
     when: str
     nodeid: str
@@ -73,7 +73,7 @@ class GuestWarning:
 
 @dataclass(frozen=True)
 class GuestExit:
-    """The guest's pytest ended by itself: exit ``code``, why in a word, and what it said."""
+    """The end of a guest's pytest that ended by itself: exit code, reason in one word, and message."""
 
     code: int
     reason: str
@@ -82,19 +82,19 @@ class GuestExit:
 
 @dataclass(frozen=True)
 class Collected:
-    """Everything a collection gave.
+    """The complete result of a collection.
 
     Args:
         nodes: All nodes; the session is number 0 and not among them, the first has number 1.
         reports: Collect reports in the guest's order.
-        order: The items to run, by number, as the project's hooks left them.
-        deselected: Items that the project's hooks took out.
+        order: The items to run, by number, as the project's hooks ordered them.
+        deselected: Items that the project's hooks deselected.
         warnings: Warnings recorded so far.
         markers: The project's registered markers.
         python: The guest's Python version.
         pytest: The guest's pytest version.
         header: Lines of the guest's report header.
-        exit: Set if collection did not reach its end.
+        exit: Set if collection ended early.
     """
 
     nodes: tuple[Node, ...] = ()
@@ -110,10 +110,10 @@ class Collected:
 
     @classmethod
     def parse(cls, data: bytes) -> Collected:
-        """Read the lines of a runner's answer to ``collect``.
+        """Parse the lines of a runner's answer to ``collect``.
 
         Raises:
-            ProtocolViolation: They are not what a runner sends.
+            ProtocolViolation: They do not follow the runner's protocol.
         """
         draft = _Draft()
         records = checks.Records(checks.MAX_COLLECTED_VALUES)
@@ -130,7 +130,7 @@ class Collected:
 
 @dataclass
 class _Draft:
-    """A :class:`Collected` in the making."""
+    """A :class:`Collected` under construction."""
 
     values: dict[str, Any] = field(default_factory=dict)
     nodes: list[Node] = field(default_factory=list)
@@ -161,7 +161,7 @@ class _Draft:
 
 def _lines(data: bytes) -> Iterator[bytes]:
     start = 0
-    while start < len(data):  # one at a time: all at once would be the data once more
+    while start < len(data):  # one at a time: splitting at once would copy all the data
         end = data.find(b"\n", start)
         end = len(data) if end < 0 else end
         if end > start:
@@ -206,7 +206,7 @@ def _node(draft: _Draft, record: dict[str, Any]) -> None:
 
 
 def _class_name(draft: _Draft, value: object) -> str:
-    """Return a name for a class to be made; so there must not be many."""
+    """Return the name for a node's proxy class; each name creates a class, so their number is limited."""
     name = checks.line(value, "class name")
     if not name.isidentifier() or keyword.iskeyword(name):
         return "Node"
@@ -246,7 +246,7 @@ def _location(value: object) -> tuple[str, int | None, str]:
 
 
 def _domain(value: object) -> str:
-    """Return a test's name in its file; pytest shows its dots as ``::``, which at the start CI obeys."""
+    """Return a test's name in its file; pytest shows dots as ``::``, a CI command if at the start."""
     name = checks.line(value, "test name")
     return f"\\{name}" if name.lstrip().startswith((".", ":")) else name
 
@@ -273,7 +273,7 @@ def _deselected(draft: _Draft, record: dict[str, Any]) -> None:
 
 
 def parse_warning(record: dict[str, Any]) -> GuestWarning:
-    """Read a ``warning`` record.
+    """Parse a ``warning`` record.
 
     Raises:
         ProtocolViolation: It is malformed.
@@ -292,7 +292,7 @@ def parse_warning(record: dict[str, Any]) -> GuestWarning:
 
 
 def parse_exit(record: dict[str, Any]) -> GuestExit:
-    """Read an ``exit`` record.
+    """Parse an ``exit`` record.
 
     Raises:
         ProtocolViolation: It is malformed.

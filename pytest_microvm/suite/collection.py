@@ -15,16 +15,16 @@ from pytest_microvm.suite.foreign_warnings import warning_message
 from pytest_microvm.suite.proxies import build_proxies
 from pytest_microvm.suite.replay import rebuild_collect_report
 
-_MAX_DEPTH = 200  # collectors inside each other; Python's own limit would be met soon after
-_SPARE_VISITS = 100_000  # of files that are named more than once
+_MAX_DEPTH = 200  # nested collectors; Python's recursion limit is not much higher
+_SPARE_VISITS = 100_000  # for files that are named more than once
 
 
 class Replay:
-    """What the guest collected, told to the host's plug-ins as if it had happened here.
+    """A replay of the guest's collection through the host's hooks, as if it had happened on the host.
 
     Args:
         session: The host's session.
-        collected: What the guest said.
+        collected: The guest's collection.
     """
 
     def __init__(self, session: pytest.Session, collected: Collected) -> None:
@@ -43,7 +43,7 @@ class Replay:
 
         Raises:
             pytest.UsageError: The guest's pytest ended with one.
-            ProtocolViolation: What the guest said makes no tree.
+            ProtocolViolation: The guest's nodes do not form a tree.
         """
         session, hook = self._session, self._config.hook
         session.items = []
@@ -65,7 +65,7 @@ class Replay:
             raise_exit(self._collected.exit)
 
     def make_report(self, collector: Any) -> pytest.CollectReport:
-        """Return the report on ``collector`` that comes next."""
+        """Return the next report on ``collector``."""
         number = 0 if collector is self._session else collector.number
         reports = self._reports[number]
         if not reports:
@@ -86,7 +86,7 @@ class Replay:
             )
 
     def _items(self) -> Iterator[Any]:
-        """Go through the tree as pytest does: failures on the way to the arguments, then the session."""
+        """Yield the items in pytest's order: first report failures on the way to the arguments."""
         for told in self._collected.reports:
             if told.node == 0:
                 break
@@ -109,7 +109,7 @@ class Replay:
             node.ihook.pytest_itemcollected(item=node)
             yield node
         elif isinstance(node, pytest.File) or node.number not in self._told:
-            # Only files are reported again when they are named twice.
+            # Only files are reported again if they are named twice.
             self._told.add(node.number)
             report = collect_one_node(node)
             if report.passed:
@@ -123,7 +123,7 @@ class Replay:
         return report
 
     def _ordered(self, found: list[Any]) -> list[Any]:
-        """Return the items of ``found`` in the order in which the project's hooks left them."""
+        """Return the items of ``found`` in the order set by the project's hooks."""
         position = {number: place for place, number in enumerate(self._collected.order)}
         wanted = {item.number for item in found}
         for item in found:
@@ -131,20 +131,20 @@ class Replay:
         ordered = [self._proxies[number] for number in self._collected.order if number in wanted]
         reported = {number for report in self._collected.reports for number in report.result}
         for number in self._collected.order:
-            if number not in reported:  # made by a hook of the project, in no collector
+            if number not in reported:  # added by a hook of the project, not by a collector
                 self._proxies[number].position = position[number]
                 ordered.insert(min(position[number], len(ordered)), self._proxies[number])
         return ordered
 
 
 def raise_exit(ended: GuestExit) -> None:
-    """End the host's session as the guest's ended.
+    """End the host's session as the guest's session ended.
 
     Raises:
         pytest.UsageError: For bad input.
         KeyboardInterrupt: The guest's session was interrupted.
-        pytest.exit.Exception: In every other case, with the guest's exit code; but no test can make a run
-            that it ends look as if all had passed.
+        pytest.exit.Exception: In every other case, with the guest's exit code, but never 0: no test can end a
+            run so that it looks passed.
     """
     text = ended.text.strip().removeprefix("ERROR: ")
     if ended.reason == "no pytest":

@@ -1,7 +1,7 @@
-"""Warning categories that exist only in a guest: classes of the same name, never an import.
+"""Warning categories that exist only in a guest: generated classes of the same name, never imports.
 
-pytest-xdist's controller finds a category as an attribute of its module, so this module makes one for
-whatever identifier is asked of it.
+pytest-xdist's controller looks a category up as an attribute of its module, so this module generates a class
+for any identifier.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _made: dict[tuple[str, type[Warning]], type[Warning]] = {}
 
 
 def category(names: Sequence[str]) -> type[Warning]:
-    """Return the class for a category given by its class names, the most special first.
+    """Return the class for a category given by its class names, the most specific first.
 
-    Python's and pytest's own are themselves; another is a class of the same name below its nearest
-    known base.
+    Python's and pytest's own categories are used as they are; any other becomes a generated class of the same
+    name, derived from its nearest known base.
     """
     for name in names:
         known = _known(name)
@@ -44,7 +44,7 @@ def _known(name: str) -> type[Warning] | None:
     if not module:
         found = vars(builtins).get(short)
     elif module in {"pytest", "_pytest.warning_types"}:
-        found = vars(pytest).get(short)  # as an attribute an old name would warn of itself
+        found = vars(pytest).get(short)  # not getattr: access to a deprecated name would warn
     return found if isinstance(found, type) and issubclass(found, Warning) else None
 
 
@@ -59,11 +59,11 @@ def __getattr__(name: str) -> type[Warning]:
 
 
 def warning_message(warning: GuestWarning) -> warnings.WarningMessage:
-    """Return ``warning`` as Python's own record of one."""
+    """Return ``warning`` as Python's own ``WarningMessage``."""
     kind = category(warning.category)
     try:
         message: Warning | str = kind(warning.message)
-    except TypeError:  # UnicodeWarning and friends take a text; a stranger may not
+    except TypeError:  # the standard categories take a text; a plug-in's may not
         message = warning.message
     return warnings.WarningMessage(
         message=message,

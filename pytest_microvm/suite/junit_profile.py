@@ -1,4 +1,4 @@
-"""``--microvm-junit-profile``: the JUnit file that pytest wrote, made for who reads it."""
+"""``--microvm-junit-profile``: rewrite pytest's JUnit file for its consumer, such as a CI system."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _EVIDENCE = ("console.txt", "report.txt", "events.jsonl", "network.jsonl", "mach
 
 
 def shape_junit(config: pytest.Config, name: str) -> None:
-    """Have this run's JUnit file rewritten at its end, if one is written.
+    """Register a plug-in that rewrites this run's JUnit file at its end, if one is written.
 
     Args:
-        config: pytest's configuration; the file is written by the controller of pytest-xdist alone.
+        config: pytest's configuration; of pytest-xdist's processes only the controller writes the file.
         name: The profile's name.
 
     Raises:
@@ -46,7 +46,7 @@ def shape_junit(config: pytest.Config, name: str) -> None:
 
 
 class _Shaping:
-    """Rewrites the file after pytest wrote it."""
+    """A plug-in that rewrites the file after pytest has written it."""
 
     def __init__(self, config: pytest.Config, path: Path, profile: Profile) -> None:
         self._config = config
@@ -55,7 +55,7 @@ class _Shaping:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self) -> Generator[None, object, object]:
-        """Let pytest write the file, then rewrite it."""
+        """Rewrite the file after pytest's own plug-in has written it."""
         result = yield
         report = read_report(self._path, ours=True)
         suites = [replace(suite, cases=tuple(map(_with_evidence, suite.cases))) for suite in report.suites]
@@ -76,7 +76,7 @@ class _Shaping:
 
 
 def _with_evidence(case: Case) -> Case:
-    """Return the case with what was saved of its machine."""
+    """Return the case with its machine's saved files as attachments."""
     folder = next((Path(value) for name, value in case.properties if name == _FOLDER), None)
     if folder is None:
         return case

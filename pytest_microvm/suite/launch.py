@@ -47,12 +47,12 @@ class Launch:
     """Facts that the launcher passes to our plug-in and to pytest-xdist's workers, as a JSON file.
 
     Args:
-        words: How many of pytest's words are ours; the user's follow.
+        words: Number of our words at the start of pytest's command line; the user's follow.
         guest: Words of the project, for the machine's pytest.
         file: The project's configuration.
-        left: Words of the project that nobody obeys.
+        left: Words of the project that were dropped.
         autoload: The user's ``PYTEST_DISABLE_PLUGIN_AUTOLOAD``.
-        reports: Where files are written that the project names.
+        reports: The folder for files that the project names.
     """
 
     words: int
@@ -64,7 +64,7 @@ class Launch:
 
 
 def launch_of(words: Sequence[str]) -> Launch | None:
-    """Return the record that :func:`prepared` wrote, ``None`` for a pytest that was not launched."""
+    """Return the record that :func:`prepared` wrote, or ``None`` if this pytest was not launched by it."""
     option = f"{_LAUNCHED}="
     path = next((word.removeprefix(option) for word in words if word.startswith(option)), None)
     if path is None:
@@ -76,10 +76,10 @@ def launch_of(words: Sequence[str]) -> Launch | None:
 
 
 def main(words: Sequence[str]) -> int:
-    """Run pytest in this process, which must be an isolated one (``python -I``); return its exit status.
+    """Run pytest in this process, which must be isolated (``python -I``); return its exit status.
 
     Args:
-        words: The user's, as for pytest.
+        words: The user's command line, as for pytest.
     """
     sys.argv = [PROGRAM, *words]
     try:
@@ -89,9 +89,9 @@ def main(words: Sequence[str]) -> int:
             status = int(pytest.main(arguments))
             sys.stdout.flush()
     except MicroVMError as error:
-        sys.stderr.write(f"ERROR: {sanitize(str(error))}\n\n")  # as pytest shows it
+        sys.stderr.write(f"ERROR: {sanitize(str(error))}\n\n")  # pytest's format
         return int(pytest.ExitCode.USAGE_ERROR)
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+    except BrokenPipeError:  # the reader of our output exited, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(pytest.ExitCode.TESTS_FAILED)
     return status
@@ -104,13 +104,13 @@ def prepared(
     """Yield the command line for the host's pytest; its temporary files exist while the block runs.
 
     Args:
-        words: The user's.
-        user: Plug-ins that the user always wants.
-        directory: Where pytest is started.
-        environ: The variables of this process: those that pytest would obey are taken out.
+        words: The user's command line.
+        user: The user's file, with plug-ins to load on every run.
+        directory: The folder that pytest is started in.
+        environ: The variables of this process; those that pytest would obey are removed.
 
     Raises:
-        UsageError: The project's configuration, or something that the user says, cannot be used.
+        UsageError: The project's configuration or the user's command line is invalid.
     """
     words = [*shlex.split(environ.pop(_ADDOPTS, "")), *words]
     arity = {**ARITY_ELSEWHERE, **_pytest_options(), _REPORTS: "1"}
@@ -153,7 +153,7 @@ def prepared(
 
 
 def _own_words(project: ProjectFile, plugins: Sequence[str], folder: Path) -> list[str]:
-    """Return the options that keep the host's pytest away from the project; they come first."""
+    """Return the options that isolate the host's pytest from the project; they come first."""
     empty = folder / "pytest.ini"
     empty.write_text("[pytest]\n", encoding="ascii")
     return [
@@ -178,7 +178,7 @@ def _plugins(user: UserFile, users: Sequence[str], arity: Mapping[str, str]) -> 
 
 
 def _is_machines_plugin(token: Token) -> bool:
-    """Whether the token is ``-p NAME`` for a plug-in that is not installed on this computer."""
+    """Return True if the token is ``-p NAME`` for a plug-in that is not installed on this computer."""
     name = (token.value or "").strip()
     if token.option != "-p" or name.startswith("no:") or name in builtin_plugins:
         return False
@@ -187,10 +187,10 @@ def _is_machines_plugin(token: Token) -> bool:
 
 
 def _refuse_python_path(rootdir: Path, environ: Mapping[str, str]) -> None:
-    """Refuse a ``PYTHONPATH`` that leads into the project: each Python here would import from there.
+    """Check that ``PYTHONPATH`` has no folder of the project: every Python here would import from it.
 
     Raises:
-        UsageError: It does.
+        UsageError: It has one.
     """
     for entry in environ.get("PYTHONPATH", "").split(os.pathsep):
         if entry and Path(entry).resolve().is_relative_to(rootdir.resolve()):
@@ -201,7 +201,7 @@ def _refuse_python_path(rootdir: Path, environ: Mapping[str, str]) -> None:
 
 
 def _pytest_options() -> dict[str, str]:
-    """Return which options pytest and this package have, and whether they take a value."""
+    """Return the options of pytest and of this package, with their arity."""
     config = get_config()
     config.pluginmanager.import_plugin("pytest_microvm.plugin")
     return parser_arity(config._parser)  # noqa: SLF001 - pytest has no public list
@@ -217,6 +217,6 @@ def _named_file(said: Sequence[Token], directory: Path) -> list[str]:
 
 
 def _cache_of(rootdir: Path) -> Path:
-    """Return pytest's cache folder, outside the project, where a link could redirect it."""
+    """Return pytest's cache folder: outside the project, because a link inside could redirect it."""
     name = hashlib.sha256(os.fsencode(rootdir.resolve())).hexdigest()[:32]
     return platformdirs.user_state_path("pytest-microvm") / "suites" / name

@@ -1,4 +1,4 @@
-"""Which machine a test gets: a fresh one, or the one that tests of its class, module or run share."""
+"""Assignment of machines to tests: a fresh one, or one shared by the tests of a class, module or run."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pytest_microvm.suite.session import RunnerSession
 
 
 def sharing_key(item: pytest.Item, isolation: str) -> object:
-    """Return what ``item`` has in common with the tests that may share its machine.
+    """Return a key that is equal for all tests that share one machine with ``item``.
 
-    A test outside any class has a machine of its own under ``class``.
+    With isolation ``class``, a test outside any class has its own machine.
     """
     if isolation == "session":
         return "session"
@@ -29,28 +29,28 @@ def sharing_key(item: pytest.Item, isolation: str) -> object:
 
 
 class Watcher(Protocol):
-    """Who is told of machines that come and go."""
+    """An observer of machines that start and end."""
 
     def started(self, facts: MachineFacts, nodeid: str) -> None:
-        """A machine answers and is about to be used for the test ``nodeid``."""
+        """Handle a machine that answers and is about to be used for the test ``nodeid``."""
 
     def stopped(self, facts: MachineFacts, usage: Usage) -> None:
-        """A machine has been ended."""
+        """Handle a machine that has been ended."""
 
     def retried(self, nodeid: str, error: MachineError, retry: int, most: int) -> None:
-        """A machine never reached the test ``nodeid``, which is tried again in a fresh one."""
+        """Handle a machine that failed before the test ``nodeid`` started; a fresh one is tried next."""
 
     def told(self, nodeid: str, line: str) -> None:
-        """There is something to say about what the machine of the test ``nodeid`` gave back."""
+        """Handle a message about changes copied back from the machine of the test ``nodeid``."""
 
 
 class Leases:
-    """Hand out machines, one at a time, and take them back.
+    """Leases of machines to tests, at most one at a time.
 
     Args:
-        backend: Where they come from.
-        isolation: How often one is new.
-        watcher: Told of each.
+        backend: The source of machines.
+        isolation: The scope that shares one machine.
+        watcher: Notified of each machine.
     """
 
     def __init__(self, backend: Backend, isolation: str, watcher: Watcher) -> None:
@@ -60,10 +60,10 @@ class Leases:
         self._current: Lease | None = None
 
     def take(self, item: pytest.Item) -> Lease:
-        """Return the machine for ``item``.
+        """Return the lease for ``item``: the current machine if shared, or a new one.
 
         Raises:
-            BootError: It did not come up.
+            BootError: The machine did not start.
         """
         key = sharing_key(item, self._isolation)
         lease = self._current
@@ -75,11 +75,11 @@ class Leases:
         return lease
 
     def next_in_same(self, lease: Lease, nextitem: pytest.Item | None) -> bool:
-        """Whether ``nextitem`` will run in ``lease``'s machine as well."""
+        """Return True if ``nextitem`` will also run in the machine of ``lease``."""
         return nextitem is not None and sharing_key(nextitem, self._isolation) == lease.key
 
     def discard(self, lease: Lease) -> None:
-        """End a machine that failed, or whose only test is done, without a word to its runner."""
+        """End a machine that failed, or whose only test is done, without notifying its runner."""
         if not lease.ended:
             lease.ended = True
             usage = lease.machine.usage()
@@ -87,7 +87,7 @@ class Leases:
             self._watcher.stopped(lease.machine.facts, usage)
 
     def keep(self, lease: Lease, about: str) -> Kept | None:
-        """Keep a machine for a person, if that was asked for; it is not used again."""
+        """Keep a machine for a user to enter, if that was requested; it is not used again."""
         usage = lease.machine.usage()
         kept = lease.machine.keep(about)
         if kept is not None:
@@ -96,7 +96,7 @@ class Leases:
         return kept
 
     def release(self) -> None:
-        """End the machine in use; a shared one ends its pytest session first."""
+        """End the machine in use; a shared one finishes its pytest session first."""
         lease, self._current = self._current, None
         if lease is None or lease.ended:
             return

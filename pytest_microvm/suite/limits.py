@@ -1,4 +1,4 @@
-"""What a test's own ``microvm`` marker says about its limits: it may tighten those of the run, no more.
+"""Limits from a test's ``microvm`` marker, which may only tighten the limits of the run.
 
 The marker comes from the guest, which may be hostile.
 """
@@ -25,10 +25,10 @@ _KEYS = frozenset(field.name for field in fields(TestLimits)) - {"counted"}
 
 
 def check_markers(item: pytest.Item) -> None:
-    """Check that the markers of ``item`` have only keys that can hold for one test.
+    """Check that the markers of ``item`` have only keys that can apply to a single test.
 
     Raises:
-        UsageError: One has another key: its machine has been made by then.
+        UsageError: One has another key, which cannot change a machine that already exists.
     """
     for marker in item.iter_markers(MARKER):
         for name in marker.kwargs:
@@ -46,10 +46,10 @@ def check_markers(item: pytest.Item) -> None:
 def limits_of(item: pytest.Item, options: RunOptions) -> TestLimits:
     """Return the limits of ``item``.
 
-    A machine that tests share has limits of its own: of their markers only ``timeout`` and ``output`` count.
-    Of the run's network rules a marker leaves those that it names, and those that forbid.
+    A machine shared by tests has its own limits: of their markers only ``timeout`` and ``output`` apply.
+    A marker's ``network`` keeps those of the run's rules that it names, and all that deny.
 
-    Impossible values were refused when the tests were collected.
+    Invalid values were already refused at collection.
     """
     limits = TestLimits(options.timeout, options.output)
     names = _KEYS - {"network"}

@@ -1,4 +1,4 @@
-"""Machines for a remote suite: the chain up to the collected template, and copies of it."""
+"""Machines for a remote suite: the template chain up to the collected template, and copies of it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 CODE_FOLDER = "/run/microvm/code"
 PYTHON = "python3"
 _COLLECTED = "collected"
-_OWN_LINK = 16 * 1024**2  # bytes; a larger workspace is copied once for all arguments, in a link more
+_OWN_LINK = 16 * 1024**2  # bytes; a larger workspace gets its own link, shared by all arguments
 _HELLO_TIMEOUT = 120.0
 
 
@@ -58,50 +58,50 @@ class RunnerLease:
         self._instance = instance
         self._own = own
         self._ended = False
-        self._machine = MicroVM(instance, facts)  # for what goes through the agent
+        self._machine = MicroVM(instance, facts)  # for operations through the agent
         self.facts = facts
         self.link: Link = instance.link("runner")
 
     @property
     def redactor(self) -> Redactor:
-        """What takes its secrets out of what its tests report."""
+        """The redactor that removes its secrets from test reports."""
         return self._instance.redactor
 
     @property
     def requests(self) -> NetworkLog:
-        """What it asked of the network up to now."""
+        """The log of its network requests so far."""
         self._instance.network.settle()
         return self._instance.requests
 
     @property
     def usable(self) -> bool:
-        """Whether it still runs."""
+        """True while the machine runs."""
         return self._instance.vmm.alive
 
     def usage(self) -> Usage:
-        """Return what it has used so far."""
+        """Return the machine's usage so far."""
         return self._instance.usage()
 
     def exceeded(self) -> QuotaExceeded | None:
-        """Return the quota that it exceeded, if it did."""
+        """Return the quota that the machine exceeded, if any."""
         return self._instance.exceeded()
 
     def end_for(self, quota: QuotaExceeded) -> None:
-        """End it because its test exceeded a quota that was counted by whoever asks."""
+        """End the machine because its test exceeded a quota that the caller measured."""
         guard = self._instance.guard
         if guard is not None:
             guard.exceed(quota.quota, quota.limit, quota.observed, quota.details)
 
     def end_error(self) -> MachineError:
-        """Return why it ended by itself: a quota, or a crash with the console's tail."""
+        """Return the error that ended the machine: a quota, or a crash with the console's tail."""
         return self._instance.end_error(self.facts.id)
 
     def save(self, folder: Path, error: MachineError, about: str) -> None:
-        """Write what is known of it into ``folder``."""
+        """Save the machine's records in ``folder``."""
         evidence.save(folder, self._instance, self.facts, error, about)
 
     def tighten(self, limits: TestLimits) -> None:
-        """Lower what it may use."""
+        """Lower the machine's limits."""
         guard = self._instance.guard
         if guard is not None:
             guard.tighten(pids=limits.pids, cpu_seconds=limits.cpu_seconds, lifetime=limits.lifetime)
@@ -109,35 +109,35 @@ class RunnerLease:
             self._instance.narrow(self._host.policy(limits.network, self._base.image))
 
     def watch(self) -> None:
-        """Enforce its limits from now on."""
+        """Start enforcing the machine's limits."""
         self._instance.watch(self.facts.limits)
 
     def hand_over(self, mounts: tuple[Mount, ...]) -> None:
-        """Copy in what its test is given."""
+        """Mount ``mounts`` in the machine."""
         for mount in mounts:
             self._machine.hand_over(mount)
 
     def take_back(self) -> list[str]:
-        """Copy back what its test changed in that; return what there is to say about it."""
+        """Copy changes in its mounts back; return messages about the result, for users."""
         lines = []
         for mounted in self._machine.mounts:
             try:
                 changes = mounted.copy_back()
-                if mounted.mount.kind != "live":  # of which there is nothing to tell
+                if mounted.mount.kind != "live":  # live mounts have nothing to copy back
                     lines.append(f"{mounted.mount.target}: {changes}")
             except MicroVMError as error:
                 lines.append(str(error))
         return lines
 
     def kill(self) -> None:
-        """End it; a second call does nothing."""
+        """End the machine; a second call does nothing."""
         if not self._ended:
             self._ended = True
             self._instance.close()
             self._host.release(self.facts.id, self._own)
 
     def keep(self, about: str) -> KeptMachine | None:
-        """Freeze it on disk instead of ending it; ``None`` if it was not started for that, or is dead."""
+        """Freeze the machine to disk; ``None`` if it was not started for that, or has ended."""
         if self._own is None or self._ended or not self.usable:
             return None
         kept = self._host.keep(self._instance, self._base, self.facts, self._own, about)
@@ -146,16 +146,16 @@ class RunnerLease:
 
 
 class MachineBackend:
-    """Where ``pytest --microvm`` gets its machines (a :class:`pytest_microvm.suite.backend.Backend`).
+    """The backend of ``pytest --microvm`` (a :class:`pytest_microvm.suite.backend.Backend`).
 
     Args:
-        settings: What the command line says.
-        progress: Told what takes long.
-        change: Changes what the machines are made of, after configuration and command line.
+        settings: The command line's settings.
+        progress: Called with descriptions of slow steps.
+        change: Changes the machines' spec, after configuration and command line.
 
     Raises:
-        UsageError: The configuration cannot be used.
-        HostError: This computer lacks something.
+        UsageError: The configuration is invalid.
+        HostError: This computer lacks a requirement.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class MachineBackend:
             project=settings.rootdir,
             require_accel=self._config.require_accel,
             timeout=DEFAULT_TIMEOUT,
-            retries=0,  # the suite tries again, and says so with the test
+            retries=0,  # the suite itself retries, and reports that with the test
             say=progress,
         )
         self._base = self._host.base(self._config.spec)
@@ -184,13 +184,13 @@ class MachineBackend:
 
     @property
     def facts(self) -> BackendFacts:
-        """What runs the tests."""
+        """The accelerator and image that run the tests."""
         accelerator, image = self._base.accelerator, self._base.image
         return BackendFacts(accelerator.name, accelerator.reason, image.name, image.digest)
 
     @property
     def options(self) -> RunOptions:
-        """The merged configuration, as far as the suite needs it."""
+        """The part of the merged configuration that the suite uses."""
         limits = self._base.limits
         return RunOptions(
             isolation=self._config.isolation,
@@ -206,7 +206,7 @@ class MachineBackend:
         )
 
     def collect(self, plan: CollectPlan, progress: Progress) -> bytes:
-        """Return the runner's answer to ``collect``, from the template cache where nothing changed.
+        """Return the runner's answer to ``collect``, from the template cache if nothing changed.
 
         Raises:
             MicroVMError: No machine could be prepared.
@@ -223,11 +223,11 @@ class MachineBackend:
         return self._template.attachment(_COLLECTED)
 
     def _steps(self, plan: CollectPlan, workspace: Workspace) -> list[Step]:
-        """Return the chain: what changes least comes first, and an edit makes one link anew."""
+        """Return the template chain's steps, the most stable first, so that an edit rebuilds only one."""
         steps = self._prepared(plan)
         started = "PYTHONPATH" not in self._environment(
             plan
-        )  # else the workspace can shape how Python starts
+        )  # otherwise the workspace could affect Python's start
         if started:
             steps.append(self._started_step(plan))
         copied = workspace.size > _OWN_LINK
@@ -237,10 +237,10 @@ class MachineBackend:
         return steps
 
     def lease(self) -> RunnerLease:
-        """Return a fresh copy of the machine in which collection has happened.
+        """Return a fresh copy of the machine whose runner has collected the tests.
 
         Raises:
-            BootError: It did not wake up.
+            BootError: It did not resume.
         """
         lease = self._pool.take() or self._start()
         lease.watch()
@@ -252,7 +252,7 @@ class MachineBackend:
         return lease
 
     def close(self) -> None:
-        """End what is ready."""
+        """End the machines that are ready."""
         self._host.close()
 
     @cached_property
@@ -296,12 +296,12 @@ class MachineBackend:
         ]
 
     def _prepare_grants(self) -> Grants:
-        """Return what the prepare commands may reach: their own rules, and nothing of the tests' grants."""
+        """Return the grants of the prepare commands: their own network rules, none of the tests' grants."""
         spec = MachineSpec(network=self._config.prepare_network, hosts=self._config.spec.hosts)
         return self._host.grants(spec, self._base.image)
 
     def _started_step(self, plan: CollectPlan) -> Step:
-        """Return the link in which the runner starts and loads pytest and its plug-ins; no workspace yet."""
+        """Return the chain step that starts the runner with pytest and its plug-ins, without a workspace."""
 
         def work(instance: Instance) -> dict[str, bytes]:
             with self._told(instance):
@@ -311,12 +311,12 @@ class MachineBackend:
         return Step("started", (json.dumps(plan.environment),), work, "starting pytest")
 
     def _collected_step(self, plan: CollectPlan, workspace: Workspace | None, *, started: bool) -> Step:
-        """Return the link in which the tests are collected.
+        """Return the chain step that collects the tests.
 
         Args:
-            plan: What to collect.
-            workspace: What is copied in before; ``None`` if it is there.
-            started: Whether the runner runs already.
+            plan: The collection request.
+            workspace: The workspace to copy in first; ``None`` if it is already there.
+            started: Whether the runner is already running.
         """
         inputs = [json.dumps(plan.arguments), str(plan.directory), json.dumps(plan.environment)]
         if workspace is not None:
@@ -338,7 +338,7 @@ class MachineBackend:
     def _start_runner(
         self, instance: Instance, plan: CollectPlan, folder: str, *, preload: bool = False
     ) -> Link:
-        """Start the runner in ``folder`` and wait for its hello, which it says once pytest is loaded."""
+        """Start the runner in ``folder`` and wait for its hello, which it sends once pytest is loaded."""
         machine = machine_in_the_making(self._host, self._base, instance)
         machine.path(folder).mkdir(parents=True, exist_ok=True)
         runner = shlex.join(runner_command(PYTHON, CODE_FOLDER, preload=preload))
@@ -357,7 +357,7 @@ class MachineBackend:
 
     @contextlib.contextmanager
     def _told(self, instance: Instance) -> Iterator[None]:
-        """Tell why a machine did not get as far as to what it collected."""
+        """Convert a crash or timeout during collection into an error that names the cause."""
         try:
             yield
         except MachineCrashed as error:
@@ -369,7 +369,7 @@ class MachineBackend:
             raise self._not_collected(str(error), instance.console_text()) from error
 
     def _environment(self, plan: CollectPlan) -> dict[str, str]:
-        """Return the variables that the runner starts with: the image's, and what is passed on."""
+        """Return the variables that the runner starts with: the image's, and the plan's."""
         return {**dict(self._base.resources.environment), **dict(plan.environment)}
 
     def _not_collected(self, why: str, details: str) -> MachineError:
@@ -381,7 +381,7 @@ class MachineBackend:
 
 
 def workspace_step(workspace: Workspace) -> Step:
-    """Return the link of a template's chain in which a workspace is copied in."""
+    """Return the template-chain step that copies a workspace into the machine."""
 
     def work(instance: Instance) -> dict[str, bytes]:
         send_workspace(instance.adopt("agent", IN_THE_MAKING), workspace)
@@ -395,7 +395,7 @@ def send_workspace(link: Link, workspace: Workspace) -> None:
 
     Args:
         link: The link to the machine's agent.
-        workspace: What to copy.
+        workspace: The workspace to copy.
     """
     with _tar(workspace) as archive:
         send_file(link, "unpack", str(workspace.top), archive)

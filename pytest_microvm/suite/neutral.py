@@ -1,4 +1,4 @@
-"""Keep the host's pytest from importing or judging what only the guest has."""
+"""Neutralise the host's pytest: it must not import, run or check things that only the guest has."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from pytest_microvm.errors import UsageError
 
-# Configuration that imports, acts or judges where the tests are. The guest reads the real values.
+# Configuration that imports, acts or checks in the process of the tests. The guest reads the real values.
 _NEUTRAL: dict[str, Any] = {
     "filterwarnings": [],
     "required_plugins": [],
@@ -29,21 +29,21 @@ _NEUTRAL: dict[str, Any] = {
     "faulthandler_timeout": 0.0,
     "faulthandler_exit_on_timeout": False,
 }
-# Plug-ins that act on the process the tests run in, or import the project; in the guest they are free to.
+# Plug-ins that act on the process the tests run in, or import the project; the guest still loads them.
 _ACTING = ("timeout", "pytest_timeout", "pytest_cov", "django", "pytest_django")
 
 _CACHE = ("README.md", ".gitignore", "CACHEDIR.TAG", "v", "v/cache", "v/cache/lastfailed", "v/cache/nodeids",
           "v/cache/stepwise")  # fmt: skip
-_TRUSTED = ("_pytest", "pytest_microvm")  # whose modules act for pytest itself, and for us
+_TRUSTED = ("_pytest", "pytest_microvm")  # packages whose modules may act: pytest and this one
 
 
 def neutralise(config: pytest.Config) -> None:
-    """Replace the values pytest would act on, and leave nothing of the project on ``sys.path``."""
+    """Replace the values pytest would act on, and remove the project's folders from ``sys.path``."""
     known = config._parser._inidict  # noqa: SLF001
     tell_imports_for_filters(config)
     paths = [os.fspath(path) for path in config.getini("pythonpath")] if "pythonpath" in known else []
     for key, value in _NEUTRAL.items():
-        config._inicache[key] = value  # noqa: SLF001 - the one place all readers ask
+        config._inicache[key] = value  # noqa: SLF001 - the cache that all readers use
     for name in _ACTING:
         config.pluginmanager.set_blocked(name)
     before = list(sys.path)
@@ -54,30 +54,30 @@ def neutralise(config: pytest.Config) -> None:
 
 
 def keep_from_acting_early(config: pytest.Config, plugin: object) -> None:
-    """Keep a plug-in from what it would do ahead of the first conftest.py, which belongs to the project.
+    """Remove a plug-in's ``pytest_load_initial_conftests`` hooks, which act on the project's files.
 
-    Some set variables there that the project's files name (pytest-env, pytest-dotenv), PATH or trust among
-    them, or import its modules. No conftest.py is loaded here; in the guest they do what they are for.
+    Some plug-ins set variables there that the project's files name (pytest-env, pytest-dotenv), such as PATH
+    or trust, or import its modules. No conftest.py is loaded on the host; in the guest these hooks run.
 
     Args:
-        config: pytest's configuration, before that moment.
-        plugin: Any that was registered.
+        config: pytest's configuration, before that hook is called.
+        plugin: Any registered plug-in.
     """
     hook = config.hook.pytest_load_initial_conftests
     for implementation in hook.get_hookimpls():
         module = getattr(implementation.function, "__module__", "")
         if implementation.plugin is plugin and module.partition(".")[0] not in _TRUSTED:
-            hook._remove_plugin(plugin)  # noqa: SLF001 - pluggy has no other way
+            hook._remove_plugin(plugin)  # noqa: SLF001 - pluggy has no public function
 
 
 def keep_project_from_worker(spec: Any, *, isolated: bool) -> None:
-    """Let a worker of pytest-xdist on this computer import nothing from the folder that it starts in.
+    """Keep a pytest-xdist worker on this computer from importing modules of its working directory.
 
     Python looks there first, so a project's ``execnet.py`` would run here before any of our code does.
 
     Args:
         spec: The worker's execnet specification.
-        isolated: Whether ``PYTHONPATH`` and the user's packages do not count, either.
+        isolated: Whether ``PYTHONPATH`` and the user's packages are ignored, too.
     """
     if spec.popen and not spec.python:
         safe = "-P" if sys.version_info >= (3, 11) and not isolated else "-I"
@@ -85,7 +85,7 @@ def keep_project_from_worker(spec: Any, *, isolated: bool) -> None:
 
 
 def in_project(path: str, roots: list[Path]) -> bool:
-    """Whether ``path`` is the project's own: below a root, and not in an installed environment."""
+    """Return True if ``path`` belongs to the project: below a root, and not in an installed environment."""
     absolute = Path(path or ".").resolve()
     if not any(absolute.is_relative_to(root.resolve()) for root in roots):
         return False
@@ -114,7 +114,7 @@ def tell_imports_for_filters(config: pytest.Config) -> None:
 
 
 def forget_failed_filters(config: pytest.Config) -> None:
-    """Drop pytest's complaint that a warning filter names a class the host does not have.
+    """Drop pytest's warning about a filter whose category the host does not have.
 
     pytest 9.2 reads the filters before any plug-in is loaded.
     """
@@ -128,7 +128,7 @@ def forget_failed_filters(config: pytest.Config) -> None:
 
 
 def forget_unknown_keys(config: pytest.Config) -> None:
-    """Drop configuration keys that the host's pytest does not know: the guest's may."""
+    """Drop configuration keys that the host's pytest does not know; the guest's may know them."""
     values = getattr(config, "_inicfg", None)
     if values is None:  # before pytest 9
         values = config.inicfg
@@ -137,26 +137,26 @@ def forget_unknown_keys(config: pytest.Config) -> None:
 
 
 def forbid_conftests(config: pytest.Config) -> None:
-    """Let no conftest.py be loaded on the host, and no warning filter of the command line apply."""
+    """Disable conftest.py files and the command line's warning filters on the host."""
     namespace = config.known_args_namespace
     namespace.noconftest = True
     namespace.pythonwarnings = None
 
 
 def shorten_header(config: pytest.Config) -> None:
-    """Show where the cache is under ``-v`` alone, as pytest does where nobody has chosen the folder."""
-    config._inicache["cache_dir"] = ".pytest_cache"  # noqa: SLF001 - the cache is open already
+    """Hide the cache folder from the header without ``-v``, as pytest does for its default folder."""
+    config._inicache["cache_dir"] = ".pytest_cache"  # noqa: SLF001 - the cache is already open
 
 
 def forget_own_file(config: pytest.Config, file: Path | None) -> None:
-    """Show the project's configuration in the header; pytest has read an empty one of ours."""
-    config._inipath = file  # noqa: SLF001 - nothing reads it any more
+    """Show the project's configuration file in the header, not the launcher's empty one that pytest read."""
+    config._inipath = file  # noqa: SLF001 - only the header still uses it
 
 
 def refuse_project_plugins(config: pytest.Config, named: list[str]) -> None:
-    """Raise an error if a loaded plug-in lies in the project: its code runs on the host.
+    """Check that no loaded plug-in lies in the project: its code would run on the host.
 
-    One can be named by ``-p``, be installed from the project's folder, or be found in a folder of
+    A plug-in can be named by ``-p``, be installed from the project's folder, or be found in a folder of
     ``pythonpath``, which pytest puts on ``sys.path`` before it looks for plug-ins.
 
     Args:
@@ -164,7 +164,7 @@ def refuse_project_plugins(config: pytest.Config, named: list[str]) -> None:
         named: The names given with ``-p``.
 
     Raises:
-        UsageError: One is.
+        UsageError: A plug-in does.
     """
     roots = [config.rootpath, config.invocation_params.dir]
     for name, plugin in config.pluginmanager.list_name_plugin():
@@ -182,10 +182,10 @@ def refuse_project_plugins(config: pytest.Config, named: list[str]) -> None:
 
 
 def refuse_linked_cache(config: pytest.Config) -> None:
-    """End the run if pytest's cache would be written elsewhere than in the project.
+    """Check that pytest's cache would be written inside the project.
 
     Raises:
-        UsageError: ``cache_dir`` leads out of it, or something in the cache is a link.
+        UsageError: ``cache_dir`` leads out of it, or a path in the cache is a link.
     """
     if "cache_dir" not in config._parser._inidict:  # noqa: SLF001 - the plug-in is switched off
         return

@@ -1,4 +1,4 @@
-"""What is copied, asked and passed on for a run: workspace, environment, command-line settings."""
+"""Inputs of a run: workspace, environment variables, artifacts folder, command-line settings."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pytest_microvm.suite.backend import Settings
 from pytest_microvm.suite.launch import AUTOLOAD, Launch
 from pytest_microvm.untrusted.nofollow import refuse_links
 
-# Variables that change what pytest itself does or shows, and say nothing about this host.
+# Variables that affect pytest's behaviour or output, and reveal nothing about this host.
 _PASSED = (AUTOLOAD, "TZ", "LANG", "LC_ALL", "NO_COLOR", "FORCE_COLOR", "PY_COLORS")
 
 
 def settings_from(config: pytest.Config, launch: Launch | None) -> Settings:
-    """Return what the command line says about machines; ``launch`` is for a launched run."""
+    """Return the command line's settings for machines; ``launch`` is the record of a launched run."""
     worker = getattr(config, "workerinput", None) or {}
     count = worker.get("workercount") or getattr(config.option, "numprocesses", None) or 0
     return Settings(
@@ -34,9 +34,9 @@ def settings_from(config: pytest.Config, launch: Launch | None) -> Settings:
 
 
 def addopts_of(config: pytest.Config, args: Sequence[str]) -> Sequence[str]:
-    """Return which of the arguments that pytest parses are of its configuration: they come before the user's.
+    """Return the part of pytest's arguments that is its configuration's ``addopts``, before the user's.
 
-    What ``getini`` says may be something else: they can override themselves (``-o addopts=``).
+    ``getini`` may return other words, since ``addopts`` can override themselves (``-o addopts=``).
     """
     users = [*shlex.split(os.environ.get("PYTEST_ADDOPTS", "")), *config.invocation_params.args]
     return args[: max(0, len(args) - len(users))]
@@ -46,11 +46,11 @@ def artifacts_folder(folder: Path | None, settings: Settings) -> Path | None:
     """Return the artifacts folder; a project's configuration may only name one below its own folder.
 
     Args:
-        folder: What the merged configuration says.
-        settings: What the command line says.
+        folder: The folder in the merged configuration.
+        settings: The command line's settings.
 
     Raises:
-        UsageError: The project names another one.
+        UsageError: The project names a folder outside its own.
     """
     if folder is None or "artifacts" in settings.values:
         return folder and folder.absolute()
@@ -71,10 +71,10 @@ def artifacts_folder(folder: Path | None, settings: Settings) -> Path | None:
 
 
 def workspace_of(config: pytest.Config) -> Path:
-    """Return the top of what is copied into the guest: the git work tree around the root directory, or it.
+    """Return the folder to copy into the guest: the git work tree around the root directory, or that itself.
 
     Raises:
-        UsageError: A path of the command line lies outside.
+        UsageError: A path on the command line lies outside it.
     """
     checkout = find_checkout(config.rootpath)
     top = config.rootpath if checkout is None else _spelled(checkout.top, config.rootpath)
@@ -90,7 +90,7 @@ def workspace_of(config: pytest.Config) -> Path:
 
 
 def _spelled(top: Path, folder: Path) -> Path:
-    """Return a folder around ``folder`` as it is spelled there; if it is not, ``folder`` has to do."""
+    """Return ``top`` in the spelling of ``folder``'s parents, or ``folder`` if it is not one of them."""
     return next((parent for parent in [folder, *folder.parents] if parent.resolve() == top), folder)
 
 
@@ -100,7 +100,7 @@ def guest_environment(
     """Return the variables for the runner: few, and none that may hold a secret."""
     environ = {**os.environ, **({} if launch is None else {AUTOLOAD: launch.autoload or ""})}
     found = {name: environ[name] for name in _PASSED if name in environ}
-    for name in ("CI", "BUILD_NUMBER"):  # pytest shows longer explanations when either is set
+    for name in ("CI", "BUILD_NUMBER"):  # pytest shows longer explanations if either is set
         if os.environ.get(name):
             found[name] = "1"
     if plugins:

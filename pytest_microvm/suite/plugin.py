@@ -1,4 +1,4 @@
-"""The plug-in behind ``--microvm``: pytest's hooks on the host, tied to machines."""
+"""The plug-in behind ``--microvm``: pytest hooks on the host that run the tests in machines."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ _OUTPUT = ("Captured stdout", "Captured stderr")
 
 
 class RemoteSuite:
-    """One pytest run whose tests are in machines.
+    """One pytest run whose tests run in machines.
 
     Args:
-        config: pytest's configuration, before its arguments are parsed for good.
+        config: pytest's configuration, before its final parse of the arguments.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -62,15 +62,15 @@ class RemoteSuite:
         self._runner: TestRunner | None = None
         self._tally = Tally()
         self._leave_sigterm = interrupt_on_sigterm()
-        self._guest_plugins = os.environ.pop("PYTEST_PLUGINS", None)  # pytest would import them here
+        self._guest_plugins = os.environ.pop("PYTEST_PLUGINS", None)  # pytest would import them on the host
         self._launch = launch_of(config.invocation_params.args)
         neutral.neutralise(config)
 
     def divide(self, parser: pytest.Parser, args: list[str]) -> None:
-        """Take the guest's arguments out of ``args``, and keep pytest from loading conftest files.
+        """Remove the guest's arguments from ``args``, and keep pytest from loading conftest files.
 
         Raises:
-            pytest.UsageError: Something asked for cannot work, or has acted on the host already.
+            pytest.UsageError: An option cannot work, or would act or has already acted on the host.
         """
         if self._guest_plugins is not None:
             os.environ["PYTEST_PLUGINS"] = self._guest_plugins  # for the workers of pytest-xdist
@@ -95,12 +95,12 @@ class RemoteSuite:
 
     def _is_host_plugin(self, name: str) -> bool:
         if self._launch is not None and not name.startswith("no:") and name not in builtin_plugins:
-            return True  # the machine loads what is installed there
+            return True  # the machine loads its own installed plug-ins
         plugin = self._config.pluginmanager.get_plugin(name)
         return name in _HOST_PLUGINS or bool(getattr(plugin, "microvm_host_only", False))
 
     def pytest_plugin_registered(self, plugin: object) -> None:
-        """Let no plug-in act for the project here; called for those that were there before, too."""
+        """Disable early hooks of any plug-in on the host, also if registered before this one."""
         neutral.keep_from_acting_early(self._config, plugin)
 
     # Session
@@ -109,8 +109,8 @@ class RemoteSuite:
     def pytest_microvm_backend(
         self, config: pytest.Config, settings: Settings, progress: Progress
     ) -> Backend:
-        """Return the backend that runs tests in machines, unless another plug-in brought its own."""
-        from pytest_microvm.suite import machines  # noqa: PLC0415 - tests bring their own
+        """Return the backend that runs tests in machines, unless another plug-in provides its own."""
+        from pytest_microvm.suite import machines  # noqa: PLC0415 - our own tests use another backend
 
         def change(spec: MachineSpec) -> MachineSpec:
             changed: MachineSpec | None = config.hook.pytest_microvm_spec(config=config, spec=spec, nodeid="")
@@ -120,7 +120,7 @@ class RemoteSuite:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionstart(self, session: pytest.Session) -> None:
-        """Find out what runs the tests."""
+        """Create the backend and the collection plan."""
         neutral.forget_unknown_keys(session.config)
         if self._launch is not None:
             neutral.shorten_header(session.config)
@@ -136,12 +136,12 @@ class RemoteSuite:
             self._plan = self._make_plan(backend)
             add_suite_properties(session.config, backend.facts, backend.options.isolation)
             if backend.options.junit_profile is not None:
-                from pytest_microvm.suite.junit_profile import shape_junit  # noqa: PLC0415 - others do without
+                from pytest_microvm.suite.junit_profile import shape_junit  # noqa: PLC0415 - only if requested
 
                 shape_junit(session.config, backend.options.junit_profile)
 
     def pytest_report_header(self) -> list[str] | None:
-        """Say what runs the tests."""
+        """Show the accelerator, image and isolation in pytest's header."""
         if self._backend is None:
             return None
         lines = [header_line(self._backend.facts, self._backend.options.isolation)]
@@ -150,23 +150,23 @@ class RemoteSuite:
         return [sanitize(line) for line in lines]
 
     def pytest_report_collectionfinish(self) -> list[str]:
-        """Say what collected, and what the project's own plug-ins have to say."""
+        """Show the guest's versions and the header lines of its plug-ins."""
         if self._collected is None or self._config.option.verbose < 0:
             return []
         return guest_lines(self._collected)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_setupnodes(self, specs: list[Any]) -> None:
-        """Let pytest-xdist's controller prepare the template once, before its workers ask for it."""
+        """Prepare the template once in pytest-xdist's controller, before its workers need it."""
         for spec in specs:
             neutral.keep_project_from_worker(spec, isolated=self._launch is not None)
         self._collect()
 
     def pytest_collection(self, session: pytest.Session) -> bool:
-        """Collect in the guest and replay what it found."""
+        """Collect in the guest and replay its collection on the host."""
         self._collected = collected = self._collect()
         self._runner = self._make_runner()
-        session._initialpaths = frozenset(self._named_paths())  # noqa: SLF001 - --lf asks for them
+        session._initialpaths = frozenset(self._named_paths())  # noqa: SLF001 - used by --lf
         with _as_pytest_errors():
             self._replay = Replay(session, collected)
             self._replay.perform()
@@ -175,14 +175,14 @@ class RemoteSuite:
         return True
 
     def pytest_make_collect_report(self, collector: pytest.Collector) -> pytest.CollectReport:
-        """Return the guest's report; nothing is ever collected on the host."""
+        """Return the guest's report; the host itself never collects."""
         if self._replay is None:
             raise pytest.UsageError("--microvm collects nothing on the host: run this without --microvm")
         return self._replay.make_report(collector)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> bool:
-        """Run a test in a machine and tell its reports."""
+        """Run a test in a machine and pass its reports to pytest's hooks."""
         assert self._runner is not None
         hook = item.ihook
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
@@ -211,12 +211,12 @@ class RemoteSuite:
         return True
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count."""
+        """Count the test's outcome for the summary."""
         self._tally.add(report)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """End the machine in use; tell a run whose only trouble was the infrastructure by its exit status."""
+        """End the machine in use; set exit status ``EXIT_INFRA`` if only the infrastructure failed."""
         if self._runner is not None:
             self._runner.release()
         if exitstatus == pytest.ExitCode.TESTS_FAILED and self._tally.only_infra_failed:
@@ -225,7 +225,7 @@ class RemoteSuite:
     def pytest_report_teststatus(
         self, report: pytest.TestReport | pytest.CollectReport
     ) -> tuple[str, str, Any] | None:
-        """Give tests whose machine failed a letter and a word of their own; they count as failed."""
+        """Return a separate letter and word for tests whose machine failed; they count as failed."""
         outcome = machine_outcome(report)
         if outcome is None:
             return None
@@ -233,12 +233,12 @@ class RemoteSuite:
         return category, outcome[0].upper(), (outcome.upper(), {"red": True})
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Say how many tests ran in how many machines."""
+        """Show the number of tests and of machines."""
         if self._tally.tests:
             terminalreporter.write_line(f"microvm: {self._tally.line()}")
 
     def pytest_unconfigure(self) -> None:
-        """End whatever machine is left."""
+        """End all remaining machines."""
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()
@@ -288,7 +288,7 @@ class RemoteSuite:
         return TerminalProgress(self._config)
 
     def _print(self, ran: Ran) -> None:
-        """Show what the test printed, under ``-s`` at once and not again with a failure."""
+        """Print the test's output; under ``-s`` at once, and not again with a failure."""
         shown = [ran.printed]
         capture = self._config.option.capture
         if capture in {"no", "tee-sys"} and ran.reports:
@@ -310,31 +310,31 @@ def _named_plugins(args: list[str], arity: Mapping[str, str]) -> list[str]:
 
 
 class _Hooks:
-    """Tell our own hooks of machines that come and go, and people of those that do not come."""
+    """A watcher that calls this package's hooks for machines, and shows retries and messages to the user."""
 
     def __init__(self, config: pytest.Config, progress: TerminalProgress) -> None:
         self._config = config
         self._progress = progress
 
     def started(self, facts: MachineFacts, nodeid: str) -> None:
-        """A machine answers."""
+        """Call ``pytest_microvm_started``."""
         self._config.hook.pytest_microvm_started(config=self._config, facts=facts, nodeid=nodeid)
 
     def stopped(self, facts: MachineFacts, usage: Usage) -> None:
-        """A machine has been ended."""
+        """Call ``pytest_microvm_stopped``."""
         self._config.hook.pytest_microvm_stopped(config=self._config, facts=facts, usage=usage)
 
     def retried(self, nodeid: str, error: MachineError, retry: int, most: int) -> None:
-        """Say at once that a machine never reached a test."""
+        """Show at once that a machine failed before its test started."""
         self._progress(f"{nodeid}: infra: {error.brief}; trying a fresh machine ({retry} of {most})")
 
     def told(self, nodeid: str, line: str) -> None:
-        """Say what came of what a machine was handed."""
+        """Show a message about changes copied back from a machine."""
         self._progress(f"{nodeid}: {line}")
 
 
 class _as_pytest_errors:  # noqa: N801 - reads as the statement it is
-    """Show this package's errors as pytest shows bad input: the text, and exit code 4."""
+    """Convert this package's errors to ``pytest.UsageError``, which pytest shows as text with exit code 4."""
 
     def __enter__(self) -> None:
         return None

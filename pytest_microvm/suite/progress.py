@@ -1,4 +1,4 @@
-"""What is being prepared for a remote suite, shown through pytest's own terminal."""
+"""Progress messages of a remote suite's preparation, shown through pytest's own terminal."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _PREFIX = "microvm: "
 
 
 class TerminalProgress:
-    """Call it with what is being done now; inside ``with``, a terminal shows it on one line.
+    """A progress display: call it with the current step; inside ``with``, a terminal shows it on one line.
 
     Args:
-        config: Its terminal reporter, if it has one, is written to.
+        config: pytest's configuration, whose terminal reporter, if any, is written to.
     """
 
     def __init__(self, config: pytest.Config) -> None:
@@ -45,7 +45,7 @@ class TerminalProgress:
             self._line.__exit__(*error)
 
     def __call__(self, doing: str) -> None:
-        """Show ``doing``."""
+        """Show the step ``doing``."""
         if self._quiet:
             return
         if self._reporter._tw.width_of_current_line:  # noqa: SLF001 - pytest wrote "collecting ... ", or dots

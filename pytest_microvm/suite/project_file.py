@@ -25,7 +25,7 @@ else:
     import tomli as tomllib
 
 MAX_SIZE = 1024 * 1024
-"""Bytes that a configuration may have."""
+"""Maximum size of a configuration file in bytes."""
 
 Values = Mapping[str, Any]
 
@@ -36,8 +36,8 @@ class ProjectFile:
 
     Args:
         rootdir: pytest's root directory.
-        path: The file, ``None`` where there is none.
-        values: Its keys, as written: text, or what TOML has.
+        path: The file, ``None`` if there is none.
+        values: Its keys, as written: text, or TOML values.
     """
 
     rootdir: Path
@@ -51,13 +51,13 @@ def find_project_file(
     """Return the configuration file and root directory that pytest would use.
 
     Args:
-        directory: Where it is started.
-        paths: What it is given to run: files, folders, node ids.
-        file: What ``-c`` says.
-        rootdir: What ``--rootdir`` says.
+        directory: The folder that pytest is started in.
+        paths: pytest's positional arguments: files, folders, node ids.
+        file: The value of ``-c``.
+        rootdir: The value of ``--rootdir``.
 
     Raises:
-        UsageError: A file cannot be used.
+        UsageError: A file is not readable or not valid, or the root directory does not exist.
     """
     folders = _folders(directory, paths)
     ancestor = _common_ancestor(directory, folders)
@@ -90,7 +90,7 @@ def _named_file(directory: Path, ancestor: Path, file: str) -> ProjectFile:
 
 
 def _located(folders: Sequence[Path]) -> ProjectFile | None:
-    """Return the first configuration in a folder or above it; else a pyproject.toml that says nothing."""
+    """Return the first configuration in a folder or above it, else a pyproject.toml without one."""
     silent: ProjectFile | None = None
     for base in (base for folder in folders for base in (folder, *folder.parents)):
         for name, load in _LOADERS.items():
@@ -125,14 +125,14 @@ def _root_of_all(directory: Path, ancestor: Path) -> Path:
 
 
 def _absolute(directory: Path, path: str) -> Path:
-    return Path(os.path.abspath(directory / path))  # noqa: PTH100 - links stay: tests have their names
+    return Path(os.path.abspath(directory / path))  # noqa: PTH100 - keeps links, which test ids contain
 
 
 def _text(path: Path) -> str | None:
-    """Return what is in a regular file, ``None`` if there is none.
+    """Return the text of a regular file, or ``None`` if there is no regular file at ``path``.
 
     Raises:
-        UsageError: It is a link, something else than a file, too large, or no text.
+        UsageError: It is a link, not readable, too large, or not UTF-8.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

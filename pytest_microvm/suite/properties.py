@@ -1,4 +1,4 @@
-"""What JUnit reports say about machines: the properties of a test case."""
+"""Machine properties of a test case, for JUnit and other reports."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def properties(
 
     Args:
         facts: The machine it ran in, if it reached one.
-        usage: What the host saw that machine use so far.
+        usage: That machine's usage so far, as measured by the host.
         outcome: ``passed``, ``failed``, ``skipped``, ``infra``, ``crashed`` or ``quota``.
-        quota: The quota that was exceeded, if one was.
-        retries: How many machines before this one never reached the test.
-        artifacts: The folder with what is known of a machine that crashed or exceeded a quota.
-        requests: What the test asked of the network.
+        quota: The quota that was exceeded, if any.
+        retries: Number of machines that failed before this one, without reaching the test.
+        artifacts: The folder with the records of a machine that crashed or exceeded a quota.
+        requests: The test's network requests.
     """
     found: dict[str, object] = {}
     if facts is not None:

@@ -1,4 +1,4 @@
-"""pytest nodes that stand for nodes in a guest: same ids, names, markers, keywords and places."""
+"""Proxies on the host for pytest nodes in a guest: same ids, names, markers, keywords and locations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pytest_microvm.suite.collected import Collected, Node
 
 
 class _Proxy:
-    """What all stand-ins have: their number in the guest's session, and how they are shown."""
+    """Base of all proxies: their number in the guest's session, and the guest's ``repr``."""
 
     number: int
     guest: Node
@@ -23,10 +23,10 @@ class _Proxy:
 
 
 class _ProxyParent(_Proxy):
-    """A stand-in with children."""
+    """A proxy with children."""
 
     def collect(self) -> list[Any]:
-        """Refuse: the replayed collect report has the children."""
+        """Raise an error: the children are in the replayed collect report."""
         raise RuntimeError("a proxy has nothing to collect on the host")
 
 
@@ -34,11 +34,11 @@ class ProxyItem(_Proxy, pytest.Item):
     """A test that runs in a guest."""
 
     def runtest(self) -> None:
-        """Refuse: the test's code is not on this side."""
+        """Raise an error: the test's code is not on the host."""
         raise RuntimeError("this test can only run in its machine")
 
     def reportinfo(self) -> tuple[Path, int | None, str]:
-        """Return path, line and name as the guest told them."""
+        """Return path, line and name as reported by the guest."""
         return self.path, self.guest.location[1], self.guest.location[2]
 
 
@@ -64,12 +64,12 @@ _BASES: dict[str, type[Any]] = {
 
 @functools.cache
 def _class_for(kind: str, name: str) -> type[Any]:
-    """Return a class of the name the guest's node class has: reports and ``--collect-only`` show it."""
+    """Return a class with the name of the guest's node class, which reports and ``--collect-only`` show."""
     return type(name, (_BASES[kind],), {"__module__": __name__})
 
 
 def build_proxies(collected: Collected, session: pytest.Session) -> list[Any]:
-    """Return the stand-ins for ``collected.nodes`` with the session itself at index 0."""
+    """Return the proxies for ``collected.nodes`` with the session itself at index 0."""
     built: list[Any] = [session]
     for number, node in enumerate(collected.nodes, 1):
         proxy = _build(node, built[node.parent])

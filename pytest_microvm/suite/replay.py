@@ -26,9 +26,9 @@ def rebuild_test_report(
 
     Args:
         config: The host's pytest configuration.
-        line: The runner's record; its ``data`` is what ``pytest_report_to_serializable`` gave.
-        item: The proxy of the test that was asked for.
-        properties: Our own user properties, put behind the test's.
+        line: The runner's record; its ``data`` is the result of ``pytest_report_to_serializable``.
+        item: The proxy of the requested test.
+        properties: Our own user properties, appended to the test's.
 
     Raises:
         ProtocolViolation: It is malformed, or about another test.
@@ -63,7 +63,7 @@ def rebuild_test_report(
 def rebuild_collect_report(
     config: pytest.Config, collected: CollectOutcome, nodeid: str, result: list[Any]
 ) -> pytest.CollectReport:
-    """Return a collect report for the collector ``nodeid`` with the stand-ins ``result``.
+    """Return a collect report for the collector ``nodeid`` with the proxies ``result``.
 
     Raises:
         ProtocolViolation: It is malformed.
@@ -86,7 +86,7 @@ def _rebuilt(
     config: pytest.Config, clean: dict[str, Any], longrepr: Any, *, shown: bool
 ) -> pytest.TestReport | pytest.CollectReport:
     """Return the report that pytest makes of ``clean``, with the failure ``longrepr``."""
-    # pytest looks for its keys with ``in``, and would find them in a text as well.
+    # pytest looks for its keys with ``in``, which would also find them in a text.
     data = {**clean, "longrepr": longrepr if isinstance(longrepr, dict) else None}
     report = config.hook.pytest_report_from_serializable(config=config, data=data)
     assert isinstance(report, (pytest.TestReport, pytest.CollectReport))
@@ -96,19 +96,19 @@ def _rebuilt(
 
 
 class Shown(TerminalRepr):
-    """A failure that is nothing but the text it shows, such as that of a missing fixture."""
+    """A failure representation that consists of its text only, such as that of a missing fixture."""
 
     def __init__(self, text: str) -> None:
         self._text = text
 
     def toterminal(self, out: TerminalWriter) -> None:
-        """Write it, its errors in red."""
+        """Write the text, with its error lines in red."""
         for line in self._text.splitlines():
             out.line(line, red=line.startswith("E "))
 
 
 class _Repr:
-    """A text that is its own ``repr``: pytest takes the ``repr`` of a subtest's arguments once more."""
+    """A text that is its own ``repr``: pytest calls ``repr`` again on a subtest's arguments."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -124,7 +124,7 @@ def error_report(
     properties: list[tuple[str, str]],
     sections: tuple[tuple[str, str], ...] = (),
 ) -> pytest.TestReport:
-    """Return a failed report of our own: what went wrong with the machine instead of the test's result."""
+    """Return our own failed report, with a machine's error in place of the test's result."""
     return pytest.TestReport(
         nodeid=item.nodeid,
         location=item.location,
@@ -140,7 +140,7 @@ def error_report(
 def passed_report(
     item: Any, when: Literal["setup", "call", "teardown"], properties: list[tuple[str, str]]
 ) -> pytest.TestReport:
-    """Return a passed report of our own, so that every test has its setup and its teardown."""
+    """Return our own passed report, so that every test has a setup and a teardown."""
     return pytest.TestReport(
         nodeid=item.nodeid,
         location=item.location,
@@ -187,7 +187,7 @@ def _subtest(value: object) -> dict[str, Any]:
 
 
 def _longrepr(value: object, outcome: str) -> Any:
-    """Return a failure's description: none, a text, where a test was skipped, or tracebacks."""
+    """Return a failure's ``longrepr``: ``None``, a text, the place and reason of a skip, or tracebacks."""
     if isinstance(value, list):
         if len(value) != 3:  # noqa: PLR2004 - path, line, reason
             raise checks.violation("a skip without its three parts")
@@ -280,7 +280,7 @@ def _text_lines(value: object) -> list[str]:
 
 
 def _joined(value: object) -> list[str]:
-    """Return pieces of text that pytest shows without anything between them: judged as one."""
+    """Join and sanitize pieces of text as one, because pytest shows them without separators."""
     pieces = checks.array(value, "lines", 100_000)
     if not all(isinstance(piece, str) for piece in pieces):
         raise checks.violation("a line that is not text")

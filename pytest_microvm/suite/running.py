@@ -1,4 +1,4 @@
-"""Run one test in a machine and turn whatever happens into reports."""
+"""Run one test in a machine and turn every outcome, including machine failures, into reports."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _MAX_RECORDS = 100_000
 
 @dataclass
 class Ran:
-    """What one test gave.
+    """The result of one test.
 
     Args:
-        reports: For pytest's hooks, in order.
-        warnings: Recorded during the test.
-        printed: What the test wrote past pytest's capturing.
-        stop: Why the project's hooks want the run to stop, if they do.
+        reports: Reports for pytest's hooks, in order.
+        warnings: Warnings recorded during the test.
+        printed: Output that the test wrote past pytest's capturing.
+        stop: The reason for which the project's hooks stop the run, if they do.
         exit: Set if the test ended the guest's session (``pytest.exit``, an interrupt).
         facts: The machine it ran in; ``None`` if there was none.
         outcome: ``passed``, ``failed``, ``skipped``, ``infra``, ``crashed`` or ``quota``.
@@ -49,12 +49,12 @@ class Ran:
 
 
 class TestRunner:
-    """Run tests on machines from a backend.
+    """A runner of tests in machines from a backend.
 
     Args:
-        backend: Where machines come from.
+        backend: The source of machines.
         options: Isolation and timeouts.
-        watcher: Told of machines that come and go.
+        watcher: Notified of machines that start and end.
     """
 
     __test__ = False
@@ -65,7 +65,7 @@ class TestRunner:
         self._leases = Leases(backend, options.isolation, watcher)
 
     def run(self, item: Any, nextitem: Any) -> Ran:
-        """Run ``item``; whatever goes wrong becomes its outcome."""
+        """Run ``item``, retrying machine failures; all other failures become its outcome."""
         most = self._options.retries
         limits = limits_of(item, self._options)
         for retry in range(most + 1):
@@ -75,12 +75,12 @@ class TestRunner:
                 lease.machine.tighten(limits)
                 lease.asked = lease.machine.requests.added
                 records = RunnerSession(lease.machine.link).run(item.position, following, limits)
-            except MachineError as error:  # it never reached the test: another machine may
+            except MachineError as error:  # the test never started: another machine may succeed
                 self.release()
                 if retry == most:
                     return _never_reached(item, error, retry)
                 self._watcher.retried(item.nodeid, error, retry + 1, most)
-            except MicroVMError as error:  # this computer cannot: another attempt would not help
+            except MicroVMError as error:  # a problem of this computer: a retry would not help
                 return _never_reached(item, error, retry)
             else:
                 return self._run_in(lease, records, item, following is not None, retry)
@@ -100,7 +100,7 @@ class TestRunner:
             received = [cast("dict[str, Any]", redactor.tree(record)) for record in _bounded(records)]
             exceeded = lease.machine.exceeded()
             if exceeded is not None:
-                raise exceeded  # noqa: TRY301 - as if it had been noticed while the test ran
+                raise exceeded  # noqa: TRY301 - handled like an excess during the test
             asked = lease.machine.requests.since(lease.asked)
             ran = _read(item, received, facts, lease.machine.usage(), retries=retries, asked=asked)
             _tell_denied(ran, item, asked, fail=self._options.fail_on_denied)
@@ -111,7 +111,7 @@ class TestRunner:
             self._keep(lease, item, ran.reports)
             self._leases.discard(lease)
             return ran
-        except BaseException:  # Ctrl-C: nobody waits for this machine any more
+        except BaseException:  # Ctrl-C: the machine is not needed any more
             self._leases.discard(lease)
             raise
         if any(report.failed for report in ran.reports):
@@ -121,7 +121,7 @@ class TestRunner:
         return ran
 
     def _failed_machine(self, lease: Lease, item: Any, error: MachineError, retries: int) -> Ran:
-        """Return the outcome of a test whose machine did not bring it to its end."""
+        """Return the result of a test whose machine failed before the test ended."""
         machine = lease.machine
         if isinstance(error, MachineCrashed):
             error = machine.end_error()
@@ -145,7 +145,7 @@ class TestRunner:
         return Ran(reports, facts=machine.facts, outcome=outcome)
 
     def _keep(self, lease: Lease, item: Any, reports: list[pytest.TestReport]) -> None:
-        """Keep the machine of a test that failed, if that was asked for, and say how to enter it."""
+        """Keep the machine of a failed test, if that was requested, and add the command to enter it."""
         kept = self._leases.keep(lease, item.nodeid)
         if kept is not None:
             for report in reports:
@@ -175,10 +175,10 @@ def _read(
     retries: int,
     asked: list[NetworkRequest],
 ) -> Ran:
-    """Return what ``records`` say.
+    """Parse the runner's ``records`` about one test.
 
     Raises:
-        ProtocolViolation: They are not what a runner sends.
+        ProtocolViolation: They do not follow the runner's protocol.
     """
     ran = Ran(facts=facts)
     if not records or records[-1].get("k") != "end":
@@ -204,7 +204,7 @@ def _read(
         and not any(map(_tells, ran.reports))
         and not item.config.getoption("setuponly", False)
     ):
-        raise violation("nothing about the test")  # it would be missing from the results, unseen
+        raise violation("nothing about the test")  # it would be silently missing from the results
     if ran.exit is not None and ran.exit.reason == "internal":
         ran.reports += _failed(item, "call", f"INTERNALERROR in the guest's pytest\n{ran.exit.text}", ours)
         ran.exit = None
@@ -212,7 +212,7 @@ def _read(
 
 
 def _tell_denied(ran: Ran, item: Any, asked: list[NetworkRequest], *, fail: bool) -> None:
-    """Add what was denied to the test's reports; let a test that passed fail for it, if that is wanted."""
+    """Add denied network requests to the test's reports; with ``fail``, make a passed test fail for them."""
     denied = "\n".join(str(request) for request in asked if not request.allowed)
     if not denied:
         return
@@ -227,7 +227,7 @@ def _tell_denied(ran: Ran, item: Any, asked: list[NetworkRequest], *, fail: bool
 
 
 def _tells(report: pytest.TestReport) -> bool:
-    """Whether a report says what became of its test."""
+    """Return True if a report determines the outcome of its test."""
     return report.failed or report.skipped or (report.when == "call" and report.passed)
 
 
@@ -240,7 +240,7 @@ def _outcome(records: list[dict[str, Any]]) -> str:
 
 
 def _never_reached(item: Any, error: MicroVMError, retries: int) -> Ran:
-    """Return the outcome of a test that no machine got to."""
+    """Return the result of a test that never started in any machine."""
     ours = properties(None, None, "infra", retries=retries)
     return Ran(_failed(item, "setup", f"infra: {error}", ours))
 
@@ -252,7 +252,7 @@ def _failed(
     ours: list[tuple[str, str]],
     sections: tuple[tuple[str, str], ...] = (),
 ) -> list[pytest.TestReport]:
-    """Return a failure in ``when`` between the phases that every test has."""
+    """Return a failed report for ``when``, with passed reports for the test's other phases."""
     failure = error_report(item, when, message, ours, sections)
     teardown = passed_report(item, "teardown", ours)
     if when == "setup":

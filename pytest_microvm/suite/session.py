@@ -1,4 +1,4 @@
-"""The host's conversation with a runner: how it is started, what it is asked, what it answers."""
+"""The host's side of a runner's protocol: its start command, requests and answers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pytest_microvm.suite import checks
 from pytest_microvm.suite.backend import CollectPlan, TestLimits
 
 MAX_COLLECTION = 256 * 1024 * 1024
-_REPORT_OVERHEAD = 64 * 1024 * 1024  # what a test's reports may hold besides its output
+_REPORT_OVERHEAD = 64 * 1024 * 1024  # bytes that a test's reports may have besides its output
 _FINISH_TIMEOUT = 30.0
-_BEGIN_TIMEOUT = 60.0  # seconds in which a runner takes note of a test; about 0.01 under emulation
+_BEGIN_TIMEOUT = 60.0  # seconds for a runner to acknowledge a test; about 0.01 under emulation
 
 BOOTSTRAP = (
     "import sys; sys.path[0] = sys.argv.pop(1); import pytest_microvm.guest.runner as runner; "
@@ -29,9 +29,9 @@ def runner_command(
 
     Args:
         python: The guest's own Python, which has the project's dependencies.
-        code_folder: Where ``pytest_microvm`` (guest and wire) lies in the guest.
+        code_folder: The guest's folder that contains ``pytest_microvm`` (guest and wire).
         fd: The descriptor to serve on instead of the port called ``runner``.
-        preload: Whether it imports what installed plug-ins import before it says hello.
+        preload: Whether it imports the installed plug-ins' modules before its hello.
     """
     options = [] if fd is None else ["--fd", str(fd)]
     if preload:
@@ -40,17 +40,17 @@ def runner_command(
 
 
 class RunnerSession:
-    """One runner, asked one thing at a time.
+    """A client for one runner, with one request at a time.
 
     Args:
-        link: The connection to it.
+        link: The connection to the runner.
     """
 
     def __init__(self, link: Link) -> None:
         self._link = link
 
     def collect(self, plan: CollectPlan) -> bytes:
-        """Let the runner collect, and return its records as it sent them.
+        """Make the runner collect, and return its records as it sent them.
 
         Raises:
             QuotaExceeded: It took longer than ``plan.timeout``.
@@ -77,17 +77,17 @@ class RunnerSession:
         return data
 
     def run(self, item: int, following: int | None, limits: TestLimits) -> Iterator[dict[str, Any]]:
-        """Let the runner begin a test and return its records, which come as they are read.
+        """Start a test in the runner and return an iterator over its records, received while iterating.
 
-        Once this has returned, the machine has reached the test: what happens from then on is the test's.
+        Once this has returned, the test has started: any later failure is the test's.
 
         Args:
             item: The test's position in the guest's list.
             following: The position of the test that this machine runs next, if any.
-            limits: How long it may take, how much it may print, how many processes it may have.
+            limits: Its limits on time, output and number of processes.
 
         Raises:
-            QuotaExceeded: While reading: it took longer, or printed more.
+            QuotaExceeded: While iterating: it took longer, or printed more.
             MachineError: The machine ended, or broke the protocol.
         """
         stream = self._link.open_stream()
@@ -109,16 +109,16 @@ class RunnerSession:
         return _records(stream, limits.timeout, limits.output)
 
     def resume(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
-        """Tell a clone who it is now (see ``guest/resume.py``).
+        """Send a clone its new identity (see ``guest/resume.py``).
 
         Raises:
-            TimeoutError: No answer.
+            TimeoutError: The clone did not answer.
             MachineError: The machine ended, or refused.
         """
         return self._link.call("resume", timeout=timeout, **message)
 
     def finish(self) -> dict[str, Any]:
-        """Let the guest's session end as pytest sessions do; return its exit status.
+        """Finish the guest's pytest session in the usual way; return its exit status.
 
         Raises:
             TimeoutError: It did not end in time.
@@ -133,7 +133,7 @@ def _records(stream: Stream, timeout: float | None, output: int) -> Iterator[dic
     try:
         for line in _lines(stream, started, timeout, output):
             record = records.read(line)
-            if record.get("k") == "excess":  # the runner has measured what it did not send
+            if record.get("k") == "excess":  # the runner measured output that it did not send
                 raise QuotaExceeded("output", output, checks.integer(record.get("printed"), "output", output))
             yield record
     except TimeoutError:
@@ -156,7 +156,7 @@ def _lines(stream: Stream, started: float, timeout: float | None, output: int) -
         if total > output + _REPORT_OVERHEAD:
             raise QuotaExceeded("output", output, total, details="counted in the reports about the test")
         buffer += data
-        if b"\n" in data:  # else one long line would be searched again with every piece
+        if b"\n" in data:  # otherwise every piece of a long line would cause another search of all of it
             *whole, rest = buffer.split(b"\n")
             yield from (bytes(line) for line in whole if line)
             buffer = bytearray(rest)

@@ -15,13 +15,13 @@ _USUAL = ("rootdir:", "configfile:", "testpaths:", "plugins:", "cachedir:", "hyp
 
 
 EXIT_INFRA = 75
-"""Exit status of a run in which no test failed but some were never reached (EX_TEMPFAIL of sysexits.h)."""
+"""Exit status of a run in which no test failed but some never started (EX_TEMPFAIL of sysexits.h)."""
 
 _TROUBLE = ("infra", "crashed", "quota")
 
 
 def machine_outcome(report: pytest.TestReport | pytest.CollectReport) -> str | None:
-    """Return ``infra``, ``crashed`` or ``quota`` if that is why the report is a failure."""
+    """Return ``infra``, ``crashed`` or ``quota`` if the report failed for that reason, else ``None``."""
     if not isinstance(report, pytest.TestReport) or not report.failed:
         return None
     outcome = dict(report.user_properties).get("microvm.outcome")
@@ -29,7 +29,7 @@ def machine_outcome(report: pytest.TestReport | pytest.CollectReport) -> str | N
 
 
 class Tally:
-    """Count tests and machines from the properties of their reports, wherever they ran."""
+    """Counts of tests and machines, taken from report properties, so that xdist workers' tests count too."""
 
     def __init__(self) -> None:
         self.tests: set[str] = set()
@@ -39,7 +39,7 @@ class Tally:
         self.outcomes: dict[str, int] = {}
 
     def add(self, report: pytest.TestReport) -> None:
-        """Take in a test's last report."""
+        """Count a report: failures of any phase, and the test and its machine at its teardown."""
         found = {name: value for name, value in report.user_properties if name.startswith("microvm.")}
         if report.failed:
             self._failed.add(str(found.get("microvm.outcome", "failed")))
@@ -54,7 +54,7 @@ class Tally:
 
     @property
     def only_infra_failed(self) -> bool:
-        """Whether every failure is a test that no machine reached."""
+        """True if there are failures, and all are tests that never started in any machine."""
         return self._failed == {"infra"}
 
     def line(self) -> str:
@@ -73,7 +73,7 @@ def _count(number: int, what: str) -> str:
 
 
 def header_line(facts: BackendFacts, isolation: str) -> str:
-    """Return the line for pytest's header."""
+    """Return the line for pytest's header: accelerator, image and isolation."""
     digest = facts.image_digest.removeprefix("sha256:")[:_DIGEST_LENGTH]
     return (
         f"microvm: accelerator {facts.accelerator} ({facts.accelerator_reason}), "
@@ -82,7 +82,7 @@ def header_line(facts: BackendFacts, isolation: str) -> str:
 
 
 def guest_lines(collected: Collected) -> list[str]:
-    """Return the lines about the guest's pytest: versions, and what its own plug-ins put into its header."""
+    """Return the lines about the guest's pytest: versions, and its plug-ins' header lines."""
     if not collected.pytest:
         return []
     versions = f"microvm: in the machine: Python {collected.python}, pytest {collected.pytest}"
@@ -91,7 +91,7 @@ def guest_lines(collected: Collected) -> list[str]:
 
 
 def add_suite_properties(config: pytest.Config, facts: BackendFacts, isolation: str) -> None:
-    """Put what is the same for all tests on the suite of a JUnit report, if one is written."""
+    """Add the properties common to all tests to the suite of a JUnit report, if one is written."""
     from _pytest.junitxml import xml_key  # noqa: PLC0415 - only runs with --microvm
 
     xml: Any = config.stash.get(xml_key, None)

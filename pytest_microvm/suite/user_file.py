@@ -20,11 +20,11 @@ _KEYS = ("plugins", "plugin_path")
 
 @dataclass(frozen=True)
 class UserFile:
-    """The user's own choices.
+    """The user's own settings.
 
     Args:
         plugins: pytest plug-ins for the host, as ``-p`` names them.
-        plugin_path: Folders in which they are looked for, besides what is installed.
+        plugin_path: Folders to search for them, besides the installed packages.
     """
 
     plugins: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ def read_user_file(folder: Path) -> UserFile:
     """Parse ``config.toml`` in ``folder``; a missing file means defaults.
 
     Raises:
-        UsageError: The file cannot be used.
+        UsageError: The file is unreadable or invalid.
     """
     file = folder / NAME
     try:

@@ -1,4 +1,4 @@
-"""What workers of pytest-xdist need in a machine: the controller's own xdist and execnet, and a way in."""
+"""Modules for pytest-xdist workers in a machine: the controller's xdist and execnet, and a start-up hook."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ FOLDER = "/opt/pytest-microvm/xdist"
 ENVIRONMENT = {"PYTHONPATH": FOLDER, "PYTEST_PLUGINS": "sitecustomize"}
 """Variables of a worker's Python."""
 
-_DISTRIBUTIONS = ("pytest-xdist", "execnet")  # both ends must be of one version: the protocol is their own
+_DISTRIBUTIONS = ("pytest-xdist", "execnet")  # both ends need the same version: the protocol is private
 _START_UP = Path(__file__).with_name("worker_start.py")
 _WARM = "import pytest, execnet, xdist.plugin, xdist.remote"
 
 
 def worker_step(host: Host, base: Base) -> Step:
-    """Return the link of a template's chain in which a machine gets what xdist's workers import.
+    """Return the template-chain step that copies the modules of xdist's workers into a machine.
 
     Raises:
         UsageError: pytest-xdist is not installed here.
@@ -40,7 +40,7 @@ def worker_step(host: Host, base: Base) -> Step:
         link = instance.adopt("agent", IN_THE_MAKING)
         send_file(link, "unpack", FOLDER, io.BytesIO(archive))
         machine = MicroVM(instance, host.facts(base, "template", 0.0))
-        try:  # the template then has their compiled forms, and them in memory
+        try:  # so that the template has them compiled, and in the page cache
             machine.run(["python3", "-c", _WARM], env=ENVIRONMENT, check=True)
         except (FileNotFoundError, subprocess.CalledProcessError) as error:
             raise MachineError(
@@ -54,7 +54,7 @@ def worker_step(host: Host, base: Base) -> Step:
 
 
 def _archive() -> bytes:
-    """Return this environment's pytest-xdist and execnet as a tar: same files, same bytes."""
+    """Return this environment's pytest-xdist and execnet as a reproducible tar archive."""
     files = {"sitecustomize.py": _START_UP.read_bytes()}
     for name in _DISTRIBUTIONS:
         try:

@@ -1,10 +1,10 @@
-"""Runs in a machine as ``sitecustomize``: a Python whose ``sys.path`` is replaced can still import.
+"""``sitecustomize`` of a machine: lets a Python whose ``sys.path`` was replaced import from its own path.
 
-pytest-xdist takes a worker of the kind ``popen`` for one on its own computer: the worker gets the
-controller's ``sys.path``, and a temporary directory below the controller's. A machine has other folders, so
-this finds what the new path lacks in the machine's own, and makes the directory above the temporary one.
+pytest-xdist treats a worker of the kind ``popen`` as local: the worker gets the controller's ``sys.path``,
+and a temporary directory below the controller's. A machine has other folders, so this module finds modules
+that the new path lacks in the machine's own, and creates the parent of the temporary directory.
 
-PYTEST_DONT_REWRITE: pytest imports it as a plug-in, when Python has imported it already.
+PYTEST_DONT_REWRITE: pytest imports it as a plug-in after Python has already imported it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 class OwnPath:
-    """An importer over the path that Python started with.
+    """An importer for the ``sys.path`` that Python started with.
 
     Args:
         path: That path.
@@ -26,11 +26,11 @@ class OwnPath:
         self._path = path
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Return where a top-level module is."""
+        """Return the spec of a top-level module; ``None`` for submodules and unknown modules."""
         return None if path is not None else PathFinder.find_spec(name, self._path, target)
 
     def find_distributions(self, context: Any = None) -> Any:
-        """Return the distributions that ``sys.path`` does not lead to."""
+        """Return the distributions in folders that ``sys.path`` lacks."""
         from importlib.metadata import DistributionFinder, MetadataPathFinder  # noqa: PLC0415 - slow to import
 
         hidden = [folder for folder in self._path if folder not in sys.path]
@@ -38,11 +38,11 @@ class OwnPath:
         return MetadataPathFinder().find_distributions(DistributionFinder.Context(name=name, path=hidden))
 
     def invalidate_caches(self) -> None:
-        """Keep nothing: PathFinder's caches are invalidated by itself."""
+        """Do nothing: there is no cache of its own, and PathFinder's caches are invalidated separately."""
 
 
 def pytest_sessionstart(session: Any) -> None:
-    """Make the directory above the one that xdist chose for temporary files."""
+    """Create the parent of the directory that xdist chose for temporary files."""
     base = getattr(session.config.option, "basetemp", None)
     if base and hasattr(session.config, "workerinput"):
         Path(base).parent.mkdir(mode=0o700, parents=True, exist_ok=True)

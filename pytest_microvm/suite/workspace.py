@@ -1,7 +1,7 @@
-"""The workspace: which files of a project a machine gets, their digest, and them as a tar stream.
+"""The workspace: the files of a project that a machine gets, their digest, and their tar stream.
 
-A project may be a stranger's: its files are opened below its top without following links, and what git lists
-is only looked up there.
+The project is untrusted: its files, also those that git lists, are opened below its top without following
+links.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Workspace:
-    """What is copied into a machine, to the same absolute path.
+    """A directory to copy into a machine, to the same absolute path.
 
     Args:
-        top: The directory copied.
-        entries: What is in it, sorted by path.
+        top: The directory.
+        entries: The entries to copy, sorted by path.
     """
 
     top: Path
@@ -74,7 +74,7 @@ class Workspace:
         return total.hexdigest()
 
     def write_tar(self, file: BinaryIO) -> None:
-        """Write a tar (paths below the top, owner root, time stamps kept): same files, same bytes."""
+        """Write a reproducible tar archive: paths relative to the top, owner root, time stamps kept."""
         with (
             OpenTree(self.top) as tree,
             tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as archive,
@@ -97,15 +97,15 @@ class Workspace:
 
 
 def add_file(archive: tarfile.TarFile, info: tarfile.TarInfo, tree: OpenTree, path: str) -> None:
-    """Write a file into an archive as ``info`` says; one that has gone since it was listed is left out."""
+    """Add a file to an archive with the metadata ``info``; skip a file deleted since it was listed."""
     if (content := tree.open(path)) is not None:
         with content:
-            info.size = os.fstat(content.fileno()).st_size  # it may have changed since it was listed
+            info.size = os.fstat(content.fileno()).st_size  # the size may have changed since the listing
             archive.addfile(info, content)
 
 
 def file_digest(tree: OpenTree, path: str) -> bytes:
-    """Return the SHA-256 of a file; one that has gone since it was listed counts as empty."""
+    """Return the SHA-256 of a file; a file deleted since it was listed counts as empty."""
     digest = hashlib.sha256()
     if (file := tree.open(path)) is not None:
         with file:
@@ -115,14 +115,14 @@ def file_digest(tree: OpenTree, path: str) -> bytes:
 
 
 def scan(top: Path, *, limit: int = DEFAULT_LIMIT) -> Workspace:
-    """Return the workspace below ``top``: what git tracks or would add, or all but caches without git.
+    """Return the workspace below ``top``: files that git tracks or would add; without git, all but caches.
 
     Args:
         top: The directory to copy.
-        limit: Bytes it may have.
+        limit: Maximum size in bytes.
 
     Raises:
-        UsageError: ``top`` is not a project's directory, or too large, or git cannot tell what is ignored.
+        UsageError: ``top`` is not a project's directory, or too large, or git cannot list the ignored files.
     """
     if os.fspath(top) in _SYSTEM or os.fspath(top.resolve()) in _SYSTEM or not top.is_dir():
         raise UsageError(
@@ -144,7 +144,7 @@ def scan(top: Path, *, limit: int = DEFAULT_LIMIT) -> Workspace:
 
 
 def _paths(tree: OpenTree, top: Path) -> Iterator[str]:
-    """Yield the paths to copy, below ``top``: no caches, no virtual environments."""
+    """Yield the paths below ``top`` to copy: no caches, no virtual environments."""
     try:
         checkout = find_checkout(top)
         listed = None if checkout is None else checkout.files(top.resolve())
@@ -158,11 +158,11 @@ def _paths(tree: OpenTree, top: Path) -> Iterator[str]:
 
 
 def _chosen(tree: OpenTree, top: Path, listed: list[str], above: str) -> Iterator[str]:
-    """Yield which of the paths that git lists below the folder ``above`` are copied."""
+    """Yield the paths to copy among those that git lists below the folder ``above``."""
     environments = tuple(path[: -len("pyvenv.cfg")] for path in listed if path.endswith("/pyvenv.cfg"))
     for path in listed:
         names = path.split("/")
-        if not {"", ".", ".."}.isdisjoint(names) or is_git(path):  # an index may say anything
+        if not {"", ".", ".."}.isdisjoint(names) or is_git(path):  # the index is untrusted
             continue
         if path.endswith(".pyc") or not _CACHES.isdisjoint(names):
             continue
@@ -176,14 +176,14 @@ def _chosen(tree: OpenTree, top: Path, listed: list[str], above: str) -> Iterato
 
 
 def _nested(tree: OpenTree, top: Path, folder: str) -> Iterator[str]:
-    """Yield what is copied of a submodule, or of a repository inside this one, by its own rules."""
+    """Yield the paths to copy of a submodule or nested repository, by its own ignore rules."""
     try:
         checkout: Checkout | None = checkout_at(top / folder)
         listed = None if checkout is None else checkout.files(checkout.top)
-    except (GitError, UsageError):  # git cannot read it, either: a copy of a submodule, say
+    except (GitError, UsageError):  # unreadable for git, such as a copy of a submodule
         yield from _walk(tree, folder)
         return
-    if listed is None:  # a submodule that was never fetched, or a folder where a file was
+    if listed is None:  # a submodule that was never fetched, or a folder that replaced a file
         yield folder
     else:
         yield from _chosen(tree, top, listed, f"{folder}/")
@@ -220,7 +220,7 @@ def _names(tree: OpenTree, folder: str) -> list[str]:
 
 
 def _entry(tree: OpenTree, path: str) -> Entry | None:
-    """Return what lies at ``path``, ``None`` for what is gone or cannot be copied (sockets, devices)."""
+    """Return the entry at ``path``; ``None`` if it was deleted or cannot be copied (sockets, devices)."""
     status = tree.status(path)
     if status is None:
         return None
@@ -229,6 +229,6 @@ def _entry(tree: OpenTree, path: str) -> Entry | None:
         return None if target is None else Entry(path, status.st_mode, 0, status.st_mtime_ns, target)
     if stat.S_ISREG(status.st_mode):
         return Entry(path, status.st_mode, status.st_size, status.st_mtime_ns)
-    if stat.S_ISDIR(status.st_mode):  # empty, or a repository inside this one
+    if stat.S_ISDIR(status.st_mode):  # empty, or a nested repository
         return Entry(path, status.st_mode, 0, status.st_mtime_ns)
     return None
