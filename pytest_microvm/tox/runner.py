@@ -72,7 +72,7 @@ class MicrovmRunner(PythonRun):
 
     def register_config(self) -> None:
         """Register the keys of a Python environment, and ``microvm_*``."""
-        from pytest_microvm.tox import settings  # noqa: PLC0415 - see tox_plugin
+        from pytest_microvm.tox import settings  # noqa: PLC0415 - see tox/plugin.py
 
         # A separate folder, so that switching to machines and back keeps the native environment.
         own = self.core.get("work_dir", Path) / ".microvm" / self.conf.name
@@ -270,7 +270,7 @@ class MicrovmRunner(PythonRun):
         )
 
     def _plan_package(self) -> None:
-        from pytest_microvm.tox.package import Package as Wanted  # noqa: PLC0415 - see tox_plugin
+        from pytest_microvm.tox.package import Package as Wanted  # noqa: PLC0415 - see tox/plugin.py
         from pytest_microvm.tox.package import plan_package  # noqa: PLC0415
 
         if self.options.package_only:
@@ -300,7 +300,7 @@ class MicrovmRunner(PythonRun):
             file.write_bytes(mark)
             self._generation_now = mark.hex()
         if self._generation_now is None:
-            from pytest_microvm.untrusted.nofollow import read_below  # noqa: PLC0415 - see tox_plugin
+            from pytest_microvm.untrusted.nofollow import read_below  # noqa: PLC0415 - see tox/plugin.py
 
             self._generation_now = (read_below(self.env_dir, _GENERATION, _LONGEST) or b"").hex()
         return self._generation_now
@@ -357,7 +357,7 @@ class MicrovmRunner(PythonRun):
     def _guest(self) -> Guest:
         """Return the object that starts machines, created on first use."""
         if self._guest_made is None:
-            from pytest_microvm.tox.guest import Guest  # noqa: PLC0415 - see tox_plugin
+            from pytest_microvm.tox.guest import Guest  # noqa: PLC0415 - see tox/plugin.py
             from pytest_microvm.tox.settings import read  # noqa: PLC0415
 
             root, file = self.core.get("tox_root", Path), self._file()
@@ -374,7 +374,7 @@ class MicrovmRunner(PythonRun):
 
     def _file(self) -> ToxFile:
         """Return tox's configuration file."""
-        from pytest_microvm.tox.configuration import ToxFile  # noqa: PLC0415 - see tox_plugin
+        from pytest_microvm.tox.configuration import ToxFile  # noqa: PLC0415 - see tox/plugin.py
 
         return ToxFile.of(self.core.get("config_file_path", Path), self.options)
 
@@ -439,7 +439,7 @@ def _check_name(name: str) -> None:
     Raises:
         HandledError: The name contains control sequences or commands of a CI system.
     """
-    from pytest_microvm.untrusted.text import sanitize_line  # noqa: PLC0415 - see tox_plugin
+    from pytest_microvm.untrusted.text import sanitize_line  # noqa: PLC0415 - see tox/plugin.py
 
     if sanitize_line(f"{name}:") != f"{name}:":
         raise HandledError(f"invalid environment name: expected printable text, got {name!r}")

@@ -120,7 +120,7 @@ class GitTree:
         return [file for file in found if file.path.startswith(prefix) and file.kind != "link"]
 
     def _sha256(self, source: Contents, file: CommitFile) -> str:
-        """Return the SHA-256 of a file's content; links and possible LFS pointers bypass the cache."""
+        """Return the SHA-256 of a file's content; a file that may be an LFS pointer bypasses the cache."""
         if file.kind != "link" and file.size <= MAX_POINTER:
             return source.sha256(file)
         if file.object not in self._known:
