@@ -1,4 +1,4 @@
-"""Hypervisors: the seam (:class:`Hypervisor`) and the values that cross it."""
+"""The :class:`Hypervisor` protocol and the values that it exchanges."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from pytest_microvm.machine.instance import Vmm
 
 PORTS = ("agent", "runner", "network")
-"""The virtio-serial ports of every machine: commands and files; the pytest runner; connections."""
+"""The virtio-serial ports of every machine: commands and files, the pytest runner, network connections."""
 
 
 @dataclass(frozen=True)
 class Accelerator:
-    """What runs the guest's instructions, and how that was found out.
+    """The accelerator selected for a guest, with the machine type that suits it.
 
     Args:
         name: ``kvm``, ``hvf``, ``whpx`` or ``tcg`` (QEMU's software emulation).
-        reason: Why this one, for people.
+        reason: Why it was selected, for display.
         machine: QEMU's machine type: ``microvm``, ``q35`` or ``virt``.
-        tsc_khz: The host's TSC rate in kHz where a guest under TCG must be told, else ``None``.
+        tsc_khz: The host's TSC rate in kHz if a guest under TCG needs it, else ``None``.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class Disk:
-    """A raw disk of a machine. ``ephemeral``: writes are dropped when the machine ends."""
+    """A raw disk image; writes to an ``ephemeral`` disk are discarded when the machine ends."""
 
     path: Path
     readonly: bool = False
@@ -43,22 +43,22 @@ class Disk:
 
 @dataclass(frozen=True)
 class Launch:
-    """Everything that shapes one start of a VM.
+    """All parameters of one start of a VM.
 
     Args:
-        architecture: The guest's: ``x86_64`` or ``aarch64``.
-        kernel: The kernel's file.
-        initramfs: The initramfs' file.
+        architecture: Guest architecture: ``x86_64`` or ``aarch64``.
+        kernel: Kernel file.
+        initramfs: Initramfs file.
         cpus: Virtual CPUs.
         memory: Bytes of RAM.
-        ram: The file that is the guest's RAM.
+        ram: The file that backs the guest's RAM.
         share: Whether writes to RAM reach ``ram`` (a machine to checkpoint) or stay private (a clone).
         disks: In the guest's order: root, runtime, scratch.
-        words: More words for the kernel's command line.
+        words: Additional parameters for the kernel's command line.
         state: Device state to continue from instead of booting.
-        name: What the process is called in process lists.
-        throttle: How many CPUs the process may use together; ``None``: as many as it has vCPUs.
-        cpu_seconds: Seconds of CPU time after which the host's kernel ends it.
+        name: Process name, as shown in process lists.
+        throttle: CPUs that the process may use in total; ``None``: as many as it has vCPUs.
+        cpu_seconds: Seconds of CPU time after which the host's kernel kills the process.
     """
 
     architecture: str
@@ -84,13 +84,13 @@ class Hypervisor(Protocol):
 
     @property
     def version(self) -> str:
-        """What the program says of itself."""
+        """The version that the program reports."""
 
     def accelerator(self, launch: Launch, required: str | None, say: Callable[[str], None]) -> Accelerator:
-        """Return the accelerator that really runs ``launch``'s kernel here, probing it at first use."""
+        """Return a working accelerator for ``launch``'s kernel; the first call probes for it."""
 
     def fingerprint(self, accelerator: Accelerator) -> tuple[str, ...]:
-        """Return what a template depends on besides its launch: build, machine, CPU model, host CPU."""
+        """Return the host facts in a template's key: build, machine type, CPU model, host CPU."""
 
     def start(self, launch: Launch, accelerator: Accelerator) -> Vmm:
-        """Start a VM: a boot, or with ``launch.state`` the continuation of a template."""
+        """Start a VM: boot it, or continue it from a template if ``launch.state`` is set."""

@@ -1,4 +1,4 @@
-"""bubblewrap, on demand: no files but programs and libraries, no processes but one's own (bwrap(1))."""
+"""Optional bubblewrap sandbox: hides all files but programs and libraries, and other processes (bwrap(1))."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from pytest_microvm.errors import HostError
 
 VARIABLE = "PYTEST_MICROVM_BWRAP"
-"""Asks for bubblewrap, when it is ``1``."""
+"""Environment variable that enables bubblewrap when set to ``1``."""
 
 
 def wanted_bubblewrap() -> str:
-    """Return the program if it is asked for, else nothing.
+    """Return the path of ``bwrap`` if bubblewrap is enabled, else an empty string.
 
     Raises:
-        HostError: It is missing.
+        HostError: It is enabled but not installed.
     """
     if os.environ.get(VARIABLE) != "1":
         return ""
@@ -30,13 +30,13 @@ def wanted_bubblewrap() -> str:
 def bubblewrap_command(
     program: str, devices: Sequence[Path], report: int | None, *, capabilities: bool
 ) -> list[str]:
-    """Return what comes before a command's argv.
+    """Return the bwrap argv prefix that sandboxes a command.
 
     Args:
-        program: bubblewrap's program.
-        devices: What the command must find in /dev.
-        report: The descriptor on which its process id is told, as JSON.
-        capabilities: Whether it keeps what it takes to become another user, but no more.
+        program: Path of ``bwrap``.
+        devices: Device files that the command needs.
+        report: Descriptor to which ``bwrap`` writes the command's process id, as JSON.
+        capabilities: Whether to drop all capabilities except those for changing the user.
     """
     command = [program, "--ro-bind", "/usr", "/usr"]
     for folder in map(Path, ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")):

@@ -1,7 +1,7 @@
-"""Control groups: a ceiling for all the memory of a VMM's process, and a throttle for its CPU time.
+"""Control groups: limit the total memory of a VMM process and throttle its CPU time.
 
-Every machine gets a group of its own, which is removed with it. What a host offers differs: cgroup v1 or
-v2 where we may write (root, or a delegated group), a scope of the user's systemd, or nothing.
+Each machine has its own group, which is removed with it. Depending on the host, that is a folder of cgroup v1
+or v2 (as root, or in a delegated group), a scope of the user's systemd, or nothing.
 
 Sources: Linux's Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst; systemd-run(1).
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from pytest_microvm.hypervisors.containment import Wall
 
 VARIABLE = "PYTEST_MICROVM_CGROUP"
-"""Names a delegated group of cgroup v2 (a folder) below which machines get theirs."""
+"""Environment variable that names a delegated cgroup v2 folder, in which machines get their groups."""
 
 NONE, FOLDERS, SCOPE = "none", "folders", "scope"
 
@@ -36,11 +36,11 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True)
 class Limits:
-    """What one process may take.
+    """Resource limits of one process.
 
     Args:
-        memory: Bytes, all of it: anonymous memory, page cache, what the kernel keeps for it.
-        throttle: Seconds of CPU time per second; ``None``: all there is.
+        memory: Bytes of anonymous memory, page cache and kernel memory together.
+        throttle: Seconds of CPU time per second; ``None``: unlimited.
     """
 
     memory: int
@@ -49,7 +49,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Controller:
-    """One of the kernel's controllers: which version of the interface, and the folder to make groups in."""
+    """A cgroup controller: its interface version, and the folder in which to create groups."""
 
     version: int
     parent: Path
@@ -57,12 +57,12 @@ class Controller:
 
 @dataclass(frozen=True)
 class Cgroups:
-    """What this host offers.
+    """The cgroup support of this host.
 
     Args:
-        kind: ``folders`` (we make groups ourselves), ``scope`` (systemd does) or ``none``.
-        controllers: ``memory`` and ``cpu``, as far as they can be used; with ``scope`` only the names count.
-        reason: Why not more, for people.
+        kind: ``folders`` (we create groups ourselves), ``scope`` (systemd does) or ``none``.
+        controllers: ``memory`` and ``cpu``, if usable; with ``scope`` only the names matter.
+        reason: Why support is limited, for display.
     """
 
     kind: str = NONE
@@ -77,7 +77,7 @@ class Cgroups:
         return f"{words} ({', '.join(sorted(self.controllers))})" if self.controllers else words
 
     def told(self) -> Wall:
-        """Return whether machines are held in groups here, for people."""
+        """Return the cgroup status of this host, for display."""
         missing = self.not_enforced(Limits(2**30, throttle=0.5))
         if not missing:
             return Wall("cgroup", True, str(self))
@@ -89,7 +89,7 @@ class Cgroups:
         return Wall("cgroup", False, detail, f"delegate a cgroup v2 to this user and name it in {VARIABLE}")
 
     def prefix(self, limits: Limits) -> list[str]:
-        """Return what comes before a command's argv so that it runs under ``limits``; often nothing."""
+        """Return the argv prefix that runs a command under ``limits``; empty without systemd scopes."""
         if self.kind != SCOPE:
             return []
         command = [_SYSTEMD_RUN, "--user", "--scope", "--quiet", "--collect"]
@@ -101,12 +101,12 @@ class Cgroups:
         return [*command, "--", "env", "-i"]
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that :meth:`prefix` needs; the command itself gets none."""
+        """Return the environment variables that :meth:`prefix` needs; the command itself inherits none."""
         names = _SCOPE_ENVIRONMENT if self.kind == SCOPE else ()
         return {name: os.environ[name] for name in names if name in os.environ}
 
     def group(self, limits: Limits) -> Group:
-        """Make a group; without folders of ours it is an empty one that does nothing.
+        """Create a group for ``limits``; without usable folders it is an empty one that does nothing.
 
         Raises:
             OSError: The kernel refused it.
@@ -120,7 +120,7 @@ class Cgroups:
         )
 
     def not_enforced(self, limits: Limits) -> tuple[str, ...]:
-        """Return one line that says what of ``limits`` does not hold here, or nothing."""
+        """Return one line that names the ``limits`` not enforced on this host, or an empty tuple."""
         missing = []
         if limits.throttle is not None and "cpu" not in self.controllers:
             missing.append(f"cpus = {limits.throttle:g} is not throttled")
@@ -133,11 +133,11 @@ class Cgroups:
 
 
 class Group:
-    """The group of one process.
+    """The cgroup of one VMM process.
 
     Args:
-        limits: What its members may take together.
-        folders: For each controller the group's folder, made here.
+        limits: Limits for all its members together.
+        folders: The group's folder for each controller; created here.
 
     Raises:
         OSError: The kernel refused it.
@@ -159,11 +159,11 @@ class Group:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """Where the group is."""
+        """The group's folders, without duplicates."""
         return tuple(dict.fromkeys(controller.parent for controller in self._folders.values()))
 
     def add(self, pid: int) -> None:
-        """Make a process, all its threads, a member.
+        """Add a process, with all its threads, to the group.
 
         Raises:
             OSError: The kernel refused it.
@@ -172,7 +172,7 @@ class Group:
             (folder / "cgroup.procs").write_text(str(pid))
 
     def ceiling_hit(self) -> int | None:
-        """Return the ceiling in bytes if the kernel killed a member for it."""
+        """Return the memory limit in bytes if the kernel killed a member for exceeding it, else ``None``."""
         memory = self._folders.get("memory")
         if memory is None:
             return None
@@ -186,13 +186,13 @@ class Group:
     def remove(self) -> None:
         """Remove the group once its members are reaped; a second call does nothing."""
         for folder in self.folders:
-            with contextlib.suppress(OSError):  # somebody is still in it: the next run's sweep removes it
+            with contextlib.suppress(OSError):  # it still has members: the next run's sweep removes it
                 folder.rmdir()
 
 
 @functools.cache
 def find_cgroups() -> Cgroups:
-    """Return what this host offers, found out by doing it once; groups of ended owners are removed."""
+    """Return this host's cgroup support, tested once by use; stale groups are removed."""
     mounts, own = Path("/proc/self/mountinfo"), Path("/proc/self/cgroup")
     if not (mounts.exists() and own.exists()):
         return Cgroups(reason="this system has none")
@@ -219,11 +219,11 @@ def find_cgroups() -> Cgroups:
 
 
 def parse_parents(mountinfo: str, cgroup: str) -> dict[str, Controller]:
-    """Return for ``memory`` and ``cpu`` where our own groups are, v1 where the host has both.
+    """Return the parent folders for new ``memory`` and ``cpu`` groups; v1 is preferred to v2.
 
     Args:
-        mountinfo: What /proc/self/mountinfo holds (proc(5)).
-        cgroup: What /proc/self/cgroup holds (cgroups(7)).
+        mountinfo: Content of /proc/self/mountinfo (proc(5)).
+        cgroup: Content of /proc/self/cgroup (cgroups(7)).
     """
     own = {}
     for line in cgroup.splitlines():
@@ -240,7 +240,7 @@ def parse_parents(mountinfo: str, cgroup: str) -> dict[str, Controller]:
         if kind != "cgroup":
             continue
         for name in {"memory", "cpu"} & set(options.split(",")):
-            # A container may see but a part of the tree, while the kernel tells the path in all of it.
+            # A container may see only a subtree, while the kernel reports paths in the whole tree.
             relative = os.path.relpath(own.get(name, "/"), root)
             inside = not relative.startswith("..")
             parents.setdefault(name, Controller(1, Path(point) / relative if inside else Path(point)))
@@ -251,7 +251,7 @@ def parse_parents(mountinfo: str, cgroup: str) -> dict[str, Controller]:
 
 
 def sweep(parent: Path) -> None:
-    """Remove the groups in ``parent`` whose owner has ended without doing so (it was killed)."""
+    """Remove groups left in ``parent`` by processes that were killed."""
     for left in parent.glob(f"{_PREFIX}-*-*-*"):
         pid, start = left.name[len(_PREFIX) + 1 :].split("-")[:2]
         if not pid.isdecimal() or _start_time(int(pid)) != start:
@@ -260,7 +260,7 @@ def sweep(parent: Path) -> None:
 
 
 def _prepared(name: str, found: Controller) -> Controller:
-    """Return the controller with a folder in which groups get it (v2: their parent must hand it down)."""
+    """Return the controller with a folder whose child groups can use it (v2: it is enabled there)."""
     if found.version == 1:
         return found
     delegated = os.environ.get(VARIABLE)
@@ -275,13 +275,13 @@ def _prepared(name: str, found: Controller) -> Controller:
 
 
 def _hand_down(folder: Path, name: str) -> None:
-    """Let the groups in ``folder`` have the controller; only a group without members may do that."""
+    """Enable a controller for the groups in ``folder``, which itself must not have members (cgroup v2)."""
     if name not in (folder / "cgroup.controllers").read_text().split():
         raise OSError(2, f"the controller is not available in {folder}")
     control = folder / "cgroup.subtree_control"
     if name in control.read_text().split():
         return
-    if os.environ.get(VARIABLE) == str(folder):  # it is ours: its members, us among them, move one down
+    if os.environ.get(VARIABLE) == str(folder):  # our group: move its members, including us, one level down
         leaf = folder / f"{_PREFIX}-members"
         for pid in (folder / "cgroup.procs").read_text().split():
             leaf.mkdir(exist_ok=True)
@@ -291,10 +291,10 @@ def _hand_down(folder: Path, name: str) -> None:
 
 
 def _try(name: str, controller: Controller) -> None:
-    """Put a process into a group once.
+    """Test a controller by putting a process into a group.
 
     Raises:
-        OSError: That does not work here.
+        OSError: The controller does not work here.
     """
     limits = Limits(2**30, 1.0)
     group = Cgroups(FOLDERS, {name: controller}).group(limits)
@@ -329,7 +329,7 @@ def _limit_cpu(controller: Controller, throttle: float) -> None:
 
 
 def _scope_controllers() -> list[str]:
-    """Return the controllers that scopes of the user's systemd have; none where there is no such systemd."""
+    """Return the controllers available in scopes of the user's systemd; empty without such a systemd."""
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if shutil.which(_SYSTEMD_RUN) is None or not (Path(runtime) / "systemd" / "private").exists():
         return []
@@ -340,7 +340,7 @@ def _scope_controllers() -> list[str]:
             capture_output=True, text=True, check=True, timeout=_SCOPE_TIMEOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         path = next(line[3:] for line in done.stdout.splitlines() if line.startswith("0::"))
-        # The scope is gone with its process; what its parent hands down is what scopes have.
+        # The scope ended with its process; its parent's subtree_control lists the controllers of scopes.
         handed_down = Path("/sys/fs/cgroup", path.strip("/")).parent / "cgroup.subtree_control"
         return sorted({"memory", "cpu"} & set(handed_down.read_text().split()))
     except (OSError, subprocess.SubprocessError, StopIteration):
@@ -348,7 +348,7 @@ def _scope_controllers() -> list[str]:
 
 
 def _start_time(pid: int) -> str:
-    """Return when a process started, in the kernel's ticks, which tells it from a later one with its id."""
+    """Return a process's start time in kernel ticks, to detect that its id was reused."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:

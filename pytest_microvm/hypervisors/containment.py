@@ -1,8 +1,8 @@
-"""The walls around a VMM's process: what a guest that breaks out of it meets.
+"""Containment of the VMM process, against a guest that breaks out of it.
 
-Started as root, the process gets a user of its own that owns nothing; in any case no new privileges, no files
-but those that a rule of Landlock names and an empty network namespace, where the host allows them, and limits
-of the kernel. What holds on this host is found out by doing it, and told by the same object that does it
+If started as root, the process runs as a separate user that owns nothing. In any case it gets no new
+privileges and resource limits and, where the host allows, an empty network namespace and only the files that
+a Landlock rule names. Each layer is tested on this host by use, and reported by the object that applies it
 (:meth:`Walls.told`).
 
 Sources: setpriv(1), unshare(1), setrlimit(2), user_namespaces(7); systemd's UIDS-GIDS document for the ids.
@@ -28,10 +28,10 @@ from pytest_microvm.hypervisors.landlock_step import find_steps, step_command
 from pytest_microvm.hypervisors.rlimits import Rlimits, prlimit_options
 
 FILES_GROUP = 1879048192
-"""The group of files that QEMU opens itself: the first id of the range that no system gives to anybody."""
+"""The group of files that QEMU opens itself: the first id of a range that no system assigns."""
 
 _IF_PARENT = '[ "$PPID" = "$0" ] && exec "$@"'
-"""The signal of a parent's death is not sent to who asks for it too late (prctl(2)); so look afterwards."""
+"""Checks that the parent lives: a parent-death signal requested after its death is never sent (prctl(2))."""
 
 _LAST_ID = 2147483646
 _NOBODY = 65534
@@ -39,12 +39,12 @@ _GROUP_MAY, _OTHERS_MAY = 0o060, 0o006  # read and write
 _TIMEOUT = 10.0
 
 OOM_SCORE = 500
-"""Added to a machine's badness, of 1000: when the host runs out of memory, machines go first."""
+"""The oom_score_adj of a machine, of 1000: when the host runs out of memory, machines are killed first."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Whom a process runs as, by number."""
+    """The numeric user, group and supplementary group ids of a process."""
 
     user: int
     group: int
@@ -53,7 +53,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Wall:
-    """One wall, and whether it stands here; ``fix`` is the next step where it does not."""
+    """One containment layer and whether it works here; ``fix`` is the next step if it does not."""
 
     name: str
     stands: bool
@@ -63,19 +63,19 @@ class Wall:
 
 @dataclass(frozen=True)
 class Walls:
-    """What can be done here, and the doing of it.
+    """The containment layers available on this host, and the commands that apply them.
 
     Args:
-        setpriv: The program that sheds privileges.
+        setpriv: The program that drops privileges.
         prlimit: The program that sets limits.
-        network: The argv that gives an empty network namespace; empty where that does not work.
+        network: The argv prefix for an empty network namespace; empty if that does not work.
         users: The user ids to choose from; ``None``: machines run as our own user.
-        files_group: The group that files get which such a user must open itself.
-        capabilities: Whether root's capabilities can be taken away.
-        bubblewrap: The program that leaves nothing of the file system but programs and libraries; empty
-            where that was not asked for. It stays beside the command, which gets a process id of its own.
+        files_group: The group of files that such a user must open itself.
+        capabilities: Whether root's capabilities can be dropped.
+        bubblewrap: The program that hides all files but programs and libraries; empty if not enabled. It
+            stays as the command's parent, so the command has a process id of its own.
         landlock: The version of Landlock's interface that is used; 0: none.
-        step: The program that applies Landlock's rules, as the beginning of its argv.
+        step: The argv prefix of the program that applies Landlock's rules.
         reason: Why machines run as our own user.
         unlocked: Why Landlock is not used.
     """
@@ -93,9 +93,9 @@ class Walls:
     unlocked: str = ""
 
     def identity(self, devices: Sequence[Path] = ()) -> Identity | None:
-        """Return a new user for a machine that may use ``devices``; ``None``: it keeps our own.
+        """Return a new identity for a machine that may use ``devices``; ``None``: it runs as our own user.
 
-        Ids are drawn, so two of a host's machines have the same one once in 268 million pairs.
+        Ids are random: two of a host's machines have the same one once in 268 million pairs.
         """
         if self.users is None or self.files_group is None:
             return None
@@ -107,7 +107,7 @@ class Walls:
 
     @property
     def own_users(self) -> bool:
-        """Whether every machine has a user that nothing else has."""
+        """True if every machine runs as a user of its own."""
         return self.users is not None and len(self.users) > 1
 
     def command(
@@ -118,18 +118,18 @@ class Walls:
         report: int | None = None,
         ruleset: int | None = None,
     ) -> list[str]:
-        """Return what comes before a command's argv; it keeps the process id, unless bubblewrap is in it.
+        """Return the argv prefix that contains a command; its process id is kept, except with bubblewrap.
 
         Args:
-            identity: Whom the command runs as.
-            limits: What the kernel holds it to.
-            devices: What it must find in /dev.
-            report: The descriptor on which bubblewrap tells the command's process id, as JSON.
-            ruleset: The descriptor from :meth:`ruleset`; it holds for the rest of the chain, too.
+            identity: The user to run the command as.
+            limits: Resource limits.
+            devices: Device files that it needs.
+            report: The descriptor to which bubblewrap writes the command's process id, as JSON.
+            ruleset: The descriptor from :meth:`ruleset`; its rules also apply to the rest of the chain.
 
-        The parent-death signal is asked for last: a change of user clears it (prctl(2)); the command is
-        started only if this process is still there then. The limits are not set from outside: the user may
-        have changed by then, and root without CAP_SYS_RESOURCE may no longer.
+        The parent-death signal is requested last, because a change of user clears it (prctl(2)); the command
+        starts only if this process still lives then. The limits are set inside the chain: from outside, the
+        user may have changed already, and root without CAP_SYS_RESOURCE may not set them.
         """
         command = [*self.network]
         if self.bubblewrap:
@@ -143,7 +143,7 @@ class Walls:
         if self.capabilities:
             command += ["--bounding-set=-all", "--inh-caps=-all", "--ambient-caps=-all"]
         command += ["--no-new-privs", "--pdeathsig=KILL", "--"]
-        # In bubblewrap's namespace nobody can see who the parent is.
+        # In bubblewrap's namespace the parent's process id is not visible.
         return command if self.bubblewrap else [*command, "/bin/sh", "-c", _IF_PARENT, str(os.getpid())]
 
     def ruleset(
@@ -155,8 +155,8 @@ class Walls:
 
         Args:
             program: The command's program.
-            devices: Devices that it opens.
-            descriptors: Files that it opens again, each with the access mode of its descriptor.
+            devices: Device files that it opens.
+            descriptors: Files that it reopens, each with the access mode of its descriptor.
 
         Raises:
             OSError: The kernel refused it.
@@ -167,7 +167,7 @@ class Walls:
         return landlock.open_ruleset(self.landlock, chain, devices, descriptors)
 
     def told(self, devices: Sequence[Path] = ()) -> tuple[Wall, ...]:
-        """Return which walls stand around a machine that uses ``devices``, for people."""
+        """Return the status of each layer for a machine that uses ``devices``, for display."""
         powers = "without capabilities" if self.capabilities else "with all capabilities"
         if self.users is not None and self.identity(devices) is None:
             closed = " and ".join(map(str, devices))
@@ -213,10 +213,10 @@ _TRIED = Rlimits(files=256, file_bytes=2**30, address_bytes=2**33, data_bytes=2*
 
 @functools.cache
 def find_walls(program: str | None = None) -> Walls:
-    """Return what can be done on this host, tried once.
+    """Return the strongest combination of layers that works on this host, tested once by use.
 
     Args:
-        program: The program that must run behind Landlock's rules, else they are left out.
+        program: The program that must run under Landlock's rules; they are left out if it does not.
 
     Raises:
         HostError: A program is missing, or bubblewrap was asked for and does not work.
@@ -248,7 +248,7 @@ def find_walls(program: str | None = None) -> Walls:
 
 
 def _with_landlock(candidates: list[Walls]) -> list[Walls]:
-    """Return the candidates, each with Landlock first.
+    """Return the candidates, each preceded by its variants with Landlock.
 
     Not with bubblewrap: a process under Landlock may not mount (landlock(7)), and bubblewrap hides the files.
     """
@@ -264,19 +264,19 @@ def _with_landlock(candidates: list[Walls]) -> list[Walls]:
 
 
 def prefer_for_ending(pid: int) -> None:
-    """Have the host's kernel end this process before others when the host runs out of memory."""
-    with contextlib.suppress(OSError):  # it has ended; or this system has no such preference
+    """Make the host's OOM killer choose this process before others."""
+    with contextlib.suppress(OSError):  # it has ended, or this system has no such setting
         Path(f"/proc/{pid}/oom_score_adj").write_text(str(OOM_SCORE))
 
 
 def grant(descriptor: int, identity: Identity | None, *, write: bool) -> None:
-    """Let a machine's user open the file behind a descriptor again, which takes rights on the file itself.
+    """Let a machine's user reopen the file behind a descriptor, which needs permissions on the file itself.
 
-    Its folders stay closed: the user comes to the file through the descriptor that it inherits alone. Nothing
-    is touched if it is right already: a published file's time of change is part of what is known of it.
+    Its folders stay inaccessible: the user reaches the file only by its inherited descriptor. Permissions
+    that already suffice are not touched: a published file's time of change is part of its stamp.
 
     Raises:
-        HostError: The file's rights cannot be changed.
+        HostError: The file's permissions cannot be changed.
     """
     if identity is None:
         return
@@ -296,7 +296,7 @@ def grant(descriptor: int, identity: Identity | None, *, write: bool) -> None:
 
 
 def _device_groups(devices: Sequence[Path]) -> tuple[int, ...] | None:
-    """Return the groups that may use ``devices``; ``None`` if root alone may use one of them."""
+    """Return the groups that may use ``devices``; ``None`` if only root may use one of them."""
     groups = []
     for device in devices:
         found = device.stat()
@@ -309,7 +309,7 @@ def _device_groups(devices: Sequence[Path]) -> tuple[int, ...] | None:
 
 
 def _users() -> tuple[range | None, str]:
-    """Return the user ids that machines can have, if we are root; else why there are none."""
+    """Return the user ids available to machines, as root only, and the reason if there are none."""
     if os.geteuid() != 0:
         return None, ""
     maps = [Path("/proc/self", name) for name in ("uid_map", "gid_map")]
@@ -332,9 +332,9 @@ def _covers(table: list[range], first: int, last: int) -> bool:
 
 
 def _works(walls: Walls, program: str | None = None) -> bool:
-    """Whether a program starts behind these walls.
+    """Return True if a program starts under these layers.
 
-    It is ``program`` itself only if the rules of Landlock might miss one of its files; QEMU starts slowly.
+    ``program`` itself is tried only if Landlock's rules might miss one of its files: QEMU starts slowly.
     """
     if program is None or not walls.landlock or landlock.is_installed(program):
         program = walls.setpriv

@@ -1,8 +1,8 @@
-"""Landlock: limit a process to the files that rules name; no privilege is needed for it.
+"""Landlock: restrict a process to the files that rules name, without privileges.
 
 This process builds the ruleset. A step in the chain that starts a VMM (:mod:`.landlock_step`) applies it to
-itself, adds a filter of system calls for the gaps of Landlock, and then replaces itself by the chain's next
-program, which inherits both. No additional process stays.
+itself, adds a system-call filter that closes Landlock's gaps, and then executes the chain's next program,
+which inherits both. No additional process stays.
 
 Sources: landlock(7); Linux's Documentation/userspace-api/landlock.rst and include/uapi/linux/landlock.h.
 """
@@ -37,7 +37,7 @@ READ = _READ_FILE
 READ_WRITE = _READ_FILE | _WRITE_FILE
 DEVICE = READ_WRITE | _IOCTL_DEV
 
-_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16, 9: 17}  # how many rights of files a version knows
+_RIGHTS = {1: 13, 2: 14, 3: 15, 5: 16, 9: 17}  # number of file rights that each version knows
 _TCP_FROM, _TCP = 4, 0b11  # bind, connect
 SCOPES_FROM, _SCOPES = 6, 0b11  # abstract UNIX sockets, signals
 """The first version of the kernel's interface that can deny signals to the user's other processes."""
@@ -53,7 +53,7 @@ _BESIDE_PROGRAMS = ("lib", "lib64", "libexec", "share")
 
 
 def find_version() -> tuple[int, str]:
-    """Return the version of the kernel's interface; without Landlock 0, and the reason for people."""
+    """Return the kernel's Landlock version, or 0 and the reason that it cannot be used, for display."""
     if sys.platform != "linux" or platform.machine() not in ARCHITECTURES:
         return 0, f"not used on {platform.system()} {platform.machine()}"
     try:
@@ -67,7 +67,7 @@ def find_version() -> tuple[int, str]:
 
 
 def is_installed(program: str) -> bool:
-    """Whether a program is in a system folder, to which the rules give access as a whole."""
+    """Return True if a program is in a system folder, to which the rules give access as a whole."""
     resolved = Path(program).resolve()
     return any(resolved.is_relative_to(Path(folder).resolve()) for folder in SYSTEM_FOLDERS)
 
@@ -84,7 +84,7 @@ def open_ruleset(
         version: The version of the kernel's interface.
         programs: Absolute paths of the programs to execute under the rules.
         devices: Devices that the VMM opens, besides ``/dev/null`` and ``/dev/urandom``.
-        descriptors: Files that the VMM opens again, each with the access mode of its descriptor.
+        descriptors: Files that the VMM reopens, each with the access mode of its descriptor.
 
     Raises:
         OSError: The kernel refused it, or a device is missing.
@@ -111,7 +111,7 @@ def _system_rules(programs: Iterable[str]) -> dict[Path, int]:
     for program in map(Path, programs):
         resolved = program.resolve()
         folder = resolved.parent
-        # A program that lies in the home folder itself does not open that to the VMM.
+        # For a program directly in the home folder, or above it, allow the file and not the folder.
         rules[resolved if home.is_relative_to(folder) else folder] = PROGRAMS
         if folder.name == "bin":
             rules.update(dict.fromkeys((folder.parent / name for name in _BESIDE_PROGRAMS), PROGRAMS))

@@ -1,7 +1,7 @@
-"""The step of the chain that applies a Landlock ruleset to itself and becomes the chain's next program.
+"""The launch-chain step that applies a Landlock ruleset to itself and executes the next program.
 
 The step is Perl where the host has it, as Debian and Ubuntu always do, because Perl starts in a millisecond.
-Elsewhere it is our own Python, which takes ten times as long. Both do the same: set no_new_privs, apply the
+Otherwise it is our own Python, which takes ten times as long. Both do the same: set no_new_privs, apply the
 ruleset and the filter of system calls, close the ruleset, and execute the next program with an empty
 environment.
 
@@ -56,10 +56,10 @@ os.execve(command[0], command, {{}})
 
 
 def find_steps() -> list[tuple[str, ...]]:
-    """Return the programs that can be the step, as the beginning of their argv, the fastest first."""
+    """Return the argv prefixes of programs that can be the step, the fastest first."""
     perl = shutil.which("perl")
     steps: list[tuple[str, ...]] = [(perl, "-e", _PERL, str(_PRCTL[platform.machine()]))] if perl else []
-    # The step runs before a change of user. -I and -S ignore the environment, the user's site and the folder.
+    # The step runs before a change of user. -I and -S ignore the environment, user site and current folder.
     return [*steps, (sys.executable, "-I", "-S", "-B", "-c", _PYTHON)]
 
 

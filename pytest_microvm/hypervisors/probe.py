@@ -1,7 +1,7 @@
-"""Which accelerator works here, found out by booting a kernel with a deadline.
+"""Find the accelerator that works here by booting a kernel within a deadline.
 
-A /dev/kvm that opens proves nothing: there are computers on which every stock kernel then hangs.
-The verdict is remembered until the computer, its kernel, the hypervisor or the device changes.
+A /dev/kvm that opens proves nothing: on some computers every stock kernel then hangs. The verdict is cached
+until the next boot of the computer, or until its kernel, the hypervisor or the device changes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 DEADLINE = 5.0
-"""Seconds a tiny guest may take to say hello; with a working KVM it takes well under one."""
+"""Seconds a tiny guest may take to report its boot; with a working KVM it takes well under one."""
 
 KVM_DEVICE = Path("/dev/kvm")
 UDEV_RULE = 'KERNEL=="kvm", GROUP="kvm", MODE="0660"'
@@ -31,12 +31,12 @@ UDEV_RULE = 'KERNEL=="kvm", GROUP="kvm", MODE="0660"'
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which accelerator to use.
+    """The accelerator to use, with the reason.
 
     Args:
         name: ``kvm``, ``hvf``, ``whpx`` or ``tcg``.
-        reason: Why, for people.
-        seconds: How long finding out took; 0 when it was remembered or obvious.
+        reason: Why, for display.
+        seconds: How long probing took; 0 if the verdict was cached or obvious.
     """
 
     name: str
@@ -54,10 +54,10 @@ def probe(
     """Return the best accelerator that works.
 
     Args:
-        boots: ``boots(accelerator, deadline)``: whether a tiny guest came up in time.
-        build: What identifies the hypervisor's build.
-        memory: The file in which verdicts are remembered.
-        architecture: The guest's; a foreign one can only be emulated.
+        boots: ``boots(accelerator, deadline)`` returns whether a tiny guest booted in time.
+        build: Identifier of the hypervisor's build.
+        memory: The file that caches the verdict.
+        architecture: Guest architecture; a foreign one can only be emulated.
         device: KVM's device.
     """
     if architecture != platform.machine().replace("arm64", "aarch64"):
@@ -82,10 +82,10 @@ def probe(
 
 
 def check_required(required: str | None, found: Verdict) -> None:
-    """Raise unless the accelerator that was asked for is the one that works.
+    """Raise an error if a required accelerator is not the one that works.
 
     Raises:
-        HostError: It is not.
+        HostError: Another accelerator works.
     """
     if required is not None and found.name != required:
         raise HostError(
@@ -116,7 +116,7 @@ def _key(candidate: str, build: str, device: Path) -> str:
 
 
 def _remembered(memory: Path, key: str, candidate: str) -> Verdict | None:
-    """Return the verdict that was remembered for ``key``; ``None`` also if the file is not as we write it."""
+    """Return the cached verdict for ``key``; ``None`` if there is none, or the file is malformed."""
     try:
         found = json.loads(memory.read_text())[key]
         name, reason = found["name"], found["reason"]
@@ -126,9 +126,9 @@ def _remembered(memory: Path, key: str, candidate: str) -> Verdict | None:
 
 
 def _remember(memory: Path, key: str, verdict: Verdict) -> None:
-    """Keep only the newest verdict: the others are of another boot, or of another build."""
+    """Cache a verdict, and drop older ones, which belong to another boot or build."""
     draft = memory.with_name(f".{memory.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):  # a cache that is full or read-only: it is tried again next time
+    with contextlib.suppress(OSError):  # the cache is full or read-only: probe again next time
         memory.parent.mkdir(parents=True, exist_ok=True)
         try:
             draft.write_text(json.dumps({key: asdict(verdict)}))

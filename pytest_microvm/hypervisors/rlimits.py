@@ -1,4 +1,4 @@
-"""Limits that the kernel keeps for a process, with or without cgroups (setrlimit(2), prlimit(1))."""
+"""Process limits that the kernel enforces, with or without cgroups (setrlimit(2), prlimit(1))."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rlimits:
-    """What a process may take.
+    """Resource limits of a process.
 
     Args:
         files: Open descriptors.
@@ -16,7 +16,7 @@ class Rlimits:
         address_bytes: Address space.
         data_bytes: Private writable memory, touched or not.
         cpu_seconds: CPU time, in whole seconds; ``None``: no limit.
-        threads: Threads of its user; ``None`` where others run as the same user.
+        threads: Threads of its user; ``None`` if other processes run as the same user.
     """
 
     files: int
@@ -28,7 +28,7 @@ class Rlimits:
 
 
 def prlimit_options(limits: Rlimits) -> list[str]:
-    """Return prlimit's options for ``limits``, as far as we may have them ourselves."""
+    """Return prlimit's options for ``limits``, capped at our own hard limits."""
     wanted = {
         "core": (resource.RLIMIT_CORE, 0),
         "nofile": (resource.RLIMIT_NOFILE, limits.files),
@@ -42,8 +42,8 @@ def prlimit_options(limits: Rlimits) -> list[str]:
     for name, (number, limit) in wanted.items():
         if limit is None:
             continue
-        hard = resource.getrlimit(number)[1]  # an ordinary user cannot have more than that
+        hard = resource.getrlimit(number)[1]  # an ordinary user cannot exceed it
         soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        # At the soft limit of CPU time the kernel sends SIGXCPU, which tells it from other ends.
+        # At the soft limit of CPU time the kernel sends SIGXCPU, which distinguishes it from other ends.
         options.append(f"--{name}={soft}:{soft + 1 if name == 'cpu' and soft != hard else soft}")
     return options

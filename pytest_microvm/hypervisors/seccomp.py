@@ -1,4 +1,4 @@
-"""A filter of system calls (seccomp(2)) that closes Landlock's gaps.
+"""System-call filter (seccomp(2)) that closes Landlock's gaps.
 
 Landlock has no rights for modes, owners, times and attributes of files, keys and shared memory; none for
 truncation by path before its version 3, and none for sockets with a path before version 9. A VMM needs none
@@ -18,9 +18,9 @@ _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _X32 = 0x40000000  # x86-64's numbers for 32-bit pointers begin here
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""The hosts for which there is a filter, and the kernel's numbers for them."""
+"""Host architectures that have a filter, and the kernel's numbers for them."""
 
-# x86-64, aarch64; None: only the newer call with a folder's descriptor is there
+# x86-64, aarch64; None: the architecture has only the newer call that takes a folder's descriptor
 _DENIED: dict[str, tuple[int | None, int | None]] = {
     "truncate": (76, 45),
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452),
@@ -37,7 +37,7 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
 
 
 def deny_filter(architecture: str) -> bytes:
-    """Return a program for seccomp(2) under which the calls of the table fail with EACCES.
+    """Return a seccomp(2) program that makes the denied system calls fail with EACCES.
 
     Another architecture's calls, which have other numbers, fail too.
 

@@ -1,8 +1,8 @@
-"""The rate of this computer's time-stamp counter, measured.
+"""Measure the rate of this computer's time-stamp counter (TSC).
 
 A guest under TCG reads the host's counter, but calibrates it against an emulated timer and often
-fails ("Unable to calibrate against PIT"), which hangs the ``microvm`` machine type. Told the true
-rate it does not calibrate. /proc/cpuinfo tells the rate of the moment, which scales; the counter's
+fails ("Unable to calibrate against PIT"), which hangs the ``microvm`` machine type. Given the true
+rate, it does not calibrate. /proc/cpuinfo shows the current clock rate, which scales; the counter's
 own rate is constant (flag ``constant_tsc``), so it is measured against CLOCK_MONOTONIC_RAW.
 """
 
@@ -22,7 +22,7 @@ _TRIES = 50
 
 
 def measure_tsc_khz(cpuinfo: Path = Path("/proc/cpuinfo")) -> int | None:
-    """Return the counter's rate in kHz; ``None`` where there is none that is constant, or none may run it."""
+    """Return the TSC rate in kHz; ``None`` without a constant TSC, or if the host forbids the measurement."""
     if platform.machine() != "x86_64" or not cpuinfo.exists() or "constant_tsc" not in cpuinfo.read_text():
         return None
     try:
@@ -40,7 +40,7 @@ def measure_tsc_khz(cpuinfo: Path = Path("/proc/cpuinfo")) -> int | None:
 
 
 def _sample(read_tsc: Callable[[], int]) -> tuple[int, int]:
-    """Return counter and time of one moment: of several tries the one that was interrupted least."""
+    """Return counter and time of one moment, from the least interrupted of several tries."""
     tries = []
     for _ in range(_TRIES):
         before = time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)

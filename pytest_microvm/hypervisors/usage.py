@@ -1,4 +1,4 @@
-"""What a VMM's process has used, from Linux's /proc (proc_pid_stat(5), proc_pid_status(5))."""
+"""Resource usage of a VMM process, from Linux's /proc (proc_pid_stat(5), proc_pid_status(5))."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pytest_microvm.machine.instance import Usage
 
 
 def process_usage(pid: int) -> Usage | None:
-    """Return CPU seconds and memory of a process; ``None`` once it is gone.
+    """Return the CPU seconds and memory of a process; ``None`` once it is gone.
 
-    Of one that has ended and was not waited for, the CPU time is all that is left.
+    For a zombie, only the CPU time is available.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

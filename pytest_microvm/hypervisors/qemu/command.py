@@ -25,16 +25,16 @@ _OVERHEAD = 192 * 1024**2
 
 Measured: see ADR 0008."""
 
-# Unless told, QEMU opens a file for reading first and for writing once a device needs it: of a descriptor
-# that was opened for both it gets no other.
-# A full disk is an error that the guest sees; unless told, QEMU stops the guest, and its test hangs.
+# auto-read-only=off: by default QEMU opens a file read-only and reopens it when a device needs to write,
+# which fails with a descriptor that was opened for both.
+# werror=report: a full disk is an error that the guest sees; by default QEMU stops the guest, and tests hang.
 _WRITTEN = "cache=unsafe,auto-read-only=off,werror=report"
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
 def memory_ceiling(launch: Launch, accelerator: Accelerator) -> int:
-    """Return the bytes that QEMU's process can need at most: guest RAM, translated code, itself."""
+    """Return the maximum bytes of memory of QEMU's process: guest RAM, translated code, overhead."""
     return launch.memory + (TRANSLATIONS if accelerator.name == "tcg" else 0) + _OVERHEAD
 
 
@@ -46,16 +46,16 @@ def qemu_command(
     *,
     readonly_ram: bool = False,
 ) -> list[str]:
-    """Return the argv that starts ``launch``; it names no path but the program's.
+    """Return the argv that starts ``launch``; the program is the only path in it.
 
     Args:
         program: QEMU's program.
-        launch: What to start.
-        accelerator: What to run it with.
+        launch: The VM to start.
+        accelerator: The accelerator to use.
         fds: Inherited descriptors. Connected stream sockets: ``qmp``, ``console`` and one for each port.
             Opened files: ``kernel``, ``initramfs``, ``ram``, ``disk0`` and so on, and ``overlay2`` for
             the writes to an ephemeral disk 2 (an empty qcow2 file).
-        readonly_ram: Whether this QEMU (8.2 or later) can copy RAM from a file that it may only read.
+        readonly_ram: Whether this QEMU (8.2 or later) can map RAM privately from a read-only file.
     """
     bus = "pci" if accelerator.machine == "q35" else "device"
     command = [
@@ -103,12 +103,12 @@ def _memory(launch: Launch, fd: int, *, readonly_ram: bool) -> str:
 
 
 def _again(fd: int) -> str:
-    """Return the path by which QEMU opens an inherited file once more, where it takes nothing but paths."""
+    """Return the path with which QEMU reopens an inherited file, for options that take only paths."""
     return f"/proc/self/fd/{fd}"
 
 
 def _plug_order(disks: tuple[Disk, ...], accelerator: Accelerator) -> list[tuple[int, Disk]]:
-    """Return the disks so that the guest names the first one vda: its kernel finds mmio slots backwards."""
+    """Return the disks so that the first one plugged is vda: a ``virt`` guest finds mmio slots backwards."""
     numbered = list(enumerate(disks))
     return numbered[::-1] if accelerator.machine == "virt" else numbered
 

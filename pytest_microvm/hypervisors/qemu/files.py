@@ -1,4 +1,4 @@
-"""The files of a launch as descriptors: QEMU inherits them and needs no path, and no right to any folder."""
+"""Open a launch's files as descriptors: QEMU inherits them and needs neither paths nor rights to folders."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from pytest_microvm.hypervisors import Launch
     from pytest_microvm.hypervisors.containment import Identity
 
-_SLACK = 16 * 1024**2  # bytes: an overlay's tables, what QEMU says on stderr
+_SLACK = 16 * 1024**2  # bytes for an overlay's tables and QEMU's stderr
 
 
 def open_files(
     launch: Launch, identity: Identity | None, *, readonly_ram: bool, stack: ExitStack
 ) -> dict[str, int]:
-    """Open what QEMU needs, as :func:`qemu_command` names it; ``stack`` closes it.
+    """Open the files that QEMU needs, keyed as :func:`qemu_command` expects them.
 
     Args:
-        launch: What to start.
-        identity: Whom QEMU runs as: it opens kernel, initramfs and RAM once more, and must be able to.
+        launch: The VM to start.
+        identity: The user that QEMU runs as; it must be able to reopen kernel, initramfs and RAM.
         readonly_ram: Whether a copy's RAM file need only be readable.
         stack: Closes the descriptors.
 
@@ -61,9 +61,9 @@ def open_files(
 
 
 def written_file(launch: Launch, fds: dict[str, int]) -> int | None:
-    """Return a new descriptor of the file that takes what the machine writes to its disk, to see its size.
+    """Return a new descriptor of the file that receives the machine's disk writes, for measuring its size.
 
-    It holds no lock of the file and gives no right to it; the caller closes it.
+    It holds no lock on the file and grants no access to it; the caller closes it.
     """
     for number, disk in enumerate(launch.disks):
         if not disk.readonly:
@@ -73,7 +73,7 @@ def written_file(launch: Launch, fds: dict[str, int]) -> int | None:
 
 
 def largest_file(launch: Launch) -> int:
-    """Return the bytes of the largest file that QEMU may write: a disk or its overlay.
+    """Return the size in bytes of the largest file that QEMU may write: a disk or its overlay.
 
     RAM is mapped, not written; an overlay's tables take one part in 8,000 (docs/interop/qcow2 of QEMU).
     """
@@ -83,6 +83,6 @@ def largest_file(launch: Launch) -> int:
 
 
 def _overlays() -> str:
-    """Return where overlays are: on a disk, which /tmp often is not."""
+    """Return the folder for overlays: on a disk, which /tmp often is not."""
     folder = tempfile.gettempdir()
     return "/var/tmp" if folder == "/tmp" and os.access("/var/tmp", os.W_OK) else folder  # noqa: S108

@@ -34,10 +34,10 @@ class Qemu:
 
     Args:
         architecture: ``x86_64`` or ``aarch64``.
-        memory: The folder in which the probe's verdict is remembered.
+        memory: The folder that caches the probe's verdict.
 
     Raises:
-        HypervisorMissing: It is not installed.
+        HypervisorMissing: QEMU is not installed.
     """
 
     name = "qemu"
@@ -56,13 +56,13 @@ class Qemu:
 
     @cached_property
     def version(self) -> str:
-        """What the program says of itself, such as ``7.2.22``."""
+        """The version that the program reports, such as ``7.2.22``."""
         done = subprocess.run([self.program, "--version"], capture_output=True, text=True, check=True)
         return done.stdout.split("version ", 1)[-1].split()[0]
 
     @cached_property
     def build(self) -> str:
-        """What tells one build from another: the file's path, size and time of change."""
+        """An identifier of the build: the program's path, size and modification time."""
         found = Path(self.program).stat()
         return f"{self.program} {found.st_size} {found.st_mtime_ns}"
 
@@ -72,9 +72,9 @@ class Qemu:
         """Return the accelerator that runs ``launch``'s kernel here.
 
         Args:
-            launch: What is to run; its kernel and initramfs are what the probe boots.
-            required: The only accelerator that will do.
-            say: Told that probing takes a while.
+            launch: The VM to run; the probe boots its kernel and initramfs.
+            required: The only accelerator to accept.
+            say: Called with a line when probing starts.
 
         Raises:
             HostError: ``required`` does not work here.
@@ -89,7 +89,7 @@ class Qemu:
         return self._accelerator(verdict)
 
     def fingerprint(self, accelerator: Accelerator) -> tuple[str, ...]:
-        """Return what a template depends on: it can only be continued by the same build on the same CPU."""
+        """Return the host facts in a template's key: only the same build on the same CPU can continue it."""
         return (
             self.name, self.build, self.version, accelerator.name, accelerator.machine,
             str(accelerator.tsc_khz is not None), platform.machine(), _cpu_digest(),
@@ -104,13 +104,13 @@ class Qemu:
         return QemuProcess(self.program, launch, accelerator, readonly_ram=self._copies_readonly_ram)
 
     def walls(self, accelerator: Accelerator | None) -> tuple[Wall, ...]:
-        """Return what stands on this host between a guest that breaks out and everything else.
+        """Return the status of each containment layer on this host.
 
         Args:
-            accelerator: What runs machines here; ``None`` if that is not known yet.
+            accelerator: The accelerator in use here; ``None`` if it is not known yet.
 
         Raises:
-            HostError: A program that raises them is missing.
+            HostError: A program that a layer needs is missing.
         """
         devices = accelerator_devices(accelerator) if accelerator is not None else []
         return (
@@ -125,12 +125,12 @@ class Qemu:
         if verdict.name == "kvm":
             return Accelerator(verdict.name, verdict.reason, "microvm")
         khz = self._tsc_khz
-        # Under TCG the microvm machine needs to be told the counter's rate; q35 calibrates it well.
+        # Under TCG the microvm machine type needs the counter's rate as a parameter; q35 calibrates it well.
         return Accelerator(verdict.name, verdict.reason, "microvm" if khz else "q35", khz)
 
     @cached_property
     def _copies_readonly_ram(self) -> bool:
-        """Whether RAM may be a private copy of a file that QEMU may only read (new in 8.2)."""
+        """True if QEMU can map RAM privately from a file that it may only read (new in 8.2)."""
         numbers = tuple(int(part) for part in self.version.split(".")[:2] if part.isdecimal())
         return numbers >= _READONLY_RAM
 
@@ -183,7 +183,7 @@ def _says(process: QemuProcess, word: bytes, deadline: float) -> bool:
 
 
 def _cpu_digest() -> str:
-    """Return what identifies the host's CPU model and features."""
+    """Return an identifier of the host's CPU model and features."""
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor()

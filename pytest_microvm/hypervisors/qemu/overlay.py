@@ -1,4 +1,4 @@
-"""An empty qcow2 overlay: where a copy's writes go, in a file that never has a name.
+"""Write an empty qcow2 overlay, which receives a copy's writes, into a file without a name.
 
 QEMU's ``snapshot=on`` makes the same, but in a folder that QEMU itself must be able to write to.
 Source: docs/interop/qcow2 of QEMU.
@@ -18,7 +18,7 @@ _REFCOUNT_ORDER = 4  # 16 bits
 
 
 def write_overlay(file: IO[bytes], size: int) -> None:
-    """Write an overlay of ``size`` bytes without any content into an empty file.
+    """Write an empty overlay of a disk of ``size`` bytes into an empty file.
 
     Clusters: the header, the refcount table, its one block, then the L1 table.
     """

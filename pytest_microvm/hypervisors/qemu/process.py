@@ -1,4 +1,4 @@
-"""One QEMU process: started with its sockets connected, checkpointed, killed."""
+"""One QEMU process: start it with connected sockets, checkpoint it, kill it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="microvm-spawn")
 
 
 def _renew_spawner() -> None:
-    """Give a fork a thread of its own: it has none of its parent's."""
+    """Replace the spawner thread in a forked child, which does not inherit its parent's."""
     global _spawner  # noqa: PLW0603 - one per process
     _spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="microvm-spawn")
 
@@ -62,12 +62,12 @@ class QemuProcess:
     Attributes:
         pid: QEMU's process id.
         sockets: Our ends of its console and ports.
-        not_enforced: What was asked for and does not hold on this host, a line each.
+        not_enforced: Requested limits that this host does not enforce, one line each.
 
     Args:
         program: QEMU's program.
-        launch: What to start. With ``state`` the VM runs on from there, else it boots.
-        accelerator: What to run it with.
+        launch: The VM to start: continued from ``state`` if set, else booted.
+        accelerator: The accelerator to use.
 
     Raises:
         BootError: QEMU did not start, or refused the state.
@@ -79,7 +79,7 @@ class QemuProcess:
     ) -> None:
         self.sockets: dict[str, socket.socket] = {}
         self._last_usage = Usage()
-        self._lock = threading.Lock()  # a watchdog asks for the usage while others end the machine
+        self._lock = threading.Lock()  # a watchdog reads the usage while other threads end the machine
         self._written: int | None = None
         self._ceiling_hit: int | None = None
         self._inner: int | None = None  # a descriptor of QEMU's process where bubblewrap is its parent
@@ -135,11 +135,11 @@ class QemuProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether QEMU still runs."""
+        """True while QEMU runs."""
         return self._process.poll() is None
 
     def checkpoint(self, state: Path) -> None:
-        """Stop the guest and write its device state; its RAM is in its shared RAM file.
+        """Stop the guest and write its device state; its RAM is already in the shared RAM file.
 
         Raises:
             QmpError: QEMU could not save it.
@@ -157,12 +157,12 @@ class QemuProcess:
             os.close(descriptor)
 
     def resume(self) -> None:
-        """Let a guest that was stopped by :meth:`checkpoint` run on."""
+        """Resume a guest that :meth:`checkpoint` stopped."""
         self.qmp.execute("cont")
 
     def kill(self) -> None:
         """End the VM at once; a second call does nothing."""
-        self._forget_written()  # before QEMU ends: whoever closes the file last waits until it is deleted
+        self._forget_written()  # before QEMU ends: the last process to close the file waits for its deletion
         self._end()
         self._ceiling_hit = self._group.ceiling_hit() or self._ceiling_hit
         self._group.remove()
@@ -170,7 +170,7 @@ class QemuProcess:
         self._stderr.close()
 
     def end_reason(self, timeout: float = 5.0) -> str:
-        """Return why a VM whose sockets closed has ended, for people."""
+        """Return, for display, the reason that a VM whose sockets closed has ended."""
         try:
             status = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -179,20 +179,20 @@ class QemuProcess:
             if event.get("event") == "SHUTDOWN":
                 reason = sanitize_line(str(event["data"].get("reason", "unknown")))
                 return _SHUTDOWN_WORDS.get(reason, f"QEMU ended: {reason}")
-        if self.pid != self._process.pid and status > _SIGNALLED:  # bubblewrap tells it like a shell
+        if self.pid != self._process.pid and status > _SIGNALLED:  # bubblewrap reports signals like a shell
             status = _SIGNALLED - status
         if status < 0:
             return f"QEMU was killed by signal {-status}" + _SIGNAL_WORDS.get(-status, "")
         return f"QEMU ended with status {status}"
 
     def ceiling_hit(self) -> int | None:
-        """Return the ceiling of the process's memory in bytes, if the host's kernel killed it there."""
+        """Return the memory limit in bytes if the host's kernel killed the process for exceeding it."""
         return self._ceiling_hit or self._group.ceiling_hit()
 
     def usage(self) -> Usage:
-        """Return what the process has used (Linux's /proc); the last known figures once it ended."""
+        """Return the process's resource usage (Linux's /proc); once it has ended, the last known figures."""
         with self._lock:
-            if self._process.returncode is None:  # else its number may be another's by now
+            if self._process.returncode is None:  # else its id may have been reused
                 used = process_usage(self.pid)
                 if used is not None:
                     last = self._last_usage
@@ -202,7 +202,7 @@ class QemuProcess:
         return self._last_usage
 
     def stderr(self) -> str:
-        """Return the end of what QEMU said on stderr."""
+        """Return the end of QEMU's stderr."""
         self._stderr.seek(0)
         return self._stderr.read()[-4000:].decode(errors="replace").strip()
 
@@ -215,7 +215,7 @@ class QemuProcess:
             os.close(descriptor)
         self.qmp.execute("migrate-incoming", {"uri": "fd:state"})
         self._wait_migration()
-        self.resume()  # the state was saved while the machine stood still, so it is loaded standing still
+        self.resume()  # the state was saved from a stopped machine, so the loaded one is stopped
 
     def _wait_migration(self) -> None:
         data = self.qmp.wait_event("MIGRATION", lambda data: data.get("status") in ("completed", "failed"))
@@ -223,11 +223,11 @@ class QemuProcess:
             raise QmpError("QEMU could not save or load the machine's state")
 
     def _confine(self) -> None:
-        """Put the process into its group; QEMU itself is hardly loaded yet."""
+        """Add the process to its cgroup before QEMU has allocated much."""
         prefer_for_ending(self.pid)
         try:
             self._group.add(self.pid)
-        except ProcessLookupError:  # it has ended: greeting it tells why
+        except ProcessLookupError:  # it has ended: the greeting that follows reports why
             return
         except OSError as error:
             raise BootError(
@@ -248,7 +248,7 @@ class QemuProcess:
                 self._written = None
 
     def _inner_pid(self, told: IO[bytes]) -> int:
-        """Return QEMU's process id, which bubblewrap tells; bubblewrap's own if it could not start it."""
+        """Return QEMU's process id as bubblewrap reports it; bubblewrap's own if it could not start QEMU."""
         with told, contextlib.suppress(ValueError, KeyError, ProcessLookupError):
             said = b""
             while b"}" not in said and (data := os.read(told.fileno(), 4096)):
@@ -260,7 +260,7 @@ class QemuProcess:
 
     def _end(self) -> None:
         with self._lock:
-            if self._inner is not None:  # QEMU itself first: bubblewrap's end would only ask for its own
+            if self._inner is not None:  # QEMU first: bubblewrap's end does not wait for it
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._inner, signal.SIGKILL)
                 select.select([self._inner], [], [])
@@ -282,7 +282,7 @@ _SHUTDOWN_WORDS = {
 
 
 def _pipe(ours: ExitStack, theirs: ExitStack) -> tuple[IO[bytes], int]:
-    """Return a pipe: what we read from, and the descriptor that the process writes to."""
+    """Create a pipe; return our reading end and the descriptor for the process to write to."""
     reading, writing = os.pipe()
     theirs.callback(os.close, writing)
     return ours.enter_context(os.fdopen(reading, "rb", buffering=0)), writing
@@ -291,7 +291,7 @@ def _pipe(ours: ExitStack, theirs: ExitStack) -> tuple[IO[bytes], int]:
 def _ruleset(
     walls: Walls, program: str, devices: Sequence[Path], fds: dict[str, int], stack: ExitStack
 ) -> int | None:
-    """Return the rules for QEMU's files, which it inherits as ``ruleset`` where there are any."""
+    """Return a ruleset for QEMU's files, inherited as ``ruleset``; ``None`` without Landlock."""
     try:
         ruleset = walls.ruleset(program, devices, [fds[name] for name in OPENED_AGAIN])
     except OSError as error:
@@ -310,7 +310,7 @@ def accelerator_devices(accelerator: Accelerator) -> list[Path]:
 
 
 def _rlimits(launch: Launch, limits: Limits, *, own_user: bool) -> Rlimits:
-    """Return the kernel's limits: loose ones, for what no well-behaved QEMU comes near."""
+    """Return resource limits for QEMU, set far above its normal use."""
     return Rlimits(
         files=_FILES,
         file_bytes=largest_file(launch),
@@ -331,7 +331,7 @@ def _spawn(
         "pass_fds": fds,
         "cwd": "/",
         "env": environment,
-        "start_new_session": True,  # a Ctrl-C of the terminal is for us; we end the machines
+        "start_new_session": True,  # the terminal's Ctrl-C reaches only us; we end the machines
     }
     try:
         return _spawner.submit(lambda: subprocess.Popen(argv, **options)).result()

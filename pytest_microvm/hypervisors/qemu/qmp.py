@@ -1,7 +1,7 @@
-"""QEMU's control socket: the QEMU Machine Protocol, one command at a time, events kept.
+"""QEMU Machine Protocol client on QEMU's control socket: one command at a time, events are queued.
 
-QEMU is believed, but a guest that broke out of it may be the one who speaks: what comes is bounded, and an
-answer is not waited for beyond its time. Source: docs/interop/qmp-spec of QEMU.
+QEMU is trusted, but a guest that broke out of it may speak in its place: input is bounded, and every response
+has a timeout. Source: docs/interop/qmp-spec of QEMU.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pytest_microvm.errors import MachineError
 from pytest_microvm.untrusted.text import sanitize_line
 
 _MAX_LINE = 1024 * 1024
-_MAX_DRAINED = 10_000  # events; QEMU says a few in its life
+_MAX_DRAINED = 10_000  # events; QEMU sends only a few in its lifetime
 
 
 class QmpError(MachineError):
-    """QEMU refused a command, or went away."""
+    """QEMU rejected a command, broke the protocol, or is gone."""
 
 
 class Qmp:
@@ -28,7 +28,7 @@ class Qmp:
 
     Args:
         sock: A connected Unix stream socket; owned from here on.
-        timeout: Seconds to wait for any answer.
+        timeout: Seconds to wait for any response.
     """
 
     def __init__(self, sock: socket.socket, timeout: float = 30.0) -> None:
@@ -76,7 +76,7 @@ class Qmp:
                 return answer.get("return")
 
     def wait_event(self, name: str, accept: Any = lambda _data: True) -> dict[str, Any]:
-        """Wait for an event called ``name`` whose data ``accept`` takes, and return its data.
+        """Wait for an event ``name`` whose data satisfies ``accept``; return its data.
 
         Raises:
             QmpError: It did not come in time, or QEMU is gone.
@@ -93,7 +93,7 @@ class Qmp:
                 self.events.append(answer)
 
     def drain_events(self) -> list[dict[str, Any]]:
-        """Return every event heard so far, without waiting."""
+        """Return every event received so far, without waiting."""
         try:
             for _ in range(_MAX_DRAINED):
                 answer = self._read(0)
@@ -108,7 +108,7 @@ class Qmp:
         self._sock.close()
 
     def _read_before(self, deadline: float) -> dict[str, Any]:
-        """Read an answer or event; one that floods us with events is given up at the deadline too."""
+        """Read a response or an event before ``deadline``, which a flood of events does not extend."""
         left = deadline - time.monotonic()
         if left <= 0:
             raise QmpError(f"QEMU did not answer within {self._timeout:.0f} s")
