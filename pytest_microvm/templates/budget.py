@@ -1,7 +1,7 @@
-"""The host budget: how many vCPUs and how much memory all runs on this host may take together.
+"""The host budget: the vCPUs and memory that all runs on this host may use together.
 
 Each machine has a record in a folder that all runs of this user share; a lock makes counting and
-taking one step. A record belongs to a process, and counts only while that process lives.
+reserving atomic. A record belongs to a process, and counts only while that process lives.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 VARIABLE = "PYTEST_MICROVM_BUDGET"
-_PAUSE = 0.05  # seconds; another process's machine ends without a word to us: its place is looked for again
-_PATIENCE = 2.0  # seconds of waiting before it is told
+_PAUSE = 0.05  # seconds between checks: another process does not notify us when its machine ends
+_PATIENCE = 2.0  # seconds of waiting before it is reported
 _HOPE = 10.0  # seconds in which another thread of this process may still end a machine
 
 
 @dataclass(frozen=True)
 class Record:
-    """One machine that runs, or is about to: memory in bytes, ``since`` in seconds since 1970.
+    """A running or starting machine: ``memory`` in bytes, ``since`` in seconds since 1970.
 
-    ``pid`` is its VMM's process, 0 until that has started.
+    ``pid`` is the id of its VMM process, 0 until that has started.
     """
 
     id: str
@@ -48,7 +48,7 @@ class Record:
 
 
 def default_limits() -> tuple[float, int]:
-    """Return vCPUs and bytes: four per core, and four fifths of the memory; PYTEST_MICROVM_BUDGET overrides.
+    """Return the default vCPUs (4 per core) and bytes (4/5 of memory); PYTEST_MICROVM_BUDGET overrides them.
 
     Raises:
         UsageError: The variable is not like ``cpus=8,memory=16G``.
@@ -67,15 +67,15 @@ def default_limits() -> tuple[float, int]:
 
 
 class HostBudget:
-    """What may run at the same time.
+    """Limits the machines that run on this host at the same time.
 
     Args:
-        folder: Where the records are.
+        folder: The folder of the records.
         cpus: vCPUs of all machines together.
         memory: Bytes of memory of all machines together.
 
     Raises:
-        HostError: The folder is open to other users.
+        HostError: Other users can change the folder.
     """
 
     def __init__(self, folder: Path, cpus: float, memory: int) -> None:
@@ -95,18 +95,18 @@ class HostBudget:
         say: Callable[[str], None] = lambda _line: None,
         reclaim: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Wait until a machine fits, and record it.
+        """Wait until a machine fits into the budget, and record it.
 
         Args:
             machine: Its id.
             image: Its image's name.
             cpus: Its vCPUs.
             memory: Its bytes of memory.
-            say: Told when waiting takes long.
-            reclaim: Ends a machine of this process that nobody uses yet; returns whether it did.
+            say: Called with a line if waiting takes long.
+            reclaim: Ends an unused machine of this process; returns whether it did.
 
         Raises:
-            BudgetExhausted: It can never fit: it is too large, or this process holds all there is.
+            BudgetExhausted: It can never fit: it is too large, or only this process holds machines.
         """
         begin = time.monotonic()
         told = False
@@ -134,19 +134,19 @@ class HostBudget:
         return True
 
     def started(self, machine: str, pid: int) -> None:
-        """Take note of the process that runs a machine."""
+        """Record the process that runs a machine."""
         for record in self.records():
             if record.id == machine:
                 self._write(replace(record, pid=pid))
 
     def _write(self, record: Record) -> None:
-        """Write a record in one step: others read them without the lock."""
+        """Write a record atomically: others read it without the lock."""
         draft = self._folder / f"{record.id}.new"
         draft.write_text(json.dumps(asdict(record)))
         draft.replace(self._folder / f"{record.id}.json")
 
     def release(self, machine: str) -> None:
-        """Strike a machine that has ended."""
+        """Remove the record of a machine that has ended."""
         for ending in ("json", "new"):  # writing the record may have been interrupted
             (self._folder / f"{machine}.{ending}").unlink(missing_ok=True)
         with self._released:
@@ -168,15 +168,15 @@ class HostBudget:
         return f"{format_cpus(self.cpus)} vCPUs, {format_size(self.memory // 1024**2 * 1024**2)}"
 
     def check_hope(self, cpus: float, memory: int, waited: float = 0.0) -> None:
-        """Refuse to wait for what can never be.
+        """Raise an error if waiting for a machine is pointless.
 
         Args:
             cpus: Its vCPUs.
             memory: Its bytes of memory.
-            waited: Seconds that somebody who ends no machine meanwhile has waited for it.
+            waited: Seconds waited so far by a caller that ends no machine meanwhile.
 
         Raises:
-            BudgetExhausted: It is too large, or this process holds all there is and has for long.
+            BudgetExhausted: It is too large, or for long only this process has held machines.
         """
         records = self.records()
         mine = [record for record in records if record.owner == os.getpid()]
@@ -191,7 +191,7 @@ class HostBudget:
 
 
 def _started(pid: int) -> str:
-    """Return when a process started (proc(5), field 22), which tells it from a later one with its id."""
+    """Return a process's start time (proc(5), field 22), to detect that its id was reused."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

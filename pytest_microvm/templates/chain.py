@@ -1,9 +1,9 @@
-"""Template chains: boot, then what its user wants in it, link after link; each made once and cached.
+"""Template chains: a boot followed by the user's steps, link after link; each is made once and cached.
 
 A link's key is the digest of its parent's key and of everything its step depends on. To make it, the
-parent's memory and disk are copied, the machine runs on from there, the step works in it, and it is
-frozen again. Where several links are missing, one machine makes them, and a copy of it is frozen at each.
-Two runs that need the same link wait for one another; a crash leaves nothing behind.
+parent's memory and disk are copied, the machine continues from there, the step runs in it, and it is
+frozen again. If several links are missing, one machine makes them, and a copy of it is frozen at each.
+Two runs that need the same link wait for each other; a crash leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from pytest_microvm.templates.store import Template, TemplateStore
 
 FORMAT = 2
-"""Part of every key; raise it when templates made before can no longer be used."""
+"""Part of every key; increase it when existing templates become unusable."""
 
 IN_THE_MAKING = {"hostname": "template", "machine_id": "0" * 32}
-"""The identity of a machine that becomes a template; its copies get one each."""
+"""The identity of a machine that becomes a template; each copy gets its own."""
 
 _BOOT_TRIES = 2
-_LEAST_SLACK = 256 * 1024**2  # more than a machine writes between two looks at it
+_LEAST_SLACK = 256 * 1024**2  # more than a machine writes between two checks of its disk
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class Step:
     """One link after the boot.
 
     Args:
-        kind: What it is called in lists: ``prepared``, ``started``, ``workspace``, ``collected``.
+        kind: Its name in lists: ``prepared``, ``started``, ``workspace``, ``collected``.
         inputs: Everything it depends on besides its parent.
-        work: Does it in a machine; what it returns is kept beside the template, name by name.
-        title: What is said while it is made.
+        work: Runs the step in a machine; returns the attachments to store with the template, by name.
+        title: Progress message while it is made.
     """
 
     kind: str
@@ -65,9 +65,9 @@ class Step:
 
 @dataclass(frozen=True)
 class Base:
-    """What the chain begins with: an image on given resources, run by a given accelerator.
+    """The start of a chain: an image with its resources and accelerator.
 
-    ``limits`` and ``grants`` shape no template: they are for the machines that come of it.
+    ``limits`` and ``grants`` do not affect templates, only the machines copied from them.
     """
 
     image: Image
@@ -79,7 +79,7 @@ class Base:
 
 @dataclass(frozen=True)
 class _InTheMaking:
-    """A running machine on files of its own, in a draft."""
+    """A running machine with its own files, in a draft folder."""
 
     instance: Instance
     draft: Path
@@ -89,12 +89,12 @@ class Chain:
     """Makes, finds and copies templates.
 
     Args:
-        hypervisor: What runs the machines.
-        store: Where templates are kept.
+        hypervisor: Runs the machines.
+        store: Stores the templates.
         guest_code: The package's own files for the guest (see :func:`guest_code_archive`).
-        say: Told what is being made.
-        room: Holds a place in the host budget for the machine in which a template is made.
-        elsewhere: Gets a template that is missing into the store, if it can; tells whether it did.
+        say: Called with progress messages.
+        room: Reserves a place in the host budget for the machine in which a template is made.
+        elsewhere: Fetches a missing template into the store if possible; returns whether it did.
     """
 
     def __init__(
@@ -132,10 +132,10 @@ class Chain:
         return key
 
     def ensure(self, base: Base, steps: Sequence[Step] = ()) -> Template:
-        """Return the template that ``steps`` lead to, held; what is missing of the chain is made.
+        """Return the template that ``steps`` lead to, held open; missing links of the chain are made.
 
         Raises:
-            BootError: The machine did not come up, twice.
+            BootError: The machine failed to boot twice.
             MachineError: A step failed.
             HostError: This computer lacks something.
         """
@@ -144,7 +144,7 @@ class Chain:
         if found is not None:
             return found
         with self._alone(key, _title(base, steps)):
-            found = self._found(key, steps)  # whoever held the lock may have made it
+            found = self._found(key, steps)  # the previous holder of the lock may have made it
             if found is not None:
                 return found
             with ExitStack() as stack:
@@ -156,14 +156,14 @@ class Chain:
         return found
 
     def copy(self, template: Template, base: Base, name: str, *, own: Path | None = None) -> Instance:
-        """Start a copy-on-write copy of ``template``; nothing it writes is kept.
+        """Start a copy-on-write copy of ``template``; its writes are discarded.
 
         Args:
             template: What to copy.
             base: What it was made from.
             name: The machine's name.
-            own: A folder for memory and disk of its own, so that :meth:`keep` can freeze it: copied
-                whole, which takes a few tenths of a second more.
+            own: A folder for full copies of memory and disk, so that :meth:`keep` can freeze the machine;
+                they take a few tenths of a second more.
 
         Raises:
             BootError: The hypervisor could not continue it.
@@ -185,7 +185,7 @@ class Chain:
             ) from error
 
     def keep(self, instance: Instance, base: Base, key: str, own: Path, facts: dict[str, Any]) -> None:
-        """Freeze a machine that was copied with folders of its own, as the template ``key``; it ends.
+        """Freeze a machine that was copied with an ``own`` folder, as the template ``key``; the machine ends.
 
         Raises:
             MachineError: It could not be saved.
@@ -199,7 +199,7 @@ class Chain:
         self._freeze(instance, key, own, {**meta, **facts}, {})
 
     def _found(self, key: str, steps: Sequence[Step]) -> Template | None:
-        """Return a template that is in the store, or comes there from elsewhere."""
+        """Return a template from the store; if it is missing, fetch it into the store if possible."""
         found = self._store.open(key)
         if found is None and steps and self._elsewhere(key):
             found = self._store.open(key)
@@ -208,10 +208,10 @@ class Chain:
     def _done(
         self, base: Base, steps: Sequence[Step], stack: ExitStack
     ) -> tuple[_InTheMaking, dict[str, bytes]]:
-        """Return a machine in which ``steps`` have just been done, and what the last of them returned.
+        """Return a machine that has just run ``steps``, and the result of the last one.
 
-        It goes on from the longest part of the chain that is there. Each link that is made on the way is
-        published, and the machine runs on: that spares the next link a start, and QEMU its translations.
+        It continues from the longest cached part of the chain. Each link made on the way is published while
+        the machine runs on, which saves the next link a start, and QEMU its translations.
         """
         if not steps:
             return self._booted(base, stack), {}
@@ -220,7 +220,7 @@ class Chain:
         return machine, steps[-1].work(machine.instance)
 
     def _before(self, base: Base, steps: Sequence[Step], stack: ExitStack) -> _InTheMaking:
-        """Return a machine in which all ``steps`` but the last have been done."""
+        """Return a machine that has run all ``steps`` but the last."""
         parents = steps[:-1]
         key = self.key(base, parents)
         found = self._store.open(key)
@@ -235,7 +235,7 @@ class Chain:
                             stack.push(making.pop_all())
                             self._watch(machine, base)
                             return machine
-                    found = self._store.open(key)  # what one link may reach is not for the next one
+                    found = self._store.open(key)  # the grants of one link are not for the next one
         if found is None:
             raise BootError("a template vanished as soon as it was made", resolution="run it again")
         with found:
@@ -266,7 +266,7 @@ class Chain:
         raise AssertionError("the last try returns or raises")
 
     def _continued(self, parent: Template, base: Base, stack: ExitStack) -> _InTheMaking:
-        """Return a machine that runs on from ``parent``, on files of its own."""
+        """Return a machine that continues from ``parent``, with its own files."""
         draft = self._new_draft(base, stack)
         copy_sparse(parent.ram, draft / "ram")
         copy_sparse(parent.scratch, draft / "scratch")
@@ -293,7 +293,7 @@ class Chain:
     def _publish_copy(
         self, machine: _InTheMaking, key: str, meta: dict[str, Any], made: dict[str, bytes]
     ) -> None:
-        """Make a machine as it is now the template ``key``, and let it run on."""
+        """Publish the present state of a machine as the template ``key``, and let it run on."""
         with self._store.draft() as copy:
             machine.instance.checkpoint(copy / "state")
             copy_sparse(machine.draft / "ram", copy / "ram")
@@ -304,9 +304,9 @@ class Chain:
     def _freeze(
         self, instance: Instance, key: str, draft: Path, meta: dict[str, Any], made: dict[str, bytes]
     ) -> None:
-        """Make a machine on files of its own the template ``key``; it ends."""
+        """Publish a machine with its own files as the template ``key``; the machine ends."""
         instance.checkpoint(draft / "state")
-        instance.close()  # its RAM file is only whole once nobody writes to it any more
+        instance.close()  # its RAM file is complete only after the last write to it
         self._publish(key, draft, meta, made)
 
     def _publish(self, key: str, draft: Path, meta: dict[str, Any], made: dict[str, bytes]) -> None:
@@ -347,7 +347,7 @@ class Chain:
 
     @contextlib.contextmanager
     def _alone(self, key: str, title: str) -> Iterator[None]:
-        """Make this the only process, and thread, that makes ``key``."""
+        """Hold the lock for making ``key``, against other processes and threads."""
         lock = FileLock(self._store.locks / key)
         with explained(self._store.folder):
             self._store.locks.mkdir(parents=True, exist_ok=True)
@@ -378,7 +378,7 @@ def guest_code_archive(files: Iterable[tuple[str, bytes]]) -> bytes:
 
 
 def _await_hello(instance: Instance) -> None:
-    """Wait until the agent answers; the boot's watchdog."""
+    """Wait for the agent's hello; raise an error if the boot fails or takes too long."""
     try:
         instance.link("agent").wait_hello(BOOT_TIMEOUT)
     except TimeoutError as error:
@@ -389,7 +389,7 @@ def _await_hello(instance: Instance) -> None:
 
 
 def _warm_up(instance: Instance) -> None:
-    """Let the agent do once what every copy does first, so that its code and data are in memory."""
+    """Run the first requests of every copy once, so that the agent's code and data are in memory."""
     instance.adopt("agent", IN_THE_MAKING)
     link = instance.link("agent")
     for _ in range(2):
@@ -401,12 +401,12 @@ def _warm_up(instance: Instance) -> None:
 
 
 def _title(base: Base, steps: Sequence[Step]) -> str:
-    """Return what is said while a link is made."""
+    """Return the progress message for making a link."""
     return (steps[-1].title or steps[-1].kind) if steps else f"booting {base.image.name}"
 
 
 def _disk_slack(quota: int) -> int:
-    """Return how much larger than its quota a disk is: an excess must show before the disk is full."""
+    """Return the bytes that a disk has beyond its quota, so that an excess shows before the disk is full."""
     return quota // 4 + _LEAST_SLACK
 
 

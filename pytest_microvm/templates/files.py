@@ -1,4 +1,4 @@
-"""The files of a template: copied sparsely, told apart by their content, formatted, kept on disk."""
+"""Template files: copy them sparsely, compute content digests, format disks, sync them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FORMATTED = 8 * 1024**2  # bytes; what an empty file system takes is less
 
 
 def copy_sparse(source: Path, target: Path) -> None:
-    """Copy a file without filling its holes; file systems that can share blocks do (copy_file_range(2)).
+    """Copy a file and keep its holes; blocks are shared if the file system can (copy_file_range(2)).
 
     Raises:
         HostError: The target's disk is full.
@@ -39,10 +39,9 @@ def copy_sparse(source: Path, target: Path) -> None:
 
 
 def content_digest(path: Path) -> str:
-    """Return a digest of a file's content: the SHA-256 of its size and of its blocks with their places.
+    """Return a digest of a file's content: the SHA-256 of its size and of its blocks with their offsets.
 
-    Blocks of zeros do not count, so holes cost nothing, and a copy that has its holes elsewhere, or none
-    at all, has the same digest.
+    Zero blocks are skipped, so holes cost nothing, and a copy with other holes, or none, has the same digest.
 
     Raises:
         OSError: The file cannot be read.
@@ -62,7 +61,7 @@ def content_digest(path: Path) -> str:
 
 
 def _data(file: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield where a file's data is, from and to, without its holes."""
+    """Yield the start and end of each data range of a file, without its holes."""
     end = 0
     while end < size:
         try:
@@ -74,10 +73,10 @@ def _data(file: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def next_data(path: Path, place: int, most: int) -> tuple[int, bytes]:
-    """Return where a file's next data begins, from ``place`` on, and as much of it as ``most`` bytes.
+    """Return the offset of a file's next data, at or after ``place``, and up to ``most`` bytes of it.
 
     Returns:
-        No data at the end of the file.
+        The file's size and no data, at the end of the file.
 
     Raises:
         OSError: The file cannot be read.
@@ -95,7 +94,7 @@ def next_data(path: Path, place: int, most: int) -> tuple[int, bytes]:
 
 
 def unnamed_copy(source: Path) -> IO[bytes]:
-    """Return a sparse copy of a file that has no name: it is gone once it is closed.
+    """Return a sparse copy of a file in an unnamed temporary file, which is deleted when closed.
 
     Raises:
         HostError: The disk for temporary files is full.
@@ -118,7 +117,7 @@ def _copy_range(reading: int, writing: int, start: int, end: int) -> None:
 
 
 def format_scratch(path: Path, size: int) -> None:
-    """Make a sparse file of ``size`` bytes with an empty ext4 file system; no journal: it outlives no crash.
+    """Create a sparse file with an empty ext4 file system, without a journal: it outlives no crash.
 
     Raises:
         HostError: mke2fs is missing or failed, or the disk is full.
@@ -135,7 +134,7 @@ def format_scratch(path: Path, size: int) -> None:
 
 
 def find_mke2fs() -> str:
-    """Return mke2fs's file, also where PATH does not have the administrator's programs.
+    """Return the path of mke2fs, also if PATH lacks the administrator's programs.
 
     Raises:
         HostError: It is missing.
@@ -147,7 +146,7 @@ def find_mke2fs() -> str:
 
 
 def sync(path: Path) -> None:
-    """Write a file, or a folder's entries, to the disk."""
+    """Flush a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -156,7 +155,7 @@ def sync(path: Path) -> None:
 
 
 def disk_usage(folder: Path) -> int:
-    """Return the bytes that a folder's files take on the disk (holes do not count)."""
+    """Return the bytes that a folder's files occupy on the disk, without holes."""
     total = 0
     with contextlib.suppress(FileNotFoundError):  # it is being removed
         for entry in os.scandir(folder):

@@ -1,4 +1,4 @@
-"""Folders that appear, are held and go in one step, whatever other processes do with them at the time."""
+"""Publish, lock and remove folders atomically, despite other processes that do the same."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 REMOVED = ".removed-"
-"""What the name of a folder begins with that is being removed."""
+"""Prefix of the names of folders that are being removed."""
 
 
 def hold(meta: Path) -> int | None:
-    """Return a descriptor that holds the template ``meta`` belongs to; ``None`` if there is none."""
+    """Take the shared lock of the template of ``meta``; return its descriptor, or ``None`` if it is gone."""
     while True:
         try:
             lock = os.open(meta, os.O_RDONLY | os.O_CLOEXEC)
@@ -29,11 +29,11 @@ def hold(meta: Path) -> int | None:
         fcntl.flock(lock, fcntl.LOCK_SH)
         if leads_to(meta.parent, lock):
             return lock
-        os.close(lock)  # while we waited it was removed, and perhaps made anew
+        os.close(lock)  # it was removed while we waited, and perhaps made again
 
 
 def leads_to(folder: Path, lock: int, name: str = META) -> bool:
-    """Tell whether ``lock`` is what is called ``name`` in ``folder`` now, and not something removed."""
+    """Return True if ``lock`` is the current ``name`` in ``folder``, not a removed one."""
     try:
         return os.path.samestat(os.fstat(lock), (folder / name).stat())
     except OSError:
@@ -41,12 +41,12 @@ def leads_to(folder: Path, lock: int, name: str = META) -> bool:
 
 
 def private(folder: Path, prefix: str) -> Path:
-    """Return a new name in ``folder`` that nobody else has."""
+    """Return a new, unique path in ``folder``."""
     return folder / f"{prefix}{secrets.token_hex(8)}"
 
 
 def discard(folder: Path) -> None:
-    """Take a folder away in one step, so that nobody meets half of it, then remove it."""
+    """Rename a folder out of the way atomically, then remove it."""
     gone = private(folder.parent, REMOVED)
     with contextlib.suppress(FileNotFoundError):
         folder.rename(gone)
@@ -54,7 +54,7 @@ def discard(folder: Path) -> None:
 
 
 def publish_as(draft: Path, target: Path) -> None:
-    """Rename ``draft`` unless somebody published the same: theirs is as good; a damaged one makes way."""
+    """Rename ``draft`` to ``target``, unless an intact one is already there; a damaged one is replaced."""
     while True:
         try:
             draft.rename(target)
@@ -72,7 +72,7 @@ def publish_as(draft: Path, target: Path) -> None:
 
 
 def in_use(folder: Path) -> bool:
-    """Tell whether somebody holds the template in ``folder``."""
+    """Return True if a process holds the template in ``folder``."""
     with (folder / META).open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,7 +82,7 @@ def in_use(folder: Path) -> bool:
 
 
 def remove_unheld(path: Path) -> None:
-    """Remove a file or a folder unless somebody holds a lock on it."""
+    """Remove a file or a folder unless a process holds a lock on it."""
     with contextlib.suppress(OSError):  # it is held, or gone
         lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -96,14 +96,14 @@ def remove_unheld(path: Path) -> None:
 
 
 def remove_unused(folder: Path) -> bool:
-    """Remove a template unless somebody uses it; return whether it is gone."""
+    """Remove a template unless it is in use; return whether it is gone."""
     try:
         with (folder / META).open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if leads_to(folder, file.fileno()):  # else it was replaced while we looked
+            if leads_to(folder, file.fileno()):  # else it was replaced meanwhile
                 discard(folder)
     except BlockingIOError:
         return False
-    except FileNotFoundError:  # somebody else was quicker, or it is no template at all
+    except FileNotFoundError:  # another process removed it, or it is no template
         discard(folder)
     return True

@@ -1,9 +1,9 @@
-"""Whether a template's files are what they were when it was published: a digest once, a stamp from then on.
+"""Verify that a template's files are unchanged since it was published: by digest once, then by stamps.
 
-``meta.json`` has every file's size and digest, and a digest of itself. ``stamps.json`` has for each file
-what the kernel changes whenever anybody writes to it or puts another in its place. While the stamps are
-the same, nothing is read; where one differs (somebody wrote; the cache came out of an archive; the computer
-was started again) the content decides, and the stamps are taken anew.
+``meta.json`` has every file's size and digest, and a digest of itself. ``stamps.json`` has for each file the
+metadata that the kernel changes when the file is written or replaced. While the stamps are the same, no
+content is read; if one differs (after a write, a restore of the cache from an archive, a restart of the
+computer), the digests decide, and the stamps are renewed.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ STAMPS = "stamps.json"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 Stamps = dict[str, list[int]]
-"""By file: size, time of the last write, time of the last change of any kind, inode; times in ns."""
+"""By file: size, modification time, change time, inode; times in ns."""
 
 
 class Damaged(Exception):
-    """A template is not what it was; the message says what of it."""
+    """A template was changed; the message names the file."""
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Write down ``facts`` and what the files of ``folder`` are now; nobody may write to them any more."""
+    """Record ``facts``, and digests and stamps of the files in ``folder``, which must not change any more."""
     names = sorted(path.name for path in folder.iterdir())
     seen = stamps(folder, names)
     files = {name: {"size": seen[name][0], "sha256": content_digest(folder / name)} for name in names}
@@ -47,7 +47,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """Return a template's facts.
 
     Raises:
-        Damaged: They are not what was written down.
+        Damaged: They are missing or were changed.
     """
     try:
         meta: dict[str, Any] = json.loads((folder / META).read_bytes())
@@ -60,12 +60,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def verified(folder: Path, meta: dict[str, Any]) -> Stamps:
-    """Return the stamps of files that are what they were; their content is read if the stamps are new.
+    """Verify a template's files and return their stamps; content is read only if the stamps differ.
 
     Raises:
-        Damaged: One is not.
+        Damaged: A file was changed or is missing.
     """
-    # Taken before the content is read: a write that comes between makes them differ the next time.
+    # Taken before the content is read, so that a concurrent write makes them differ the next time.
     seen = stamps(folder, meta["files"])
     text = _as_json(seen)
     with contextlib.suppress(OSError):
@@ -81,13 +81,13 @@ def verified(folder: Path, meta: dict[str, Any]) -> Stamps:
             raise Damaged(f"{name} cannot be read ({error.strerror})") from error
         if digest != known["sha256"]:
             raise Damaged(f"{name} has other content")
-    with contextlib.suppress(OSError):  # a cache that cannot be written: they are read again next time
+    with contextlib.suppress(OSError):  # the cache cannot be written: read the files again next time
         write_atomically(folder / STAMPS, text)
     return seen
 
 
 def stamps(folder: Path, names: Iterable[str]) -> Stamps:
-    """Return the stamps of the files called ``names`` as they are now.
+    """Return the current stamps of the files called ``names``.
 
     Raises:
         Damaged: One is missing.

@@ -1,6 +1,6 @@
-"""A template goes from one computer to another: its files without their holes, verified before it is used.
+"""Transfer templates between computers: files without their holes, verified before use.
 
-It is of use there only under the same key, which the hypervisor's build and the CPU are part of (ADR 0003).
+A template is usable only under the same key, which includes the hypervisor's build and the CPU (ADR 0003).
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from pytest_microvm.templates.files import content_digest, next_data
 from pytest_microvm.templates.store import Template, TemplateStore
 
 KIND = "prepared"
-"""What is worth its way: what took commands and perhaps downloads to make."""
+"""The kind of template that is worth a transfer: it took commands and perhaps downloads to make."""
 
 PIECE = 8 * 1024**2
 _FILES = ("ram", "scratch", "state")
 
 Fetch = Callable[[str, int], tuple[int, bytes]]
-"""``fetch(name, place)``: a file's next data from ``place`` on, and where it begins; none: at its end."""
+"""``fetch(name, place)``: offset and bytes of a file's next data at or after ``place``; none at its end."""
 
 
 def lent(store: TemplateStore, key: str) -> Template | None:
-    """Return a template that another computer may have, held; ``None`` if there is none."""
+    """Return a template that another computer may fetch, held open; ``None`` if there is none."""
     template = store.open(key)
     if template is not None and (
         template.meta.get("kind") != KIND or set(template.meta["files"]) != {*_FILES}
@@ -34,23 +34,23 @@ def lent(store: TemplateStore, key: str) -> Template | None:
 
 
 def piece(template: Template, name: str, place: int) -> tuple[int, bytes]:
-    """Return what :data:`Fetch` does, of a template that is here."""
+    """Return the next data of a local template's file, as :data:`Fetch` does."""
     if name not in _FILES:
         raise HostError(f"a template has no file {name!r}", resolution="use the same version on all hosts")
     return next_data(template.folder / name, place, PIECE)
 
 
 def receive(store: TemplateStore, key: str, meta: Mapping[str, Any], fetch: Fetch) -> None:
-    """Put another computer's template into the store.
+    """Store a template from another computer.
 
     Args:
-        store: Where to.
+        store: The destination.
         key: Its key.
-        meta: Its facts.
-        fetch: Gets its data.
+        meta: Its facts, from the other computer.
+        fetch: Fetches its data.
 
     Raises:
-        HostError: It is not what its facts say; nothing of it stays. Or the disk is full.
+        HostError: Its data does not match ``meta`` (nothing of it is kept), or the disk is full.
     """
     with store.draft() as draft:
         for name in _FILES:

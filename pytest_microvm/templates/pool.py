@@ -1,4 +1,4 @@
-"""Machines made ahead: while one is in use, the next are started."""
+"""A pool of machines started ahead of use."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ T = TypeVar("T")
 
 
 class Pool(Generic[T]):
-    """Keeps up to ``size`` things ready, each made on a thread of its own.
+    """Keeps up to ``size`` items ready, each made on a thread of its own.
 
     Args:
-        size: How many to keep ready; with 0 there is never one.
-        make: Makes one; ``None`` when there is no room for it now.
-        discard: Ends one that is not wanted any more.
-        usable: Whether one that waited is still good.
+        size: How many to keep ready; 0: none.
+        make: Makes an item; returns ``None`` if there is no room for it now.
+        discard: Ends an item that is no longer needed.
+        usable: Returns whether an item that waited is still usable.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Pool(Generic[T]):
             thread.start()
 
     def take(self) -> T | None:
-        """Return one that is ready, or the next that gets ready; ``None`` if none is being made."""
+        """Return a ready item, or the next that becomes ready; ``None`` if none is being made."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ready or not self._making or self._closed)
-                self._asked += 1  # those who found no room may try again
+                self._asked += 1  # threads that found no room may retry
                 self._changed.notify_all()
                 if not self._ready:
                     return None
@@ -63,12 +63,12 @@ class Pool(Generic[T]):
             self._discard(item)
 
     def wait_full(self) -> None:
-        """Wait until as many as wanted are ready, or there was no room for more."""
+        """Wait until the pool is full, or there was no room for more."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._ready) >= self._wanted or self._stalled or self._closed)
 
     def give_up_one(self) -> bool:
-        """End one that is ready, to make room; return whether there was one."""
+        """Discard a ready item to make room; return whether there was one."""
         with self._changed:
             if not self._ready:
                 return False
@@ -77,7 +77,7 @@ class Pool(Generic[T]):
         return True
 
     def close(self) -> None:
-        """End what is ready and make no more; waits for what is being made."""
+        """Stop making items, wait for the unfinished ones, and discard the ready ones."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -98,8 +98,8 @@ class Pool(Generic[T]):
             try:
                 item = self._make()
             except MicroVMError:
-                item = None  # whoever needs one makes it himself, and hears why it fails
-            finally:  # a fault of ours ends this thread, but must not leave others waiting for it
+                item = None  # a caller without an item makes one itself, and gets the error
+            finally:  # a bug ends this thread, but must not leave others waiting
                 with self._changed:
                     self._making -= 1
                     if item is not None:
@@ -109,7 +109,7 @@ class Pool(Generic[T]):
                 self._wait_until_asked(asked)
 
     def _wait_until_asked(self, seen: int) -> None:
-        """Wait, after there was no room or no luck, until somebody takes one or asks for one."""
+        """Wait, after a failed attempt, until an item is taken or requested."""
         with self._changed:
             self._stalled += 1
             self._changed.notify_all()

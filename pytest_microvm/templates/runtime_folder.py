@@ -1,4 +1,4 @@
-"""This user's folder for what lives as long as its machines: other users may be able to write beside it."""
+"""This user's folder for files that live as long as its machines; its parent may be open to other users."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from pytest_microvm.errors import HostError
 
 
 def runtime_folder() -> Path:
-    """Return the folder, made if it was missing, in XDG_RUNTIME_DIR if that is this user's, else temporary.
+    """Return the folder, created if missing: in XDG_RUNTIME_DIR if this user's, else in a temporary one.
 
     Raises:
-        HostError: Others can change what is there (see :func:`own_folder`).
+        HostError: Other users can change it (see :func:`own_folder`).
     """
     base = Path(os.environ.get("XDG_RUNTIME_DIR") or "/")
-    # Of another user, as sudo(8) may leave it, it is not for us (XDG Base Directory Specification).
+    # sudo(8) may leave another user's folder, which is not to be used (XDG Base Directory Specification).
     if os.access(base, os.W_OK) and base.stat().st_uid == os.getuid() and base != Path("/"):
         return own_folder(base / "pytest-microvm")
     return own_folder(Path(tempfile.gettempdir()) / f"pytest-microvm-{os.getuid()}")
 
 
 def own_folder(path: Path) -> Path:
-    """Return a folder that only this user can use: a new one, or the one that is there if it is such a one.
+    """Return a folder that only this user can use, created if missing, checked if it exists.
 
-    No link is followed at its name, which others may know and have made something at.
+    A link at ``path`` is not followed: other users may know the name and have created one.
 
     Args:
-        path: A folder in one that exists.
+        path: Its path; the parent exists.
 
     Raises:
-        HostError: It is a link, no folder, another user's, or others may write to it, or exchange it.
+        HostError: It is a link, not a folder, or another user's, or others may write to it or replace it.
     """
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
@@ -49,7 +49,7 @@ def own_folder(path: Path) -> Path:
 
 
 def _why_not(found: os.stat_result) -> str:
-    """Return what is wrong with a file as a folder of this user's; empty if nothing is."""
+    """Return the reason that a file cannot be this user's private folder; empty if it can."""
     if stat.S_ISLNK(found.st_mode):
         return f"is a link (of uid {found.st_uid}), which is not followed"
     if not stat.S_ISDIR(found.st_mode):
@@ -62,7 +62,7 @@ def _why_not(found: os.stat_result) -> str:
 
 
 def _why_exchangeable(parent: os.stat_result) -> str:
-    """Return what lets other users rename what is in a folder (chmod(2), S_ISVTX); empty if nothing does."""
+    """Return the reason why others can rename its entries (chmod(2), S_ISVTX); empty if they cannot."""
     if parent.st_mode & stat.S_ISVTX:
         return ""
     if parent.st_uid not in (0, os.getuid()):
@@ -71,7 +71,7 @@ def _why_exchangeable(parent: os.stat_result) -> str:
 
 
 def _close(path: Path) -> None:
-    """Hide what is in a folder of ours from other users: version 0.1 made it with the umask's mode."""
+    """Deny other users access to a folder of ours: version 0.1 created it with the umask's mode."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fchmod(descriptor, 0o700)

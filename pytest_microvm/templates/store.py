@@ -1,9 +1,9 @@
-"""Templates on disk: published whole by rename, checked before use, the least recently used go first.
+"""Template store on disk: published by rename, verified before use, evicted least recently used first.
 
 ``templates/<key>/``: ``ram``, ``scratch``, ``state`` (device state), attachments, and ``meta.json``,
-which is what makes the folder a template (:mod:`pytest_microvm.templates.integrity`). A process that uses
-a template holds a shared lock (flock(2)) on its ``meta.json``; removal takes the lock alone, so what is in
-use stays. Whoever makes one holds a lock on the folder it is made in; the kernel lets go of it for the dead.
+whose presence makes the folder a template (:mod:`pytest_microvm.templates.integrity`). A process that
+uses a template holds a shared lock (flock(2)) on its ``meta.json``; removal takes the exclusive lock, so
+templates in use stay. A process that makes one locks the draft; the kernel drops the locks of the dead.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 KEPT = "kept"
-"""The kind of a template that is a machine somebody kept."""
+"""The kind of a template that is a kept machine."""
 
 UNUSABLE = "unusable"
-"""The kind of what is no template any more: it is damaged, or of another version."""
+"""The kind of an unusable template: it is damaged, or of another version."""
 
 _DRAFT = ".building-"
 _SPACE_LEFT = 256 * 1024**2  # bytes that must stay free on the disk when a template is begun
 
 
 class Template:
-    """A published template, held: it is not removed while this object is open.
+    """A published template; it is not removed while this object is open.
 
     Attributes:
         key: The digest of everything that shaped it.
-        folder: Where its files are.
-        meta: What is known of it: ``kind``, ``image``, ``parent``, ``created``, ``files``...
+        folder: The folder of its files.
+        meta: Its facts: ``kind``, ``image``, ``parent``, ``created``, ``files``...
     """
 
     def __init__(self, key: str, folder: Path, meta: dict[str, Any], lock: int, seen: Stamps) -> None:
@@ -73,8 +73,8 @@ class Template:
         self.folder = folder
         self.meta = meta
         self._seen = seen
-        # Hypervisors want to open the memory for writing, although a copy writes nothing to it (before
-        # QEMU 8.2 there is no other way), which a file system that is read-only refuses.
+        # Hypervisors open the RAM file for writing, although a copy writes nothing to it (before QEMU 8.2
+        # there is no other way), which a read-only file system refuses.
         self._writable = None if os.access(folder / "ram", os.W_OK) else unnamed_copy(folder / "ram")
         self._lock: int | None = lock
 
@@ -96,13 +96,13 @@ class Template:
         return self.folder / "state"
 
     def attachment(self, name: str) -> bytes:
-        """Return what the step that made it left beside it."""
+        """Return an attachment that the template's step stored with it."""
         return (self.folder / name).read_bytes()
 
     def intact(self) -> bool:
-        """Tell whether its files are still the ones that were verified when it was opened; a stat each.
+        """Return True if its files are still those verified when it was opened; costs a stat each.
 
-        False does not mean that they are damaged: :meth:`TemplateStore.open` finds that out.
+        False does not mean that they are damaged: :meth:`TemplateStore.open` verifies that.
         """
         if self._lock is None:
             return False
@@ -112,7 +112,7 @@ class Template:
             return False
 
     def close(self) -> None:
-        """Let it be removed again; a second call does nothing."""
+        """Release the template for removal; a second call does nothing."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -146,21 +146,21 @@ class TemplateStore:
     Args:
         root: The cache folder.
         cap: Bytes that all templates may take on the disk together.
-        say: Told when a template is damaged, or has to go for want of space.
+        say: Called with a line when a template is damaged or evicted for lack of space.
     """
 
     def __init__(self, root: Path, cap: int, say: Callable[[str], None] = lambda _line: None) -> None:
         self.folder = root / "templates"
-        self.locks = self.folder / ".locks"  # of those who make a template, by key
+        self.locks = self.folder / ".locks"  # of processes that make a template, by key
         self.cap = cap
         self._say = say
         self._drafts: dict[Path, int] = {}  # with the descriptors that hold their locks
 
     def open(self, key: str) -> Template | None:
-        """Return the template called ``key``, held, or ``None``; a damaged one is told of and removed.
+        """Return the template ``key``, held open, or ``None``; a damaged one is reported and removed.
 
         Raises:
-            HostError: It is damaged and cannot be made again: somebody kept it, or the cache is read-only.
+            HostError: It is damaged and cannot be made again: a kept machine, or in a read-only cache.
         """
         folder = self.folder / key
         with explained(self.folder):
@@ -169,11 +169,11 @@ class TemplateStore:
                     meta = read_meta(folder)
                     template = Template(key, folder, meta, lock, verified(folder, meta))
                 except (Damaged, FileNotFoundError) as damage:
-                    if leads_to(folder, lock):  # else it was removed meanwhile, and perhaps made anew
+                    if leads_to(folder, lock):  # else it was removed meanwhile, and perhaps made again
                         self._give_up(folder, damage)
                         return None
                 else:
-                    with contextlib.suppress(OSError):  # a cache that cannot be written
+                    with contextlib.suppress(OSError):  # the cache cannot be written
                         os.utime(lock)  # the time of use, for "least recently used"
                     lock = None
                     return template
@@ -184,7 +184,7 @@ class TemplateStore:
 
     @contextlib.contextmanager
     def draft(self) -> Iterator[Path]:
-        """Yield a new folder to make a template in; whatever is not published is removed.
+        """Yield a new folder in which to make a template; it is removed unless published.
 
         Raises:
             HostError: The disk is full, or becomes so, or the cache cannot be written.
@@ -209,7 +209,7 @@ class TemplateStore:
             while True:
                 folder = private(self.folder, _DRAFT)
                 folder.mkdir(mode=0o700)
-                with contextlib.suppress(FileNotFoundError):  # a sweep was quicker than our lock
+                with contextlib.suppress(FileNotFoundError):  # a sweep removed it before we locked it
                     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                     fcntl.flock(lock, fcntl.LOCK_EX)
                     if leads_to(folder, lock, ""):
@@ -218,20 +218,20 @@ class TemplateStore:
                     os.close(lock)
 
     def drop(self, draft: Path) -> None:
-        """Remove what :meth:`new_draft` returned; nothing happens to what was published."""
+        """Remove a folder of :meth:`new_draft`; a published one stays."""
         shutil.rmtree(draft, ignore_errors=True)
         lock = self._drafts.pop(draft, None)
         if lock is not None:
             os.close(lock)
 
     def publish(self, key: str, draft: Path, meta: dict[str, Any]) -> None:
-        """Make ``draft`` the template ``key``: everything on the disk first, then one rename.
+        """Publish ``draft`` as the template ``key``: flush everything to the disk, then rename it.
 
         Raises:
             HostError: The disk is full.
         """
         with explained(draft):
-            need_space(draft, NOTHING_LEFT)  # else what the machine wrote last may have been lost
+            need_space(draft, NOTHING_LEFT)  # else the machine's last writes may be lost
             with ThreadPoolExecutor(1) as writer:  # the disk is written while the digests are computed
                 written = writer.map(sync, list(draft.iterdir()))
                 seal(draft, {**meta, "created": time.time()})
@@ -243,7 +243,7 @@ class TemplateStore:
         self.shrink(keep=key)
 
     def list(self) -> builtins.list[StoredTemplate]:
-        """Return all templates, the most recently used first; what is damaged is of kind ``unusable``."""
+        """Return all templates, the most recently used first; damaged ones are of kind ``unusable``."""
         return sorted(filter(None, map(_stored, self._folders())), key=lambda entry: -entry.used)
 
     def remove(self, prefix: str) -> builtins.list[str]:
@@ -266,7 +266,7 @@ class TemplateStore:
     def prune(self) -> int:
         """Remove every template that is not in use; return the bytes that became free.
 
-        Machines that somebody kept stay: no run can make them again.
+        Kept machines stay: no run can make them again.
         """
         with explained(self.folder):
             self._sweep()
@@ -276,7 +276,7 @@ class TemplateStore:
             return sum(entry.size for entry in unused if remove_unused(self.folder / entry.key))
 
     def shrink(self, keep: str = "") -> None:
-        """Remove the least recently used until all together fit the cap; what somebody kept stays."""
+        """Evict the least recently used templates until all fit the cap; kept machines stay."""
         entries = self.list()
         total = sum(entry.size for entry in entries)
         for entry in reversed(entries):
@@ -291,7 +291,7 @@ class TemplateStore:
         return [path for path in self.folder.iterdir() if not path.name.startswith(".") and path.is_dir()]
 
     def _give_up(self, folder: Path, damage: Damaged | FileNotFoundError) -> None:
-        """Take a damaged template out of the way; say so."""
+        """Remove a damaged template and report it."""
         entry = _stored(folder)
         if entry is not None and entry.kind == KEPT:
             raise HostError(
@@ -302,7 +302,7 @@ class TemplateStore:
         self._say(f"a template in the cache is damaged ({folder.name[:12]}: {damage}): making it again")
 
     def _make_space(self) -> None:
-        """Remove the least recently used until a template can be begun.
+        """Evict the least recently used templates until there is space for a new one.
 
         Raises:
             HostError: There is still not enough space.
@@ -318,7 +318,7 @@ class TemplateStore:
         need_space(self.folder, _SPACE_LEFT)
 
     def _sweep(self) -> None:
-        """Remove what processes left behind that ended without tidying up (they were killed)."""
+        """Remove folders that killed processes left behind."""
         for removed in self.folder.glob(REMOVED + "*"):
             shutil.rmtree(removed, ignore_errors=True)
         for draft in self.folder.glob(_DRAFT + "*"):
@@ -326,7 +326,7 @@ class TemplateStore:
 
 
 def _stored(folder: Path) -> StoredTemplate | None:
-    """Return a template's line in lists; ``None`` if it is gone."""
+    """Return a template's entry in lists; ``None`` if it is gone."""
     try:
         meta = read_meta(folder)
     except Damaged:
