@@ -1,13 +1,13 @@
-"""Build things once: one builder at a time across processes, the result verified before each use.
+"""Cache build results: one builder at a time across processes, results verified before each use.
 
 Layout of the folder:
 
 ``blobs/sha256/<digest>``       every file of every artifact, once
-``artifacts/<name>-<key>.json`` what a build made: the digests of its files; the key stands for all inputs
+``artifacts/<name>-<key>.json`` a build's result: the digests of its files; the key covers all inputs
 ``building/<name>.*/``          a build in progress; nothing refers to it
 ``locks/``                      one file lock for each name, and one for publishing
 
-A blob appears by rename, then the artifact that names it: never half an artifact.
+Blobs are renamed into place before the artifact that names them, so no artifact is ever partial.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Built:
-    """What a build function made, in its folder: files by role, and facts about them."""
+    """The output of a build function, in its folder: files by role, and facts about them."""
 
     files: dict[str, Path]
     facts: dict[str, str]
@@ -41,7 +41,7 @@ class Built:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What a build made, kept: digests of files by role, and facts about them."""
+    """A stored build result: digests of files by role, and facts about them."""
 
     files: dict[str, str]
     facts: dict[str, str]
@@ -51,7 +51,7 @@ class Artifacts:
     """Artifacts in a folder.
 
     Args:
-        root: The folder; made when the first artifact is built.
+        root: The folder; created when the first artifact is built.
         space: Bytes that must be free when a build begins.
     """
 
@@ -63,14 +63,14 @@ class Artifacts:
     def get(
         self, name: str, key: str, build: Callable[[Path], Built], tell: Progress, *, force: bool = False
     ) -> Artifact:
-        """Return an artifact whose files are intact; build it if need be.
+        """Return an artifact with intact files; build it if it is missing or damaged.
 
         Args:
-            name: What it is, for people and for the lock.
-            key: Stands for everything that shapes it.
-            build: Makes it in the empty folder that it is given.
-            tell: Told of waits and damage.
-            force: Build even if it is there.
+            name: Its name, for display and for the lock.
+            key: Identifies all its inputs.
+            build: Builds it in the empty folder that it is given.
+            tell: Called with a line about waits and damage.
+            force: Build even if it is cached.
 
         Raises:
             HostError: The disk is full, or the cache cannot be written.
@@ -92,7 +92,7 @@ class Artifacts:
             return Artifact(files, built.facts)
 
     def drop_all_but(self, needed: set[str]) -> int:
-        """Delete every artifact that is not made of the needed blobs, and all other blobs.
+        """Delete all blobs that are not needed, and the artifacts that refer to them.
 
         The caller holds :meth:`publishing`.
 
@@ -128,12 +128,12 @@ class Artifacts:
 
     @contextmanager
     def publishing(self) -> Iterator[None]:
-        """Keep a prune from deleting what is just being published."""
+        """Hold the lock that keeps a prune from deleting files while they are published."""
         with self._lock("publish"):
             yield
 
     def _intact(self, path: Path, tell: Progress | None = None) -> Artifact | None:
-        """Return an artifact if all its files are what they were; else tell, and delete what is not."""
+        """Return an artifact if its files are intact; with ``tell``, report and delete damaged ones."""
         artifact = _read(path)
         if artifact is None:
             if tell and path.exists():
@@ -148,7 +148,7 @@ class Artifacts:
 
     @contextmanager
     def only_builder(self, name: str, tell: Progress) -> Iterator[Path]:
-        """Give an empty folder to the only builder of ``name``; it is gone afterwards."""
+        """Hold the build lock of ``name``, and yield an empty folder that is removed afterwards."""
         lock = self._lock(f"build-{name}")
         try:
             lock.acquire(timeout=0)
@@ -175,10 +175,10 @@ class Artifacts:
 
 
 def _read(path: Path) -> Artifact | None:
-    """Return what a record says; ``None`` if it is missing or damaged."""
+    """Return the artifact in a record; ``None`` if it is missing or damaged."""
     entry = read_json(path) or {}
     seal = entry.pop("seal", None)
-    if seal not in (None, _seal(entry)):  # records that older versions wrote have none
+    if seal not in (None, _seal(entry)):  # records of older versions have none
         return None
     files, facts = entry.get("files"), entry.get("facts")
     return Artifact(files, facts) if isinstance(files, dict) and isinstance(facts, dict) else None
@@ -189,7 +189,7 @@ def _seal(entry: dict[str, Any]) -> str:
 
 
 def _version(path: Path) -> tuple[int, int] | None:
-    """Return what changes whenever a file is replaced."""
+    """Return a value that changes whenever a file is replaced; ``None`` if the file is missing."""
     try:
         found = path.stat()
     except FileNotFoundError:

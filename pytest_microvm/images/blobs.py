@@ -1,4 +1,4 @@
-"""Keep files by the SHA-256 of their content, and notice when one is no longer what its name says."""
+"""Store files by the SHA-256 of their content, and detect damage."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ _CHUNK = 1 << 20
 class Blobs:
     """A folder of files named by the SHA-256 of their content.
 
-    A file is hashed in full once per boot of this computer; from then on its size, times and inode must
-    stay what they were, or it is hashed again.
+    A file is hashed once per boot of this computer, and again only if its size, times or inode change.
 
     Args:
-        root: The folder; made when the first file is added.
+        root: The folder; created when the first file is added.
     """
 
     def __init__(self, root: Path) -> None:
@@ -32,11 +31,11 @@ class Blobs:
         self._seen = root / "verified"
 
     def path(self, digest: str) -> Path:
-        """Return where the file with this digest is, or would be."""
+        """Return the path of the file with this digest, whether or not it exists."""
         return self._root / digest
 
     def add(self, source: Path) -> str:
-        """Move a file of the same file system in, and return its digest.
+        """Move a file from the same file system into the folder, and return its digest.
 
         The file is on disk, complete, before its name appears.
         """
@@ -50,24 +49,24 @@ class Blobs:
         return digest
 
     def intact(self, digest: str) -> bool:
-        """Tell whether the file is there and its content still has this digest."""
+        """Return True if the file exists and its content still has this digest."""
         path = self.path(digest)
         try:
             if self._fingerprint(path) == json.loads((self._seen / digest).read_text()):
                 return True
         except (OSError, ValueError):
-            pass  # missing, or never looked at since this computer started
+            pass  # missing, or not yet hashed since this computer booted
         try:
             if sha256_file(path) != digest:
                 return False
         except OSError:
             return False
-        with contextlib.suppress(OSError):  # a cache that cannot be written: it is hashed again next time
+        with contextlib.suppress(OSError):  # the cache cannot be written: hash it again next time
             self._remember(digest)
         return True
 
     def remove(self, digest: str) -> int:
-        """Delete a file if it is there; return the bytes that this freed."""
+        """Delete a file if it exists; return the bytes freed."""
         path = self.path(digest)
         try:
             size = path.stat().st_size
@@ -102,12 +101,12 @@ def sha256_file(path: Path) -> str:
 
 
 def canonical_json(value: Any) -> bytes:
-    """Return the one JSON text that stands for a value."""
+    """Return the canonical JSON text of a value."""
     return json.dumps(value, sort_keys=True, indent=1).encode() + b"\n"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the table in a JSON file; ``None`` if it is missing or damaged."""
+    """Return the object in a JSON file; ``None`` if it is missing or damaged."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -132,7 +131,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Wait until a file's content is on disk."""
+    """Flush a file's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -141,5 +140,5 @@ def sync_file(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on disk."""
+    """Flush a folder's entries to the disk."""
     sync_file(path)

@@ -36,22 +36,22 @@ class CpioEntry:
 
     @classmethod
     def file(cls, name: str, data: bytes, permissions: int = 0o644) -> CpioEntry:
-        """Return a regular file."""
+        """Return the entry of a regular file."""
         return cls(name, stat.S_IFREG | permissions, data)
 
     @classmethod
     def directory(cls, name: str, permissions: int = 0o755) -> CpioEntry:
-        """Return a directory."""
+        """Return the entry of a directory."""
         return cls(name, stat.S_IFDIR | permissions)
 
     @classmethod
     def symlink(cls, name: str, target: str) -> CpioEntry:
-        """Return a symbolic link to ``target``."""
+        """Return the entry of a symbolic link to ``target``."""
         return cls(name, stat.S_IFLNK | 0o777, target.encode())
 
     @classmethod
     def character_device(cls, name: str, major: int, minor: int, permissions: int = 0o600) -> CpioEntry:
-        """Return a character device node."""
+        """Return the entry of a character device node."""
         return cls(name, stat.S_IFCHR | permissions, device=(major, minor))
 
 
@@ -61,7 +61,7 @@ def cpio_archive(entries: Iterable[CpioEntry]) -> bytes:
     Archives may be appended to each other: the kernel unpacks them one after the other.
 
     Raises:
-        ValueError: A name is absolute, climbs out, or comes twice.
+        ValueError: A name is absolute, contains ``..``, or is a duplicate.
     """
     parts: list[bytes] = []
     names: set[str] = set()

@@ -1,4 +1,4 @@
-"""Say what mmdebstrap shall do: mirrors as this computer has them, options, the command line."""
+"""Command lines for mmdebstrap, with this computer's mirrors and apt options."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _KEYRINGS = tuple(
 _MERGED_USR = Path("/usr/share/mmdebstrap/hooks/merged-usr")
 _SUITES_BEFORE_MERGED_USR = ("buster", "bullseye")
 _INDEX = re.compile(r"'(?P<uri>[^']+?)/?dists/(?P<suite>[^/']+)/main/binary-[^/']+/Packages[^']*' .*")
-# What this computer's apt was told about reaching and trusting its mirrors holds for the build as well.
+# This computer's apt settings for reaching and trusting its mirrors hold for the build as well.
 _APT_OPTIONS = re.compile(
     r"Acquire::(?:https?::(?:Proxy|Timeout|CAInfo)|Check-Valid-Until|Check-Date|Retries)\b.* \".+\";"
 )
 
 
 def default_mode() -> str:
-    """Return how mmdebstrap gets the rights it needs: as root, or with a user namespace."""
+    """Return mmdebstrap's mode for this user: ``root``, or ``unshare`` (a user namespace)."""
     return "root" if os.geteuid() == 0 else "unshare"
 
 
@@ -89,7 +89,7 @@ def keyring() -> Path:
 
 
 def _configured_indexes() -> list[str]:
-    # --print-uris reads the configuration alone: no lists need to be there, no right is needed.
+    # --print-uris only reads the configuration: it needs neither package lists nor privileges.
     return _apt("apt-get", "--print-uris", "update")
 
 
@@ -113,8 +113,8 @@ def mmdebstrap_command(
 
     Args:
         suite: Debian suite.
-        architecture: Debian's word for it, such as ``amd64``.
-        variant: mmdebstrap's word for the set of packages to begin with.
+        architecture: Debian's name for it, such as ``amd64``.
+        variant: mmdebstrap's name for the initial set of packages.
         packages: Packages to add.
         mirrors: Lines of ``sources.list``; none leaves the choice to mmdebstrap.
         mode: ``root`` or ``unshare``.

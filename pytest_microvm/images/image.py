@@ -1,4 +1,4 @@
-"""What an image is: files by digest, and how its machines start."""
+"""The value :class:`Image`: a guest image's files and the defaults of its machines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Image:
-    """Everything a machine boots from. Two images with one digest are the same bytes.
+    """Everything a machine boots from; images with the same digest are identical.
 
     Args:
         name: Name of the kit it was built from.
@@ -23,9 +23,9 @@ class Image:
         runtime: The agent's own Python, as squashfs.
         rootfs: Root file system, as squashfs.
         environment: Variables that every command in a machine gets.
-        resources: What a machine of it may use by default, by the names of
+        resources: Default limits of its machines, by the names of
             :class:`pytest_microvm.settings.spec.Limits`: at least ``cpus``, ``memory`` and ``disk``.
-        network: Rules of what its machines may reach where nothing else is said.
+        network: Default network rules of its machines.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Image:
     network: tuple[str, ...] = ()
 
     def files(self) -> dict[str, Path]:
-        """Return the files by the part they play."""
+        """Return the files by role."""
         return {
             "kernel": self.kernel,
             "initramfs": self.initramfs,

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 INIT = Path(__file__).with_name("init.sh")
 
-# What a machine needs to reach its disks and its host, whichever machine type the hypervisor chose; where
-# packets lead that go nowhere; live mounts.
+# For access to disks and host, whichever machine type the hypervisor chose; tun, which receives packets that
+# go nowhere; fuse, for live mounts.
 BOOT_MODULES = (
     "virtio_mmio", "virtio_pci", "virtio_console", "virtio_blk", "squashfs", "overlay", "ext4", "tun", "fuse"
 )  # fmt: skip
@@ -36,7 +36,7 @@ _DEVICE_LINKS = {
 
 
 def initramfs_archive(busybox: Path, modules: Path) -> bytes:
-    """Return the archive; the agent's code is appended to it, as a second one, at boot time.
+    """Return the initramfs archive; the agent's code is appended as a second one at boot time.
 
     It is not compressed: the kernel unpacks it under emulation, where copying beats inflating.
 

@@ -1,4 +1,4 @@
-"""What each key of a ``kit.toml`` may hold: one check per key.
+"""Checks for the keys of a ``kit.toml``, one per key.
 
 A check gets the file, the key and the value, and raises a KitError that names all three.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # ours: Debian's
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # our name: Debian's name
 
 _SUITE = re.compile(r"[a-z][a-z0-9-]*")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(:[a-z0-9]+)?(=[A-Za-z0-9.+~:-]+)?")
@@ -28,7 +28,7 @@ _MODE = re.compile(r"0?[0-7]{3,4}")
 
 
 def bad_value(path: Path, key: str, why: str, resolution: str) -> KitError:
-    """Return the error for a key's value: what is wrong with it, and what to write instead."""
+    """Return the error for a key's invalid value: what is wrong with it, and what to write instead."""
     return KitError(f"{path}: {key}: {why}", resolution=resolution)
 
 
@@ -105,10 +105,10 @@ def _file_table(path: Path, key: str, value: object) -> None:
 
 
 def parse_resources(path: Path, key: str, value: object) -> dict[str, float]:
-    """Return the table ``resources``: sizes in bytes, times in seconds.
+    """Parse the table ``resources``: sizes in bytes, times in seconds.
 
     Raises:
-        KitError: A key is unknown, or a value impossible.
+        KitError: A key is unknown, or a value invalid.
     """
     if not isinstance(value, dict):
         raise bad_value(

@@ -24,7 +24,7 @@ else:
 
 _KIT_FILE = "kit.toml"
 _MAX_KIT = 1024 * 1024  # bytes of a kit.toml
-_MAX_FILE = 256 * 1024 * 1024  # bytes of a file of a kit: it is built in memory
+_MAX_FILE = 256 * 1024 * 1024  # bytes of a kit's file, which is held in memory
 _PROJECT_KITS = Path("microvm") / "kits"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _DEFAULT_RESOURCES = {"cpus": 1, "memory": 512 * 1024**2, "disk": 2 * 1024**3}
@@ -45,10 +45,10 @@ class KitFile:
     mode: int
 
     def content(self) -> bytes:
-        """Return what is in it now.
+        """Return the file's current content.
 
         Raises:
-            KitError: It is gone, or no regular file any more; no link is followed, wherever it may be.
+            KitError: It is gone, or not a regular file; links in its path are not followed.
         """
         below = os.fspath(self.source.relative_to("/"))
         try:
@@ -66,19 +66,19 @@ class KitFile:
 
 @dataclass(frozen=True)
 class Kit:
-    """A kit with everything its parents say merged into it, parents first.
+    """A kit with its parents merged into it, parents first.
 
     Args:
         name: Name of the kit's folder.
         path: Its ``kit.toml``.
         suite: Debian suite, such as ``bookworm``.
         architecture: ``x86_64`` or ``aarch64``.
-        mirror: Address of a Debian mirror, or one ``deb ...`` line; empty: this computer's own choice.
+        mirror: Address of a Debian mirror, or one ``deb ...`` line; empty: this computer's mirrors.
         wheels: Pinned pip requirements.
         setup: Shell commands that run as root in the new root file system.
-        resources: What a machine may use by default, by the names of
+        resources: Default limits of a machine, by the names of
             :class:`pytest_microvm.settings.spec.Limits`.
-        network: Rules of what a machine may reach where nothing else is said.
+        network: Default network rules of a machine.
     """
 
     name: str
@@ -97,11 +97,11 @@ class Kit:
 
     @property
     def debian_architecture(self) -> str:
-        """Debian's word for the architecture."""
+        """Debian's name for the architecture."""
         return ARCHITECTURES[self.architecture]
 
     def recipe(self) -> dict[str, Any]:
-        """Return everything that shapes the root file system, for the build key."""
+        """Return all inputs of the root file system, for the build key."""
         return {
             "suite": self.suite,
             "architecture": self.architecture,
@@ -164,7 +164,7 @@ def load_kit(name_or_path: str | Path, *, project: Path | None = None) -> Kit:
 
 
 def find_kit(name_or_path: str | Path, *, project: Path | None = None, asked_by: Path | None = None) -> Path:
-    """Return the ``kit.toml`` that a name or a path means.
+    """Return the path of the ``kit.toml`` for a kit's name or path.
 
     Raises:
         KitError: There is none.
@@ -192,15 +192,15 @@ def find_kit(name_or_path: str | Path, *, project: Path | None = None, asked_by:
 
 
 def _refuse_links(base: Path, named: Path, *, upwards: bool) -> None:
-    """Refuse a kit that a project reaches through a link; what the user names elsewhere may be one.
+    """Raise an error if a project reaches a kit through a link; a user's own path may contain links.
 
     Args:
         base: The folder of the project, or of the kit that names its parent.
         named: The path below it.
-        upwards: Whether a path that leads upwards is the project's, too.
+        upwards: Whether a path that leads upwards also belongs to the project.
 
     Raises:
-        KitError: It is reached so.
+        KitError: It is reached through a link.
     """
     below = os.path.relpath(os.path.normpath(named.absolute()), base.absolute())
     if below.startswith("..") and not upwards:
@@ -220,11 +220,11 @@ def shipped_kits() -> Path:
 
 
 def _kits(project: Path | None) -> dict[str, Path]:
-    """Return the kits that can be named: the project's, and those that ship.
+    """Return the kits that can be referred to by name: the project's and the shipped ones.
 
     Raises:
-        KitError: One of the project's has the name of one that ships. A branch must not change what a name
-            means that somebody else chose: a kit's commands run on this computer when it is built.
+        KitError: A kit of the project has the name of a shipped one. A branch must not redefine a name that
+            another party chose: a kit's commands run on this computer when it is built.
     """
     shipped = _kits_in(shipped_kits())
     own = _projects_kits(project) if project else {}
@@ -241,7 +241,7 @@ def _kits_in(folder: Path) -> dict[str, Path]:
 
 
 def _projects_kits(project: Path) -> dict[str, Path]:
-    """Return the kits of a project, which are folders of its own with a file, not links to any."""
+    """Return the kits of a project: real folders with a ``kit.toml``, not links."""
     top, below = project.resolve(), os.fspath(_PROJECT_KITS)
     try:
         tree = OpenTree(top)

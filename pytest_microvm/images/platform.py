@@ -1,7 +1,7 @@
-"""Build what all images of a suite share: the kernel, the initramfs and the agent's runtime disk.
+"""Build the files that all images of a suite share: kernel, initramfs, the agent's runtime disk.
 
 One ``mmdebstrap --variant=extract`` unpacks the kernel, busybox and Python packages without running
-any of their scripts; everything here is picked out of that tree.
+any of their scripts; all files are taken from that tree.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlatformFiles:
-    """What :func:`build_platform` wrote.
+    """The files that :func:`build_platform` wrote, and their versions.
 
     Args:
         python: Version of the suite's Python, such as ``3.11``.
@@ -42,7 +42,7 @@ class PlatformFiles:
 
 
 def platform_recipe(suite: str, architecture: str, mirror: str) -> dict[str, object]:
-    """Return everything that shapes a platform, for its build key."""
+    """Return all inputs of a platform, for its build key."""
     return {
         "suite": suite,
         "architecture": architecture,
@@ -65,7 +65,7 @@ def build_platform(
         mirror: The kit's mirror; empty for this computer's.
         mode: mmdebstrap's mode.
         epoch: Newest time stamp of any file, in seconds.
-        progress: Told each stage.
+        progress: Called with each stage.
 
     Raises:
         BuildError: A step failed.
@@ -104,7 +104,7 @@ def _packages(architecture: str) -> tuple[str, ...]:
 
 
 def _unpack(archive: Path, tree: Path) -> None:
-    """Unpack files, folders and links that stay below ``tree``; nothing else is needed from it."""
+    """Unpack files, folders and symbolic links below ``tree``; other members are not needed."""
     with tarfile.open(archive, "r:") as tar:
         for member in tar:
             path = PurePosixPath(member.name)

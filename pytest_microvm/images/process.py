@@ -1,4 +1,4 @@
-"""Run the programs that build images, and end them with us."""
+"""Run the programs that build images, and end them when this process ends."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 Progress = Callable[[str], None]
-"""Told each stage of a build as a line of text."""
+"""Called with each stage of a build as a line of text."""
 
 _TAIL_LINES = 30
 _GRACE_SECONDS = 30.0
 
-# Builds see no more of the user's environment than this: an image must not depend on the rest, nor may
+# The only variables of the user's environment that builds see: an image must not depend on the rest, nor may
 # a package's script read a token from it.
 _PASSED_ON = (
     "HOME", "PATH", "TMPDIR", "USER", "LOGNAME",
@@ -38,7 +38,7 @@ def require_programs() -> None:
     """Check that the programs which build images are installed.
 
     Raises:
-        HostError: One is not; the error names the Debian package.
+        HostError: One is missing; the error names the Debian package.
     """
     missing = [name for name in PACKAGES if shutil.which(name, path=build_environment()["PATH"]) is None]
     if missing:
@@ -61,9 +61,9 @@ def started(
     command: list[str], *, environment: Mapping[str, str], stdin: int | IO[bytes] = subprocess.DEVNULL,
     stdout: int | IO[bytes] = subprocess.DEVNULL, stderr: int | IO[bytes] = subprocess.DEVNULL,
 ) -> Iterator[subprocess.Popen[bytes]]:  # fmt: skip
-    """Start a program; whatever happens, it and its children are gone when the block ends.
+    """Start a program; it and its children are killed when the block ends.
 
-    It gets a session of its own: Ctrl-C reaches only us, and we ask the whole group once, as a terminal
+    It runs in its own session: Ctrl-C reaches only us, and we send the whole group one signal, as a terminal
     would, so that mmdebstrap's dpkg stops too and mmdebstrap unmounts at once.
     """
     process = subprocess.Popen(
@@ -77,7 +77,7 @@ def started(
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_GRACE_SECONDS)
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # whatever it left behind; the group is its own
+            os.killpg(process.pid, signal.SIGKILL)  # its remaining children; the group is its own
         process.wait()
         for pipe in (process.stdin, process.stdout, process.stderr):
             if pipe is not None:
@@ -85,10 +85,10 @@ def started(
 
 
 def own_mounts() -> list[str]:
-    """Return the beginning of a command line that gives a program a mount namespace of its own.
+    """Return the argv prefix that gives a program its own mount namespace.
 
-    Empty where this user may not make one; such a user cannot mount anything for all to see either, and
-    mmdebstrap makes a user namespace.
+    Empty if this user may not create one; such a user cannot make globally visible mounts either, and
+    mmdebstrap uses a user namespace.
     """
     prefix = ["unshare", "--mount", "--propagation", "private", "--"]
     if shutil.which("unshare") is None:
@@ -98,10 +98,10 @@ def own_mounts() -> list[str]:
 
 
 def follow(stream: IO[bytes], heard: Callable[[str], None]) -> deque[str]:
-    """Read a program's messages to their end.
+    """Read a program's messages until it closes the pipe.
 
     Args:
-        stream: The pipe its messages come through.
+        stream: The pipe of its messages.
         heard: Called with each line.
 
     Returns:

@@ -42,9 +42,9 @@ rm -f /etc/hostname /etc/hosts
 echo microvm > /etc/hostname
 printf '127.0.0.1\tlocalhost microvm\n::1\tlocalhost ip6-localhost\n' > /etc/hosts
 """
-# Runs last, but for mmdebstrap's own cleaning of /tmp. That is not to be touched here: the configuration of
-# mmdebstrap's apt is in it, without which apt would work on the building computer's lists.
-# Nothing else of the building computer may stay either: its resolver, the credentials in a mirror's
+# Runs last, except for mmdebstrap's own cleaning of /tmp. /tmp must not be touched here: it has the
+# configuration of mmdebstrap's apt, without which apt would work on the building computer's lists.
+# Nothing else of the building computer may remain either: its resolver, the credentials in a mirror's
 # address, its apt options. .pyc files are made valid whatever the time stamps: bit 1 of a hash-based .pyc's
 # flags means "check the source" (PEP 552), and SOURCE_DATE_EPOCH has made all of them hash-based.
 _FINISH = r"""
@@ -79,18 +79,18 @@ def build_rootfs(folder: Path, kit: Kit, *, python: str, mode: str, epoch: int, 
 
     Args:
         folder: Where the file and everything temporary go.
-        kit: What to build.
+        kit: The kit to build.
         python: Version of the suite's Python, for its wheels.
         mode: mmdebstrap's mode.
         epoch: Newest time stamp of any file, in seconds.
-        progress: Told each stage.
+        progress: Called with each stage.
 
     Returns:
         The squashfs file.
 
     Raises:
         BuildError: A step failed.
-        HostError: This computer lacks what a step needs.
+        HostError: This computer lacks something that a step needs.
     """
     wheels: list[Path] = []
     if kit.wheels:
@@ -107,7 +107,7 @@ def build_rootfs(folder: Path, kit: Kit, *, python: str, mode: str, epoch: int, 
         mode=mode,
         apt=apt_options(),
         hooks=[
-            "--skip=cleanup/apt",  # the setup script does it, with the same owners whoever builds
+            "--skip=cleanup/apt",  # the setup script does it, with the same owners for every user
             *merged_usr_hook(kit.suite),
             f"--extract-hook={_DPKG_HOOK}",
             f"--customize-hook=tar-in {shlex.quote(str(staging))} /",

@@ -1,4 +1,4 @@
-"""Lay out the agent's runtime disk: a Python that needs nothing of the root file system it runs on."""
+"""Lay out the agent's runtime disk: a Python that does not depend on the guest's root file system."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _SELF_TEST = (
 
 
 def lay_out_runtime(tree: Path, runtime: Path, *, epoch: int) -> str:
-    """Copy the interpreter, its library and its C libraries out of an unpacked tree, and compile.
+    """Copy the interpreter, its library and its C libraries from an unpacked tree, and compile the library.
 
     Args:
         tree: The unpacked packages.
-        runtime: The folder to make.
-        epoch: Time stamp for whatever looks at ``SOURCE_DATE_EPOCH``.
+        runtime: The folder to create.
+        epoch: Value of ``SOURCE_DATE_EPOCH``.
 
     Returns:
         The Python version, such as ``3.11``.
@@ -61,7 +61,7 @@ def lay_out_runtime(tree: Path, runtime: Path, *, epoch: int) -> str:
     environment = build_environment(SOURCE_DATE_EPOCH=str(epoch), PYTHONHASHSEED="0")
     start = [str(loader(runtime)), "--library-path", str(runtime / "lib")]
     start += [str(runtime / "bin" / "python3"), "-I", "-S"]
-    # Hash-based .pyc files that are not checked: valid whatever the time stamps, and no look at the source.
+    # Hash-based .pyc files that are not checked: valid whatever the time stamps, without the source.
     compile_all = ["-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash"]
     names = ["-s", str(library), "-p", f"{_MOUNTED_AT}/lib/{interpreter.name}"]
     run(
@@ -93,7 +93,7 @@ def lay_out_modules(tree: Path, modules: Path, target: Path) -> None:
 
 
 def only(tree: Path, *patterns: str) -> Path:
-    """Return the first path that matches the first pattern with a match.
+    """Return the first match of the first pattern that has one.
 
     Raises:
         BuildError: There is none.
@@ -108,7 +108,7 @@ def only(tree: Path, *patterns: str) -> Path:
 
 
 def loader(tree: Path) -> Path:
-    """Return the program loader, under the name that programs know it by."""
+    """Return the dynamic loader, under the name that programs use for it."""
     return only(tree, *(f"{folder}/ld-linux-*" for folder in ("lib64", "usr/lib64", "lib", "usr/lib")))
 
 

@@ -1,4 +1,4 @@
-"""Turn what mmdebstrap writes, or a folder, into a squashfs file system that depends on nothing else."""
+"""Pack mmdebstrap's output, or a folder, into a reproducible squashfs file system."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _STAGES = {
 
 
 def run_mmdebstrap(command: list[str], output: IO[bytes], *, epoch: int, progress: Progress) -> None:
-    """Run mmdebstrap with its archive going to ``output``.
+    """Run mmdebstrap and write its archive to ``output``.
 
-    However it ends, its mounts end with it: they are in a mount namespace of its own. Only so is it safe to
-    delete its folder, where /proc and /sys may still be mounted from its point of view.
+    It runs in its own mount namespace, so its mounts end with it. Without that, deleting its folder would be
+    unsafe: /proc and /sys may still be mounted in there.
 
     Raises:
         BuildError: It failed.
@@ -77,10 +77,10 @@ def squash_mmdebstrap(command: list[str], target: Path, *, epoch: int, progress:
 
 
 def _as_root() -> list[str]:
-    """Return what makes a program believe that root runs it.
+    """Return the argv prefix that makes a program believe that it runs as root.
 
-    The root folder of what mksquashfs 4.5 packs from a tar archive belongs to whoever runs it; it accepts
-    -root-uid, which changes nothing then.
+    mksquashfs 4.5 makes its user the owner of the root folder that it packs from a tar archive; it accepts
+    -root-uid, which has no effect then.
     """
     return [] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--"]
 

@@ -1,11 +1,11 @@
-"""Keep images: build the ones that are missing, verify the ones that are there, drop the rest.
+"""Image store: builds missing images, verifies the existing ones, removes unused ones.
 
-Beside what :mod:`pytest_microvm.images.artifacts` keeps, the cache folder's ``images/`` holds
+Beside the files of :mod:`pytest_microvm.images.artifacts`, the cache folder's ``images/`` holds
 
 ``manifests/<digest>.json``  one image: its files' digests, environment and default resources
-``names/<name>-<key>.json``  which image a kit, as it was written then, stands for
+``names/<name>-<key>.json``  the image that a kit, as it was written then, stands for
 
-each written by rename once everything that it refers to is there.
+each renamed into place once everything that it refers to exists.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from pytest_microvm.images.process import Progress
 
 BUILDER_VERSION = 2
-"""Raise it when the builder's own work changes what an image holds."""
+"""Increase it when a change of the builder changes the content of images."""
 
 _EPOCH = 1735689600  # 2025-01-01: the newest time stamp in an image, unless SOURCE_DATE_EPOCH says otherwise
 _BUILD_SPACE = 512 * 1024**2  # bytes; packages unpacked, beside what is made of them
@@ -62,11 +62,11 @@ def cache_root() -> Path:
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image in the store, as ``image list`` tells it.
+    """An image in the store, as listed by ``image list``.
 
     Args:
         kit: The ``kit.toml`` it was built from.
-        current: Whether the kit still says what it said then.
+        current: Whether the kit is unchanged since then.
         size_bytes: Bytes of its files, shared ones included.
     """
 
@@ -81,7 +81,7 @@ class ImageStore:
 
     Args:
         root: The cache folder; see :func:`cache_root`.
-        mode: mmdebstrap's mode, ``root`` or ``unshare``; ``None`` for what this user can do.
+        mode: mmdebstrap's mode, ``root`` or ``unshare``; ``None``: the one available to this user.
     """
 
     def __init__(self, root: Path, *, mode: str | None = None) -> None:
@@ -97,18 +97,18 @@ class ImageStore:
         progress: Progress | None = None,
         force: bool = False,
     ) -> Image:
-        """Return a kit's image; build what is missing or damaged.
+        """Return a kit's image; build its missing or damaged parts.
 
         Args:
-            name_or_path: A kit's name, its folder, or its ``kit.toml``; or ``sha256:DIGEST`` of an image
-                that is here, which is not built.
+            name_or_path: A kit's name, its folder, or its ``kit.toml``; or ``sha256:DIGEST`` of a stored
+                image, which is not built.
             project: Root of the user's project, which may hold kits of its own.
-            progress: Told each stage as a line of text.
+            progress: Called with each stage as a line of text.
             force: Build everything again.
 
         Raises:
             KitError: There is no such kit, or it cannot be used.
-            ImageError: An image that was asked for by its digest is not here.
+            ImageError: An image requested by its digest is not in the store.
             HostError: This computer lacks a program that builds images, or disk space.
             BuildError: A step of the build failed; nothing of it is left.
         """
@@ -122,14 +122,14 @@ class ImageStore:
             image = self._publish(kit, {**platform.files, **rootfs.files}, project)
             if all(path.is_file() for path in image.files().values()):
                 return image
-            # A prune came between: while the second artifact was built, no name led to the first.
+            # A concurrent prune: while the second artifact was built, no name referred to the first.
             force = False
 
     def manifest(self, image: Image) -> bytes:
-        """Return what another computer's store needs to :meth:`adopt` an image, beside its files.
+        """Return the manifest with which another computer's store can :meth:`adopt` an image.
 
         Raises:
-            ImageError: The image is not here.
+            ImageError: The image is not in the store.
         """
         if self._manifest(image.digest) is None:
             raise _absent(image.digest)
@@ -142,18 +142,18 @@ class ImageStore:
         fetch: Callable[[str, Path], None],
         progress: Progress | None = None,
     ) -> Image:
-        """Take over an image that another computer built; ``get("sha256:DIGEST")`` finds it from then on.
+        """Store an image that another computer built; afterwards ``get("sha256:DIGEST")`` finds it.
 
         Args:
-            name: Its kit's name, for people.
-            manifest: What :meth:`manifest` gave there.
-            fetch: ``fetch(digest, path)`` writes the file with this SHA-256 to ``path``; called for files
-                that are missing here.
-            progress: Told what takes long.
+            name: Its kit's name, for display.
+            manifest: The result of :meth:`manifest` there.
+            fetch: ``fetch(digest, path)`` writes the file with this SHA-256 to ``path``; called for each file
+                that is missing here.
+            progress: Called with stages that take long.
 
         Raises:
-            ImageError: The manifest is not understood, or what was fetched is not what its digest says;
-                nothing of it stays.
+            ImageError: The manifest is invalid, or a fetched file does not match its digest; nothing of it is
+                kept.
             HostError: The disk is full, or the cache cannot be written.
         """
         files = _files_of(manifest)
@@ -191,11 +191,11 @@ class ImageStore:
         return image
 
     def intact(self, image: Image) -> bool:
-        """Tell whether an image's files are still what its digest stands for; a stat each, mostly."""
+        """Return True if an image's files still match its digest; costs a stat each, mostly."""
         return all(self._artifacts.blobs.intact(path.name) for path in image.files().values())
 
     def list(self) -> builtins.list[StoredImage]:
-        """Return the images that names stand for, by name."""
+        """Return the named images, sorted by name."""
         found = []
         for _path, entry in self._names():
             manifest = self._manifest(entry["digest"])
@@ -233,7 +233,7 @@ class ImageStore:
         )
 
     def remove(self, name_or_digest: str) -> int:
-        """Remove an image and what only it needed.
+        """Remove an image and the files that only it needs.
 
         Returns:
             Bytes freed.
@@ -311,7 +311,7 @@ class ImageStore:
         entry["project"] = str(project.resolve()) if project else ""
         name_path = self._root / "names" / f"{kit.name}-{key[:32]}.json"
         if self._manifest(digest) is None or read_json(name_path) != entry:
-            # A name serves lists and prunes: where the cache cannot be written, the image is as good without.
+            # Names serve only lists and prunes: if the cache cannot be written, the image does without one.
             with contextlib.suppress(OSError), self._artifacts.publishing():
                 write_atomically(self._manifest_path(digest), data)
                 write_atomically(name_path, canonical_json(entry))
@@ -333,7 +333,7 @@ class ImageStore:
         return self._root / "manifests" / f"{digest}.json"
 
     def _manifest(self, digest: str) -> dict[str, Any] | None:
-        """Return a manifest whose content has the digest it is named by."""
+        """Return the manifest with this digest; ``None`` if it is missing or damaged."""
         try:
             data = self._manifest_path(digest).read_bytes()
         except FileNotFoundError:
@@ -345,7 +345,7 @@ class ImageStore:
         return [(path, entry) for path in paths if (entry := read_json(path)) and entry.keys() >= _NAME_KEYS]
 
     def _drop_unnamed(self) -> int:
-        """Delete whatever no name leads to. The caller holds the publish lock."""
+        """Delete all manifests and artifacts without a name. The caller holds the publish lock."""
         digests = {entry["digest"] for _path, entry in self._names()}
         needed: set[str] = set()
         for path in (self._root / "manifests").glob("*.json"):
@@ -365,10 +365,10 @@ def _absent(digest: str) -> ImageError:
 
 
 def _files_of(manifest: bytes) -> list[str]:
-    """Return the digests of the files that a manifest from elsewhere lists.
+    """Return the file digests in a manifest from another computer.
 
     Raises:
-        ImageError: It is none of this version.
+        ImageError: It is not a manifest of this version.
     """
     try:
         data = json.loads(manifest) if len(manifest) <= _MAX_MANIFEST else {}
@@ -385,7 +385,7 @@ def _files_of(manifest: bytes) -> list[str]:
 
 
 def platform_name_and_key(kit: Kit) -> tuple[str, str]:
-    """Return the name and the key of the artifact that a kit shares with all kits of its suite."""
+    """Return the name and key of the platform artifact that a kit shares with all kits of its suite."""
     key = _key(platform_recipe(kit.suite, kit.architecture, kit.mirror))
     return f"platform-{kit.suite}-{kit.architecture}", key
 
@@ -401,7 +401,7 @@ def _key(recipe: dict[str, Any]) -> str:
 
 
 def kit_key(kit: Kit) -> str:
-    """Return a digest of everything that a kit's image is built from, platform and builder included."""
+    """Return a digest of all inputs of a kit's image, including platform and builder."""
     platform = platform_recipe(kit.suite, kit.architecture, kit.mirror)
     return _key(
         {"kit": kit.recipe(), "resources": dict(kit.resources), "network": kit.network, "platform": platform}
@@ -409,7 +409,7 @@ def kit_key(kit: Kit) -> str:
 
 
 def _is_current(entry: dict[str, str]) -> bool:
-    """Tell whether the kit behind a name still says what it said when the name was written."""
+    """Return True if a name's kit is unchanged since the name was written."""
     project = Path(entry["project"]) if entry.get("project") else None
     try:
         return kit_key(load_kit(Path(entry["kit"]), project=project)) == entry["key"]
@@ -418,7 +418,7 @@ def _is_current(entry: dict[str, str]) -> bool:
 
 
 def _with_time(subject: str, progress: Progress | None) -> Progress:
-    """Return a progress function that puts the subject and the seconds since now around each stage."""
+    """Return a progress callback that adds the subject and the elapsed seconds to each stage."""
     began = monotonic()
 
     def tell(stage: str) -> None:

@@ -49,5 +49,5 @@ def download_wheels(folder: Path, kit: Kit, python: str) -> list[Path]:
 
 
 def _pip_environment() -> dict[str, str]:
-    """Return the user's own environment: pip's index and certificates are configured there."""
+    """Return the user's own environment, which configures pip's index and certificates."""
     return {**os.environ, "LC_ALL": "C.UTF-8"}
