@@ -1,1 +1,1 @@
-"""What makes a guest's or a stranger's bytes safe: text, secrets, archives, folders."""
+"""Safe handling of data from guests and strangers: text, secrets, archives, folders."""

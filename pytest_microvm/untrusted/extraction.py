@@ -1,8 +1,8 @@
-"""Unpacks a tar stream that a machine sent: an attacker's archive must not leave its folder.
+"""Unpack a tar stream sent by a machine, such that an attacker's archive cannot leave its folder.
 
-The standard library's filters (PEP 706) are not enough: they ask realpath(3) where a path leads, which
-can be led astray (CVE-2025-4517), and they are missing in older releases of Python 3.10. Here every
-folder on the way is opened relative to the one before it, and no symbolic link is ever followed.
+The standard library's filters (PEP 706) are not enough: they rely on realpath(3), which can be misled
+(CVE-2025-4517), and they are missing in older releases of Python 3.10. Here every folder of a path is
+opened relative to its parent, and no symbolic link is ever followed.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ MAX_BYTES = 64 * 1024**3
 """Bytes of files that one archive may hold."""
 
 _MAX_LEFT_OUT = 1000  # members: each costs memory
-_LONG_NAME = 512  # bytes: what counts as one more entry, for names are kept in memory
+_LONG_NAME = 512  # bytes of a name that count as one more entry, since names are kept in memory
 _MAX_HEADER = 64 * 1024  # bytes of a long name or of extended attributes, which are read into memory
 LEADS_OUT = "a link that may lead out"
 """Why a symbolic link is refused, or left out."""
 
 _MAX_NAME = 4096
-_MAX_HEADERS = 8  # headers in a row that say more about the next: attributes, a long name, a long link
+_MAX_HEADERS = 8  # consecutive headers that extend the next one: attributes, a long name, a long link
 _PIECE = 256 * 1024
-_PADDING = 64 * 1024  # bytes; tar fills its last record up with zeros
-_LATEST = 2**33 - 1  # seconds since 1970: what tar's own field for it can hold
+_PADDING = 64 * 1024  # bytes; tar pads its last record with zeros
+_LATEST = 2**33 - 1  # seconds since 1970: the maximum of tar's own field
 _FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _IN_THE_WAY = frozenset([errno.ENOTDIR, errno.ELOOP, errno.ENOENT])  # a file or a link, or nothing
-_NO_NAME = frozenset([errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL])  # as vfat says of a colon
+_NO_NAME = frozenset([errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL])  # for example vfat, for a colon
 _HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -49,11 +49,11 @@ _HEADERS = (
 
 
 class _Header(tarfile.TarInfo):
-    """A header block, judged before tarfile reads what it announces."""
+    """A header block, validated before tarfile reads the data that it announces."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
-        """Return the header in ``buf``."""
+        """Parse and validate the header in ``buf``."""
         header = super().frombuf(buf, encoding, errors)
         if header.size < 0:
             raise _refused(header, "a negative size")
@@ -67,7 +67,7 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> _Header:
-        """Return the next member, whose header may be behind others that are kept until it comes."""
+        """Return the next member; limit the number of headers that extend it."""
         depth = getattr(tarfile, "headers_in_a_row", 0)
         if depth > _MAX_HEADERS:
             raise TransferError("the machine sent a tar member with too many headers")
@@ -80,20 +80,20 @@ class _Header(tarfile.TarInfo):
     def _refuse_sparse(self, _next: tarfile.TarInfo, *_headers: object) -> None:
         raise _refused(self, "a sparse file")
 
-    # Before it can be asked what a member is, tarfile reads a map of any length into memory.
+    # tarfile reads a sparse map of any length into memory before a caller can see the member's type.
     _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What an archive may hold.
+    """Limits of an archive's content.
 
     Args:
         max_bytes: Bytes of files.
         max_entries: Members; one with a long name counts as several.
-        links: Where links may point though that leads out, by their paths: the host handed them over itself.
-        left_out: If given: links that lead out, devices and the like are left out and noted here, by their
-            paths with the reason; else one of them has the whole archive refused.
+        links: Targets by path of links that may lead out: the host handed them over itself.
+        left_out: If given, links that lead out, devices and the like are skipped and recorded here, as paths
+            with the reason; otherwise any of them causes the whole archive to be refused.
     """
 
     max_bytes: int = MAX_BYTES
@@ -105,7 +105,7 @@ class Terms:
 def extract(source: IO[bytes], folder: Path, terms: Terms | None = None) -> None:
     """Unpack an untrusted tar stream into ``folder``: files, folders, and links that stay inside.
 
-    Set-user-id bits, rights of group and others to write, owners and devices are not taken over.
+    Set-user-id bits, write permissions of group and others, owners and devices are dropped.
 
     Raises:
         TransferError: A member is refused, the archive is damaged, or the host cannot write it.
@@ -131,8 +131,8 @@ def extract(source: IO[bytes], folder: Path, terms: Terms | None = None) -> None
                     entries += made
                     total += copied
                     _check_amount(member, entries, total, terms)
-                archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all, in vain
-        source.read(_PADDING)  # or the sender would find that nobody reads its last bytes
+                archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+        source.read(_PADDING)  # else the sender fails to write its last bytes
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
         raise TransferError(f"the machine sent a damaged archive: {error}") from error
     except TimeoutError as error:
@@ -155,8 +155,8 @@ def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int, terms:
     """Unpack one member.
 
     Returns:
-        How many folders were made for it on the way, and the bytes that it has if it is a hard link: whoever
-        makes a file of it has as many more.
+        The number of parent folders created, and the size in bytes of a hard link's file, since a separate
+        file made of it would take as many more.
     """
     if _left_out(member, terms):
         return 0, 0
@@ -188,7 +188,7 @@ def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int, terms:
 
 
 def _left_out(member: tarfile.TarInfo, terms: Terms) -> bool:
-    """Take note of a member that is left out, if that is wanted."""
+    """Skip and record a forbidden member if ``terms`` allow that; return whether it was skipped."""
     if terms.left_out is None:
         return False
     path = "/".join(_segments(member, member.name))
@@ -204,10 +204,10 @@ def _left_out(member: tarfile.TarInfo, terms: Terms) -> bool:
 
 
 def _leave_out(member: tarfile.TarInfo, terms: Terms, why: TransferError) -> None:
-    """Take note of a member that is left out.
+    """Record a skipped member.
 
     Raises:
-        TransferError: ``why``, if there are too many of them.
+        TransferError: ``why``, if too many were skipped.
     """
     assert terms.left_out is not None, "else the archive is refused"
     path = "/".join(_segments(member, member.name))
@@ -217,12 +217,12 @@ def _leave_out(member: tarfile.TarInfo, terms: Terms, why: TransferError) -> Non
 
 
 def _handed_over(member: tarfile.TarInfo, terms: Terms) -> bool:
-    """Whether a link is as the host handed it over."""
+    """Return True if a link is unchanged since the host handed it over."""
     return terms.links.get("/".join(_segments(member, member.name))) == member.linkname
 
 
 def _segments(member: tarfile.TarInfo, path: str) -> list[str]:
-    """Return a member's path as names, each of which is no more than a name."""
+    """Split a member's path into names; reject ``..``, absolute paths and impossible names."""
     if path.startswith("/"):
         raise _refused(member, "an absolute path")
     segments = [segment for segment in path.split("/") if segment not in ("", ".")]
@@ -236,10 +236,10 @@ def _segments(member: tarfile.TarInfo, path: str) -> list[str]:
 
 
 def _check_target(member: tarfile.TarInfo, depth: int) -> None:
-    """Refuse a symbolic link that leads out of the folder, alone or together with others.
+    """Reject a symbolic link that leads out of the folder, alone or together with others.
 
-    Since no link is followed while unpacking, it lies ``depth`` real folders deep: it may begin with as
-    many "..". Behind a name ".." is refused, for the name may be a link, whose parent is anywhere.
+    Since no link is followed while unpacking, the link lies ``depth`` real folders deep and may begin with as
+    many "..". After a name, ".." is rejected: the name may be a link, whose parent is anywhere.
     """
     target = member.linkname
     parts = PurePosixPath(target).parts
@@ -254,10 +254,10 @@ def _check_target(member: tarfile.TarInfo, depth: int) -> None:
 def _folder(
     root: int, segments: list[str], member: tarfile.TarInfo, *, make: bool
 ) -> Iterator[tuple[int, int]]:
-    """Open the folder ``segments`` below ``root``, reached without following links.
+    """Open the folder ``segments`` below ``root`` without following links.
 
     Yields:
-        Its descriptor, and how many folders had to be made.
+        Its descriptor, and the number of folders created.
     """
     here, made = os.dup(root), 0
     try:
@@ -269,7 +269,7 @@ def _folder(
                         made += 1
                 below = os.open(segment, FOLDER_FLAGS, dir_fd=here)
             except OSError as error:
-                if error.errno not in _IN_THE_WAY:  # a full disk, say
+                if error.errno not in _IN_THE_WAY:  # for example a full disk
                     raise
                 raise _refused(member, f"a path through {segment[:100]!r}, which is no folder") from error
             os.close(here)
@@ -305,7 +305,7 @@ def _make_file(archive: tarfile.TarFile, parent: int, name: str, member: tarfile
 
 
 def _make_hard_link(root: int, parent: int, name: str, member: tarfile.TarInfo) -> int:
-    """Make a hard link; return how many bytes the file has."""
+    """Create a hard link; return the file's size in bytes."""
     *above, source = _segments(member, member.linkname) or [""]
     with _folder(root, above, member, make=False) as (folder, _made):
         if not source or not stat.S_ISREG(_mode(folder, source)):
@@ -316,7 +316,7 @@ def _make_hard_link(root: int, parent: int, name: str, member: tarfile.TarInfo) 
 
 
 def _clear(parent: int, name: str, member: tarfile.TarInfo) -> None:
-    """Make room for ``name``: a later member replaces an earlier file or link, but no folder."""
+    """Make room for ``name``: remove an earlier file or link, but refuse to replace a folder."""
     mode = _mode(parent, name)
     if stat.S_ISDIR(mode):
         raise _refused(member, "it takes a folder's place")
@@ -325,7 +325,7 @@ def _clear(parent: int, name: str, member: tarfile.TarInfo) -> None:
 
 
 def _mode(parent: int, name: str) -> int:
-    """Return the mode of what is called ``name``; 0 if there is nothing."""
+    """Return the mode of the entry ``name``; 0 if it does not exist."""
     try:
         return os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""What a directory held when a machine was handed it: one entry per path, and how two of them differ.
+"""Manifests of directories handed to machines: one entry per path, and the differences of two manifests.
 
-Directories of the host are walked from descriptor to descriptor, and no symbolic link is followed: while a
-machine runs, anybody may put one in a place where there was none.
+Directories of the host are walked by descriptors, and no symbolic link is followed: while a machine runs,
+any process may put a link where there was none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_PATHS = 300_000
 """Paths that a mounted directory may have, on either side: each costs some hundred bytes of memory."""
 
 _PIECE = 256 * 1024
-# Where case does not count these often do not either (HFS+; casefold of ext4 and f2fs): they are
+# File systems that ignore case often ignore these, too (HFS+; casefold of ext4 and f2fs): they are
 # Default_Ignorable_Code_Point of Unicode's DerivedCoreProperties.txt.
 _IGNORED = re.compile(
     "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164"
@@ -31,11 +31,11 @@ _IGNORED = re.compile(
 
 
 class Entry(NamedTuple):
-    """What is at one path, as far as a machine could see and change it.
+    """The state of one path, as far as a machine can see and change it.
 
     Args:
-        kind: ``other`` is what cannot be handed over: a device, a pipe, a socket.
-        mode: Permission bits that can come back: no set-user-id, no rights of group and others to write.
+        kind: ``other`` cannot be handed over: a device, a pipe, a socket.
+        mode: Permission bits that are copied back: no set-user-id, no write permission of group and others.
         size: Bytes of a file.
         digest: SHA-256 of a file's content or of a link's target; empty for directories.
     """
@@ -51,7 +51,7 @@ Manifest = dict[str, Entry]
 
 
 class Found(NamedTuple):
-    """What is called ``name`` in the directory that ``parent`` is a descriptor of."""
+    """A directory entry found by :func:`walk`; ``parent`` is the descriptor of its directory."""
 
     path: str
     name: str
@@ -61,12 +61,12 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """What a machine did to one path.
+    """The change that a machine made to one path.
 
     Args:
         path: Relative to the directory.
-        before: What it was handed; ``None``: nothing.
-        after: What it has now; ``None``: nothing any more.
+        before: The entry handed over; ``None``: there was none.
+        after: The entry now; ``None``: there is none any more.
     """
 
     path: str
@@ -75,7 +75,7 @@ class Difference:
 
 
 def differences(before: Mapping[str, Entry], after: Mapping[str, Entry]) -> list[Difference]:
-    """Return what differs, sorted by path: directories come before what is in them."""
+    """Return the differences, sorted by path: directories come before their content."""
     paths = {path for path in {**before, **after} if before.get(path) != after.get(path)}
     return [Difference(path, before.get(path), after.get(path)) for path in sorted(paths, key=_parts)]
 
@@ -85,21 +85,21 @@ def _parts(path: str) -> list[str]:
 
 
 def file_mode(mode: int) -> int:
-    """Return the permission bits of a file that are handed over and come back."""
+    """Return the permission bits of a file that are handed over and copied back."""
     return mode & 0o755 | 0o600
 
 
 def folder_mode(mode: int) -> int:
-    """Return the permission bits of a directory that are handed over and come back."""
+    """Return the permission bits of a directory that are handed over and copied back."""
     return mode & 0o755 | 0o700
 
 
 def walk(root: int, above: str = "", depth: int = 1) -> Iterator[Found]:
-    """Yield everything below ``root``, directories before what is in them, sorted by name.
+    """Yield everything below ``root``, directories before their content, sorted by name.
 
     Raises:
-        UsageError: It is too deep.
-        OSError: It cannot be read.
+        UsageError: Directories are nested too deeply.
+        OSError: A directory cannot be read.
     """
     if depth > MAX_DEPTH:
         raise UsageError(f"{above[:200]}...: more than {MAX_DEPTH} directories inside each other")
@@ -117,14 +117,14 @@ def walk(root: int, above: str = "", depth: int = 1) -> Iterator[Found]:
 
 
 def scan(root: int) -> Manifest:
-    """Return what is below ``root`` now."""
+    """Return the manifest of everything below ``root`` now."""
     return {
         found.path: entry for found in walk(root) if (entry := look(found.parent, found.name)) is not None
     }
 
 
 def look(parent: int, name: str) -> Entry | None:
-    """Return what is called ``name`` in a directory now; ``None`` if nothing is."""
+    """Return the current entry ``name`` of a directory; ``None`` if it does not exist."""
     try:
         status = os.stat(name, dir_fd=parent, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
@@ -145,7 +145,7 @@ def look(parent: int, name: str) -> Entry | None:
 
 
 def links(root: int) -> dict[str, str]:
-    """Return where the symbolic links below ``root`` point."""
+    """Return the targets of the symbolic links below ``root``, by path."""
     return {
         found.path: os.readlink(found.name, dir_fd=found.parent)
         for found in walk(root)
@@ -154,13 +154,13 @@ def links(root: int) -> dict[str, str]:
 
 
 class Handover:
-    """Writes a directory into a tar archive and takes note of what exactly was written.
+    """Writes a directory into a tar archive and records its manifest.
 
     Everything belongs to root in the machine; devices, pipes and sockets are left out.
 
     Attributes:
-        manifest: What was handed over.
-        links: Where its symbolic links point.
+        manifest: The entries handed over.
+        links: The targets of its symbolic links, by path.
     """
 
     def __init__(self) -> None:
@@ -209,11 +209,11 @@ class Handover:
                 f"{found.path} cannot be handed over: {error.strerror}",
                 resolution="mount a directory whose content you may read",
             ) from error
-        archive.members.clear()  # type: ignore[attr-defined]  # tarfile keeps them all, in vain
+        archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
 
 
 class _Hashed:
-    """Reads a file of ``size`` bytes, no more and no less, and takes its hash on the way."""
+    """Reads exactly ``size`` bytes from a file and hashes them."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         self._file = file
@@ -222,7 +222,7 @@ class _Hashed:
 
     def read(self, size: int) -> bytes:
         data = self._file.read(min(size, self._left))
-        if not data and self._left:  # cut off since its size was asked for
+        if not data and self._left:  # truncated since its size was read: padded with zeros
             data = bytes(min(size, self._left))
         self._left -= len(data)
         self._hash.update(data)
@@ -237,11 +237,11 @@ def _link(target: str) -> Entry:
 
 
 def folded(name: str) -> str:
-    """Return a name or path as a file system has it on which neither case nor invisible characters count."""
+    """Return a name or path as compared by file systems that ignore case and invisible characters."""
     return _IGNORED.sub("", name).casefold()
 
 
 def is_git(path: str) -> bool:
-    """Whether a path is one of git's own, for some file system: what is there makes git run programs."""
+    """Return True if some file system finds a path in ``.git``, whose content makes git run programs."""
     parts = re.split(r"[/\\]", folded(path))
     return any(part.partition(":")[0].rstrip(". ") in (".git", "git~1") for part in parts)

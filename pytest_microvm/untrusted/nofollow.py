@@ -1,9 +1,9 @@
-"""Opens what lies below a folder, component by component from descriptor to descriptor: no link is followed.
+"""Open files below a folder, component by component via descriptors, without following links.
 
-A stranger's tree is read by this module alone. A check of a path before it is opened by name is no check:
-the name may mean something else by then, and a link on the way is followed by the kernel. Linux has
-openat2(2) with ``RESOLVE_BENEATH`` for this; Python has no call for it, and the same walk in user space is as
-safe, see ADR 0026.
+Only this module reads a stranger's tree. A check of a path before it is opened by name is not enough: the
+name may mean something else by then, and the kernel follows a link on the way. Linux has openat2(2) with
+``RESOLVE_BENEATH`` for this; Python has no call for it, and the same walk in user space is as safe, see
+ADR 0026.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import IO
 from pytest_microvm.errors import UsageError
 
 MAX_DEPTH = 256
-"""Folders inside each other that are read: each holds a descriptor."""
+"""Maximum nesting of folders that are read: each holds a descriptor."""
 
 FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-# A link, a file where a folder was wanted, nothing at all, a name that no file system takes.
+# A link, a file in place of a folder, nothing, a name that is too long.
 _NOT_THERE = frozenset([errno.ELOOP, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG])
 
 
 def open_folder(path: Path) -> int:
-    """Open a directory by its resolved path; a link anywhere on the way was put there since.
+    """Open a directory by its resolved path; fail if a link was put on the way since.
 
     Raises:
         OSError: It is not there any more, or a link is on the way.
@@ -67,10 +67,10 @@ def folder_below(root: int, segments: list[str]) -> Iterator[int | None]:
 
 
 def open_file(parent: int, name: str) -> IO[bytes]:
-    """Open a regular file for reading, and nothing else that may have taken its place.
+    """Open a regular file for reading; reject a link or anything else in its place.
 
     Raises:
-        OSError: It is none.
+        OSError: It is not a regular file.
     """
     file = os.fdopen(os.open(name, _FILE_FLAGS, dir_fd=parent), "rb", buffering=0)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -80,10 +80,10 @@ def open_file(parent: int, name: str) -> IO[bytes]:
 
 
 def open_named(path: Path) -> IO[bytes]:
-    """Open a regular file that the user has named: links are followed, a pipe does not hang.
+    """Open a regular file that the user has named; links are followed, and a pipe does not block.
 
     Raises:
-        OSError: It is none, or cannot be read.
+        OSError: It is not a regular file, or cannot be read.
     """
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -93,16 +93,16 @@ def open_named(path: Path) -> IO[bytes]:
 
 
 class OpenTree:
-    """What lies below a folder, by paths with ``/``.
+    """Access to files below a folder by relative paths with ``/``, without following links.
 
-    The folders on the way to the last path stay open, so that sorted paths cost few calls. Not for several
-    threads at once.
+    The folders on the way to the last path stay open, so that sorted paths need few system calls. Not
+    thread-safe.
 
     Args:
-        top: The folder; links on the way to it are those of whoever named it.
+        top: The folder; links on the way to it are followed, since the user named it.
 
     Raises:
-        OSError: It is no folder, or cannot be read.
+        OSError: It is not a folder, or cannot be read.
     """
 
     def __init__(self, top: Path) -> None:
@@ -116,12 +116,12 @@ class OpenTree:
         self.close()
 
     def close(self) -> None:
-        """Close all that is open."""
+        """Close all open descriptors."""
         while self._folders:
             os.close(self._folders.pop())
 
     def status(self, path: str) -> os.stat_result | None:
-        """Return what is at a path, a link's own status if it is one; ``None`` where nothing is."""
+        """Return the status of a path, or of the link itself; ``None`` if it does not exist."""
         *above, name = _parts(path)
         folder = self._folder(above)
         if folder is None:
@@ -134,7 +134,7 @@ class OpenTree:
             return None
 
     def target(self, path: str) -> str | None:
-        """Return where a link points; ``None`` where none is."""
+        """Return the target of a link; ``None`` if the path is not a link."""
         *above, name = _parts(path)
         folder = self._folder(above)
         try:
@@ -145,7 +145,7 @@ class OpenTree:
             return None
 
     def open(self, path: str) -> IO[bytes] | None:
-        """Open a regular file; ``None`` where none is, but a link, a pipe or a folder, say.
+        """Open a regular file; return ``None`` for anything else, such as a link, a pipe or a folder.
 
         Raises:
             OSError: It cannot be read.
@@ -160,12 +160,12 @@ class OpenTree:
             return None
 
     def names(self, path: str = "") -> list[str]:
-        """Return the names in a folder, sorted; none where no folder is."""
+        """Return the names in a folder, sorted; none if it is not a folder."""
         folder = self._folder(_parts(path) if path else [])
         return [] if folder is None else sorted(os.listdir(folder))  # noqa: PTH208 - a descriptor
 
     def _folder(self, names: list[str]) -> int | None:
-        """Return the descriptor of a folder, valid until the next call; ``None`` where none is."""
+        """Return the descriptor of a folder, valid until the next call; ``None`` if it is not a folder."""
         if len(names) > MAX_DEPTH:
             raise UsageError(
                 f"{'/'.join(names)[:200]}...: more than {MAX_DEPTH} folders inside each other",
@@ -190,15 +190,15 @@ class OpenTree:
 
 
 def read_below(top: Path, path: str, limit: int) -> bytes | None:
-    """Return a regular file's content; ``None`` where nothing is.
+    """Return a regular file's content; ``None`` if it does not exist.
 
     Args:
-        top: The folder that is read below; see :class:`OpenTree`.
+        top: The folder to read in; see :class:`OpenTree`.
         path: Relative to it.
         limit: Bytes that it may have.
 
     Raises:
-        UsageError: A link is there or on the way, or what is no file, or it is too large.
+        UsageError: The path is or crosses a link, is not a regular file, or the file is too large.
         OSError: It cannot be read.
     """
     try:
@@ -215,17 +215,17 @@ def read_below(top: Path, path: str, limit: int) -> bytes | None:
 
 
 def refuse_links(project: Path, path: Path) -> None:
-    """Raise an error if a path that somebody has named goes through a symbolic link of a project.
+    """Raise an error if a path goes through a symbolic link of a project.
 
-    Links elsewhere are the user's, those on the way to the project too. ``..`` is taken as the kernel takes
-    it: behind a link it leads out.
+    Links outside the project, also those on the way to it, are the user's and allowed. ``..`` is resolved as
+    the kernel does: after a link it leads out.
 
     Args:
         project: Its folder.
-        path: What is to be read or written; if relative, it is relative to the project.
+        path: The path to read or write; if relative, it is relative to the project.
 
     Raises:
-        UsageError: A folder on the way, or what is named, is a link that lies in the project.
+        UsageError: The path, or a folder on the way, is a link that lies in the project.
     """
     top = project.resolve()
     path = project.absolute() / path
@@ -238,12 +238,12 @@ def refuse_links(project: Path, path: Path) -> None:
 
 
 def bounded(file: IO[bytes], limit: int, shown: Path) -> bytes:
-    """Return a file's content.
+    """Return a file's content, at most ``limit`` bytes.
 
     Args:
         file: The file.
         limit: Bytes that it may have.
-        shown: What it is called, for the error.
+        shown: Its name, for the error.
 
     Raises:
         UsageError: It is too large.
@@ -257,7 +257,7 @@ def bounded(file: IO[bytes], limit: int, shown: Path) -> bytes:
 
 
 def _refuse(tree: OpenTree, top: Path, path: str) -> None:
-    """Raise an error where something is that is not read; return where nothing is."""
+    """Raise an error that names the reason if an existing path is not read; return if it does not exist."""
     parts = _parts(path)
     for number in range(1, len(parts) + 1):
         here = "/".join(parts[:number])
@@ -273,10 +273,10 @@ def _refuse(tree: OpenTree, top: Path, path: str) -> None:
 
 
 def _parts(path: str) -> list[str]:
-    """Return the names of a relative path, none of which leads upwards.
+    """Split a relative path into names, and reject ``..`` and the like.
 
     Raises:
-        UsageError: It is no such path.
+        UsageError: It is not a path below a folder.
     """
     parts = path.split("/")
     if not path or "\0" in path or not {"", ".", ".."}.isdisjoint(parts):

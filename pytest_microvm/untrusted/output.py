@@ -1,4 +1,4 @@
-"""What a command in a machine says, as text that is safe to show while it comes."""
+"""Output of a command in a machine, as text that is safe to show while it arrives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MAX_LINE = 64 * 1024  # characters without a newline that are held back
 
 
 def safe_text(pieces: Iterable[bytes]) -> Iterator[str]:
-    """Yield whole lines, some at a time, their newlines included; a line without end comes in parts.
+    """Yield blocks of whole lines, with their newlines; an overlong line is yielded in parts.
 
     Nothing in it can act on a terminal or a CI system.
     """

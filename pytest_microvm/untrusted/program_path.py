@@ -1,4 +1,4 @@
-"""Where programs of this computer are searched: never in the folder that a command starts in."""
+"""The search path for programs of this computer, which never includes the current folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def absolute_path() -> str:
-    """Return ``PATH`` without relative and empty entries: what they name may be a project's."""
+    """Return ``PATH`` without relative and empty entries, which may name a project's folders."""
     folders = os.environ.get("PATH", os.defpath).split(os.pathsep)
     kept = [folder for folder in folders if Path(folder).is_absolute()]
     return os.pathsep.join(kept) or os.defpath  # an empty PATH means the current folder, too

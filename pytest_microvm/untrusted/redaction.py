@@ -1,14 +1,14 @@
-"""Take secret values out of text and bytes, as they are and as programs commonly encode them.
+"""Redact secret values in text and bytes, verbatim and in the encodings that programs commonly use.
 
-A value is found as it is, escaped as in JSON, URL-encoded, and inside of base64: both alphabets, at any
-offset, as in ``user:token`` of basic authentication; cut into lines if nothing is before it. In texts, its
-beginning and end are also found around three dots, as in pytest's reports. It is not found where a program
-changed it otherwise: redaction keeps accidents out of logs, it does not keep a secret from code that wants to
-tell it.
+A value is found verbatim, JSON-escaped, URL-encoded, and inside of base64: in both alphabets, at any offset
+(as in ``user:token`` of basic authentication), and split into lines if nothing is before it. In texts, its
+beginning and end are also found around three dots, as in pytest's reports. A value that a program changed
+otherwise is not found: redaction prevents accidental leaks into logs, it does not stop code that wants to
+leak a secret.
 
-Such code must not make the search slow either: time is linear in the text, and hardly depends on how many
-values there are. A library with Aho and Corasick's algorithm (``pyahocorasick``) would do that too, but is an
-extension in C in the environment of the users' tests, and does not know what to hold of a stream.
+Such code must not make the search slow either: time is linear in the text, and nearly independent of the
+number of values. A library with Aho and Corasick's algorithm (``pyahocorasick``) would do that too, but is an
+extension in C in the environment of the users' tests, and cannot tell how much of a stream to hold back.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from urllib.parse import quote, quote_plus
 
 MASK = "***"
 MIN_LENGTH = 4
-"""Characters a value must have to be looked for: shorter ones are part of ordinary words."""
+"""Minimum characters of a value: shorter ones are part of ordinary words."""
 
-_MIN_LINE = 16  # characters of a line of a longer value (a key in PEM) that is looked for by itself
-_MIN_ENCODED = 8  # characters of base64 that cannot be there by chance
-# What JSON libraries escape although they need not, so that it may stand in HTML: Go, Rails, PHP if told to;
-# Gson; System.Text.Json. Tokens in base64 have some of it.
+_MIN_LINE = 16  # minimum characters of a line of a longer value (a key in PEM) that is searched by itself
+_MIN_ENCODED = 8  # minimum characters of base64, which do not occur by chance
+# Characters that JSON libraries escape needlessly, so that the text may stand in HTML: Go, Rails, PHP as an
+# option; Gson; System.Text.Json. Tokens in base64 contain some of them.
 _ESCAPED = ("", "<>&", "<>&='", "<>&'+`\"")
 _CODES = ("\\u%04x", "\\u%04X")
 _LINES = (57, 48)  # bytes in a line of base64, as base64(1) and Python write it, and as openssl(1) does
 MIN_PART = 6
-"""Characters of a value that was cut short, on one side, which are looked for."""
+"""Minimum characters, on one side, of a truncated value."""
 _MAX_PART = 256  # pytest shows up to 240 characters of a value, around the middle that it leaves out
-_MAX_START = 128  # characters of a word that are looked for at once
+_MAX_START = 128  # characters of a word that are matched at once
 _MAX_PATTERN = 8192  # characters of a pattern: compiling it takes 20 ms
 _LEFT_OUT = re.compile(r"\.{3,}|\N{HORIZONTAL ELLIPSIS}")
 
 
 class _Words(Generic[AnyStr]):
-    """Finds any of many words, where several begin at one place the longest, in time linear in the text.
+    """Finds any of many words in time linear in the text; of several at one place, the longest.
 
-    A pattern finds how they begin: with as many characters of each as keep it small, since a key in PEM has a
-    thousand lines in their encodings. Only words that it has not whole are looked up where it finds one.
+    A pattern matches the beginnings of the words, as many characters of each as keep it small, since a key in
+    PEM has a thousand lines in their encodings. Only words longer than that are looked up at each match.
 
     Args:
-        words: None is shorter than ``MIN_LENGTH``.
+        words: Words of at least ``MIN_LENGTH`` characters.
     """
 
     def __init__(self, words: Iterable[AnyStr]) -> None:
@@ -72,7 +72,7 @@ class _Words(Generic[AnyStr]):
         self._long_starts: re.Pattern[AnyStr] | None = _pattern({start[:depth] for start in self._long})
 
     def find(self, text: AnyStr) -> Iterator[tuple[int, int]]:
-        """Yield where each word begins and ends, from left to right."""
+        """Yield the start and end of each word, from left to right."""
         position = 0
         while self._heads is not None and (head := self._heads.search(text, position)):
             begin, end = head.span()
@@ -83,8 +83,8 @@ class _Words(Generic[AnyStr]):
             position = max(end, begin + 1)
 
     def unfinished(self, text: AnyStr) -> int:
-        """Return how many characters at the end of ``text`` begin a word that does not end there."""
-        if self._begins(text):  # a long word that comes in small pieces: nothing else is looked at each time
+        """Return the number of characters at the end of ``text`` that begin a word not complete there."""
+        if self._begins(text):  # a long word that arrives in small pieces: skip the search below
             return len(text)
         for starts, most in ((self._long_starts, self._longest), (self._firsts, _MAX_START)):
             position = max(0, len(text) - most + 1)
@@ -99,7 +99,7 @@ class _Words(Generic[AnyStr]):
         """Return the length of the longest word at a place; 0 if none is there."""
         rest = text[begin : begin + _MAX_START]
         at = bisect_right(self._starts, rest) - 1
-        while at >= 0:  # what is not before the rest in order, and does not begin it, has what does
+        while at >= 0:  # each prefix of the rest is the start sorted before it, or begins that start
             start = self._starts[at]
             if rest.startswith(start):
                 for word in self._long.get(start, ()):
@@ -111,7 +111,7 @@ class _Words(Generic[AnyStr]):
         return 0
 
     def _begins(self, text: AnyStr, begin: int = 0) -> bool:
-        """Tell whether what ``text`` has from a place on begins a word that is longer."""
+        """Return True if ``text`` from ``begin`` on is the beginning of a longer word."""
         start = text[begin : begin + _MAX_START]
         for word in self._long.get(start, ()):
             if len(word) > len(text) - begin and word.startswith(text[begin:]):
@@ -122,7 +122,7 @@ class _Words(Generic[AnyStr]):
 
 
 def _prefixes(words: list[AnyStr]) -> list[int]:
-    """Return for each of some sorted words the number of the longest other one that it begins with, or -1."""
+    """Return for each sorted word the index of the longest other word that it begins with, or -1."""
     found: list[int] = []
     for number, word in enumerate(words):
         before = number - 1
@@ -133,7 +133,7 @@ def _prefixes(words: list[AnyStr]) -> list[int]:
 
 
 def _depth(words: list[AnyStr]) -> int:
-    """Return how many characters of each word a pattern can have and stay small."""
+    """Return the number of characters of each word with which a pattern stays small."""
     depth = _MAX_START
     while depth > MIN_LENGTH and sum(min(len(word), depth) for word in words) > _MAX_PATTERN:
         depth = max(MIN_LENGTH, depth * 3 // 4)
@@ -141,7 +141,7 @@ def _depth(words: list[AnyStr]) -> int:
 
 
 def _pattern(words: set[AnyStr]) -> re.Pattern[AnyStr] | None:
-    """Return a pattern that finds the longest of some words, which looks at few of them at each place."""
+    """Return a pattern that matches the longest of some words, and tries few of them at each place."""
     if not words:
         return None
     first = next(iter(words))
@@ -151,7 +151,7 @@ def _pattern(words: set[AnyStr]) -> re.Pattern[AnyStr] | None:
 
 
 def _branches(words: list[str], at: int = 0) -> str:
-    """Return a pattern of what sorted words, which are the same up to ``at``, have from there on."""
+    """Return a pattern for sorted words without their first ``at`` characters, which are the same."""
     if len(words) == 1:
         return re.escape(words[0][at:])
     pairs = enumerate(zip(words[0], words[-1], strict=False))
@@ -165,10 +165,10 @@ def _branches(words: list[str], at: int = 0) -> str:
 
 
 class _Beginnings:
-    """Finds beginnings of values that end where something was left out, in time linear in the text.
+    """Finds the beginnings of truncated values, before the dots, in time linear in the text.
 
     Args:
-        wholes: The values; none is shorter than ``MIN_PART``.
+        wholes: The values, of at least ``MIN_PART`` characters.
     """
 
     def __init__(self, wholes: Iterable[str]) -> None:
@@ -177,7 +177,7 @@ class _Beginnings:
         self._firsts: re.Pattern[str] | None = _pattern({whole[:MIN_PART] for whole in self._sorted})
 
     def find(self, text: str) -> Iterator[tuple[int, int]]:
-        """Yield where each beginning begins and ends, from left to right."""
+        """Yield the span of each beginning, from left to right."""
         position, dots = 0, None
         while self._firsts is not None and (first := self._firsts.search(text, position)):
             begin, end = first.span()
@@ -198,11 +198,11 @@ class _Beginnings:
 
 
 class Redactor:
-    """Replaces secret values by ``***``.
+    """Replaces secret values with ``***``.
 
     Args:
-        values: What is secret.
-        keep_length: Replace each of their characters by ``*`` instead.
+        values: The secret values.
+        keep_length: Replace each of their characters with ``*`` instead.
     """
 
     def __init__(self, values: Iterable[str] = (), *, keep_length: bool = False) -> None:
@@ -212,7 +212,7 @@ class Redactor:
     def __bool__(self) -> bool:
         return bool(self._values)
 
-    # Made when they are needed: a response is only searched as bytes, and most runs show few texts.
+    # Built at first use: a response is only searched as bytes, and most runs show few texts.
 
     @cached_property
     def _shown(self) -> set[str]:
@@ -228,23 +228,23 @@ class Redactor:
 
     @cached_property
     def _parts(self) -> tuple[_Beginnings, _Beginnings]:
-        """The values' beginnings, and their ends, which are read backwards."""
+        """The finders of the values' beginnings and, in reversed text, of their ends."""
         whole = {text for value in self._values for text in (value, value.strip(), *_escaped(value))}
         whole = {text for text in whole if len(text) > MIN_PART}
         return _Beginnings(whole), _Beginnings(text[::-1] for text in whole)
 
     def text(self, text: str) -> str:
-        """Return ``text`` without the values, and without the two ends of one that was cut short."""
+        """Return ``text`` with the values masked, also the two ends of a truncated one."""
         if not self:
             return text
         return self._without_parts(self._masked(text, self._text.find(text), MASK))
 
     def raw(self, data: bytes) -> bytes:
-        """Return ``data`` without the values."""
+        """Return ``data`` with the values masked."""
         return self._masked(data, self._bytes.find(data), MASK.encode()) if self else data
 
     def _without_parts(self, text: str) -> str:
-        """Mask what is left of a value where something was left out, as pytest shows ``'s3cr...f=42'``."""
+        """Mask the two ends of truncated values, which pytest shows as ``'s3cr...f=42'``."""
         if not _LEFT_OUT.search(text):
             return text
         size = len(text)
@@ -253,7 +253,7 @@ class Redactor:
         return self._masked(text, _joined([*heads.find(text), *ends]), MASK)
 
     def tree(self, value: object) -> object:
-        """Return a value of JSON with every text in it, keys too, redacted."""
+        """Return a JSON value with all its texts redacted, including keys."""
         if not self:
             return value
         if isinstance(value, str):
@@ -263,9 +263,9 @@ class Redactor:
         return [self.tree(item) for item in value] if isinstance(value, list) else value
 
     def split(self, data: bytes) -> tuple[int, bytes]:
-        """Return how many bytes of ``data`` cannot become part of a (longer) value with what follows.
+        """Return the length of the part of ``data`` that can be redacted now, and that part redacted.
 
-        And these without values.
+        Later data cannot make bytes of this part belong to a (longer) value.
         """
         if not self:
             return len(data), data
@@ -289,7 +289,7 @@ class Redactor:
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield spans from left to right, those that overlap as one."""
+    """Yield spans from left to right, with overlapping ones merged."""
     begin = end = 0
     for start, stop in sorted(spans):
         if start < end:
@@ -303,10 +303,10 @@ def _joined(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 class RedactedStream:
-    """Redacts bytes that come in pieces: what may be the beginning of a value waits for the next piece.
+    """Redacts bytes that arrive in pieces; a possible beginning of a value is held until the next piece.
 
     Args:
-        redactor: What is looked for.
+        redactor: Finds the values.
     """
 
     def __init__(self, redactor: Redactor) -> None:
@@ -314,20 +314,20 @@ class RedactedStream:
         self._held = b""
 
     def feed(self, data: bytes) -> bytes:
-        """Take what came; return what can be shown by now."""
+        """Add a piece; return the redacted bytes that can be shown by now."""
         data = self._held + data
         end, shown = self._redactor.split(data)
         self._held = data[end:]
         return shown
 
     def end(self) -> bytes:
-        """Return what was still held: no more will come."""
+        """Return the bytes still held, redacted, at the end of the stream."""
         held, self._held = self._held, b""
         return self._redactor.raw(held)
 
 
 def variants(value: str) -> set[str]:
-    """Return how ``value`` may appear, the longer ones of its lines included."""
+    """Return the forms in which ``value`` may appear, including those of its longer lines."""
     lines = [line for line in value.splitlines() if len(line) >= _MIN_LINE]
     found: set[str] = set()
     for text in {value, value.strip(), *lines}:
@@ -345,7 +345,7 @@ def variants(value: str) -> set[str]:
 
 
 def _escaped(text: str) -> Iterator[str]:
-    """Yield ``text`` as libraries write it in JSON: with the escapes that are needed, and with others."""
+    """Yield ``text`` as libraries write it in JSON, with the needed escapes and with others."""
     for ascii_alone in (True, False):
         written = json.dumps(text, ensure_ascii=ascii_alone)[1:-1]
         for chars in _ESCAPED:
@@ -357,9 +357,9 @@ def _escaped(text: str) -> Iterator[str]:
 
 
 def _inner(encode: Callable[[bytes], bytes], raw: bytes, offset: int) -> set[str]:
-    """Return the base64 of ``raw``, ``offset`` bytes into a group, without what the bytes before it decide.
+    """Return base64 forms of ``raw``, ``offset`` bytes into a group, without what earlier bytes affect.
 
-    Once up to what the bytes behind it decide, and as it is where none follow, padded and not.
+    One is also without what later bytes affect; two are for the end of the data, padded and not.
     """
     encoded = encode(b"\0" * offset + raw).decode()
     first = -(-offset * 8 // 6)

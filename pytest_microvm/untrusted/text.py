@@ -9,17 +9,17 @@ from typing import Any
 MAX_TEXT = 4 * 1024 * 1024
 
 _COLOUR = r"\x1b\[[0-9;]{0,30}m"
-# Controls, what turns the direction of writing, what splitlines() takes for the end of a line, invisible
-# tags, lone surrogates (nothing can encode them), and what XML has no way to write.
+# Controls, writing direction marks, line ends of splitlines(), invisible tags, lone surrogates (which cannot
+# be encoded), and characters that XML cannot contain.
 _CONTROLS = (
     "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufff9-\ufffb"
     "\ufffe\uffff\U000e0000-\U000e007f"
 )
 _UNSAFE = re.compile(f"({_COLOUR})|([{_CONTROLS}])")
-# In a name also what cannot be seen: it could pass for another.
+# In a name also invisible characters: the name could pass for another.
 _UNSAFE_NAME = re.compile(f"[{_CONTROLS}\t\n\u200b-\u200d\u2060-\u2065\ufeff]")
-# GitHub takes "::" at the start of a line; it, Azure and TeamCity take "##[", "##vso[", ... anywhere.
-# Colours inside count as nothing: what shows the text may drop them.
+# GitHub obeys "::" at the start of a line; GitHub, Azure and TeamCity obey "##[", "##vso[", ... anywhere.
+# Colours inside are ignored: a display may drop them.
 _ANY = f"(?:{_COLOUR})*"
 _WORD = "|".join(_ANY.join([*word, r"\["]) for word in ("", "vso", "teamcity"))
 _COMMAND = re.compile(rf"^((?:[^\S\n]|{_COLOUR})*:{_ANY})(:)|(#{_ANY})(#{_ANY}(?:{_WORD}))", re.MULTILINE)
@@ -54,15 +54,15 @@ def sanitize_part(text: str) -> str:
 
 
 def sanitize_line(text: str, limit: int = 4096) -> str:
-    """Return ``text`` as one line (a node id, a path): newlines, tabs and colours become visible too."""
+    """Return ``text`` as one line (a node id, a path): newlines, tabs and colours are made visible too."""
     return _COMMAND.sub(_defused, _UNSAFE_NAME.sub(lambda found: _escape(found[0]), text[:limit]))
 
 
 def safe_json(value: Any, *, indent: int | None = None) -> str:
-    r"""Return ``value`` as JSON that can be shown: names stay what they are for whoever reads it as JSON.
+    r"""Return ``value`` as JSON that is safe to show; parsing it returns ``value``.
 
-    Control characters are escaped there as always. Of ``##[...]`` (see :func:`sanitize`) a ``#`` is written
-    as ``\u0023``: JSON has it in strings alone.
+    JSON escapes control characters anyway. In ``##[...]`` (see :func:`sanitize`), one ``#`` is written as
+    ``\u0023``: in JSON, ``#`` occurs only in strings.
     """
     return json.dumps(value, indent=indent).replace("##", r"#\u0023")
 
