@@ -1,1 +1,1 @@
-"""JUnit as files: read from those nobody trusts, merged, checked, and shaped for who reads them."""
+"""JUnit files: read untrusted ones, merge and check them, and write them for a given reader."""

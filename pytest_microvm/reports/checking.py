@@ -1,4 +1,4 @@
-"""Check a JUnit file: what its reader would refuse, or misread."""
+"""Check a JUnit file for content that its reader would reject or misread."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _DECIMAL_COMMA = re.compile(r"\s*[0-9.]+,[0-9]+\s*", re.ASCII)
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that a reader would refuse or misread.
+    """Something that a reader would reject or misread.
 
     Args:
-        line: Where, in the file; the first is 1; 0: the file as a whole.
-        text: What.
+        line: Line in the file; the first is 1; 0: the file as a whole.
+        text: Description.
     """
 
     line: int
@@ -34,11 +34,11 @@ class Finding:
 
 
 def check_report(path: Path, profile: Profile | None = None) -> list[Finding]:
-    """Return what is wrong with a file, in its order; nothing if it is right.
+    """Return the findings in a file, in its order; none if it is valid.
 
     Args:
         path: The file.
-        profile: Who reads it; by default the one that it says it was written for, else the generic one.
+        profile: Its reader's; by default the one named in the file, else the generic one.
     """
     report = read_report(path, ours=True)
     if report.trouble:
@@ -54,7 +54,7 @@ def check_report(path: Path, profile: Profile | None = None) -> list[Finding]:
         Refused,
         LookupError,
         ValueError,
-    ) as error:  # what read_report mends, others do not
+    ) as error:  # read_report repairs these, other readers do not
         line = error.lineno if isinstance(error, expat.ExpatError) else 0
         checking.findings.append(Finding(line, f"it is not well-formed XML: {safe_name(str(error))}"))
     checking.whole(len(data))
@@ -79,7 +79,7 @@ class _Case:
 
 
 class _Checking:
-    """Walks through a file that is known to be harmless."""
+    """Walks through a file that is known to be safe to parse."""
 
     def __init__(self, profile: Profile) -> None:
         self.findings: list[Finding] = []
@@ -99,11 +99,11 @@ class _Checking:
         parser.CharacterDataHandler = self._text.append
 
     def run(self, data: bytes) -> None:
-        """Look at every element."""
+        """Check every element."""
         self._parser.Parse(data, True)
 
     def whole(self, size: int) -> None:
-        """Look at the file as a whole."""
+        """Check the file as a whole."""
         limit, most = self._profile.file_limit, self._profile.case_limit
         if size > limit:
             self._say(0, f"it has {size:,} bytes; {self._profile.name} takes {limit:,}")
@@ -167,11 +167,11 @@ class _Checking:
             say(case.line, f"{about}: its classname is a path; {self._profile.name} takes files from there")
         names = self._names if self._profile.flat or not self._suites else self._suites[-1].names
         names[classname, name] += 1
-        if names[classname, name] == 2:  # noqa: PLR2004 - told once
+        if names[classname, name] == 2:  # noqa: PLR2004 - reported once
             where = "this file" if self._profile.flat else "this suite"
             say(case.line, f"{about} of {safe_name(classname, 80)!r} is in {where} more than once")
         if self._suites:
-            for suite in self._suites:  # an outer suite counts the tests of those within it
+            for suite in self._suites:  # an outer suite counts the tests of its inner suites
                 suite.counts.update(["tests", *(_RESULTS[result] for result in case.results[:1])])
 
     def _check_place(self, case: _Case, about: str) -> None:

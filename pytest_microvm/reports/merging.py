@@ -1,4 +1,4 @@
-"""Several reports become one, in which no test is lost and none is taken for another."""
+"""Merge several reports into one without losing a test or mistaking one for another."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pytest_microvm.reports.values import Case, Report, Suite
 
 
 def merged(reports: Sequence[tuple[Path, Report]]) -> list[Suite]:
-    """Return the suites of several files, each with a name of its own.
+    """Return the suites of several files, each with a unique name.
 
-    Where tests of two suites have the same class and name, a reader that does not keep suites apart gets the
+    If tests of two suites have the same class and name, a reader that does not separate suites gets the
     suites' names before their class names.
 
     Args:
-        reports: The files and what they say.
+        reports: The files and their content.
     """
     suites = [(path, _with_files(suite, path.parent)) for path, report in reports for suite in report.suites]
     names = Counter(suite.name for _path, suite in suites)
@@ -47,7 +47,7 @@ def _numbered(suites: Sequence[Suite]) -> Iterator[Suite]:
 
 
 def _colliding(suites: Sequence[Suite]) -> set[int]:
-    """Return the numbers of the suites that have a test of the class and name of another suite's."""
+    """Return the indexes of suites that have a test with the class and name of another suite's test."""
     found: dict[tuple[str, str], set[int]] = defaultdict(set)
     for number, suite in enumerate(suites):
         for case in suite.cases:
@@ -60,7 +60,7 @@ def _with_files(suite: Suite, folder: Path) -> Suite:
 
 
 def _attached(case: Case, folder: Path) -> Case:
-    """Return the case with those of the files it claims that lie beside its report, or below."""
+    """Return the case with the files that it claims, if they exist in its report's folder or below."""
     top = Path(os.path.normpath(folder.absolute()))
     found = []
     for claim in case.claims:

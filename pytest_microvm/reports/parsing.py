@@ -1,4 +1,4 @@
-"""JUnit's elements become values: the dialects of pytest, surefire, jest, Go, googletest and others."""
+"""Parse JUnit's elements into values: the dialects of pytest, surefire, jest, Go, googletest and others."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pytest_microvm.reports.text import NAME_LIMIT, first_line, safe_name, safe_
 from pytest_microvm.reports.values import Case, Kind, Problem, Suite
 
 CASE_LIMIT = 200_000
-"""Tests of one file that are taken."""
+"""Maximum number of tests of one file."""
 OUR_MARK = "microvm.junit_profile"
-"""The property of a suite that this package wrote: its lines count from 1."""
+"""The property that marks a suite as written by this package: its lines count from 1."""
 
 _ELEMENT_LIMIT = 2_000_000
 _DEPTH_LIMIT = 64
@@ -43,22 +43,22 @@ _ATTEMPTS: dict[str, Kind] = {
 }
 _OUTPUTS = ("system-out", "system-err")
 _TEXTS = frozenset({*_KINDS, *_ATTEMPTS, *_OUTPUTS, "stackTrace"})
-# googletest and others say it with an attribute.
+# googletest and others report a result with an attribute.
 _NOT_RUN = frozenset({"notrun", "disabled", "ignored", "skipped", "suppressed"})
 _FAILED = frozenset({"fail", "failed", "failure", "error"})
-# pytest counts lines from 0 (location of its reports); it is known by these names of its own.
+# pytest counts lines from 0 (location of its reports); these names of its own identify its reports.
 _PYTEST_ROOT, _PYTEST_SUITE = "pytest tests", "pytest"
 
 _CLAIM = re.compile(r"^[ \t]*\[\[ATTACHMENT\|([^\[\]|\n]{1,4096})\]\][ \t]*(?:\n|\Z)", re.MULTILINE)
 
 
 class Refused(Exception):
-    """The file, or the rest of it, is not taken; the text says why."""
+    """The file, or the rest of it, is rejected; the message is the reason."""
 
 
 @dataclass
 class _Suite:
-    """A suite whose end has not come."""
+    """A suite whose end tag has not been parsed yet."""
 
     name: str
     file: str = ""
@@ -72,7 +72,7 @@ class _Suite:
 
 @dataclass
 class _Case:
-    """A test whose end has not come."""
+    """A test whose end tag has not been parsed yet."""
 
     attributes: dict[str, str]
     problems: list[Problem] = field(default_factory=list)
@@ -83,7 +83,7 @@ class _Case:
 
 @dataclass
 class _Problem:
-    """A failure, an error, a skip or another attempt whose end has not come."""
+    """A failure, an error, a skip or another attempt whose end tag has not been parsed yet."""
 
     kind: Kind
     attempt: bool
@@ -93,10 +93,10 @@ class _Problem:
 
 
 class Parsing:
-    """Takes XML piece by piece, and keeps of it what a report has.
+    """Incremental parser: takes XML piece by piece, and collects suites and their tests.
 
     Args:
-        ours: Whether properties whose names begin with ``microvm.`` may be believed.
+        ours: Whether properties whose names begin with ``microvm.`` are trusted.
     """
 
     def __init__(self, *, ours: bool) -> None:
@@ -110,8 +110,8 @@ class Parsing:
         self._text: list[str] | None = None
         self._root = ""
         self._elements = self._cases = 0
-        self._pending = 0  # characters since the parser last told of something
-        # What is fed is text; expat encodes it in this way, whatever the file declares.
+        self._pending = 0  # characters since the parser's last callback
+        # The input is text; expat encodes it in this way, whatever the file declares.
         self._parser = parser = expat.ParserCreate("utf-8")
         parser.buffer_text = True
         parser.StartDoctypeDeclHandler = parser.EntityDeclHandler = refuse_declarations
@@ -120,11 +120,11 @@ class Parsing:
         parser.CharacterDataHandler = self._data
 
     def feed(self, text: str, *, final: bool = False) -> None:
-        """Take the next piece.
+        """Parse the next piece.
 
         Raises:
-            Refused: There is something in it that is not taken.
-            expat.ExpatError: It is no XML.
+            Refused: It has forbidden content, or too much.
+            expat.ExpatError: It is not well-formed XML.
         """
         self._pending += len(text)
         self._parser.Parse(text, final)
@@ -132,7 +132,7 @@ class Parsing:
             raise Refused(f"it has a tag, or a comment, of more than {_PART_LIMIT:,} characters")
 
     def finish(self) -> list[Suite]:
-        """Return the suites, those that have no end as well."""
+        """Return the suites, including those without an end tag."""
         if self._case is not None:
             self._end_case()
         while self._suites:
@@ -290,12 +290,12 @@ class Parsing:
 
 
 def refuse_declarations(*_: object) -> None:
-    """Stop a parser that met a document type or an entity: no report needs them, and attacks do."""
+    """Raise an error for a declared document type or entity: no report needs them, and attacks do."""
     raise Refused("it declares a document type or entities, which no report needs")
 
 
 def _problem_of(attributes: dict[str, str]) -> list[Problem]:
-    """Return what an attribute says instead of an element: that a test did not run, or failed."""
+    """Return the problem that an attribute reports instead of an element: not run, or failed."""
     for name in ("status", "result"):
         word = attributes.get(name, "").lower()
         if word in _NOT_RUN:
@@ -306,7 +306,7 @@ def _problem_of(attributes: dict[str, str]) -> list[Problem]:
 
 
 def _file(text: str) -> str:
-    """Return a file's name as it may be shown; what lies in a guest's workspace relative to that."""
+    """Return a file's name, safe to show, relative to a guest's workspace if it is in one."""
     return safe_name(text).removeprefix("/workspace/").removeprefix("./")
 
 
@@ -317,10 +317,10 @@ def _line(text: str, base: int) -> int | None:
 
 
 def seconds(text: str) -> float:
-    """Return a duration as reports write it; 0 for what is none.
+    """Parse a duration as reports write it; return 0 if it is invalid.
 
-    A comma, or a dot, that groups digits by three is left out (``1,234.5``, ``1.234,5``); any other comma is
-    a decimal comma (``0,160``, ``12,5``).
+    A comma, or a dot, that groups digits by three is dropped (``1,234.5``, ``1.234,5``); any other comma is a
+    decimal comma (``0,160``, ``12,5``).
     """
     text = text.strip().removesuffix("s")
     if _GROUPED.fullmatch(text):

@@ -1,4 +1,4 @@
-"""Who reads JUnit files, and what each of them reads; docs/reference/junit.md has the sources."""
+"""Profiles of the readers of JUnit files; docs/reference/junit.md has the sources."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ MIB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Profile:
-    """What a file for one reader is like.
+    """The format and the limits of a file for one reader.
 
     Args:
-        name: What it is asked for by.
+        name: The name that selects it.
         places: Whether a test has ``file`` and ``line``.
         case_properties: Whether a test has properties. A suite may have them anywhere.
         interim: Whether other attempts are elements of surefire's (``flakyFailure``, ``rerunFailure``);
-            otherwise they are told in what the test wrote.
+            otherwise they are listed in the test's output.
         message_in_text: Whether a failure's text begins with its message, because only the text is read.
-        flat: Whether class and name must be unique in the whole file, because suites are not kept apart.
-        safe_paths: Whether class names must not look like paths, because files are looked for there.
+        flat: Whether class and name must be unique in the whole file, because suites are not separated.
+        safe_paths: Whether class names must not look like paths, because the reader looks for files there.
         attachments: How a file is named: relative to the report (``beside``), relative to the folder that
-            the CI job runs in (``project``), or with its whole path (``absolute``).
-        text_limit: Characters of one text.
-        file_limit: Bytes of the file.
-        case_limit: Tests of the file.
+            the CI job runs in (``project``), or with its absolute path (``absolute``).
+        text_limit: Maximum characters of one text.
+        file_limit: Maximum bytes of the file.
+        case_limit: Maximum tests of the file.
     """
 
     name: str
@@ -64,14 +64,14 @@ DEFAULT_PROFILE = "generic"
 
 
 def profile_named(name: str, where: str = "--profile") -> Profile:
-    """Return a profile.
+    """Return the profile called ``name``.
 
     Args:
         name: Its name.
-        where: Who named it, for the error.
+        where: The source of the name, for the error.
 
     Raises:
-        UsageError: There is none of that name.
+        UsageError: There is no profile of that name.
     """
     if name not in PROFILES:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Read a JUnit file that nobody trusts: its bytes, its size, and what XML in it could do."""
+"""Read an untrusted JUnit file: check its encoding, its size and dangerous XML."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pytest_microvm.reports.text import safe_name
 from pytest_microvm.reports.values import Case, Problem, Report, Suite
 
 FILE_LIMIT = 64 * 1024 * 1024
-"""Bytes of a file that is read."""
+"""Maximum bytes of a file."""
 UNREADABLE = "could not be read"
-"""The name of the case that stands for what is missing."""
+"""The name of the case that represents unreadable content."""
 
 _PIECE = 256 * 1024
-_REFERENCE = 16  # characters of the longest reference to a character that is looked at
+_REFERENCE = 16  # maximum characters of a reference to a character
 
-# What XML 1.0 has no way to write, written all the same: raw, or as a reference.
+# Characters that XML 1.0 forbids, raw or as a reference; _shown() keeps valid references.
 _INVALID = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]|&#(?:x([0-9a-fA-F]{1,8})|([0-9]{1,10}));"
 )
@@ -32,13 +32,13 @@ _ENCODINGS = ("utf-8", "ascii", "iso8859-1", "iso8859-15", "cp1252", "utf-16")
 
 
 def read_report(path: Path, *, ours: bool = False) -> Report:
-    """Return what a JUnit file says.
+    """Return the report in a JUnit file.
 
-    What cannot be read is told by a case of the name :data:`UNREADABLE` with the outcome ``error``.
+    Unreadable content is represented by a case named :data:`UNREADABLE` with the outcome ``error``.
 
     Args:
         path: The file; a symbolic link is not followed.
-        ours: Whether properties whose names begin with ``microvm.`` may be believed.
+        ours: Whether properties whose names begin with ``microvm.`` are trusted.
     """
     parsing = Parsing(ours=ours)
     trouble = ""
@@ -80,7 +80,7 @@ def _feed(parsing: Parsing, path: Path) -> None:
 
 
 def _decoder(start: bytes) -> codecs.IncrementalDecoder:
-    """Return what makes text of the file's bytes; bytes that are none of its encoding become U+FFFD."""
+    """Return a decoder for the file's encoding; invalid bytes become U+FFFD."""
     name = "utf-8"
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         name = "utf-16"
@@ -89,14 +89,14 @@ def _decoder(start: bytes) -> codecs.IncrementalDecoder:
     known = {alias: name for name in _ENCODINGS for alias in (name, codecs.lookup(name).name)}
     known |= {"us-ascii": "ascii", "latin-1": "iso8859-1", "windows-1252": "cp1252", "utf8": "utf-8"}
     known |= {"iso-8859-1": "iso8859-1", "iso-8859-15": "iso8859-15", "ascii": "utf-8"}
-    if name not in known:  # looking up any name would import a module of that name
+    if name not in known:  # looking up an arbitrary name would import a module of that name
         raise Refused(f"its encoding {name} is not known here")
     found = known[name]
     return codecs.getincrementaldecoder("utf-8-sig" if found == "utf-8" else found)("replace")
 
 
 def _complete(text: str) -> tuple[str, str]:
-    """Divide ``text`` before a reference at its end that may not be complete."""
+    """Split ``text`` before a reference at its end that may be incomplete."""
     start = text.rfind("&", max(0, len(text) - _REFERENCE))
     if start < 0 or ";" in text[start:]:
         return text, ""
@@ -104,7 +104,7 @@ def _complete(text: str) -> tuple[str, str]:
 
 
 def _shown(found: re.Match[str]) -> str:
-    """Return what stands for a character that XML cannot have; a reference to a valid one stays."""
+    """Return the visible form of a character that XML forbids; a reference to a valid one stays."""
     if not found[1] and not found[2]:
         return f"\\x{ord(found[0]):02x}"
     code = int(found[1], 16) if found[1] else int(found[2])

@@ -1,4 +1,4 @@
-"""Several entries of a name: attempts of one test become one case, different tests stay apart."""
+"""Entries with the same name: join the attempts of one test, keep different tests apart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def join_attempts(cases: Iterable[Case]) -> list[Case]:
     """Return ``cases`` of one suite with the attempts of each test joined.
 
     An entry that follows a failed one of the same class and name is another attempt. One that follows a
-    passed or skipped one is another test of the same name: nobody repeats a test that passed.
+    passed or skipped one is another test of the same name: a test that passed is not repeated.
     """
     tests: list[list[Case]] = []
     latest: dict[tuple[str, str, str], list[Case]] = {}
@@ -32,7 +32,7 @@ def join_attempts(cases: Iterable[Case]) -> list[Case]:
 
 
 def tell_apart(cases: Iterable[Case]) -> list[Case]:
-    """Return ``cases`` with a number behind each name that a case of the same class had before."""
+    """Return ``cases`` with a number after each name that an earlier case of the same class has."""
     taken: set[tuple[str, str]] = set()
     counts: dict[tuple[str, str], int] = {}
     found = []
@@ -51,7 +51,7 @@ def _failed(case: Case) -> bool:
 
 
 def _joined(entries: Sequence[Case]) -> Case:
-    """Return one case of the entries of a test; all but the last failed."""
+    """Join the entries of a test, of which all but the last failed, into one case."""
     runs: list[tuple[Problem, ...]] = []
     for entry in entries:
         if runs and any(problem.message.startswith(_TEARDOWN) for problem in entry.problems):

@@ -1,4 +1,4 @@
-"""Text of unknown origin, made safe for a report: cut visibly, valid in XML, without commands."""
+"""Make text of unknown origin safe for a report: visibly truncated, valid in XML, without commands."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ import re
 from pytest_microvm.untrusted.text import sanitize, sanitize_line
 
 TEXT_LIMIT = 1024 * 1024
-"""Characters of one text, such as a traceback, that are kept."""
+"""Maximum characters of one text, such as a traceback; the rest is left out."""
 NAME_LIMIT = 1000
-"""Characters of one name that are kept."""
+"""Maximum characters of one name; the rest is left out."""
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]{0,30}m")
-# Jenkins and GitLab obey these in what a test printed; Jenkins takes the file, wherever it is.
+# Jenkins and GitLab obey these in a test's output; Jenkins takes the file, wherever it is.
 _ATTACHMENT = re.compile(r"(\[\[ATTACHMENT)(\|)", re.IGNORECASE)
 
 
 def safe_text(text: str, limit: int = TEXT_LIMIT) -> str:
-    r"""Return ``text`` as a report may have it.
+    r"""Return ``text`` made safe for a report.
 
-    Control characters are visible, colours are gone, and what CI systems obey (``::error::``, ``##[...]``,
-    ``[[ATTACHMENT|...]]``) has a visible ``\`` inside. Every character is one that XML 1.0 allows.
+    Control characters become visible, colours are removed, and commands of CI systems (``::error::``,
+    ``##[...]``, ``[[ATTACHMENT|...]]``) get a visible ``\`` inside. Every character is allowed in XML 1.0.
 
     Args:
         text: Anything.
-        limit: How many characters are kept; what is left out, is left out of the middle, and told.
+        limit: Characters to keep; those beyond are left out of the middle, with a note.
     """
     plain = _COLOUR.sub("", sanitize(cut(text, limit), 2 * limit + 100))
     return _ATTACHMENT.sub(r"\1\\\2", plain)
 
 
 def safe_name(text: str, limit: int = NAME_LIMIT) -> str:
-    """Return ``text`` as one line that a report may have as a name."""
+    """Return ``text`` as one line, made safe for a name in a report."""
     line = sanitize_line(cut(text, limit), 2 * limit + 100).strip()
     return _ATTACHMENT.sub(r"\1\\\2", line)
 
 
 def cut(text: str, limit: int) -> str:
-    """Return ``text`` with what is beyond ``limit`` characters left out of its middle, which is told.
+    """Return ``text`` cut to ``limit`` characters, with a note in place of its middle.
 
-    The end is longer than the beginning: that is where the reason of a failure is.
+    The end is longer than the beginning, because it has the reason of a failure.
     """
     beyond = len(text) - limit
     if beyond <= 0:
@@ -49,5 +49,5 @@ def cut(text: str, limit: int) -> str:
 
 
 def first_line(text: str, limit: int = NAME_LIMIT) -> str:
-    """Return the first line of ``text`` that says something."""
+    """Return the first line of ``text`` that is not blank."""
     return next((line.strip()[:limit] for line in text.splitlines() if line.strip()), "")

@@ -1,4 +1,4 @@
-"""What a JUnit file says: values, whatever dialect they came from."""
+"""The content of a JUnit file as values, independent of its dialect."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ Properties = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a test did not pass.
+    """The reason that a test did not pass.
 
     Args:
         kind: ``failure``, ``error`` or ``skipped``.
-        message: In a line or two.
-        text: All of it, a traceback for example.
-        type: What its tool calls it: an exception's name.
+        message: Summary in a line or two.
+        text: Full text, for example a traceback.
+        type: Its type as the tool names it: an exception's name.
     """
 
     kind: Kind
@@ -30,21 +30,21 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One test, whatever number of attempts it took.
+    """One test, with all its attempts.
 
     Args:
-        classname: Where it is: a module, a class, a file.
-        name: What it is called there.
+        classname: Its place: a module, a class, a file.
+        name: Its name there.
         file: The file it is defined in, relative to the repository.
         line: The line there; the first is 1.
         seconds: How long it took.
-        problems: Why it did not pass; none if it did.
-        attempts: Failures of other attempts: of a test that passed in the end, what makes it flaky.
-        out: What it wrote to stdout.
-        err: What it wrote to stderr.
+        problems: The reasons that it did not pass; none if it did.
+        attempts: Failures of other attempts; a test that passed and has some is flaky.
+        out: Its stdout.
+        err: Its stderr.
         properties: Names and values.
-        claims: Files that the report says belong to it. Nobody has looked whether that is true.
-        attachments: Files that do belong to it.
+        claims: Files that the report claims belong to it, unverified.
+        attachments: Files that belong to it, verified.
     """
 
     classname: str
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def outcome(self) -> Outcome:
-        """What came of it, in one word."""
+        """The overall result of the test."""
         kinds = {problem.kind for problem in self.problems}
         if "error" in kinds:
             return "error"
@@ -72,7 +72,7 @@ class Case:
 
     @property
     def flaky(self) -> bool:
-        """Whether it passed after it had failed."""
+        """True if it passed after it had failed."""
         return self.outcome == "passed" and bool(self.attempts)
 
 
@@ -81,14 +81,14 @@ class Suite:
     """Tests that ran together.
 
     Args:
-        name: What they are called together.
+        name: The suite's name.
         cases: The tests.
-        scope: What to put before their class names where a reader does not keep suites apart.
+        scope: A prefix for their class names where a reader does not separate suites.
         properties: Names and values.
-        timestamp: When they began, ISO 8601.
-        hostname: Where.
-        out: What was written to stdout outside any test.
-        err: What was written to stderr outside any test.
+        timestamp: Time of their start, ISO 8601.
+        hostname: Host that they ran on.
+        out: Stdout outside any test.
+        err: Stderr outside any test.
     """
 
     name: str
@@ -103,11 +103,11 @@ class Suite:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One file.
+    """The content of one file.
 
     Args:
-        suites: Those with tests in them; where it could not be read, one of them says so.
-        trouble: Why it could not be read, or not to its end.
+        suites: Suites with tests; if the file could not be read, one of them reports that.
+        trouble: Why it could not be read to its end; empty if it could.
     """
 
     suites: tuple[Suite, ...]

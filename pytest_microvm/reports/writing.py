@@ -37,14 +37,14 @@ class _TestCase(xunit2.TestCase):  # junitparser's own way to more attributes
 def write_report(
     path: Path, suites: Iterable[Suite], profile: Profile, *, project: Path | None = None
 ) -> None:
-    """Write a file for the profile's reader, at once: nobody sees half of it.
+    """Write a JUnit file for the profile's reader, atomically.
 
-    A file that would be larger than its reader takes has shorter texts, which say so. No test is left out.
+    If the file would be too large for its reader, texts are shortened, with a note. No test is left out.
 
     Args:
-        path: The file; its folder is made if needed.
-        suites: What it says.
-        profile: Who reads it.
+        path: The file; its folder is created if needed.
+        suites: Its content.
+        profile: Its reader's profile.
         project: The folder that the CI job runs in; by default the current one.
 
     Raises:
@@ -66,7 +66,7 @@ def write_report(
 
 
 def _longest(suites: Iterable[Suite]) -> int:
-    """Return the length of the longest text; no limit above that shortens anything."""
+    """Return an upper bound for the length of texts; no limit above it shortens anything."""
     found = _SMALLEST
     for suite in suites:
         found = max(found, len(suite.out), len(suite.err))
@@ -77,7 +77,7 @@ def _longest(suites: Iterable[Suite]) -> int:
 
 
 def _named(suites: Iterable[Suite], profile: Profile) -> list[Suite]:
-    """Return the suites with names as the reader needs them: unique for it."""
+    """Return the suites with class and test names that are unique for the reader."""
     named = [
         replace(suite, cases=tuple(_scoped(case, suite, profile) for case in suite.cases)) for suite in suites
     ]
@@ -156,7 +156,7 @@ def _properties(pairs: Iterable[tuple[str, str]]) -> Any:
 
 
 def _whole(problems: Sequence[Problem]) -> Problem | None:
-    """Return all problems as one: readers take the first, and count each."""
+    """Join all problems into one: readers take the first, but count each."""
     if len(problems) < 2:  # noqa: PLR2004 - nothing to join
         return problems[0] if problems else None
     order: tuple[Kind, ...] = ("error", "failure", "skipped")
@@ -185,7 +185,7 @@ def _interim(attempt: Problem, kinds: dict[str, Any], limit: int) -> Any:
 
 
 def _out(case: Case, profile: Profile, limit: int, folder: Path, project: Path | None) -> str:
-    """Return what the test wrote, then what its reader is to know and has no element for."""
+    """Return the test's stdout, then facts for which its reader has no element."""
     parts = [safe_text(case.out, limit)] if case.out else []
     if case.attempts and not profile.interim:
         told = "passed after" if case.flaky else "failed, too, in"
@@ -197,7 +197,7 @@ def _out(case: Case, profile: Profile, limit: int, folder: Path, project: Path |
 
 
 def _reference(path: Path, profile: Profile, folder: Path, project: Path | None) -> str:
-    """Return what a reader finds the file by; nothing if it cannot be written so."""
+    """Return the path by which the reader finds an attachment; empty if it cannot be written so."""
     whole = os.path.normpath(path.absolute())
     if profile.attachments == "beside":
         whole = os.path.relpath(whole, folder.absolute())
