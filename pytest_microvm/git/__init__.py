@@ -1,1 +1,1 @@
-"""Runs git on this computer's repositories so that nothing in them acts."""
+"""Run git on this computer's repositories without executing anything from them."""

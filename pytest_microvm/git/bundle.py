@@ -1,7 +1,7 @@
-"""A bundle of commits from a machine: its header is read here, its pack only by git's own checks.
+"""Import a bundle of commits from a machine: its header is parsed here, its pack only by git's own checks.
 
-The host's repository takes part as the place where the objects are that the new ones build on; nothing in
-it names the new ones until all has been checked.
+The host's repository supplies the objects that the new ones build on; nothing in it refers to the new ones
+until all have been checked.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ _NEW = "refs/heads/new"
 
 @dataclass(frozen=True)
 class Commits:
-    """What a bundle holds: how many commits, and the first lines of the newest, made safe to show."""
+    """The content of a bundle: number of commits, and first lines of the newest, made safe to show."""
 
     count: int
     subjects: tuple[str, ...]
 
 
 class BadBundle(TransferError):
-    """A bundle that is none, or holds what is not wanted."""
+    """A bundle that is invalid, or has unexpected content."""
 
 
 def import_commits(bundle: Path, repository: Repository, base: str, tip: str, looking: Path) -> Commits:
-    """Put what a bundle holds into a repository, without any reference to it.
+    """Import the objects of a bundle into a repository, without a reference to them.
 
     Args:
-        bundle: What a machine sent.
-        repository: Where it goes.
+        bundle: The file that a machine sent.
+        repository: The destination.
         base: The commit that the machine was handed.
-        tip: The commit that it says it sent.
-        looking: A place for a throwaway repository, in which it is looked at first.
+        tip: The commit that it claims to have sent.
+        looking: A folder for a throwaway repository, in which the bundle is checked first.
 
     Raises:
         BadBundle: It was refused; nothing has changed.
@@ -67,9 +67,9 @@ def import_commits(bundle: Path, repository: Repository, base: str, tip: str, lo
 def _looked_at(throwaway: Repository, pack: IO[bytes], base: str, tip: str) -> Commits:
     _index(throwaway, pack)
     throwaway.git("update-ref", "refs/heads/base", base)
-    throwaway.git("update-ref", _NEW, tip)  # of a branch, git takes commits alone
+    throwaway.git("update-ref", _NEW, tip)  # for a branch, git accepts only commits
     new = (_NEW, "--not", "refs/heads/base")
-    throwaway.git("rev-list", "--objects", "--quiet", *new)  # all that it needs is there
+    throwaway.git("rev-list", "--objects", "--quiet", *new)  # all objects that it needs exist
     count = int(throwaway.git("rev-list", "--count", *new))
     shown = f"--format=%<({_SUBJECT_LENGTH},trunc)%s"
     subjects = throwaway.git("log", "-z", f"--max-count={_SUBJECTS}", shown, *new)
@@ -77,16 +77,16 @@ def _looked_at(throwaway: Repository, pack: IO[bytes], base: str, tip: str) -> C
 
 
 def _index(repository: Repository, pack: IO[bytes]) -> None:
-    """Check every object of a pack, and take it over if all are sound (git-index-pack(1))."""
+    """Check every object of a pack, and store the pack if all are valid (git-index-pack(1))."""
     repository.git("index-pack", "--strict", "--fix-thin", "--stdin", stdin=pack)
 
 
 def borrowing(repository: Repository, folder: Path) -> Repository:
-    """Make a bare repository in ``folder`` that finds the objects of another one, and nothing else of it."""
+    """Create a bare repository in ``folder`` that borrows the objects of another one, and nothing else."""
     git("init", "--quiet", "--bare", "--template=", f"--object-format={repository.format}", folder)
     (folder / "objects" / "info").mkdir(exist_ok=True)
     objects = bytes(repository.directory.resolve() / "objects")
-    if b"\n" in objects:  # one line is one place
+    if b"\n" in objects:  # each line is one path
         raise GitError(f"{repository.directory}: git cannot borrow objects of a folder with such a name")
     (folder / "objects" / "info" / "alternates").write_bytes(objects + b"\n")
     shallow = read_below(repository.directory, "shallow", _MAX_SHALLOW)
@@ -97,7 +97,7 @@ def borrowing(repository: Repository, folder: Path) -> Repository:
 
 @contextmanager
 def _pack(bundle: Path, tip: str) -> Iterator[IO[bytes]]:
-    """Open a bundle at its pack, if its header, see gitformat-bundle(5), names HEAD alone."""
+    """Open a bundle at its pack, if its header names only HEAD (gitformat-bundle(5))."""
     with bundle.open("rb", buffering=0) as file:
         header, end, _rest = file.read(_MAX_HEADER).partition(b"\n\n")
         signature, _newline, rest = header.partition(b"\n")

@@ -1,4 +1,4 @@
-"""Which branch is checked out in a folder: that is whose configuration lies there."""
+"""Find the branch checked out in a folder, which determines the owner of the configuration in that folder."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Checkout:
-    """What is checked out, named as :class:`pytest_microvm.ci.definition.task.Source` names it.
+    """The checked-out branch or commit, named as in :class:`pytest_microvm.ci.definition.task.Source`.
 
     Args:
-        name: A branch's name; the whole ref that it follows if that is no branch, as ``refs/pull/7/head``; a
-            commit's whole name if no branch is checked out; nothing if there is no repository.
-        remote: The remote, or the address, that the branch follows; nothing if it follows none.
+        name: A branch's name; the full ref that it follows if that is not a branch, such as
+            ``refs/pull/7/head``; a full commit id if no branch is checked out; empty without a repository.
+        remote: The remote, or the address, that the branch follows; empty if it follows none.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Checkout:
 
     @property
     def is_branch(self) -> bool:
-        """Whether it is a branch of its repository, and called by its name."""
+        """True if ``name`` is the plain name of a branch."""
         return bool(self.name) and not self.name.startswith("refs/") and not _COMMIT.fullmatch(self.name)
 
     def __str__(self) -> str:
@@ -47,19 +47,19 @@ class Checkout:
 
 
 def matches(name: str, globs: Sequence[str]) -> bool:
-    """Whether one of ``globs`` (``*``, ``?``, ``[...]``; ``*`` crosses slashes) matches a branch's name."""
+    """Return True if a glob (``*``, ``?``, ``[...]``; ``*`` crosses slashes) matches a branch's name."""
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
 def checked_out(folder: Path) -> Checkout:
-    """Return what is checked out in a folder, by the repository that it lies in.
+    """Return the branch or commit checked out in the repository that contains a folder.
 
-    That is the nearest folder with a ``.git``, which no commit can contain: git's own discovery would take a
-    folder of a branch, too, that looks like a bare repository. References and configuration are read; nothing
-    that they name is run.
+    The repository is that of the nearest folder with a ``.git``, which no commit can contain: git's own
+    discovery would also accept a branch's folder that looks like a bare repository. References and
+    configuration are read; nothing that they name is run.
 
     Raises:
-        UsageError: The repository does not tell.
+        UsageError: The repository has neither a branch nor a commit.
         HostError: There is a repository, and git is missing.
     """
     found = find_checkout(folder)
@@ -88,7 +88,7 @@ def checked_out(folder: Path) -> Checkout:
 
 
 def _called(branch: str) -> str:
-    """Return what a branch is called; one that calls itself like something else, with its whole name."""
+    """Return a branch's name, or its full ref if the name looks like a ref or a commit."""
     return f"{_HEADS}{branch}" if branch.startswith("refs/") or _COMMIT.fullmatch(branch) else branch
 
 

@@ -1,7 +1,7 @@
-"""Runs the host's git so that no repository, hook or configuration makes it run anything else.
+"""Run the host's git such that no repository, hook or configuration makes it run anything else.
 
-No other module starts git (``tests/unit/test_one_git.py``). A repository that this process did not make is
-worked on through :class:`pytest_microvm.git.repository.Repository`, which hides its configuration.
+No other module starts git (``tests/unit/test_one_git.py``). A repository that this process did not create is
+used through :class:`pytest_microvm.git.repository.Repository`, which hides its configuration.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _TIMEOUT = 600.0  # seconds
 _LIMITS = (("v", 4 * 1024 * 1024), ("t", 600), ("c", 0))  # KiB of memory, seconds of CPU time, no core
 _MAX_OUTPUT = 1024 * 1024  # bytes
 _MAX_WORD = 64 * 1024  # bytes of a line, a path or a header that it prints
-_TAIL = 2000  # bytes of what it said that are shown
+_TAIL = 2000  # bytes of its stderr that are shown
 _PIECE = 65536
 _CONFIGURATION = "gitconfig"
 _USERS = re.compile(r"HOME|XDG_CONFIG_HOME|GIT_CONFIG_(NOSYSTEM|SYSTEM|GLOBAL|COUNT|(KEY|VALUE)_[0-9]+)")
 
-# Without them it could start a program, ask somebody, or write where nothing is to be written.
+# Without these settings git could start a program, prompt the user, or write where it must not.
 _SETTINGS = (
     "core.hooksPath=/dev/null", "core.fsmonitor=false", "core.sshCommand=false", "core.pager=cat",
     "core.packedGitLimit=512m", "core.attributesFile=/dev/null", "core.excludesFile=/dev/null",
@@ -46,24 +46,24 @@ _SETTINGS = (
 
 
 class GitError(HostError):
-    """git refused."""
+    """A git command failed."""
 
 
 def git_program() -> str | None:
-    """Return where git is, ``None`` if it is not installed."""
+    """Return the path of git; ``None`` if it is not installed."""
     return shutil.which("git", path=absolute_path())
 
 
 def user_config(*arguments: str) -> str:
-    """Ask git-config(1) about the user's and the computer's configuration, and return what it printed.
+    """Run git-config(1) on the user's and the computer's configuration, and return its output.
 
-    That is data here; git obeys none of it, and no repository takes part.
+    The output is data here; git obeys none of it, and no repository takes part.
 
     Args:
         *arguments: As for ``git config``.
 
     Raises:
-        GitError: It failed; there is no such key, say.
+        GitError: It failed, for example because there is no such key.
         HostError: git is not installed.
     """
     command = ("config", *arguments)
@@ -72,15 +72,15 @@ def user_config(*arguments: str) -> str:
 
 
 def git(*arguments: str | Path, local: bool = False, stdin: IO[bytes] | None = None) -> str:
-    """Run git and return what it printed.
+    """Run git and return its output.
 
-    It gets nothing of the user's configuration and environment, at most 4 GiB of memory and ten minutes: what
-    it reads may be an attack.
+    It gets none of the user's configuration and environment, and at most 4 GiB of memory and ten minutes: its
+    input may be an attack.
 
     Args:
         *arguments: As for git.
         local: Whether it may read from another repository on this computer.
-        stdin: A file that it reads from, at its present position.
+        stdin: A file to read from, at its present position.
 
     Raises:
         GitError: It failed.
@@ -92,16 +92,16 @@ def git(*arguments: str | Path, local: bool = False, stdin: IO[bytes] | None = N
 
 @contextmanager
 def git_talk(*arguments: str | Path) -> Iterator[Talk]:
-    """Run git, and talk with it as long as the block runs: for what is too much for :func:`git`.
+    """Run git while the block runs, and exchange data with it beyond the limits of :func:`git`.
 
-    It gets what :func:`git` gives it, but may print as much as it wants and take ten minutes for each piece.
-    A block that is left early ends it.
+    It runs as in :func:`git`, but may print any amount and take ten minutes for each piece. A block that is
+    left early kills it.
 
     Args:
         *arguments: As for git.
 
     Raises:
-        GitError: It failed, or said something else than was waited for.
+        GitError: It failed, or printed something unexpected.
         HostError: It is not installed.
     """
     with _started(arguments, local=False, stdin=subprocess.PIPE) as process:
@@ -122,7 +122,7 @@ def git_talk(*arguments: str | Path) -> Iterator[Talk]:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
             assert process.stdout is not None, "it is a pipe"
-            process.stdout.close()  # what nobody reads must not make it wait
+            process.stdout.close()  # unread output must not block it
             returncode = process.wait()
             listener.join()
         if not finished or returncode not in (0, -signal.SIGPIPE):
@@ -131,11 +131,11 @@ def git_talk(*arguments: str | Path) -> Iterator[Talk]:
 
 
 class _Ended(Exception):
-    """git has ended where more was to come; what it said tells why."""
+    """git ended before its expected output; its stderr has the reason."""
 
 
 class Talk:
-    """A running git that is asked, and answers."""
+    """A running git process that gets requests and returns responses."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         assert process.stdin is not None, "both are pipes"
@@ -145,7 +145,7 @@ class Talk:
         self._read = bytearray()
 
     def ask(self, question: bytes) -> None:
-        """Write something that it waits for."""
+        """Write a request to its stdin."""
         try:
             self._in.write(question)
             self._in.flush()
@@ -153,19 +153,19 @@ class Talk:
             raise _Ended from None
 
     def words(self, end: bytes) -> Iterator[bytes]:
-        """Yield all that it prints, cut at each byte ``end``.
+        """Yield all of its output, split at each byte ``end``.
 
         Raises:
-            GitError: A word is too long, or nothing comes.
+            GitError: A word is too long, or does not arrive in time.
         """
         while self._read or self._more():
             yield self.until(end)
 
     def until(self, end: bytes) -> bytes:
-        """Return what it prints up to the byte ``end``, without that.
+        """Return its output up to the byte ``end``, without that byte.
 
         Raises:
-            GitError: That is too long, or nothing comes.
+            GitError: The output is too long, or does not arrive in time.
         """
         start = 0
         while (position := self._read.find(end, start)) < 0:
@@ -179,10 +179,10 @@ class Talk:
         return word
 
     def exactly(self, size: int) -> bytes:
-        """Return the next ``size`` bytes.
+        """Return the next ``size`` bytes of its output.
 
         Raises:
-            GitError: Nothing comes.
+            GitError: They do not arrive in time.
         """
         while len(self._read) < size:
             if not self._more():
@@ -209,7 +209,7 @@ def _started(
     stdin: IO[bytes] | int,
     environment: dict[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start git with a home of its own, or with ``environment``; see :func:`git`."""
+    """Start git with a temporary home, or with ``environment``; see :func:`git`."""
     program = git_program()
     if program is None:
         raise HostError(
@@ -231,10 +231,10 @@ def _started(
 
 @contextmanager
 def _home() -> Iterator[str]:
-    """Make a home with a configuration that also counts for the git at the other repository of a fetch.
+    """Create a home whose configuration also applies to the git at the other repository of a fetch.
 
-    What is said with ``-c`` does not (``local_repo_env`` in git's environment.c), and repositories of another
-    user, as root has them in a container, are refused there, too, by git 2.39.5 for one. The same release
+    Settings given with ``-c`` do not (``local_repo_env`` in git's environment.c), and that git also refuses
+    repositories of another user, as root has them in a container (git 2.39.5, for one). The same release
     heeds ``safe.bareRepository`` only where no repository can set it: here, and with ``-c``.
     """
     with tempfile.TemporaryDirectory(prefix="microvm-git-") as home:
@@ -244,7 +244,7 @@ def _home() -> Iterator[str]:
 
 
 def _outcome(process: subprocess.Popen[bytes], what: str) -> str:
-    """Return what git printed; however much it says, it costs no memory."""
+    """Wait for git and return its output; memory stays bounded, however much it prints."""
     said, printed = bytearray(), bytearray()
     assert process.stdout is not None, "both are pipes"
     assert process.stderr is not None, "both are pipes"
@@ -256,7 +256,7 @@ def _outcome(process: subprocess.Popen[bytes], what: str) -> str:
         reader.start()
     try:
         end = time.monotonic() + _TIMEOUT
-        for reader in readers:  # the pipes close when git ends; to wait for a process is to poll
+        for reader in readers:  # the pipes close when git ends; waiting for a process would poll
             reader.join(max(0, end - time.monotonic()))
         returncode = process.wait(max(0, end - time.monotonic()))
     except BaseException as error:
@@ -295,7 +295,7 @@ def _environment(home: str, *, local: bool) -> dict[str, str]:
         "GIT_CONFIG_GLOBAL": f"{home}/{_CONFIGURATION}",
         "GIT_ATTR_NOSYSTEM": "1",
         "GIT_TERMINAL_PROMPT": "0",
-        "GIT_ALLOW_PROTOCOL": "file" if local else "none",  # it overrides what a repository's own says
+        "GIT_ALLOW_PROTOCOL": "file" if local else "none",  # it overrides a repository's own configuration
         "GIT_ASKPASS": "false",
         "GIT_EDITOR": "false",
         "GIT_GRAFT_FILE": os.devnull,

@@ -1,10 +1,10 @@
-"""Where the user's own repository is, and git run on it without a word of its configuration.
+"""Find the user's own repository, and run git on it without its configuration.
 
-Discovery is done here, not by git: the nearest folder upwards that has a ``.git`` is the checkout, a bare
-repository is never found by looking for one. A clone cannot bring a ``.git`` along, but an archive can, and a
-clone can bring a bare repository. So git never sees the repository itself, only a view of it: a folder of
-ours with a configuration of ours, whose objects and references are the repository's. What is read of its
-configuration is read as data.
+Discovery happens here, not in git: the nearest folder upwards that has a ``.git`` is the checkout; a bare
+repository is never discovered. A clone cannot bring a ``.git`` along, but an archive can, and a clone can
+bring a bare repository. So git never sees the repository itself, only a view of it: a folder with a
+configuration of ours and with the repository's objects and references. The repository's configuration is only
+read as data.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class Repository:
     """A repository of the host.
 
     Args:
-        directory: Where its objects and references are.
+        directory: The folder of its objects and references.
         format: Its hash, ``sha1`` or ``sha256``.
-        head: Where its HEAD and its index are, if not there: it is a linked work tree's.
-        storage: How its references are kept, ``files`` or ``reftable``.
-        own: Whether this process made it: its configuration counts, and its HEAD can be changed.
+        head: The folder of its HEAD and index if that is another one, as in a linked work tree.
+        storage: How its references are stored, ``files`` or ``reftable``.
+        own: Whether this process created it: its configuration is used, and its HEAD can be changed.
     """
 
     directory: Path
@@ -58,19 +58,19 @@ class Repository:
 
     @contextmanager
     def talk(self, *arguments: str | Path) -> Iterator[Talk]:
-        """Talk with a git that runs on it, see :func:`pytest_microvm.git.commands.git_talk`."""
+        """Run git on it and exchange data, see :func:`pytest_microvm.git.commands.git_talk`."""
         with self.view() as folder, git_talk("--git-dir", folder, *arguments) as talk:
             yield talk
 
     @contextmanager
     def view(self) -> Iterator[Path]:
-        """Give the folder that git is shown in the repository's place.
+        """Yield the folder that git sees in place of the repository.
 
-        It is as contrib/git-new-workdir of git makes it, but for a configuration of its own; neither hooks,
-        ``info/grafts``, ``info/attributes`` nor other repositories are in it.
+        It is as contrib/git-new-workdir of git makes it, but with its own configuration and without hooks,
+        ``info/grafts``, ``info/attributes`` and other repositories.
 
         Raises:
-            UsageError: A part of the repository is a link, or is no part of one.
+            UsageError: A part of the repository is a link, or of an unexpected type.
         """
         if self.own:
             yield self.directory
@@ -109,11 +109,11 @@ class Checkout:
     repository: Repository
 
     def files(self, below: Path) -> list[str]:
-        """Return the files that git tracks or would add, links and repositories inside it too.
+        """Return the files that git tracks or would add, including links and nested repositories.
 
-        What is ignored is told by the work tree's ``.gitignore``, the repository's ``info/exclude`` and the
-        user's own ``core.excludesFile``, not by the repository's. The names are an index's, which may be
-        anybody's: they are checked, but nothing need be there.
+        The ignore rules are those of the work tree's ``.gitignore``, the repository's ``info/exclude`` and
+        the user's own ``core.excludesFile``, not the repository's. The names are an index's, which may be a
+        stranger's: they are checked, but the files need not exist.
 
         Args:
             below: The folder whose files are wanted, resolved; it is in the work tree.
@@ -141,10 +141,10 @@ class Checkout:
 
 
 def find_checkout(folder: Path) -> Checkout | None:
-    """Return the checkout that a folder is in: of the nearest folder upwards that has a ``.git``.
+    """Return the checkout that contains a folder: that of the nearest folder upwards with a ``.git``.
 
     Raises:
-        UsageError: That is no repository which the user's own git would have made there, or somebody else's.
+        UsageError: The user's own git would not have created this repository there, or it is another user's.
     """
     folder = folder.resolve()
     for top in (folder, *folder.parents):
@@ -156,10 +156,10 @@ def find_checkout(folder: Path) -> Checkout | None:
 
 
 def checkout_at(top: Path) -> Checkout | None:
-    """Return the checkout whose top a folder is; ``None`` if it has no ``.git``, or an empty one.
+    """Return the checkout with the top folder ``top``; ``None`` if it has no ``.git``, or an empty one.
 
     Raises:
-        UsageError: The ``.git`` is a link, or leads to a repository that knows nothing of this work tree.
+        UsageError: The ``.git`` is a link, or leads to a repository that does not refer to this work tree.
     """
     top = top.resolve()
     try:
@@ -171,7 +171,7 @@ def checkout_at(top: Path) -> Checkout | None:
     if stat.S_ISREG(kind):
         return Checkout(top, _linked(top))
     repository = top / ".git"
-    if not _is_repository(repository):  # git takes no notice of it, either
+    if not _is_repository(repository):  # git ignores it, too
         return None
     if _is(repository / "commondir", stat.S_ISREG):
         raise _refused(top, "it has the objects and references of another repository")
@@ -179,22 +179,22 @@ def checkout_at(top: Path) -> Checkout | None:
 
 
 def repository_at(folder: Path) -> Repository | None:
-    """Return the repository that a folder itself is, a bare one.
+    """Return the bare repository that ``folder`` itself is; ``None`` if it is not one.
 
-    Only for a folder that somebody has named: in a clone any folder can be one.
+    Only for a folder that was named explicitly: in a clone, any folder can be one.
     """
     folder = folder.resolve()
     return _opened(folder) if _is_repository(folder) else None
 
 
 def with_own_objects(repository: Repository) -> Repository:
-    """Return a repository, if it has all its objects itself.
+    """Return a repository after checking that it has all its objects itself.
 
     One that borrows objects (gitrepository-layout(5), ``objects/info/alternates``) could be an archive that
     names a private repository of the user.
 
     Raises:
-        UsageError: It borrows some.
+        UsageError: It borrows objects.
     """
     if not repository.own and read_below(repository.directory, "objects/info/alternates", _MAX_POINTER):
         raise UsageError(
@@ -207,13 +207,13 @@ def with_own_objects(repository: Repository) -> Repository:
 
 
 def configuration(repository: Repository) -> Mapping[str, Sequence[str]]:
-    """Return what a repository's own configuration says, as data; without what it includes.
+    """Return a repository's own configuration as data, without included files.
 
     Returns:
-        Values by key: section and variable in small letters, as ``git config --list`` has them.
+        Values by key: section and variable in lower case, as ``git config --list`` has them.
 
     Raises:
-        GitError: It is no configuration.
+        GitError: The file is not a valid configuration.
     """
     return _read_configuration(repository.directory, "config")
 
@@ -247,9 +247,9 @@ def _opened(directory: Path, head: Path | None = None) -> Repository:
 
 
 def _linked(top: Path) -> Repository:
-    """Return the repository that a gitfile names, if that names the work tree: a linked one, or a submodule.
+    """Return the repository of a gitfile (of a linked work tree or submodule) if it names the work tree.
 
-    Without that, an archive could name any repository of this computer as its own.
+    Without that check, an archive could name any repository of this computer as its own.
     """
     text = os.fsdecode(_needed(top, ".git"))
     if not text.startswith(_GITFILE):
@@ -274,16 +274,16 @@ def _linked(top: Path) -> Repository:
 
 
 def _is_repository(folder: Path) -> bool:
-    """Whether a folder looks like a repository: git asks for the same, see its is_git_directory()."""
+    """Return True if a folder looks like a repository to git; see its is_git_directory()."""
     head = folder / "HEAD"
     return head.is_file() and (folder / "objects").is_dir() and (folder / "refs").is_dir()
 
 
 def _is(path: Path, kind: object) -> bool:
-    """Whether a part of a repository is there.
+    """Return True if a part of a repository exists with the expected type.
 
     Raises:
-        UsageError: Something else is.
+        UsageError: It has another type.
     """
     assert callable(kind)
     try:
@@ -314,7 +314,7 @@ def _refused(top: Path, why: str, resolution: str = "") -> UsageError:
 
 
 def _check_owner(top: Path, folder: Path) -> None:
-    """Refuse a repository that another user of this computer may have put above a folder, into /tmp, say.
+    """Raise an error for a repository that another user may have put above a folder, for example into /tmp.
 
     Raises:
         UsageError: It belongs neither to the user, nor to root, nor to the owner of the folder.
@@ -328,7 +328,7 @@ def _check_owner(top: Path, folder: Path) -> None:
 
 
 def _add_listing(view: Path, head: Path, common: Path) -> None:
-    """Put into a view what tells which files are tracked and ignored."""
+    """Add the index and ``info/exclude`` to a view: git needs them to list tracked and ignored files."""
     with OpenTree(head) as tree:
         shared = [name for name in tree.names() if name.startswith("sharedindex.")]
     for name in ("index", *shared):
@@ -341,10 +341,10 @@ def _add_listing(view: Path, head: Path, common: Path) -> None:
 
 
 def _users_excludes() -> str:
-    """Return the file with what the user has git ignore everywhere; see gitignore(5)."""
+    """Return the user's own file of ignored patterns; see gitignore(5)."""
     try:
         said = user_config("--type=path", "--get", "core.excludesFile").removesuffix("\n")
-    except GitError:  # nothing is said
+    except GitError:  # it is not set
         home = os.environ.get("HOME", "")
         above = os.environ.get("XDG_CONFIG_HOME") or (f"{home}/.config" if home else "")
         said = f"{above}/git/ignore" if above else ""
