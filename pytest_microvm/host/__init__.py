@@ -1,1 +1,1 @@
-"""This computer: what machines are started with, and what a project asks of it."""
+"""This computer: the means to start machines, and the requests that a project makes of it."""

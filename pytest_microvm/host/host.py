@@ -1,4 +1,4 @@
-"""The composition root: what this computer offers, put together. Only here implementations are chosen."""
+"""The composition root: combines images, hypervisor and templates, and alone chooses implementations."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _log = logging.getLogger("pytest_microvm")  # of machines that are started witho
 
 
 def _silent(_line: str) -> None:
-    """Say nothing."""
+    """Discard a line."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class Host:
     Args:
         cache: The cache folder; see :func:`pytest_microvm.images.store.cache_root`.
         project: The user's project, which may have kits of its own.
-        checkout: The folder of which commands that give secrets may use nothing; ``None``: the project.
-        require_accel: The only accelerator that will do.
-        timeout: Seconds that a test or command may take where neither spec nor kit say.
-        retries: How often a machine that does not wake up is replaced by another.
-        say: Told what takes long, a line at a time.
-        elsewhere: Gets a template that is missing here into the store, if it can; tells whether it did.
+        checkout: The folder of which commands that supply secrets may use nothing; ``None``: the project.
+        require_accel: The only accelerator to accept.
+        timeout: Seconds that a test or command may take if neither spec nor kit sets a timeout.
+        retries: How often to replace a machine that does not wake up.
+        say: Called with a line about work that takes long.
+        elsewhere: Fetches a missing template into the store if possible; returns whether it did.
     """
 
     def __init__(
@@ -124,21 +124,21 @@ class Host:
 
     @cached_property
     def budget(self) -> HostBudget:
-        """What may run at the same time on this host."""
+        """The limit on the machines that run at the same time on this host."""
         return HostBudget(runtime_folder(), *default_limits())
 
     def hypervisor(self, architecture: str) -> Qemu:
-        """Return what runs guests of ``architecture``; one that has asked the program for its version."""
+        """Return the hypervisor for guests of ``architecture``; created once, as it caches its version."""
         with self._lock:
             if architecture not in self._hypervisors:
                 self._hypervisors[architecture] = Qemu(architecture, self.cache)
             return self._hypervisors[architecture]
 
     def accelerator(self, image: Image) -> Accelerator:
-        """Return what runs ``image`` here, tried at first use.
+        """Return the accelerator for ``image`` on this host, probed at first use.
 
         Raises:
-            HostError: There is no hypervisor, or what is required does not work.
+            HostError: There is no hypervisor, or the required accelerator does not work.
         """
         launch = Launch(
             image.architecture, image.kernel, image.initramfs, 1, 0, self.cache, share=False, disks=()
@@ -146,7 +146,7 @@ class Host:
         return self.hypervisor(image.architecture).accelerator(launch, self._require_accel, self.say)
 
     def base(self, spec: MachineSpec) -> Base:
-        """Return what ``spec`` boots from: its image (built if missing), its resources, the accelerator.
+        """Return the base of ``spec``: its image (built if missing), its resources, the accelerator.
 
         Raises:
             UsageError: A mount is reached through a link of the project.
@@ -166,7 +166,7 @@ class Host:
             return self._bases[spec]
 
     def grants(self, spec: MachineSpec, image: Image) -> Grants:
-        """Return what machines of ``spec`` are given, read now.
+        """Return the grants of machines of ``spec``, with secrets and credentials read now.
 
         Raises:
             UsageError: A rule, a secret or a credential cannot be used.
@@ -182,27 +182,27 @@ class Host:
         )
 
     def policy(self, rules: Sequence[str], image: Image) -> Policy:
-        """Return what rules come to on this computer.
+        """Return the network policy of ``rules`` on this computer.
 
         Raises:
-            UsageError: One of them is no rule.
+            UsageError: One of them is not a valid rule.
         """
         from pytest_microvm.network.policy.presets import preset_rules  # noqa: PLC0415 - asks the tools: seconds
 
         return parse_rules(rules, "network", preset_rules(self._project or Path.cwd(), image.rootfs))
 
     def template(self, base: Base, steps: Sequence[Step] = ()) -> Template:
-        """Return the template that ``steps`` lead to, made if missing; held until the host is closed."""
+        """Return the template that ``steps`` lead to, made if missing; held open until the host is closed."""
         chain = self._chain(base)
         key = chain.key(base, steps)
         with self._lock:
             if key in self._held:
                 return self._held[key]
             self._steps[key] = steps
-        return self._hold(chain.ensure(base, steps))  # others may go on meanwhile: it can take minutes
+        return self._hold(chain.ensure(base, steps))  # without the lock: it can take minutes
 
     def cached(self, base: Base, steps: Sequence[Step] = ()) -> Template | None:
-        """Return the template that ``steps`` lead to if it is there; held until the host is closed."""
+        """Return the template that ``steps`` lead to, if available; held open until the host is closed."""
         key = self._chain(base).key(base, steps)
         with self._lock:
             if key in self._held:
@@ -223,25 +223,25 @@ class Host:
     def copy(
         self, template: Template, base: Base, port: str, *, wait: bool = True, keepable: bool = False
     ) -> tuple[Instance, MachineFacts, Path | None] | None:
-        """Start a copy of ``template`` and make it its own through ``port``.
+        """Start a copy of ``template`` and give it an identity of its own through ``port``.
 
         Args:
             template: What to copy.
             base: What it was made from.
             port: ``agent`` or ``runner``.
             wait: Whether to wait for room in the host budget.
-            keepable: Whether :meth:`keep` shall be possible; starting it then takes longer.
+            keepable: Whether to allow :meth:`keep`, which makes the start slower.
 
         Returns:
             The machine, its facts, and its own folder if it is keepable; ``None`` if there is no room and
             ``wait`` is off.
 
         Raises:
-            BootError: It did not wake up, nor did those that replaced it.
+            BootError: Neither it nor its replacements woke up.
             BudgetExhausted: There can never be room for it.
         """
         begin = time.monotonic()
-        template = self._sound(template, base)  # before a place is taken: making it again takes one
+        template = self._sound(template, base)  # before a place is reserved: making it again needs one
         name = f"vm-{secrets.token_hex(4)}"
         limits = base.limits
         if keepable and base.grants.secrets:
@@ -269,7 +269,7 @@ class Host:
         return instance, facts, own
 
     def facts(self, base: Base, name: str, ready_seconds: float) -> MachineFacts:
-        """Return what is known of a machine made from ``base``."""
+        """Return the facts of a machine made from ``base``."""
         return MachineFacts(
             id=name,
             image=base.image.name,
@@ -282,19 +282,19 @@ class Host:
         )
 
     def release(self, name: str, own: Path | None = None) -> None:
-        """Give a machine's place in the host budget back, and remove its own folder."""
+        """Return a machine's place to the host budget, and remove its own folder."""
         if own is not None:
             self.templates.drop(own)
         self.budget.release(name)
         self._places.pop(name, None)
 
     def keep(self, instance: Instance, base: Base, facts: MachineFacts, own: Path, about: str) -> KeptMachine:
-        """Freeze a keepable machine on disk, to be entered later; it ends here.
+        """Freeze a keepable machine on disk, to be entered later; the machine ends.
 
         Args:
             instance: The machine.
             base: What it was made from.
-            facts: What is known of it.
+            facts: Its facts.
             own: Its own folder.
             about: What it was used for.
 
@@ -309,16 +309,16 @@ class Host:
         return KeptMachine(facts.id, facts.image, about, time.time())
 
     def kept(self) -> list[KeptMachine]:
-        """Return the machines that were kept, the newest first."""
+        """Return the kept machines, the newest first."""
         found = [entry for entry in self.templates.list() if entry.kind == KEPT]
         found.sort(key=lambda entry: -entry.created)
         return [KeptMachine(entry.key, entry.image, entry.about, entry.created) for entry in found]
 
     def enter(self, kept: str) -> MicroVM:
-        """Start a copy of a machine that was kept, as it was then.
+        """Start a copy of a kept machine, in its frozen state.
 
         Raises:
-            UsageError: There is none of that id.
+            UsageError: There is no kept machine with that id.
         """
         template = self.templates.open(kept)
         if template is None or template.meta.get("kind") != KEPT:
@@ -347,11 +347,11 @@ class Host:
         """Start a machine; see :meth:`pytest_microvm.machine.microvm.MicroVM.start`.
 
         Args:
-            spec: What it is made of.
+            spec: Its specification.
             pool: How many more of the same kind to keep ready from now on.
-            keepable: Whether :meth:`MicroVM.keep` shall be possible; starting it then takes longer.
-            steps: Returns what is done once, in the template that the machine is a copy of.
-            **changes: Fields of the spec, as people write them.
+            keepable: Whether to allow :meth:`MicroVM.keep`, which makes the start slower.
+            steps: Returns the steps that run once, in the template that the machine is a copy of.
+            **changes: Fields of the spec, in the form that users write.
         """
         spec = (spec or MachineSpec()).with_changes(changes, "MicroVM.start()")
         base = self.base(spec)
@@ -366,27 +366,27 @@ class Host:
             for mount in spec.mounts:
                 machine.hand_over(mount)
         except BaseException:
-            machine.mounts.clear()  # nothing is to come back
+            machine.mounts.clear()  # nothing is to be copied back
             machine.close()
             raise
         return machine
 
     def pool(self, key: tuple[str, str], make: Callable[[], Pool[Any]]) -> Pool[Any]:
-        """Return the pool called ``key``, made when first asked for; ended with the host."""
+        """Return the pool called ``key``, created at first use and closed with the host."""
         with self._lock:
             if key not in self._pools:
                 self._pools[key] = make()
             return self._pools[key]
 
     def wait_ready(self) -> None:
-        """Wait until every pool has what it is to keep ready, or has found no room for it."""
+        """Wait until every pool is full, or has found no room."""
         for pool in list(self._pools.values()):
             pool.wait_full()
 
     def close(self) -> None:
-        """End every machine and let templates be removed again.
+        """End every machine and release the templates for removal.
 
-        Also those that nobody ended because an interrupt (a Ctrl-C can come anywhere) kept them from it.
+        That includes machines that were not ended because of an interrupt (a Ctrl-C can come anywhere).
         """
         if os.getpid() != self._pid:
             return  # a fork of the process that owns the machines
@@ -403,7 +403,7 @@ class Host:
             template.close()
 
     def _hold(self, template: Template) -> Template:
-        """Keep a template from being removed; of two that are the same, the first one."""
+        """Hold a template until the host is closed; of two with the same key, the first one."""
         with self._lock:
             held = self._held.setdefault(template.key, template)
         if held is not template:
@@ -411,7 +411,7 @@ class Host:
         return held
 
     def _sound(self, template: Template, base: Base) -> Template:
-        """Return ``template``, or what takes its place if somebody changed or removed it, or its image.
+        """Return ``template``, or its replacement if the template or its image was changed or removed.
 
         Raises:
             ImageError: The image had to be built again and is another one now.
@@ -439,7 +439,7 @@ class Host:
         return kept
 
     def _build_again(self, base: Base) -> None:
-        """Build the image of ``base`` again, whose files are damaged or gone."""
+        """Rebuild the image of ``base``, whose files are damaged or missing."""
         name = next((spec.image for spec, known in self._bases.items() if known == base), base.image.name)
         image = self.images.get(name, project=self._project, progress=self.say)
         if image.digest != base.image.digest:
@@ -506,7 +506,7 @@ class Host:
 
     @contextmanager
     def _room(self, base: Base) -> Iterator[None]:
-        """Hold a place in the host budget for a machine in the making."""
+        """Hold a place in the host budget while a template is made."""
         name = f"template-{secrets.token_hex(4)}"
         cpus, memory = base.limits.cpus, base.limits.memory
         self._places[name] = None
@@ -520,7 +520,7 @@ class Host:
         self._tell_once([line])
 
     def _tell_once(self, lines: Sequence[str]) -> None:
-        """Say what this host cannot enforce; once is enough."""
+        """Report each line once, such as a limit that this host cannot enforce."""
         with self._lock:
             new = [line for line in lines if line not in self._told]
             self._told.update(new)
@@ -536,13 +536,13 @@ class Host:
 
 
 def _limits(spec: MachineSpec, image: Image, timeout: float | None) -> Limits:
-    """Return what a machine may use: what the spec says, else the image's kit, else the defaults."""
+    """Return the limits of a machine: from the spec, else from the image's kit, else the defaults."""
     given = {o.name: getattr(spec, o.name) for o in QUOTAS if getattr(spec, o.name) is not None}
     return Limits(**{"timeout": timeout, **image.resources, **given})
 
 
 def _warm(machine: MicroVM) -> None:
-    """Let a machine that waits run a command: what runs first is translated here, not when it is needed."""
+    """Run a command in a waiting machine, so that code is translated now, not when the machine is needed."""
     try:
         machine.run(["true"], timeout=BOOT_TIMEOUT)
     except BaseException as error:

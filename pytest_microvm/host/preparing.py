@@ -1,4 +1,4 @@
-"""Prepared templates: shell commands run once in a machine, their result frozen and copied ever after."""
+"""Prepared templates: shell commands run once in a machine, whose frozen state is copied from then on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TIMEOUT = 3600.0
 _OUTPUT_SHOWN = 30  # lines of a command that failed
 
 Run = Callable[[MicroVM, str], tuple[int, str]]
-"""Runs a command in a machine; returns its status and what it said."""
+"""Runs a command in a machine; returns its status and output."""
 
 
 def prepared_step(
@@ -31,17 +31,17 @@ def prepared_step(
     grants: Grants,
     run: Run | None = None,
 ) -> Step:
-    """Return the link of a template chain in which ``commands`` run.
+    """Return the step of a template chain in which ``commands`` run.
 
     Args:
-        host: Where.
-        base: What the chain begins with.
+        host: The host.
+        base: The chain's base.
         commands: For the machine's ``/bin/sh``.
-        folder: Where they run.
-        put: Copies the files in that they need.
-        inputs: Everything else that shapes the result: those files' digest, what may be reached...
-        grants: What they may reach.
-        run: Runs one of them; by default it is silent and takes an hour at most.
+        folder: Their working folder.
+        put: Copies the files that they need into the machine.
+        inputs: Everything else that affects the result: those files' digest, network rules...
+        grants: Their grants.
+        run: Runs one of them; by default silently, for an hour at most.
     """
 
     def work(instance: Instance) -> dict[str, bytes]:
@@ -65,7 +65,7 @@ def prepared_step(
 
 
 def machine_in_the_making(host: Host, base: Base, instance: Instance, given: Given = NOTHING) -> MicroVM:
-    """Return a machine that becomes a template as users have it; it belongs to its template's maker."""
+    """Return a :class:`MicroVM` for a machine that becomes a template; the template's maker owns it."""
     instance.give(given)
     instance.adopt("agent", IN_THE_MAKING, given.message())
     return MicroVM(instance, host.facts(base, "template", 0.0))

@@ -1,4 +1,4 @@
-"""What a project's configuration asks for that needs its user's trust, its own kits included."""
+"""Requests of a project's configuration that need its user's trust, including its own kits."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from pytest_microvm.settings.spec import MachineSpec
 
 
 def asked_by(settings: Settings) -> dict[str, Any]:
-    """Return what a project asks for, by key: its grants, and a kit of its own with a digest of all it says.
+    """Return a project's requests by key: its grants, and its own kit with a digest of its recipe.
 
-    A kit's commands run on this computer when its image is built; one that ships is nobody's request. What
-    the command line says is not the project's. ``behind`` tells what stands behind words of the others that
-    name the project's own files: another branch may have other files there, and the same words.
+    A kit's commands run on this computer when its image is built; a shipped kit is not a request. Options of
+    the command line are not the project's. ``behind`` lists the link targets of paths in the other requests
+    that name the project's own files: another branch may have other files there, under the same names.
 
     Args:
-        settings: The project's.
+        settings: The project's settings.
 
     Raises:
         KitError: The image's kit cannot be used.
-        UsesProject: A command that gives a secret uses something of the project.
+        UsesProject: A command that supplies a secret uses something of the project.
     """
     found = {key: value for key, value in settings.asked.items() if key != "image" and value}
     sources = _sources(settings.spec)
@@ -50,19 +50,19 @@ def asked_by(settings: Settings) -> dict[str, Any]:
 
 
 def check_commands(sources: Iterable[Source], project: Path) -> None:
-    """Refuse commands for secrets that use something of a project: nobody can allow that.
+    """Raise an error for commands that supply secrets and use a project's files, which no grant can allow.
 
     Raises:
-        UsesProject: There is one.
+        UsesProject: There is such a command.
     """
     for source in sources:
         if source.kind == "command":
-            with suppress(NotStarted):  # where its value is read is time enough to say so
+            with suppress(NotStarted):  # reported when its value is read
                 prepared(source.where, "the project's configuration", project)
 
 
 def started_here(spec: MachineSpec, project: Path) -> list[str]:
-    """Return the commands that give a spec's secrets and credentials, with their programs' paths."""
+    """Return the commands that supply a spec's secrets and credentials, with their programs' paths."""
     sources = chain.from_iterable(_sources(spec).values())
     lines = [_command_line(source, project) for source in sources if source.kind == "command"]
     return list(dict.fromkeys(lines))
@@ -84,7 +84,7 @@ def _command_line(source: Source, project: Path) -> str:
 
 
 def own_kit(image: str, project: Path) -> tuple[str, Sequence[str]] | None:
-    """Return a kit of the project's own with a digest of all it says, and its network; ``None``: it ships.
+    """Return the project's own kit with a digest of its recipe, and its network rules; ``None`` if it ships.
 
     Raises:
         KitError: There is no such kit, or it cannot be used.
@@ -97,7 +97,7 @@ def own_kit(image: str, project: Path) -> tuple[str, Sequence[str]] | None:
 
 
 def _behind(key: str, settings: Settings) -> Iterator[str]:
-    """Yield what a key's paths in the project lead to by links."""
+    """Yield the link targets of a key's paths in the project."""
     project = settings.project.absolute()
     sources = _sources(settings.spec).get(key, [])
     paths = [mount.source for mount in settings.spec.mounts] if key == "mounts" else []
@@ -108,7 +108,7 @@ def _behind(key: str, settings: Settings) -> Iterator[str]:
 
 
 def _sources(spec: MachineSpec) -> dict[str, list[Source]]:
-    """Return where the values of secrets and credentials are found, by the key that names them."""
+    """Return the sources of secrets and credentials, by the key that names them."""
     return {
         "secrets": [secret.source for secret in spec.secrets],
         "credentials": [credential.source for credential in spec.credentials],
@@ -116,11 +116,11 @@ def _sources(spec: MachineSpec) -> dict[str, list[Source]]:
 
 
 def _named_in(project: Path, path: Path) -> bool:
-    """Whether a path is the project's by its name, or by where it leads."""
+    """Return True if a path is in the project, by its name or after resolving links."""
     return path.is_relative_to(project) or path.resolve().is_relative_to(project.resolve())
 
 
 def _without_links(project: Path, path: Path) -> Path:
-    """Return where a path in the project would lead if nothing in that were a link."""
+    """Return a path in the project as it would resolve without links inside the project."""
     below = path.relative_to(project) if path.is_relative_to(project) else path
     return Path(os.path.normpath(project.resolve() / below))
