@@ -1,4 +1,4 @@
-"""The disk under the cache: when it is full, read-only or gone, say so instead of quoting an error number."""
+"""The disk under the cache: report that it is full, read-only or gone, instead of an error number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NOTHING_LEFT = 4 * 1024**2
-"""Bytes; file systems call themselves full a little before the last block."""
+"""Free bytes of a full disk: file systems report that they are full a little before the last block."""
 
 _FREE_SOME = (
     "free some disk, run `pytest-microvm template prune` or `pytest-microvm image prune`, "
@@ -25,13 +25,13 @@ _FREE_SOME = (
 
 @contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Tell what is wrong with the disk under ``folder`` when that is why the work in the block failed.
+    """Raise a :class:`HostError` if the work in the block fails because of the disk under ``folder``.
 
-    A machine whose memory is a file dies of a full disk too: the kernel can only answer its write to a
+    A machine whose memory is a file also dies of a full disk: the kernel can only answer its write to a
     page that has no block with SIGBUS (mmap(2)).
 
     Raises:
-        HostError: The disk is full, or ``folder`` is read-only, or somebody removed it.
+        HostError: The disk is full, ``folder`` is read-only, or it was removed.
     """
     try:
         yield
@@ -43,10 +43,10 @@ def explained(folder: Path) -> Iterator[None]:
 
 
 def need_space(folder: Path, size: int) -> None:
-    """Check that ``size`` bytes are free where ``folder`` is, or will be.
+    """Check that ``size`` bytes are free at ``folder``, which need not exist yet.
 
     Raises:
-        HostError: They are not.
+        HostError: Fewer bytes are free.
     """
     free = free_bytes(folder)
     if free < size:
@@ -58,7 +58,7 @@ def need_space(folder: Path, size: int) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """Return how many bytes this user may still write where ``folder`` is, or will be."""
+    """Return the bytes that this user may still write at ``folder``, which need not exist yet."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return shutil.disk_usage(folder).free
