@@ -1,4 +1,4 @@
-"""Show what is being done: a line that moves on a terminal, plain lines in a log."""
+"""Show progress: a line that moves on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Call it with what is being done now; inside ``with``, a terminal shows it on one line with its time.
+    """Shows the current stage when called; inside ``with``, a terminal shows it on one line with its time.
 
     Args:
-        file: Where it is shown.
+        file: The output stream.
         terminal: Whether ``file`` is a terminal.
         prefix: Put before every line.
     """
@@ -49,7 +49,7 @@ class Progress:
 
 
 def _display(file: IO[str]) -> Any:
-    """Return rich's display of one task: a spinner, what it does, the time so far; gone when it ends."""
+    """Return rich's display of one task: spinner, description, elapsed time; erased when it ends."""
     from rich.console import Console  # noqa: PLC0415 - only where something takes long, on a terminal
     from rich.progress import Progress as Display  # noqa: PLC0415
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""This process's terminal, lent to a command in a machine."""
+"""Raw mode of this process's terminal, for a command in a machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def raw_terminal() -> Iterator[None]:
-    """Let every key through as it is, Ctrl-C too, while the ``with`` lasts."""
+    """Pass every key through unchanged, including Ctrl-C, inside the ``with`` block."""
     before = termios.tcgetattr(sys.stdin)
     tty.setraw(sys.stdin)
     try:

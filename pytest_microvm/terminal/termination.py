@@ -1,4 +1,4 @@
-"""SIGTERM as an interrupt: a run that CI cancels ends its machines and tidies up, as after Ctrl-C."""
+"""Handle SIGTERM as an interrupt: a run that CI cancels ends its machines and cleans up, as after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 
 def interrupt_on_sigterm() -> Callable[[], None]:
-    """Let SIGTERM raise KeyboardInterrupt, unless somebody handles it already; return what undoes that.
+    """Make SIGTERM raise KeyboardInterrupt, unless it is already handled; return a function that undoes that.
 
-    Only the main thread can; elsewhere nothing changes.
+    Only the main thread can do that; in others nothing changes.
     """
     on_main = threading.current_thread() is threading.main_thread()
     if not on_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
