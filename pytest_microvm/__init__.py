@@ -1,6 +1,6 @@
 """Throwaway microVMs for pytest, CI and agents.
 
-Names are loaded when first used: pytest imports this package in every run, used or not.
+Names are imported at first use: pytest imports this package in every run, even if it is not used.
 """
 
 from __future__ import annotations

@@ -3,18 +3,18 @@
 MicroVMError
 ├── UsageError              bad input: an option, a key, a path, a value
 │   ├── KitError            a kit file that cannot be used
-│   └── PolicyError         a path or a name that leaves what was granted
+│   └── PolicyError         a path or a name outside of the grants
 ├── HostError               this computer lacks something: a program, a permission, memory, disk
 │   ├── HypervisorMissing
-│   └── BudgetExhausted     the host budget can never hold what was asked for
+│   └── BudgetExhausted     the host budget can never hold the requested machine
 ├── ImageError              an image that cannot be found, built or trusted
 │   └── BuildError          a build step failed
 └── MachineError            a machine did not do what was asked
-    ├── BootError           no hello in time (the machine never reached its work): outcome ``infra``
+    ├── BootError           no hello in time (the machine never became ready): outcome ``infra``
     ├── MachineCrashed      the machine ended while it was in use: outcome ``crashed``
-    ├── ProtocolViolation   the guest sent what the protocol forbids; the machine is ended
+    ├── ProtocolViolation   the guest violated the protocol; the machine is ended
     ├── TransferError       files could not be moved
-    ├── MountConflict       changes to a mounted directory that were not taken over; the others were
+    ├── MountConflict       changes to a mounted directory that were not copied back; the others were
     └── QuotaExceeded       a limit the host enforces was reached: outcome ``quota``
 """
 
@@ -54,7 +54,7 @@ class KitError(UsageError):
 
 
 class PolicyError(UsageError):
-    """A path or a name that leaves what was granted."""
+    """A path or a name outside of the grants."""
 
 
 class HostError(MicroVMError):
@@ -66,7 +66,7 @@ class HypervisorMissing(HostError):
 
 
 class BudgetExhausted(HostError):
-    """The host budget can never hold what was asked for."""
+    """The host budget can never hold the requested machine."""
 
 
 class ImageError(MicroVMError):
@@ -82,7 +82,7 @@ class MachineError(MicroVMError):
 
 
 class BootError(MachineError):
-    """A machine never said hello (outcome ``infra``)."""
+    """A machine never became ready (outcome ``infra``)."""
 
 
 class MachineCrashed(MachineError):
@@ -90,7 +90,7 @@ class MachineCrashed(MachineError):
 
 
 class ProtocolViolation(MachineError):
-    """A guest sent what the protocol forbids; its machine has been ended."""
+    """A guest violated the protocol; its machine has been ended."""
 
 
 class TransferError(MachineError):
@@ -98,7 +98,7 @@ class TransferError(MachineError):
 
 
 class MountConflict(MachineError):
-    """Changes of a machine to a mounted directory that were not taken over; all others were.
+    """Changes of a machine to a mounted directory that were not copied back; all others were.
 
     Args:
         brief: How many, and where.
@@ -122,9 +122,9 @@ class QuotaExceeded(MachineError):
     Args:
         quota: Its name: ``memory``, ``disk``, ``pids``, ``timeout``, ``cpu_seconds``, ``output``,
             ``lifetime``, ``network_bytes`` or ``connections``.
-        limit: What was allowed, in the quota's unit (bytes, seconds, processes).
-        observed: What was seen, in the same unit.
-        details: How it was noticed, or by what it was exceeded.
+        limit: The allowed value, in the quota's unit (bytes, seconds, processes).
+        observed: The observed value, in the same unit.
+        details: How it was noticed, or its cause.
     """
 
     def __init__(self, quota: str, limit: float, observed: float, *, details: str = "") -> None:

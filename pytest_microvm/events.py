@@ -1,6 +1,6 @@
-"""What happened to a machine, in order: a bounded list that can be written down as JSON lines.
+"""The events of a machine, in order: a bounded list that can be written as JSON lines.
 
-``seen_by`` tells evidence from hearsay: what the host saw itself, and what a guest's kernel said, whose root
+``seen_by`` separates evidence, which the host observed itself, from reports of a guest's kernel, whose root
 may lie.
 """
 
@@ -19,15 +19,15 @@ MAX_EVENTS = 1000
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened.
+    """One event of a machine.
 
     Args:
         kind: ``started``, ``command``, ``push``, ``pull``, ``mount``, ``copy_back``, ``forward``,
             ``network``, ``finding``, ``quota`` or ``crashed``.
-        about: What, for people.
-        at: When, in seconds since 1970.
+        about: Description, for display.
+        at: Time, in seconds since 1970.
         seen_by: ``host`` or ``guest``.
-        data: More of it, as JSON values.
+        data: Further details, as JSON values.
     """
 
     kind: str
@@ -38,10 +38,10 @@ class Event:
 
 
 class EventLog:
-    """The last 1000 events of a machine; threads may add to it at the same time.
+    """The last 1000 events of a machine; thread-safe.
 
     Attributes:
-        redact: Takes secrets out of what an event is about.
+        redact: Removes secrets from an event's description.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class EventLog:
         self._lock = threading.Lock()
 
     def add(self, kind: str, about: str, *, seen_by: Literal["host", "guest"] = "host", **data: Any) -> None:
-        """Take note of something that happens now."""
+        """Record an event that happens now."""
         event = Event(kind, self.redact(about), time.time(), seen_by, data)
         with self._lock:
             self._events.append(event)
@@ -61,5 +61,5 @@ class EventLog:
             return [*self._events]
 
     def lines(self) -> str:
-        """Return them as JSON, one a line."""
+        """Return the events as JSON, one per line."""
         return "".join(json.dumps(asdict(event)) + "\n" for event in self.list())
