@@ -108,7 +108,7 @@ def _again(fd: int) -> str:
 
 
 def _plug_order(disks: tuple[Disk, ...], accelerator: Accelerator) -> list[tuple[int, Disk]]:
-    """Return the disks so that the guest names the first disk vda: a ``virt`` guest finds mmio slots backwards."""
+    """Return the disks in the order that makes the first one vda: ``virt`` guests find slots backwards."""
     numbered = list(enumerate(disks))
     return numbered[::-1] if accelerator.machine == "virt" else numbered
 
