@@ -10,12 +10,13 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_microvm.errors import BootError, HostError, ImageError, UsageError
+from pytest_microvm.errors import BootError, HostError, ImageError
+from pytest_microvm.host.held_templates import HeldTemplates
+from pytest_microvm.host.kept import KeptMachine, kept_machines, open_kept
 from pytest_microvm.hypervisors import Accelerator, Launch
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
 from pytest_microvm.images.store import ImageStore, cache_root
@@ -29,7 +30,7 @@ from pytest_microvm.templates.budget import HostBudget, default_limits
 from pytest_microvm.templates.chain import Base, Chain, Step, guest_code_archive
 from pytest_microvm.templates.pool import Pool
 from pytest_microvm.templates.runtime_folder import runtime_folder
-from pytest_microvm.templates.store import KEPT, Template, TemplateStore
+from pytest_microvm.templates.store import Template, TemplateStore
 from pytest_microvm.untrusted.nofollow import refuse_links
 
 if TYPE_CHECKING:
@@ -46,23 +47,6 @@ _log = logging.getLogger("pytest_microvm")  # of machines that are started witho
 
 def _silent(_line: str) -> None:
     """Discard a line."""
-
-
-@dataclass(frozen=True)
-class KeptMachine:
-    """A machine frozen on disk: ``pytest-microvm shell ID`` enters it.
-
-    Args:
-        id: Its id.
-        image: Its image's name.
-        about: What it was used for.
-        since: When it was frozen, in seconds since 1970.
-    """
-
-    id: str
-    image: str
-    about: str
-    since: float
 
 
 class Host:
@@ -102,8 +86,7 @@ class Host:
         self._told: set[str] = set()
         self._hypervisors: dict[str, Qemu] = {}
         self._bases: dict[MachineSpec, Base] = {}
-        self._held: dict[str, Template] = {}
-        self._steps: dict[str, Sequence[Step]] = {}
+        self._held = HeldTemplates(lambda: self.templates, self._chain, self._get)
         self._pools: dict[tuple[str, str], Pool[Any]] = {}
         self._places: dict[str, Instance | None] = {}  # in the budget; None: nothing runs there yet
         self._lock = threading.RLock()
@@ -193,25 +176,11 @@ class Host:
 
     def template(self, base: Base, steps: Sequence[Step] = ()) -> Template:
         """Return the template that ``steps`` lead to, made if missing; held open until the host is closed."""
-        chain = self._chain(base)
-        key = chain.key(base, steps)
-        with self._lock:
-            if key in self._held:
-                return self._held[key]
-            self._steps[key] = steps
-        return self._hold(chain.ensure(base, steps))  # without the lock: it can take minutes
+        return self._held.make(base, steps)
 
     def cached(self, base: Base, steps: Sequence[Step] = ()) -> Template | None:
         """Return the template that ``steps`` lead to, if available; held open until the host is closed."""
-        key = self._chain(base).key(base, steps)
-        with self._lock:
-            if key in self._held:
-                return self._held[key]
-            self._steps[key] = steps
-        found = self.templates.open(key)
-        if found is None and self._get(key):
-            found = self.templates.open(key)
-        return None if found is None else self._hold(found)
+        return self._held.find(base, steps)
 
     def machine(self, template: Template, base: Base, *, wait: bool = True) -> MicroVM | None:
         """Start a machine that is a copy of ``template``; see :meth:`copy`. Its limits hold from now on."""
@@ -310,9 +279,7 @@ class Host:
 
     def kept(self) -> list[KeptMachine]:
         """Return the kept machines, the newest first."""
-        found = [entry for entry in self.templates.list() if entry.kind == KEPT]
-        found.sort(key=lambda entry: -entry.created)
-        return [KeptMachine(entry.key, entry.image, entry.about, entry.created) for entry in found]
+        return kept_machines(self.templates)
 
     def enter(self, kept: str) -> MicroVM:
         """Start a copy of a kept machine, in its frozen state.
@@ -320,15 +287,12 @@ class Host:
         Raises:
             UsageError: There is no kept machine with that id.
         """
-        template = self.templates.open(kept)
-        if template is None or template.meta.get("kind") != KEPT:
-            raise UsageError(f"no machine {kept!r} was kept", resolution="see `pytest-microvm ps`")
+        template = self._held.hold(open_kept(self.templates, kept))
         meta = template.meta
         image = self.images.inspect(meta["image_digest"]).image
         resources = Resources(meta["cpus"], meta["memory"], meta["disk"], image.environment)
         limits = Limits(resources.cpus, resources.memory, resources.disk)
         base = Base(image, resources, self.accelerator(image), limits)
-        self._held[kept] = template
         machine = self._machine(template, base)
         if machine is None:
             raise HostError("the host budget gave no place")
@@ -392,23 +356,13 @@ class Host:
             return  # a fork of the process that owns the machines
         with self._lock:
             pools, self._pools = list(self._pools.values()), {}
-            held, self._held = list(self._held.values()), {}
         for pool in pools:
             pool.close()
         for name, instance in list(self._places.items()):
             if instance is not None:
                 instance.close()
             self.release(name)
-        for template in held:
-            template.close()
-
-    def _hold(self, template: Template) -> Template:
-        """Hold a template until the host is closed; of two with the same key, the first one."""
-        with self._lock:
-            held = self._held.setdefault(template.key, template)
-        if held is not template:
-            template.close()
-        return held
+        self._held.close()
 
     def _sound(self, template: Template, base: Base) -> Template:
         """Return ``template``, or its replacement if the template or its image was changed or removed.
@@ -417,26 +371,11 @@ class Host:
             ImageError: The image had to be built again and is another one now.
             HostError: It cannot be made again.
         """
-        if template.intact() and self.images.intact(base.image):
-            return template
-        with self._lock:
-            if not self.images.intact(base.image):
-                self._build_again(base)
-            held = self._held.get(template.key)
-            if held is None or not held.intact():
-                if held is not None:
-                    held.close()
-                    del self._held[template.key]
-                self._held[template.key] = self._found_again(template.key, base)
-            return self._held[template.key]
-
-    def _found_again(self, key: str, base: Base) -> Template:
-        if key in self._steps:
-            return self._chain(base).ensure(base, self._steps[key])
-        kept = self.templates.open(key)
-        if kept is None:
-            raise HostError(f"machine {key} is not kept any more", resolution="see `pytest-microvm ps`")
-        return kept
+        if not self.images.intact(base.image):
+            with self._lock:
+                if not self.images.intact(base.image):
+                    self._build_again(base)
+        return self._held.intact(template, base)
 
     def _build_again(self, base: Base) -> None:
         """Rebuild the image of ``base``, whose files are damaged or missing."""

@@ -13,7 +13,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.agent.transfer import send_file
 from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded, UsageError
-from pytest_microvm.host.host import Host, KeptMachine
+from pytest_microvm.host.host import Host
+from pytest_microvm.host.kept import KeptMachine
 from pytest_microvm.host.preparing import machine_in_the_making, prepared_step
 from pytest_microvm.host.project_grants import asked_by
 from pytest_microvm.machine import evidence
