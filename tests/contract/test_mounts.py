@@ -41,7 +41,7 @@ def failing(monkeypatch):
     return places
 
 
-def test_an_error_of_the_machine_s_costs_the_other_mounts_nothing(vm, place, tmp_path, failing):
+def test_failed_copy_back_does_not_stop_other_mounts(vm, place, tmp_path, failing):
     first = vm.mount(tmp_path / "first", place.pure / "first")
     second = vm.mount(tmp_path / "second", place.pure / "second")
     (place / "second" / "x").write_text("1")
@@ -77,7 +77,7 @@ def test_what_disappears_while_it_is_handed_over(vm, place, source, monkeypatch)
     assert list(place.iterdir()) == []  # nor does anything come later: the next test's machine is this one
 
 
-def test_a_secret_in_the_name_of_what_is_refused(vm, place, source, monkeypatch):
+def test_secret_in_a_refused_file_name_is_masked_in_the_error(vm, place, source, monkeypatch):
     monkeypatch.setattr(type(vm.client), "redactor", Redactor(["correct-horse"]))
     mounted = vm.mount(source, place.pure / "data")
     (place / "data" / "holes-of-correct-horse").write_text("")

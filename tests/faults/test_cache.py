@@ -186,7 +186,7 @@ def no_builders(monkeypatch, tmp_path):
     ],
     ids=["ram", "scratch"],
 )
-def test_a_damaged_template_is_told_and_made_again(run, said, cache, damage, word):
+def test_damaged_template_is_reported_and_rebuilt(run, said, cache, damage, word):
     """Also while a run holds it: its next machine is not a copy of the damaged one."""
     start(run, "before", close=False)
     key = template(cache).name
@@ -207,7 +207,7 @@ def test_restored_from_an_archive(run, said):
     assert said == []
 
 
-def test_a_memory_file_that_is_cut_off_ends_its_machines_and_no_other(run, said, cache):
+def test_truncated_memory_file_ends_only_its_own_machine(run, said, cache):
     with run.start(SPEC) as machine:
         assert machine.run(["echo", "up"]).stdout == "up\n"
         os.truncate(template(cache) / "ram", 0)
@@ -376,7 +376,7 @@ def test_a_disk_that_becomes_full_while_a_machine_boots(disk, images, said, monk
 # Read-only
 
 
-def test_a_read_only_cache_is_enough_for_what_is_there(disk, filled, said):
+def test_read_only_cache_starts_only_cached_templates(disk, filled, said):
     frozen = disk(0, source=filled)
     with contextlib.closing(Host(cache=frozen, project=frozen, say=said.append)) as run:
         start(run, "up", close=False)
@@ -445,7 +445,7 @@ SCRIPT = textwrap.dedent("""
 """)
 
 
-def test_the_maker_of_a_template_is_killed_and_the_one_who_waits_takes_over(images, tmp_path):
+def test_waiting_run_takes_over_from_killed_template_maker(images, tmp_path):
     cache = tmp_path / "cache"
     copy(images, cache)
     environment = {**os.environ, "PYTEST_MICROVM_CACHE": str(cache)}

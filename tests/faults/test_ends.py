@@ -166,7 +166,7 @@ def test_workers_share_a_budget_for_two(warm):
     assert "in 13 machines" in output
 
 
-def test_the_wait_for_the_budget_is_told(warm):
+def test_suite_reports_that_it_waits_for_the_host_budget(warm):
     """Another run has all there is."""
     code = (
         "import sys; from pytest_microvm import MicroVM\n"

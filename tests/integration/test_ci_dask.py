@@ -320,7 +320,7 @@ def test_a_job_that_loses_two_workers_is_given_up(host, cluster, tmp_path):
     assert result.reason.startswith("2 workers were lost while they did it: ")
 
 
-def test_what_is_cancelled_ends_its_machine_and_gives_back_what_it_has(host, cluster, tmp_path):
+def test_cancelled_task_ends_its_machine_and_returns_artifacts(host, cluster, tmp_path):
     cluster.have("one")
     with executor(host, cluster, tmp_path) as (running, watcher):
         future = running.submit(hanging(tmp_path))
@@ -367,7 +367,7 @@ def test_a_worker_that_is_ended_gives_its_job_to_another(host, cluster, tmp_path
     assert (result.verdict, result.worker) == ("passed", "two")
 
 
-def test_a_run_whose_scheduler_dies_ends_at_once_and_leaves_no_machine(host, tmp_path):
+def test_scheduler_death_ends_machines_and_fails_tasks_as_infra(host, tmp_path):
     with ExitStack() as stack:
         cluster = Cluster(tmp_path, {"one": cache_root()}, stack)
         cluster.have("one")

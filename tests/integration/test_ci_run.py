@@ -205,7 +205,7 @@ def test_history_is_there_if_it_was_asked_for(done, repository):
         assert lines[-2:] == ["large", wanted.split()[0]]  # a large file is no change
 
 
-def test_phases_are_told(done):
+def test_task_record_has_phases_and_machine_usage(done):
     _process, tasks, _output = done
     task = tasks["main", "build"]
     assert set(task["phases"]) == {"queue", "prepare", "restore", "sync", "run", "collect"}
@@ -321,7 +321,7 @@ def test_the_plan_is_printed_and_nothing_runs(repository, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_definition_that_nobody_allowed_is_refused(repository, tmp_path):
+def test_definition_without_trust_is_refused(repository, tmp_path):
     process, _tasks = run(
         repository, tmp_path / "out", "--branch", "main", expect=4, PYTEST_MICROVM_TRUST="0"
     )

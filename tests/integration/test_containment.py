@@ -230,7 +230,7 @@ def group_names(parent, pid):
 
 
 @needs_groups
-def test_a_vmm_that_grows_beyond_its_ceiling_is_ended_and_told(host, monkeypatch):
+def test_vmm_beyond_its_memory_ceiling_is_killed_and_reported(host, monkeypatch):
     """The ceiling is set below the RAM of the guest, which then fills it."""
     spec = MachineSpec(image="python", memory=300 * MIB, timeout=120)
     host.start(spec).close()  # the template is made without
@@ -290,7 +290,7 @@ def test_bubblewrap_leaves_programs_and_libraries(host):
 
 
 @pytest.mark.usefixtures("wrapped")
-def test_an_end_within_bubblewrap_is_told(host):
+def test_crash_reason_is_reported_under_bubblewrap(host):
     with host.start(SPEC) as vm:
         os.kill(vm.instance.vmm.pid, signal.SIGKILL)
         with pytest.raises(pytest_microvm.MachineCrashed, match="QEMU was killed by signal 9"):
@@ -415,7 +415,7 @@ def test_version_2_as_root(with_version_2):
     check_at_work(at_work(with_version_2), 2)
 
 
-def test_version_2_for_an_ordinary_user_to_whom_nothing_was_delegated(with_version_2):
+def test_version_2_without_delegation_is_unavailable_to_users(with_version_2):
     told = at_work(with_version_2, user=65534)
     assert told["kind"] == "none"
     assert "PYTEST_MICROVM_CGROUP" in told["reason"]

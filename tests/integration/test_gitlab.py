@@ -98,7 +98,7 @@ def test_a_job_from_its_sources_to_its_end(runner, repository):
     assert not holder_of(execution).exists()
 
 
-def test_a_script_that_fails_tells_its_status(runner):
+def test_failing_script_reports_its_exit_code(runner):
     verdict = runner().run(Job(["echo before", "(exit 50)", "echo never"], after_script=["echo after"]))
     assert (verdict.status, verdict.exit_code) == ("failed", 50), verdict.log
     assert "never" not in verdict.stage("build_script").stdout.replace("$ echo never", "")
@@ -122,7 +122,7 @@ def test_cancelling_stops_the_script_in_the_machine(runner):
     assert verdict.stage("cleanup").returncode == 0
 
 
-def test_a_hostile_script_reaches_neither_the_log_nor_the_next_stage(runner):
+def test_hostile_script_cannot_forge_logs_or_stop_after_script(runner):
     script = [
         r"printf '\033]0;title\007\033[2Jsection_start:1:step_script\r\033[0Kforged\n'",
         "(sleep 6000 & echo left behind)",
@@ -182,7 +182,7 @@ def test_jobs_do_not_reach_each_other_by_name(runner):
     ("terms", "why"),
     [("idle = 0.1", "nobody used it"), ("lifetime = 0.1", "as long as it may"), ("", "folder")],
 )
-def test_a_machine_that_nobody_comes_back_for_ends(runner, terms, why):
+def test_abandoned_machine_ends(runner, terms, why):
     execution = runner(f'image = "base"\n{terms}\n').start(Job([]))
     folder = holder_of(execution)
     assert execution.prepare(), execution.stages

@@ -187,7 +187,7 @@ def test_a_deleted_root_file_system_is_built_again_the_same(image, cache, projec
     assert image.rootfs.is_file()
 
 
-def test_list_inspect_and_prune_tell_the_truth(command, image, cache, project):
+def test_list_inspect_and_prune_agree_with_the_image_store(command, image, cache, project):
     status, out, _err = _finish(command("image", "list", "--json"))
     (entry,) = json.loads(out)
     assert status == 0

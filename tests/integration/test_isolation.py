@@ -315,7 +315,7 @@ def test_names_users_and_variables_are_the_machines_own(vm):
     assert {"microvm-network", "ps"} < set(programs)
 
 
-def test_fw_cfg_tells_nothing(vm, words):
+def test_fw_cfg_holds_no_host_information(vm, words):
     if vm.run(["uname", "-m"]).stdout != "x86_64\n":
         pytest.skip("read by instructions of x86")
     items = python(vm, FW_CFG)
@@ -475,7 +475,7 @@ def test_copies_differ(here, copies):
     assert all_differ(drawn) == []
 
 
-def test_a_clock_is_right_although_the_machine_was_slow_to_hear_the_time(vm):
+def test_clock_of_a_machine_that_adopts_slowly_is_right(vm):
     """It is told again: what it heard first is three seconds old when it can act on it."""
     identity = {"hostname": vm.id, "machine_id": vm.path("/etc/machine-id").read_text().strip()}
     qmp = vm.instance.vmm.qmp

@@ -207,7 +207,7 @@ def test_links_that_lead_out_keep_their_names(vm, place, source, tmp_path):
     assert sorted(path.name for path in source.iterdir()) == ["a", "sub"]
 
 
-def test_lock_that_cannot_be_used_is_told(vm, place, source, tmp_path, monkeypatch):
+def test_unusable_lock_fails_writable_but_not_read_only_mounts(vm, place, source, tmp_path, monkeypatch):
     (tmp_path / "locks").write_text("no folder")
     monkeypatch.setattr(lock, "lock_file", lambda: tmp_path / "locks" / "live.lock")
     with pytest.raises(TransferError, match="its lock cannot be used"):
@@ -240,7 +240,7 @@ def test_two_machines_work_in_one_directory(host, vm, place, source):
             assert vm.run(f"cat {place}/one").stdout == "one\n"
 
 
-def test_what_a_machine_wrote_stays_whatever_becomes_of_it(host, source):
+def test_files_written_before_a_machine_crash_stay_on_the_host(host, source):
     machine = host.start(image="base", timeout=guards.MACHINE)
     machine.mount(source, "/live", kind="live")
     machine.run("echo kept > /live/kept", check=True)
@@ -265,7 +265,7 @@ def test_a_machine_that_is_kept_lets_go_of_it(source):
         assert command(source, "rm", name).returncode == 0
 
 
-def test_without_the_network_process_it_is_gone_and_told(host, source):
+def test_killed_network_process_fails_live_mounts_only(host, source):
     with host.start(image="base", timeout=guards.MACHINE) as machine:
         machine.mount(source, "/live", kind="live")
         machine.run("kill -9 $(grep -l microvm-network /proc/[0-9]*/comm | cut -d/ -f3)")

@@ -425,7 +425,7 @@ def test_nothing_committed(agent, place, repository):
     assert git(repository, "branch", "--list", "microvm/*") == ""
 
 
-def test_back_to_what_was_handed_over(agent, place, repository):
+def test_clone_reset_to_its_parent_commit_makes_no_branch(agent, place, repository):
     git(repository, "commit", "-qnam", "second")
     with agent.mount(repository, place, kind="git") as mounted:
         in_guest(agent, place, "git reset -q --hard HEAD~1")

@@ -181,7 +181,7 @@ def test_what_is_no_port(vm, target):
 
 
 @pytest.mark.parametrize("how", ["closed", "killed"])
-def test_nothing_is_left_of_a_machine_that_ends_during_a_transfer(host, how):
+def test_machine_ending_during_a_transfer_leaves_no_descriptors(host, how):
     gc.collect()
     with contextlib.ExitStack() as stack:
         vm = stack.enter_context(host.start(image="python", timeout=300))
@@ -252,7 +252,7 @@ print(json.dumps([
 """
 
 
-def test_what_goes_past_the_proxy_fails_at_once_and_is_told(host):
+def test_traffic_past_the_proxy_fails_at_once_and_is_logged(host):
     with host.start(image="python", timeout=300) as vm:
         assert vm.network.silent
         quiet = json.loads(vm.run(["python3", "-c", COUNT], check=True).stdout)

@@ -128,7 +128,7 @@ def test_a_marker_only_narrows_and_denials_fail_the_test(ran):
     assert "one.example" not in denied
 
 
-def test_what_went_past_the_proxy_is_told(ran):
+def test_traffic_past_the_proxy_is_reported_as_denied(ran):
     _folder, out, cases = ran
     assert "denied TCP 192.0.2.77:81" in properties(cases["test_direct"])["microvm.denied"]
     assert "denied TCP 192.0.2.77:81" in out
@@ -179,7 +179,7 @@ def asking(tmp_path):
     return written, run
 
 
-def test_what_nobody_allowed_is_refused_before_anything_runs(asking, tmp_path):
+def test_untrusted_configuration_is_refused_before_anything_runs(asking, tmp_path):
     written, run = asking
     mark = tmp_path / "ran"
     written(f'secrets.KEY = {{ command = "touch {mark}" }}\nmounts = ["/etc:/stolen:ro"]')
@@ -190,7 +190,7 @@ def test_what_nobody_allowed_is_refused_before_anything_runs(asking, tmp_path):
     assert not mark.exists()
 
 
-def test_what_was_allowed_is_for_its_branch_and_not_for_its_makefile(asking, tmp_path):
+def test_trust_covers_neither_the_makefile_nor_another_branch(asking, tmp_path):
     """`make token` once ran whatever Makefile lay there, with the words that were allowed."""
     written, run = asking
     mark = tmp_path / "ran"
@@ -230,7 +230,7 @@ def test_the_proxy_has_no_port_on_this_computer(server):
         assert listening() == before
 
 
-def test_all_is_loud_and_a_wrong_rule_is_told_before_anything_runs(tmp_path):
+def test_network_all_warns_and_an_invalid_rule_is_a_usage_error(tmp_path):
     (tmp_path / "test_it.py").write_text("def test_it():\n    pass\n")
 
     def run(rule):

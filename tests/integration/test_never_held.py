@@ -274,7 +274,7 @@ def secret_given(source, *, as_file=False):
     return {"command": source.command, **({"as": "file"} if as_file else {})}
 
 
-def test_secrets_are_there_and_shown_to_nobody(host, source, tmp_path):
+def test_secrets_reach_the_machine_and_are_never_shown_or_stored(host, source, tmp_path):
     begin = time.time()
     given = {"TOKEN": secret_given(source), "KEY": secret_given(source, as_file=True)}
     with watched(source) as in_processes, host.start(image="python", secrets=given) as vm:

@@ -54,7 +54,7 @@ def test_the_wheel_holds_the_package_and_the_kits(wheel):
     assert not {name for name in held if name.startswith(("tests/", "examples/"))}
 
 
-def test_the_source_distribution_holds_what_the_wheel_and_the_check_need(sdist):
+def test_sdist_holds_tests_images_examples_and_ci_files(sdist):
     with tarfile.open(sdist) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     assert {"Makefile", "ci/setup.sh", "LICENSE", "README.md", "pyproject.toml"} <= held

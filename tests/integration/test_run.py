@@ -53,7 +53,7 @@ def test_exit_statuses(options, command, status, said):
     assert "hunter22" not in done.stderr
 
 
-def test_all_is_loud_whatever_was_asked_for():
+def test_network_all_warns_even_when_quiet():
     done = run("--quiet", "--network", "all", "--", "true")
     assert (done.returncode, done.stdout) == (0, "")
     assert "WARNING: network = all" in done.stderr
@@ -73,7 +73,7 @@ def test_what_it_prints_cannot_act_unless_it_is_wanted_raw():
     assert raw.stdout == "\033]0;title\007\n::set-output name=x::y\n"
 
 
-def test_files_go_in_and_come_out_and_the_record_tells(tmp_path):
+def test_run_pushes_pulls_mounts_and_records_events(tmp_path):
     (tmp_path / "in.txt").write_text("content\n")
     done = run(
         "--push", f"{tmp_path}/in.txt:/code/in.txt", "--pull", f"/code/out.txt:{tmp_path}/back.txt",

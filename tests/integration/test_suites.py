@@ -174,7 +174,7 @@ def test_prepare_runs_once_and_again_when_its_inputs_change(project):
     assert second[1] != first[1]
 
 
-def test_python_starts_once_for_what_is_edited(project):
+def test_edited_test_file_does_not_restart_python(project):
     project.write(
         "test_it.py",
         """
@@ -235,7 +235,7 @@ def test_large_workspace_is_not_copied_again_for_other_arguments(project):
     assert "collecting" in out
 
 
-def test_python_starts_in_the_workspace_where_that_shapes_its_start(project):
+def test_python_starts_in_the_workspace_for_relative_pythonpath(project):
     project.write("lib/sitecustomize.py", "import builtins\n\nbuiltins.began = True\n")
     project.write("lib/helper.py", "")
     project.write("test_it.py", "import helper\n\ndef test_it():\n    assert began\n")

@@ -30,7 +30,7 @@ def test_json(busy, capsys):
     assert line["cpu_percent"] is None
 
 
-def test_a_second_look_tells_how_busy_it_is(host, busy):
+def test_second_look_measures_cpu_percent(host, busy):
     before = {}
     look(host.budget, before)
     busy.run(["sleep", "1"])

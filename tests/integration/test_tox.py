@@ -140,7 +140,7 @@ def test_a_status_of_its_own(project):
     assert (project / "data.txt").read_text() == "of the host\n"
 
 
-def test_recreate_makes_another_environment_and_nothing_else_does(project):
+def test_only_recreate_makes_an_environment_again(project):
     tox(project, "run", "-e", PYTHON, *OFFLINE, "--notest", check=0)
     again = tox(project, "run", "-e", PYTHON, *OFFLINE, "--notest", check=0)
     anew = tox(project, "run", "-e", PYTHON, *OFFLINE, "--notest", "-r", check=0)
@@ -354,7 +354,7 @@ def test_variables_and_files_of_this_computer_need_a_word(tmp_path):
     assert "('FROM_FILE', 'file-of-the-host')" in run("reading", check=0)
 
 
-def test_tox_installs_nothing_here_for_a_project_it_does_not_trust(tmp_path):
+def test_tox_does_not_provision_an_untrusted_project(tmp_path):
     (tmp_path / "tox.ini").write_text("[tox]\nrequires = six==1.0.1\n[testenv]\ncommands = python -V\n")
     done = tox(tmp_path, "run", "--microvm", "-e", PYTHON, *OFFLINE)
     assert "provisioning explicitly disabled" in done.stdout

@@ -38,7 +38,7 @@ def test_conftest_tests_and_helpers_stay_in_the_guest(project, trap):
 
 
 @pytest.mark.skipif(pytest.version_tuple < (9, 2), reason="older pytest reads filters later")
-def test_a_warning_filter_that_made_pytest_import_the_project_is_told(project):
+def test_project_import_by_a_warning_filter_warns(project):
     """pytest 9.2 reads filters before it loads any plug-in."""
     project.write(
         pytest__DOT__ini="[pytest]\npythonpath = src\nfilterwarnings =\n    error::helper_of_src.MyWarning\n",
@@ -259,7 +259,7 @@ ACTING = """
 """
 
 
-def test_installed_plugins_do_nothing_for_the_project_ahead_of_its_conftest(project, trap, monkeypatch):
+def test_installed_plugins_do_not_act_on_project_settings(project, trap, monkeypatch):
     """As pytest-env, pytest-dotenv and pytest-django do: set what its files say, import what they name."""
     site = project.path.parent / f"{project.path.name}-site"
     (site / "acting-1.0.dist-info").mkdir(parents=True)

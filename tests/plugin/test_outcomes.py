@@ -346,7 +346,7 @@ def test_xdist(project, options):
 
 
 @only_locally  # the printing plug-in lies beside the local backend
-def test_our_hooks_are_told(project):
+def test_machine_hooks_are_called_in_order(project):
     project.write(test_it=MACHINE_ENDS)
     result = project.microvm("-p", "support.hook_printer", "-q")
     told = [line.split()[1:] for line in result.outlines if line.startswith("told: ")]

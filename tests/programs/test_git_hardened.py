@@ -289,7 +289,7 @@ def test_program_of_the_project_is_not_git(project, trap, monkeypatch, folder):
 # An archive's .git: what it says about files
 
 
-def test_work_tree_elsewhere_is_not_listed(project, tmp_path):
+def test_configured_work_tree_outside_is_not_listed(project, tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "secret.txt").write_text("secret")
@@ -309,7 +309,7 @@ def test_work_tree_in_a_configuration_of_its_own_is_not_listed(project, tmp_path
     assert "a" in paths(project)
 
 
-def test_files_that_only_the_configuration_ignores_are_not_ignored(project, tmp_path):
+def test_excludes_file_of_the_configuration_is_not_applied(project, tmp_path):
     (tmp_path / "everything").write_text("*\n")
     git(project, "config", "core.excludesFile", str(tmp_path / "everything"))
     (project / "new").write_text("new")
@@ -335,7 +335,7 @@ def test_grafts_change_nothing(project):
 
 
 @pytest.mark.parametrize("way", ["ci", "mount"])
-def test_archive_that_borrows_a_private_repositorys_objects_is_refused(project, tmp_path, way):
+def test_repository_that_borrows_anothers_objects_is_refused(project, tmp_path, way):
     """It needs the name of a commit; such names get about, in version numbers for one."""
     private = repository(tmp_path / "private")
     secret = commit(private, {"secret": "the user's"})
@@ -391,7 +391,7 @@ def test_git_folder_that_is_a_link_is_refused(project, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["gitfile", "commondir", "worktree"])
-def test_repository_of_somebody_else_is_not_taken(project, tmp_path, how):
+def test_git_pointer_to_another_repository_is_refused(project, tmp_path, how):
     """An archive cannot say that a repository of this computer is its own."""
     private = repository(tmp_path / "private")
     commit(private, {"secret": "secret"})
@@ -542,7 +542,7 @@ def test_submodule_whose_repository_is_gone_is_copied_whole(project):
         assert [path for path in paths(project) if path.startswith(folder.name)] == [f"{folder.name}/v"]
 
 
-def test_repository_kept_elsewhere_says_whose_it_is(tmp_path):
+def test_separate_git_dir_is_refused_until_its_worktree_is_set(tmp_path):
     """After ``git init --separate-git-dir``; the error tells what makes it known."""
     folder = repository(tmp_path / "project", f"--separate-git-dir={tmp_path / 'kept'}")
     commit(folder, {"a": "a"})
@@ -575,7 +575,7 @@ def test_other_kinds_of_index(project, index):
 
 
 @pytest.mark.parametrize("kind", ["plain", "linked", "bare", "shallow", "detached", "packed", "submodule"])
-def test_every_kind_of_repository_is_handed_over_and_gets_a_branch(project, tmp_path, kind):
+def test_every_kind_of_repository_is_cloned_and_gets_a_branch(project, tmp_path, kind):
     source = tmp_path / "source"
     commit(project, {"c": "c"})
     if kind == "linked":

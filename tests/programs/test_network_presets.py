@@ -83,7 +83,7 @@ def serves_pip_from(index, url, kind=JSON):
 
 
 @pytest.mark.parametrize("kind", [JSON, "text/html"])
-def test_pip_is_sent_to_its_index_and_to_where_that_has_its_files(index, pip_uses, tmp_path, kind):
+def test_pip_preset_allows_the_index_and_its_file_host(index, pip_uses, tmp_path, kind):
     serves_pip_from(index, f"https://files.example:8443/{WHEEL}", kind)
     pip_uses(f"index-url = http://{index.where}/simple\nextra-index-url = file:///nowhere")
     preset = read_preset("pip", tmp_path)
@@ -114,7 +114,7 @@ def test_files_beside_the_index_and_one_index_that_has_none(index, pip_uses, tmp
     ]
 
 
-def test_a_login_is_used_by_pip_and_told_to_nobody(index, pip_uses, tmp_path):
+def test_pip_preset_uses_a_login_without_exposing_it(index, pip_uses, tmp_path):
     serves_pip_from(index, f"http://{index.where}/{WHEEL}")
     pip_uses(f"index-url = http://me:hunter2@{index.where}/simple")
     preset = read_preset("pip", tmp_path)
@@ -217,7 +217,7 @@ def npm_uses(monkeypatch, tmp_path):
 
 
 @needs_npm
-def test_npm_is_sent_to_its_registries_and_to_where_the_first_has_its_files(index, npm_uses, tmp_path):
+def test_npm_preset_allows_registries_and_the_tarball_host(index, npm_uses, tmp_path):
     dist = {"tarball": "https://tarballs.example/npm/-/npm-9.0.0.tgz"}
     version = {"name": "npm", "version": "9.0.0", "dist": dist}
     packument = {"name": "npm", "dist-tags": {"latest": "9.0.0"}, "versions": {"9.0.0": version}}
@@ -229,7 +229,7 @@ def test_npm_is_sent_to_its_registries_and_to_where_the_first_has_its_files(inde
 
 
 @needs_npm
-def test_npm_does_not_tell_a_registry_with_a_login(npm_uses, tmp_path):
+def test_npm_preset_rejects_a_registry_url_with_a_login(npm_uses, tmp_path):
     npm_uses("registry=https://me:hunter2@npm.example/\n")
     with pytest.raises(UsageError) as caught:
         read_preset("npm", tmp_path)
@@ -322,7 +322,7 @@ def test_git_is_sent_to_the_remotes_of_the_project(repository):
     assert "hunter2" not in repr(preset)
 
 
-def test_git_keeps_the_logins_of_what_it_replaces(repository):
+def test_git_preset_leaves_out_insteadof_urls_with_logins(repository):
     folder, git = repository
     git("remote", "add", "origin", "https://git.example/a.git")
     for old in (

@@ -237,7 +237,7 @@ EFFECTS = [
 
 
 @pytest.mark.parametrize("effect", thorough_but(EFFECTS, *EFFECTS[:2], EFFECTS[5]))
-def test_plugin_whose_import_has_effects_is_loaded_in_the_session(world, effect):
+def test_plugin_with_import_side_effects_is_not_preloaded(world, effect):
     note = "with open(os.environ['RUNS'], 'a') as file: file.write('second ')"
     world.install("second", f"import os, sys\n{note}\n{effect}\n")
     found = world.run(between="os.environ['RUNNER'] = '0'")

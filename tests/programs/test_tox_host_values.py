@@ -137,7 +137,7 @@ def reading(request, project):
     return project, project / request.param, environments
 
 
-def test_what_nobody_allowed_is_not_read(reading):
+def test_host_values_without_trust_are_not_read(reading):
     folder, _file, environments = reading
     said = config(folder, "-e", ",".join(environments))
     assert sorted(said) == sorted(environments)
@@ -165,7 +165,7 @@ def test_what_was_allowed_is_read_until_it_changes(reading):
     assert SECRET not in str(config(folder, "-e", ",".join(environments)))
 
 
-def test_another_branch_with_the_same_configuration_is_asked_about(tmp_path):
+def test_trusted_configuration_is_not_trusted_on_another_branch(tmp_path):
     folder = configured(repository(tmp_path / "repository"), BEGIN + "set_env = A = {env:TOKEN}\n")
     git(folder, "commit", "-q", "--allow-empty", "-m", "one")
     assert main(["trust", str(folder)]) == 0

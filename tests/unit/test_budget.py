@@ -37,7 +37,7 @@ def test_memory_counts_too(budget):
 
 
 @pytest.mark.parametrize(("cpus", "memory"), [(5, GIB), (1, 5 * GIB)])
-def test_what_can_never_fit_is_told_at_once(budget, cpus, memory):
+def test_request_beyond_the_whole_budget_fails_at_once(budget, cpus, memory):
     with pytest.raises(BudgetExhausted, match="do not fit into the host budget") as caught:
         budget.take("a", "base", cpus, memory)
     assert "PYTEST_MICROVM_BUDGET" in caught.value.resolution
@@ -71,7 +71,7 @@ def test_a_release_wakes_another_thread(budget, monkeypatch):
     assert [record.id for record in budget.records()] == ["b"]
 
 
-def test_waiting_is_told(budget, monkeypatch):
+def test_waiting_for_the_budget_is_reported(budget, monkeypatch):
     monkeypatch.setattr(budget_module, "_PATIENCE", 0.0)
     monkeypatch.setattr(budget_module, "_HOPE", 0.3)
     budget.take("a", "base", 4, GIB)
@@ -81,7 +81,7 @@ def test_waiting_is_told(budget, monkeypatch):
     assert said == ["waiting: the host budget (4 vCPUs, 4G) is in use by other machines"]
 
 
-def test_a_machine_that_nobody_uses_makes_room(budget):
+def test_idle_machines_are_reclaimed_to_make_room(budget):
     ready = ["p1", "p2"]
     for machine in ready:
         budget.take(machine, "base", 2, GIB)

@@ -85,7 +85,7 @@ def test_a_conversation_with_trailing_bytes():
     assert host.pending == 2
 
 
-def test_a_stream_named_in_a_message_can_be_opened_before_the_bytes_behind_it():
+def test_stream_can_be_opened_between_its_message_and_its_data():
     host, guest = Channel("host"), Channel("agent")
     host.open(5)
     host.send({"id": 1, "stdin": 5})
@@ -113,7 +113,7 @@ def test_more_than_the_window_is_not_sent_until_it_is_granted():
     assert host.write(1, bytes(WINDOW)) == GRANT
 
 
-def test_single_bytes_do_not_make_this_end_queue_more_than_it_is_sent():
+def test_credit_for_single_bytes_is_batched():
     """A peer that reads nothing would have it grow without limit."""
     host = greeted(1)
     frame = encode(Kind.DATA, 1, b"x")
@@ -237,7 +237,7 @@ raw_frames = st.builds(
 
 
 @given(st.booleans(), st.lists(st.one_of(raw_frames, st.binary(max_size=64))))
-def test_only_wire_errors_come_of_whatever_a_guest_sends(greet, pieces):
+def test_arbitrary_guest_bytes_raise_only_wire_errors(greet, pieces):
     channel = Channel("host")
     channel.open(1)
     channel.open(2)

@@ -133,7 +133,7 @@ def test_a_file_that_is_something_else_is_refused(tmp_path):
     assert not (tmp_path / "file").exists()
 
 
-def test_a_file_that_is_not_there_is_told(tmp_path):
+def test_fetching_a_file_that_is_gone_raises_host_error(tmp_path):
     with pytest.raises(HostError, match="does not have file aaaaaaaaaaaa any more"):
         Sender(None).inbox.fetch("a" * 64, tmp_path / "file", Stop())
 
@@ -147,7 +147,7 @@ def test_waiting_for_a_file_ends_with_the_run(tmp_path):
         Inbox(lambda _question: None).fetch("a" * 64, tmp_path / "file", Stop(deadline=time.monotonic()))
 
 
-def test_an_answer_that_nobody_waits_for_is_dropped():
+def test_unexpected_answer_is_dropped():
     inbox = Inbox(lambda _question: None)
     inbox.deliver("unknown", b"x")
     assert inbox._waiting == {}
@@ -156,7 +156,7 @@ def test_an_answer_that_nobody_waits_for_is_dropped():
 # Sources
 
 
-def test_a_tree_in_an_archive_has_the_digest_of_its_files_and_gives_them_back(tmp_path):
+def test_tar_tree_digest_matches_its_files_and_survives_a_copy(tmp_path):
     files = {"a.txt": b"a", "bin/run": b"#!/bin/sh", "b/\udcff.txt": b"bytes"}
     path = tmp_path / "tree.tar"
     with tarfile.open(path, "w") as archive:
@@ -224,7 +224,7 @@ def test_tls_needs_certificates_that_can_be_read(tmp_path):
     assert security.require_encryption
 
 
-def test_a_certificate_of_ones_own_authority_is_asked_for_on_both_sides(tmp_path):
+def test_tls_client_and_worker_both_require_certificates(tmp_path):
     names = Certificates(*(Path(tmp_path / name) for name in ("ca", "cert", "key")))
     authority = trustme.CA()
     issued = authority.issue_cert("ci.example")

@@ -129,7 +129,7 @@ def test_a_part_of_the_files(project):
                 tree.digest([wrong])
 
 
-def test_a_work_tree_with_what_is_not_committed(project):
+def test_work_tree_includes_uncommitted_but_not_ignored_files(project):
     commit(project, {"a": "a", ".gitignore": "ignored\n"})
     (project / "a").write_text("changed")
     (project / "new").write_text("new")

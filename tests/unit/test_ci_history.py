@@ -103,7 +103,7 @@ def outcomes(history, commit: str, *words: str, name: str = "test_it", **changes
         history.add(known, [Case("main.test", name, word)])
 
 
-def test_flaky_tests_passed_and_failed_with_one_commit_the_worst_first(history):
+def test_flaky_tests_mix_outcomes_in_one_commit_worst_first(history):
     outcomes(history, "a" * 40, "passed", "failed", "passed", name="across")
     outcomes(history, "a" * 40, "passed", "error", name="worst")
     outcomes(history, "b" * 40, "flaky", name="worst")
@@ -118,7 +118,7 @@ def test_flaky_tests_passed_and_failed_with_one_commit_the_worst_first(history):
     assert found == [("worst", 2, 1, 1, 1), ("across", 1, 2, 1, 0), ("in one run", 1, 1, 0, 1)]
 
 
-def test_flaky_tests_of_long_ago_are_not_told(history):
+def test_flaky_tests_before_the_given_days_are_left_out(history):
     old = run("old", ago=10 * 86400)
     history.add(old, [Case("main.test", "a", "flaky")])
     assert [one.name for one in history.flaky()] == ["a"]

@@ -194,7 +194,7 @@ def test_links_and_other_things_are_no_reports(world, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "left"), [("_MOST_FILES", 3, 2), ("_MOST_BYTES", 300, 1), ("CASE_LIMIT", 3, 2)]
 )
-def test_too_much_is_left_out_and_told(world, monkeypatch, name, value, left):
+def test_junit_files_beyond_the_limits_are_counted_as_left_out(world, monkeypatch, name, value, left):
     monkeypatch.setattr(job_junit, name, value)
     task = world.task(reports={f"{number}.xml": PASSED for number in range(5)})
     *_, last = own_suites(world.output / task.id)

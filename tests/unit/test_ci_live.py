@@ -47,7 +47,7 @@ def plain_log(width: int = 80) -> tuple[Console, io.StringIO]:
     return Console(file=file, width=width, force_terminal=False), file
 
 
-def test_plain_lines_tell_phases_output_and_verdict_in_order():
+def test_plain_log_has_phases_output_and_verdict_in_order():
     console, file = plain_log()
     one = task()
     with live_watcher(console, plain=True, jobs=2) as watcher:
@@ -67,7 +67,7 @@ def test_plain_lines_tell_phases_output_and_verdict_in_order():
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_a_machine_can_begin_no_line_of_a_log_and_control_nothing(text):
+def test_hostile_output_cannot_start_a_log_line_or_control_it(text):
     console, file = plain_log(width=40)
     one = task("feature/##[group]::x\x1b[31m")
     with live_watcher(console, plain=True, jobs=1) as watcher:
@@ -163,7 +163,7 @@ def test_no_color_is_honoured(monkeypatch):
     assert "failed" in file.getvalue()
 
 
-def test_a_verdict_says_what_was_allowed_and_how_often_it_was_tried():
+def test_verdict_names_attempts_and_an_allowed_failure():
     of = result(task(), verdict="infra", allow_failure=True, attempts=2, reason="no machine")
     assert verdict_text(of).plain == "infra     main / test  3.4 s, 2 attempts, allowed: no machine"
 

@@ -84,7 +84,7 @@ def scheduled(plan, work, *, slots=2, fail_fast=False):
     return results, executor, told, schedule
 
 
-def test_a_plan_has_each_job_for_each_branch_and_keeps_their_needs_within_it():
+def test_plan_repeats_jobs_and_their_needs_per_branch():
     sources = [Source("main", "1"), Source("feature/x", "2")]
     jobs = [job("build"), job("test", "build"), job("release", "test", branches=("main",))]
     plan = make_plan(sources, jobs)
@@ -132,7 +132,7 @@ def test_what_needs_a_failed_job_is_skipped_and_so_on():
     assert sorted(executor.log) == ["a.build", "a.lint"]
 
 
-def test_a_failure_that_is_allowed_stops_nobody():
+def test_allowed_failure_does_not_stop_dependent_jobs():
     plan = make_plan([Source("a", "1")], [job("lint", allow_failure=True), job("test", "lint")])
     plan = Plan(tuple(plan.tasks))
 

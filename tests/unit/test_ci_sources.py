@@ -367,7 +367,7 @@ def test_a_bundle_is_a_branch_with_its_history(project, tmp_path):
     assert tip(project, "secret") not in objects
 
 
-def test_a_bundle_of_what_is_no_branch(project, tmp_path):
+def test_bundle_of_a_ref_that_is_no_branch_has_its_commit(project, tmp_path):
     git(project, "update-ref", "refs/pull/7/head", "feature/one")
     git(project, "checkout", "-q", "--detach", "feature/one")
     for number, name in enumerate(("refs/pull/7/head", tip(project, "feature/one"), "HEAD")):

@@ -94,7 +94,7 @@ def test_what_failed_and_what_to_do(summary):
     assert '<a href="4.test%20%28python%3D3.12%29/junit.xml">junit.xml</a>' in html
 
 
-def test_denied_connections_are_told_of_a_job_that_passed(summary):
+def test_summary_lists_denied_connections_of_a_passed_job(summary):
     for text in summary(task(denied=tuple(f"GET http://evil.example/{number}" for number in range(150)))):
         assert "Denied (150)" in text
         assert "http://evil.example/19" in text

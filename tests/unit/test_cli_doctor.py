@@ -88,7 +88,7 @@ def test_what_is_missing_fails_with_the_package_to_install(report, programs):
     assert "util-linux" in failed["setpriv"]
 
 
-def test_the_walls_are_told_as_they_are_found(report, monkeypatch):
+def test_containment_check_reports_each_wall_and_its_fix(report, monkeypatch):
     walls = Walls(
         "/usr/bin/setpriv", "/usr/bin/prlimit", reason="it may not change to another user", unlocked="too old"
     )
@@ -139,7 +139,7 @@ def test_an_old_qemu_fails(report, programs):
     assert "5.0.1" in found["by_name"]["hypervisor"]["detail"]
 
 
-def test_a_budget_that_cannot_be_read_is_told(report, monkeypatch):
+def test_invalid_budget_fails_the_memory_check(report, monkeypatch):
     monkeypatch.setenv("PYTEST_MICROVM_BUDGET", "cpus=lots")
     found = report()
     assert found["by_name"]["memory"]["status"] == "fail"
@@ -165,7 +165,7 @@ def test_kvm_that_this_user_may_not_use(report, monkeypatch, tmp_path):
     assert report()["by_name"]["kvm"]["detail"] == f"there is no {tmp_path / 'missing'}"
 
 
-def test_the_fix_for_kvm_is_to_join_its_group_where_that_is_enough():
+def test_kvm_fix_is_joining_its_group_if_that_gives_access():
     assert doctor.kvm_fix(4711, 0o20660) == "sudo usermod -aG 4711 $USER, then log in again"
     assert "udevadm" in doctor.kvm_fix(0, 0o20660)
     assert "udevadm" in doctor.kvm_fix(4711, 0o20600)

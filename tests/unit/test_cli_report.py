@@ -44,7 +44,7 @@ def test_merge_with_a_file_that_cannot_be_read(files, capsys):
     assert err.startswith("pytest-microvm: b.xml could not be read: no element found")
 
 
-def test_merge_tells_of_flaky_tests(files, capsys):
+def test_merge_counts_flaky_tests(files, capsys):
     files(a=suite('<testcase name="n"><failure/></testcase><testcase name="n"/>', tests=2))
     assert main(["report", "merge", "out.xml", "a.xml", "--profile", "gitlab"]) == 0
     assert capsys.readouterr().out == "out.xml: 1 tests (1 passed, 1 of them flaky), for gitlab\n"
@@ -113,7 +113,7 @@ def test_verify(files, capsys, profile, content, said):
     assert out[-1] == "good.xml: ok"
 
 
-def test_verify_tells_the_line(files, capsys):
+def test_verify_reports_the_line_number(files, capsys):
     files(a='<testsuite name="s" tests="1" failures="0"\nerrors="0">\n\n<testcase name="n"/></testsuite>')
     main(["report", "verify", "a.xml"])
     assert capsys.readouterr().out == "a.xml:4: test 'n' has no classname\n"

@@ -137,7 +137,7 @@ def test_the_number_of_nodes_is_bounded(monkeypatch):
 
 
 @pytest.mark.parametrize("domain", [".error..x", " .error..x", "::error::x"])
-def test_a_test_name_is_no_ci_command_when_pytest_has_put_colons_for_its_dots(domain):
+def test_name_with_dots_does_not_become_a_ci_command(domain):
     """With the node id ``.error..x`` pytest would begin the test's line with ``::error::``."""
     item = {**ITEM, "parent": 0, "nodeid": domain, "location": ["x", 1, domain]}
     (node,) = Collected.parse(lines(GUEST, item, END)).nodes

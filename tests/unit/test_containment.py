@@ -62,7 +62,7 @@ def test_an_ordinary_user_stays_himself():
     assert Walls("/bin/setpriv", "/bin/prlimit").identity() is None
 
 
-def test_whose_parent_died_before_the_signal_was_asked_for_does_not_start():
+def test_program_whose_parent_already_died_does_not_start():
     walls = Walls("setpriv", "prlimit")
     command = [*walls.command(None, LIMITS), "/bin/echo", "started"]
     for between, said in (([], b"started\n"), (["/bin/sh", "-c", '"$@"; true', "sh"], b"")):

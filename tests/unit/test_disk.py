@@ -59,7 +59,7 @@ def test_space_is_that_of_the_folder_that_will_be(tmp_path):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_somebody_elses_cache(tmp_path):
+def test_cache_of_another_user_is_reported_as_not_writable(tmp_path):
     store = TemplateStore(tmp_path / "cache", 2**40)
     with store.draft() as draft:
         (draft / "ram").write_bytes(b"x")

@@ -387,7 +387,7 @@ def test_attributes_of_all_that_follows_are_refused(inside):
         unpack(body + header() + bytes(1024), inside)
 
 
-def test_a_long_path_does_not_make_folders_that_nothing_can_remove(inside):
+def test_archive_path_beyond_256_folders_is_refused(inside):
     with pytest.raises(TransferError, match="256 folders inside each other"):
         unpack(archive_of(member("d/" * 2000 + "f", data=b"x")), inside)
     unpack(archive_of(member("d/" * 200 + "f", data=b"x")), inside)
@@ -469,7 +469,7 @@ def test_a_name_that_the_host_cannot_have_can_be_left_out(inside):
         extract(received(*members), inside)
 
 
-def test_a_disk_that_is_full_is_told(inside, monkeypatch):
+def test_full_disk_during_extraction_is_a_transfer_error(inside, monkeypatch):
     def full(*_arguments, **_options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

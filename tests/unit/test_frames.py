@@ -83,7 +83,7 @@ def test_the_largest_payload_passes_and_one_byte_more_does_not(kind):
 
 
 @pytest.mark.parametrize("kind", Kind)
-def test_a_length_beyond_its_limit_is_refused_before_the_payload_comes(kind):
+def test_frame_length_beyond_the_limit_is_refused_by_its_header(kind):
     with pytest.raises(WireError, match=f"{kind.name} frame of"):
         FrameReader().feed(HEADER.pack(kind, 0, MAX_PAYLOAD[kind] + 1))
 
@@ -106,7 +106,7 @@ def test_an_unknown_kind_is_refused(number):
 
 
 @given(st.lists(st.binary(max_size=200)))
-def test_only_wire_errors_come_of_garbage_and_memory_stays_bounded(pieces):
+def test_garbage_raises_only_wire_errors_in_bounded_memory(pieces):
     reader = FrameReader()
     try:
         for piece in pieces:

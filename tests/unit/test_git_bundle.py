@@ -192,7 +192,7 @@ def tree_of(*entries):
         (b".gitmodules", b"120000"), (b"git~1", b"40000"), (b".g\xe2\x80\x8cit", b"40000"),
     ],
 )  # fmt: skip
-def test_trees_that_would_write_elsewhere(host, guest, name, mode):
+def test_trees_with_paths_that_escape_are_refused(host, guest, name, mode):
     base = user_git(host, "rev-parse", "HEAD")
     blob = loose(guest, b"blob", b"[core]\n\tfsmonitor = touch /tmp/owned\n")
     inner = loose(guest, b"tree", tree_of((b"100644", b"config", blob)))

@@ -55,7 +55,7 @@ def test_another_format_has_other_templates(tmp_path, monkeypatch):
     assert templates_key(Computer(tmp_path), [IMAGE], TCG, NEEDS, "") != before
 
 
-def test_images_go_by_what_they_are_built_from():
+def test_images_key_depends_on_image_keys_and_the_users_part():
     assert images_key(NEEDS, "") == images_key(replace(NEEDS, keys=("k2", "k1")), "")
     assert images_key(NEEDS, "") != images_key(replace(NEEDS, keys=("k1",)), "")
     assert images_key(NEEDS, "2026-11") != images_key(NEEDS, "")
@@ -133,7 +133,7 @@ def test_a_suite_needs_its_image_and_what_is_prepared(tmp_path):
     assert other.keys != before.keys
 
 
-def test_what_nobody_allowed_is_refused_before_anything_is_built(tmp_path, monkeypatch):
+def test_untrusted_configuration_is_refused_before_any_build(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTEST_MICROVM_TRUST", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     asking = '[tool.pytest-microvm]\nnetwork = ["pip"]\n'
@@ -160,7 +160,7 @@ def jobs(tmp_path, text, **given):
 JOBS = '[ci.jobs.a]\nimage = "base"\nsteps = ["true"]\n[ci.jobs.b]\nimage = "own"\nsteps = ["true"]\n'
 
 
-def test_jobs_need_every_image_and_kits_of_the_default_branch_alone(tmp_path):
+def test_jobs_need_only_kits_of_the_default_branch(tmp_path):
     inputs = jobs(tmp_path, JOBS, trust="true")
     before = needs_of(inputs)
     assert [kit.parent.name for kit in before.kits] == ["base"]  # the other one is built by the run

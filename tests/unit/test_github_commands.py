@@ -72,7 +72,7 @@ def test_the_word_is_another_one_each_time():
 
 
 @given(title=st.text(max_size=100), message=st.text(max_size=300), file=st.text(max_size=60))
-def test_an_annotation_is_one_command_whatever_it_says(title, message, file):
+def test_annotation_with_any_text_is_one_command(title, message, file):
     annotation = Annotation("error", message, title, file, 7)
     [command] = obeyed(annotation.command())
     assert command.name == "error"
@@ -82,7 +82,7 @@ def test_an_annotation_is_one_command_whatever_it_says(title, message, file):
     assert "\n" not in annotation.command()
 
 
-def test_an_annotation_says_what_it_shall():
+def test_annotation_text_survives_escaping():
     [command] = obeyed(Annotation("error", "50% of\na: b, c", "a, b: c", "tests/test_a.py", 3).command())
     assert command.data == "50% of\na: b, c"
     assert command.properties == {"file": "tests/test_a.py", "line": "3", "title": "a, b: c"}

@@ -71,7 +71,7 @@ def test_no_file_where_it_is_not_checked_out(tmp_path):
     assert remark.file == ""
 
 
-def test_emulation_is_told_loudly(tmp_path):
+def test_emulation_is_reported_as_a_warning(tmp_path):
     ground = Ground("tcg", "there is no /dev/kvm", (), 0)
     report = junit(tmp_path, case())
     [remark] = remarks(report, ground, TOP)

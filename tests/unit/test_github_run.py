@@ -49,7 +49,7 @@ def test_without_that_it_would_be():
     assert {name for name, _data in obeyed(output)} == {"error", "notice", "warning", "set-output"}
 
 
-def test_it_cannot_tell_the_runner_anything_by_file(tmp_path):
+def test_command_does_not_get_the_github_output_file(tmp_path):
     with start(tmp_path, 'echo "file: [$GITHUB_OUTPUT]"') as process:
         output, _ = process.communicate(timeout=guards.PROCESS)
     assert b"file: []" in output

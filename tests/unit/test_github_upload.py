@@ -45,7 +45,7 @@ def test_links_go(tmp_path):
     assert (tmp_path / "secret").read_text() == "secret"
 
 
-def test_what_is_told_is_no_command(tmp_path):
+def test_report_of_a_renamed_file_is_no_command(tmp_path):
     (tmp_path / "##[error]a:b").write_text("")
     [line] = make_uploadable(tmp_path)
     assert "##[" not in line

@@ -68,7 +68,7 @@ def test_the_systems_own_collection_is_not_handed_on(monkeypatch):
     assert company_certificates() == ""
 
 
-def test_each_machine_has_an_authority_and_a_placeholder_of_its_own():
+def test_each_machine_gets_its_own_authority_and_placeholder():
     pytest.importorskip("trustme")
     credential = {"host": "example.com", "value": {"command": "echo hunter22"}, "variable": "KEY"}
     one, other = (
@@ -89,7 +89,7 @@ def test_a_path_rule_needs_an_authority():
     assert grants(["http://example.com/pub/*"]).for_machine("vm-1").access.authority is None
 
 
-def test_a_missing_value_is_told_before_any_machine_starts():
+def test_missing_secret_variable_is_a_usage_error():
     with pytest.raises(UsageError, match="secret A: the variable PYTEST_MICROVM_NOT_SET is not set"):
         grants(secrets={"A": {"env": "PYTEST_MICROVM_NOT_SET"}})
 

@@ -127,7 +127,7 @@ def test_nothing_is_said_before_there_is_something_to_say(guest):
         assert guest.channel.peer.role == "network"
 
 
-def test_a_connection_is_carried_both_ways_and_each_way_ends_alone(guest):
+def test_each_direction_of_a_connection_closes_separately(guest):
     with guest.client() as client:
         guest.accept(1)
         client.sendall(b"question")
@@ -167,7 +167,7 @@ def test_a_client_that_is_not_heard_is_stopped_and_goes_on(guest):
         sender.join(guards.PROCESS)
 
 
-def test_a_client_that_does_not_read_gets_a_window_and_holds_nobody_up(guest):
+def test_client_that_does_not_read_does_not_block_another(guest):
     with guest.client() as deaf, guest.client() as other:
         guest.accept(1)
         guest.accept(2)
@@ -192,7 +192,7 @@ def test_a_client_that_does_not_read_gets_a_window_and_holds_nobody_up(guest):
         assert found == sent
 
 
-def test_a_client_that_resets_is_told(guest):
+def test_client_reset_is_reported_to_the_host(guest):
     client = guest.client()
     guest.accept(1)
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)

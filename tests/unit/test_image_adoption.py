@@ -83,7 +83,7 @@ def test_only_what_is_missing_is_fetched(origin, here):
     assert fetched == [path.name]
 
 
-def test_what_is_not_what_its_digest_says_is_refused_and_leaves_nothing(origin, here, tmp_path):
+def test_blob_with_a_wrong_digest_is_refused_and_leaves_no_files(origin, here, tmp_path):
     store, image = origin
 
     def fetch(digest, path):

@@ -294,7 +294,7 @@ def _must_not_run(_folder):
     raise AssertionError("built twice")
 
 
-def test_a_killed_builder_blocks_nobody_and_its_folder_goes(artifacts, several, build, tmp_path):
+def test_folder_of_a_killed_builder_is_dropped_and_built_again(artifacts, several, build, tmp_path):
     process, started, _may_finish, _results = several()
     assert started.wait(60)
     building = tmp_path / "images" / "building"

@@ -39,7 +39,7 @@ def test_mirrors_are_this_computers_and_only_debians_own():
 
 
 @pytest.mark.parametrize("suite", ["trixie", "noble", "bookworm-backports"])
-def test_a_suite_this_computer_does_not_have_is_left_to_mmdebstrap(suite):
+def test_suite_absent_from_the_hosts_indexes_has_no_sources(suite):
     assert debian_sources(suite, INDEXES) == []
 
 
@@ -88,7 +88,7 @@ def kit(tmp_path):
     return load_kit(folder)
 
 
-def test_the_setup_script_is_valid_shell_and_quotes_what_the_kit_says(kit):
+def test_setup_script_is_valid_quoted_shell_in_order(kit):
     script = setup_script(kit)
     subprocess.run(["/bin/sh", "-n"], input=script, text=True, check=True)
     assert "export GREETING='it'\"'\"'s $HOME'" in script

@@ -25,7 +25,7 @@ def test_the_kit_comes_before_the_default():
     assert limits(MachineSpec(), KIT, timeout=300.0).timeout == 30.0
 
 
-def test_the_default_fills_what_nobody_says():
+def test_kit_and_default_timeout_fill_unset_limits():
     kit = {"cpus": 1, "memory": 2**28, "disk": 2**30}
     assert limits(MachineSpec(), kit, timeout=300.0) == Limits(1, 2**28, 2**30, timeout=300.0)
     assert limits(MachineSpec(), kit).timeout is None
@@ -46,7 +46,7 @@ def limits_with(options, *markers):
         ("pip", ("pip", "deny:b.example")),
     ],
 )
-def test_a_marker_leaves_of_the_runs_rules_what_it_names_and_what_forbids(marked, left):
+def test_marker_narrows_network_rules_and_keeps_denials(marked, left):
     options = RunOptions(network=("a.example", "pip", "deny:b.example"))
     assert limits_with(options, {"network": marked}).network == left
     assert limits_with(options, {}).network is None

@@ -179,7 +179,7 @@ def test_a_wait_that_timed_out_can_be_taken_up_again(link, guest):
     assert request.wait(guards.PROCESS) == {"late": True}
 
 
-def test_a_late_answer_nobody_waits_for_does_no_harm(link, guest):
+def test_late_answer_after_a_timeout_is_ignored(link, guest):
     with pytest.raises(TimeoutError):
         link.call("slow", timeout=SOON)
     guest.answer(guest.next(Message).body["id"], result={})
@@ -234,7 +234,7 @@ def test_more_than_the_window_from_the_guest(link, guest, background):
     assert stream.read() == b""
 
 
-def test_a_guest_that_takes_nothing_stops_the_writer_at_the_window(link, guest):
+def test_writer_stops_at_the_window_until_the_guest_reads(link, guest):
     stream, number = streamed(link, guest)
     with pytest.raises(TimeoutError, match=r"did not take everything within 0\.05 s"):
         stream.write(bytes(WINDOW + 1), SOON)
@@ -431,7 +431,7 @@ def test_what_came_before_the_end_can_still_be_read(link, guest):
         stream.read(timeout=guards.PROCESS)
 
 
-def test_closing_this_end_wakes_whoever_waits(link, background):
+def test_closing_the_link_wakes_pending_calls(link, background):
     waiting = background(link.call, "op", timeout=guards.PROCESS)
     link.close()
     link.close()
@@ -623,9 +623,7 @@ def test_a_command_started_with_a_wrong_answer_ends_the_machine(link, guest, bac
     [{}, {"kind": "device"}, {"kind": ["file"], "mode": 0}, {"kind": "file"}, {"kind": "file", "mode": "0"}],
     ids=str,
 )
-def test_a_pull_with_a_wrong_answer_ends_the_machine_and_leaves_nothing(
-    link, guest, background, result, tmp_path
-):
+def test_pull_with_an_invalid_answer_is_a_protocol_violation(link, guest, background, result, tmp_path):
     doing = answering(
         link, guest, background, result, lambda: pull(link, PurePosixPath("/x"), tmp_path / "x")
     )
@@ -634,7 +632,7 @@ def test_a_pull_with_a_wrong_answer_ends_the_machine_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_pull_onto_a_folder_of_another_kind_is_a_transfer_error(link, guest, background, tmp_path):
+def test_pull_of_a_file_onto_a_folder_is_a_transfer_error(link, guest, background, tmp_path):
     """What is where, in the archive, is the guest's choice: it must not be able to raise what it likes."""
     (tmp_path / "x" / "f").mkdir(parents=True)
     (tmp_path / "x" / "f" / "precious").touch()

@@ -205,7 +205,7 @@ def test_names_are_counted_once_however_they_are_spelled(folder):
         os.close(parent)
 
 
-def test_symbolic_link_with_names_elsewhere_keeps_its_time(guest, folder, outside):
+def test_symbolic_link_hard_linked_outside_keeps_its_time(guest, folder, outside):
     (outside.parent / "link").symlink_to("module")
     os.utime(outside.parent / "link", (OLD, OLD), follow_symlinks=False)
     os.link(outside.parent / "link", folder / "link", follow_symlinks=False)

@@ -244,7 +244,7 @@ def test_git_s_own_files_are_read_and_never_written(there, source):
     git(source, "status")  # fails if the repository is damaged
 
 
-def test_files_with_names_elsewhere_are_parted_from_them(there, source, tmp_path):
+def test_changed_files_are_separated_from_outside_hard_links(there, source, tmp_path):
     for name in ("appended", "emptied", "mapped", "run", "touched"):
         (tmp_path / name).write_text("as it was\n")
         os.link(tmp_path / name, source / name)

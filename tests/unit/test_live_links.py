@@ -144,7 +144,7 @@ def test_link_of_the_host_that_climbs_back_is_not_turned(guest, folder):
     assert (folder / "climbing").resolve() == folder / "build"
 
 
-def test_link_of_the_host_that_climbs_back_is_not_turned_by_another_of_the_host(guest, folder):
+def test_guest_cannot_redirect_a_climbing_host_link(guest, folder):
     """``one/up/../build`` leads to ``one/build``, as long as ``one/up`` is no link to a higher place."""
     (folder / "one").mkdir()
     (folder / "climbing").symlink_to("one/up/../build")

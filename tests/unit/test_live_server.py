@@ -46,7 +46,7 @@ def test_paths_are_no_names(guest, folder, name):
     assert names(folder) == ["a", "sub"]
 
 
-def test_what_was_never_told_is_unknown(guest):
+def test_unknown_nodes_handles_and_operations_are_errors(guest):
     for op, body in (
         (Op.LOOKUP, b"a\0"),
         (Op.GETATTR, bytes(16)),

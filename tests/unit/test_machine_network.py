@@ -402,7 +402,7 @@ def test_unix_sockets_on_both_sides(guest, tmp_path):
         assert not address.path.parent.exists()
 
 
-def test_nobody_listens(guest):
+def test_port_without_a_listener_resets_and_wait_for_times_out(guest):
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     with (
@@ -531,7 +531,7 @@ def test_a_guest_that_reads_nothing_is_not_heard_without_end(machine):
     assert not machine.violated.is_set()
 
 
-def test_nor_is_it_when_somebody_looks_at_its_requests(machine):
+def test_guest_that_reads_nothing_stays_bounded_while_polled(machine):
     machine.sock.setblocking(False)
     asked = bytearray(HELLO + encode(Kind.MESSAGE, 0, b'{"event":"connect","connection":9}') * 200_000)
     heard = []

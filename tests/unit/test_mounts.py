@@ -100,7 +100,7 @@ def test_places_within_each_other(texts):
 
 
 @given(st.text())
-def test_whatever_is_written_is_a_mount_or_refused(text):
+def test_any_text_parses_to_a_mount_or_a_usage_error(text):
     try:
         mount = parse_mount(text, "here", HERE)
     except UsageError as error:

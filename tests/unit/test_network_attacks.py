@@ -211,7 +211,7 @@ def test_a_request_hidden_in_a_body(world, server):
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("rest", ["\r\n", "X-Rest: "], ids=["whole", "begun"])
-def test_a_request_hidden_in_a_body_that_the_server_does_not_read(world, server, method, rest):
+def test_request_hidden_in_an_unread_body_is_not_served(world, server, method, rest):
     hidden = f"GET /hidden HTTP/1.1\r\nHost: a.example\r\n{rest}".encode()
     sock = world.connect()
     sock.sendall(

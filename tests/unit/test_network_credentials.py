@@ -320,7 +320,7 @@ def test_a_websocket_that_hides_what_it_sends_is_cut(world):
         assert tls.recv(100) == b""
 
 
-def test_a_message_that_ends_as_the_value_begins_does_not_wait_for_the_next_one(world):
+def test_message_ending_like_the_credential_is_not_held_back(world):
     tls = websocket(world, "/quiet-socket")
     came = b""
     while not came.endswith(b"\r\n\r\n"):

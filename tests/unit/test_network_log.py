@@ -54,7 +54,7 @@ def test_an_address_is_shown_as_it_is():
     ]  # fmt: skip
 
 
-def test_values_nobody_may_see_are_taken_out():
+def test_secret_values_are_redacted_in_the_log():
     events = EventLog()
     log = NetworkLog(events, lambda text: text.replace("hunter2", "<secret>"))
     log.add(request(host="hunter2.example", path="/hunter2", reason="no hunter2"))
@@ -71,7 +71,7 @@ def test_each_request_is_an_event():
     assert event.about.startswith("denied GET a.example:80/")
 
 
-def test_an_update_tells_what_became_of_it():
+def test_update_sets_status_and_adds_received_bytes():
     log = NetworkLog()
     number = log.add(request())
     log.update(number, status=200)
@@ -81,7 +81,7 @@ def test_an_update_tells_what_became_of_it():
     assert (entry.status, entry.sent_bytes, entry.received_bytes) == (200, 3, 8)
 
 
-def test_an_update_of_what_is_gone_does_nothing():
+def test_update_of_a_dropped_entry_does_nothing():
     log = NetworkLog()
     numbers = [log.add(request()) for _ in range(MAX_REQUESTS + 1)]
     log.update(numbers[0], status=200)

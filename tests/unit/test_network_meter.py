@@ -22,7 +22,7 @@ def test_nothing_is_limited_without_a_quota():
 @pytest.mark.parametrize(
     ("quotas", "told"), [((10, None), ("network_bytes", 10, 11)), ((None, 2), ("connections", 2, 3))]
 )
-def test_the_first_excess_is_told_once_and_everything_ends(quotas, told):
+def test_first_excess_is_reported_once_and_ends_the_network(quotas, told):
     exceeded = []
 
     async def use(meter):

@@ -127,7 +127,7 @@ def test_a_connection_that_the_server_has_closed_is_made_anew(world, plain):
     assert plain.connections == 3
 
 
-def test_a_response_nobody_asked_for_is_not_the_next_ones(world, plain):
+def test_extra_response_does_not_answer_the_next_request(world, plain):
     sock = world.connect()
     sock.sendall(request("http://a.example/two-responses"))
     assert receive(sock)[2] == b"ok"
@@ -212,7 +212,7 @@ def test_a_server_that_does_not_answer(world, path):
     assert (entry.allowed, entry.status) == (True, 502)
 
 
-def test_a_port_where_nobody_listens():
+def test_port_without_a_listener_is_a_bad_gateway():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         with World(["a.example"], {"a.example": sock.getsockname()[1]}) as world:
@@ -436,7 +436,7 @@ def test_a_server_that_cannot_be_verified_is_not_asked(watched, secure, monkeypa
     assert b"could not be verified" in body
 
 
-def test_a_server_that_is_somebody_else_is_not_asked():
+def test_server_with_another_hosts_certificate_gets_no_request():
     authority = new_authority("m1")
     with (
         Server("other.example") as server,
@@ -501,14 +501,14 @@ def test_a_name_is_looked_up_after_the_decision_alone():
      "100.64.0.1", "0.0.0.1", "224.0.0.1", "64:ff9b::7f00:1", "fe80::1%eth0", "nonsense"],
 )  # fmt: skip
 @pytest.mark.parametrize("rule", ["a.example", "all"])
-def test_a_name_that_leads_to_what_is_not_public(address, rule):
+def test_name_that_resolves_to_a_non_public_address_is_denied(address, rule):
     with World([rule], resolve=Names([address], [address])) as world:
         assert world.get("http://a.example/")[0] == 403
         assert world.tunnel("a.example:443")[1] == 403
     assert [entry.allowed for entry in world.log.list()] == [False, False]
 
 
-def test_a_name_that_leads_elsewhere_the_second_time(plain):
+def test_name_that_later_resolves_to_another_address_is_denied(plain):
     names = Names(["127.0.0.1"], ["127.0.0.2"], ["127.0.0.1"])
     rules = [f"a.example:{plain.port}", f"127.0.0.1:{plain.port}"]
     with World(rules, resolve=names) as world:
@@ -520,7 +520,7 @@ def test_a_name_that_leads_elsewhere_the_second_time(plain):
     )
 
 
-def test_of_several_addresses_those_that_are_allowed_are_tried_in_turn(plain):
+def test_allowed_addresses_of_a_name_are_tried_in_turn(plain):
     names = Names(["10.0.0.1", "127.0.0.3", "127.0.0.1"])
     rules = [f"a.example:{plain.port}", f"127.0.0.3:{plain.port}", f"127.0.0.1:{plain.port}"]
     with World(rules, resolve=names) as world:

@@ -100,7 +100,7 @@ def test_the_spelling_of_a_host_makes_no_difference(rules, request):
 @given(
     POLICIES, TUNNELS, st.sampled_from(["/", "/a/b", "/a/b/c", "/a/../b"]), st.sampled_from(["GET", "POST"])
 )
-def test_a_tunnel_that_is_not_looked_into_carries_nothing_that_is_forbidden(rules, tunnel, path, method):
+def test_uninspected_tunnel_carries_no_denied_request(rules, tunnel, path, method):
     made = policy(*rules)
     decision = made.decide(tunnel)
     schemes = {80: ["http"], 443: ["https"]}.get(tunnel.port, ["https"])
@@ -124,7 +124,7 @@ def test_a_host_has_one_spelling_or_none(text):
 
 
 @given(st.text(max_size=60))
-def test_whatever_is_written_is_a_rule_or_a_usage_error(text):
+def test_any_text_parses_to_a_rule_or_a_usage_error(text):
     try:
         made = parse_rules([text], "network")
     except UsageError:
@@ -180,7 +180,7 @@ def test_an_allowed_path_is_below_the_rules_in_every_reading(path):
 
 @settings(max_examples=10 * settings.default.max_examples)
 @given(RAW_PATHS)
-def test_a_path_that_is_below_a_forbidden_one_in_any_reading_is_denied(path):
+def test_path_below_a_denied_one_in_any_reading_is_denied(path):
     made = policy("files.example", "deny:https://files.example/private/*")
     if any(f"{each}/".casefold().startswith("/private/") for each in readings(path)):
         assert not made.decide(Request("files.example", 443, "https", "GET", path)).allowed

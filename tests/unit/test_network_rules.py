@@ -369,7 +369,7 @@ def test_a_request_of_which_too_little_is_known_is_refused():
         Request("08.1.1.1", 80),
     ],
 )
-def test_what_is_no_request_is_refused_whatever_the_rules(request_):
+def test_invalid_request_is_denied_under_any_rules(request_):
     assert policy("all").decide(request_).reason.startswith("not a request that could be allowed: ")
     assert not policy("all").decide_address(request_, "9.9.9.9").allowed
 
@@ -429,14 +429,14 @@ def test_a_rule_for_addresses_does_not_let_a_name_be_looked_up():
     assert not allows(policy("10.0.0.0/8"), "http://db.example/")
 
 
-def test_what_is_forbidden_of_an_address_is_forbidden_by_any_name():
+def test_denial_for_an_address_applies_to_names_resolving_to_it():
     rules = policy("all", "deny:http://9.9.9.9/admin/*")
     assert not allows(rules, "http://a.example/admin/x", address="9.9.9.9")
     assert allows(rules, "http://a.example/x", address="9.9.9.9")
     assert not allows(rules, "a.example:80", address="9.9.9.9")  # nobody would look into the tunnel
 
 
-def test_a_network_that_is_forbidden_is_so_inside_tunnels_of_others():
+def test_denied_network_is_denied_in_teredo_addresses():
     rules = policy("2001::/32", "deny:9.0.0.0/8")
     assert allows(rules, "http://[2001:0:808:808::f7f7:f7f7]/")
     assert not allows(rules, "http://[2001:0:909:909::f7f7:f7f7]/")  # its Teredo server

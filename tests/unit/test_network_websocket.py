@@ -108,7 +108,7 @@ def test_a_value_is_blanked_across_fragments(messages, data):
 
 
 @given(st.integers(1, len(VALUE) - 1))
-def test_what_was_sent_on_before_does_not_tell_the_rest(size):
+def test_value_split_over_fragments_is_blanked_entirely(size):
     frames = searching()
     ping = frame(b"?", FINAL | PING)
     first, second = fragments(b"a " + VALUE + b" z", [2 + size])

@@ -80,7 +80,7 @@ def test_what_is_no_file_is_not_opened(project, outside):
 @pytest.mark.parametrize(
     "path", ["", ".", "..", "../outside/secret.txt", "sub/../a.txt", "/etc/passwd", "a\0"]
 )
-def test_paths_that_lead_elsewhere_are_refused(project, path):
+def test_paths_outside_the_tree_are_refused(project, path):
     with OpenTree(project) as tree, pytest.raises(UsageError, match="no path below"):
         tree.open(path)
 
@@ -231,7 +231,7 @@ def test_requirement_file_that_is_no_file_is_refused(project, outside, part):
         needed(["-r", part], project)
 
 
-def test_results_of_ci_do_not_go_where_a_link_of_the_project_leads(tmp_path, monkeypatch):
+def test_ci_results_do_not_follow_a_link_of_the_project(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "microvm-ci").symlink_to("empty")
     monkeypatch.chdir(tmp_path)

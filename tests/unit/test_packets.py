@@ -138,12 +138,12 @@ def test_another_protocol_is_prohibited_and_named(ip, source, target, icmp):
 
 
 @pytest.mark.parametrize("kind", [0, 3, 5, 11])
-def test_nobody_answers_an_icmp_error_or_answer(kind):
+def test_icmp_errors_and_replies_get_no_answer(kind):
     assert judge(ip4(ICMP, bytes([kind]) + bytes(30))) == (None, None)
 
 
 @pytest.mark.parametrize("kind", [1, 3, 129, 133, 135, 143])
-def test_nobody_answers_what_a_kernel_says_by_itself(kind):
+def test_automatic_packets_of_a_kernel_get_no_answer(kind):
     assert judge(ip6(ICMP6, bytes([kind]) + bytes(30))) == (None, None)
     assert judge(ip6(UDP, udp(b""), source="::")) == (None, None)
 
@@ -183,7 +183,7 @@ def test_the_machines_own_name_is_itself_and_no_attempt():
     assert judge(ip4(UDP, udp(query(b""), 53)), "")[0] == Attempt("DNS", TARGET_4, 53, ".")
 
 
-def test_bytes_of_a_name_are_shown_and_labels_told_apart():
+def test_special_bytes_and_dots_in_dns_labels_are_escaped():
     attempt, _answer = judge(ip4(UDP, udp(query(b"a\x1b\xff\\b.com"), 53)))
     assert attempt.name == "a\\027\\255\\\\b.com"
     labels = bytes([3]) + b"a.b" + b"\0"

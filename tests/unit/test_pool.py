@@ -114,7 +114,7 @@ def test_what_went_bad_while_it_waited_is_discarded(pool_of, maker):
 
 @pytest.mark.parametrize("outcome", ["no room", BootError("no luck")])
 @pytest.mark.parametrize("size", [1, 3])
-def test_no_luck_is_not_tried_again_until_somebody_asks(pool_of, maker, outcome, size):
+def test_failed_making_is_not_retried_until_the_next_take(pool_of, maker, outcome, size):
     maker.outcome = outcome
     pool = pool_of(size)
     maker.wait_for(size)
@@ -133,7 +133,7 @@ def test_no_luck_is_not_tried_again_until_somebody_asks(pool_of, maker, outcome,
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_fault_in_making_leaves_nobody_waiting(pool_of, maker):
+def test_take_does_not_hang_after_a_fault_in_making(pool_of, maker):
     maker.outcome = ZeroDivisionError("ours")
     pool = pool_of(2)
     maker.wait_for(2)

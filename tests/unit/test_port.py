@@ -25,7 +25,7 @@ def test_both_ends_greet(ends):
     assert list(channel.receive(host.recv(4096))) == [Hello(VERSION, "agent")]
 
 
-def test_a_hello_starts_the_channel_anew_because_a_clone_has_a_new_host_end(ends):
+def test_hello_of_a_new_host_end_restarts_the_channel(ends):
     host, port = ends
     for generation in range(3):
         channel = Channel("host")

@@ -33,13 +33,13 @@ def allow(folder, asked, branch="", remote=""):
     project_trust.trust(folder, [Grant("configuration", branch, remote, asked)])
 
 
-def test_nobody_has_to_allow_nothing(tmp_path):
+def test_empty_configuration_needs_no_trust(tmp_path):
     project_trust.check(tmp_path, {})
     project_trust.check(tmp_path, {"network": []})
     assert not (tmp_path / "state").exists()
 
 
-def test_what_nobody_allowed_is_refused_and_shown(tmp_path):
+def test_untrusted_configuration_is_refused_and_shown(tmp_path):
     with pytest.raises(UsageError, match="nobody has allowed that for a folder without") as caught:
         project_trust.check(tmp_path, ASKED)
     assert caught.value.details == 'mounts = ["~/.ssh:/keys"]\nnetwork = ["a.example"]'
@@ -211,7 +211,7 @@ def test_a_worktree_has_a_branch_of_its_own(clone, tmp_path):
     assert checked_out(clone).name == "main"
 
 
-def test_a_folder_that_looks_like_a_repository_does_not_name_the_branch(clone, tmp_path):
+def test_committed_bare_repository_does_not_name_the_branch(clone, tmp_path):
     """git's discovery would believe the HEAD that a branch has committed."""
     git(tmp_path, "clone", "-q", "--bare", "--template=", str(tmp_path / "source"), str(clone / "sub"))
     git(clone, "checkout", "-q", "-b", "evil")
@@ -231,7 +231,7 @@ def test_a_repository_without_commits_has_a_branch(tmp_path):
     assert checked_out(repository(tmp_path / "new")) == Checkout("main")
 
 
-def test_a_repository_that_tells_nothing_is_an_error(clone):
+def test_repository_with_an_invalid_head_is_a_usage_error(clone):
     (clone / ".git" / "HEAD").write_text("nonsense\n")
     with pytest.raises(UsageError, match="cannot be told"):
         project_trust.check(clone, ASKED)
@@ -271,7 +271,7 @@ def said_by(capsys, *words):
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_command_shows_what_is_granted_to_whom(clone, monkeypatch, capsys):
+def test_trust_command_shows_requests_and_branches_granted(clone, monkeypatch, capsys):
     kit = clone / "microvm" / "kits" / "own"
     kit.mkdir(parents=True)
     (kit / "kit.toml").write_text('parent = "base"\nsetup = ["touch /built"]\n')
@@ -340,7 +340,7 @@ def test_a_jobs_command_uses_nothing_of_the_work_tree(clone):
         check_trust(code, read_definition(code, "worktree"))
 
 
-def test_a_kit_of_the_projects_is_asked_about_and_one_that_ships_is_not(tmp_path):
+def test_project_kit_needs_trust_and_a_shipped_kit_does_not(tmp_path):
     kit = tmp_path / "microvm" / "kits" / "own"
     kit.mkdir(parents=True)
     (kit / "kit.toml").write_text('parent = "base"\nnetwork = ["a.example"]\nsetup = ["true"]\n')

@@ -114,7 +114,7 @@ def test_a_copy_by_a_newer_qemu_only_reads_its_template():
     assert options.endswith(",share=on")
 
 
-def test_the_ceiling_is_the_sum_of_what_is_known():
+def test_memory_ceiling_covers_guest_ram_and_translations():
     for accelerator, translations in ((TCG, 256), (Accelerator("kvm", "", "microvm"), 0)):
         more = memory_ceiling(replace(BOOT, memory=1024 * 1024**2), accelerator)
         assert more - memory_ceiling(BOOT, accelerator) == 512 * 1024**2

@@ -78,7 +78,7 @@ def test_events_in_between_are_kept(talk):
     assert [entry["event"] for entry in qmp.events] == ["RESUME", "STOP", "X"]
 
 
-def test_waiting_for_an_event_takes_the_first_that_fits_even_if_it_came_before(talk):
+def test_wait_event_returns_the_first_match_even_an_earlier_one(talk):
     qmp, _peer = talk(
         [],
         [event("MIGRATION", status="setup"), event("MIGRATION", status="completed"), {"return": {}}],

@@ -210,7 +210,7 @@ def test_work_is_linear_and_the_same_for_many_values(values, text):
     assert work(redactor, text[: size // 2]) < 0.6 * work(redactor, text[:size]) + 1000
 
 
-def test_a_long_value_that_comes_byte_by_byte_is_not_looked_through_each_time():
+def test_long_value_fed_byte_by_byte_is_not_searched_each_time():
     value = "".join(hashlib.sha256(b"%d" % n).hexdigest() for n in range(40))
     stream = RedactedStream(Redactor([value]))
     searched = []

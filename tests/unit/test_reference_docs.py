@@ -147,7 +147,7 @@ def test_every_quota():
     assert rows(table) == {quota.name for quota in QUOTAS}
 
 
-def test_quotas_that_are_told_in_another_unit():
+def test_size_and_seconds_quotas_are_formatted_in_their_unit():
     assert {quota.name for quota in QUOTAS if quota.kind == "size"} == errors._BYTES
     assert {quota.name for quota in QUOTAS if quota.kind == "seconds"} == errors._SECONDS
 

@@ -161,7 +161,7 @@ def test_a_ci_command_cannot_come_in_pieces(config, pieces):
             "path": " ::error", "lineno": 1, "message": "::x"}}}]}},
     ],
 )  # fmt: skip
-def test_a_ci_command_cannot_be_put_together_by_what_shows_it(config, failure):
+def test_failure_parts_do_not_combine_to_a_ci_command(config, failure):
     text = rebuild(config, longrepr={**FAILURE, "chain": None, **failure}).longreprtext
     assert not re.search(r"^\s*::|##\[", text, re.MULTILINE)
 

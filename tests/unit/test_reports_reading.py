@@ -156,7 +156,7 @@ def test_entries_of_one_name(read, entries, expected):
     assert sum(case.seconds for case in found) == len(entries)
 
 
-def test_the_same_name_elsewhere_is_another_test(read):
+def test_same_name_in_another_class_or_file_is_another_test(read):
     report = read(
         suite(
             '<testcase name="n" classname="a"><failure/></testcase><testcase name="n" classname="b"/>'
@@ -266,7 +266,7 @@ BOMB = (
     ],
     ids=range(10),
 )
-def test_what_is_refused_is_told(read, content, reason):
+def test_refused_file_is_reported_with_its_reason(read, content, reason):
     assert reason in trouble(read(content))
 
 
@@ -340,7 +340,7 @@ def test_many_attempts_are_bounded(read):
     assert (case.outcome, len(case.problems), len(case.attempts)) == ("failed", 1, 100)
 
 
-def test_what_is_left_out_is_told(read):
+def test_cut_text_states_the_number_of_characters_left_out(read):
     report = read(suite(f'<testcase name="{"n" * 3000}"><failure>{"x" * 2_000_000}END</failure></testcase>'))
     case = only(report)
     assert "[... 2,000 characters left out]" in case.name

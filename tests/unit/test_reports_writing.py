@@ -86,7 +86,7 @@ def test_attempts_as_surefire_has_them(write, profile):
 
 
 @pytest.mark.parametrize("profile", ["gitlab", "buildkite"])
-def test_attempts_are_told_where_there_is_no_element_for_them(write, profile):
+def test_attempts_go_to_system_out_without_a_flaky_element(write, profile):
     root = write(profile, Case("c", "n", attempts=(FAILURE,), out="o"))
     assert root.findtext(".//system-out") == "o\npassed after 1 other attempt:\n- assert 1 == 2"
     assert root.find(".//flakyFailure") is None

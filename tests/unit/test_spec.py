@@ -77,7 +77,7 @@ def test_cpus(written):
 @pytest.mark.parametrize(
     ("cpus", "vcpus", "throttle"), [(1, 1, None), (2, 2, None), (0.5, 1, 0.5), (1.5, 2, 1.5)]
 )
-def test_a_fraction_is_rounded_up_to_whole_vcpus_that_are_throttled(cpus, vcpus, throttle):
+def test_fractional_cpus_become_throttled_whole_vcpus(cpus, vcpus, throttle):
     limits = Limits(cpus, 1, 1)
     assert (limits.vcpus, limits.throttle) == (vcpus, throttle)
 

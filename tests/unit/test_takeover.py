@@ -222,7 +222,7 @@ def test_what_was_left_out_is_not_deleted(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["d", "d/e"])
-def test_a_link_that_was_put_in_a_directory_s_place_is_not_followed(place, tmp_path):
+def test_link_that_replaced_a_directory_is_not_followed(place, tmp_path):
     (tmp_path / "outside" / "e").mkdir(parents=True)
     (tmp_path / "outside" / "a").write_text("1")
     (tmp_path / "outside" / "e" / "a").write_text("1")
@@ -383,7 +383,7 @@ def flat(tree, above=""):
 
 @settings(max_examples=3 * settings.default.max_examples)
 @given(trees, trees, trees)
-def test_nothing_is_lost_whatever_happened(base, host, guest):
+def test_takeover_of_any_trees_loses_no_change(base, host, guest):
     with tempfile.TemporaryDirectory() as folder:
         now, result = taken_over(base, host, guest, Path(folder))
     base, host, guest, now = flat(base), flat(host), flat(guest), flat(now)

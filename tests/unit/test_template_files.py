@@ -47,7 +47,7 @@ def test_a_copy_has_the_same_content_and_holes(tmp_path, pieces):
     assert subprocess.run(["cmp", source, target], check=False).returncode == 0
 
 
-def test_the_same_content_has_the_same_digest_wherever_its_holes_are(tmp_path):
+def test_content_digest_ignores_holes(tmp_path):
     sparse, full = tmp_path / "sparse", tmp_path / "full"
     with sparse.open("wb") as file:
         for place in (0, 5 * MIB + 70_001, 9 * MIB):
@@ -118,7 +118,7 @@ def test_a_scratch_disk_is_sparse_and_sound(tmp_path, size):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_mke2fs_is_found_without_the_administrators_path_and_missed_with_a_hint(monkeypatch, tmp_path):
+def test_mke2fs_is_found_outside_path_or_missed_with_a_hint(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_mke2fs().endswith("mke2fs")
     monkeypatch.setattr(files, "_SYSTEM_FOLDERS", str(tmp_path))
@@ -127,7 +127,7 @@ def test_mke2fs_is_found_without_the_administrators_path_and_missed_with_a_hint(
     assert "e2fsprogs" in caught.value.resolution
 
 
-def test_mke2fs_that_fails_tells_why(tmp_path):
+def test_failed_mke2fs_error_has_details(tmp_path):
     with pytest.raises(HostError) as caught:
         format_scratch(tmp_path / "scratch", 4096)
     assert caught.value.details

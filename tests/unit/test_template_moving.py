@@ -42,7 +42,7 @@ def here(tmp_path):
     return TemplateStore(tmp_path / "here", CAP)
 
 
-def test_a_template_arrives_as_it_was_and_its_holes_do_not_travel(origin, here, monkeypatch):
+def test_received_template_is_identical_and_holes_are_not_sent(origin, here, monkeypatch):
     monkeypatch.setattr(moving, "PIECE", 1024**2)
     travelled = []
 

@@ -189,7 +189,7 @@ def test_what_happens_to_a_held_template_is_noticed(store, change):
     assert not held.intact()
 
 
-def test_a_kept_machine_that_is_damaged_is_not_removed_behind_its_owners_back(store):
+def test_damaged_kept_machine_is_reported_and_not_removed(store):
     make(store, "vm-1", kind="kept")
     os.truncate(store.folder / "vm-1" / "ram", 5)
     with pytest.raises(HostError, match="vm-1 is damaged: ram has another size") as caught:
@@ -214,7 +214,7 @@ def test_publishing_twice_keeps_the_first(store):
     assert names(store) == {"k1"}
 
 
-def test_locks_that_nobody_holds_are_pruned(store):
+def test_prune_removes_locks_that_are_not_held(store):
     make(store, "k1")
     store.locks.mkdir()
     (store.locks / "k1").touch()
@@ -237,7 +237,7 @@ def test_in_use_is_not_removed(store):
     assert names(store) == set()
 
 
-def test_what_somebody_kept_is_only_removed_by_name(store):
+def test_kept_machine_is_only_removed_by_name(store):
     make(store, "vm-1", kind="kept")
     make(store, "k1")
     store.prune()
@@ -278,7 +278,7 @@ def test_in_use_by_another_process(store):
     assert store.prune() >= MIB
 
 
-def test_whoever_waits_for_a_removal_gets_what_was_made_anew(store, monkeypatch):
+def test_open_during_a_removal_locks_the_new_template(store, monkeypatch):
     """The lock of a removed template must not pass for one of its successor."""
     make(store, "k1")
     entered, go_on = threading.Event(), threading.Event()
@@ -378,7 +378,7 @@ def test_what_killed_processes_left_is_swept(store):
     assert names(store) == set()
 
 
-def test_a_full_disk_is_told(store, said, monkeypatch):
+def test_full_disk_removes_unused_templates_then_fails(store, said, monkeypatch):
     make(store, "vm-1", kind="kept")
     make(store, "k1")
     make(store, "k2")
@@ -390,7 +390,7 @@ def test_a_full_disk_is_told(store, said, monkeypatch):
     assert names(store) == {"vm-1", "k2"}
 
 
-def test_facts_that_somebody_changed_count_for_nothing(store):
+def test_template_with_changed_facts_is_unusable(store):
     make(store, "k1")
     meta = store.folder / "k1" / "meta.json"
     facts = json.loads(meta.read_text())

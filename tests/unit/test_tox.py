@@ -63,7 +63,7 @@ def test_the_search_path_is_the_machines():
     ["six", "six==1.0 ; python_version > '3'", "a[b,c]>=2", "x @ https://files.example/x.whl",
      "six --hash=sha256:0", "a.b-c", "https://files.example/x-1.tar.gz", "git+https://git.example/x@main"],
 )  # fmt: skip
-def test_what_comes_from_elsewhere(text):
+def test_requirements_of_an_index_or_url_are_not_local(text):
     assert not is_local(text)
 
 
@@ -99,7 +99,7 @@ def test_a_requirement_file_is_not_fetched_here(tmp_path):
     assert needed(["-r", "https://x.example/r.txt"], tmp_path) == Needed()
 
 
-def test_a_requirement_file_elsewhere_is_refused(tmp_path):
+def test_requirement_file_outside_the_project_is_refused(tmp_path):
     project = tmp_path / "project"
     project.mkdir()
     (tmp_path / "r.txt").write_text("six")
@@ -196,7 +196,7 @@ def test_tox_empties_nothing_else(tmp_path):
                 check(folder, roots)
 
 
-def test_tox_makes_no_folder_elsewhere(tmp_path):
+def test_new_folder_outside_the_allowed_ones_is_refused(tmp_path):
     folders.check_made("change_dir", Path("/"), [tmp_path])  # it is there
     folders.check_made("change_dir", tmp_path / "a" / "b", [tmp_path])
     with pytest.raises(UsageError, match="change_dir is "):
@@ -274,7 +274,7 @@ def test_the_first_python_that_is_asked_for():
 # Output
 
 
-def test_a_terminal_gets_colours_and_progress_and_nothing_that_acts():
+def test_terminal_text_keeps_only_colours_and_progress():
     data = b"\x1b[31mred\x1b[0m 10%\r20%\x1b[K\r\n\x1b]0;title\x07\x1b[2Jend"
     whole = TerminalText().feed(data, final=True)
     assert whole == b"\x1b[31mred\x1b[0m 10%\r20%\x1b[K\r\n\\x1b]0;title\\x07\\x1b[2Jend"

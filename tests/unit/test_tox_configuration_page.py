@@ -76,7 +76,7 @@ def test_page_names_each_key_and_who_obeys_it(tmp_path):
     assert ((core - our_core) | (environment - our_environment)) & obeyed == set()
 
 
-def test_each_answer_is_one_of_those_that_the_page_explains():
+def test_each_answer_in_the_tables_is_explained_on_the_page():
     explained = set(re.findall(r"^- \*\*(\w+)\*\*", PAGE, re.MULTILINE))
     for title in ("Core", "Environments"):
         for key, who in rows(title).items():

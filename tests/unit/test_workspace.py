@@ -72,7 +72,7 @@ def test_a_repository_cannot_run_a_program(project, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_digest_follows_content_permission_and_links_but_not_time(project):
+def test_digest_depends_on_content_mode_and_links_not_time(project):
     first = scan(project).digest()
     os.utime(project / "test_a.py", (1, 1))
     assert scan(project).digest() == first
