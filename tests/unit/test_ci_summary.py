@@ -108,6 +108,13 @@ def test_times(summary):
 
 
 @pytest.mark.parametrize("verdict", VERDICTS)
+def test_signs_need_no_font(summary, verdict):
+    _, html = summary(task(verdict=verdict))
+    assert html.count('<svg class="sign"') > 0
+    assert re.search("[\u2190-\u2bff\U0001f000-\U0001ffff]", html) is None
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
 def test_every_verdict_is_a_word(summary, verdict):
     for text in summary(task(verdict=verdict, allow_failure=True)):
         assert f" {verdict}" in text
@@ -174,7 +181,7 @@ def check_markdown(text):
 
 TAGS = (
     "html|head|meta|title|style|body|main|h[123]|p|br|div|table|caption|thead|tbody|tr|th|td|code|pre|span|a"
-    "|section|details|summary|ul|li|svg|rect"
+    "|section|details|summary|ul|li|svg|rect|path"
 )
 ATTRIBUTES = (
     "lang|charset|http-equiv|content|name|class|id|href|scope|open|aria-hidden|viewbox|preserveaspectratio|x|width"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pytest_microvm.ci.definition.task import WORKTREE
 from pytest_microvm.ci.results.job_junit import REPORT
-from pytest_microvm.ci.results.result import PHASES, RunResult, TaskResult, Verdict
+from pytest_microvm.ci.results.result import PHASES, RunResult, TaskResult
 from pytest_microvm.reports.reading import read_report
 from pytest_microvm.reports.text import cut
 from pytest_microvm.reports.values import Case
@@ -18,16 +18,6 @@ TEXT_LIMIT = 20_000
 """Maximum number of characters shown of a failure."""
 
 _MOST_TESTS = 200  # of one task
-
-SIGNS: dict[Verdict, str] = {
-    "passed": "✅",
-    "failed": "❌",
-    "quota": "⛔",
-    "crashed": "💥",
-    "infra": "⚠️",
-    "skipped": "⏭️",
-    "cancelled": "🚫",
-}
 
 
 @dataclass(frozen=True)

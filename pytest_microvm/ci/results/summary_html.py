@@ -10,7 +10,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 from pytest_microvm.ci.results.overview import (
-    SIGNS,
     TEXT_LIMIT,
     FailedTests,
     duration,
@@ -22,7 +21,7 @@ from pytest_microvm.ci.results.overview import (
     tests_line,
     worth_telling,
 )
-from pytest_microvm.ci.results.result import PHASES, RunResult, TaskResult
+from pytest_microvm.ci.results.result import PHASES, RunResult, TaskResult, Verdict
 from pytest_microvm.reports.text import safe_name, safe_text
 from pytest_microvm.reports.values import Case
 
@@ -55,11 +54,25 @@ section.warn { border-left-color: var(--warn); color: inherit; }
 .verdict { font-weight: 600; white-space: nowrap; } details { margin: .4rem 0; }
 summary { cursor: pointer; overflow-wrap: anywhere; }
 summary:focus-visible, a:focus-visible { outline: 2px solid var(--link); }
+svg.sign { width: 1em; height: 1em; vertical-align: -.12em; fill: none; stroke: currentColor;
+  stroke-width: 1.75; stroke-linecap: round; stroke-linejoin: round; }
 svg.times { display: block; width: 12rem; height: .8rem; }
 .phase-queue { fill: #8c959f; } .phase-restore { fill: #bf8700; }
 .phase-prepare { fill: #8250df; } .phase-sync { fill: #1b7c83; }
 .phase-run { fill: #2da44e; } .phase-collect { fill: #218bff; }
 """
+
+_CIRCLE = "M8 2a6 6 0 1 0 0 12a6 6 0 1 0 0-12"
+_SIGNS: dict[Verdict, str] = {
+    "passed": "M2.5 8.5l3.5 3.5L13.5 4",
+    "failed": "M3.5 3.5l9 9m0-9l-9 9",
+    "quota": f"{_CIRCLE}M5 8h6",
+    "crashed": "M9.5 1.5L4 9h4l-1.5 5.5L12 7H8z",
+    "infra": "M8 2l6.5 12h-13zM8 6.5V10m0 1.8v.2",
+    "skipped": "M3 4l4 4-4 4m5-8l4 4-4 4",
+    "cancelled": f"{_CIRCLE}M4 4l8 8",
+}
+"""Paths in a square of 16 units, one for each verdict: an emoji is an empty box where its font is missing."""
 
 _TONES = {"passed": "good", "failed": "bad", "quota": "bad", "crashed": "bad", "infra": "warn"}
 
@@ -76,7 +89,7 @@ def summary_html(output: Path, run: RunResult, failed: Mapping[str, FailedTests]
     size = 0
     troubled = worth_telling(run)
     if troubled:
-        parts.append("<h2>What is to be looked at</h2>")
+        parts.append("<h2>Needs attention</h2>")
     for number, task in enumerate(troubled):
         section = "".join(_task(output, task, failed[task.id]))
         size += len(section)
@@ -129,7 +142,9 @@ def _cell(task: TaskResult | None) -> str:
 
 def _verdict(task: TaskResult) -> str:
     allowed = " (allowed)" if task.allow_failure and task.verdict != "passed" else ""
-    sign = f'<span aria-hidden="true">{SIGNS[task.verdict]}</span>'
+    sign = (
+        f'<svg class="sign" viewBox="0 0 16 16" aria-hidden="true"><path d="{_SIGNS[task.verdict]}"/></svg>'
+    )
     return f'<span class="verdict {_tone(task)}">{sign} {task.verdict}{allowed}</span>'
 
 

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Mapping
 
 from pytest_microvm.ci.results.overview import (
-    SIGNS,
     FailedTests,
     duration,
     headline,
@@ -21,7 +20,7 @@ from pytest_microvm.ci.results.overview import (
     tests_line,
     worth_telling,
 )
-from pytest_microvm.ci.results.result import PHASES, RunResult, TaskResult
+from pytest_microvm.ci.results.result import PHASES, RunResult, TaskResult, Verdict
 from pytest_microvm.reports.text import safe_name, safe_text
 from pytest_microvm.reports.values import Case
 
@@ -33,6 +32,16 @@ _MOST_TESTS = 20  # of one task
 _TEXT_LIMIT = 3000
 _NAME_LIMIT = 200
 _MOST_DENIED = 20
+
+_SIGNS: dict[Verdict, str] = {
+    "passed": "✅",
+    "failed": "❌",
+    "quota": "⛔",
+    "crashed": "💥",
+    "infra": "⚠️",
+    "skipped": "⏭️",
+    "cancelled": "🚫",
+}
 
 
 def summary_markdown(run: RunResult, failed: Mapping[str, FailedTests]) -> str:
@@ -102,11 +111,11 @@ def _cell(task: TaskResult | None) -> str:
         return ""
     allowed = " (allowed)" if task.allow_failure and task.verdict != "passed" else ""
     about = ", ".join(filter(None, (tests_line(task), duration(task.seconds) if task.attempts else "")))
-    return f"{SIGNS[task.verdict]} {task.verdict}{allowed}" + (f"<br>{about}" if about else "")
+    return f"{_SIGNS[task.verdict]} {task.verdict}{allowed}" + (f"<br>{about}" if about else "")
 
 
 def _task(task: TaskResult, failed: FailedTests) -> str:
-    lines = [f"## {SIGNS[task.verdict]} {code(task.title)}: {task.verdict}\n"]
+    lines = [f"## {_SIGNS[task.verdict]} {code(task.title)}: {task.verdict}\n"]
     if task.reason:
         lines.append(f"{code(task.reason)}\n")
     lines.append(next_step(task))
