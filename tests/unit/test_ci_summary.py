@@ -185,7 +185,7 @@ TAGS = (
 )
 ATTRIBUTES = (
     "lang|charset|http-equiv|content|name|class|id|href|scope|open|aria-hidden|viewbox|preserveaspectratio|x|width"
-    "|height"
+    "|height|d"
 )
 
 
