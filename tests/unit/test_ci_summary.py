@@ -190,7 +190,7 @@ ATTRIBUTES = (
 
 
 class Page(HTMLParser):
-    VOID = frozenset({"meta", "br", "rect"})
+    VOID = frozenset({"meta", "br", "rect", "path"})
 
     def __init__(self, text):
         super().__init__()
