@@ -18,7 +18,7 @@ from pytest_microvm.untrusted.output import safe_text
 Why = Literal["cancelled", "timeout"]
 
 _LOOK = 0.2  # seconds between two checks whether to stop
-_AFTERWARDS = 5.0  # seconds to read output of a command's background processes
+_AFTERWARDS = 5.0  # seconds for the rest of a command's output
 _PIECE = 65536
 
 
