@@ -20,7 +20,7 @@ class Answer:
 
     Args:
         link: The link the result came from; an invalid field closes it and ends the machine.
-        fields: The return value of :meth:`pytest_microvm.agent.link.Request.wait`.
+        fields: The return value of :meth:`pytest_microvm.agent.link.PendingRequest.wait`.
     """
 
     def __init__(self, link: Link, fields: dict[str, Any]) -> None:

@@ -185,7 +185,7 @@ class Drain:
             return bool(data)
 
 
-class Request:
+class PendingRequest:
     """A sent request, whose reply can be waited for."""
 
     def __init__(self, link: Link, op: str) -> None:
@@ -383,7 +383,7 @@ class Link:
         self._on_violation = on_violation
         self._out = bytearray()
         self._closed = False
-        self._requests: dict[int, Request] = {}
+        self._requests: dict[int, PendingRequest] = {}
         self._streams: dict[int, Stream] = {}
         self._next_request = 1
         self._next_stream = 1
@@ -408,7 +408,7 @@ class Link:
                 raise TimeoutError(f"no hello from the guest within {timeout:g} s")
             return self.channel.peer
 
-    def request(self, op: str, **arguments: Any) -> Request:
+    def request(self, op: str, **arguments: Any) -> PendingRequest:
         """Send a request without waiting for its reply.
 
         Raises:
@@ -422,7 +422,7 @@ class Link:
             if len(self._requests) >= MAX_UNANSWERED:
                 raise MachineError(f"the guest has left {MAX_UNANSWERED} requests unanswered")
             number = self._next_request
-            request = Request(self, op)
+            request = PendingRequest(self, op)
             self.channel.send({"id": number, "op": op, **arguments})
             self._next_request += 1
             self._requests[number] = request
@@ -430,7 +430,7 @@ class Link:
         return request
 
     def call(self, op: str, *, timeout: float | None = None, **arguments: Any) -> dict[str, Any]:
-        """Send a request and return its result; raises the errors of :meth:`Request.wait`."""
+        """Send a request and return its result; raises the errors of :meth:`PendingRequest.wait`."""
         return self.request(op, **arguments).wait(timeout)
 
     def open_stream(self) -> Stream:

@@ -14,9 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.agent.answers import Answer
-from pytest_microvm.agent.link import GuestError, Link, Request, Stream
+from pytest_microvm.agent.link import GuestError, Link, PendingRequest, Stream
 from pytest_microvm.errors import TransferError, UsageError
-from pytest_microvm.untrusted.extraction import MAX_BYTES, Terms, extract
+from pytest_microvm.untrusted.extraction import MAX_BYTES, ExtractionLimits, extract
 from pytest_microvm.untrusted.manifest import walk
 from pytest_microvm.untrusted.nofollow import open_file, open_named
 
@@ -193,7 +193,7 @@ def pull(link: Link, source: PurePosixPath, target: Path) -> Path:
     return final
 
 
-def receive_tree(link: Link, source: PurePosixPath, folder: Path, terms: Terms) -> None:
+def receive_tree(link: Link, source: PurePosixPath, folder: Path, terms: ExtractionLimits) -> None:
     """Unpack the machine's folder ``source`` into a folder of the host, as ``terms`` allow.
 
     Raises:
@@ -283,7 +283,7 @@ def _receiving(link: Link, op: str, path: str) -> Iterator[Stream]:
         raise as_os_error(error, path) from None
 
 
-def _end_early(stream: Stream, request: Request) -> None:
+def _end_early(stream: Stream, request: PendingRequest) -> None:
     """Abort a transfer that failed on the host, and wait for the machine to stop writing."""
     stream.discard()
     with contextlib.suppress(GuestError, TimeoutError):

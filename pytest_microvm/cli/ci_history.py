@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from pytest_microvm.ci.results.history import KEPT_DAYS, KEPT_RUNS, Case, Flaky, History
+from pytest_microvm.ci.results.history import KEPT_DAYS, KEPT_RUNS, CaseResult, Flaky, History
 from pytest_microvm.ci.results.result import EXIT_INFRA, VERDICTS, RunResult, TaskResult
 from pytest_microvm.images.store import cache_root
 from pytest_microvm.untrusted.text import safe_json, sanitize_line
@@ -127,7 +127,7 @@ def _show(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _show_task(console: Console, task: TaskResult, cases: Sequence[Case]) -> None:
+def _show_task(console: Console, task: TaskResult, cases: Sequence[CaseResult]) -> None:
     """Print a task's failed and flaky tests, and its denied requests."""
     bad = [case for case in cases if case.outcome in ("failed", "error", "flaky")]
     lines = [f"{case.outcome:6}  {case.name}  {case.seconds:.2f} s" for case in bad[:_SHOWN_CASES]]

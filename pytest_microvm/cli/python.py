@@ -25,7 +25,7 @@ from pytest_microvm.untrusted.text import sanitize
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pytest_microvm.templates.chain import Base, Step
+    from pytest_microvm.templates.chain import Base, TemplateStep
 
 _DESCRIPTION = """\
 Run Python in a machine of its own. Its stdin and stdout are this command's, byte by byte and unbuffered; its
@@ -84,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> int:
     environment = {**environment, **dict(variable(text) for text in arguments.env)}
     host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line))
 
-    def steps(base: Base) -> Sequence[Step]:
+    def steps(base: Base) -> Sequence[TemplateStep]:
         made = [worker_step(host, base)] if arguments.xdist else []
         return made if workspace is None else [*made, workspace_step(scan(workspace))]
 

@@ -163,7 +163,7 @@ def _command(machine: MicroVM, arguments: argparse.Namespace, environment: dict[
 
 
 def _after(
-    machine: MicroVM, arguments: argparse.Namespace, pulls: list[tuple[str, str]], status: Status
+    machine: MicroVM, arguments: argparse.Namespace, pulls: list[tuple[str, str]], status: ExitStatus
 ) -> None:
     """Copy files out, report denied requests, and end the machine, even after an error."""
     folder = Path.cwd()
@@ -212,16 +212,16 @@ def _refuse_linked_record(folder: Path, record: Path) -> None:
         refuse_links(folder, record / name)
 
 
-class Status:
+class ExitStatus:
     """The current exit status."""
 
     code = 0
 
 
 @contextmanager
-def exit_statuses() -> Iterator[Status]:
+def exit_statuses() -> Iterator[ExitStatus]:
     """Map each kind of machine failure to its exit status; usage errors pass through."""
-    status = Status()
+    status = ExitStatus()
     try:
         yield status
     except UsageError:

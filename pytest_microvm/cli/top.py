@@ -23,7 +23,7 @@ _MIB = 1024**2
 
 
 @dataclass(frozen=True)
-class Line:
+class MachineRow:
     """One machine, as ``--json`` prints it.
 
     Args:
@@ -87,7 +87,7 @@ def _run(arguments: argparse.Namespace) -> int:
             threading.Event().wait(interval)
 
 
-def look(budget: HostBudget, before: dict[str, tuple[float, float]] | None = None) -> list[Line]:
+def look(budget: HostBudget, before: dict[str, tuple[float, float]] | None = None) -> list[MachineRow]:
     """Sample the running machines; return the busiest first.
 
     Args:
@@ -104,7 +104,7 @@ def look(budget: HostBudget, before: dict[str, tuple[float, float]] | None = Non
         percent = None if last is None else 100 * (usage.cpu_seconds - last[1]) / max(now - last[0], 0.001)
         before[record.id] = (now, usage.cpu_seconds)
         lines.append(
-            Line(
+            MachineRow(
                 id=record.id,
                 image=record.image,
                 cpus=record.cpus,
@@ -120,7 +120,7 @@ def look(budget: HostBudget, before: dict[str, tuple[float, float]] | None = Non
     return sorted(lines, key=lambda line: -(line.cpu_percent or line.cpu_seconds))
 
 
-def _table(lines: list[Line], budget: HostBudget) -> Table:
+def _table(lines: list[MachineRow], budget: HostBudget) -> Table:
     from rich.table import Table  # noqa: PLC0415 - slow to load
 
     cpus, memory = sum(line.cpus for line in lines), sum(line.memory for line in lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.git.checkout import OWN_REMOTE, Checkout, checked_out
+from pytest_microvm.git.checkout import OWN_REMOTE, CheckedOutRef, checked_out
 from pytest_microvm.host.project_grants import asked_by, built_here, started_here
 from pytest_microvm.settings import trust as project_trust
 from pytest_microvm.settings.configuration import load_settings
@@ -36,7 +36,7 @@ examples:
 
 
 @dataclass(frozen=True)
-class Request:
+class TrustRequest:
     """The requests of one part of a project.
 
     Args:
@@ -49,7 +49,7 @@ class Request:
 
     part: str
     title: str
-    checkout: Checkout
+    checkout: CheckedOutRef
     asked: Mapping[str, Any]
     notes: Sequence[str] = ()
 
@@ -112,7 +112,7 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _show(request: Request, project: Path) -> None:
+def _show(request: TrustRequest, project: Path) -> None:
     """Print a part's requests, and the branches that they are granted to."""
     print(f"{sanitize(request.title)}, {sanitize(str(request.checkout))}, asks for")
     for line in (*project_trust.shown(request.asked), *request.notes):
@@ -133,28 +133,28 @@ def _show_granted(project: Path) -> None:
             print(f"  {sanitize(line)}")
 
 
-def _requests(project: Path) -> Iterator[Request]:
+def _requests(project: Path) -> Iterator[TrustRequest]:
     """Yield the requests of each part of a project; a part without requests has no keys."""
     checkout = checked_out(project)
     settings = load_settings(project, {})
     notes = [f"started on this computer, in /: {line}" for line in started_here(settings.spec, project)]
     notes += [f"run while the image is built: {line}" for line in built_here(settings.spec.image, project)]
-    yield Request("configuration", str(project / "pyproject.toml"), checkout, asked_by(settings), notes)
+    yield TrustRequest("configuration", str(project / "pyproject.toml"), checkout, asked_by(settings), notes)
     yield from _requests_of_tox(project)
     if (project / ".git").exists():
         yield from _requests_of_jobs(project)
 
 
-def _requests_of_tox(project: Path) -> Iterator[Request]:
+def _requests_of_tox(project: Path) -> Iterator[TrustRequest]:
     """Yield the requests of a project's tox configuration, if it has one."""
     from pytest_microvm.tox.configuration import find  # noqa: PLC0415 - only for this command
 
     file = find(project)
     if file is not None:
-        yield Request("tox", str(file.path), file.checkout, file.all_asked(), file.notes())
+        yield TrustRequest("tox", str(file.path), file.checkout, file.all_asked(), file.notes())
 
 
-def _requests_of_jobs(project: Path) -> Iterator[Request]:
+def _requests_of_jobs(project: Path) -> Iterator[TrustRequest]:
     """Yield the requests of the CI jobs that a repository defines, if it defines any.
 
     Raises:
@@ -183,4 +183,4 @@ def _requests_of_jobs(project: Path) -> Iterator[Request]:
             f"run while the image is built: {line}" for each in images for line in built_here(each, kits)
         ]
     checkout = defined_by(repository, definition)
-    yield Request("jobs", f"jobs of {definition.where}", checkout, definition.asked, notes)
+    yield TrustRequest("jobs", f"jobs of {definition.where}", checkout, definition.asked, notes)

@@ -20,7 +20,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Checkout:
+class CheckedOutRef:
     """The checked-out branch or commit, named as in :class:`pytest_microvm.ci.definition.task.Source`.
 
     Args:
@@ -51,7 +51,7 @@ def matches(name: str, globs: Sequence[str]) -> bool:
     return any(fnmatchcase(name, glob) for glob in globs)
 
 
-def checked_out(folder: Path) -> Checkout:
+def checked_out(folder: Path) -> CheckedOutRef:
     """Return the branch or commit checked out in the repository that contains a folder.
 
     The repository is that of the nearest folder with a ``.git``, which no commit can contain: git's own
@@ -64,7 +64,7 @@ def checked_out(folder: Path) -> Checkout:
     """
     found = find_checkout(folder)
     if found is None:
-        return Checkout("")
+        return CheckedOutRef("")
     repository = found.repository
     head = _said(repository, "symbolic-ref", "HEAD") or _said(
         repository, "rev-parse", "--verify", "HEAD^{commit}"
@@ -75,16 +75,16 @@ def checked_out(folder: Path) -> Checkout:
             resolution="see what `git status` says; a repository without commits has to have a branch",
         )
     if not head.startswith(_HEADS):
-        return Checkout(head)
+        return CheckedOutRef(head)
     name = head.removeprefix(_HEADS)
     said = configuration(repository)
     remote = said.get(f"branch.{name}.remote", [""])[-1]
     if remote in ("", "."):  # none, or another branch of this repository
-        return Checkout(_called(name))
+        return CheckedOutRef(_called(name))
     followed = said.get(f"branch.{name}.merge", [""])[-1]
     if followed and not followed.startswith(_HEADS):
-        return Checkout(followed, remote)
-    return Checkout(_called(name), remote)
+        return CheckedOutRef(followed, remote)
+    return CheckedOutRef(_called(name), remote)
 
 
 def _called(branch: str) -> str:

@@ -113,7 +113,7 @@ def git_talk(*arguments: str | Path) -> Iterator[Talk]:
         try:
             yield Talk(process)
             finished = True
-        except _Ended:
+        except _EarlyExit:
             pass
         finally:
             if not finished:
@@ -130,7 +130,7 @@ def git_talk(*arguments: str | Path) -> Iterator[Talk]:
             raise GitError("git could not do its part", details=details)
 
 
-class _Ended(Exception):
+class _EarlyExit(Exception):
     """git ended before its expected output; its stderr has the reason."""
 
 
@@ -150,7 +150,7 @@ class Talk:
             self._in.write(question)
             self._in.flush()
         except BrokenPipeError:
-            raise _Ended from None
+            raise _EarlyExit from None
 
     def words(self, end: bytes) -> Iterator[bytes]:
         """Yield all of its output, split at each byte ``end``.
@@ -173,7 +173,7 @@ class Talk:
             if start > _MAX_WORD:
                 raise GitError("git says too much", details=f"more than {_MAX_WORD} bytes without an end")
             if not self._more():
-                raise _Ended
+                raise _EarlyExit
         word = bytes(self._read[:position])
         del self._read[: position + 1]
         return word
@@ -186,7 +186,7 @@ class Talk:
         """
         while len(self._read) < size:
             if not self._more():
-                raise _Ended
+                raise _EarlyExit
         data = bytes(self._read[:size])
         del self._read[:size]
         return data

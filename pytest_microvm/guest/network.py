@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_microvm.guest import tun
 from pytest_microvm.guest.connections import READ, WRITE, Connection, Reaching, whole_number
 from pytest_microvm.guest.packets import judge
-from pytest_microvm.guest.port import Reader, open_port
+from pytest_microvm.guest.port import PortReader, open_port
 from pytest_microvm.guest.share import Share
 from pytest_microvm.wire.channel import Channel, Closed, Credit, Data, Message
 from pytest_microvm.wire.frames import MAX_STREAM, WireError
@@ -44,7 +44,7 @@ _FILES = 4096
 _QUIET = 1.0  # seconds of silence after a rest, in which the machine is frozen
 
 
-class Network:
+class NetworkProcess:
     """The network process: its connections, timers and event loop.
 
     Args:
@@ -56,7 +56,7 @@ class Network:
     def __init__(self, port: int, listener: socket.socket, device: int | None = None) -> None:
         self.reaching: set[Reaching] = set()
         self._port = port
-        self._reader = Reader(port)
+        self._reader = PortReader(port)
         self._listener = listener
         self._device = device
         self._selector = selectors.DefaultSelector()
@@ -347,16 +347,16 @@ class Network:
                 call()
 
 
-_OPERATIONS: dict[str, Callable[[Network, dict[str, Any]], None]] = {
-    "accept": Network._take,
-    "connect": Network._connect,
-    "end": Network._end,
-    "refuse": Network._refuse,
-    "reset": Network._reset,
-    "rest": Network._rest,
-    "share": Network._share,
-    "unshare": Network._unshare,
-    "wait": Network._wait,
+_OPERATIONS: dict[str, Callable[[NetworkProcess, dict[str, Any]], None]] = {
+    "accept": NetworkProcess._take,
+    "connect": NetworkProcess._connect,
+    "end": NetworkProcess._end,
+    "refuse": NetworkProcess._refuse,
+    "reset": NetworkProcess._reset,
+    "rest": NetworkProcess._rest,
+    "share": NetworkProcess._share,
+    "unshare": NetworkProcess._unshare,
+    "wait": NetworkProcess._wait,
 }
 
 
@@ -383,7 +383,7 @@ def start() -> None:
         device = tun.open_device()
         if device is not None:
             tun.name_resolver()
-        network = Network(port, listen(), device)
+        network = NetworkProcess(port, listen(), device)
         os.close(writing)
         network.serve()
     except EOFError:

@@ -28,7 +28,7 @@ _PROHIBITED_4, _PORT_4 = (3, 13), (3, 3)  # ICMP type and code
 _PROHIBITED_6, _PORT_6 = (1, 1), (1, 4)
 
 
-class Attempt(NamedTuple):
+class NetworkAttempt(NamedTuple):
     """A program's attempt to reach a network; ``protocol`` is TCP, UDP, ICMP, DNS or ``IP/<number>``."""
 
     protocol: str
@@ -48,7 +48,7 @@ class _Packet(NamedTuple):
     whole: bytes
 
 
-def judge(data: bytes, own_name: str = "") -> tuple[Attempt | None, bytes | None]:
+def judge(data: bytes, own_name: str = "") -> tuple[NetworkAttempt | None, bytes | None]:
     """Classify a packet; return the attempt to report and the answer to send, each ``None`` if there is none.
 
     Args:
@@ -65,7 +65,9 @@ def judge(data: bytes, own_name: str = "") -> tuple[Attempt | None, bytes | None
         return _judge_udp(packet, address, own_name)
     if packet.protocol == (ICMP if packet.version == 4 else ICMP6):  # noqa: PLR2004 - IP's version
         return _judge_icmp(packet, address)
-    return Attempt(f"IP/{packet.protocol}", address, 0), _unreachable(packet, _PROHIBITED_4, _PROHIBITED_6)
+    return NetworkAttempt(f"IP/{packet.protocol}", address, 0), _unreachable(
+        packet, _PROHIBITED_4, _PROHIBITED_6
+    )
 
 
 def checksum(data: bytes) -> int:
@@ -129,7 +131,7 @@ def _parse_6(data: bytes) -> _Packet | None:
     return None
 
 
-def _judge_tcp(packet: _Packet, address: str) -> tuple[Attempt | None, bytes | None]:
+def _judge_tcp(packet: _Packet, address: str) -> tuple[NetworkAttempt | None, bytes | None]:
     if len(packet.payload) < 20:  # noqa: PLR2004 - a header without options
         return None, None
     source, port, number, acknowledged, offset, flags = struct.unpack_from("!HHIIBB", packet.payload)
@@ -142,10 +144,10 @@ def _judge_tcp(packet: _Packet, address: str) -> tuple[Attempt | None, bytes | N
         confirmed = (number + length) & 0xFFFFFFFF
         answer = struct.pack("!HHIIBBHHH", port, source, 0, confirmed, 5 << 4, _RST | _ACK, 0, 0, 0)
     opens = flags & _SYN and not flags & _ACK
-    return Attempt("TCP", address, port) if opens else None, _reply(packet, TCP, answer, 16)
+    return NetworkAttempt("TCP", address, port) if opens else None, _reply(packet, TCP, answer, 16)
 
 
-def _judge_udp(packet: _Packet, address: str, own_name: str) -> tuple[Attempt | None, bytes | None]:
+def _judge_udp(packet: _Packet, address: str, own_name: str) -> tuple[NetworkAttempt | None, bytes | None]:
     if len(packet.payload) < 8:  # noqa: PLR2004 - the header
         return None, None
     source, port, length = struct.unpack_from("!HHH", packet.payload)
@@ -157,16 +159,16 @@ def _judge_udp(packet: _Packet, address: str, own_name: str) -> tuple[Attempt | 
             own = bool(own_name) and name.lower().rstrip(".") == own_name.lower()
             said = _dns_answer(query, end, own=own)
             answer = struct.pack("!HHHH", port, source, 8 + len(said), 0) + said
-            attempt = None if own else Attempt("DNS", address, port, name)
+            attempt = None if own else NetworkAttempt("DNS", address, port, name)
             return attempt, _reply(packet, UDP, answer, 6)
-    return Attempt("UDP", address, port), _unreachable(packet, _PORT_4, _PORT_6)
+    return NetworkAttempt("UDP", address, port), _unreachable(packet, _PORT_4, _PORT_6)
 
 
-def _judge_icmp(packet: _Packet, address: str) -> tuple[Attempt | None, bytes | None]:
+def _judge_icmp(packet: _Packet, address: str) -> tuple[NetworkAttempt | None, bytes | None]:
     silent = _SILENT_4 if packet.version == 4 else _SILENT_6  # noqa: PLR2004 - IP's version
     if len(packet.payload) < 8 or packet.payload[0] in silent:  # noqa: PLR2004 - the header
         return None, None
-    return Attempt("ICMP", address, 0), _unreachable(packet, _PROHIBITED_4, _PROHIBITED_6)
+    return NetworkAttempt("ICMP", address, 0), _unreachable(packet, _PROHIBITED_4, _PROHIBITED_6)
 
 
 def _question(query: bytes) -> tuple[str, int] | None:

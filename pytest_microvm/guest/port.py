@@ -36,7 +36,7 @@ def open_port(name: str) -> int:
     raise FileNotFoundError(f"no virtio-serial port is called {name!r}")
 
 
-class Reader:
+class PortReader:
     """A reader for a non-blocking port that returns all available data at once.
 
     Args:
@@ -77,7 +77,7 @@ class Port:
         self._role = role
         self.channel = Channel(role)
         self.generation = 0
-        self._reader = Reader(fd)
+        self._reader = PortReader(fd)
         os.set_blocking(fd, False)
 
     def receive(self) -> Iterator[Event]:

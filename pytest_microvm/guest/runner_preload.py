@@ -52,7 +52,7 @@ def preload() -> HeldModules:
 
 
 @dataclass(frozen=True)
-class _Group:
+class _ModuleGroup:
     """The modules that one import loaded.
 
     Args:
@@ -81,7 +81,7 @@ class HeldModules:
     again, as without this class.
     """
 
-    def __init__(self, groups: Sequence[_Group]) -> None:
+    def __init__(self, groups: Sequence[_ModuleGroup]) -> None:
         self._groups = list(groups)
         self._places = {name: place for place, group in enumerate(groups) for name in group.modules}
         self._released = 0  # number of groups in sys.modules
@@ -147,7 +147,7 @@ class HeldModules:
             self._leave()
         return True
 
-    def _mark(self, groups: Iterable[_Group]) -> None:
+    def _mark(self, groups: Iterable[_ModuleGroup]) -> None:
         for group in groups:
             if self._hook is not None:
                 self._hook.mark_rewrite(*group.rewritten)
@@ -155,7 +155,7 @@ class HeldModules:
     def _leave(self) -> None:
         sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not self]
 
-    def _as_before(self, group: _Group) -> bool:
+    def _as_before(self, group: _ModuleGroup) -> bool:
         """Return True if importing the group now would load the same files in the same way."""
         if self._hook is None and not group.of_python:  # --assert=plain: nothing is rewritten
             return False
@@ -196,7 +196,7 @@ class _Loader:
     """
 
     def __init__(self, names: _Names) -> None:
-        self.groups: list[_Group] = []
+        self.groups: list[_ModuleGroup] = []
         self._names = names
 
     @pytest.hookimpl(tryfirst=True)
@@ -229,9 +229,9 @@ class _Loader:
                 self.groups.append(group)
 
 
-def _load(name: str, marked: list[str]) -> _Group | None:
+def _load(name: str, marked: list[str]) -> _ModuleGroup | None:
     """Import a module; ``None`` if that fails, warns, or changes more than ``sys.modules``."""
-    before, state = set(sys.modules), _State()
+    before, state = set(sys.modules), _ProcessState()
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
@@ -247,14 +247,14 @@ def _load(name: str, marked: list[str]) -> _Group | None:
         return None
     specs = {new: spec for new, module in modules.items() if (spec := _spec(module)) is not None}
     files = {spec.origin: _stamp(spec.origin) for spec in specs.values() if spec.has_location and spec.origin}
-    return _Group(modules, specs, files, tuple(marked))
+    return _ModuleGroup(modules, specs, files, tuple(marked))
 
 
 def _spec(module: object) -> Any:
     return getattr(module, "__spec__", None)
 
 
-class _State:
+class _ProcessState:
     """A snapshot of process state, besides ``sys.modules``, that an import may change."""
 
     def __init__(self) -> None:

@@ -53,7 +53,7 @@ def _collect(runner: Runner, request: dict[str, Any]) -> None:
     sys.path.insert(0, os.getcwd())
     sys.path[1:1] = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.argv = [os.path.join(os.path.dirname(pytest.__file__), "__main__.py"), *arguments]
-    session = _Session(runner, request, runner.open_stream(request))
+    session = _SessionPlugin(runner, request, runner.open_stream(request))
     sys.stdout, sys.stderr = session.out, session.err
     code: object
     try:
@@ -70,7 +70,7 @@ def _collect(runner: Runner, request: dict[str, Any]) -> None:
     session.ended(int(code))
 
 
-class _Session:
+class _SessionPlugin:
     """The plug-in that watches collection and takes over the test loop."""
 
     def __init__(self, runner: Runner, request: dict[str, Any], stream: int) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 _IMPORT = re.compile(r"import[ \t]+([\w.]+)")
 
 
-class _Line(NamedTuple):
+class _PthLine(NamedTuple):
     folder: str
     file: str
     text: str
@@ -54,14 +54,14 @@ def catch_up(done: set[tuple[str, str, str]]) -> None:
         site.execsitecustomize()
 
 
-def _lines() -> list[_Line]:
+def _lines() -> list[_PthLine]:
     folders = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
     found = []
     for folder in folders:
         if folder in sys.path and os.path.isdir(folder):
             for name in sorted(os.listdir(folder)):
                 if name.endswith(".pth") and not name.startswith("."):
-                    found += [_Line(folder, name, text) for text in _texts(os.path.join(folder, name))]
+                    found += [_PthLine(folder, name, text) for text in _texts(os.path.join(folder, name))]
     return found
 
 

@@ -10,7 +10,7 @@ from pytest_microvm.errors import HostError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from pytest_microvm.templates.chain import Base, Chain, Step
+    from pytest_microvm.templates.chain import Base, Chain, TemplateStep
     from pytest_microvm.templates.store import Template, TemplateStore
 
 
@@ -30,10 +30,10 @@ class HeldTemplates:
         self._chain = chain
         self._fetch = fetch
         self._held: dict[str, Template] = {}
-        self._steps: dict[str, Sequence[Step]] = {}
+        self._steps: dict[str, Sequence[TemplateStep]] = {}
         self._lock = threading.RLock()
 
-    def make(self, base: Base, steps: Sequence[Step]) -> Template:
+    def make(self, base: Base, steps: Sequence[TemplateStep]) -> Template:
         """Return the template that ``steps`` lead to, made if it is missing."""
         chain = self._chain(base)
         held = self._known(chain.key(base, steps), steps)
@@ -41,7 +41,7 @@ class HeldTemplates:
             return held
         return self.hold(chain.ensure(base, steps))  # without the lock: it can take minutes
 
-    def find(self, base: Base, steps: Sequence[Step]) -> Template | None:
+    def find(self, base: Base, steps: Sequence[TemplateStep]) -> Template | None:
         """Return the template that ``steps`` lead to, if it is here or can be fetched."""
         key = self._chain(base).key(base, steps)
         held = self._known(key, steps)
@@ -84,7 +84,7 @@ class HeldTemplates:
         for template in held:
             template.close()
 
-    def _known(self, key: str, steps: Sequence[Step]) -> Template | None:
+    def _known(self, key: str, steps: Sequence[TemplateStep]) -> Template | None:
         with self._lock:
             if key not in self._held:
                 self._steps[key] = steps

@@ -27,7 +27,7 @@ from pytest_microvm.network.policy.rules import Policy, parse_rules
 from pytest_microvm.settings.options import QUOTAS
 from pytest_microvm.settings.spec import Limits, MachineSpec, Resources, parse_size
 from pytest_microvm.templates.budget import HostBudget, default_limits
-from pytest_microvm.templates.chain import Base, Chain, Step, guest_code_archive
+from pytest_microvm.templates.chain import Base, Chain, TemplateStep, guest_code_archive
 from pytest_microvm.templates.pool import Pool
 from pytest_microvm.templates.runtime_folder import runtime_folder
 from pytest_microvm.templates.store import Template, TemplateStore
@@ -174,11 +174,11 @@ class Host:
 
         return parse_rules(rules, "network", preset_rules(self._project or Path.cwd(), image.rootfs))
 
-    def template(self, base: Base, steps: Sequence[Step] = ()) -> Template:
+    def template(self, base: Base, steps: Sequence[TemplateStep] = ()) -> Template:
         """Return the template that ``steps`` lead to, made if missing; held open until the host is closed."""
         return self._held.make(base, steps)
 
-    def cached(self, base: Base, steps: Sequence[Step] = ()) -> Template | None:
+    def cached(self, base: Base, steps: Sequence[TemplateStep] = ()) -> Template | None:
         """Return the template that ``steps`` lead to, if available; held open until the host is closed."""
         return self._held.find(base, steps)
 
@@ -305,7 +305,7 @@ class Host:
         *,
         pool: int = 0,
         keepable: bool = False,
-        steps: Callable[[Base], Sequence[Step]] = lambda _base: (),
+        steps: Callable[[Base], Sequence[TemplateStep]] = lambda _base: (),
         **changes: Any,
     ) -> MicroVM:
         """Start a machine; see :meth:`pytest_microvm.machine.microvm.MicroVM.start`.

@@ -11,7 +11,7 @@ from pytest_microvm.host.host import Host
 from pytest_microvm.machine.grants import NOTHING, Given, Grants
 from pytest_microvm.machine.instance import Instance
 from pytest_microvm.machine.microvm import MicroVM
-from pytest_microvm.templates.chain import IN_THE_MAKING, Base, Step
+from pytest_microvm.templates.chain import IN_THE_MAKING, Base, TemplateStep
 
 _TIMEOUT = 3600.0
 _OUTPUT_SHOWN = 30  # lines of a command that failed
@@ -30,7 +30,7 @@ def prepared_step(
     inputs: Sequence[str],
     grants: Grants,
     run: Run | None = None,
-) -> Step:
+) -> TemplateStep:
     """Return the step of a template chain in which ``commands`` run.
 
     Args:
@@ -61,7 +61,7 @@ def prepared_step(
         return {}
 
     shaping = (json.dumps(list(commands)), str(folder), *inputs)
-    return Step("prepared", shaping, work, f"preparing ({len(commands)} commands)")
+    return TemplateStep("prepared", shaping, work, f"preparing ({len(commands)} commands)")
 
 
 def machine_in_the_making(host: Host, base: Base, instance: Instance, given: Given = NOTHING) -> MicroVM:

@@ -17,7 +17,7 @@ from pytest_microvm.images.kits import find_kit, load_kit, shipped_kits
 from pytest_microvm.settings.configuration import Settings
 from pytest_microvm.settings.mounts import absolute
 from pytest_microvm.settings.secret_commands import NotStarted, prepared
-from pytest_microvm.settings.secret_values import Source
+from pytest_microvm.settings.secret_values import SecretSource
 from pytest_microvm.settings.spec import MachineSpec
 
 
@@ -49,7 +49,7 @@ def asked_by(settings: Settings) -> dict[str, Any]:
     return {**found, "behind": behind} if behind else found
 
 
-def check_commands(sources: Iterable[Source], project: Path) -> None:
+def check_commands(sources: Iterable[SecretSource], project: Path) -> None:
     """Raise an error for commands that supply secrets and use a project's files, which no grant can allow.
 
     Raises:
@@ -76,7 +76,7 @@ def built_here(image: str, project: Path) -> list[str]:
     return []
 
 
-def _command_line(source: Source, project: Path) -> str:
+def _command_line(source: SecretSource, project: Path) -> str:
     try:
         return shlex.join(prepared(source.where, "", project).argv)
     except NotStarted:
@@ -107,7 +107,7 @@ def _behind(key: str, settings: Settings) -> Iterator[str]:
             yield f"{path} is {path.resolve()}"
 
 
-def _sources(spec: MachineSpec) -> dict[str, list[Source]]:
+def _sources(spec: MachineSpec) -> dict[str, list[SecretSource]]:
     """Return the sources of secrets and credentials, by the key that names them."""
     return {
         "secrets": [secret.source for secret in spec.secrets],

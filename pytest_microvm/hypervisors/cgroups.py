@@ -35,7 +35,7 @@ _numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
-class Limits:
+class CgroupLimits:
     """Resource limits of one process.
 
     Args:
@@ -78,7 +78,7 @@ class Cgroups:
 
     def told(self) -> Wall:
         """Return the cgroup status of this host, for display."""
-        missing = self.not_enforced(Limits(2**30, throttle=0.5))
+        missing = self.not_enforced(CgroupLimits(2**30, throttle=0.5))
         if not missing:
             return Wall("cgroup", True, str(self))
         detail = (
@@ -88,7 +88,7 @@ class Cgroups:
             detail += f" ({self.reason})"
         return Wall("cgroup", False, detail, f"delegate a cgroup v2 to this user and name it in {VARIABLE}")
 
-    def prefix(self, limits: Limits) -> list[str]:
+    def prefix(self, limits: CgroupLimits) -> list[str]:
         """Return the argv prefix that runs a command under ``limits``; empty without systemd scopes."""
         if self.kind != SCOPE:
             return []
@@ -105,7 +105,7 @@ class Cgroups:
         names = _SCOPE_ENVIRONMENT if self.kind == SCOPE else ()
         return {name: os.environ[name] for name in names if name in os.environ}
 
-    def group(self, limits: Limits) -> Group:
+    def group(self, limits: CgroupLimits) -> Cgroup:
         """Create a group for ``limits``; without usable folders it is an empty one that does nothing.
 
         Raises:
@@ -115,11 +115,11 @@ class Cgroups:
         found = {name: self.controllers.get(name) for name in sorted(wanted)}
         folders = {name: use for name, use in found.items() if use is not None}
         name = f"{_PREFIX}-{os.getpid()}-{_start_time(os.getpid())}-{next(_numbers)}"
-        return Group(
+        return Cgroup(
             limits, {key: Controller(use.version, use.parent / name) for key, use in folders.items()}
         )
 
-    def not_enforced(self, limits: Limits) -> tuple[str, ...]:
+    def not_enforced(self, limits: CgroupLimits) -> tuple[str, ...]:
         """Return one line that names the ``limits`` not enforced on this host, or an empty tuple."""
         missing = []
         if limits.throttle is not None and "cpu" not in self.controllers:
@@ -132,7 +132,7 @@ class Cgroups:
         return (f"{why}{f' ({self.reason})' if self.reason else ''}: {' and '.join(missing)}",)
 
 
-class Group:
+class Cgroup:
     """The cgroup of one VMM process.
 
     Args:
@@ -143,7 +143,7 @@ class Group:
         OSError: The kernel refused it.
     """
 
-    def __init__(self, limits: Limits, folders: Mapping[str, Controller]) -> None:
+    def __init__(self, limits: CgroupLimits, folders: Mapping[str, Controller]) -> None:
         self._limits = limits
         self._folders = folders
         try:
@@ -296,7 +296,7 @@ def _try(name: str, controller: Controller) -> None:
     Raises:
         OSError: The controller does not work here.
     """
-    limits = Limits(2**30, 1.0)
+    limits = CgroupLimits(2**30, 1.0)
     group = Cgroups(FOLDERS, {name: controller}).group(limits)
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         try:
@@ -333,7 +333,7 @@ def _scope_controllers() -> list[str]:
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if shutil.which(_SYSTEMD_RUN) is None or not (Path(runtime) / "systemd" / "private").exists():
         return []
-    command = Cgroups(SCOPE, {"memory": None, "cpu": None}).prefix(Limits(2**30, 1.0))
+    command = Cgroups(SCOPE, {"memory": None, "cpu": None}).prefix(CgroupLimits(2**30, 1.0))
     try:
         done = subprocess.run(
             [*command, "cat", "/proc/self/cgroup"],

@@ -24,7 +24,7 @@ _MAX_MARKED = 10_000  # lines of one machine that are matched against the full p
 
 
 @dataclass(frozen=True)
-class Finding:
+class GuestFailure:
     """A failure reported by the guest's kernel (or the agent).
 
     Args:
@@ -42,11 +42,11 @@ class ConsoleReader:
     """Finds failure reports in a console's byte stream; buffers at most one line."""
 
     def __init__(self) -> None:
-        self.findings: list[Finding] = []
+        self.findings: list[GuestFailure] = []
         self._line = b""
         self._patience = _MAX_MARKED
 
-    def feed(self, data: bytes) -> Iterator[Finding]:
+    def feed(self, data: bytes) -> Iterator[GuestFailure]:
         """Process console bytes and yield the findings in them, at most 20 per machine."""
         text = self._line + data
         position, end = 0, text.rfind(b"\n") + 1
@@ -64,7 +64,7 @@ class ConsoleReader:
         self._line = text[end : end + _MAX_LINE]
 
 
-def find(line: str) -> Finding | None:
+def find(line: str) -> GuestFailure | None:
     """Return the finding that a console line reports, if any; its text is safe to show."""
     line = sanitize_line(line.strip())
     for marker, kind, pattern in _PATTERNS:
@@ -73,10 +73,10 @@ def find(line: str) -> Finding | None:
             if kind == "memory":
                 size = (int(words["anon"]) + int(words["shmem"] or 0)) * 1024
                 what = f"process {words['pid']} ({words['name']}), which had {size // 1024**2} MiB"
-                return Finding(kind, f"the guest's kernel ran out of memory and killed {what}", size)
+                return GuestFailure(kind, f"the guest's kernel ran out of memory and killed {what}", size)
             if kind == "pids":
-                return Finding(kind, "the guest's kernel refused to start another process")
-            return Finding(kind, match[0].strip())
+                return GuestFailure(kind, "the guest's kernel refused to start another process")
+            return GuestFailure(kind, match[0].strip())
     return None
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pytest_microvm.agent.link import Drain, Link
 from pytest_microvm.errors import BootError, MachineCrashed, MachineError, QuotaExceeded
 from pytest_microvm.events import EventLog
-from pytest_microvm.machine.console import ConsoleReader, Finding
+from pytest_microvm.machine.console import ConsoleReader, GuestFailure
 from pytest_microvm.machine.grants import NOTHING, Given
-from pytest_microvm.machine.quotas import Guard, watchdog
+from pytest_microvm.machine.quotas import QuotaGuard, watchdog
 from pytest_microvm.network.port.service import MachineNetwork
 from pytest_microvm.network.proxy.log import NetworkLog
 from pytest_microvm.untrusted.redaction import Redactor
@@ -137,7 +137,7 @@ class Instance:
         self.vmm = vmm
         self.events = EventLog()
         self.requests = NetworkLog(self.events, self._redact)
-        self.guard: Guard | None = None
+        self.guard: QuotaGuard | None = None
         self.resumed_with: dict[str, Any] = {}
         self.given = NOTHING
         self.granted = False  # whether it ever had grants: a proxy made then keeps applying them
@@ -149,7 +149,7 @@ class Instance:
         self.network = MachineNetwork(vmm.sockets["network"], self.proxy, self.requests, self._violated)
 
     @property
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[GuestFailure]:
         """Failures that the guest's kernel reported on the console, redacted."""
         return [replace(found, text=self.redactor.text(found.text)) for found in self._reader.findings]
 
@@ -198,7 +198,7 @@ class Instance:
     def watch(self, limits: Limits) -> None:
         """Enforce ``limits`` from now on: the machine has been handed out."""
         self.usage()  # the only figures if the machine ends before the watchdog's first check
-        self.guard = Guard(limits, self.usage, self._end_for)
+        self.guard = QuotaGuard(limits, self.usage, self._end_for)
         watchdog().add(self.guard)
 
     def link(self, port: str) -> Link:

@@ -48,7 +48,7 @@ class Deadline:
     end: float
 
 
-class Guard:
+class QuotaGuard:
     """Enforces the quotas of one machine from when it is handed out until it ends.
 
     Args:
@@ -136,10 +136,10 @@ class Watchdog:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._guards: list[Guard] = []
+        self._guards: list[QuotaGuard] = []
         self._thread: threading.Thread | None = None
 
-    def add(self, guard: Guard) -> None:
+    def add(self, guard: QuotaGuard) -> None:
         """Start checking ``guard``."""
         with self._changed:
             self._guards.append(guard)
@@ -148,7 +148,7 @@ class Watchdog:
                 self._thread.start()
             self._changed.notify_all()
 
-    def remove(self, guard: Guard) -> None:
+    def remove(self, guard: QuotaGuard) -> None:
         """Stop checking ``guard``; a second call does nothing."""
         with self._changed, contextlib.suppress(ValueError):
             self._guards.remove(guard)

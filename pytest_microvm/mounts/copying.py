@@ -16,7 +16,7 @@ from pytest_microvm.agent.transfer import receive_file, receive_tree, send_tar
 from pytest_microvm.errors import MountConflict, TransferError, UsageError
 from pytest_microvm.mounts.merging import Conflict, Result, TakeOver, is_below
 from pytest_microvm.settings.mounts import Changes, Mount
-from pytest_microvm.untrusted.extraction import LEADS_OUT, MAX_BYTES, Terms
+from pytest_microvm.untrusted.extraction import LEADS_OUT, MAX_BYTES, ExtractionLimits
 from pytest_microvm.untrusted.manifest import MAX_PATHS, Found, Handover, Manifest, file_mode, is_git, scan
 from pytest_microvm.untrusted.nofollow import open_folder
 from pytest_microvm.untrusted.text import sanitize_line
@@ -110,7 +110,7 @@ class Copy:
             receive(self._machine, path, received)
             received.chmod(file_mode(path.stat()["mode"]))
         else:
-            terms = Terms(_room(self._machine), MAX_PATHS, self._handed.links, left_out)
+            terms = ExtractionLimits(_room(self._machine), MAX_PATHS, self._handed.links, left_out)
             receive_tree(self._machine.client.link(), path.pure, content, terms)
 
     def _take_over(self, root: int, staging: Path, left_out: dict[str, str]) -> Result:

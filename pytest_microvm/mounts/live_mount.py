@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("pytest_microvm")
 
 
-class Share:
+class LiveMount:
     """A live mount: the machine sees the host's directory as it is and changes it immediately.
 
     Args:

@@ -43,7 +43,7 @@ class Conflict(NamedTuple):
     saved: str | None = None
 
 
-class _Status(NamedTuple):
+class _FileStatus(NamedTuple):
     """The part of a file's status that reveals changes (all but the access time)."""
 
     device: int
@@ -194,7 +194,9 @@ class TakeOver:
         finally:
             os.close(folder)
 
-    def _put_content(self, difference: Difference, parent: int, name: str, status: _Status | None) -> None:
+    def _put_content(
+        self, difference: Difference, parent: int, name: str, status: _FileStatus | None
+    ) -> None:
         """Put a file or a link in place atomically."""
         before, after = difference.before, difference.after
         if status is None:
@@ -300,7 +302,7 @@ def _replaceable(difference: Difference) -> bool:
     return bool(before and after and (before.kind == "folder") == (after.kind == "folder"))
 
 
-def _see(parent: int | None, name: str) -> tuple[Entry | None, _Status | None]:
+def _see(parent: int | None, name: str) -> tuple[Entry | None, _FileStatus | None]:
     """Return the entry ``name`` and its status, which is read before the entry."""
     if parent is None:
         return None, None
@@ -308,12 +310,12 @@ def _see(parent: int | None, name: str) -> tuple[Entry | None, _Status | None]:
     return look(parent, name), status
 
 
-def _status(parent: int, name: str) -> _Status | None:
+def _status(parent: int, name: str) -> _FileStatus | None:
     try:
         status = os.stat(name, dir_fd=parent, follow_symlinks=False)
     except FileNotFoundError:
         return None
-    return _Status(
+    return _FileStatus(
         status.st_dev, status.st_ino, status.st_mode, status.st_size,
         status.st_mtime_ns, status.st_ctime_ns, status.st_uid, status.st_gid,
     )  # fmt: skip
@@ -348,7 +350,7 @@ def _move_or_copy(folder: int, name: str, parent: int, put: Callable[[int, str],
             put(parent, copy)
 
 
-def _take_rights(folder: int, name: str, status: _Status, *, rights: bool) -> None:
+def _take_rights(folder: int, name: str, status: _FileStatus, *, rights: bool) -> None:
     """Give a received file the owner and, if ``rights``, the permissions of the file it replaces."""
     if os.geteuid() == 0:
         os.chown(name, status.uid, status.gid, dir_fd=folder, follow_symlinks=False)

@@ -11,7 +11,7 @@ from pytest_microvm.agent.transfer import TIMEOUT
 from pytest_microvm.errors import MachineError, MountConflict, TransferError, UsageError
 from pytest_microvm.mounts.copying import Copy
 from pytest_microvm.mounts.git_clone import Clone
-from pytest_microvm.mounts.live_mount import Share
+from pytest_microvm.mounts.live_mount import LiveMount
 from pytest_microvm.settings.mounts import Changes, Mount
 from pytest_microvm.untrusted.text import sanitize_line
 
@@ -26,7 +26,7 @@ _log = logging.getLogger("pytest_microvm")
 
 
 class _Handed(Protocol):
-    """The interface of the kinds of mount: :class:`Copy`, :class:`Clone` and :class:`Share`."""
+    """The interface of the kinds of mount: :class:`Copy`, :class:`Clone` and :class:`LiveMount`."""
 
     single: bool
 
@@ -117,7 +117,7 @@ class Mounted:
         self.closed = True
         if self in self._machine.mounts:
             self._machine.mounts.remove(self)
-        if isinstance(self._handed, Share):
+        if isinstance(self._handed, LiveMount):
             self._handed.take_away()
             return
         with self._machine.client.explained(), _as_transfer_error(self.mount.target):
@@ -127,7 +127,7 @@ class Mounted:
             _remove(path, single=self._handed.single)
 
 
-_KINDS: dict[str, Callable[[Machine, Mount], _Handed]] = {"copy": Copy, "git": Clone, "live": Share}
+_KINDS: dict[str, Callable[[Machine, Mount], _Handed]] = {"copy": Copy, "git": Clone, "live": LiveMount}
 
 
 def mount(machine: Machine, what: Mount) -> Mounted:

@@ -9,8 +9,7 @@ import pytest
 if TYPE_CHECKING:
     from pytest_microvm.machine.instance import MachineFacts, Usage
     from pytest_microvm.settings.spec import MachineSpec
-    from pytest_microvm.suite.backend import Backend, Progress
-    from pytest_microvm.suite.backend import Settings as RemoteSettings
+    from pytest_microvm.suite.backend import Backend, Progress, RemoteSettings
 
 
 @pytest.hookspec(firstresult=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from xml.parsers import expat
 
-from pytest_microvm.reports.parsing import OUR_MARK, Refused, refuse_declarations
+from pytest_microvm.reports.parsing import OUR_MARK, ReportRefused, refuse_declarations
 from pytest_microvm.reports.profiles import DEFAULT_PROFILE, PROFILES, Profile
 from pytest_microvm.reports.reading import read_report
 from pytest_microvm.reports.text import safe_name
@@ -51,7 +51,7 @@ def check_report(path: Path, profile: Profile | None = None) -> list[Finding]:
         checking.run(data)
     except (
         expat.ExpatError,
-        Refused,
+        ReportRefused,
         LookupError,
         ValueError,
     ) as error:  # read_report repairs these, other readers do not
@@ -62,7 +62,7 @@ def check_report(path: Path, profile: Profile | None = None) -> list[Finding]:
 
 
 @dataclass
-class _Suite:
+class _CheckedSuite:
     line: int
     told: dict[str, str]
     counts: Counter[str] = field(default_factory=Counter)
@@ -72,7 +72,7 @@ class _Suite:
 
 
 @dataclass
-class _Case:
+class _CheckedCase:
     line: int
     told: dict[str, str]
     results: list[str] = field(default_factory=list)
@@ -84,9 +84,9 @@ class _Checking:
     def __init__(self, profile: Profile) -> None:
         self.findings: list[Finding] = []
         self._profile = profile
-        self._suites: list[_Suite] = []
+        self._suites: list[_CheckedSuite] = []
         self._root: dict[str, str] = {}
-        self._case: _Case | None = None
+        self._case: _CheckedCase | None = None
         self._result = ""
         self._text: list[str] = []
         self._names: Counter[tuple[str, str]] = Counter()
@@ -122,9 +122,9 @@ class _Checking:
             self._root = attributes
         elif tag == "testsuite":
             pytest = self._root.get("name") == "pytest tests" or attributes.get("name") == "pytest"
-            self._suites.append(_Suite(line, attributes, pytest=pytest))
+            self._suites.append(_CheckedSuite(line, attributes, pytest=pytest))
         elif tag == "testcase":
-            self._case = _Case(line, attributes)
+            self._case = _CheckedCase(line, attributes)
         elif tag in _RESULTS and self._case is not None:
             self._case.results.append(tag)
         elif tag == "property" and self._suites and attributes.get("name") == OUR_MARK:
@@ -144,7 +144,7 @@ class _Checking:
         elif tag == "testsuite":
             self._end_suite(self._suites.pop())
 
-    def _end_case(self, case: _Case) -> None:
+    def _end_case(self, case: _CheckedCase) -> None:
         told, say = case.told, self._say
         name, classname = told.get("name", ""), told.get("classname", "")
         about = f"test {safe_name(name, 80)!r}"
@@ -174,7 +174,7 @@ class _Checking:
             for suite in self._suites:  # an outer suite counts the tests of its inner suites
                 suite.counts.update(["tests", *(_RESULTS[result] for result in case.results[:1])])
 
-    def _check_place(self, case: _Case, about: str) -> None:
+    def _check_place(self, case: _CheckedCase, about: str) -> None:
         place = case.told.get("line")
         suite = self._suites[-1] if self._suites else None
         if case.told.keys() & {"file", "line"} and not self._profile.places:
@@ -186,7 +186,7 @@ class _Checking:
         elif place is not None and not re.fullmatch(r"[1-9][0-9]{0,7}", place, re.ASCII):
             self._say(case.line, f"{about}: line={place[:40]!r} is no line; the first is 1")
 
-    def _end_suite(self, suite: _Suite) -> None:
+    def _end_suite(self, suite: _CheckedSuite) -> None:
         name = safe_name(suite.told.get("name", ""), 80)
         if not name:
             self._say(suite.line, "a suite without a name")

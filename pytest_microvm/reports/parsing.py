@@ -52,12 +52,12 @@ _PYTEST_ROOT, _PYTEST_SUITE = "pytest tests", "pytest"
 _CLAIM = re.compile(r"^[ \t]*\[\[ATTACHMENT\|([^\[\]|\n]{1,4096})\]\][ \t]*(?:\n|\Z)", re.MULTILINE)
 
 
-class Refused(Exception):
+class ReportRefused(Exception):
     """The file, or the rest of it, is rejected; the message is the reason."""
 
 
 @dataclass
-class _Suite:
+class _OpenSuite:
     """A suite whose end tag has not been parsed yet."""
 
     name: str
@@ -71,7 +71,7 @@ class _Suite:
 
 
 @dataclass
-class _Case:
+class _OpenCase:
     """A test whose end tag has not been parsed yet."""
 
     attributes: dict[str, str]
@@ -82,7 +82,7 @@ class _Case:
 
 
 @dataclass
-class _Problem:
+class _OpenProblem:
     """A failure, an error, a skip or another attempt whose end tag has not been parsed yet."""
 
     kind: Kind
@@ -102,10 +102,10 @@ class Parsing:
     def __init__(self, *, ours: bool) -> None:
         self._ours = ours
         self._stack: list[str] = []
-        self._suites: list[_Suite] = []
+        self._suites: list[_OpenSuite] = []
         self._done: list[Suite] = []
-        self._case: _Case | None = None
-        self._problem: _Problem | None = None
+        self._case: _OpenCase | None = None
+        self._problem: _OpenProblem | None = None
         self._property: tuple[str, list[str]] | None = None
         self._text: list[str] | None = None
         self._root = ""
@@ -129,7 +129,7 @@ class Parsing:
         self._pending += len(text)
         self._parser.Parse(text, final)
         if self._pending > _PART_LIMIT:
-            raise Refused(f"it has a tag, or a comment, of more than {_PART_LIMIT:,} characters")
+            raise ReportRefused(f"it has a tag, or a comment, of more than {_PART_LIMIT:,} characters")
 
     def finish(self) -> list[Suite]:
         """Return the suites, including those without an end tag."""
@@ -144,9 +144,9 @@ class Parsing:
         self._elements += 1
         self._stack.append(tag)
         if self._elements > _ELEMENT_LIMIT or len(self._stack) > _DEPTH_LIMIT:
-            raise Refused("it has more elements, or deeper ones, than are read")
+            raise ReportRefused("it has more elements, or deeper ones, than are read")
         if len(self._stack) == 1 and tag not in ("testsuites", "testsuite"):
-            raise Refused(f"its root is <{safe_name(tag, 60)}>, not <testsuites> or <testsuite>")
+            raise ReportRefused(f"its root is <{safe_name(tag, 60)}>, not <testsuites> or <testsuite>")
         if tag in _TEXTS:
             self._text = []
         if tag == "testsuites":
@@ -158,7 +158,7 @@ class Parsing:
         elif tag in _KINDS or tag in _ATTEMPTS:
             kind = _KINDS.get(tag) or _ATTEMPTS[tag]
             message, name = attributes.get("message", ""), attributes.get("type", "")
-            self._problem = _Problem(kind, tag in _ATTEMPTS, message, safe_name(name))
+            self._problem = _OpenProblem(kind, tag in _ATTEMPTS, message, safe_name(name))
         elif tag == "property":
             self._property = (attributes.get("name", ""), [attributes.get("value", "")])
 
@@ -189,7 +189,7 @@ class Parsing:
             self._property[1].append(data)
 
     @property
-    def _holder(self) -> _Suite | _Case:
+    def _holder(self) -> _OpenSuite | _OpenCase:
         if self._case is None and not self._suites:
             self._start_suite({})
         return self._case or self._suites[-1]
@@ -200,7 +200,7 @@ class Parsing:
         name = safe_name(" / ".join(filter(None, (outer.name if outer else "", own))))
         pytest = self._root == _PYTEST_ROOT or own == _PYTEST_SUITE
         self._suites.append(
-            _Suite(
+            _OpenSuite(
                 name or "tests",
                 file=attributes.get("file", outer.file if outer else ""),
                 timestamp=safe_name(attributes.get("timestamp", ""), 60),
@@ -228,10 +228,10 @@ class Parsing:
     def _start_case(self, attributes: dict[str, str]) -> None:
         self._cases += 1
         if self._cases > CASE_LIMIT:
-            raise Refused(f"it has more than {CASE_LIMIT:,} tests")
+            raise ReportRefused(f"it has more than {CASE_LIMIT:,} tests")
         if not self._suites:
             self._start_suite({})
-        self._case = _Case(attributes)
+        self._case = _OpenCase(attributes)
 
     def _end_case(self) -> None:
         assert self._case is not None
@@ -283,7 +283,7 @@ class Parsing:
         name, holder = safe_name(name), self._holder
         if not name or (name.startswith("microvm.") and not self._ours):
             return
-        if name == OUR_MARK and isinstance(holder, _Suite):
+        if name == OUR_MARK and isinstance(holder, _OpenSuite):
             holder.line_base = 1
         if len(holder.properties) < _PROPERTY_LIMIT:
             holder.properties.append((name, safe_text("".join(values), _MESSAGE_LIMIT)))
@@ -291,7 +291,7 @@ class Parsing:
 
 def refuse_declarations(*_: object) -> None:
     """Raise an error for a declared document type or entity: no report needs them, and attacks do."""
-    raise Refused("it declares a document type or entities, which no report needs")
+    raise ReportRefused("it declares a document type or entities, which no report needs")
 
 
 def _problem_of(attributes: dict[str, str]) -> list[Problem]:

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from xml.parsers import expat
 
-from pytest_microvm.reports.parsing import Parsing, Refused
+from pytest_microvm.reports.parsing import Parsing, ReportRefused
 from pytest_microvm.reports.text import safe_name
 from pytest_microvm.reports.values import Case, Problem, Report, Suite
 
@@ -44,7 +44,7 @@ def read_report(path: Path, *, ours: bool = False) -> Report:
     trouble = ""
     try:
         _feed(parsing, path)
-    except (Refused, expat.ExpatError) as error:
+    except (ReportRefused, expat.ExpatError) as error:
         trouble = safe_name(str(error))
     except OSError as error:
         trouble = safe_name(error.strerror or str(error))
@@ -66,9 +66,9 @@ def _feed(parsing: Parsing, path: Path) -> None:
     with os.fdopen(descriptor, "rb") as file:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode):
-            raise Refused("it is not a regular file")
+            raise ReportRefused("it is not a regular file")
         if about.st_size > FILE_LIMIT:
-            raise Refused(f"it has {about.st_size:,} bytes; at most {FILE_LIMIT:,} are read")
+            raise ReportRefused(f"it has {about.st_size:,} bytes; at most {FILE_LIMIT:,} are read")
         piece = file.read(_PIECE)
         decoder, rest, taken = _decoder(piece), "", 0
         while piece and taken <= FILE_LIMIT:  # it may grow while it is read
@@ -90,7 +90,7 @@ def _decoder(start: bytes) -> codecs.IncrementalDecoder:
     known |= {"us-ascii": "ascii", "latin-1": "iso8859-1", "windows-1252": "cp1252", "utf8": "utf-8"}
     known |= {"iso-8859-1": "iso8859-1", "iso-8859-15": "iso8859-15", "ascii": "utf-8"}
     if name not in known:  # looking up an arbitrary name would import a module of that name
-        raise Refused(f"its encoding {name} is not known here")
+        raise ReportRefused(f"its encoding {name} is not known here")
     found = known[name]
     return codecs.getincrementaldecoder("utf-8-sig" if found == "utf-8" else found)("replace")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.settings.secret_values import KINDS, Source, parse_source
+from pytest_microvm.settings.secret_values import KINDS, SecretSource, parse_source
 
 Scheme = Literal["bearer", "basic", "raw"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
@@ -46,7 +46,7 @@ class CredentialSpec:
     """
 
     host: str
-    source: Source
+    source: SecretSource
     header: str | None = "Authorization"
     query: str | None = None
     scheme: Scheme = "bearer"

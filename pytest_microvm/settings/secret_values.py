@@ -1,7 +1,7 @@
 """Secret values: their sources, and a type that holds them on the host without exposing them.
 
-A :class:`Source` names the place of a value; it is part of a spec and can be shown and compared. Reading it
-returns a :class:`SecretValue`, which never appears in a repr, a log, a pickle or an f-string.
+A :class:`SecretSource` names the place of a value; it is part of a spec and can be shown and compared.
+Reading it returns a :class:`SecretValue`, which never appears in a repr, a log, a pickle or an f-string.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class SecretValue:
 
 
 @dataclass(frozen=True)
-class Source:
+class SecretSource:
     """The source of a secret value on the host.
 
     Args:
@@ -103,7 +103,7 @@ class Source:
         return f"{self.kind} {shown}"
 
 
-def parse_source(value: object, where: str) -> Source:
+def parse_source(value: object, where: str) -> SecretSource:
     """Parse a source written as ``{env = "TOKEN"}`` or ``"env:TOKEN"``.
 
     Args:
@@ -119,7 +119,7 @@ def parse_source(value: object, where: str) -> Source:
     if isinstance(value, Mapping) and len(value) == 1:
         kind, name = next(iter(value.items()))
         if kind in KINDS and isinstance(name, str) and name.strip():
-            return Source(kind, name)
+            return SecretSource(kind, name)
     # The error does not quote the input: it may be the secret itself.
     raise UsageError(
         f"{where}: this is not where a value is found",
@@ -141,7 +141,7 @@ class Secret:
     """
 
     name: str
-    source: Source
+    source: SecretSource
     delivery: Delivery = "env"
 
     @property

@@ -18,7 +18,7 @@ from typing import Any
 import platformdirs
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.git.checkout import OWN_REMOTE, Checkout, checked_out, matches
+from pytest_microvm.git.checkout import OWN_REMOTE, CheckedOutRef, checked_out, matches
 from pytest_microvm.settings import options
 
 VARIABLE = "PYTEST_MICROVM_TRUST"
@@ -40,7 +40,7 @@ class Grant:
 
     Args:
         part: The part of the project that asked: ``configuration``, ``jobs`` or ``tox``.
-        branch: A glob of :class:`Checkout` names, as in ``branches`` of a CI definition.
+        branch: A glob of :class:`CheckedOutRef` names, as in ``branches`` of a CI definition.
         remote: The remote that the branch may follow besides ``origin``.
         keys: The allowed values, by key, as written.
     """
@@ -50,7 +50,7 @@ class Grant:
     remote: str = ""
     keys: Mapping[str, Any] = field(default_factory=dict)
 
-    def is_for(self, checkout: Checkout) -> bool:
+    def is_for(self, checkout: CheckedOutRef) -> bool:
         """Return True if the grant applies to ``checkout``.
 
         A branch that follows another remote belongs to someone else, whatever its local name; and a glob of
@@ -69,10 +69,10 @@ class Grant:
         return all(key in self.keys and self.keys[key] == _plain(value) for key, value in asked.items())
 
     def __str__(self) -> str:
-        return self.branch if self.branch == ANY_BRANCH else str(Checkout(self.branch, self.remote))
+        return self.branch if self.branch == ANY_BRANCH else str(CheckedOutRef(self.branch, self.remote))
 
 
-def check(project: Path, asked: Mapping[str, Any], checkout: Checkout | None = None) -> None:
+def check(project: Path, asked: Mapping[str, Any], checkout: CheckedOutRef | None = None) -> None:
     """Check that the user has allowed everything a project asks for.
 
     Args:
@@ -114,7 +114,7 @@ def notes(project: Path, asked: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def is_trusted(project: Path, asked: Mapping[str, Any], checkout: Checkout) -> bool:
+def is_trusted(project: Path, asked: Mapping[str, Any], checkout: CheckedOutRef) -> bool:
     """Return True if one grant of this user covers all of ``asked``, or more, for ``checkout``."""
     return any(grant.is_for(checkout) and grant.has(asked) for grant in granted(project))
 

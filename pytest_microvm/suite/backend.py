@@ -19,7 +19,7 @@ Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Settings:
+class RemoteSettings:
     """Command-line settings for machines; omitted options fall back to the configuration.
 
     Args:

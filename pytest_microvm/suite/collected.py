@@ -26,7 +26,7 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Node:
+class CollectedNode:
     """A collector or an item. ``raw_nodeid`` is the guest's own text; all other texts are safe to show."""
 
     parent: int
@@ -97,7 +97,7 @@ class Collected:
         exit: Set if collection ended early.
     """
 
-    nodes: tuple[Node, ...] = ()
+    nodes: tuple[CollectedNode, ...] = ()
     reports: tuple[CollectOutcome, ...] = ()
     order: tuple[int, ...] = ()
     deselected: tuple[int, ...] = ()
@@ -133,7 +133,7 @@ class _Draft:
     """A :class:`Collected` under construction."""
 
     values: dict[str, Any] = field(default_factory=dict)
-    nodes: list[Node] = field(default_factory=list)
+    nodes: list[CollectedNode] = field(default_factory=list)
     reports: list[CollectOutcome] = field(default_factory=list)
     deselected: list[int] = field(default_factory=list)
     warnings: list[GuestWarning] = field(default_factory=list)
@@ -187,7 +187,7 @@ def _node(draft: _Draft, record: dict[str, Any]) -> None:
     if len(draft.nodes) >= MAX_NODES:
         raise checks.violation(f"more than {MAX_NODES} collectors and tests")
     draft.nodes.append(
-        Node(
+        CollectedNode(
             parent=parent,
             kind=kind,
             class_name=_class_name(draft, record.get("class")),

@@ -43,7 +43,7 @@ _OURS = frozenset(["-c", "--config-file", "--rootdir", _REPORTS])
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchFacts:
     """Facts that the launcher passes to our plug-in and to pytest-xdist's workers, as a JSON file.
 
     Args:
@@ -63,7 +63,7 @@ class Launch:
     reports: Path | None
 
 
-def launch_of(words: Sequence[str]) -> Launch | None:
+def launch_of(words: Sequence[str]) -> LaunchFacts | None:
     """Return the record that :func:`prepared` wrote, or ``None`` if this pytest was not launched by it."""
     option = f"{_LAUNCHED}="
     path = next((word.removeprefix(option) for word in words if word.startswith(option)), None)
@@ -72,7 +72,7 @@ def launch_of(words: Sequence[str]) -> Launch | None:
     data: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
     for name in ("file", "reports"):
         data[name] = data[name] and Path(data[name])
-    return Launch(**{**data, "guest": tuple(data["guest"]), "left": tuple(data["left"])})
+    return LaunchFacts(**{**data, "guest": tuple(data["guest"]), "left": tuple(data["left"])})
 
 
 def main(words: Sequence[str]) -> int:
@@ -135,7 +135,7 @@ def prepared(
     )
     with tempfile.TemporaryDirectory(prefix="pytest-microvm-") as folder:
         own = _own_words(project, _plugins(user, users, arity), Path(folder))
-        launch = Launch(
+        launch = LaunchFacts(
             words=len(own) + len(divided.host),
             guest=(
                 *_named_file(said, directory),

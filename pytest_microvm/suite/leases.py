@@ -28,7 +28,7 @@ def sharing_key(item: pytest.Item, isolation: str) -> object:
     return item
 
 
-class Watcher(Protocol):
+class LeaseObserver(Protocol):
     """An observer of machines that start and end."""
 
     def started(self, facts: MachineFacts, nodeid: str) -> None:
@@ -53,7 +53,7 @@ class Leases:
         watcher: Notified of each machine.
     """
 
-    def __init__(self, backend: Backend, isolation: str, watcher: Watcher) -> None:
+    def __init__(self, backend: Backend, isolation: str, watcher: LeaseObserver) -> None:
         self._backend = backend
         self._isolation = isolation
         self._watcher = watcher

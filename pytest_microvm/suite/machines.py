@@ -26,11 +26,11 @@ from pytest_microvm.settings import trust as project_trust
 from pytest_microvm.settings.configuration import DEFAULT_TIMEOUT, load_settings
 from pytest_microvm.settings.mounts import Mount
 from pytest_microvm.settings.spec import DEFAULT_OUTPUT, MachineSpec
-from pytest_microvm.suite.backend import BackendFacts, CollectPlan, Progress, RunOptions, Settings
+from pytest_microvm.suite.backend import BackendFacts, CollectPlan, Progress, RemoteSettings, RunOptions
 from pytest_microvm.suite.plan import artifacts_folder
 from pytest_microvm.suite.session import RunnerSession, runner_command
 from pytest_microvm.suite.workspace import Workspace, scan
-from pytest_microvm.templates.chain import IN_THE_MAKING, Base, Step
+from pytest_microvm.templates.chain import IN_THE_MAKING, Base, TemplateStep
 from pytest_microvm.templates.pool import Pool
 from pytest_microvm.untrusted.redaction import Redactor
 
@@ -161,7 +161,7 @@ class MachineBackend:
 
     def __init__(
         self,
-        settings: Settings,
+        settings: RemoteSettings,
         progress: Progress,
         change: Callable[[MachineSpec], MachineSpec] = lambda spec: spec,
     ) -> None:
@@ -223,7 +223,7 @@ class MachineBackend:
         self._template = self._host.template(self._base, self._steps(plan, workspace))
         return self._template.attachment(_COLLECTED)
 
-    def _steps(self, plan: CollectPlan, workspace: Workspace) -> list[Step]:
+    def _steps(self, plan: CollectPlan, workspace: Workspace) -> list[TemplateStep]:
         """Return the template chain's steps, the most stable first, so that an edit rebuilds only one."""
         steps = self._prepared(plan)
         started = "PYTHONPATH" not in self._environment(
@@ -278,7 +278,7 @@ class MachineBackend:
         copied = self._host.copy(self._template, self._base, "runner", wait=wait, keepable=self._keeping)
         return None if copied is None else RunnerLease(self._host, self._base, *copied)
 
-    def _prepared(self, plan: CollectPlan) -> list[Step]:
+    def _prepared(self, plan: CollectPlan) -> list[TemplateStep]:
         commands = self._config.prepare
         if not commands:
             return []
@@ -301,7 +301,7 @@ class MachineBackend:
         spec = MachineSpec(network=self._config.prepare_network, hosts=self._config.spec.hosts)
         return self._host.grants(spec, self._base.image)
 
-    def _started_step(self, plan: CollectPlan) -> Step:
+    def _started_step(self, plan: CollectPlan) -> TemplateStep:
         """Return the chain step that starts the runner with pytest and its plug-ins, without a workspace."""
 
         def work(instance: Instance) -> dict[str, bytes]:
@@ -309,9 +309,11 @@ class MachineBackend:
                 self._start_runner(instance, plan, "/", preload=True)
             return {}
 
-        return Step("started", (json.dumps(plan.environment),), work, "starting pytest")
+        return TemplateStep("started", (json.dumps(plan.environment),), work, "starting pytest")
 
-    def _collected_step(self, plan: CollectPlan, workspace: Workspace | None, *, started: bool) -> Step:
+    def _collected_step(
+        self, plan: CollectPlan, workspace: Workspace | None, *, started: bool
+    ) -> TemplateStep:
         """Return the chain step that collects the tests.
 
         Args:
@@ -334,7 +336,7 @@ class MachineBackend:
                 )
                 return {_COLLECTED: RunnerSession(link).collect(replace(plan, environment=()))}
 
-        return Step("collected", tuple(inputs), work, "collecting")
+        return TemplateStep("collected", tuple(inputs), work, "collecting")
 
     def _start_runner(
         self, instance: Instance, plan: CollectPlan, folder: str, *, preload: bool = False
@@ -381,14 +383,14 @@ class MachineBackend:
         )
 
 
-def workspace_step(workspace: Workspace) -> Step:
+def workspace_step(workspace: Workspace) -> TemplateStep:
     """Return the template-chain step that copies a workspace into the machine."""
 
     def work(instance: Instance) -> dict[str, bytes]:
         send_workspace(instance.adopt("agent", IN_THE_MAKING), workspace)
         return {}
 
-    return Step("workspace", (str(workspace.top), workspace.digest()), work, "copying the workspace")
+    return TemplateStep("workspace", (str(workspace.top), workspace.digest()), work, "copying the workspace")
 
 
 def send_workspace(link: Link, workspace: Workspace) -> None:

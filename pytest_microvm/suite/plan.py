@@ -12,19 +12,19 @@ import pytest
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git.repository import find_checkout
 from pytest_microvm.settings.configuration import command_line
-from pytest_microvm.suite.backend import Settings
-from pytest_microvm.suite.launch import AUTOLOAD, Launch
+from pytest_microvm.suite.backend import RemoteSettings
+from pytest_microvm.suite.launch import AUTOLOAD, LaunchFacts
 from pytest_microvm.untrusted.nofollow import refuse_links
 
 # Variables that affect pytest's behaviour or output, and reveal nothing about this host.
 _PASSED = (AUTOLOAD, "TZ", "LANG", "LC_ALL", "NO_COLOR", "FORCE_COLOR", "PY_COLORS")
 
 
-def settings_from(config: pytest.Config, launch: Launch | None) -> Settings:
+def settings_from(config: pytest.Config, launch: LaunchFacts | None) -> RemoteSettings:
     """Return the command line's settings for machines; ``launch`` is the record of a launched run."""
     worker = getattr(config, "workerinput", None) or {}
     count = worker.get("workercount") or getattr(config.option, "numprocesses", None) or 0
-    return Settings(
+    return RemoteSettings(
         values=command_line(config),
         rootdir=config.rootpath,
         written=config.rootpath if launch is None else launch.reports,
@@ -42,7 +42,7 @@ def addopts_of(config: pytest.Config, args: Sequence[str]) -> Sequence[str]:
     return args[: max(0, len(args) - len(users))]
 
 
-def artifacts_folder(folder: Path | None, settings: Settings) -> Path | None:
+def artifacts_folder(folder: Path | None, settings: RemoteSettings) -> Path | None:
     """Return the artifacts folder; a project's configuration may only name one below its own folder.
 
     Args:
@@ -95,7 +95,7 @@ def _spelled(top: Path, folder: Path) -> Path:
 
 
 def guest_environment(
-    plugins: str | None, config: pytest.Config, launch: Launch | None
+    plugins: str | None, config: pytest.Config, launch: LaunchFacts | None
 ) -> tuple[tuple[str, str], ...]:
     """Return the variables for the runner: few, and none that may hold a secret."""
     environ = {**os.environ, **({} if launch is None else {AUTOLOAD: launch.autoload or ""})}

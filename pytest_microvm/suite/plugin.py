@@ -18,7 +18,7 @@ from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.suite import neutral
 from pytest_microvm.suite.addopts import refuse_acting, refuse_granting
 from pytest_microvm.suite.arguments import Split, parser_arity, split_arguments, tokens
-from pytest_microvm.suite.backend import Backend, CollectPlan, Progress, Settings
+from pytest_microvm.suite.backend import Backend, CollectPlan, Progress, RemoteSettings
 from pytest_microvm.suite.collected import Collected
 from pytest_microvm.suite.collection import Replay, raise_exit
 from pytest_microvm.suite.foreign_warnings import warning_message
@@ -107,7 +107,7 @@ class RemoteSuite:
 
     @pytest.hookimpl(trylast=True)
     def pytest_microvm_backend(
-        self, config: pytest.Config, settings: Settings, progress: Progress
+        self, config: pytest.Config, settings: RemoteSettings, progress: Progress
     ) -> Backend:
         """Return the backend that runs tests in machines, unless another plug-in provides its own."""
         from pytest_microvm.suite import machines  # noqa: PLC0415 - our own tests use another backend

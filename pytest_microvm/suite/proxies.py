@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 
-from pytest_microvm.suite.collected import Collected, Node
+from pytest_microvm.suite.collected import Collected, CollectedNode
 
 
-class _Proxy:
+class _NodeProxy:
     """Base of all proxies: their number in the guest's session, and the guest's ``repr``."""
 
     number: int
-    guest: Node
+    guest: CollectedNode
 
     def __repr__(self) -> str:
         return self.guest.representation or f"<{self.guest.class_name} {self.guest.name}>"
 
 
-class _ProxyParent(_Proxy):
+class _ProxyParent(_NodeProxy):
     """A proxy with children."""
 
     def collect(self) -> list[Any]:
@@ -30,7 +30,7 @@ class _ProxyParent(_Proxy):
         raise RuntimeError("a proxy has nothing to collect on the host")
 
 
-class ProxyItem(_Proxy, pytest.Item):
+class ProxyItem(_NodeProxy, pytest.Item):
     """A test that runs in a guest."""
 
     def runtest(self) -> None:
@@ -78,7 +78,7 @@ def build_proxies(collected: Collected, session: pytest.Session) -> list[Any]:
     return built
 
 
-def _build(node: Node, parent: Any) -> Any:
+def _build(node: CollectedNode, parent: Any) -> Any:
     cls = _class_for(node.kind, node.class_name)
     proxy = cls.from_parent(parent, name=node.name, nodeid=node.nodeid, path=Path(node.path))
     proxy.guest = node

@@ -16,7 +16,7 @@ from pytest_microvm.network.proxy.log import NetworkRequest
 from pytest_microvm.suite.backend import Backend, Lease, RunOptions
 from pytest_microvm.suite.checks import line, text, violation
 from pytest_microvm.suite.collected import GuestExit, GuestWarning, parse_exit, parse_warning
-from pytest_microvm.suite.leases import Leases, Watcher
+from pytest_microvm.suite.leases import LeaseObserver, Leases
 from pytest_microvm.suite.limits import limits_of
 from pytest_microvm.suite.properties import properties
 from pytest_microvm.suite.replay import error_report, passed_report, rebuild_test_report
@@ -59,7 +59,7 @@ class TestRunner:
 
     __test__ = False
 
-    def __init__(self, backend: Backend, options: RunOptions, watcher: Watcher) -> None:
+    def __init__(self, backend: Backend, options: RunOptions, watcher: LeaseObserver) -> None:
         self._options = options
         self._watcher = watcher
         self._leases = Leases(backend, options.isolation, watcher)

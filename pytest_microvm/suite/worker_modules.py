@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pytest_microvm.agent.transfer import send_file
 from pytest_microvm.errors import MachineError, UsageError
 from pytest_microvm.machine.microvm import MicroVM
-from pytest_microvm.templates.chain import IN_THE_MAKING, Base, Step
+from pytest_microvm.templates.chain import IN_THE_MAKING, Base, TemplateStep
 
 if TYPE_CHECKING:
     from pytest_microvm.host.host import Host
@@ -28,7 +28,7 @@ _START_UP = Path(__file__).with_name("worker_start.py")
 _WARM = "import pytest, execnet, xdist.plugin, xdist.remote"
 
 
-def worker_step(host: Host, base: Base) -> Step:
+def worker_step(host: Host, base: Base) -> TemplateStep:
     """Return the template-chain step that copies the modules of xdist's workers into a machine.
 
     Raises:
@@ -50,7 +50,9 @@ def worker_step(host: Host, base: Base) -> Step:
             ) from None
         return {}
 
-    return Step("workspace", ("xdist", hashlib.sha256(archive).hexdigest()), work, "copying pytest-xdist")
+    return TemplateStep(
+        "workspace", ("xdist", hashlib.sha256(archive).hexdigest()), work, "copying pytest-xdist"
+    )
 
 
 def _archive() -> bytes:

@@ -35,7 +35,7 @@ _SYSTEM = frozenset(
 
 
 @dataclass(frozen=True)
-class Entry:
+class WorkspaceEntry:
     """One file, link or directory of a workspace: ``path`` below its top, bytes of ``size``."""
 
     path: str
@@ -55,7 +55,7 @@ class Workspace:
     """
 
     top: Path
-    entries: tuple[Entry, ...]
+    entries: tuple[WorkspaceEntry, ...]
 
     @property
     def size(self) -> int:
@@ -82,7 +82,7 @@ class Workspace:
             for entry in self.entries:
                 self._add(archive, tree, entry)
 
-    def _add(self, archive: tarfile.TarFile, tree: OpenTree, entry: Entry) -> None:
+    def _add(self, archive: tarfile.TarFile, tree: OpenTree, entry: WorkspaceEntry) -> None:
         info = tarfile.TarInfo(entry.path)
         info.mode = stat.S_IMODE(entry.mode)
         info.mtime = entry.mtime_ns // 10**9
@@ -219,16 +219,16 @@ def _names(tree: OpenTree, folder: str) -> list[str]:
         return []
 
 
-def _entry(tree: OpenTree, path: str) -> Entry | None:
+def _entry(tree: OpenTree, path: str) -> WorkspaceEntry | None:
     """Return the entry at ``path``; ``None`` if it was deleted or cannot be copied (sockets, devices)."""
     status = tree.status(path)
     if status is None:
         return None
     if stat.S_ISLNK(status.st_mode):
         target = tree.target(path)
-        return None if target is None else Entry(path, status.st_mode, 0, status.st_mtime_ns, target)
+        return None if target is None else WorkspaceEntry(path, status.st_mode, 0, status.st_mtime_ns, target)
     if stat.S_ISREG(status.st_mode):
-        return Entry(path, status.st_mode, status.st_size, status.st_mtime_ns)
+        return WorkspaceEntry(path, status.st_mode, status.st_size, status.st_mtime_ns)
     if stat.S_ISDIR(status.st_mode):  # empty, or a nested repository
-        return Entry(path, status.st_mode, 0, status.st_mtime_ns)
+        return WorkspaceEntry(path, status.st_mode, 0, status.st_mtime_ns)
     return None

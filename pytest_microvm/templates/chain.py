@@ -47,7 +47,7 @@ _LEAST_SLACK = 256 * 1024**2  # more than a machine writes between two checks of
 
 
 @dataclass(frozen=True)
-class Step:
+class TemplateStep:
     """One link after the boot.
 
     Args:
@@ -114,7 +114,7 @@ class Chain:
         self._room = room
         self._elsewhere = elsewhere
 
-    def key(self, base: Base, steps: Sequence[Step] = ()) -> str:
+    def key(self, base: Base, steps: Sequence[TemplateStep] = ()) -> str:
         """Return the key of the template that ``steps`` lead to."""
         launch = self._launch(base, self._store.folder)
         key = _digest(
@@ -131,7 +131,7 @@ class Chain:
             key = _digest(key, step.kind, *step.inputs)
         return key
 
-    def ensure(self, base: Base, steps: Sequence[Step] = ()) -> Template:
+    def ensure(self, base: Base, steps: Sequence[TemplateStep] = ()) -> Template:
         """Return the template that ``steps`` lead to, held open; missing links of the chain are made.
 
         Raises:
@@ -198,7 +198,7 @@ class Chain:
         meta = {"kind": KEPT, "image": base.image.name, "image_digest": base.image.digest, **resources}
         self._freeze(instance, key, own, {**meta, **facts}, {})
 
-    def _found(self, key: str, steps: Sequence[Step]) -> Template | None:
+    def _found(self, key: str, steps: Sequence[TemplateStep]) -> Template | None:
         """Return a template from the store; if it is missing, fetch it into the store if possible."""
         found = self._store.open(key)
         if found is None and steps and self._elsewhere(key):
@@ -206,7 +206,7 @@ class Chain:
         return found
 
     def _done(
-        self, base: Base, steps: Sequence[Step], stack: ExitStack
+        self, base: Base, steps: Sequence[TemplateStep], stack: ExitStack
     ) -> tuple[_InTheMaking, dict[str, bytes]]:
         """Return a machine that has just run ``steps``, and the result of the last one.
 
@@ -219,7 +219,7 @@ class Chain:
         self._say(_title(base, steps))
         return machine, steps[-1].work(machine.instance)
 
-    def _before(self, base: Base, steps: Sequence[Step], stack: ExitStack) -> _InTheMaking:
+    def _before(self, base: Base, steps: Sequence[TemplateStep], stack: ExitStack) -> _InTheMaking:
         """Return a machine that has run all ``steps`` but the last."""
         parents = steps[:-1]
         key = self.key(base, parents)
@@ -285,7 +285,7 @@ class Chain:
         if machine.instance.guard is None:
             machine.instance.watch(replace(base.limits, timeout=None, cpu_seconds=None, lifetime=None))
 
-    def _meta(self, base: Base, steps: Sequence[Step]) -> dict[str, Any]:
+    def _meta(self, base: Base, steps: Sequence[TemplateStep]) -> dict[str, Any]:
         if not steps:
             return {"kind": "boot", "image": base.image.name}
         return {"kind": steps[-1].kind, "image": base.image.name, "parent": self.key(base, steps[:-1])}
@@ -400,7 +400,7 @@ def _warm_up(instance: Instance) -> None:
             process.communicate(timeout=BOOT_TIMEOUT)
 
 
-def _title(base: Base, steps: Sequence[Step]) -> str:
+def _title(base: Base, steps: Sequence[TemplateStep]) -> str:
     """Return the progress message for making a link."""
     return (steps[-1].title or steps[-1].kind) if steps else f"booting {base.image.name}"
 

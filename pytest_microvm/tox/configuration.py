@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import KitError, UsageError
-from pytest_microvm.git.checkout import Checkout, checked_out
+from pytest_microvm.git.checkout import CheckedOutRef, checked_out
 from pytest_microvm.host.project_grants import own_kit
 from pytest_microvm.settings.trust import VARIABLE, is_trusted
 
@@ -74,7 +74,7 @@ class ToxFile:
         return {KEY: f"{name} (sha256 {hashlib.sha256(data).hexdigest()[:32]})"}
 
     @cached_property
-    def checkout(self) -> Checkout:
+    def checkout(self) -> CheckedOutRef:
         """The checkout in the project's folder."""
         return checked_out(self.folder)
 

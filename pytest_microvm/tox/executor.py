@@ -19,7 +19,7 @@ from tox.tox_env.errors import Fail
 from pytest_microvm.errors import MicroVMError
 from pytest_microvm.terminal.raw_mode import raw_terminal
 from pytest_microvm.tox.display import TerminalText
-from pytest_microvm.tox.status import GuestStatus, NotStarted
+from pytest_microvm.tox.status import GuestStatus, NotStartedStatus
 from pytest_microvm.tox.terminal import forwarded_input
 from pytest_microvm.untrusted.output import safe_text
 
@@ -106,7 +106,7 @@ class GuestExecution(ExecuteInstance):
             self._process = self._start(machine)
         except OSError as error:
             _log.error("Exception running subprocess %s", error)
-            return NotStarted(self.options, self._out, self._err, error)
+            return NotStartedStatus(self.options, self._out, self._err, error)
         except MicroVMError as error:
             raise Fail(str(error)) from error
         return GuestStatus(self.options, self._out, self._err, self._process, machine)

@@ -18,7 +18,7 @@ from pytest_microvm.host.host import Host
 from pytest_microvm.host.preparing import machine_in_the_making
 from pytest_microvm.settings.configuration import DEFAULT_TIMEOUT
 from pytest_microvm.suite.workspace import Workspace, scan
-from pytest_microvm.templates.chain import Step
+from pytest_microvm.templates.chain import TemplateStep
 from pytest_microvm.tox.interpreters import interpreters
 from pytest_microvm.untrusted.text import sanitize
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from pytest_microvm.machine.instance import Instance
     from pytest_microvm.machine.microvm import MicroVM
-    from pytest_microvm.tox.installer import Plan
-    from pytest_microvm.tox.settings import Settings
+    from pytest_microvm.tox.installer import InstallPlan
+    from pytest_microvm.tox.settings import ToxSettings
 
 FORMAT = "1"
 """Part of every key; raise it when the creation of environments changes."""
@@ -40,7 +40,7 @@ _TITLES = {"tox-env": "making the environment", "tox-package": "building and ins
 _PROGRAMS = Path(__file__).parent
 
 
-class Guest:
+class ToxGuest:
     """Creates an environment's templates and starts its machine.
 
     Args:
@@ -55,7 +55,7 @@ class Guest:
     """
 
     def __init__(
-        self, settings: Settings, *, project: Path, work_dir: Path, say: Callable[[str], None]
+        self, settings: ToxSettings, *, project: Path, work_dir: Path, say: Callable[[str], None]
     ) -> None:
         self.settings = settings
         self.machine: MicroVM | None = None
@@ -109,14 +109,14 @@ class Guest:
     def step(
         self,
         kind: str,
-        plan: Plan,
+        plan: InstallPlan,
         variables: Mapping[str, str],
         *,
         files: Workspace,
         venv: tuple[str, str, bool] | None,
         run: Callable[[MicroVM], None],
         generation: str,
-    ) -> Step:
+    ) -> TemplateStep:
         """Return a step of a template chain: copy files in, run commands, keep the result.
 
         Args:
@@ -159,13 +159,13 @@ class Guest:
             json.dumps([self.settings.prepare.network, self.settings.prepare.hosts]),
             generation,
         )
-        return Step(kind, inputs, work, _TITLES[kind])
+        return TemplateStep(kind, inputs, work, _TITLES[kind])
 
-    def cached(self, steps: Sequence[Step]) -> bool:
+    def cached(self, steps: Sequence[TemplateStep]) -> bool:
         """Return True if the chain's template exists, so that nothing needs to be installed."""
         return self._host.cached(self._base, steps) is not None
 
-    def make(self, steps: Sequence[Step]) -> None:
+    def make(self, steps: Sequence[TemplateStep]) -> None:
         """Make the missing templates of a chain."""
         while True:
             try:
@@ -175,7 +175,7 @@ class Guest:
             else:
                 return
 
-    def start(self, steps: Sequence[Step], *, files: bool) -> MicroVM:
+    def start(self, steps: Sequence[TemplateStep], *, files: bool) -> MicroVM:
         """Start the machine that runs commands.
 
         Args:
@@ -200,7 +200,7 @@ class Guest:
         finally:
             self._host.close()
 
-    def _start(self, steps: Sequence[Step]) -> MicroVM:
+    def _start(self, steps: Sequence[TemplateStep]) -> MicroVM:
         self.make(steps)
         template = self._host.template(self._base, steps)
         told = False

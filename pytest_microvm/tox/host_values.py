@@ -35,12 +35,12 @@ _MACHINES: Mapping[str, str] = {"HOME": "/root", "PATH": GUEST_PATH}
 """Values of ``{env:NAME}`` for variables that would name a place of this computer."""
 
 
-class Refused(HandledError):
+class HostValueRefused(HandledError):
     """The configuration reads a value that the user has not allowed."""
 
 
 @dataclass(frozen=True)
-class Guard:
+class HostValueGuard:
     """Decides which variables and files a configuration may read.
 
     Args:
@@ -85,8 +85,8 @@ class Guard:
         if not all(is_below(path, folder) for path in paths) and not self.file.is_allowed:
             raise self._refused(f"{said}, which is not in the project", "files in the project")
 
-    def _refused(self, what: str, instead: str) -> Refused:
-        return Refused(
+    def _refused(self, what: str, instead: str) -> HostValueRefused:
+        return HostValueRefused(
             f"{self.file.path} reads {what}, and nobody has allowed that: the machine would have it. "
             f"If you trust it, say `pytest-microvm trust`; else use {instead}"
         )
@@ -99,7 +99,7 @@ class Variables(Mapping[str, str]):
         guard: Decides which variables may be read.
     """
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: HostValueGuard) -> None:
         self._guard = guard
 
     def __getitem__(self, name: str) -> str:
@@ -132,7 +132,7 @@ class _Os:
         guard: Decides which variables may be read.
     """
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: HostValueGuard) -> None:
         self.environ = Variables(guard)
 
     def getenv(self, name: str, default: str | None = None) -> str | None:
@@ -151,7 +151,7 @@ class _Glob:
         guard: Decides which files may be read.
     """
 
-    def __init__(self, module: Any, guard: Guard) -> None:
+    def __init__(self, module: Any, guard: HostValueGuard) -> None:
         self._module = module
         self._guard = guard
 
@@ -169,7 +169,7 @@ class _Glob:
         return getattr(self._module, name)
 
 
-def install(guard: Guard) -> None:
+def install(guard: HostValueGuard) -> None:
     """Patch tox's functions to consult a guard, for the rest of the process.
 
     Raises:
@@ -182,7 +182,7 @@ def install(guard: Guard) -> None:
             _put(finder, "glob", _Glob(finder.glob, guard))
         _put(SetEnv, "_stream_env_file", _guarded(SetEnv._stream_env_file, guard))  # noqa: SLF001 - ADR 0020
     except AttributeError as error:
-        raise Refused(
+        raise HostValueRefused(
             f"--microvm cannot see what this version of tox reads of this computer ({error}): use another one"
         ) from None
 
@@ -192,7 +192,7 @@ def _put(owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-def _guarded(stream: Any, guard: Guard) -> Any:
+def _guarded(stream: Any, guard: HostValueGuard) -> Any:
     def stream_env_file(self: Any, filename: Any, args: Any) -> Iterator[tuple[str, str]]:
         root = self._origin.root if hasattr(self, "_origin") else self._root
         path = root / self._replacer(filename, args.copy())

@@ -15,7 +15,7 @@ from tox.tox_env.python.pylock import Pylock
 
 
 @dataclass
-class Plan:
+class InstallPlan:
     """The installation plan of an environment.
 
     Attributes:
@@ -39,7 +39,7 @@ class GuestPip(Pip):
         plan: Returns the current plan.
     """
 
-    def __init__(self, tox_env: Python, plan: Callable[[], Plan]) -> None:
+    def __init__(self, tox_env: Python, plan: Callable[[], InstallPlan]) -> None:
         self._plan = plan
         super().__init__(tox_env)
 

@@ -60,11 +60,11 @@ def guard_host(conf: Config) -> None:
         HandledError: This version of tox is not supported.
     """
     from pytest_microvm.tox.configuration import ToxFile  # noqa: PLC0415 - for --microvm alone
-    from pytest_microvm.tox.host_values import Guard, install  # noqa: PLC0415
+    from pytest_microvm.tox.host_values import HostValueGuard, install  # noqa: PLC0415
 
     said = getattr(conf.options, "microvm_pass_env", None)
     named = None if said is None else [name.strip() for name in said.split(",")]
-    guard = Guard(ToxFile.of(conf.src_path, conf.options), [] if named == ["none"] else named)
+    guard = HostValueGuard(ToxFile.of(conf.src_path, conf.options), [] if named == ["none"] else named)
     install(guard)
     MicrovmRunner.guard = guard
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tox.tox_env.errors import Fail
 from tox.tox_env.python.extras import resolve_extras_static
 
-from pytest_microvm.tox.installer import GuestPip, Plan
+from pytest_microvm.tox.installer import GuestPip, InstallPlan
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Package:
     python: Path
 
 
-def plan_package(package: Package, installer: GuestPip, plan: Plan) -> None:
+def plan_package(package: Package, installer: GuestPip, plan: InstallPlan) -> None:
     """Record the commands that build and install the package, and the files that they read.
 
     Raises:
@@ -56,7 +56,7 @@ def plan_package(package: Package, installer: GuestPip, plan: Plan) -> None:
     installer.note(["-r", requirement, *constraints], "package")
 
 
-def _plan_build(package: Package, built: Path, suffix: str, plan: Plan) -> None:
+def _plan_build(package: Package, built: Path, suffix: str, plan: InstallPlan) -> None:
     script = str(package.env_dir / "build_package.py")
     plan.files[script] = Path(__file__).with_name("build_package.py").read_text(encoding="utf-8")
     how = "wheel" if package.how == "wheel" else "sdist"

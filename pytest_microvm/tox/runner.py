@@ -23,7 +23,7 @@ from virtualenv.discovery.py_spec import PythonSpec
 
 from pytest_microvm.errors import MicroVMError
 from pytest_microvm.tox import environment, folders
-from pytest_microvm.tox.installer import GuestPip, Plan
+from pytest_microvm.tox.installer import GuestPip, InstallPlan
 
 if TYPE_CHECKING:
     from tox.execute.api import Execute
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from tox.tox_env.package import Package
 
     from pytest_microvm.machine.microvm import MicroVM
-    from pytest_microvm.templates.chain import Step
+    from pytest_microvm.templates.chain import TemplateStep
     from pytest_microvm.tox.configuration import ToxFile
-    from pytest_microvm.tox.guest import Guest
-    from pytest_microvm.tox.host_values import Guard
+    from pytest_microvm.tox.guest import ToxGuest
+    from pytest_microvm.tox.host_values import HostValueGuard
 
 _PROJECT_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 _ARTIFACTS_TIMEOUT = 600.0
@@ -46,15 +46,15 @@ _log = logging.getLogger(__name__)
 class MicrovmRunner(PythonRun):
     """virtual environment in a machine of its own, via pytest-microvm."""
 
-    guard: ClassVar[Guard | None] = None
+    guard: ClassVar[HostValueGuard | None] = None
     """Decides what the configuration may read on this computer; ``None``: anything, as in native tox."""
 
     def __init__(self, create_args: ToxEnvCreateArgs) -> None:
         self._executor: Execute | None = None
         self._installer: GuestPip | None = None
-        self._guest_made: Guest | None = None
-        self._plan = Plan()
-        self._steps: list[Step] = []
+        self._guest_made: ToxGuest | None = None
+        self._plan = InstallPlan()
+        self._steps: list[TemplateStep] = []
         self._has_files = False
         self._installs_package = False
         self._making: MicroVM | None = None
@@ -196,7 +196,7 @@ class MicrovmRunner(PythonRun):
 
     def _setup_env(self) -> None:
         self._check_folders()
-        self._plan, self._steps, self._has_files = Plan(), [], False
+        self._plan, self._steps, self._has_files = InstallPlan(), [], False
         super(PythonRun, self)._setup_env()
         if self.conf["pylock"]:
             self._install_pylock()
@@ -216,7 +216,7 @@ class MicrovmRunner(PythonRun):
         self.base_python  # noqa: B018 - it raises
 
     def _setup_with_env(self) -> None:
-        self._plan = Plan()
+        self._plan = InstallPlan()
         with _in_tox_words():
             if self._installs_package:
                 self._plan_package()
@@ -231,7 +231,7 @@ class MicrovmRunner(PythonRun):
                 self._has_files = True
             self._guest().make(self._steps)
 
-    def _environment_step(self) -> Step:
+    def _environment_step(self) -> TemplateStep:
         from pytest_microvm.tox.requirements import needed  # noqa: PLC0415
 
         guest, root = self._guest(), self.core.get("tox_root", Path)
@@ -244,10 +244,10 @@ class MicrovmRunner(PythonRun):
         )
         return self._step("tox-env", files=files, venv=venv)
 
-    def _package_step(self) -> Step:
+    def _package_step(self) -> TemplateStep:
         return self._step("tox-package", files=self._guest().workspace, venv=None)
 
-    def _step(self, kind: str, *, files: Any, venv: tuple[str, str, bool] | None) -> Step:
+    def _step(self, kind: str, *, files: Any, venv: tuple[str, str, bool] | None) -> TemplateStep:
         plan = self._plan
 
         def run(machine: MicroVM) -> None:
@@ -354,15 +354,15 @@ class MicrovmRunner(PythonRun):
             self._guest_made.close()
             self._guest_made = None
 
-    def _guest(self) -> Guest:
+    def _guest(self) -> ToxGuest:
         """Return the object that starts machines, created on first use."""
         if self._guest_made is None:
-            from pytest_microvm.tox.guest import Guest  # noqa: PLC0415 - see tox/plugin.py
+            from pytest_microvm.tox.guest import ToxGuest  # noqa: PLC0415 - see tox/plugin.py
             from pytest_microvm.tox.settings import read  # noqa: PLC0415
 
             root, file = self.core.get("tox_root", Path), self._file()
             self._check_reads(file.folder)
-            self._guest_made = Guest(
+            self._guest_made = ToxGuest(
                 read(self.conf, self.options, root, file),
                 project=root,
                 work_dir=self.core.get("work_dir", Path),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pytest_microvm.tox.configuration import ToxFile
 
 
-class Key(NamedTuple):
+class ToxKey(NamedTuple):
     """The definition of one key.
 
     Args:
@@ -35,15 +35,15 @@ class Key(NamedTuple):
 
 
 _QUOTAS = tuple(quota.name for quota in QUOTAS if "tox" not in quota.absent)
-KEYS: Mapping[str, Key] = {
-    "image": Key(str, BY_NAME["image"].default, BY_NAME["image"].help),
-    **{name: Key(str, "", BY_NAME[name].help) for name in _QUOTAS},
-    "network": Key(list[str], [], "rules of what the commands may reach"),
-    "prepare_network": Key(list[str], ["pip"], "rules of what the installation may reach"),
-    "hosts": Key(list[str], [], "where names lead, NAME=ADDRESS[:PORT]"),
-    "secrets": Key(list[str], [], "values the commands get, NAME=SOURCE"),
-    "credentials": Key(list[str], [], "what is added to the commands' requests on the way out"),
-    "artifacts": Key(list[str], [], "files of the project to copy back after the commands, globs"),
+KEYS: Mapping[str, ToxKey] = {
+    "image": ToxKey(str, BY_NAME["image"].default, BY_NAME["image"].help),
+    **{name: ToxKey(str, "", BY_NAME[name].help) for name in _QUOTAS},
+    "network": ToxKey(list[str], [], "rules of what the commands may reach"),
+    "prepare_network": ToxKey(list[str], ["pip"], "rules of what the installation may reach"),
+    "hosts": ToxKey(list[str], [], "where names lead, NAME=ADDRESS[:PORT]"),
+    "secrets": ToxKey(list[str], [], "values the commands get, NAME=SOURCE"),
+    "credentials": ToxKey(list[str], [], "what is added to the commands' requests on the way out"),
+    "artifacts": ToxKey(list[str], [], "files of the project to copy back after the commands, globs"),
 }
 """The keys, which are written with the prefix ``microvm_``."""
 
@@ -56,7 +56,7 @@ _OPTIONS = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class ToxSettings:
     """The settings of one environment's machines.
 
     Args:
@@ -76,7 +76,7 @@ def register(conf: EnvConfigSet) -> None:
         conf.add_config(f"microvm_{name}", of_type=key.of_type, default=key.default, desc=key.about)
 
 
-def read(conf: EnvConfigSet, options: Parsed, project: Path, file: ToxFile) -> Settings:
+def read(conf: EnvConfigSet, options: Parsed, project: Path, file: ToxFile) -> ToxSettings:
     """Return the settings from the configuration and the command line.
 
     Args:
@@ -102,7 +102,7 @@ def read(conf: EnvConfigSet, options: Parsed, project: Path, file: ToxFile) -> S
     spec = {name: values[name] for name in ("image", *_QUOTAS, *_GRANTS) if values[name]}
     made = {name: spec[name] for name in ("image", *_QUOTAS) if name in spec}
     prepare = {**made, "network": values["prepare_network"], "hosts": values["hosts"]}
-    return Settings(
+    return ToxSettings(
         spec=MachineSpec().with_changes({**spec, "network": values["network"]}, where),
         prepare=MachineSpec().with_changes(prepare, where),
         artifacts=tuple(values["artifacts"]),

@@ -103,7 +103,7 @@ class GuestStatus(ExecuteStatus):
             pass
 
 
-class NotStarted(ExecuteStatus):
+class NotStartedStatus(ExecuteStatus):
     """A command that could not be started.
 
     Args:

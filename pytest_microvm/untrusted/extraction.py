@@ -85,7 +85,7 @@ class _Header(tarfile.TarInfo):
 
 
 @dataclass(frozen=True)
-class Terms:
+class ExtractionLimits:
     """Limits of an archive's content.
 
     Args:
@@ -102,7 +102,7 @@ class Terms:
     left_out: dict[str, str] | None = None
 
 
-def extract(source: IO[bytes], folder: Path, terms: Terms | None = None) -> None:
+def extract(source: IO[bytes], folder: Path, terms: ExtractionLimits | None = None) -> None:
     """Unpack an untrusted tar stream into ``folder``: files, folders, and links that stay inside.
 
     Set-user-id bits, write permissions of group and others, owners and devices are dropped.
@@ -110,7 +110,7 @@ def extract(source: IO[bytes], folder: Path, terms: Terms | None = None) -> None
     Raises:
         TransferError: A member is refused, the archive is damaged, or the host cannot write it.
     """
-    terms = terms or Terms(MAX_BYTES, MAX_ENTRIES)
+    terms = terms or ExtractionLimits(MAX_BYTES, MAX_ENTRIES)
     root = os.open(folder, FOLDER_FLAGS)
     total = entries = 0
     try:
@@ -146,12 +146,14 @@ def extract(source: IO[bytes], folder: Path, terms: Terms | None = None) -> None
         os.close(root)
 
 
-def _check_amount(member: tarfile.TarInfo, entries: int, total: int, terms: Terms) -> None:
+def _check_amount(member: tarfile.TarInfo, entries: int, total: int, terms: ExtractionLimits) -> None:
     if entries > terms.max_entries or total > terms.max_bytes:
         raise _refused(member, f"more than {terms.max_entries} entries or {terms.max_bytes} bytes")
 
 
-def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int, terms: Terms) -> tuple[int, int]:
+def _unpack(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, root: int, terms: ExtractionLimits
+) -> tuple[int, int]:
     """Unpack one member.
 
     Returns:
@@ -187,7 +189,7 @@ def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, root: int, terms:
     return made, copied
 
 
-def _left_out(member: tarfile.TarInfo, terms: Terms) -> bool:
+def _left_out(member: tarfile.TarInfo, terms: ExtractionLimits) -> bool:
     """Skip and record a forbidden member if ``terms`` allow that; return whether it was skipped."""
     if terms.left_out is None:
         return False
@@ -203,7 +205,7 @@ def _left_out(member: tarfile.TarInfo, terms: Terms) -> bool:
     return False
 
 
-def _leave_out(member: tarfile.TarInfo, terms: Terms, why: TransferError) -> None:
+def _leave_out(member: tarfile.TarInfo, terms: ExtractionLimits, why: TransferError) -> None:
     """Record a skipped member.
 
     Raises:
@@ -216,7 +218,7 @@ def _leave_out(member: tarfile.TarInfo, terms: Terms, why: TransferError) -> Non
     terms.left_out[path] = why.brief.rpartition(": ")[2]
 
 
-def _handed_over(member: tarfile.TarInfo, terms: Terms) -> bool:
+def _handed_over(member: tarfile.TarInfo, terms: ExtractionLimits) -> bool:
     """Return True if a link is unchanged since the host handed it over."""
     return terms.links.get("/".join(_segments(member, member.name))) == member.linkname
 

@@ -64,7 +64,7 @@ class Closed(NamedTuple):
 Event = Union[Hello, Message, Data, Credit, Closed]  # noqa: UP007 - guests may run Python 3.8
 
 
-class _Stream:
+class _StreamState:
     """The state of one open stream."""
 
     __slots__ = ("closed_here", "closed_there", "may_receive", "may_send", "used")
@@ -90,7 +90,7 @@ class Channel:
         self._grant = window * GRANT // WINDOW
         self._reader = FrameReader()
         self._out: list[bytes] = []
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, _StreamState] = {}
         self.peer: Hello | None = None
         self._emit(Kind.HELLO, 0, _encode({"version": VERSION, "role": role}).encode())
 
@@ -114,7 +114,7 @@ class Channel:
             raise ValueError(f"stream {stream} is open already")
         if len(self._streams) >= MAX_STREAMS:
             raise ValueError(f"more than {MAX_STREAMS} streams at once")
-        self._streams[stream] = _Stream(self._window)
+        self._streams[stream] = _StreamState(self._window)
 
     def write(self, stream: int, data: bytes) -> int:
         """Queue as much of ``data`` as the peer's credit allows; return the number of bytes queued."""
@@ -237,7 +237,7 @@ class Channel:
         self._forget_if_done(frame.stream)
         return Closed(frame.stream)
 
-    def _receiving(self, frame: Frame) -> _Stream:
+    def _receiving(self, frame: Frame) -> _StreamState:
         state = self._streams.get(frame.stream)
         if state is None or state.closed_there:
             raise WireError(f"{frame.kind.name} on stream {frame.stream}, which is not open")

@@ -21,7 +21,7 @@ from pytest_microvm.images.artifacts import Artifacts
 from pytest_microvm.images.store import ImageStore
 from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.templates import store as template_store
-from pytest_microvm.templates.chain import Step
+from pytest_microvm.templates.chain import TemplateStep
 from support import guards
 
 SPEC = MachineSpec(image="base", timeout=120)
@@ -350,7 +350,7 @@ def test_a_disk_that_becomes_full_while_a_template_is_made(disk, filled, said, m
     with contextlib.closing(Host(cache=small, say=said.append)) as run:
         base = run.base(SPEC)
         with pytest.raises(HostError, match="the disk with the cache is full") as caught:
-            run.template(base, [Step("hog", (hog.__name__,), hog(small))])
+            run.template(base, [TemplateStep("hog", (hog.__name__,), hog(small))])
         assert "template prune" in caught.value.resolution
         assert len(templates(small)) == 1
         assert drafts(small) == []
@@ -428,7 +428,7 @@ def test_the_cache_removed_while_a_template_is_made(run, cache):
 
     base = run.base(SPEC)
     with pytest.raises(HostError, match="the cache was removed while it was in use") as caught:
-        run.template(base, [Step("removed", (), work)])
+        run.template(base, [TemplateStep("removed", (), work)])
     assert "run again" in caught.value.resolution
     assert drafts(cache) == []
 

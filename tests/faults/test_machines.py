@@ -20,7 +20,7 @@ from pytest_microvm.hypervisors.qemu.process import QemuProcess
 from pytest_microvm.hypervisors.qemu.qmp import Qmp
 from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.templates import chain
-from pytest_microvm.templates.chain import Step
+from pytest_microvm.templates.chain import TemplateStep
 
 SPEC = MachineSpec(image="base", timeout=120)
 pytestmark = pytest.mark.usefixtures("nothing_left")
@@ -111,7 +111,7 @@ def test_killed_during_a_checkpoint(host, monkeypatch):
     monkeypatch.setattr(Qmp, "execute", killed)
     monkeypatch.setattr(Qmp, "victim", lambda _self: None, raising=False)
     base = host.base(SPEC)
-    step = Step("workspace", ("killed during a checkpoint", str(os.getpid())), work, "killed")
+    step = TemplateStep("workspace", ("killed during a checkpoint", str(os.getpid())), work, "killed")
     chained = host._chain(base)
     with pytest.raises(MachineError):
         chained.ensure(base, [step])

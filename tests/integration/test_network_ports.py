@@ -19,7 +19,7 @@ from pytest_microvm.errors import MachineCrashed, UsageError
 from pytest_microvm.machine.instance import Instance
 from pytest_microvm.machine.microvm import MicroVM
 from pytest_microvm.settings.spec import MachineSpec
-from pytest_microvm.templates.chain import Step
+from pytest_microvm.templates.chain import TemplateStep
 from support import guards
 
 MIB = 1024**2
@@ -319,7 +319,7 @@ def test_copies_of_a_machine_that_uses_its_network(host):
             machine.run(["true"])
         return {}
 
-    step = Step("prepared", (str(time.time_ns()),), work, "preparing")
+    step = TemplateStep("prepared", (str(time.time_ns()),), work, "preparing")
     template = host.template(base, [step])
     for _ in range(2):
         instance, facts, own = host.copy(template, base, "agent")

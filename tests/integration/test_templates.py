@@ -11,7 +11,7 @@ import pytest
 from pytest_microvm.host.host import Host
 from pytest_microvm.machine.grants import Given
 from pytest_microvm.settings.spec import MachineSpec
-from pytest_microvm.templates.chain import Step
+from pytest_microvm.templates.chain import TemplateStep
 
 SPEC = MachineSpec(image="base", timeout=120)
 
@@ -117,7 +117,7 @@ def test_machine_that_was_granted_something_makes_no_other_link(host, granted):
     unique = f"{os.getpid()} {granted}"
     base = host.base(SPEC)
     with host._chain(base).ensure(
-        base, [Step("prepared", (unique,), first), Step("made", (), second)]
+        base, [TemplateStep("prepared", (unique,), first), TemplateStep("made", (), second)]
     ) as made:
         keys = made.key, made.meta["parent"]
     for key in keys:
@@ -138,7 +138,10 @@ def test_a_chain_of_steps(host):
         return work
 
     unique = str(os.getpid())
-    steps = [Step("prepared", (unique, "a"), write("a")), Step("workspace", (unique, "b"), write("b"))]
+    steps = [
+        TemplateStep("prepared", (unique, "a"), write("a")),
+        TemplateStep("workspace", (unique, "b"), write("b")),
+    ]
     base = host.base(SPEC)
     with host._chain(base).ensure(base, steps) as template:
         assert template.attachment("listing") == b"a,b"
@@ -168,7 +171,7 @@ def test_a_machine_in_the_making_counts_for_the_budget(host):
         return {}
 
     base = host.base(MachineSpec(image="base"))
-    with host._chain(base).ensure(base, [Step("counted", (uuid.uuid4().hex,), work)]) as template:
+    with host._chain(base).ensure(base, [TemplateStep("counted", (uuid.uuid4().hex,), work)]) as template:
         key = template.key
     host.templates.remove(key)
     assert [(record.cpus, record.memory) for record in seen] == [(base.resources.cpus, base.resources.memory)]

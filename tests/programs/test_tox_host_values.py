@@ -15,7 +15,7 @@ from pytest_microvm.settings import trust as project_trust
 from pytest_microvm.tox import folders
 from pytest_microvm.tox.configuration import ToxFile, find
 from pytest_microvm.tox.environment import GUEST_PATH
-from pytest_microvm.tox.host_values import Guard, Refused, Variables
+from pytest_microvm.tox.host_values import HostValueGuard, HostValueRefused, Variables
 from pytest_microvm.tox.runner import MicrovmRunner
 from support import guards
 from support.repositories import git, repository
@@ -215,13 +215,13 @@ def test_honest_configurations_need_nobodys_word(project, monkeypatch):
 
 def test_passed_variables_need_a_word(project):
     file = ToxFile(project, configured(project, BEGIN) / "tox.ini")
-    with pytest.raises(Refused, match="reads the variables MY_NAME, TOKEN of this computer"):
-        Guard(file).allowed(["TOKEN", "LANG", "MY_NAME"])
-    assert Guard(file).allowed(["LANG", "LC_ALL", "CI"]) == {"LANG", "LC_ALL", "CI"}
-    assert Guard(file, ["MY_*"]).allowed(["TOKEN", "LANG", "MY_NAME"]) == {"LANG", "MY_NAME"}
-    assert Guard(file, []).allowed(["TOKEN"]) == set()
+    with pytest.raises(HostValueRefused, match="reads the variables MY_NAME, TOKEN of this computer"):
+        HostValueGuard(file).allowed(["TOKEN", "LANG", "MY_NAME"])
+    assert HostValueGuard(file).allowed(["LANG", "LC_ALL", "CI"]) == {"LANG", "LC_ALL", "CI"}
+    assert HostValueGuard(file, ["MY_*"]).allowed(["TOKEN", "LANG", "MY_NAME"]) == {"LANG", "MY_NAME"}
+    assert HostValueGuard(file, []).allowed(["TOKEN"]) == set()
     project_trust.trust(project, [project_trust.Grant("tox", "", keys=file.asked)])
-    assert Guard(ToxFile(project, file.path)).allowed(["TOKEN"]) == {"TOKEN"}
+    assert HostValueGuard(ToxFile(project, file.path)).allowed(["TOKEN"]) == {"TOKEN"}
 
 
 def test_requirements_do_not_read_variables(project):
@@ -252,18 +252,18 @@ def test_the_runner_passes_what_is_allowed(project, monkeypatch):
     file = ToxFile(project, configured(project, BEGIN) / "tox.ini")
     monkeypatch.setenv("CI", "true")
     assert MicrovmRunner._load_pass_env(["TOK*"]) == {"TOKEN": SECRET}  # as in native tox
-    monkeypatch.setattr(MicrovmRunner, "guard", Guard(file))
-    with pytest.raises(Refused, match="TOKEN"):
+    monkeypatch.setattr(MicrovmRunner, "guard", HostValueGuard(file))
+    with pytest.raises(HostValueRefused, match="TOKEN"):
         MicrovmRunner._load_pass_env(["*"])
     assert MicrovmRunner._load_pass_env(["CI", "NOT_SET"]) == {"CI": "true"}
-    monkeypatch.setattr(MicrovmRunner, "guard", Guard(file, ["MY_NAME"]))
+    monkeypatch.setattr(MicrovmRunner, "guard", HostValueGuard(file, ["MY_NAME"]))
     assert MicrovmRunner._load_pass_env(["TOKEN", "MY_*"]) == {"MY_NAME": "me"}
 
 
 def test_names_of_places_are_the_machines_even_if_all_is_allowed(project, monkeypatch):
     monkeypatch.setenv(project_trust.VARIABLE, "1")
     monkeypatch.setenv("GNUPGHOME", "/x")
-    variables = Variables(Guard(ToxFile(project, project / "tox.ini")))
+    variables = Variables(HostValueGuard(ToxFile(project, project / "tox.ini")))
     assert variables["HOME"] == "/root"
     assert "GNUPGHOME" not in variables
     assert variables.get("TOKEN") == SECRET

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pytest_microvm.hypervisors import cgroups
-from pytest_microvm.hypervisors.cgroups import Cgroups, Controller, Group, Limits, parse_parents, sweep
+from pytest_microvm.hypervisors.cgroups import Cgroup, CgroupLimits, Cgroups, Controller, parse_parents, sweep
 
 MIB = 1024**2
 OWNER = """
@@ -80,7 +80,7 @@ def test_a_system_without():
 )  # fmt: skip
 def test_what_is_written(tmp_path, version, throttle, written):
     found = Cgroups(cgroups.FOLDERS, dict.fromkeys(("memory", "cpu"), Controller(version, tmp_path)))
-    group = found.group(Limits(64 * MIB, throttle))
+    group = found.group(CgroupLimits(64 * MIB, throttle))
     (folder,) = group.folders
     assert {path.name: path.read_text() for path in folder.iterdir()} == written
     group.add(4711)
@@ -99,7 +99,7 @@ def test_what_is_written(tmp_path, version, throttle, written):
     ],
 )
 def test_whether_the_kernel_killed_a_member(tmp_path, version, name, content, hit):
-    group = Cgroups(cgroups.FOLDERS, {"memory": Controller(version, tmp_path)}).group(Limits(64 * MIB))
+    group = Cgroups(cgroups.FOLDERS, {"memory": Controller(version, tmp_path)}).group(CgroupLimits(64 * MIB))
     if content is not None:
         (group.folders[0] / name).write_text(content)
     assert group.ceiling_hit() == hit
@@ -107,9 +107,9 @@ def test_whether_the_kernel_killed_a_member(tmp_path, version, name, content, hi
 
 def test_what_is_not_enforced_is_one_line():
     memory, cpu = {"memory": Controller(2, Path("/"))}, {"cpu": Controller(2, Path("/"))}
-    half = Limits(MIB, 0.5)
+    half = CgroupLimits(MIB, 0.5)
     assert Cgroups(cgroups.FOLDERS, {**memory, **cpu}).not_enforced(half) == ()
-    assert Cgroups(cgroups.FOLDERS, memory).not_enforced(Limits(MIB)) == ()
+    assert Cgroups(cgroups.FOLDERS, memory).not_enforced(CgroupLimits(MIB)) == ()
     (line,) = Cgroups(cgroups.FOLDERS, memory).not_enforced(half)
     assert line == "this host's cgroups are not enough: cpus = 0.5 is not throttled"
     (line,) = Cgroups(reason="read-only").not_enforced(half)
@@ -123,14 +123,14 @@ def test_a_scope_of_systemd(monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
     monkeypatch.setenv("A_SECRET", "x")
     found = Cgroups(cgroups.SCOPE, {"memory": None, "cpu": None})
-    assert found.prefix(Limits(64 * MIB, 0.5)) == [
+    assert found.prefix(CgroupLimits(64 * MIB, 0.5)) == [
         "systemd-run", "--user", "--scope", "--quiet", "--collect",
         "-p", "MemoryMax=67108864", "-p", "MemorySwapMax=0", "-p", "CPUQuota=50%", "--", "env", "-i",
     ]  # fmt: skip
     assert found.environment()["XDG_RUNTIME_DIR"] == "/run/user/1000"
     assert "A_SECRET" not in found.environment()
-    assert found.group(Limits(64 * MIB)).folders == ()
-    assert Cgroups().prefix(Limits(1)) == []
+    assert found.group(CgroupLimits(64 * MIB)).folders == ()
+    assert Cgroups().prefix(CgroupLimits(1)) == []
     assert Cgroups().environment() == {}
 
 
@@ -162,5 +162,5 @@ def test_only_what_ended_owners_left_is_swept(tmp_path):
 
 def test_a_group_that_the_kernel_refuses_is_not_left(tmp_path):
     with pytest.raises(OSError):
-        Group(Limits(MIB), {"memory": Controller(1, tmp_path / "missing" / "group")})
+        Cgroup(CgroupLimits(MIB), {"memory": Controller(1, tmp_path / "missing" / "group")})
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from contextlib import closing
 import pytest
 
 from pytest_microvm.ci.results import history as module
-from pytest_microvm.ci.results.history import Case, History
+from pytest_microvm.ci.results.history import CaseResult, History
 from pytest_microvm.ci.results.result import Counts, RunResult, StepResult, TaskResult
 from pytest_microvm.cli import ci_history
 from pytest_microvm.errors import HostError, UsageError
@@ -61,7 +61,10 @@ def test_a_run_comes_back_as_it_was(history):
         lost_workers=1,
     )
     stored = run("r1", full, task("main.lint", job="lint"), interrupted=True)
-    cases = [Case("main.test", "tests.test_a.test_one", "failed", 0.25), Case("main.lint", "x", "passed")]
+    cases = [
+        CaseResult("main.test", "tests.test_a.test_one", "failed", 0.25),
+        CaseResult("main.lint", "x", "passed"),
+    ]
     history.add(stored, cases)
     assert history.run("r1") == stored
     assert history.cases("r1") == cases
@@ -91,16 +94,16 @@ def test_a_run_is_found_by_the_beginning_of_its_id(history):
 
 
 def test_a_run_that_is_added_again_is_replaced(history):
-    history.add(run("r", task(verdict="failed")), [Case("main.test", "a", "failed")])
-    history.add(run("r"), [Case("main.test", "a", "passed")])
+    history.add(run("r", task(verdict="failed")), [CaseResult("main.test", "a", "failed")])
+    history.add(run("r"), [CaseResult("main.test", "a", "passed")])
     assert [one.tasks[0].verdict for one in history.runs(5)] == ["passed"]
-    assert history.cases("r") == [Case("main.test", "a", "passed")]
+    assert history.cases("r") == [CaseResult("main.test", "a", "passed")]
 
 
 def outcomes(history, commit: str, *words: str, name: str = "test_it", **changes) -> None:
     for number, word in enumerate(words):
         known = run(f"{commit}-{name}-{number}-{changes}", task(commit=commit, **changes))
-        history.add(known, [Case("main.test", name, word)])
+        history.add(known, [CaseResult("main.test", name, word)])
 
 
 def test_flaky_tests_mix_outcomes_in_one_commit_worst_first(history):
@@ -120,7 +123,7 @@ def test_flaky_tests_mix_outcomes_in_one_commit_worst_first(history):
 
 def test_flaky_tests_before_the_given_days_are_left_out(history):
     old = run("old", ago=10 * 86400)
-    history.add(old, [Case("main.test", "a", "flaky")])
+    history.add(old, [CaseResult("main.test", "a", "flaky")])
     assert [one.name for one in history.flaky()] == ["a"]
     assert history.flaky(days=5) == []
 
@@ -130,7 +133,7 @@ def test_what_is_too_old_or_too_much_goes(history, monkeypatch, file):
     monkeypatch.setattr(module, "KEPT_CASES", 5)
     history.add(run("ancient", ago=91 * 86400))
     for number in range(5):
-        cases = [Case("main.test", f"t{n}", "passed") for n in range(2)]
+        cases = [CaseResult("main.test", f"t{n}", "passed") for n in range(2)]
         history.add(run(f"r{number}", ago=100 - number), cases)
     assert [one.id for one in history.runs(10)] == ["r4", "r3", "r2"]
     assert [len(history.cases(f"r{number}")) for number in (4, 3, 2)] == [2, 2, 0]
@@ -141,7 +144,7 @@ def test_what_is_too_old_or_too_much_goes(history, monkeypatch, file):
 
 def test_one_run_cannot_fill_the_history(history, monkeypatch):
     monkeypatch.setattr(module, "_CASES_OF_A_RUN", 10)
-    cases = (Case("main.test", "x" * 5000 + str(number), "passed") for number in range(1000))
+    cases = (CaseResult("main.test", "x" * 5000 + str(number), "passed") for number in range(1000))
     history.add(run("r"), cases)
     assert len(history.cases("r")) == 10
     assert {len(case.name) for case in history.cases("r")} == {1000}
@@ -187,7 +190,7 @@ def test_processes_may_write_at_once_from_the_first_moment(tmp_path, history):
 @pytest.mark.parametrize("how", ["no database", "a page overwritten", "cut"])
 def test_a_damaged_file_is_put_aside_and_no_run_is_lost(history, file, told, how):
     for number in range(30):
-        history.add(run(f"old{number}"), [Case("main.test", "x" * 200, "passed")] * 20)
+        history.add(run(f"old{number}"), [CaseResult("main.test", "x" * 200, "passed")] * 20)
     with closing(sqlite3.connect(file)) as database:
         database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     data = bytearray(file.read_bytes())
@@ -198,7 +201,7 @@ def test_a_damaged_file_is_put_aside_and_no_run_is_lost(history, file, told, how
     else:
         del data[len(data) // 2 :]
     file.write_bytes(data)
-    history.add(run("new"), [Case("main.test", "a", "passed")])
+    history.add(run("new"), [CaseResult("main.test", "a", "passed")])
     assert [one.id for one in history.runs(100)] == ["new"]
     assert len(told) == 1
     (aside,) = file.parent.glob("history.damaged-*.sqlite3")
@@ -243,7 +246,7 @@ def command(monkeypatch, cache, *words: str) -> int:
 
 def test_the_commands_list_and_show_runs(history, tmp_path, monkeypatch, capsys):
     bad = task(verdict="failed", tests=Counts(3, 1), reason="1 test failed", denied=("evil.example",))
-    history.add(run("2026-ab", bad), [Case("main.test", "tests.test_a", "failed", 0.5)])
+    history.add(run("2026-ab", bad), [CaseResult("main.test", "tests.test_a", "failed", 0.5)])
     assert command(monkeypatch, tmp_path, "history") == 0
     head, line = capsys.readouterr().out.splitlines()
     assert head.split() == ["RUN", "BEGAN", "TOOK", "OUTCOME", "JOBS", "BRANCHES", "REPOSITORY"]
@@ -257,7 +260,7 @@ def test_the_commands_list_and_show_runs(history, tmp_path, monkeypatch, capsys)
 
 
 def test_the_commands_speak_json(history, tmp_path, monkeypatch, capsys):
-    history.add(run("r1"), [Case("main.test", "t", "flaky")])
+    history.add(run("r1"), [CaseResult("main.test", "t", "flaky")])
     command(monkeypatch, tmp_path, "history", "--json")
     assert [(one["id"], one["exit_code"]) for one in json.loads(capsys.readouterr().out)] == [("r1", 0)]
     command(monkeypatch, tmp_path, "history", "--flaky", "--json")
@@ -277,7 +280,7 @@ def test_the_commands_say_when_there_is_nothing(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_hostile_names_change_nothing_on_the_screen(history, tmp_path, monkeypatch, capsys, terminal):
     hostile = task(branch=HOSTILE, job=HOSTILE, reason=HOSTILE, verdict="failed", denied=(HOSTILE,))
-    history.add(run("r", hostile), [Case("main.test", HOSTILE, "flaky")])
+    history.add(run("r", hostile), [CaseResult("main.test", HOSTILE, "flaky")])
     if terminal:
         monkeypatch.setenv("FORCE_COLOR", "1")
         monkeypatch.setenv("NO_COLOR", "1")

@@ -6,9 +6,9 @@ import pytest
 
 from pytest_microvm.errors import UsageError
 from pytest_microvm.settings.credentials import CredentialSpec, parse_credential, parse_credentials
-from pytest_microvm.settings.secret_values import Source
+from pytest_microvm.settings.secret_values import SecretSource
 
-TOKEN = Source("env", "TOKEN")
+TOKEN = SecretSource("env", "TOKEN")
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ TOKEN = Source("env", "TOKEN")
         (
             {"host": "a.example", "value": {"command": "pass show a,b=c"}, "scheme": "basic"},
             "host=a.example,command=pass show a,b=c,scheme=basic",
-            CredentialSpec("a.example", Source("command", "pass show a,b=c"), scheme="basic"),
+            CredentialSpec("a.example", SecretSource("command", "pass show a,b=c"), scheme="basic"),
         ),
     ],
 )

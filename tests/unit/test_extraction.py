@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pytest_microvm.agent.transfer import put
 from pytest_microvm.errors import TransferError
 from pytest_microvm.untrusted import extraction
-from pytest_microvm.untrusted.extraction import Terms, extract
+from pytest_microvm.untrusted.extraction import ExtractionLimits, extract
 
 
 @pytest.fixture
@@ -413,7 +413,7 @@ def test_what_leads_out_can_be_left_out(inside):
         member("pipe", tarfile.FIFOTYPE), member("disk", tarfile.BLKTYPE), link("d/fine", "../good"),
         member("last", data=b"2"),
     ]  # fmt: skip
-    extract(received(*members), inside, Terms(left_out=left_out))
+    extract(received(*members), inside, ExtractionLimits(left_out=left_out))
     assert sorted(path.name for path in inside.rglob("*")) == ["d", "fine", "good", "last"]
     assert left_out == {
         "bad": "a link that may lead out",
@@ -426,17 +426,17 @@ def test_what_leads_out_can_be_left_out(inside):
 def test_what_is_left_out_costs_memory(inside):
     members = [link(f"bad{number}", "/x") for number in range(extraction._MAX_LEFT_OUT + 1)]
     with pytest.raises(TransferError, match="may lead out"):
-        extract(received(*members), inside, Terms(left_out={}))
+        extract(received(*members), inside, ExtractionLimits(left_out={}))
 
 
 @pytest.mark.parametrize("name", ["../x", "/x", "a/../../x"])
 def test_names_that_lead_out_are_never_left_out(inside, name):
     with pytest.raises(TransferError):
-        extract(received(link(name, "/x")), inside, Terms(left_out={}))
+        extract(received(link(name, "/x")), inside, ExtractionLimits(left_out={}))
 
 
 def test_a_link_that_the_host_handed_over_may_come_back(inside):
-    terms = Terms(links={"venv/python": "/usr/bin/python3"})
+    terms = ExtractionLimits(links={"venv/python": "/usr/bin/python3"})
     extract(received(link("venv/python", "/usr/bin/python3")), inside, terms)
     assert str((inside / "venv" / "python").readlink()) == "/usr/bin/python3"
     (inside / "venv" / "python").unlink()
@@ -450,7 +450,7 @@ def test_long_names_count_as_more(inside):
         member(f"{number}/" + "n" * 200 + "/" + "m" * 200 + "/" + "o" * 200, data=b"") for number in range(3)
     ]
     with pytest.raises(TransferError, match="more than 5 entries"):
-        extract(received(*members), inside, Terms(max_entries=5))
+        extract(received(*members), inside, ExtractionLimits(max_entries=5))
 
 
 def test_a_name_that_the_host_cannot_have_can_be_left_out(inside):
@@ -461,7 +461,7 @@ def test_a_name_that_the_host_cannot_have_can_be_left_out(inside):
         link("l" * 256, "good"),
         member("good", data=b"2"),
     ]
-    extract(received(*members), inside, Terms(left_out=left_out))
+    extract(received(*members), inside, ExtractionLimits(left_out=left_out))
     assert [path.name for path in inside.iterdir()] == ["good"]
     assert set(left_out) == {"n" * 300, "d" * 256, "l" * 256}
     assert set(left_out.values()) == {"the host cannot name it so (File name too long)"}
@@ -476,18 +476,20 @@ def test_full_disk_during_extraction_is_a_transfer_error(inside, monkeypatch):
     monkeypatch.setattr(os, "mkdir", full)
     for left_out in (None, {}):
         with pytest.raises(TransferError, match="No space left on device"):
-            extract(received(member("d/e/f", data=b"1")), inside, Terms(left_out=left_out))
+            extract(received(member("d/e/f", data=b"1")), inside, ExtractionLimits(left_out=left_out))
 
 
 def test_a_hard_link_has_as_many_bytes(inside):
     """What is taken over of it is a file of its own: a small archive must not fill the host's disk."""
     members = [member("a", data=b"123"), *(hard(f"b{number}", "a") for number in range(3))]
-    extract(received(*members), inside, Terms(max_bytes=12))
+    extract(received(*members), inside, ExtractionLimits(max_bytes=12))
     with pytest.raises(TransferError, match="11 bytes"):
-        extract(received(*members), inside, Terms(max_bytes=11))
+        extract(received(*members), inside, ExtractionLimits(max_bytes=11))
 
 
 def test_bytes_are_limited(inside):
-    extract(received(member("a", data=b"12"), member("b", data=b"34")), inside, Terms(max_bytes=4))
+    extract(received(member("a", data=b"12"), member("b", data=b"34")), inside, ExtractionLimits(max_bytes=4))
     with pytest.raises(TransferError, match="4 bytes"):
-        extract(received(member("a", data=b"12"), member("b", data=b"345")), inside, Terms(max_bytes=4))
+        extract(
+            received(member("a", data=b"12"), member("b", data=b"345")), inside, ExtractionLimits(max_bytes=4)
+        )

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pytest_microvm.guest import network as network_module
-from pytest_microvm.guest.network import Network
+from pytest_microvm.guest.network import NetworkProcess
 from pytest_microvm.wire.channel import Channel, Closed, Data, Message
 from pytest_microvm.wire.frames import Kind, WireError, encode
 from pytest_microvm.wire.network import CONNECTIONS, WINDOW
@@ -30,7 +30,7 @@ class Guest:
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=CONNECTIONS)
         self.events = []
         self.end = None
-        self.network = Network(self._theirs.fileno(), self.listener)
+        self.network = NetworkProcess(self._theirs.fileno(), self.listener)
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -435,7 +435,7 @@ def test_host_hears_of_an_attempt_before_it_is_answered(monkeypatch):
         )
         device.setblocking(False)
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        network = Network(port.fileno(), listener, device.fileno())
+        network = NetworkProcess(port.fileno(), listener, device.fileno())
         kernel.send(packet)
         monkeypatch.setattr(network_module.os, "write", noted)
         network._packets(0)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_microvm.errors import MachineCrashed, MachineError
-from pytest_microvm.guest.network import Network
+from pytest_microvm.guest.network import NetworkProcess
 from pytest_microvm.network.port import service as service_module
 from pytest_microvm.network.port import streams as port_module
 from pytest_microvm.network.port.service import MachineNetwork
@@ -71,7 +71,7 @@ class Guest(Machine):
     def __init__(self, proxy=None):
         super().__init__(proxy)
         self.listener = socket.create_server(("127.0.0.1", 0), backlog=CONNECTIONS)
-        self.process = Network(self.sock.fileno(), self.listener)
+        self.process = NetworkProcess(self.sock.fileno(), self.listener)
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 

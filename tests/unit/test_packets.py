@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_microvm.guest.packets import Attempt, checksum, judge
+from pytest_microvm.guest.packets import NetworkAttempt, checksum, judge
 
 SOURCE_4, TARGET_4 = "192.0.0.8", "198.51.100.7"
 SOURCE_6, TARGET_6 = "fd6d:6963:726f:766d::1", "2001:db8::7"
@@ -93,7 +93,7 @@ def test_checksum_is_the_rfcs():
 @BOTH
 def test_a_connection_is_refused(ip, source, target, icmp):
     attempt, answer = judge(ip(TCP, tcp(SYN, number=0xFFFFFFFF, options=bytes(20))))
-    assert attempt == Attempt("TCP", target, 443)
+    assert attempt == NetworkAttempt("TCP", target, 443)
     said_by, said_to, protocol, segment = read(answer)
     assert (said_by, said_to, protocol) == (target, source, TCP)
     ports_and_numbers = struct.unpack("!HHIIBB", segment[:14])
@@ -115,7 +115,7 @@ def test_a_segment_of_no_connection_is_reset_and_no_attempt(ip, source, target, 
 def test_a_datagram_has_no_port_to_go_to(ip, source, target, icmp):
     packet = ip(UDP, udp(bytes(1400)))
     attempt, answer = judge(packet)
-    assert attempt == Attempt("UDP", target, 9)
+    assert attempt == NetworkAttempt("UDP", target, 9)
     said_by, said_to, protocol, message = read(answer)
     assert (said_by, said_to, protocol) == (target, source, icmp)
     assert tuple(message[:2]) == ((3, 3) if icmp == ICMP else (1, 4))
@@ -126,14 +126,14 @@ def test_a_datagram_has_no_port_to_go_to(ip, source, target, icmp):
 @BOTH
 def test_an_echo_is_prohibited(ip, source, target, icmp):
     attempt, answer = judge(ip(icmp, bytes([8 if icmp == ICMP else 128, 0, 0, 0, 0, 1, 0, 1])))
-    assert attempt == Attempt("ICMP", target, 0)
+    assert attempt == NetworkAttempt("ICMP", target, 0)
     assert tuple(read(answer)[3][:2]) == ((3, 13) if icmp == ICMP else (1, 1))
 
 
 @BOTH
 def test_another_protocol_is_prohibited_and_named(ip, source, target, icmp):
     attempt, answer = judge(ip(47, b"tunnel"))
-    assert attempt == Attempt("IP/47", target, 0)
+    assert attempt == NetworkAttempt("IP/47", target, 0)
     assert read(answer)[2] == icmp
 
 
@@ -152,7 +152,7 @@ def test_groups_are_ignored_and_a_broadcast_is_not_answered():
     assert judge(ip4(UDP, udp(b"x", 5353), target="224.0.0.251")) == (None, None)
     assert judge(ip6(UDP, udp(b"x", 5353), target="ff02::fb")) == (None, None)
     assert judge(ip4(UDP, udp(b"x", 67), target="255.255.255.255")) == (
-        Attempt("UDP", "255.255.255.255", 67),
+        NetworkAttempt("UDP", "255.255.255.255", 67),
         None,
     )
 
@@ -161,7 +161,7 @@ def test_groups_are_ignored_and_a_broadcast_is_not_answered():
 def test_a_name_does_not_exist(ip, source, target, icmp):
     asked = query(b"secret.example.com", kind=28)
     attempt, answer = judge(ip(UDP, udp(asked, 53)), "vm-1")
-    assert attempt == Attempt("DNS", target, 53, "secret.example.com")
+    assert attempt == NetworkAttempt("DNS", target, 53, "secret.example.com")
     said_by, said_to, protocol, datagram = read(answer)
     assert (said_by, said_to, protocol) == (target, source, UDP)
     assert struct.unpack("!HHH", datagram[:6]) == (53, 40000, len(datagram))
@@ -180,7 +180,7 @@ def test_the_machines_own_name_is_itself_and_no_attempt():
     assert attempt is None
     assert struct.unpack("!HHH", read(answer)[3][10:16]) == (0x8180, 1, 0)  # no IPv6 address, but no error
     assert judge(ip4(UDP, udp(query(b"vm-1.evil.example"), 53)), "vm-1")[0].name == "vm-1.evil.example"
-    assert judge(ip4(UDP, udp(query(b""), 53)), "")[0] == Attempt("DNS", TARGET_4, 53, ".")
+    assert judge(ip4(UDP, udp(query(b""), 53)), "")[0] == NetworkAttempt("DNS", TARGET_4, 53, ".")
 
 
 def test_special_bytes_and_dots_in_dns_labels_are_escaped():
@@ -206,20 +206,20 @@ def test_special_bytes_and_dots_in_dns_labels_are_escaped():
 )
 def test_what_is_no_question_is_a_datagram_like_others(data):
     attempt, answer = judge(ip4(UDP, udp(data, 53)))
-    assert attempt == Attempt("UDP", TARGET_4, 53)
+    assert attempt == NetworkAttempt("UDP", TARGET_4, 53)
     assert read(answer)[2] == ICMP
 
 
 def test_options_and_extension_headers_are_stepped_over():
-    assert judge(ip4(TCP, tcp(SYN), options=bytes(12)))[0] == Attempt("TCP", TARGET_4, 443)
+    assert judge(ip4(TCP, tcp(SYN), options=bytes(12)))[0] == NetworkAttempt("TCP", TARGET_4, 443)
     options = bytes([60, 0]) + bytes(6)  # hop-by-hop, then destination options
     more = bytes([44, 1]) + bytes(14)  # of 16 bytes, then a fragment header
     fragment = bytes([TCP, 0, 0, 1, 0, 0, 0, 9])  # the first fragment, more follow
-    assert judge(ip6(0, options + more + fragment + tcp(SYN)))[0] == Attempt("TCP", TARGET_6, 443)
+    assert judge(ip6(0, options + more + fragment + tcp(SYN)))[0] == NetworkAttempt("TCP", TARGET_6, 443)
 
 
 def test_fragments_but_the_first_are_ignored():
-    assert judge(ip4(UDP, udp(b"x"), fragment=0x2000))[0] == Attempt("UDP", TARGET_4, 9)
+    assert judge(ip4(UDP, udp(b"x"), fragment=0x2000))[0] == NetworkAttempt("UDP", TARGET_4, 9)
     assert judge(ip4(UDP, udp(b"x"), fragment=0x2001)) == (None, None)
     assert judge(ip6(44, bytes([UDP, 0, 0, 8, 0, 0, 0, 9]) + udp(b"x"))) == (None, None)
 

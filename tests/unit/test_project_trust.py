@@ -12,7 +12,7 @@ from pytest_microvm.ci.running.run import check_trust
 from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.cli import main
 from pytest_microvm.errors import UsageError
-from pytest_microvm.git.checkout import Checkout, checked_out
+from pytest_microvm.git.checkout import CheckedOutRef, checked_out
 from pytest_microvm.host.project_grants import asked_by
 from pytest_microvm.settings import trust as project_trust
 from pytest_microvm.settings.configuration import load_settings
@@ -177,7 +177,7 @@ def test_a_strangers_branch_is_not_the_one_of_that_name(clone, remote, merge, na
     assert is_allowed(clone)
     git(clone, "config", "branch.feature/a.remote", remote)
     git(clone, "config", "branch.feature/a.merge", merge)
-    assert checked_out(clone) == Checkout(name, remote)
+    assert checked_out(clone) == CheckedOutRef(name, remote)
     assert not is_allowed(clone)
     allow(clone, ASKED, name, remote)  # as `trust` does it for what is checked out
     assert is_allowed(clone)
@@ -199,15 +199,15 @@ def test_no_glob_is_for_a_commit_or_a_pull_request(clone, glob, allowed):
 
 def test_a_branch_that_follows_origin_or_a_local_one_is_ones_own(clone):
     allow(clone, ASKED, "main")
-    assert checked_out(clone) == Checkout("main", "origin")
+    assert checked_out(clone) == CheckedOutRef("main", "origin")
     assert is_allowed(clone)
     git(clone, "checkout", "-q", "--track", "-b", "local", "main")
-    assert checked_out(clone) == Checkout("local")
+    assert checked_out(clone) == CheckedOutRef("local")
 
 
 def test_a_worktree_has_a_branch_of_its_own(clone, tmp_path):
     git(clone, "worktree", "add", "-q", "-b", "other", str(tmp_path / "tree"))
-    assert checked_out(tmp_path / "tree") == Checkout("other")
+    assert checked_out(tmp_path / "tree") == CheckedOutRef("other")
     assert checked_out(clone).name == "main"
 
 
@@ -228,7 +228,7 @@ def test_a_branch_called_like_something_else_is_not_that(clone):
 
 
 def test_a_repository_without_commits_has_a_branch(tmp_path):
-    assert checked_out(repository(tmp_path / "new")) == Checkout("main")
+    assert checked_out(repository(tmp_path / "new")) == CheckedOutRef("main")
 
 
 def test_repository_with_an_invalid_head_is_a_usage_error(clone):
@@ -242,7 +242,7 @@ def test_the_repositorys_configuration_runs_nothing(clone, tmp_path):
     git(clone, "config", "core.fsmonitor", f"touch {mark}")
     git(clone, "config", "include.path", str(tmp_path / "more"))
     (tmp_path / "more").write_text('[branch "main"]\n\tremote = elsewhere\n')
-    assert checked_out(clone) == Checkout("main", "origin")
+    assert checked_out(clone) == CheckedOutRef("main", "origin")
     assert not mark.exists()
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from pytest_microvm.machine import quotas
-from pytest_microvm.machine.quotas import Guard, Watchdog
+from pytest_microvm.machine.quotas import QuotaGuard, Watchdog
 from pytest_microvm.settings.spec import Limits
 
 
@@ -34,7 +34,7 @@ class Machine:
 def guarded(**limits):
     machine = Machine()
     limits = {"cpus": 1, "memory": 2**28, "disk": 1000, **limits}
-    return machine, Guard(Limits(**limits), machine.used, machine.end)
+    return machine, QuotaGuard(Limits(**limits), machine.used, machine.end)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.settings.secret_values import Source
+from pytest_microvm.settings.secret_values import SecretSource
 
 PYTHON = Path(sys.executable).resolve()  # not the one of a virtual environment, which may be in a project
 ENVIRONMENT = f"{PYTHON} -c 'import json, os; print(json.dumps([os.getcwd(), dict(os.environ)]))'"
@@ -36,7 +36,7 @@ def script(path, text):
 
 
 def value(command, project):
-    return Source("command", command).read("secrets: K", project).reveal()
+    return SecretSource("command", command).read("secrets: K", project).reveal()
 
 
 def refused(command, project, why="belongs to the project"):

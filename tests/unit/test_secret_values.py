@@ -12,8 +12,8 @@ from pytest_microvm.errors import UsageError
 from pytest_microvm.settings.secret_values import (
     MAX_BYTES,
     Secret,
+    SecretSource,
     SecretValue,
-    Source,
     parse_secrets,
     parse_source,
 )
@@ -22,10 +22,10 @@ from pytest_microvm.settings.secret_values import (
 def test_each_source(monkeypatch, tmp_path):
     monkeypatch.setenv("A_TOKEN", "from-env")
     (tmp_path / "key").write_text("from-file\n")
-    assert Source("env", "A_TOKEN").read("x").reveal() == "from-env"
-    assert Source("file", str(tmp_path / "key")).read("x").reveal() == "from-file"
+    assert SecretSource("env", "A_TOKEN").read("x").reveal() == "from-env"
+    assert SecretSource("file", str(tmp_path / "key")).read("x").reveal() == "from-file"
     command = f"{sys.executable} -c 'print(\"from-command\")'"
-    assert Source("command", command).read("x").reveal() == "from-command"
+    assert SecretSource("command", command).read("x").reveal() == "from-command"
 
 
 def test_file_behind_a_link_of_the_project_is_refused(tmp_path, monkeypatch):
@@ -35,8 +35,8 @@ def test_file_behind_a_link_of_the_project_is_refused(tmp_path, monkeypatch):
     (project / "token").symlink_to(tmp_path / "key")
     monkeypatch.chdir(project)
     with pytest.raises(UsageError, match="is a link of the project"):
-        Source("file", "token").read("x", project)
-    assert Source("file", str(tmp_path / "key")).read("x", project).reveal() == "the user's"
+        SecretSource("file", "token").read("x", project)
+    assert SecretSource("file", str(tmp_path / "key")).read("x", project).reveal() == "the user's"
 
 
 def test_the_keyring(monkeypatch):
@@ -55,9 +55,9 @@ def test_the_keyring(monkeypatch):
     before = keyring.get_keyring()
     keyring.set_keyring(InMemory())
     try:
-        assert Source("keyring", "shop/me").read("x").reveal() == "from-keyring"
+        assert SecretSource("keyring", "shop/me").read("x").reveal() == "from-keyring"
         with pytest.raises(UsageError, match="no entry 'shop/you'"):
-            Source("keyring", "shop/you").read("x")
+            SecretSource("keyring", "shop/you").read("x")
     finally:
         keyring.set_keyring(before)
 
@@ -65,12 +65,12 @@ def test_the_keyring(monkeypatch):
 @pytest.mark.parametrize(
     ("source", "why"),
     [
-        (Source("env", "PYTEST_MICROVM_NO_SUCH"), "is not set"),
-        (Source("file", "/no/such/file"), "cannot be read"),
-        (Source("command", "false"), "ended with status 1"),
-        (Source("command", "no-such-program --token abc"), "could not be run"),
-        (Source("command", "true"), "is empty"),
-        (Source("command", f"head -c {MAX_BYTES + 1} /dev/zero"), "no secret"),
+        (SecretSource("env", "PYTEST_MICROVM_NO_SUCH"), "is not set"),
+        (SecretSource("file", "/no/such/file"), "cannot be read"),
+        (SecretSource("command", "false"), "ended with status 1"),
+        (SecretSource("command", "no-such-program --token abc"), "could not be run"),
+        (SecretSource("command", "true"), "is empty"),
+        (SecretSource("command", f"head -c {MAX_BYTES + 1} /dev/zero"), "no secret"),
     ],
 )
 def test_what_gives_no_value(source, why):
@@ -89,7 +89,7 @@ def test_the_holder_shows_nothing():
 
 
 def test_a_commands_arguments_are_not_shown():
-    assert str(Source("command", "vault read -token=abc path")) == "command vault ..."
+    assert str(SecretSource("command", "vault read -token=abc path")) == "command vault ..."
 
 
 def test_both_ways_to_write_secrets():
@@ -97,8 +97,8 @@ def test_both_ways_to_write_secrets():
     texts = ["A=env:X", "B=file:~/key,as=file"]
     assert parse_secrets(table, "here") == parse_secrets(texts, "here")
     assert parse_secrets(table, "here") == (
-        Secret("A", Source("env", "X")),
-        Secret("B", Source("file", "~/key"), "file"),
+        Secret("A", SecretSource("env", "X")),
+        Secret("B", SecretSource("file", "~/key"), "file"),
     )
 
 

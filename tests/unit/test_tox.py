@@ -21,7 +21,7 @@ from pytest_microvm.tox import environment, folders, settings
 from pytest_microvm.tox.configuration import ToxFile
 from pytest_microvm.tox.display import TerminalText
 from pytest_microvm.tox.executor import allowed_command
-from pytest_microvm.tox.installer import Plan
+from pytest_microvm.tox.installer import InstallPlan
 from pytest_microvm.tox.interpreters import chosen
 from pytest_microvm.tox.package import Package, plan_package
 from pytest_microvm.tox.requirements import Needed, is_local, needed
@@ -129,7 +129,7 @@ class Noting:
 
 
 def planned(how, root, **changes):
-    plan, installer = Plan(), Noting()
+    plan, installer = InstallPlan(), Noting()
     wanted = {
         "extras": frozenset(),
         "given": None,

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from pytest_microvm.errors import UsageError
-from pytest_microvm.suite.backend import Settings
+from pytest_microvm.suite.backend import RemoteSettings
 from pytest_microvm.suite.plan import artifacts_folder
 from pytest_microvm.untrusted.nofollow import refuse_links
 
 
 def settings(rootdir, written, **values):
-    return Settings(values=values, rootdir=rootdir, written=written)
+    return RemoteSettings(values=values, rootdir=rootdir, written=written)
 
 
 def test_a_folder_of_the_user_s_is_taken(tmp_path, monkeypatch):

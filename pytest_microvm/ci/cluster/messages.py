@@ -18,7 +18,7 @@ from pytest_microvm.ci.definition.task import Task
 from pytest_microvm.ci.results.result import TaskResult, Verdict, task_from_json
 from pytest_microvm.errors import TransferError
 from pytest_microvm.settings.spec import format_size
-from pytest_microvm.untrusted.extraction import Terms, extract
+from pytest_microvm.untrusted.extraction import ExtractionLimits, extract
 from pytest_microvm.untrusted.text import sanitize_line
 
 MAX_FILES = 10_000
@@ -110,7 +110,9 @@ def unpack_reply(blob: bytes, folder: Path) -> TaskResult:
     except (ValueError, KeyError, TypeError) as error:
         raise TransferError(f"a worker sent a damaged result: {sanitize_line(str(error))}") from error
     folder.mkdir(parents=True, exist_ok=True)
-    extract(io.BytesIO(blob[_HEAD + size :]), folder, Terms(2 * MAX_BYTES, 2 * MAX_FILES, left_out={}))
+    extract(
+        io.BytesIO(blob[_HEAD + size :]), folder, ExtractionLimits(2 * MAX_BYTES, 2 * MAX_FILES, left_out={})
+    )
     return result
 
 

@@ -165,7 +165,7 @@ class WorkerSide(WorkerPlugin):
         stop = Stop(cancelled)
         try:
             self._get_image(order, reporter, stop)
-            sources = _Sources(self, order, stop)
+            sources = _OrderSources(self, order, stop)
             work = Work(sources, output, reporter, order.repository, order.default_branch)
             return Attempt(self.host, order.task, work, cancelled).run()
         except Stopped:
@@ -211,7 +211,7 @@ class WorkerSide(WorkerPlugin):
         self._worker.log_event(topic(self._run), dict(message))
 
 
-class _Sources:
+class _OrderSources:
     """The files of one order's source; see :class:`pytest_microvm.ci.running.executor.Sources`."""
 
     def __init__(self, side: WorkerSide, order: Order, stop: Stop) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pytest_microvm.ci.gitlab.holder_socket import SCRIPT, FrameSocket, message_of, short_path
-from pytest_microvm.ci.gitlab.holding import ENDED, FACTS, LOCK, LOG, SOCKET, Terms
+from pytest_microvm.ci.gitlab.holding import ENDED, FACTS, LOCK, LOG, SOCKET, HoldLimits
 from pytest_microvm.errors import HostError, MachineError, UsageError
 from pytest_microvm.templates.runtime_folder import own_folder, runtime_folder
 from pytest_microvm.wire.frames import Kind, WireError
@@ -32,7 +32,7 @@ _FORGOTTEN = 24 * 3600.0  # seconds after which the folder of an ended holder is
 
 
 @dataclass(frozen=True)
-class Ended:
+class ScriptResult:
     """The outcome of a script.
 
     Args:
@@ -63,7 +63,7 @@ class HeldMachine:
     def start(
         self,
         machine: Mapping[str, Any],
-        terms: Terms,
+        terms: HoldLimits,
         *,
         relative_to: Path,
         where: str,
@@ -108,7 +108,7 @@ class HeldMachine:
                     return str(told["machine"])
         raise HostError("the process that holds the machine ended", details=self._log())
 
-    def run(self, shell: str, script: bytes, output: Callable[[int, bytes], None]) -> Ended:
+    def run(self, shell: str, script: bytes, output: Callable[[int, bytes], None]) -> ScriptResult:
         """Run a script in the machine; SIGTERM or SIGINT to this process stops the script.
 
         Args:
@@ -130,8 +130,8 @@ class HeldMachine:
                         continue
                     told = message_of(frame)
                     if "exit" in told:
-                        return Ended(int(told["exit"]))
-                    return Ended(None, str(told.get("error", "")), quota=told.get("kind") == "quota")
+                        return ScriptResult(int(told["exit"]))
+                    return ScriptResult(None, str(told.get("error", "")), quota=told.get("kind") == "quota")
             except (OSError, ValueError, WireError) as error:
                 raise self._gone() from error
             raise self._gone()

@@ -49,7 +49,7 @@ _log = logging.getLogger("pytest_microvm")  # without handlers it writes to stde
 
 
 @dataclass(frozen=True)
-class Terms:
+class HoldLimits:
     """The time limits of a holder.
 
     Args:
@@ -75,7 +75,7 @@ class Holder:
 
     machine: MicroVM
     folder: Path
-    terms: Terms
+    terms: HoldLimits
     _visitors: int = 0
     _last: float = field(default_factory=time.monotonic)
     _over: bool = False
@@ -252,7 +252,7 @@ def spec_of(values: Mapping[str, Any], folder: Path, where: str) -> MachineSpec:
     return MachineSpec().with_changes(values, where)
 
 
-def hold(spec: MachineSpec, folder: Path, terms: Terms, orders: IO[bytes], report: IO[bytes]) -> None:
+def hold(spec: MachineSpec, folder: Path, terms: HoldLimits, orders: IO[bytes], report: IO[bytes]) -> None:
     """Start a machine, report the result, and serve the machine until it is to be ended.
 
     Args:
@@ -307,7 +307,7 @@ def main() -> int:
     with (folder / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
-            hold(spec, folder, Terms(**wanted["terms"]), orders, report)
+            hold(spec, folder, HoldLimits(**wanted["terms"]), orders, report)
         except KeyboardInterrupt:
             return 128 + signal.SIGTERM
     return 0

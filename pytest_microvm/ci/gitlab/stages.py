@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pytest_microvm.ci.gitlab.held import Ended, HeldMachine
-from pytest_microvm.ci.gitlab.holding import MAX_SCRIPT, Terms
+from pytest_microvm.ci.gitlab.held import HeldMachine, ScriptResult
+from pytest_microvm.ci.gitlab.holding import MAX_SCRIPT, HoldLimits
 from pytest_microvm.ci.gitlab.job import GitlabJob, job_key, read_job
 from pytest_microvm.ci.gitlab.settings import GitlabSettings, machine_values
 from pytest_microvm.errors import UsageError
@@ -68,13 +68,13 @@ class GitlabStages:
         where = "the configuration of the GitLab runner"
         image = _image(settings, job)
         values = machine_values(settings, image, protected=job.protected, host=job.host, where=where)
-        terms = Terms(lifetime=_lifetime(settings, job), idle=settings.idle, grace=settings.grace)
+        terms = HoldLimits(lifetime=_lifetime(settings, job), idle=settings.idle, grace=settings.grace)
         machine = HeldMachine(job.key).start(values, terms, relative_to=settings.folder, where=where, say=say)
         if job.services:
             say("WARNING: services: this driver starts none")
         say(f"machine {machine} from image {image}; network: {', '.join(values['network']) or 'none'}")
 
-    def run(self, script: Path, output: Callable[[int, bytes], None]) -> Ended:
+    def run(self, script: Path, output: Callable[[int, bytes], None]) -> ScriptResult:
         """Run a script of the runner in the machine and return its outcome.
 
         Args:

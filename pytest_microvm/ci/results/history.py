@@ -51,7 +51,7 @@ DELETE FROM cases WHERE task IN (SELECT tasks.number FROM tasks JOIN
 
 
 @dataclass(frozen=True)
-class Case:
+class CaseResult:
     """The result of one test.
 
     Args:
@@ -101,7 +101,7 @@ class History:
     def __init__(self, cache: Path, say: Callable[[str], None] = _log.warning) -> None:
         self._file = HistoryFile(cache / "ci" / "history.sqlite3", say)
 
-    def add(self, run: RunResult, cases: Iterable[Case] = ()) -> None:
+    def add(self, run: RunResult, cases: Iterable[CaseResult] = ()) -> None:
         """Add a run, and delete expired entries.
 
         Args:
@@ -111,7 +111,7 @@ class History:
         Raises:
             HostError: The file cannot be written, or is of a newer version.
         """
-        tests: dict[str, list[Case]] = {task.id: [] for task in run.tasks}
+        tests: dict[str, list[CaseResult]] = {task.id: [] for task in run.tasks}
         for case in islice((case for case in cases if case.task in tests), _CASES_OF_A_RUN):
             tests[case.task].append(case)
 
@@ -157,12 +157,12 @@ class History:
         what = "more than one run begins with" if found else "there is no run"
         raise UsageError(f"{what} {prefix!r}", resolution="see `pytest-microvm ci history`")
 
-    def cases(self, run: str) -> list[Case]:
+    def cases(self, run: str) -> list[CaseResult]:
         """Return the tests of the run with the id ``run``, in order."""
         query = """SELECT tasks.id, name, outcome, cases.seconds FROM cases JOIN tasks
         ON tasks.number = cases.task JOIN runs ON runs.number = tasks.run WHERE runs.id = ?
         ORDER BY tasks.number, position"""
-        return self._file.do(lambda database: [Case(*row) for row in database.execute(query, (run,))])
+        return self._file.do(lambda database: [CaseResult(*row) for row in database.execute(query, (run,))])
 
     def flaky(self, days: float = KEPT_DAYS) -> list[Flaky]:
         """Return the tests that passed and failed with the same commit, in one run or several, worst first.
@@ -177,7 +177,7 @@ class History:
 _ALL_RUNS = "SELECT * FROM runs ORDER BY started DESC, id DESC"
 
 
-def _insert(database: sqlite3.Connection, run: RunResult, tests: dict[str, list[Case]]) -> None:
+def _insert(database: sqlite3.Connection, run: RunResult, tests: dict[str, list[CaseResult]]) -> None:
     database.execute("DELETE FROM runs WHERE id = ?", (run.id,))
     facts = (run.id, _text(run.repository), _text(run.definition), run.started, run.seconds, run.interrupted)
     count = sum(map(len, tests.values()))

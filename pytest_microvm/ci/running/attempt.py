@@ -40,7 +40,7 @@ _FAILED: Verdict = "failed"
 
 
 @dataclass
-class _State:
+class _AttemptState:
     """The recorded progress and results of an attempt."""
 
     phase: str = ""
@@ -76,7 +76,7 @@ class Attempt:
         self._work = work
         self._cancelled = cancelled
         self._folder = work.output / task.id
-        self._state = _State()
+        self._state = _AttemptState()
         self._log: IO[str] | None = None
 
     def run(self) -> TaskResult:

@@ -24,7 +24,7 @@ from pytest_microvm.host.preparing import machine_in_the_making, prepared_step
 from pytest_microvm.machine.instance import Instance
 from pytest_microvm.machine.microvm import MicroVM
 from pytest_microvm.settings.spec import MachineSpec
-from pytest_microvm.templates.chain import Base, Step
+from pytest_microvm.templates.chain import Base, TemplateStep
 from pytest_microvm.templates.store import Template
 
 Run = Callable[[MicroVM, str], tuple[int, str]]
@@ -57,7 +57,7 @@ def prepared_template(host: Host, base: Base, task: Task, work: Work, run: Run) 
     tree = work.sources.tree(task.source)
     digest = tree.digest(task.job.prepare_inputs)
 
-    def steps(branch: str) -> list[Step]:
+    def steps(branch: str) -> list[TemplateStep]:
         prepared = _step(host, base, task, tree, inputs=(digest, work.repository, branch), run=run)
         return [prepared, _warm_step(host, base)]
 
@@ -81,7 +81,7 @@ def with_owner(task: Task, sources: Sources, default: Source) -> Task:
     return replace(task, prepared_as=default.branch if same else task.source.branch)
 
 
-def _warm_step(host: Host, base: Base) -> Step:
+def _warm_step(host: Host, base: Base) -> TemplateStep:
     """Return a template step that runs pytest once, if it is installed, so that its files are in memory.
 
     Reading and unpacking these files takes two thirds of the time of a job's first pytest run.
@@ -94,10 +94,12 @@ def _warm_step(host: Host, base: Base) -> Step:
         instance.take_away()
         return {}
 
-    return Step("warm", (_WARM,), work, "running pytest once")
+    return TemplateStep("warm", (_WARM,), work, "running pytest once")
 
 
-def _step(host: Host, base: Base, task: Task, tree: Tree, *, inputs: tuple[str, ...], run: Run) -> Step:
+def _step(
+    host: Host, base: Base, task: Task, tree: Tree, *, inputs: tuple[str, ...], run: Run
+) -> TemplateStep:
     job = task.job
 
     def put(machine: MicroVM) -> None:

@@ -16,7 +16,7 @@ from pytest_microvm.cache.disk import explained
 from pytest_microvm.ci.definition.job import Job
 from pytest_microvm.ci.definition.parsing import Definition
 from pytest_microvm.ci.definition.task import WORKTREE, Plan, Source, Task, make_plan
-from pytest_microvm.ci.results.history import Case, History
+from pytest_microvm.ci.results.history import CaseResult, History
 from pytest_microvm.ci.results.job_junit import own_suites, write_job_junit
 from pytest_microvm.ci.results.merged_junit import write_merged_junit
 from pytest_microvm.ci.results.result import RunResult, TaskResult
@@ -28,7 +28,7 @@ from pytest_microvm.ci.running.watching import OneAtATime, Watcher
 from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.ci.sources.tree import Tree
 from pytest_microvm.errors import HostError, UsageError
-from pytest_microvm.git.checkout import Checkout, checked_out
+from pytest_microvm.git.checkout import CheckedOutRef, checked_out
 from pytest_microvm.host.project_grants import check_commands
 from pytest_microvm.images.kits import find_kit
 from pytest_microvm.settings import trust as project_trust
@@ -129,11 +129,11 @@ def check_commands_of(definition: Definition, folder: Path) -> None:
         check_commands((credential.source for credential in spec.credentials), folder)
 
 
-def defined_by(repository: CodeRepository, definition: Definition) -> Checkout:
+def defined_by(repository: CodeRepository, definition: Definition) -> CheckedOutRef:
     """Return the checkout that defines the jobs: a branch, or the work tree's current checkout."""
     if definition.branch == WORKTREE:
         return checked_out(repository.folder)
-    return Checkout(definition.branch)
+    return CheckedOutRef(definition.branch)
 
 
 class RepositorySources:
@@ -286,10 +286,10 @@ def new_work(repository: CodeRepository, output: Path, watcher: Watcher, sources
     return Work(sources, output, OneAtATime(watcher), repository.identity, repository.default_branch)
 
 
-def _cases(output: Path, run: RunResult) -> Iterator[Case]:
+def _cases(output: Path, run: RunResult) -> Iterator[CaseResult]:
     """Yield the tests from the branches' own JUnit reports."""
     for task in run.tasks:
         for suite in own_suites(output / task.id):
             for case in suite.cases:
                 outcome = "flaky" if case.flaky else case.outcome
-                yield Case(task.id, f"{case.classname}::{case.name}", outcome, case.seconds)
+                yield CaseResult(task.id, f"{case.classname}::{case.name}", outcome, case.seconds)

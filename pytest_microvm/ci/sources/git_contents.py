@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from pytest_microvm.ci.sources.git_objects import Blobs, blobs, borrowed
+from pytest_microvm.ci.sources.git_objects import BlobReader, blobs, borrowed
 from pytest_microvm.ci.sources.large_files import MAX_POINTER, large_file, parse_pointer
 from pytest_microvm.ci.sources.tree import Kind
 from pytest_microvm.errors import UsageError
@@ -62,7 +62,7 @@ class Contents:
         self._limit = self._left = limit
         self._note = note
         self._stack = stack
-        self._blobs: dict[Path, Blobs] = {}
+        self._blobs: dict[Path, BlobReader] = {}
 
     @contextmanager
     def content(self, file: CommitFile) -> Iterator[tuple[Readable, int]]:
@@ -94,7 +94,7 @@ class Contents:
                 digest.update(piece)
         return digest.hexdigest()
 
-    def _of(self, home: Path) -> Blobs:
+    def _of(self, home: Path) -> BlobReader:
         if home not in self._blobs:
             repository = self._stack.enter_context(borrowed(self._homes[home]))
             self._blobs[home] = self._stack.enter_context(blobs(repository))

@@ -61,7 +61,7 @@ def entries(repository: Repository, commit: str) -> Iterator[TreeEntry]:
             yield TreeEntry(match[5], int(match[1], 8), match[3].decode(), size)
 
 
-class Blobs:
+class BlobReader:
     """Reads the contents of blobs, one after another."""
 
     def __init__(self, talk: Talk) -> None:
@@ -111,11 +111,11 @@ class Content:
 
 
 @contextmanager
-def blobs(repository: Repository) -> Iterator[Blobs]:
+def blobs(repository: Repository) -> Iterator[BlobReader]:
     """Yield a reader for a repository's blobs; its git process ends with the block.
 
     Raises:
         GitError: git failed.
     """
     with repository.talk("cat-file", "--batch") as talk:
-        yield Blobs(talk)
+        yield BlobReader(talk)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pytest_microvm.ci.sources.tree import Kind, selected, tree_digest
-from pytest_microvm.suite.workspace import DEFAULT_LIMIT, Entry, add_file, file_digest, scan
+from pytest_microvm.suite.workspace import DEFAULT_LIMIT, WorkspaceEntry, add_file, file_digest, scan
 from pytest_microvm.untrusted.nofollow import OpenTree
 
 
@@ -67,7 +67,7 @@ class WorkTree:
                 yield path, _kind(entry), digest.hex()
 
 
-def _kind(entry: Entry) -> Kind:
+def _kind(entry: WorkspaceEntry) -> Kind:
     if stat.S_ISLNK(entry.mode):
         return "link"
     return "755" if entry.mode & 0o100 else "644"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.errors import BootError, HostError
-from pytest_microvm.hypervisors.cgroups import Limits, find_cgroups
+from pytest_microvm.hypervisors.cgroups import CgroupLimits, find_cgroups
 from pytest_microvm.hypervisors.containment import Walls, find_walls, prefer_for_ending
 from pytest_microvm.hypervisors.probe import KVM_DEVICE
 from pytest_microvm.hypervisors.qemu.command import OPENED_AGAIN, memory_ceiling, qemu_command
@@ -86,7 +86,7 @@ class QemuProcess:
         walls, cgroups = find_walls(program), find_cgroups()
         devices = accelerator_devices(accelerator)
         identity = walls.identity(devices)
-        limits = Limits(memory_ceiling(launch, accelerator), launch.throttle)
+        limits = CgroupLimits(memory_ceiling(launch, accelerator), launch.throttle)
         self.not_enforced = cgroups.not_enforced(limits)
         with ExitStack() as theirs, ExitStack() as on_failure:
             try:
@@ -309,7 +309,7 @@ def accelerator_devices(accelerator: Accelerator) -> list[Path]:
     return [KVM_DEVICE] if accelerator.name == "kvm" else []
 
 
-def _rlimits(launch: Launch, limits: Limits, *, own_user: bool) -> Rlimits:
+def _rlimits(launch: Launch, limits: CgroupLimits, *, own_user: bool) -> Rlimits:
     """Return resource limits for QEMU, set far above its normal use."""
     return Rlimits(
         files=_FILES,

@@ -8,7 +8,7 @@ import struct
 import time
 
 from pytest_microvm.mounts.live import messages
-from pytest_microvm.mounts.live.messages import MAX_WRITE, Request, error
+from pytest_microvm.mounts.live.messages import MAX_WRITE, FuseRequest, error
 from pytest_microvm.mounts.live.names import place
 from pytest_microvm.mounts.live.nodes import Node
 from pytest_microvm.mounts.live.session import Handle, Session
@@ -32,7 +32,7 @@ _LAST_SECOND = 2**33  # limit of a file's time, in the year 2242
 _SECOND = 10**9
 
 
-def open_file(session: Session, request: Request) -> bytes:
+def open_file(session: Session, request: FuseRequest) -> bytes:
     """Open a file."""
     flags, _open_flags = request.fields(_OPEN)
     session.handles.check_room()
@@ -41,7 +41,7 @@ def open_file(session: Session, request: Request) -> bytes:
     return messages.opened(session.handles.add(handle))
 
 
-def create(session: Session, request: Request) -> bytes:
+def create(session: Session, request: FuseRequest) -> bytes:
     """Open a file, creating it if it does not exist."""
     flags, mode, *_rest = request.fields(_CREATE)
     session.handles.check_room()
@@ -57,13 +57,13 @@ def create(session: Session, request: Request) -> bytes:
     return messages.entry(node.number, status) + messages.opened(session.handles.add(handle))
 
 
-def read(session: Session, request: Request) -> bytes:
+def read(session: Session, request: FuseRequest) -> bytes:
     """Read from an open file."""
     number, offset, size, *_rest = request.fields(READ)
     return os.pread(session.handles.file(number), min(size, MAX_WRITE), offset)
 
 
-def write(session: Session, request: Request) -> bytes:
+def write(session: Session, request: FuseRequest) -> bytes:
     """Write to an open file."""
     number, offset, size, *_rest = request.fields(READ)
     data = request.body[READ.size :]
@@ -72,20 +72,20 @@ def write(session: Session, request: Request) -> bytes:
     return messages.written(session.folder.write(session.file_to_change(number), data, offset))
 
 
-def fsync(session: Session, request: Request) -> bytes:
+def fsync(session: Session, request: FuseRequest) -> bytes:
     """Flush a file to disk."""
     number, *_rest = request.fields(_FSYNC)
     os.fsync(session.handles.file(number))
     return b""
 
 
-def flush(session: Session, request: Request) -> bytes:
+def flush(session: Session, request: FuseRequest) -> bytes:
     """Acknowledge that a descriptor of a file was closed; there is nothing to flush."""
     session.handles.get(*request.fields(_FLUSH))
     return b""
 
 
-def release(session: Session, request: Request) -> bytes:
+def release(session: Session, request: FuseRequest) -> bytes:
     """Close a file or a directory."""
     number, *_rest = request.fields(_RELEASE)
     status = session.handles.release(number)
@@ -94,19 +94,19 @@ def release(session: Session, request: Request) -> bytes:
     return b""
 
 
-def statfs(session: Session, _request: Request) -> bytes:
+def statfs(session: Session, _request: FuseRequest) -> bytes:
     """Return file system statistics: total and free space."""
     return messages.space(os.fstatvfs(session.folder.root), session.folder.room)
 
 
-def getattr_(session: Session, request: Request) -> bytes:
+def getattr_(session: Session, request: FuseRequest) -> bytes:
     """Return the attributes of a file, directory or link."""
     flags, _dummy, number = request.fields(_GETATTR)
     file = session.handles.file(number) if flags & _GETATTR_FH else None
     return _attributes(session, session.nodes.get(request.node), file)
 
 
-def setattr_(session: Session, request: Request) -> bytes:
+def setattr_(session: Session, request: FuseRequest) -> bytes:
     """Set permissions, size or times; the owner is always root and cannot be changed."""
     (
         valid, _padding, number, size, _owner, accessed, modified, _changed,

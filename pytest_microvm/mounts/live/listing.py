@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from pytest_microvm.mounts.live import messages
 from pytest_microvm.mounts.live.contents import READ
-from pytest_microvm.mounts.live.messages import MAX_WRITE, NO_ENTRY, Request, error
+from pytest_microvm.mounts.live.messages import MAX_WRITE, NO_ENTRY, FuseRequest, error
 from pytest_microvm.mounts.live.nodes import Node
 from pytest_microvm.mounts.live.session import Handle, Session
 from pytest_microvm.untrusted.manifest import MAX_PATHS
@@ -16,7 +16,7 @@ from pytest_microvm.untrusted.manifest import MAX_PATHS
 _DOTS = (".", "..")
 
 
-def opendir(session: Session, request: Request) -> bytes:
+def opendir(session: Session, request: FuseRequest) -> bytes:
     """Open a directory."""
     session.handles.check_room()
     names = session.folder.names(session.where(request.node), MAX_PATHS - session.handles.names)
@@ -24,18 +24,18 @@ def opendir(session: Session, request: Request) -> bytes:
     return messages.opened(session.handles.add(Handle(node, names=(*_DOTS, *names))))
 
 
-def readdir(session: Session, request: Request) -> bytes:
+def readdir(session: Session, request: FuseRequest) -> bytes:
     """Return names of a directory with their file types."""
     return _list(session, request, 0, _plain)
 
 
-def readdirplus(session: Session, request: Request) -> bytes:
+def readdirplus(session: Session, request: FuseRequest) -> bytes:
     """Return names of a directory with their attributes, which saves the kernel a lookup for each."""
     return _list(session, request, len(NO_ENTRY), _full)
 
 
 def _list(
-    session: Session, request: Request, more: int, record: Callable[[Session, Node, str, int], bytes]
+    session: Session, request: FuseRequest, more: int, record: Callable[[Session, Node, str, int], bytes]
 ) -> bytes:
     """Return as many records as fit into the reply, starting at the requested offset."""
     number, offset, size, *_rest = request.fields(READ)

@@ -97,7 +97,7 @@ class BadRequest(Exception):
     """A request is not valid FUSE; the mount must end."""
 
 
-class Request(NamedTuple):
+class FuseRequest(NamedTuple):
     """One request.
 
     Args:
@@ -134,7 +134,7 @@ class Request(NamedTuple):
         return parts[:count]
 
 
-def parse(data: bytes) -> Request:
+def parse(data: bytes) -> FuseRequest:
     """Parse a request.
 
     Raises:
@@ -145,7 +145,7 @@ def parse(data: bytes) -> Request:
     length, op, unique, node, *_who = _IN_HEADER.unpack_from(data)
     if length != len(data):
         raise BadRequest("a request of another length than it says")
-    return Request(op, unique, node, data[HEADER_SIZE:])
+    return FuseRequest(op, unique, node, data[HEADER_SIZE:])
 
 
 def answer(unique: int, body: bytes = b"") -> bytes:
@@ -158,7 +158,7 @@ def refusal(unique: int, number: int) -> bytes:
     return _OUT_HEADER.pack(_OUT_HEADER.size, -number, unique)
 
 
-def welcome(request: Request) -> bytes:
+def welcome(request: FuseRequest) -> bytes:
     """Return the response body of INIT.
 
     Raises:

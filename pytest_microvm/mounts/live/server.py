@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from pytest_microvm.mounts.live import contents, listing, messages, names
 from pytest_microvm.mounts.live.folder import Folder
-from pytest_microvm.mounts.live.messages import Op, Request, error
+from pytest_microvm.mounts.live.messages import FuseRequest, Op, error
 from pytest_microvm.mounts.live.session import Session
 
 _FORGET = struct.Struct("<Q")  # number of references to drop
@@ -45,7 +45,7 @@ class Server:
         self._session.handles.close()
         self._session.folder.close()
 
-    def _do(self, request: Request) -> bytes:
+    def _do(self, request: FuseRequest) -> bytes:
         operation = _OPERATIONS.get(request.op)
         if operation is None:
             raise error(errno.ENOSYS)
@@ -55,20 +55,20 @@ class Server:
             raise error(errno.EINVAL) from None
 
 
-def _welcome(_session: Session, request: Request) -> bytes:
+def _welcome(_session: Session, request: FuseRequest) -> bytes:
     return messages.welcome(request)
 
 
-def _nothing(_session: Session, _request: Request) -> bytes:
+def _nothing(_session: Session, _request: FuseRequest) -> bytes:
     return b""
 
 
-def _forget(session: Session, request: Request) -> bytes:
+def _forget(session: Session, request: FuseRequest) -> bytes:
     session.nodes.forget(request.node, *request.fields(_FORGET))
     return b""
 
 
-def _forget_many(session: Session, request: Request) -> bytes:
+def _forget_many(session: Session, request: FuseRequest) -> bytes:
     request.fields(_BATCH)
     rest = request.body[_BATCH.size :]
     for number, times in _BATCH_ONE.iter_unpack(rest[: len(rest) // _BATCH_ONE.size * _BATCH_ONE.size]):
@@ -76,7 +76,7 @@ def _forget_many(session: Session, request: Request) -> bytes:
     return b""
 
 
-_OPERATIONS: dict[int, Callable[[Session, Request], bytes]] = {
+_OPERATIONS: dict[int, Callable[[Session, FuseRequest], bytes]] = {
     Op.BATCH_FORGET: _forget_many,
     Op.CREATE: contents.create,
     Op.DESTROY: _nothing,

@@ -47,7 +47,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Asked:
+class NormalizedRequest:
     """A normalized request: canonical host, parsed address, scheme ``http`` or ``https``.
 
     Attributes:
@@ -64,7 +64,7 @@ class Asked:
     path: str | None
 
     @classmethod
-    def of(cls, request: Request) -> Asked:
+    def of(cls, request: Request) -> NormalizedRequest:
         """Normalize a request.
 
         Raises:
@@ -89,7 +89,7 @@ class Name:
     def __str__(self) -> str:
         return f"*.{self.name}" if self.subdomains else self.name
 
-    def includes(self, asked: Asked, *, deny: bool) -> bool:  # noqa: ARG002 - same signature as the others
+    def includes(self, asked: NormalizedRequest, *, deny: bool) -> bool:  # noqa: ARG002 - same signature as the others
         """Return True if the target includes the request's host; addresses never match a name."""
         if asked.address is not None:
             return False
@@ -106,7 +106,7 @@ class Network:
         one = self.network.num_addresses == 1
         return str(self.network.network_address if one else self.network)
 
-    def includes(self, asked: Asked, *, deny: bool) -> bool:
+    def includes(self, asked: NormalizedRequest, *, deny: bool) -> bool:
         """Return True if the target includes the request's address; False for a name, not yet resolved."""
         if asked.address is None:
             return False
@@ -122,7 +122,7 @@ class Everything:
     def __str__(self) -> str:
         return "all"
 
-    def includes(self, asked: Asked, *, deny: bool) -> bool:
+    def includes(self, asked: NormalizedRequest, *, deny: bool) -> bool:
         """Return True if the target includes the request's host: any host to deny, public ones to allow."""
         if deny:
             return True
@@ -186,7 +186,7 @@ class Rule:
         """True if the rule allows any protocol on its port: it names a port, or everything, and no scheme."""
         return self.scheme is None and (self.port is not None or isinstance(self.target, Everything))
 
-    def match(self, asked: Asked) -> Match:
+    def match(self, asked: NormalizedRequest) -> Match:
         """Return the extent to which the rule applies to a request."""
         if not self.target.includes(asked, deny=self.deny) or not self._has_port(asked):
             return Match.NOTHING
@@ -204,7 +204,7 @@ class Rule:
         """Return the rule that denies all requests to the hosts that this rule allows."""
         return Rule(self.target, deny=True, preset=self.preset)
 
-    def _has_port(self, asked: Asked) -> bool:
+    def _has_port(self, asked: NormalizedRequest) -> bool:
         if self.port is not None:
             return asked.port == self.port
         if self.scheme is not None:
@@ -214,7 +214,7 @@ class Rule:
         # Port 80 is HTTP and 443 TLS; the proxy verifies a tunnel's first bytes.
         return asked.port == PORTS[asked.scheme] if asked.scheme else asked.port in PORTS.values()
 
-    def _has_method(self, asked: Asked) -> Match:
+    def _has_method(self, asked: NormalizedRequest) -> Match:
         if not self.methods:
             return Match.ALL
         if asked.method is None:
@@ -222,7 +222,7 @@ class Rule:
         method = asked.method.upper() if self.deny else asked.method
         return Match.ALL if method in self.methods else Match.NOTHING
 
-    def _has_path(self, asked: Asked) -> Match:
+    def _has_path(self, asked: NormalizedRequest) -> Match:
         if self.path == EVERY_PATH:
             return Match.ALL
         if asked.path is None:

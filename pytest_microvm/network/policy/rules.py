@@ -22,7 +22,15 @@ from pytest_microvm.network.policy.addresses import (
     special_range,
 )
 from pytest_microvm.network.policy.hosts import canonical_host, is_loopback_name
-from pytest_microvm.network.policy.matching import Asked, Everything, Match, Name, Network, Request, Rule
+from pytest_microvm.network.policy.matching import (
+    Everything,
+    Match,
+    Name,
+    Network,
+    NormalizedRequest,
+    Request,
+    Rule,
+)
 from pytest_microvm.network.policy.rule_text import PRESETS, parse_rule, split_deny
 
 __all__ = ["PRESETS", "Decision", "Policy", "Request", "Rule", "canonical_host", "parse_rules"]
@@ -68,7 +76,7 @@ class Policy:
     def decide(self, request: Request) -> Decision:
         """Decide on a request before its name is resolved."""
         try:
-            asked = Asked.of(request)
+            asked = NormalizedRequest.of(request)
         except ValueError as error:
             return Decision(False, f"not a request that could be allowed: {error}", None)
         return self._decide(asked)[0]
@@ -81,7 +89,7 @@ class Policy:
             address: An address that its name resolved to, or its host itself if that is an address.
         """
         try:
-            asked, found = Asked.of(request), parse_address(address)
+            asked, found = NormalizedRequest.of(request), parse_address(address)
         except ValueError as error:
             return Decision(False, f"not a request that could be allowed: {error}", None)
         decision, allowing = self._decide(asked)
@@ -106,7 +114,7 @@ class Policy:
             address: The address that it would go to.
             own: The network of this computer that contains the address.
         """
-        asked, found = Asked.of(request), parse_address(address)
+        asked, found = NormalizedRequest.of(request), parse_address(address)
         if special_range(found) is not None:
             return True
         return any(
@@ -117,7 +125,7 @@ class Policy:
             if not rule.deny and (rule.may_lead_inside or _is_within(rule, own))
         )
 
-    def _decide(self, asked: Asked) -> tuple[Decision, list[Rule]]:
+    def _decide(self, asked: NormalizedRequest) -> tuple[Decision, list[Rule]]:
         """Return the decision, and the rules that allow the request."""
         matches = [(rule, match) for rule in self.rules if (match := rule.match(asked))]
         wholly = [rule for rule, match in matches if match is Match.ALL]
@@ -134,11 +142,11 @@ class Policy:
         tcp = not inspect and any(one.any_protocol for one in wholly)
         return Decision(True, f"allowed by {_shown(rule)}{watched}", str(rule), inspect, tcp), allowing
 
-    def _denying(self, asked: Asked) -> list[Rule]:
+    def _denying(self, asked: NormalizedRequest) -> list[Rule]:
         """Return the rules that deny the request, or might deny a request in the tunnel."""
         return [rule for rule in self.rules if rule.deny and rule.match(asked)]
 
-    def _address_refused(self, asked: Asked, address: Address, allowing: list[Rule]) -> str:
+    def _address_refused(self, asked: NormalizedRequest, address: Address, allowing: list[Rule]) -> str:
         """Return the reason an allowed request may not go to an address; empty if it may."""
         if asked.address is not None:
             return "" if asked.address == address else f"{asked.host} is not {address}"
@@ -166,7 +174,7 @@ class Policy:
             and covers(rule.target.network, address)
         )
 
-    def _why_not(self, asked: Asked) -> str:
+    def _why_not(self, asked: NormalizedRequest) -> str:
         shown = f"[{asked.host}]" if ":" in asked.host else asked.host
         near = _first(
             rule for rule in self.rules if not rule.deny and rule.target.includes(asked, deny=False)

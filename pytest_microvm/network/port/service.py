@@ -24,7 +24,7 @@ _ANSWER = 10.0  # seconds for the guest's network process to reply; it may have 
 _END = 10.0  # seconds for served connections to end
 
 
-class Server(Protocol):
+class ConnectionServer(Protocol):
     """The server of a machine's connections: :class:`pytest_microvm.network.proxy.server.Proxy`."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -47,7 +47,7 @@ class MachineNetwork:
     def __init__(
         self,
         sock: socket.socket,
-        proxy: Callable[[], Server],
+        proxy: Callable[[], ConnectionServer],
         log: NetworkLog,
         on_violation: Callable[[], None],
     ) -> None:
@@ -55,7 +55,7 @@ class MachineNetwork:
         self._sock = sock
         self._make_proxy = proxy
         self._on_violation = on_violation
-        self._proxy: Server | None = None
+        self._proxy: ConnectionServer | None = None
         self._port: NetworkPort | None = None
         self._before = (0, 0)  # bytes received and sent by ports before the last rest()
         self._closed = False
@@ -247,7 +247,7 @@ class MachineNetwork:
         )
 
 
-async def _finish(port: NetworkPort, proxy: Server | None) -> None:
+async def _finish(port: NetworkPort, proxy: ConnectionServer | None) -> None:
     await port.finish()
     if proxy is not None:
         await proxy.close()

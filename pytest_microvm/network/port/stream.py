@@ -12,7 +12,7 @@ _LOW = HIGH // 4
 _PIECE = 64 * 1024
 
 
-class Carrier(Protocol):
+class StreamPort(Protocol):
     """The port that carries the bytes of streams."""
 
     loop: asyncio.AbstractEventLoop
@@ -31,7 +31,7 @@ class Carrier(Protocol):
         """Reset a stream on both sides."""
 
 
-class Stream(asyncio.Transport):
+class StreamTransport(asyncio.Transport):
     """One connection of a guest.
 
     The guest may send a window of bytes; it gets more credit as the protocol receives them, so a paused
@@ -41,7 +41,7 @@ class Stream(asyncio.Transport):
 
     _start_tls_compatible = True  # for loop.start_tls
 
-    def __init__(self, port: Carrier, number: int) -> None:
+    def __init__(self, port: StreamPort, number: int) -> None:
         super().__init__({"peername": ("guest", number)})
         self.number = number
         self._port = port
@@ -205,7 +205,7 @@ class Stream(asyncio.Transport):
 
 
 def connect_streams(
-    stream: Stream, loop: asyncio.AbstractEventLoop, limit: int
+    stream: StreamTransport, loop: asyncio.AbstractEventLoop, limit: int
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     """Return a reader and a writer for ``stream``, like :func:`asyncio.open_connection`.
 

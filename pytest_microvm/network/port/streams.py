@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_microvm.agent.link import GuestError
 from pytest_microvm.errors import MachineCrashed, MachineError
-from pytest_microvm.network.port.stream import Stream, connect_streams
+from pytest_microvm.network.port.stream import StreamTransport, connect_streams
 from pytest_microvm.untrusted.text import sanitize_line
 from pytest_microvm.wire.channel import MAX_STREAMS, Channel, Closed, Credit, Data, Message
 from pytest_microvm.wire.frames import WireError
@@ -80,7 +80,7 @@ class NetworkPort:
         self._out = bytearray()
         self._flushes = False  # whether a flush is scheduled
         self._resting = False
-        self._streams: dict[int, Stream] = {}
+        self._streams: dict[int, StreamTransport] = {}
         self._of_guest: set[int] = (
             set()
         )  # streams by which the guest reaches the proxy, until both ends closed
@@ -337,7 +337,7 @@ class NetworkPort:
         self._channel.send({"op": "accept", "connection": connection, "stream": stream.number})
         self._serve_stream(stream, self._serve)
 
-    def _serve_stream(self, stream: Stream, serve: Served) -> None:
+    def _serve_stream(self, stream: StreamTransport, serve: Served) -> None:
         task = self.loop.create_task(_serve_until_end(serve, *connect_streams(stream, self.loop, _READER)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -371,7 +371,7 @@ class NetworkPort:
 
     # Bookkeeping
 
-    async def _reach(self, **body: Any) -> Stream:
+    async def _reach(self, **body: Any) -> StreamTransport:
         """Open a stream and request the guest to connect it as ``body`` says; return the stream."""
         stream = self._open()
         asked = self.loop.create_task(self._ask(stream=stream.number, **body))
@@ -385,20 +385,20 @@ class NetworkPort:
             raise
         return stream
 
-    def _open(self) -> Stream:
+    def _open(self) -> StreamTransport:
         if self._channel.open_streams >= MAX_STREAMS:
             raise MachineError(f"{MAX_STREAMS} connections are open; the guest may not have closed its ends")
         number = next(self._numbers)
         self._channel.open(number)
-        stream = self._streams[number] = Stream(self, number)
+        stream = self._streams[number] = StreamTransport(self, number)
         return stream
 
-    def _unopened(self, stream: Stream) -> None:
+    def _unopened(self, stream: StreamTransport) -> None:
         """Drop a stream that the guest never accepted."""
         self._streams.pop(stream.number, None)
         self._channel.forget(stream.number)
 
-    def _reached_too_late(self, stream: Stream, asked: asyncio.Task[None]) -> None:
+    def _reached_too_late(self, stream: StreamTransport, asked: asyncio.Task[None]) -> None:
         if asked.cancelled() or asked.exception() is not None:
             self._unopened(stream)
         else:

@@ -20,7 +20,7 @@ from pytest_microvm.settings.secret_values import SecretValue
 from pytest_microvm.untrusted.redaction import MIN_LENGTH
 
 if TYPE_CHECKING:  # credentials are resolved where nothing is sent
-    from pytest_microvm.network.proxy.heads import Asked, Origin
+    from pytest_microvm.network.proxy.heads import Origin, RequestHead
 
 _HOST = re.compile(r"(\[[^\]]*\]|[^:]+)(?::([0-9]{1,5}))?")
 _VALUE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
@@ -71,7 +71,7 @@ class Credential:
             return "Basic " + base64.b64encode(value.encode()).decode()
         return f"Bearer {value}" if self.scheme == "bearer" else value
 
-    def added_to(self, asked: Asked) -> Asked:
+    def added_to(self, asked: RequestHead) -> RequestHead:
         """Return a request with the value added, replacing the guest's own header or parameter."""
         if self.query is not None:
             pairs = [kept for pair in asked.query[1:].split("&") if (kept := self._without(pair))]
@@ -120,7 +120,7 @@ def resolve_credential(spec: CredentialSpec, project: Path | None = None) -> Cre
     return Credential(host, port, value, spec.header, spec.query, spec.scheme, spec.variable)
 
 
-def for_request(credentials: Iterable[Credential], asked: Asked) -> tuple[Credential, ...]:
+def for_request(credentials: Iterable[Credential], asked: RequestHead) -> tuple[Credential, ...]:
     """Return the credentials that go with a request.
 
     Raises:
@@ -139,7 +139,7 @@ def needs_tls(host: str) -> str:
     return f"{host} has a credential, which goes over TLS only: use https"
 
 
-def with_credentials(asked: Asked, credentials: tuple[Credential, ...]) -> Asked:
+def with_credentials(asked: RequestHead, credentials: tuple[Credential, ...]) -> RequestHead:
     """Return a request with its credentials, and with headers that request a searchable response."""
     if not credentials:
         return asked

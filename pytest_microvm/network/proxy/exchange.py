@@ -10,9 +10,9 @@ import h11
 
 from pytest_microvm.network.proxy.credentials import Credential, with_credentials
 from pytest_microvm.network.proxy.echoes import Echoes
-from pytest_microvm.network.proxy.heads import MAX_HEAD, Asked, Origin, in_short, kept
+from pytest_microvm.network.proxy.heads import MAX_HEAD, Origin, RequestHead, in_short, kept
 from pytest_microvm.network.proxy.refusal import Refused
-from pytest_microvm.network.proxy.relaying import ServerStream, Stream, relay
+from pytest_microvm.network.proxy.relaying import ByteStream, ServerStream, relay
 from pytest_microvm.network.proxy.websocket import Frames
 
 _BROKEN = (OSError, h11.RemoteProtocolError)  # how a connection to a server fails
@@ -24,7 +24,7 @@ class Broken(Exception):
 
 
 @dataclass
-class Line:
+class ServerConnection:
     """A connection to a server, with the HTTP state of the requests on it.
 
     Args:
@@ -81,9 +81,9 @@ class Exchange:
 
     def __init__(
         self,
-        asked: Asked,
+        asked: RequestHead,
         http: h11.Connection,
-        guest: Stream,
+        guest: ByteStream,
         credentials: tuple[Credential, ...],
         note_status: Callable[[int], None],
     ) -> None:
@@ -100,7 +100,7 @@ class Exchange:
         if asked.length == 0:
             http.next_event()  # the request's end
 
-    async def over(self, line: Line) -> bool:
+    async def over(self, line: ServerConnection) -> bool:
         """Run the exchange over a connection; return False if that ended before any byte of a response.
 
         Raises:
@@ -130,7 +130,7 @@ class Exchange:
             self.sent += line.stream.sent_bytes - sent
             self.received += line.stream.received_bytes - received
 
-    async def _both(self, line: Line) -> None:
+    async def _both(self, line: ServerConnection) -> None:
         """Send the body and forward the response; a server may respond before it has read the whole body."""
         sending = asyncio.ensure_future(self._send_body(line))
         responding = asyncio.ensure_future(self._respond(line))
@@ -144,7 +144,7 @@ class Exchange:
             responding.cancel()
             await asyncio.gather(sending, responding, return_exceptions=True)
 
-    async def _send_body(self, line: Line) -> None:
+    async def _send_body(self, line: ServerConnection) -> None:
         if self._http.they_are_waiting_for_100_continue:
             go_on = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
             await self._guest.write(self._http.send(go_on) or b"")
@@ -165,7 +165,7 @@ class Exchange:
             raise Refused(400, f"malformed request: {in_short(error)}") from None
         return event
 
-    async def _respond(self, line: Line) -> None:
+    async def _respond(self, line: ServerConnection) -> None:
         event = await line.event()
         while isinstance(event, h11.InformationalResponse) and event.status_code != 101:  # noqa: PLR2004
             event = await line.event()
@@ -196,7 +196,7 @@ class Exchange:
             h11.SERVER: h11.DONE,
         }
 
-    async def _switch(self, line: Line, event: h11.InformationalResponse) -> None:
+    async def _switch(self, line: ServerConnection, event: h11.InformationalResponse) -> None:
         """Switch to a WebSocket: relay bytes both ways and redact credentials in the server's messages."""
         if dict(event.headers).get(b"upgrade", b"").lower() != b"websocket":
             raise Refused(502, f"{line.origin.host} switches to a protocol that was not asked for")

@@ -15,7 +15,7 @@ import h11
 from pytest_microvm.network.policy.hosts import canonical_host
 from pytest_microvm.network.policy.rules import Request
 from pytest_microvm.network.proxy.refusal import Refused
-from pytest_microvm.network.proxy.relaying import Stream
+from pytest_microvm.network.proxy.relaying import ByteStream
 
 MAX_HEAD = 64 * 1024
 """Maximum size of a message's head, in bytes."""
@@ -65,7 +65,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestHead:
     """A parsed request.
 
     Args:
@@ -112,7 +112,7 @@ class Asked:
         return h11.Request(method=self.method, target=self.path + self.query, headers=headers)
 
 
-async def read_head(stream: Stream) -> bytes | None:
+async def read_head(stream: ByteStream) -> bytes | None:
     """Read the next head, with the empty line at its end; return ``None`` at the end of the stream.
 
     Raises:
@@ -137,7 +137,7 @@ async def read_head(stream: Stream) -> bytes | None:
     return None
 
 
-def parse_head(raw: bytes, fixed: Origin | None = None) -> tuple[Asked, h11.Connection]:
+def parse_head(raw: bytes, fixed: Origin | None = None) -> tuple[RequestHead, h11.Connection]:
     """Parse a head; return the request, and the HTTP state to read its body and write its response.
 
     Args:
@@ -184,12 +184,12 @@ def kept(headers: Iterable[tuple[bytes, bytes]]) -> tuple[tuple[bytes, bytes], .
     return tuple((name, value) for name, value in headers if name.lower() not in named)
 
 
-def _asked(head: h11.Request, fixed: Origin | None) -> Asked:
+def _asked(head: h11.Request, fixed: Origin | None) -> RequestHead:
     method = head.method.decode("ascii")
     if method in NEVER or (method == "CONNECT" and fixed):
         raise Refused(405, f"{method} is not passed on")
     if method == "CONNECT":
-        asked = Asked(_tunnel(head.target.decode("ascii")), method)
+        asked = RequestHead(_tunnel(head.target.decode("ascii")), method)
     else:
         asked = replace(_target(head.target.decode("ascii"), fixed), method=method)
     fields = _fields(head)
@@ -228,12 +228,12 @@ def _length(fields: dict[bytes, bytes], version: bytes) -> int | None:
     return None if chunked else int(fields.get(b"content-length", b"0"))
 
 
-def _target(target: str, fixed: Origin | None) -> Asked:
+def _target(target: str, fixed: Origin | None) -> RequestHead:
     if fixed is not None:
         found = _RELATIVE.fullmatch(target)
         if not found:
             raise _malformed("inside of a tunnel the target must be a path")
-        return Asked(fixed, "", found[1], found[2] or "")
+        return RequestHead(fixed, "", found[1], found[2] or "")
     found = _ABSOLUTE.fullmatch(target)
     if not found:
         raise _malformed("the target must be a whole URL: this is a proxy")
@@ -241,7 +241,7 @@ def _target(target: str, fixed: Origin | None) -> Asked:
     if scheme != "http":
         raise _malformed(f"{found[1][:10]} is not spoken here; https needs CONNECT")
     host, port = split_host(found[2])
-    return Asked(
+    return RequestHead(
         Origin(scheme, host, PORTS[scheme] if port is None else port), "", found[3] or "/", found[4] or ""
     )
 
@@ -253,7 +253,7 @@ def _tunnel(target: str) -> Origin:
     return Origin(None, host, port)
 
 
-def _check_host(value: bytes | None, asked: Asked) -> None:
+def _check_host(value: bytes | None, asked: RequestHead) -> None:
     """Reject a ``Host`` header that names another server than the target does."""
     if value is None:
         return  # HTTP/1.0

@@ -8,8 +8,8 @@ import h11
 
 from pytest_microvm.network.policy.rules import Request
 from pytest_microvm.network.proxy.credentials import for_request
-from pytest_microvm.network.proxy.exchange import Exchange, Line
-from pytest_microvm.network.proxy.heads import Asked, Origin, attempted, parse_head, read_head
+from pytest_microvm.network.proxy.exchange import Exchange, ServerConnection
+from pytest_microvm.network.proxy.heads import Origin, RequestHead, attempted, parse_head, read_head
 from pytest_microvm.network.proxy.patience import Patience
 from pytest_microvm.network.proxy.refusal import Refused
 from pytest_microvm.network.proxy.relaying import Guest
@@ -35,9 +35,9 @@ class Conversation:
         self._outbound = outbound
         self._patience = patience
         self._fixed = fixed
-        self._line: Line | None = None
+        self._line: ServerConnection | None = None
 
-    async def run(self) -> Asked | None:
+    async def run(self) -> RequestHead | None:
         """Handle requests until the guest sends no more; return a request for a tunnel, if one arrives.
 
         A refused request is the last one.
@@ -64,7 +64,7 @@ class Conversation:
         finally:
             self._hang_up()
 
-    async def _next(self) -> tuple[Asked, h11.Connection] | None:
+    async def _next(self) -> tuple[RequestHead, h11.Connection] | None:
         """Return the next request; ``None`` at the end of the connection."""
         raw = await self._guest.read()
         self._guest.unread(raw)
@@ -82,7 +82,7 @@ class Conversation:
             self._outbound.note(Request(host, port, method=method), refused)
             raise
 
-    async def _answer(self, asked: Asked, http: h11.Connection) -> bool:
+    async def _answer(self, asked: RequestHead, http: h11.Connection) -> bool:
         """Handle one request; return True if another may follow."""
         request = asked.request
         places: list[Place] = []
@@ -106,7 +106,7 @@ class Conversation:
             self._outbound.log.update(number, sent_bytes=exchange.sent, received_bytes=exchange.received)
         return exchange.keeps
 
-    async def _exchange(self, asked: Asked, exchange: Exchange, places: list[Place]) -> None:
+    async def _exchange(self, asked: RequestHead, exchange: Exchange, places: list[Place]) -> None:
         """Run one exchange on the open connection, or on a new one if there is none or it has ended."""
         if self._line is None or not await exchange.over(self._line):
             self._hang_up()
@@ -114,7 +114,7 @@ class Conversation:
             stream = await self._outbound.connect(
                 request, places or await self._outbound.places(request), tls=asked.origin.scheme == "https"
             )
-            self._line = Line(asked.origin, stream)
+            self._line = ServerConnection(asked.origin, stream)
             if not await exchange.over(self._line):
                 raise Refused(502, f"{request.host} ended the connection without a response")
         if not self._line.renew():
@@ -123,7 +123,7 @@ class Conversation:
     def _status_noted(self, number: int) -> Callable[[int], None]:
         return lambda status: self._outbound.log.update(number, status=status)
 
-    async def _can_reuse(self, asked: Asked) -> bool:
+    async def _can_reuse(self, asked: RequestHead) -> bool:
         """Return True if the open connection may be reused: for repeatable requests, in case it has ended."""
         line = self._line
         return (

@@ -21,7 +21,7 @@ class GuestGone(Exception):
     """A guest's connection failed, or its data violates the protocol."""
 
 
-class Stream(Protocol):
+class ByteStream(Protocol):
     """A bidirectional byte stream."""
 
     async def read(self) -> bytes:
@@ -37,7 +37,7 @@ class Stream(Protocol):
         """Close the sending direction; return True if the other side can still send."""
 
 
-class Guest(Stream, Protocol):
+class Guest(ByteStream, Protocol):
     """A guest's end of a byte stream."""
 
     async def linger(self) -> None:
@@ -274,7 +274,7 @@ def _abort(writer: asyncio.StreamWriter) -> None:
         writer.transport.abort()
 
 
-async def copy(source: Stream, sink: Stream, change: Callable[[bytes], bytes] | None = None) -> None:
+async def copy(source: ByteStream, sink: ByteStream, change: Callable[[bytes], bytes] | None = None) -> None:
     """Copy bytes in one direction up to the end.
 
     Args:
@@ -293,7 +293,7 @@ async def copy(source: Stream, sink: Stream, change: Callable[[bytes], bytes] | 
         raise EOFError
 
 
-async def relay(one: Stream, other: Stream, back: Callable[[bytes], bytes] | None = None) -> None:
+async def relay(one: ByteStream, other: ByteStream, back: Callable[[bytes], bytes] | None = None) -> None:
     """Copy bytes in both directions until both have ended, or one ends that cannot end alone.
 
     Args:

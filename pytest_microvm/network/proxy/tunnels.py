@@ -7,7 +7,7 @@ import contextlib
 from pytest_microvm.network.policy.hosts import as_address
 from pytest_microvm.network.policy.rules import Decision
 from pytest_microvm.network.proxy.client_hello import HANDSHAKE, BadHello, HelloReader
-from pytest_microvm.network.proxy.heads import PORTS, Asked, Origin
+from pytest_microvm.network.proxy.heads import PORTS, Origin, RequestHead
 from pytest_microvm.network.proxy.http import Conversation
 from pytest_microvm.network.proxy.patience import Patience
 from pytest_microvm.network.proxy.refusal import Refused
@@ -36,7 +36,9 @@ class Tunnel:
         patience: Ends the connection when the TLS hello or a head takes too long.
     """
 
-    def __init__(self, asked: Asked, guest: GuestStream, outbound: Outbound, patience: Patience) -> None:
+    def __init__(
+        self, asked: RequestHead, guest: GuestStream, outbound: Outbound, patience: Patience
+    ) -> None:
         self._asked = asked
         self._origin = asked.origin
         self._guest = guest
