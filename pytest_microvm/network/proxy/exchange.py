@@ -100,7 +100,7 @@ class Exchange:
         if asked.length == 0:
             http.next_event()  # the request's end
 
-    async def over(self, line: ServerConnection) -> bool:
+    async def over(self, connection: ServerConnection) -> bool:
         """Run the exchange over a connection; return False if that ended before any byte of a response.
 
         Raises:
@@ -108,32 +108,32 @@ class Exchange:
             Broken: The response ended too early.
             GuestGone: The guest's connection failed.
         """
-        sent, received = line.stream.sent_bytes, line.stream.received_bytes
+        sent, received = connection.stream.sent_bytes, connection.stream.received_bytes
         try:
-            await line.send(self._outgoing)
+            await connection.send(self._outgoing)
             if self._asked.length == 0:
-                await line.send(h11.EndOfMessage())
-                await self._respond(line)
+                await connection.send(h11.EndOfMessage())
+                await self._respond(connection)
             else:
-                await self._both(line)
+                await self._both(connection)
         except (*_BROKEN, Refused) as error:
             if self._answered:
                 raise Broken from error
             if isinstance(error, Refused):
                 raise
-            if line.stream.received_bytes > received:
-                raise Refused(502, f"{line.origin.host} does not answer in HTTP/1.1") from None
+            if connection.stream.received_bytes > received:
+                raise Refused(502, f"{connection.origin.host} does not answer in HTTP/1.1") from None
             return False
         else:
             return True
         finally:
-            self.sent += line.stream.sent_bytes - sent
-            self.received += line.stream.received_bytes - received
+            self.sent += connection.stream.sent_bytes - sent
+            self.received += connection.stream.received_bytes - received
 
-    async def _both(self, line: ServerConnection) -> None:
+    async def _both(self, connection: ServerConnection) -> None:
         """Send the body and forward the response; a server may respond before it has read the whole body."""
-        sending = asyncio.ensure_future(self._send_body(line))
-        responding = asyncio.ensure_future(self._respond(line))
+        sending = asyncio.ensure_future(self._send_body(connection))
+        responding = asyncio.ensure_future(self._respond(connection))
         try:
             await asyncio.wait({sending, responding}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
@@ -144,18 +144,18 @@ class Exchange:
             responding.cancel()
             await asyncio.gather(sending, responding, return_exceptions=True)
 
-    async def _send_body(self, line: ServerConnection) -> None:
+    async def _send_body(self, connection: ServerConnection) -> None:
         if self._http.they_are_waiting_for_100_continue:
             go_on = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
             await self._guest.write(self._http.send(go_on) or b"")
         while not isinstance(event := await self._body_event(), h11.EndOfMessage):
             if isinstance(event, h11.Data):
                 try:
-                    await line.send(h11.Data(bytes(event.data)))
+                    await connection.send(h11.Data(bytes(event.data)))
                 except OSError:  # the server may have responded before closing
                     return
         self._guest.unread(self._http.trailing_data[0])
-        await line.send(h11.EndOfMessage())
+        await connection.send(h11.EndOfMessage())
 
     async def _body_event(self) -> object:
         try:
@@ -165,12 +165,12 @@ class Exchange:
             raise Refused(400, f"malformed request: {in_short(error)}") from None
         return event
 
-    async def _respond(self, line: ServerConnection) -> None:
-        event = await line.event()
+    async def _respond(self, connection: ServerConnection) -> None:
+        event = await connection.event()
         while isinstance(event, h11.InformationalResponse) and event.status_code != 101:  # noqa: PLR2004
-            event = await line.event()
+            event = await connection.event()
         if isinstance(event, h11.InformationalResponse):
-            await self._switch(line, event)
+            await self._switch(connection, event)
             return
         if not isinstance(event, h11.Response):
             raise ConnectionResetError
@@ -183,7 +183,7 @@ class Exchange:
                 reason=self._echoes.blanked(event.reason),
             )
         )
-        while isinstance(event := await line.event(), h11.Data):
+        while isinstance(event := await connection.event(), h11.Data):
             if data := self._echoes.feed(bytes(event.data)):
                 await self._guest.write(self._http.send(h11.Data(data)) or b"")
         if not isinstance(event, h11.EndOfMessage):
@@ -196,17 +196,17 @@ class Exchange:
             h11.SERVER: h11.DONE,
         }
 
-    async def _switch(self, line: ServerConnection, event: h11.InformationalResponse) -> None:
+    async def _switch(self, connection: ServerConnection, event: h11.InformationalResponse) -> None:
         """Switch to a WebSocket: relay bytes both ways and redact credentials in the server's messages."""
         if dict(event.headers).get(b"upgrade", b"").lower() != b"websocket":
-            raise Refused(502, f"{line.origin.host} switches to a protocol that was not asked for")
+            raise Refused(502, f"{connection.origin.host} switches to a protocol that was not asked for")
         self._echoes.check(event.headers)
         headers = [*self._headers(event), (b"Connection", b"Upgrade"), (b"Upgrade", b"websocket")]
         reason = self._echoes.blanked(event.reason)
         await self._answer(h11.InformationalResponse(status_code=101, headers=headers, reason=reason))
-        line.stream.unread(line.http.trailing_data[0])
+        connection.stream.unread(connection.http.trailing_data[0])
         frames = Frames(self._echoes.feed, self._echoes.blanked)
-        await relay(self._guest, line.stream, frames.feed if self._echoes else None)
+        await relay(self._guest, connection.stream, frames.feed if self._echoes else None)
 
     async def _answer(self, head: h11.Response | h11.InformationalResponse) -> None:
         self._note_status(head.status_code)

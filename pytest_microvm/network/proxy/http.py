@@ -35,7 +35,7 @@ class Conversation:
         self._outbound = outbound
         self._patience = patience
         self._fixed = fixed
-        self._line: ServerConnection | None = None
+        self._connection: ServerConnection | None = None
 
     async def run(self) -> RequestHead | None:
         """Handle requests until the guest sends no more; return a request for a tunnel, if one arrives.
@@ -108,16 +108,16 @@ class Conversation:
 
     async def _exchange(self, asked: RequestHead, exchange: Exchange, places: list[Place]) -> None:
         """Run one exchange on the open connection, or on a new one if there is none or it has ended."""
-        if self._line is None or not await exchange.over(self._line):
+        if self._connection is None or not await exchange.over(self._connection):
             self._hang_up()
             request = asked.request
             stream = await self._outbound.connect(
                 request, places or await self._outbound.places(request), tls=asked.origin.scheme == "https"
             )
-            self._line = ServerConnection(asked.origin, stream)
-            if not await exchange.over(self._line):
+            self._connection = ServerConnection(asked.origin, stream)
+            if not await exchange.over(self._connection):
                 raise Refused(502, f"{request.host} ended the connection without a response")
-        if not self._line.renew():
+        if not self._connection.renew():
             self._hang_up()
 
     def _status_noted(self, number: int) -> Callable[[int], None]:
@@ -125,17 +125,17 @@ class Conversation:
 
     async def _can_reuse(self, asked: RequestHead) -> bool:
         """Return True if the open connection may be reused: for repeatable requests, in case it has ended."""
-        line = self._line
+        connection = self._connection
         return (
-            line is not None
-            and line.origin == asked.origin
+            connection is not None
+            and connection.origin == asked.origin
             and asked.method in _REPEATABLE
             and asked.length == 0
             and not asked.websocket
-            and await line.stream.is_quiet()
+            and await connection.stream.is_quiet()
         )
 
     def _hang_up(self) -> None:
-        if self._line:
-            self._line.stream.close()
-            self._line = None
+        if self._connection:
+            self._connection.stream.close()
+            self._connection = None
