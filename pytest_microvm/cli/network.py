@@ -21,6 +21,7 @@ from pytest_microvm.network.policy.hosts import (
     canonical_host,
     is_loopback_name,
 )
+from pytest_microvm.network.policy.matching import PORTS, SCHEMES
 from pytest_microvm.network.policy.presets import named_presets, preset_rules, read_preset
 from pytest_microvm.network.policy.rules import Decision, Policy, Request, parse_rules
 from pytest_microvm.network.proxy.credentials import credential_host, needs_tls
@@ -54,7 +55,6 @@ examples:
   pytest-microvm network rules                        of the project in this folder
   pytest-microvm network rules --network pip          which hosts `pip` stands for on this computer
 """
-_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -207,13 +207,13 @@ def _request(url: str, method: str) -> Request:
             f"{url!r} is not a URL: {error}", resolution="write http(s)://host/path or host:port"
         ) from error
     scheme = parts.scheme or (None if port else "https")
-    if scheme is not None and scheme not in _PORTS:
+    if scheme is not None and scheme not in SCHEMES:
         raise UsageError(
             f"{scheme}:// is not known here", resolution="write host:port for any other protocol"
         )
     if scheme is None:
         return Request(host, port or 0)
-    return Request(host, port or _PORTS[scheme], scheme, method.upper(), parts.path or "/")
+    return Request(host, port or PORTS[SCHEMES[scheme]], scheme, method.upper(), parts.path or "/")
 
 
 def _decide(rules: _Rules, request: Request) -> tuple[Decision, Request]:

@@ -12,8 +12,10 @@ from pytest_microvm.network.policy.hosts import as_address, canonical_host, is_l
 from pytest_microvm.network.policy.paths import EVERY_PATH, is_allowed_by, is_denied_by
 
 Scheme = Literal["http", "https"]
-PORTS: dict[Scheme, int] = {"http": 80, "https": 443}
-_SCHEMES: dict[str, Scheme] = {"http": "http", "ws": "http", "https": "https", "wss": "https"}
+PORTS: dict[str, int] = {"http": 80, "https": 443}
+"""The default port of each :data:`Scheme`."""
+SCHEMES: dict[str, Scheme] = {"http": "http", "ws": "http", "https": "https", "wss": "https"}
+"""The scheme that each URL scheme counts as."""
 _UNQUOTED = "/!$&'()*+,:=@~"
 
 
@@ -72,7 +74,7 @@ class NormalizedRequest:
         """
         if not 1 <= request.port <= 65535:  # noqa: PLR2004 - the range of ports
             raise ValueError("its port is none")
-        scheme = None if request.scheme is None else _SCHEMES.get(request.scheme.lower())
+        scheme = None if request.scheme is None else SCHEMES.get(request.scheme.lower())
         if request.scheme is not None and scheme is None:
             raise ValueError("its scheme is neither http nor https")
         host = canonical_host(request.host)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import h11
 
 from pytest_microvm.network.policy.hosts import canonical_host
+from pytest_microvm.network.policy.matching import PORTS, SCHEMES
 from pytest_microvm.network.policy.rules import Request
 from pytest_microvm.network.proxy.refusal import Refused
 from pytest_microvm.network.proxy.relaying import ByteStream
@@ -22,9 +23,6 @@ MAX_HEAD = 64 * 1024
 
 NEVER = frozenset({"TRACE", "TRACK"})
 """Methods that are always refused: their responses echo the request, with its credentials."""
-
-PORTS = {"http": 80, "https": 443}
-_SCHEMES = {"http": "http", "ws": "http", "https": "https", "wss": "https"}
 
 _END = b"\r\n\r\n"
 _FIRST = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]")
@@ -237,7 +235,7 @@ def _target(target: str, fixed: Origin | None) -> RequestHead:
     found = _ABSOLUTE.fullmatch(target)
     if not found:
         raise _malformed("the target must be a whole URL: this is a proxy")
-    scheme = _SCHEMES.get(found[1].lower())
+    scheme = SCHEMES.get(found[1].lower())
     if scheme != "http":
         raise _malformed(f"{found[1][:10]} is not spoken here; https needs CONNECT")
     host, port = split_host(found[2])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 
 from pytest_microvm.network.policy.hosts import as_address
+from pytest_microvm.network.policy.matching import PORTS
 from pytest_microvm.network.policy.rules import Decision
 from pytest_microvm.network.proxy.client_hello import HANDSHAKE, BadHello, HelloReader
-from pytest_microvm.network.proxy.heads import PORTS, Origin, RequestHead
+from pytest_microvm.network.proxy.heads import Origin, RequestHead
 from pytest_microvm.network.proxy.http import Conversation
 from pytest_microvm.network.proxy.patience import Patience
 from pytest_microvm.network.proxy.refusal import Refused
