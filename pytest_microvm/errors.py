@@ -2,8 +2,7 @@
 
 MicroVMError
 ├── UsageError              bad input: an option, a key, a path, a value
-│   ├── KitError            a kit file that cannot be used
-│   └── PolicyError         a path or a name outside of the grants
+│   └── KitError            a kit file that cannot be used
 ├── HostError               this computer lacks something: a program, a permission, memory, disk
 │   ├── HypervisorMissing
 │   └── BudgetExhausted     the host budget can never hold the requested machine
@@ -51,10 +50,6 @@ class UsageError(MicroVMError):
 
 class KitError(UsageError):
     """A kit file that cannot be used."""
-
-
-class PolicyError(UsageError):
-    """A path or a name outside of the grants."""
 
 
 class HostError(MicroVMError):
