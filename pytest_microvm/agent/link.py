@@ -220,6 +220,24 @@ class PendingRequest:
         return self.reply is not None or self._link.failure is not None
 
 
+def send_queued(sock: socket.socket, queue: bytearray) -> int:
+    """Send and remove queued bytes until a non-blocking socket would block; return the number of bytes sent.
+
+    A closed connection empties the queue: the socket's reader reports it.
+    """
+    total = 0
+    try:
+        while queue:
+            sent = sock.send(memoryview(queue)[:_READ_SIZE])
+            total += sent
+            del queue[:sent]
+    except BlockingIOError:
+        pass
+    except OSError:
+        queue.clear()
+    return total
+
+
 def _guest_error(error: dict[str, Any], redactor: Redactor) -> GuestError:
     kind, message, number = error.get("type"), error.get("message"), error.get("errno")
     return GuestError(
@@ -467,15 +485,7 @@ class Link:
             if self._closed:
                 return
             self._out += self.channel.take()
-            try:
-                while self._out:
-                    sent = self._sock.send(memoryview(self._out)[:_READ_SIZE])
-                    self.bytes_sent += sent
-                    del self._out[:sent]
-            except BlockingIOError:
-                pass
-            except OSError:
-                self._out.clear()  # _read() reports the closed connection
+            self.bytes_sent += send_queued(self._sock, self._out)
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._out else 0)
             if events != self._events:
                 self._events = events

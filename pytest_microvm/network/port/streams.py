@@ -14,7 +14,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_microvm.agent.link import GuestError
+from pytest_microvm.agent.link import GuestError, send_queued
 from pytest_microvm.errors import MachineCrashed, MachineError
 from pytest_microvm.network.port.stream import StreamTransport, connect_streams
 from pytest_microvm.untrusted.text import sanitize_line
@@ -270,15 +270,9 @@ class NetworkPort:
         if self.failure is not None:
             return
         self._out += self._channel.take()
-        try:
-            while self._out:
-                sent = self._sock.send(memoryview(self._out)[:_READ_SIZE])
-                self.bytes_sent += sent
-                del self._out[:sent]
-        except BlockingIOError:
+        self.bytes_sent += send_queued(self._sock, self._out)
+        if self._out:
             self.loop.add_writer(self._sock, self._flush)
-        except OSError:
-            self._out.clear()  # _readable() handles the closed connection
         else:
             self.loop.remove_writer(self._sock)
         full = len(self._out) > (_LOW if self.full else _HIGH)
