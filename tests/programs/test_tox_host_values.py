@@ -231,10 +231,10 @@ from pathlib import Path
 from tox.report import HandledError
 from tox.tox_env.python.pip.req_file import PythonDeps
 from pytest_microvm.tox.configuration import ToxFile
-from pytest_microvm.tox.host_values import Guard, install
+from pytest_microvm.tox.host_values import HostValueGuard, install
 deps = PythonDeps("six==${TOKEN}", Path())
 print(deps.as_root_args)
-install(Guard(ToxFile(Path().resolve(), Path("tox.ini").resolve())))
+install(HostValueGuard(ToxFile(Path().resolve(), Path("tox.ini").resolve())))
 try:
     print(PythonDeps("six==${TOKEN}", Path()).as_root_args)
 except HandledError as error:

@@ -153,7 +153,7 @@ def test_one_run_cannot_fill_the_history(history, monkeypatch):
 WRITER = """
 import sys, time
 from pathlib import Path
-from pytest_microvm.ci.results.history import Case, History
+from pytest_microvm.ci.results.history import CaseResult, History
 from pytest_microvm.ci.results.result import RunResult, TaskResult
 who = sys.argv[2]
 history = History(Path(sys.argv[1]))
@@ -162,7 +162,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 for number in range(20):
     run = RunResult(f"{who}-{number}", "/code", "main", time.time(), 1.0, (task,))
-    history.add(run, [Case("t", f"test_{n}", "passed") for n in range(50)])
+    history.add(run, [CaseResult("t", f"test_{n}", "passed") for n in range(50)])
 """
 
 
