@@ -327,7 +327,7 @@ def test_bubblewrap_that_is_missing_is_an_error(monkeypatch, tmp_path):
 
 AT_WORK = textwrap.dedent("""
     import json, subprocess, sys
-    from pytest_microvm.hypervisors.cgroups import FOLDERS, Limits, find_cgroups
+    from pytest_microvm.hypervisors.cgroups import FOLDERS, CgroupLimits, find_cgroups
 
     HOG = "block = bytearray(int(sys.argv[1])); block[::4096] = b'x' * len(block[::4096])"
     BUSY = '''
@@ -355,11 +355,11 @@ AT_WORK = textwrap.dedent("""
     found = find_cgroups()
     told = {"kind": found.kind, "reason": found.reason, "text": str(found)}
     if found.kind == FOLDERS:
-        hog, modest = found.group(Limits(48 << 20)), found.group(Limits(48 << 20))
+        hog, modest = found.group(CgroupLimits(48 << 20)), found.group(CgroupLimits(48 << 20))
         told["hog"] = start(hog, HOG, 150 << 20).wait()
         told["modest"] = start(modest, HOG, 20 << 20).wait()
         told["ceilings"] = [hog.ceiling_hit(), modest.ceiling_hit()]
-        half, full = found.group(Limits(1 << 30, 0.25)), found.group(Limits(1 << 30))
+        half, full = found.group(CgroupLimits(1 << 30, 0.25)), found.group(CgroupLimits(1 << 30))
         processes = [start(group, BUSY, 4) for group in (half, full)]
         told["cpu"] = [float(process.stdout.read()) for process in processes]
         assert [process.wait() for process in processes] == [0, 0]
@@ -441,7 +441,7 @@ def test_version_2_in_a_delegated_group_whose_members_we_are(with_version_2, use
 def test_what_a_killed_owner_left_is_removed_by_the_next():
     code = (
         "import sys; from pytest_microvm.hypervisors.cgroups import *\n"
-        "print(*find_cgroups().group(Limits(1 << 30, 1.0)).folders, flush=True); sys.stdin.read()"
+        "print(*find_cgroups().group(CgroupLimits(1 << 30, 1.0)).folders, flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
