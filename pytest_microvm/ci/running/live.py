@@ -86,8 +86,10 @@ class _Lines:
         self._say(f"== {_ending(run)}")
 
     def _say(self, text: str) -> None:
-        # Never wrapped: the rest of a wrapped line would start a line without prefix.
-        self._console.print(Text(_clean(text, _LINE)), soft_wrap=True, style=None)
+        # Never wrapped: the rest of a wrapped line would start a line without prefix. Not by print() of rich,
+        # which takes more than a minute of CPU time for the million lines that a job prints in a moment.
+        self._console.file.write(f"{_clean(text, _LINE)}\n")
+        self._console.file.flush()
 
 
 @dataclass
