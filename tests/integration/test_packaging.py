@@ -43,7 +43,7 @@ def environment(wheel, tmp_path_factory):
 
 
 def tracked(folder):
-    return set(run("git", "ls-files", folder, cwd=REPOSITORY).split())
+    return set(filter(None, run("git", "ls-files", "-z", folder, cwd=REPOSITORY).split("\0")))
 
 
 def test_the_wheel_holds_the_package_and_the_kits(wheel):
