@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import BootError, HostError, ImageError
+from pytest_microvm.git.repository import find_checkout
 from pytest_microvm.host.held_templates import HeldTemplates
 from pytest_microvm.host.kept import KeptMachine, kept_machines, open_kept
 from pytest_microvm.hypervisors import Accelerator, Launch
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
+from pytest_microvm.images.mirror.environment import running_environment
 from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.machine.grants import Grants, resolve
 from pytest_microvm.machine.instance import BOOT_TIMEOUT, Instance, MachineFacts
@@ -142,11 +144,20 @@ class Host:
                     for mount in spec.mounts:
                         refuse_links(self._project, mount.source)
                 image = self.images.get(spec.image, project=self._project, progress=self.say)
+                if spec.python == "host":
+                    image = self._mirrored(image)
                 limits = _limits(spec, image, self._timeout)
                 resources = Resources(limits.vcpus, limits.memory, limits.disk, image.environment)
                 grants = self.grants(spec, image)
                 self._bases[spec] = Base(image, resources, self.accelerator(image), limits, grants)
             return self._bases[spec]
+
+    def _mirrored(self, image: Image) -> Image:
+        """Return ``image`` with the Python environment of this process laid over it."""
+        environment = running_environment()
+        checkout = None if self._project is None else find_checkout(self._project)
+        without = self._project if checkout is None else checkout.top
+        return self.images.mirrored(image, environment, without=without, progress=self.say)
 
     def grants(self, spec: MachineSpec, image: Image) -> Grants:
         """Return the grants of machines of ``spec``, with secrets and credentials read now.

@@ -26,6 +26,8 @@ class Image:
         resources: Default limits of its machines, by the names of
             :class:`pytest_microvm.settings.spec.Limits`: at least ``cpus``, ``memory`` and ``disk``.
         network: Default network rules of its machines.
+        layer: A file system laid over ``rootfs``, as squashfs: a mirrored Python environment.
+        python: Description of that environment.
     """
 
     name: str
@@ -38,12 +40,15 @@ class Image:
     environment: tuple[tuple[str, str], ...]
     resources: Mapping[str, float] = field(hash=False)
     network: tuple[str, ...] = ()
+    layer: Path | None = None
+    python: str = ""
 
     def files(self) -> dict[str, Path]:
         """Return the files by role."""
-        return {
+        files = {
             "kernel": self.kernel,
             "initramfs": self.initramfs,
             "runtime": self.runtime,
             "rootfs": self.rootfs,
         }
+        return files if self.layer is None else {**files, "layer": self.layer}

@@ -23,16 +23,21 @@ while read -r module; do
 	/bin/busybox insmod "/mods/$module" || fail "cannot load the kernel module $module"
 done </mods/order
 
-# root and runtime are read-only; the scratch disk is the machine's disk quota, formatted by the host
+# root, layer and runtime are read-only; the scratch disk is the machine's disk quota, formatted by the host
 /bin/busybox mount -t squashfs -o ro /dev/vda /mnt/root || fail "cannot mount the root file system (/dev/vda)"
 if [ -e /dev/vdc ]; then
 	/bin/busybox mount -t ext4 -o rw,noatime /dev/vdc /mnt/scratch || fail "cannot mount the scratch disk (/dev/vdc)"
 else
 	/bin/busybox mount -t tmpfs -o mode=0755 scratch /mnt/scratch || fail "cannot mount a scratch tmpfs"
 fi
+lower=/mnt/root
+if [ -e /dev/vdd ]; then
+	/bin/busybox mount -t squashfs -o ro,nosuid,nodev /dev/vdd /mnt/layer || fail "cannot mount the layer (/dev/vdd)"
+	lower=/mnt/layer:/mnt/root
+fi
 /bin/busybox mkdir -p /mnt/scratch/upper /mnt/scratch/work || fail "cannot write to the scratch disk"
 # redirect_dir: folders of the image can be renamed, as on any other file system
-layers=lowerdir=/mnt/root,upperdir=/mnt/scratch/upper,workdir=/mnt/scratch/work,redirect_dir=on
+layers=lowerdir=$lower,upperdir=/mnt/scratch/upper,workdir=/mnt/scratch/work,redirect_dir=on
 /bin/busybox mount -t overlay -o $layers overlay /newroot ||
 	fail "cannot lay the scratch disk over the root file system"
 

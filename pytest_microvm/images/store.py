@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ from pytest_microvm.images.blobs import canonical_json, read_json, sha256_file, 
 from pytest_microvm.images.debian import default_mode
 from pytest_microvm.images.image import Image
 from pytest_microvm.images.kits import Kit, load_kit
+from pytest_microvm.images.mirror.layer import build_layer, libraries_unchanged
+from pytest_microvm.images.mirror.selection import select
 from pytest_microvm.images.platform import build_platform, platform_recipe
 from pytest_microvm.images.process import require_programs
 from pytest_microvm.images.rootfs import build_rootfs
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     import builtins
     from collections.abc import Callable
 
+    from pytest_microvm.images.mirror.environment import PythonEnvironment
     from pytest_microvm.images.process import Progress
 
 BUILDER_VERSION = 2
@@ -45,6 +48,9 @@ BUILDER_VERSION = 2
 _EPOCH = 1735689600  # 2025-01-01: the newest time stamp in an image, unless SOURCE_DATE_EPOCH says otherwise
 _BUILD_SPACE = 512 * 1024**2  # bytes; packages unpacked, beside what is made of them
 _FILES = ("kernel", "initramfs", "runtime", "rootfs")
+_LAYER = "layer"
+_KEPT_LAYERS = 3
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_MANIFEST = 1024**2
@@ -124,6 +130,58 @@ class ImageStore:
                 return image
             # A concurrent prune: while the second artifact was built, no name referred to the first.
             force = False
+
+    def mirrored(
+        self,
+        image: Image,
+        environment: PythonEnvironment,
+        *,
+        without: Path | None = None,
+        progress: Progress | None = None,
+    ) -> Image:
+        """Return ``image`` with a Python environment of this computer laid over it, at the same paths.
+
+        The layer is packed again if a file of the environment has changed.
+
+        Args:
+            image: The image.
+            environment: The environment.
+            without: A folder whose editable sources machines get another way: the workspace.
+            progress: Called with each stage as a line of text.
+
+        Raises:
+            UsageError: The environment cannot be mirrored.
+            HostError: This computer lacks a program that packs layers, or disk space.
+            BuildError: Packing failed.
+        """
+        tell = _with_time(f"python {environment.name}", progress)
+        selection = select(environment, without=without)
+        name = f"layer-{image.name}-{hashlib.sha256(os.fsencode(environment.prefix)).hexdigest()[:8]}"
+
+        def build(folder: Path) -> Built:
+            require_programs()
+            size = f"{selection.size / 1e6:.0f} MB"
+            tell(f"mirroring {environment.describe()}: {len(selection.entries)} files, {size}")
+            layer, libraries = build_layer(folder, environment, selection, image.rootfs)
+            return Built({"layer": layer}, {"libraries": libraries, "python": environment.describe()})
+
+        key = _key({"files": selection.digest, "rootfs": image.rootfs.name})
+        made = self._artifacts.get(name, key, build, tell)
+        if not libraries_unchanged(made.facts["libraries"]):
+            made = self._artifacts.get(name, key, build, tell, force=True)
+        manifest = self._manifest(image.digest)
+        if manifest is None:
+            raise _absent(image.digest)
+        search = f"{environment.prefix}/bin:{manifest['environment'].get('PATH', _PATH)}"
+        manifest["environment"] |= {"PATH": search}
+        if environment.prefix != environment.base:
+            manifest["environment"] |= {"VIRTUAL_ENV": str(environment.prefix)}
+        manifest["files"] |= made.files
+        manifest["python"] = made.facts["python"]
+        entry = {"name": name, "key": key, "kit": "", "project": "", "mirrors": str(environment.prefix)}
+        found = self._publish_manifest(manifest, entry)
+        self._forget_older(name)
+        return replace(found, name=image.name)
 
     def manifest(self, image: Image) -> bytes:
         """Return the manifest with which another computer's store can :meth:`adopt` an image.
@@ -304,21 +362,38 @@ class ImageStore:
             "resources": dict(kit.resources),
             **({"network": list(kit.network)} if kit.network else {}),
         }
+        entry = {"name": kit.name, "key": kit_key(kit), "kit": str(kit.path)}
+        entry["project"] = str(project.resolve()) if project else ""
+        return self._publish_manifest(manifest, entry)
+
+    def _publish_manifest(self, manifest: dict[str, Any], entry: dict[str, str]) -> Image:
+        """Store a manifest and the entry that names it; return the image."""
         data = canonical_json(manifest)
         digest = hashlib.sha256(data).hexdigest()
-        key = kit_key(kit)
-        entry = {"name": kit.name, "key": key, "digest": digest, "kit": str(kit.path)}
-        entry["project"] = str(project.resolve()) if project else ""
-        name_path = self._root / "names" / f"{kit.name}-{key[:32]}.json"
+        entry = {**entry, "digest": digest}
+        name_path = self._root / "names" / f"{entry['name']}-{entry['key'][:32]}.json"
         if self._manifest(digest) is None or read_json(name_path) != entry:
             # Names serve only lists and prunes: if the cache cannot be written, the image does without one.
             with contextlib.suppress(OSError), self._artifacts.publishing():
                 write_atomically(self._manifest_path(digest), data)
                 write_atomically(name_path, canonical_json(entry))
-        return self._image(kit.name, digest, manifest)
+        return self._image(entry["name"], digest, manifest)
+
+    def _forget_older(self, name: str) -> None:
+        """Remove all but the newest images of a mirrored environment, which grows a layer with every change.
+
+        Some older ones stay for runs that started before, and for kept machines.
+        """
+        paths = [path for path, entry in self._names() if entry["name"] == name]
+        paths.sort(key=lambda path: path.stat().st_mtime_ns)
+        if len(paths) > _KEPT_LAYERS:
+            with contextlib.suppress(OSError), self._artifacts.publishing():
+                for path in paths[:-_KEPT_LAYERS]:
+                    path.unlink(missing_ok=True)
+                self._drop_unnamed()
 
     def _image(self, name: str, digest: str, manifest: dict[str, Any]) -> Image:
-        paths = {role: self._artifacts.blobs.path(manifest["files"][role]) for role in _FILES}
+        paths = {role: self._artifacts.blobs.path(digest) for role, digest in manifest["files"].items()}
         return Image(
             name=name,
             digest=digest,
@@ -326,6 +401,7 @@ class ImageStore:
             environment=tuple(sorted(manifest["environment"].items())),
             resources=manifest["resources"],
             network=tuple(manifest.get("network", ())),
+            python=manifest.get("python", ""),
             **paths,
         )
 
@@ -372,8 +448,10 @@ def _files_of(manifest: bytes) -> list[str]:
     """
     try:
         data = json.loads(manifest) if len(manifest) <= _MAX_MANIFEST else {}
-        files = list(dict.fromkeys(str(data["files"][role]) for role in _FILES))
-        sound = data["format"] == BUILDER_VERSION and canonical_json(data) == manifest
+        roles = [role for role in (*_FILES, _LAYER) if role != _LAYER or role in data["files"]]
+        files = list(dict.fromkeys(str(data["files"][role]) for role in roles))
+        sound = len(roles) == len(data["files"])
+        sound = sound and data["format"] == BUILDER_VERSION and canonical_json(data) == manifest
         sound = sound and all(re.fullmatch(r"[0-9a-f]{64}", file) for file in files)
     except (ValueError, KeyError, TypeError):
         sound = False
@@ -409,7 +487,9 @@ def kit_key(kit: Kit) -> str:
 
 
 def _is_current(entry: dict[str, str]) -> bool:
-    """Return True if a name's kit is unchanged since the name was written."""
+    """Return True if a name's kit is unchanged since it was written, or its mirrored environment exists."""
+    if mirrored := entry.get("mirrors"):
+        return Path(mirrored).is_dir()
     project = Path(entry["project"]) if entry.get("project") else None
     try:
         return kit_key(load_kit(Path(entry["kit"]), project=project)) == entry["key"]

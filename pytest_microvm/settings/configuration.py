@@ -15,7 +15,7 @@ from pytest_microvm.errors import UsageError
 from pytest_microvm.settings.mounts import parse_mounts
 from pytest_microvm.settings.options import OPTIONS, RUN, Kind, Option
 from pytest_microvm.settings.reach import parse_network
-from pytest_microvm.settings.spec import PARSERS, MachineSpec
+from pytest_microvm.settings.spec import PARSERS, MachineSpec, parse_choice
 from pytest_microvm.settings.trust import GRANTS
 from pytest_microvm.untrusted.nofollow import read_below
 
@@ -56,6 +56,7 @@ class Settings:
         artifacts: The folder for records of machines that crashed or exceeded a quota.
         require_accel: The only acceptable accelerator.
         junit_profile: The consumer of the ``--junitxml`` file; ``None``: as pytest writes it.
+        named: The keys that the configuration file has.
         asked: The configuration file's keys that need trust, as written, without those that the command line
             overrides.
         project: The folder of the configuration file.
@@ -74,6 +75,7 @@ class Settings:
     artifacts: Path | None = None
     require_accel: str | None = None
     junit_profile: str | None = None
+    named: frozenset[str] = frozenset()
     asked: Mapping[str, Any] = field(default_factory=dict)
     project: Path = field(default_factory=Path.cwd)
 
@@ -112,6 +114,7 @@ def load_settings(project: Path, options: Mapping[str, Any]) -> Settings:
             )
         asked = {key: table[key] for key in GRANTS if key in table and options.get(key) is None}
         settings = replace(merged(settings, table, f"{file} [tool.pytest-microvm]"), asked=asked)
+        settings = replace(settings, named=frozenset(table))
     given = {key: value for key, value in options.items() if value is not None}
     return merged(settings, given, "command line")
 
@@ -144,17 +147,6 @@ def merged(settings: Settings, values: Mapping[str, Any], where: str) -> Setting
     spec = settings.spec.with_changes(grants, where)
     changes = {k: _PARSERS[k](v, f"{where}: {k}") for k, v in values.items() if k in _PARSERS}
     return replace(settings, spec=spec, **changes)
-
-
-def parse_choice(*allowed: str) -> Callable[[object, str], str]:
-    """Return a parser that accepts one of ``allowed``."""
-
-    def parse(value: object, name: str) -> str:
-        if value not in allowed:
-            raise UsageError(f"{name}: {value!r} is not allowed", resolution="allowed: " + ", ".join(allowed))
-        return str(value)
-
-    return parse
 
 
 def parse_count(most: int, what: str) -> Callable[[object, str], int]:

@@ -96,6 +96,10 @@ OPTIONS: tuple[Option, ...] = (
            choices=("test", "class", "module", "session")),
     Option("args", "run", "words", "arguments for pytest inside the machine"),
     Option("image", "image", "kit", "the image: a kit's name or path", default="python", absent=("gitlab",)),
+    Option("python", "image", "choice",
+           "the Python in the machine: host mirrors the environment that runs this, image uses the image's",
+           default="host with --microvm if no image is named, else image", choices=("host", "image"),
+           absent=("tox", "gitlab")),
     Option("cpus", "quota", "cpus", "CPUs of the machine; 0.5 is one vCPU, throttled", default="the kit's",
            least=0.05, most=64),
     Option("memory", "quota", "size", "memory of the machine", "512M", default="the kit's",
@@ -150,6 +154,6 @@ OPTIONS: tuple[Option, ...] = (
 BY_NAME = {option.name: option for option in OPTIONS}
 QUOTAS = tuple(option for option in OPTIONS if option.part == "quota")
 GRANTS = tuple(option for option in OPTIONS if option.part == "grant")
-MACHINE = (BY_NAME["image"], *QUOTAS, *GRANTS)
+MACHINE = (BY_NAME["image"], *QUOTAS, *GRANTS, BY_NAME["python"])
 """The options of a machine's image, quotas and grants: the keywords of the marker and the factory."""
 RUN = tuple(option for option in OPTIONS if option.part == "run")

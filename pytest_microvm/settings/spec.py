@@ -131,6 +131,8 @@ class MachineSpec:
         credentials: Credentials added to its requests on the way out; the machine never holds them.
         secrets: Values it gets at run time.
         mounts: Host directories it gets.
+        python: ``host``: the environment that runs this process is mirrored into the machine; ``image``: its
+            Python is the image's. ``None``: ``image``, and ``host`` with ``--microvm`` if no image is named.
     """
 
     image: str = "python"
@@ -150,6 +152,7 @@ class MachineSpec:
     credentials: tuple[CredentialSpec, ...] = ()
     secrets: tuple[Secret, ...] = ()
     mounts: tuple[Mount, ...] = ()
+    python: str | None = None
 
     def __post_init__(self) -> None:
         for option in QUOTAS:
@@ -191,6 +194,17 @@ def check_minimum(where: str, name: str, size: int | None) -> None:
         )
 
 
+def parse_choice(*allowed: str) -> Callable[[object, str], str]:
+    """Return a parser that accepts one of ``allowed``."""
+
+    def parse(value: object, name: str) -> str:
+        if value not in allowed:
+            raise UsageError(f"{name}: {value!r} is not allowed", resolution="allowed: " + ", ".join(allowed))
+        return str(value)
+
+    return parse
+
+
 def _parse_image(value: object, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UsageError(f"{name}: {value!r} is not an image", resolution="write a kit's name or its path")
@@ -209,10 +223,14 @@ _BY_KIND: dict[Kind, Callable[[object, str], Any]] = {
     "mounts": lambda value, name: parse_mounts(value, name, Path.cwd()),
 }
 
-PARSERS: dict[str, Callable[[object, str], Any]] = {
-    option.name: partial(_parse_count, option) if option.kind == "count" else _BY_KIND[option.kind]
-    for option in MACHINE
-}
+
+def _parser(option: Option) -> Callable[[object, str], Any]:
+    if option.kind == "choice":
+        return parse_choice(*option.choices)
+    return partial(_parse_count, option) if option.kind == "count" else _BY_KIND[option.kind]
+
+
+PARSERS: dict[str, Callable[[object, str], Any]] = {option.name: _parser(option) for option in MACHINE}
 """The parser of each field of a spec."""
 
 

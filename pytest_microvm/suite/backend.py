@@ -116,12 +116,16 @@ class CollectPlan:
 
 @dataclass(frozen=True)
 class BackendFacts:
-    """A backend's accelerator with the reason for its choice, and its image with the digest."""
+    """A backend's accelerator with the reason for its choice, and its image with the digest.
+
+    ``python`` describes the environment of this computer that the machines mirror; empty: the image's Python.
+    """
 
     accelerator: str
     accelerator_reason: str
     image: str
     image_digest: str
+    python: str = ""
 
 
 class Kept(Protocol):

@@ -167,6 +167,9 @@ class MachineBackend:
     ) -> None:
         config = load_settings(settings.rootdir, settings.values)
         project_trust.check(settings.rootdir, asked_by(config))
+        named = {"image", "python", "prepare"} & {*settings.values, *config.named}
+        if not named:
+            config = replace(config, spec=replace(config.spec, python="host"))
         self._artifacts = artifacts_folder(config.artifacts, settings)
         self._config = replace(config, spec=change(config.spec))
         self._host = Host(
@@ -187,7 +190,7 @@ class MachineBackend:
     def facts(self) -> BackendFacts:
         """The accelerator and image that run the tests."""
         accelerator, image = self._base.accelerator, self._base.image
-        return BackendFacts(accelerator.name, accelerator.reason, image.name, image.digest)
+        return BackendFacts(accelerator.name, accelerator.reason, image.name, image.digest, image.python)
 
     @property
     def options(self) -> RunOptions:

@@ -75,9 +75,10 @@ def _count(number: int, what: str) -> str:
 def header_line(facts: BackendFacts, isolation: str) -> str:
     """Return the line for pytest's header: accelerator, image and isolation."""
     digest = facts.image_digest.removeprefix("sha256:")[:_DIGEST_LENGTH]
+    python = f", python {facts.python}, mirrored from this computer" if facts.python else ""
     return (
         f"microvm: accelerator {facts.accelerator} ({facts.accelerator_reason}), "
-        f"image {facts.image} ({digest}), isolation {isolation}"
+        f"image {facts.image} ({digest}){python}, isolation {isolation}"
     )
 
 
@@ -100,6 +101,7 @@ def add_suite_properties(config: pytest.Config, facts: BackendFacts, isolation: 
     for name, value in (
         ("microvm.image", facts.image),
         ("microvm.image_digest", facts.image_digest),
+        *([("microvm.python", facts.python)] if facts.python else []),
         ("microvm.accelerator", facts.accelerator),
         ("microvm.accelerator_reason", facts.accelerator_reason),
         ("microvm.isolation", isolation),

@@ -338,6 +338,7 @@ class Chain:
                 Disk(base.image.rootfs, readonly=True),
                 Disk(base.image.runtime, readonly=True),
                 scratch or Disk(folder / "scratch"),
+                *([Disk(base.image.layer, readonly=True)] if base.image.layer else []),
             ),
             state=state,
             name=name,

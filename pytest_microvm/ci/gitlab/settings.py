@@ -13,9 +13,8 @@ from typing import Any
 from pytest_microvm.ci.gitlab.holding import spec_of
 from pytest_microvm.errors import UsageError
 from pytest_microvm.network.policy.rules import parse_rules
-from pytest_microvm.settings.configuration import parse_choice
 from pytest_microvm.settings.options import MACHINE
-from pytest_microvm.settings.spec import parse_seconds
+from pytest_microvm.settings.spec import parse_choice, parse_seconds
 
 if sys.version_info >= (3, 11):
     import tomllib

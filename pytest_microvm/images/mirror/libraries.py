@@ -1,0 +1,164 @@
+"""Find the shared libraries that ELF files load, by their headers.
+
+``ldd`` would run what it is asked about. The search is that of ld.so(8): DT_RPATH of the file and of its
+loaders, ``LD_LIBRARY_PATH``, DT_RUNPATH, the folders of /etc/ld.so.conf, then the default folders.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import deque
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.dynamic import DynamicSegment
+from elftools.elf.elffile import ELFFile
+from elftools.elf.segments import InterpSegment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_MAGIC = b"\x7fELF"
+_C_LIBRARY = "libc.so.6"
+# The parts of glibc must all be of one version; programs load some of them only at run time.
+_GLIBC = re.compile(
+    r"(ld-linux[-.\w]*|lib(c|m|mvec|dl|rt|pthread|util|resolv|anl|thread_db|BrokenLocale|nss_(compat|db|dns|files|hesiod)))\.so\.\d+"
+)
+_VERSIONS = re.compile(rb"\0GLIBC_2\.(\d{1,4})(?=\0)")
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """What an ELF file says about the libraries that it loads."""
+
+    machine: str
+    needed: tuple[str, ...] = ()
+    rpath: tuple[str, ...] = ()
+    runpath: tuple[str, ...] = ()
+    interpreter: str = ""
+
+
+def read_dynamic(path: Path) -> Dynamic | None:
+    """Return the dynamic section of an ELF file; ``None`` for other files and damaged ones."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != _MAGIC:
+                return None
+            elf = ELFFile(file)
+            found: dict[str, list[str]] = {"DT_NEEDED": [], "DT_RPATH": [], "DT_RUNPATH": []}
+            interpreter = ""
+            for segment in elf.iter_segments():
+                if isinstance(segment, InterpSegment):
+                    interpreter = segment.get_interp_name()
+                elif isinstance(segment, DynamicSegment):
+                    for tag in segment.iter_tags():
+                        if tag.entry.d_tag in found:
+                            found[tag.entry.d_tag].append(getattr(tag, tag.entry.d_tag[3:].lower()))
+            origin = str(path.resolve().parent)
+            paths = {
+                key: tuple(re.sub(r"\$(ORIGIN\b|\{ORIGIN\})", lambda _m: origin, part)
+                           for text in found[key] for part in text.split(":") if part)
+                for key in ("DT_RPATH", "DT_RUNPATH")
+            }  # fmt: skip
+            runpath = paths["DT_RUNPATH"]
+            rpath = () if runpath else paths["DT_RPATH"]
+            return Dynamic(elf["e_machine"], tuple(found["DT_NEEDED"]), rpath, runpath, interpreter)
+    except (OSError, ELFError, UnicodeDecodeError, ValueError):
+        return None
+
+
+def glibc_version(content: bytes) -> int:
+    """Return the minor version of the glibc 2 in ``libc.so.6``'s content; 0 if it is another library."""
+    return max((int(minor) for minor in _VERSIONS.findall(content)), default=0)
+
+
+class LibrarySearch:
+    """The libraries of this computer as its dynamic loader finds them.
+
+    Args:
+        configuration: The loader's list of folders.
+    """
+
+    def __init__(self, configuration: Path = Path("/etc/ld.so.conf")) -> None:
+        self._configuration = configuration
+        self._dynamic: dict[Path, Dynamic | None] = {}
+
+    def closure(self, files: Iterable[Path]) -> dict[str, Path]:
+        """Return the libraries outside ``files`` that these load, directly or not: paths by file name.
+
+        Libraries that are missing here are left out: the files do without them on this computer, too.
+        """
+        given = list(files)
+        inside = {os.path.realpath(path) for path in given}
+        found: dict[str, Path] = {}
+        todo: deque[tuple[Path, tuple[str, ...]]] = deque((path, ()) for path in given)
+        while todo:
+            path, inherited = todo.popleft()
+            dynamic = self._read(path)
+            if dynamic is None:
+                continue
+            rpath = (*dynamic.rpath, *inherited)
+            wanted = [*dynamic.needed, *([dynamic.interpreter] if dynamic.interpreter else [])]
+            for name in wanted:
+                library = self._find(name, dynamic, rpath)
+                if library is None or library.name in found or os.path.realpath(library) in inside:
+                    continue
+                found[library.name] = library
+                todo.append((library, rpath))
+        if _C_LIBRARY in found:
+            folder = found[_C_LIBRARY].parent
+            for name in sorted(os.listdir(folder)):
+                if _GLIBC.fullmatch(name):
+                    found.setdefault(name, folder / name)
+        return found
+
+    def _find(self, name: str, dynamic: Dynamic, rpath: tuple[str, ...]) -> Path | None:
+        if "/" in name:
+            path = Path(name)
+            return path if path.is_absolute() and self._fits(path, dynamic) else None
+        preset = [p for p in os.environ.get("LD_LIBRARY_PATH", "").split(":") if p]
+        for folder in [*rpath, *preset, *dynamic.runpath, *self.folders]:
+            path = Path(folder, name)
+            if self._fits(path, dynamic):
+                return path
+        return None
+
+    def _fits(self, path: Path, wanted: Dynamic) -> bool:
+        found = self._read(path)
+        return found is not None and found.machine == wanted.machine
+
+    def _read(self, path: Path) -> Dynamic | None:
+        if path not in self._dynamic:
+            self._dynamic[path] = read_dynamic(path)
+        return self._dynamic[path]
+
+    @cached_property
+    def folders(self) -> tuple[str, ...]:
+        """The folders in which the loader looks without being told."""
+        multiarch = f"{os.uname().machine}-linux-gnu"
+        default = [f"/lib/{multiarch}", f"/usr/lib/{multiarch}", "/lib64", "/usr/lib64", "/lib", "/usr/lib"]
+        return tuple(dict.fromkeys([*_configured(self._configuration, set()), *default]))
+
+
+def _configured(file: Path, seen: set[Path]) -> Iterator[str]:
+    """Yield the folders in a configuration of the loader, with those that it includes (ldconfig(8))."""
+    if file in seen:
+        return
+    seen.add(file)
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        text = line.partition("#")[0].strip()
+        if text.startswith("include") and text[7:8].isspace():
+            pattern = text[8:].strip()
+            base = Path("/") if pattern.startswith("/") else file.parent
+            for included in sorted(base.glob(pattern.lstrip("/"))):
+                yield from _configured(included, seen)
+        elif text.startswith("/"):
+            yield text
