@@ -85,7 +85,7 @@ def _run(arguments: argparse.Namespace) -> int:
     host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line))
 
     def steps(base: Base) -> Sequence[TemplateStep]:
-        made = [worker_step(host, base)] if arguments.xdist else []
+        made = [worker_step(base)] if arguments.xdist else []
         return made if workspace is None else [*made, workspace_step(scan(workspace))]
 
     try:

@@ -5,25 +5,21 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import secrets
-import subprocess
 import threading
-import time
-from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_microvm.errors import BootError, HostError, ImageError
+from pytest_microvm.errors import ImageError
 from pytest_microvm.git.repository import find_checkout
 from pytest_microvm.host.held_templates import HeldTemplates
 from pytest_microvm.host.kept import KeptMachine, kept_machines, open_kept
+from pytest_microvm.host.starting import MachineStarter, StartedCopy
 from pytest_microvm.hypervisors import Accelerator, Launch
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
 from pytest_microvm.images.mirror.environment import running_environment
 from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.machine.grants import Grants, resolve
-from pytest_microvm.machine.instance import BOOT_TIMEOUT, Instance, MachineFacts
 from pytest_microvm.machine.microvm import MicroVM
 from pytest_microvm.network.policy.rules import Policy, parse_rules
 from pytest_microvm.settings.options import QUOTAS
@@ -36,7 +32,7 @@ from pytest_microvm.templates.store import Template, TemplateStore
 from pytest_microvm.untrusted.nofollow import refuse_links
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from pytest_microvm.images import Image
 
@@ -84,13 +80,19 @@ class Host:
         self._checkout = checkout or project
         self._require_accel = require_accel
         self._timeout = timeout
-        self._retries = retries
         self._told: set[str] = set()
         self._hypervisors: dict[str, Qemu] = {}
         self._bases: dict[MachineSpec, Base] = {}
         self._held = HeldTemplates(lambda: self.templates, self._chain, self._get)
-        self._pools: dict[tuple[str, str], Pool[Any]] = {}
-        self._places: dict[str, Instance | None] = {}  # in the budget; None: nothing runs there yet
+        self._starter = MachineStarter(
+            lambda: self.budget,
+            lambda: self.templates,
+            self._chain,
+            self._sound,
+            say=say,
+            warn=self._tell_once,
+            retries=retries,
+        )
         self._lock = threading.RLock()
         self._pid = os.getpid()
 
@@ -193,100 +195,49 @@ class Host:
         """Return the template that ``steps`` lead to, if available; held open until the host is closed."""
         return self._held.find(base, steps)
 
-    def machine(self, template: Template, base: Base, *, wait: bool = True) -> MicroVM | None:
-        """Start a machine that is a copy of ``template``; see :meth:`copy`. Its limits hold from now on."""
-        machine = self._machine(template, base, wait=wait)
+    def try_machine(self, template: Template, base: Base) -> MicroVM | None:
+        """Start a copy of ``template`` with its limits, or return ``None`` if there is no room for it now."""
+        machine = self._starter.try_machine(template, base)
         if machine is not None:
             machine.instance.watch(base.limits)
         return machine
 
-    def copy(
-        self, template: Template, base: Base, port: str, *, wait: bool = True, keepable: bool = False
-    ) -> tuple[Instance, MachineFacts, Path | None] | None:
-        """Start a copy of ``template`` and give it an identity of its own through ``port``.
+    def copy(self, template: Template, base: Base, port: str, *, keepable: bool = False) -> StartedCopy:
+        """Start a copy of ``template`` with an identity of its own, once the host budget has room for it.
 
         Args:
             template: What to copy.
             base: What it was made from.
-            port: ``agent`` or ``runner``.
-            wait: Whether to wait for room in the host budget.
+            port: The port that gives it its identity: ``agent`` or ``runner``.
             keepable: Whether to allow :meth:`keep`, which makes the start slower.
-
-        Returns:
-            The machine, its facts, and its own folder if it is keepable; ``None`` if there is no room and
-            ``wait`` is off.
 
         Raises:
             BootError: Neither it nor its replacements woke up.
             BudgetExhausted: There can never be room for it.
         """
-        begin = time.monotonic()
-        template = self._sound(template, base)  # before a place is reserved: making it again needs one
-        name = f"vm-{secrets.token_hex(4)}"
-        limits = base.limits
-        if keepable and base.grants.secrets:
-            keepable = False
-            self._tell_once(["machines that hold secrets are not kept: their memory would be on disk"])
-        own: Path | None = None
-        self._places[name] = None
-        try:
-            if wait:
-                self.budget.take(
-                    name, base.image.name, limits.cpus, limits.memory, say=self.say, reclaim=self._reclaim
-                )
-            elif not self.budget.try_take(name, base.image.name, limits.cpus, limits.memory):
-                del self._places[name]
-                return None
-            own = self.templates.new_draft() if keepable else None
-            instance = self._places[name] = self._awake(template, base, port, name, own)
-        except BaseException:
-            self.release(name, own)
-            raise
-        self.budget.started(name, instance.vmm.pid)
-        self._tell_once(instance.vmm.not_enforced)
-        facts = self.facts(base, name, time.monotonic() - begin)
-        instance.events.add("started", f"{name} from image {facts.image}", accelerator=facts.accelerator)
-        return instance, facts, own
+        return self._starter.copy(template, base, port, keepable=keepable)
 
-    def facts(self, base: Base, name: str, ready_seconds: float) -> MachineFacts:
-        """Return the facts of a machine made from ``base``."""
-        return MachineFacts(
-            id=name,
-            image=base.image.name,
-            image_digest=base.image.digest,
-            accelerator=base.accelerator.name,
-            accelerator_reason=base.accelerator.reason,
-            ready_seconds=ready_seconds,
-            limits=base.limits,
-            environment=base.resources.environment,
-        )
+    def try_copy(
+        self, template: Template, base: Base, port: str, *, keepable: bool = False
+    ) -> StartedCopy | None:
+        """Start a copy like :meth:`copy`, or return ``None`` if the host budget has no room for it now."""
+        return self._starter.try_copy(template, base, port, keepable=keepable)
 
-    def release(self, name: str, own: Path | None = None) -> None:
-        """Return a machine's place to the host budget, and remove its own folder."""
-        if own is not None:
-            self.templates.drop(own)
-        self.budget.release(name)
-        self._places.pop(name, None)
+    def release(self, copied: StartedCopy) -> None:
+        """Return a copy's place to the host budget, and remove its own folder."""
+        self._starter.release(copied)
 
-    def keep(self, instance: Instance, base: Base, facts: MachineFacts, own: Path, about: str) -> KeptMachine:
-        """Freeze a keepable machine on disk, to be entered later; the machine ends.
+    def keep(self, copied: StartedCopy, about: str) -> KeptMachine:
+        """Freeze a keepable copy on disk, to be entered later; the machine ends.
 
         Args:
-            instance: The machine.
-            base: What it was made from.
-            facts: Its facts.
-            own: Its own folder.
+            copied: The machine.
             about: What it was used for.
 
         Raises:
             MachineError: It could not be saved.
         """
-        meta = {"about": about, "name": facts.id, "environment": list(facts.environment)}
-        try:
-            self._chain(base).keep(instance, base, facts.id, own, meta)
-        finally:
-            self.release(facts.id, own)
-        return KeptMachine(facts.id, facts.image, about, time.time())
+        return self._starter.keep(copied, about)
 
     def kept(self) -> list[KeptMachine]:
         """Return the kept machines, the newest first."""
@@ -304,9 +255,7 @@ class Host:
         resources = Resources(meta["cpus"], meta["memory"], meta["disk"], image.environment)
         limits = Limits(resources.cpus, resources.memory, resources.disk)
         base = Base(image, resources, self.accelerator(image), limits)
-        machine = self._machine(template, base)
-        if machine is None:
-            raise HostError("the host budget gave no place")
+        machine = self._starter.machine(template, base)
         machine.instance.watch(limits)
         return machine
 
@@ -331,11 +280,9 @@ class Host:
         spec = (spec or MachineSpec()).with_changes(changes, "MicroVM.start()")
         base = self.base(spec)
         template = self.template(base, steps(base))
-        machine = self._pool(template, base, pool).take() if pool else None
+        machine = self._starter.pooled(template, base, pool) if pool else None
         if machine is None:
-            machine = self._machine(template, base, keepable=keepable)
-        if machine is None:
-            raise HostError("the host budget gave no place")
+            machine = self._starter.machine(template, base, keepable=keepable)
         machine.instance.watch(base.limits)
         try:
             for mount in spec.mounts:
@@ -348,15 +295,11 @@ class Host:
 
     def pool(self, key: tuple[str, str], make: Callable[[], Pool[Any]]) -> Pool[Any]:
         """Return the pool called ``key``, created at first use and closed with the host."""
-        with self._lock:
-            if key not in self._pools:
-                self._pools[key] = make()
-            return self._pools[key]
+        return self._starter.pool(key, make)
 
     def wait_ready(self) -> None:
         """Wait until every pool is full, or has found no room."""
-        for pool in list(self._pools.values()):
-            pool.wait_full()
+        self._starter.wait_ready()
 
     def close(self) -> None:
         """End every machine and release the templates for removal.
@@ -365,14 +308,7 @@ class Host:
         """
         if os.getpid() != self._pid:
             return  # a fork of the process that owns the machines
-        with self._lock:
-            pools, self._pools = list(self._pools.values()), {}
-        for pool in pools:
-            pool.close()
-        for name, instance in list(self._places.items()):
-            if instance is not None:
-                instance.close()
-            self.release(name)
+        self._starter.close()
         self._held.close()
 
     def _sound(self, template: Template, base: Base) -> Template:
@@ -398,79 +334,11 @@ class Host:
                 resolution="run again",
             )
 
-    def _awake(self, template: Template, base: Base, port: str, name: str, own: Path | None) -> Instance:
-        identity: dict[str, Any] = {"hostname": name, "machine_id": secrets.token_hex(16)}
-        if base.limits.pids is not None:
-            identity["pids"] = base.limits.pids
-        given = base.grants.for_machine(name)
-        for retry in range(self._retries + 1):
-            try:
-                instance = self._chain(base).copy(template, base, name, own=own)
-                try:
-                    instance.give(given)
-                    instance.adopt(port, identity, given.message())
-                except BaseException:
-                    instance.close()
-                    raise
-            except BootError as error:
-                if retry == self._retries:
-                    raise
-                self.say(f"infra: {error.brief}; starting another machine ({retry + 1} of {self._retries})")
-            else:
-                return instance
-        raise AssertionError("unreachable: the last try returns or raises")
-
-    def _machine(
-        self, template: Template, base: Base, *, wait: bool = True, keepable: bool = False
-    ) -> MicroVM | None:
-        copied = self.copy(template, base, "agent", wait=wait, keepable=keepable)
-        if copied is None:
-            return None
-        instance, facts, own = copied
-
-        def keep(about: str) -> None:
-            assert own is not None
-            self.keep(instance, base, facts, own, about)
-
-        return MicroVM(
-            instance,
-            facts,
-            on_close=lambda: self.release(facts.id, own),
-            on_keep=keep if keepable else None,
-        )
-
-    def _pool(self, template: Template, base: Base, size: int) -> Pool[MicroVM]:
-        def make() -> MicroVM | None:
-            machine = self._machine(template, base, wait=False)
-            if machine is not None:
-                _warm(machine)
-            return machine
-
-        def new() -> Pool[MicroVM]:
-            return Pool(size, make, MicroVM.close, lambda machine: machine.alive)
-
-        return self.pool(("agent", f"{template.key} {id(base)}"), new)
-
-    def _reclaim(self) -> bool:
-        return any(pool.give_up_one() for pool in list(self._pools.values()))
-
-    @contextmanager
-    def _room(self, base: Base) -> Iterator[None]:
-        """Hold a place in the host budget while a template is made."""
-        name = f"template-{secrets.token_hex(4)}"
-        cpus, memory = base.limits.cpus, base.limits.memory
-        self._places[name] = None
-        try:
-            self.budget.take(name, base.image.name, cpus, memory, say=self.say, reclaim=self._reclaim)
-            yield
-        finally:
-            self.release(name)
-
     def _tell(self, line: str) -> None:
         self._tell_once([line])
 
     def _tell_once(self, lines: Sequence[str]) -> None:
-        """Report each line once, such as a limit that this host cannot enforce."""
+        """Report each line once."""
         with self._lock:
             new = [line for line in lines if line not in self._told]
             self._told.update(new)
@@ -479,7 +347,8 @@ class Host:
 
     def _chain(self, base: Base) -> Chain:
         hypervisor = self.hypervisor(base.image.architecture)
-        return Chain(hypervisor, self.templates, guest_code(), self.say, self._room, elsewhere=self._get)
+        room = self._starter.room
+        return Chain(hypervisor, self.templates, guest_code(), self.say, room, elsewhere=self._get)
 
     def _get(self, key: str) -> bool:
         return self._elsewhere(key, self.templates)
@@ -489,17 +358,6 @@ def _limits(spec: MachineSpec, image: Image, timeout: float | None) -> Limits:
     """Return the limits of a machine: from the spec, else from the image's kit, else the defaults."""
     given = {o.name: getattr(spec, o.name) for o in QUOTAS if getattr(spec, o.name) is not None}
     return Limits(**{"timeout": timeout, **image.resources, **given})
-
-
-def _warm(machine: MicroVM) -> None:
-    """Run a command in a waiting machine, so that code is translated now, not when the machine is needed."""
-    try:
-        machine.run(["true"], timeout=BOOT_TIMEOUT)
-    except BaseException as error:
-        machine.close()
-        if isinstance(error, subprocess.TimeoutExpired):
-            raise BootError(f"machine {machine.id} did not run its first command") from error
-        raise
 
 
 @cache

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 
 from pytest_microvm.errors import MachineError
 from pytest_microvm.host.host import Host
+from pytest_microvm.host.starting import machine_facts
 from pytest_microvm.machine.grants import NOTHING, Given, Grants
 from pytest_microvm.machine.instance import Instance
 from pytest_microvm.machine.microvm import MicroVM
@@ -45,7 +46,7 @@ def prepared_step(
     """
 
     def work(instance: Instance) -> dict[str, bytes]:
-        machine = machine_in_the_making(host, base, instance, grants.for_machine("template"))
+        machine = machine_in_the_making(base, instance, grants.for_machine("template"))
         put(machine)
         for command in commands:
             host.say(f"preparing: {command}")
@@ -64,11 +65,11 @@ def prepared_step(
     return TemplateStep("prepared", shaping, work, f"preparing ({len(commands)} commands)")
 
 
-def machine_in_the_making(host: Host, base: Base, instance: Instance, given: Given = NOTHING) -> MicroVM:
+def machine_in_the_making(base: Base, instance: Instance, given: Given = NOTHING) -> MicroVM:
     """Return a :class:`MicroVM` for a machine that becomes a template; the template's maker owns it."""
     instance.give(given)
     instance.adopt("agent", IN_THE_MAKING, given.message())
-    return MicroVM(instance, host.facts(base, "template", 0.0))
+    return MicroVM(instance, machine_facts(base, "template", 0.0))
 
 
 def _run(folder: PurePosixPath) -> Run:

@@ -17,9 +17,10 @@ from pytest_microvm.host.host import Host
 from pytest_microvm.host.kept import KeptMachine
 from pytest_microvm.host.preparing import machine_in_the_making, prepared_step
 from pytest_microvm.host.project_grants import asked_by
+from pytest_microvm.host.starting import StartedCopy
 from pytest_microvm.machine import evidence
 from pytest_microvm.machine.grants import Grants
-from pytest_microvm.machine.instance import Instance, MachineFacts, Usage
+from pytest_microvm.machine.instance import Instance, Usage
 from pytest_microvm.machine.microvm import MicroVM
 from pytest_microvm.network.proxy.log import NetworkLog
 from pytest_microvm.settings import trust as project_trust
@@ -30,7 +31,7 @@ from pytest_microvm.suite.backend import BackendFacts, CollectPlan, Progress, Re
 from pytest_microvm.suite.plan import artifacts_folder
 from pytest_microvm.suite.session import RunnerSession, runner_command
 from pytest_microvm.suite.workspace import Workspace, scan
-from pytest_microvm.templates.chain import IN_THE_MAKING, Base, TemplateStep
+from pytest_microvm.templates.chain import IN_THE_MAKING, TemplateStep
 from pytest_microvm.templates.pool import Pool
 from pytest_microvm.untrusted.redaction import Redactor
 
@@ -51,17 +52,14 @@ _HELLO_TIMEOUT = 120.0
 class RunnerLease:
     """A copy of the collected template (a :class:`pytest_microvm.suite.backend.RunnerMachine`)."""
 
-    def __init__(
-        self, host: Host, base: Base, instance: Instance, facts: MachineFacts, own: Path | None
-    ) -> None:
+    def __init__(self, host: Host, copied: StartedCopy) -> None:
         self._host = host
-        self._base = base
-        self._instance = instance
-        self._own = own
+        self._copied = copied
+        self._instance = copied.instance
         self._ended = False
-        self._machine = MicroVM(instance, facts)  # for operations through the agent
-        self.facts = facts
-        self.link: Link = instance.link("runner")
+        self._machine = MicroVM(copied.instance, copied.facts)  # for operations through the agent
+        self.facts = copied.facts
+        self.link: Link = copied.instance.link("runner")
 
     @property
     def redactor(self) -> Redactor:
@@ -107,7 +105,7 @@ class RunnerLease:
         if guard is not None:
             guard.tighten(pids=limits.pids, cpu_seconds=limits.cpu_seconds, lifetime=limits.lifetime)
         if limits.network is not None:
-            self._instance.narrow(self._host.policy(limits.network, self._base.image))
+            self._instance.narrow(self._host.policy(limits.network, self._copied.base.image))
 
     def watch(self) -> None:
         """Start enforcing the machine's limits."""
@@ -135,13 +133,13 @@ class RunnerLease:
         if not self._ended:
             self._ended = True
             self._instance.close()
-            self._host.release(self.facts.id, self._own)
+            self._host.release(self._copied)
 
     def keep(self, about: str) -> KeptMachine | None:
         """Freeze the machine to disk; ``None`` if it was not started for that, or has ended."""
-        if self._own is None or self._ended or not self.usable:
+        if self._copied.own is None or self._ended or not self.usable:
             return None
-        kept = self._host.keep(self._instance, self._base, self.facts, self._own, about)
+        kept = self._host.keep(self._copied, about)
         self._ended = True
         return kept
 
@@ -246,7 +244,10 @@ class MachineBackend:
         Raises:
             BootError: It did not resume.
         """
-        lease = self._pool.take() or self._start()
+        lease = self._pool.take()
+        if lease is None:
+            copied = self._host.copy(self._collected, self._base, "runner", keepable=self._keeping)
+            lease = RunnerLease(self._host, copied)
         lease.watch()
         try:
             lease.hand_over(self._config.spec.mounts)
@@ -262,24 +263,19 @@ class MachineBackend:
     @cached_property
     def _pool(self) -> Pool[RunnerLease]:
         def make() -> RunnerLease | None:
-            return self._try_start(wait=False)
+            copied = self._host.try_copy(self._collected, self._base, "runner", keepable=self._keeping)
+            return None if copied is None else RunnerLease(self._host, copied)
 
         def new() -> Pool[RunnerLease]:
             return Pool(self._pool_size, make, RunnerLease.kill, lambda lease: lease.usable)
 
         return self._host.pool(("runner", str(id(self))), new)
 
-    def _start(self) -> RunnerLease:
-        lease = self._try_start(wait=True)
-        if lease is None:
-            raise MachineError("the host budget gave no place")
-        return lease
-
-    def _try_start(self, *, wait: bool) -> RunnerLease | None:
+    @property
+    def _collected(self) -> Template:
         if self._template is None:
             raise MachineError("nothing has been collected yet")
-        copied = self._host.copy(self._template, self._base, "runner", wait=wait, keepable=self._keeping)
-        return None if copied is None else RunnerLease(self._host, self._base, *copied)
+        return self._template
 
     def _prepared(self, plan: CollectPlan) -> list[TemplateStep]:
         commands = self._config.prepare
@@ -345,7 +341,7 @@ class MachineBackend:
         self, instance: Instance, plan: CollectPlan, folder: str, *, preload: bool = False
     ) -> Link:
         """Start the runner in ``folder`` and wait for its hello, which it sends once pytest is loaded."""
-        machine = machine_in_the_making(self._host, self._base, instance)
+        machine = machine_in_the_making(self._base, instance)
         machine.path(folder).mkdir(parents=True, exist_ok=True)
         runner = shlex.join(runner_command(PYTHON, CODE_FOLDER, preload=preload))
         machine.client.link().call(  # noqa: S604 - in the guest, and quoted

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from pytest_microvm.agent.transfer import send_file
 from pytest_microvm.errors import MachineError, UsageError
+from pytest_microvm.host.starting import machine_facts
 from pytest_microvm.machine.microvm import MicroVM
 from pytest_microvm.templates.chain import IN_THE_MAKING, Base, TemplateStep
 
 if TYPE_CHECKING:
-    from pytest_microvm.host.host import Host
     from pytest_microvm.machine.instance import Instance
 
 FOLDER = "/opt/pytest-microvm/xdist"
@@ -28,7 +28,7 @@ _START_UP = Path(__file__).with_name("worker_start.py")
 _WARM = "import pytest, execnet, xdist.plugin, xdist.remote"
 
 
-def worker_step(host: Host, base: Base) -> TemplateStep:
+def worker_step(base: Base) -> TemplateStep:
     """Return the template-chain step that copies the modules of xdist's workers into a machine.
 
     Raises:
@@ -39,7 +39,7 @@ def worker_step(host: Host, base: Base) -> TemplateStep:
     def work(instance: Instance) -> dict[str, bytes]:
         link = instance.adopt("agent", IN_THE_MAKING)
         send_file(link, "unpack", FOLDER, io.BytesIO(archive))
-        machine = MicroVM(instance, host.facts(base, "template", 0.0))
+        machine = MicroVM(instance, machine_facts(base, "template", 0.0))
         try:  # so that the template has them compiled, and in the page cache
             machine.run(["python3", "-c", _WARM], env=ENVIRONMENT, check=True)
         except (FileNotFoundError, subprocess.CalledProcessError) as error:

@@ -132,7 +132,7 @@ class ToxGuest:
 
         def work(instance: Instance) -> dict[str, bytes]:
             grants = self._host.grants(self.settings.prepare, self._base.image)
-            machine = machine_in_the_making(self._host, self._base, instance, grants.for_machine("template"))
+            machine = machine_in_the_making(self._base, instance, grants.for_machine("template"))
             if venv is not None:
                 _make_venv(machine, venv)
             put(machine, files)
@@ -204,7 +204,7 @@ class ToxGuest:
         self.make(steps)
         template = self._host.template(self._base, steps)
         told = False
-        while (machine := self._host.machine(template, self._base, wait=False)) is None:
+        while (machine := self._host.try_machine(template, self._base)) is None:
             if not told:
                 told = True
                 self._host.say(f"waiting: the host budget ({self._host.budget}) is in use by other machines")

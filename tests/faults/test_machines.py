@@ -70,7 +70,7 @@ def test_killed_while_restoring(host, monkeypatch):
     """Another machine takes its place; it says so, and the third failure is an error."""
     original, kills = QemuProcess._continue, []
     said = []
-    monkeypatch.setattr(host, "say", said.append)
+    monkeypatch.setattr(host._starter, "_say", said.append)
 
     def killed(self, *arguments):
         if kills:
@@ -126,7 +126,7 @@ def test_killed_while_it_waits_in_the_pool(host):
     """Nobody is handed a dead machine."""
     first = host.start(SPEC, pool=2)
     host.wait_ready()
-    (pool,) = host._pools.values()
+    (pool,) = host._starter._pools.values()
     victims = [machine.instance.vmm for machine in pool._ready]
     assert victims
     for victim in victims:
@@ -137,7 +137,7 @@ def test_killed_while_it_waits_in_the_pool(host):
         assert machine.run(["true"]).returncode == 0
     first.close()
     pool.close()
-    host._pools.clear()
+    host._starter._pools.clear()
 
 
 def test_the_agent_is_broken(vm, host):

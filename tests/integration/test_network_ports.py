@@ -10,12 +10,14 @@ import socket
 import threading
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
 import requests_unixsocket
 
 from pytest_microvm.errors import MachineCrashed, UsageError
+from pytest_microvm.host.starting import machine_facts
 from pytest_microvm.machine.instance import Instance
 from pytest_microvm.machine.microvm import MicroVM
 from pytest_microvm.settings.spec import MachineSpec
@@ -313,7 +315,7 @@ def test_copies_of_a_machine_that_uses_its_network(host):
 
     def work(instance: Instance):
         instance.adopt("agent", {"hostname": "template", "machine_id": "0" * 32})
-        machine = MicroVM(instance, host.facts(base, "template", 0.0))
+        machine = MicroVM(instance, machine_facts(base, "template", 0.0))
         machine.run(f"python3 -c '{ASKS}' >/dev/null 2>&1 </dev/null", check=True)
         while len(machine.network.requests) < 3:
             machine.run(["true"])
@@ -322,8 +324,8 @@ def test_copies_of_a_machine_that_uses_its_network(host):
     step = TemplateStep("prepared", (str(time.time_ns()),), work, "preparing")
     template = host.template(base, [step])
     for _ in range(2):
-        instance, facts, own = host.copy(template, base, "agent")
-        with MicroVM(instance, facts, on_close=lambda name=facts.id, own=own: host.release(name, own)) as vm:
+        copied = host.copy(template, base, "agent")
+        with MicroVM(copied.instance, copied.facts, on_close=partial(host.release, copied)) as vm:
             while len(vm.network.requests) < 3:
                 assert vm.run(["true"]).returncode == 0
             assert {request.host for request in vm.network.denied} == {"example.com"}

@@ -146,13 +146,13 @@ def test_a_chain_of_steps(host):
     with host._chain(base).ensure(base, steps) as template:
         assert template.attachment("listing") == b"a,b"
         assert template.meta["kind"] == "workspace"
-        instance, facts, _own = host.copy(template, base, "agent")
+        copied = host.copy(template, base, "agent")
         try:
-            names = instance.link("agent").call("path", do="list", path="/srv")["names"]
+            names = copied.instance.link("agent").call("path", do="list", path="/srv")["names"]
             assert names == ["a", "b"]
         finally:
-            instance.close()
-            host.release(facts.id)
+            copied.instance.close()
+            host.release(copied)
         key = template.key
         parent = template.meta["parent"]
     for used in (key, parent):

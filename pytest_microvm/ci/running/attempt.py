@@ -119,7 +119,7 @@ class Attempt:
         while True:
             stop.check()
             begin = time.monotonic()
-            machine = self._host.machine(template, base, wait=False)
+            machine = self._host.try_machine(template, base)
             if machine is not None:
                 self._state.phases["restore"] = time.monotonic() - begin
                 return machine

@@ -53,13 +53,13 @@ def prepared_template(host: Host, base: Base, task: Task, work: Work, run: Run) 
         UsageError: An input is not in the commit.
     """
     if not task.job.prepare:
-        return host.template(base, [_warm_step(host, base)])
+        return host.template(base, [_warm_step(base)])
     tree = work.sources.tree(task.source)
     digest = tree.digest(task.job.prepare_inputs)
 
     def steps(branch: str) -> list[TemplateStep]:
         prepared = _step(host, base, task, tree, inputs=(digest, work.repository, branch), run=run)
-        return [prepared, _warm_step(host, base)]
+        return [prepared, _warm_step(base)]
 
     found = host.cached(base, steps(work.default_branch))
     return found or host.template(base, steps(task.prepared_as or task.source.branch))
@@ -81,14 +81,14 @@ def with_owner(task: Task, sources: Sources, default: Source) -> Task:
     return replace(task, prepared_as=default.branch if same else task.source.branch)
 
 
-def _warm_step(host: Host, base: Base) -> TemplateStep:
+def _warm_step(base: Base) -> TemplateStep:
     """Return a template step that runs pytest once, if it is installed, so that its files are in memory.
 
     Reading and unpacking these files takes two thirds of the time of a job's first pytest run.
     """
 
     def work(instance: Instance) -> dict[str, bytes]:
-        machine = machine_in_the_making(host, base, instance)
+        machine = machine_in_the_making(base, instance)
         with suppress(subprocess.TimeoutExpired):
             machine.run(["/bin/sh", "-c", _WARM], timeout=_WARM_TIMEOUT)
         instance.take_away()
