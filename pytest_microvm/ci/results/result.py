@@ -13,7 +13,8 @@ from pytest_microvm.untrusted.text import safe_json
 
 Verdict = Literal["passed", "failed", "quota", "crashed", "infra", "skipped", "cancelled"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
-PHASES = ("queue", "restore", "prepare", "sync", "run", "collect")
+Phase = Literal["queue", "restore", "prepare", "sync", "run", "collect"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
 """The phases of a task, in order; :attr:`TaskResult.phases` has the seconds of each."""
 
 FORMAT = 1

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import IO, Any
 
 from pytest_microvm.agent.transfer import send_file, send_tar
 from pytest_microvm.ci.definition.job import WORKSPACE, Job, Step
 from pytest_microvm.ci.definition.task import Task
-from pytest_microvm.ci.results.result import StepResult, TaskResult, Verdict
+from pytest_microvm.ci.results.result import Phase, StepResult, TaskResult, Verdict
 from pytest_microvm.ci.running.collecting import Collection
 from pytest_microvm.ci.running.commands import Stop, Stopped, run_command
 from pytest_microvm.ci.running.executor import Work
@@ -43,9 +44,7 @@ _FAILED: Verdict = "failed"
 class _AttemptState:
     """The recorded progress and results of an attempt."""
 
-    phase: str = ""
-    since: float = field(default_factory=time.monotonic)
-    phases: dict[str, float] = field(default_factory=dict)
+    phases: dict[Phase, float] = field(default_factory=dict)
     steps: list[StepResult] = field(default_factory=list)
     artifacts: list[str] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
@@ -91,27 +90,30 @@ class Attempt:
                 self._failed(error)
             except OSError as error:  # on this computer, for example a full disk
                 self._state.judge("infra", str(error))
-            self._end_phase()
             if self._state.reason:
                 self._say(f"{self._state.verdict}: {self._state.reason}")
         return self._result()
 
     def _go_through(self) -> None:
-        self._phase("prepare")
-        spec = self._job.spec_for(self._task.source.branch, default=self._task.source.default)
-        base = self._host.base(spec)
-        output = base.limits.output or DEFAULT_OUTPUT
-        base = replace(base, limits=replace(base.limits, timeout=_TRANSFER_TIMEOUT, output=output))
         stop = Stop(self._cancelled)
-        template = prepared_template(
-            self._host, base, self._task, self._work, lambda vm, line: self._prepare(vm, line, stop)
-        )
-        self._phase("queue")
-        machine = self._start(template, base, stop)
-        try:
+        with self._phase("prepare"):
+            spec = self._job.spec_for(self._task.source.branch, default=self._task.source.default)
+            base = self._host.base(spec)
+            output = base.limits.output or DEFAULT_OUTPUT
+            base = replace(base, limits=replace(base.limits, timeout=_TRANSFER_TIMEOUT, output=output))
+            template = prepared_template(
+                self._host, base, self._task, self._work, lambda vm, line: self._prepare(vm, line, stop)
+            )
+        with self._phase("queue"):
+            machine = self._start(template, base, stop)
+        with ExitStack() as end:
+            end.callback(self._put_away, machine)
+            self._state.phases["queue"] -= self._state.phases["restore"]  # measured as a part of it
             self._in(machine)
-        finally:
-            self._put_away(machine)
+            with self._phase("collect"), end.pop_all():  # putting the machine away counts as collecting
+                if machine.alive:
+                    with suppress(QuotaExceeded, MachineCrashed):  # files copied back earlier are kept
+                        self._collect(machine)
 
     def _start(self, template: Template, base: Base, stop: Stop) -> MicroVM:
         """Wait for room in the host budget, and start a machine."""
@@ -130,25 +132,22 @@ class Attempt:
             self._cancelled.wait(_PAUSE)
 
     def _in(self, machine: MicroVM) -> None:
+        """Copy the files in, and run the steps."""
         facts = machine.facts
         self._state.machine = {
             "image": facts.image,
             "image_digest": facts.image_digest,
             "accelerator": facts.accelerator,
         }
-        self._phase("sync")
         try:
-            self._sync(machine)
-            self._phase("run")
-            self._steps(machine)
+            with self._phase("sync"):
+                self._sync(machine)
+            with self._phase("run"):
+                self._steps(machine)
         except (QuotaExceeded, MachineCrashed) as error:
             self._failed(error)
         except Stopped as stopped:
             self._stopped(stopped)
-        self._phase("collect")
-        if machine.alive:
-            with suppress(QuotaExceeded, MachineCrashed):  # files copied back earlier are kept
-                self._collect(machine)
 
     def _sync(self, machine: MicroVM) -> None:
         machine.path(WORKSPACE).mkdir(parents=True, exist_ok=True)
@@ -281,21 +280,18 @@ class Attempt:
             self._work.watcher.line(self._task, line)
         self._log.flush()
 
-    def _phase(self, name: str) -> None:
-        self._end_phase()
-        self._state.phase, self._state.since = name, time.monotonic()
-        self._work.watcher.phase(self._task, name)
-
-    def _end_phase(self) -> None:
-        if self._state.phase:
-            passed = time.monotonic() - self._state.since
-            self._state.phases[self._state.phase] = self._state.phases.get(self._state.phase, 0.0) + passed
-            self._state.phase = ""
+    @contextmanager
+    def _phase(self, phase: Phase) -> Iterator[None]:
+        """Report a phase to the watcher, and record its seconds when the block ends."""
+        self._work.watcher.phase(self._task, phase)
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._state.phases[phase] = time.monotonic() - begin
 
     def _result(self) -> TaskResult:
         state, source = self._state, self._task.source
-        if "restore" in state.phases:  # measured as a part of the queue phase
-            state.phases["queue"] = max(0.0, state.phases["queue"] - state.phases["restore"])
         return TaskResult(
             self._task.id,
             source.branch,
