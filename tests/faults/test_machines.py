@@ -68,7 +68,7 @@ def test_killed_while_booting(host):
 
 def test_killed_while_restoring(host, monkeypatch):
     """Another machine takes its place; it says so, and the third failure is an error."""
-    original, kills = QemuProcess._continue, []
+    original, kills = QemuProcess.load, []
     said = []
     monkeypatch.setattr(host._starter, "_say", said.append)
 
@@ -78,7 +78,7 @@ def test_killed_while_restoring(host, monkeypatch):
             os.kill(self.pid, signal.SIGKILL)
         return original(self, *arguments)
 
-    monkeypatch.setattr(QemuProcess, "_continue", killed)
+    monkeypatch.setattr(QemuProcess, "load", killed)
     kills += [1, 1]
     with host.start(SPEC) as machine:
         assert machine.run(["true"]).returncode == 0

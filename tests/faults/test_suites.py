@@ -250,13 +250,13 @@ def test_only_infra_has_an_exit_status_of_its_own(project):
         from pytest_microvm.hypervisors.qemu.process import QemuProcess
 
         microvm_host_only = True
-        original = QemuProcess._continue
+        original = QemuProcess.load
 
         def killed(self, state):
             os.kill(self.pid, signal.SIGKILL)
             return original(self, state)
 
-        QemuProcess._continue = killed
+        QemuProcess.load = killed
         """,
     )
     output = project.run(

@@ -234,7 +234,7 @@ def test_vmm_beyond_its_memory_ceiling_is_killed_and_reported(host, monkeypatch)
     """The ceiling is set below the RAM of the guest, which then fills it."""
     spec = MachineSpec(image="python", memory=300 * MIB, timeout=120)
     host.start(spec).close()  # the template is made without
-    monkeypatch.setattr("pytest_microvm.hypervisors.qemu.process.memory_ceiling", lambda *_all: 160 * MIB)
+    monkeypatch.setattr("pytest_microvm.hypervisors.qemu.starting.memory_ceiling", lambda *_all: 160 * MIB)
     with host.start(spec) as vm:
         vmm = vm.instance.vmm
         with pytest.raises(pytest_microvm.MachineError):

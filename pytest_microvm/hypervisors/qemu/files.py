@@ -60,16 +60,37 @@ def open_files(
     return fds
 
 
-def written_file(launch: Launch, fds: dict[str, int]) -> int | None:
-    """Return a new descriptor of the file that receives the machine's disk writes, for measuring its size.
+class WrittenFile:
+    """The file that receives a machine's disk writes, for measuring how much it grows.
 
-    It holds no lock on the file and grants no access to it; the caller closes it.
+    It holds no lock on the file and grants no access to it.
+
+    Args:
+        launch: The VM to start.
+        fds: Its files, as :func:`open_files` returned them.
     """
-    for number, disk in enumerate(launch.disks):
-        if not disk.readonly:
-            name = f"overlay{number}" if disk.ephemeral else f"disk{number}"
-            return os.open(f"/proc/self/fd/{fds[name]}", os.O_PATH | os.O_CLOEXEC)
-    return None
+
+    def __init__(self, launch: Launch, fds: dict[str, int]) -> None:
+        self._descriptor: int | None = None
+        self._before = self._growth = 0
+        for number, disk in enumerate(launch.disks):
+            if not disk.readonly and self._descriptor is None:
+                name = f"overlay{number}" if disk.ephemeral else f"disk{number}"
+                self._descriptor = os.open(f"/proc/self/fd/{fds[name]}", os.O_PATH | os.O_CLOEXEC)
+                self._before = _allocated(self._descriptor)
+
+    def growth(self) -> int:
+        """Return the bytes that the file has grown by; once it is closed, the last figure."""
+        if self._descriptor is not None:
+            self._growth = max(0, _allocated(self._descriptor) - self._before)
+        return self._growth
+
+    def close(self) -> None:
+        """Release the file; a second call does nothing."""
+        if self._descriptor is not None:
+            self.growth()
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def largest_file(launch: Launch) -> int:
@@ -80,6 +101,10 @@ def largest_file(launch: Launch) -> int:
     sizes = [disk.path.stat().st_size for disk in launch.disks if not disk.readonly]
     largest = max(sizes, default=0)
     return largest + largest // 1024 + _SLACK
+
+
+def _allocated(descriptor: int) -> int:
+    return os.fstat(descriptor).st_blocks * 512
 
 
 def _overlays() -> str:

@@ -18,7 +18,8 @@ from pytest_microvm.hypervisors.cgroups import find_cgroups
 from pytest_microvm.hypervisors.containment import Wall, find_walls
 from pytest_microvm.hypervisors.probe import Verdict, check_required, probe
 from pytest_microvm.hypervisors.qemu.command import PROGRAMS, SANDBOX
-from pytest_microvm.hypervisors.qemu.process import QemuProcess, accelerator_devices
+from pytest_microvm.hypervisors.qemu.process import QemuProcess
+from pytest_microvm.hypervisors.qemu.starting import accelerator_devices, start_qemu
 from pytest_microvm.hypervisors.tsc import measure_tsc_khz
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Qemu:
         Raises:
             BootError: QEMU did not start.
         """
-        return QemuProcess(self.program, launch, accelerator, readonly_ram=self._copies_readonly_ram)
+        return start_qemu(self.program, launch, accelerator, readonly_ram=self._copies_readonly_ram)
 
     def walls(self, accelerator: Accelerator | None) -> tuple[Wall, ...]:
         """Return the status of each containment layer on this host.
@@ -153,7 +154,7 @@ class Qemu:
                 name="microvm-probe",
             )
             try:
-                process = QemuProcess(self.program, tiny, self._accelerator(Verdict(candidate, "")))
+                process = start_qemu(self.program, tiny, self._accelerator(Verdict(candidate, "")))
             except BootError:
                 return False
             try:
