@@ -19,7 +19,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
-from pytest_microvm.agent.link import Drain, Link
+from pytest_microvm.agent.drain import Drain
+from pytest_microvm.agent.link import Link
 from pytest_microvm.agent.transfer import pull, read_file
 from pytest_microvm.errors import MachineError
 from pytest_microvm.guest.port import Port

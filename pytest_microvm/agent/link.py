@@ -1,26 +1,18 @@
 """The host's end of a guest's port: a socket with a channel, requests and byte streams.
 
-One daemon thread per process (:class:`_Reactor`) reads every guest's sockets; callers wait on
-conditions. A guest cannot block that thread, nor grow the host's memory beyond ``WINDOW`` bytes per
-stream and one message per request, with at most ``MAX_UNANSWERED`` requests.
-
-The kernel may reuse the number of a closed descriptor for another link at once. So a socket is read
-and written only under its owner's lock, after a check that it is still open.
+The I/O thread reads every guest's sockets; callers wait on conditions. A guest cannot block that thread,
+nor grow the host's memory beyond ``WINDOW`` bytes per stream and one message per request, with at most
+``MAX_UNANSWERED`` requests.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
 import selectors
-import socket
-import sys
 import threading
-import time
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from pytest_microvm.agent.reactor import reactor
+from pytest_microvm.agent.streams import Stream
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation
 from pytest_microvm.untrusted.redaction import Redactor
 from pytest_microvm.untrusted.text import sanitize, sanitize_line
@@ -28,9 +20,9 @@ from pytest_microvm.wire.channel import MAX_STREAMS, Channel, Closed, Data, Hell
 from pytest_microvm.wire.frames import WireError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    import socket
+    from collections.abc import Callable
 
-_TAIL_SIZE = 256 * 1024  # bytes per console read: more than a socket buffers, so one read reaches the end
 _READ_SIZE = 64 * 1024  # bytes per read or write: no link occupies the I/O thread for long
 MAX_UNANSWERED = 4096
 _MAX_ERRNO = 4095  # Linux: include/linux/err.h
@@ -50,139 +42,6 @@ class GuestError(MachineError):
         self.kind = kind
         self.message = message
         self.errno = errno
-
-
-class _Reactor:
-    """The process's single I/O thread, which runs callbacks when sockets are ready.
-
-    Sockets may be registered and removed while the thread waits: epoll and kqueue need no wake-up for
-    that. A callback may run once more just after :meth:`remove`.
-    """
-
-    def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._lock = threading.Lock()
-        self._calls: deque[Callable[[], None]] = deque()
-        self._woken, self._waker = socket.socketpair()
-        for end in (self._woken, self._waker):
-            end.setblocking(False)
-        self._selector.register(self._woken, selectors.EVENT_READ, self._run_calls)
-        threading.Thread(target=self._run, name="microvm-io", daemon=True).start()
-
-    def set(self, sock: socket.socket, events: int, callback: Callable[[int], None]) -> None:
-        """Call ``callback(mask)`` on the I/O thread whenever ``sock`` is ready for one of ``events``."""
-        with self._lock:
-            if sock in self._selector.get_map():
-                self._selector.modify(sock, events, callback)
-            else:
-                self._selector.register(sock, events, callback)
-
-    def remove(self, sock: socket.socket) -> None:
-        """Unregister ``sock``; call this before closing it."""
-        with self._lock, contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(sock)
-
-    def soon(self, call: Callable[[], None]) -> None:
-        """Run ``call`` on the I/O thread, without taking a lock, so that finalizers may use this method.
-
-        Garbage collection may run in any thread at any allocation, even while the thread holds the lock of
-        this object or of a link.
-        """
-        self._calls.append(call)
-        with contextlib.suppress(BlockingIOError):  # wake-ups are already pending
-            self._waker.send(b"x")
-
-    def _run(self) -> None:
-        while True:
-            for key, mask in self._selector.select():
-                try:
-                    key.data(mask)
-                except Exception:  # noqa: BLE001 - one link's failure must not stop the others' I/O
-                    self.remove(key.fileobj)  # type: ignore[arg-type]  # else it is ready again at once
-                    _report_exception()
-
-    def _run_calls(self, _mask: int) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._woken.recv(_READ_SIZE)
-        while self._calls:
-            try:
-                self._calls.popleft()()
-            except Exception:  # noqa: BLE001 - the remaining calls must still run
-                _report_exception()
-
-
-def _report_exception() -> None:
-    threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
-
-
-_reactor: _Reactor | None = None
-_reactor_pid = 0
-_reactor_lock = threading.Lock()
-
-
-def reactor() -> _Reactor:
-    """Return this process's I/O thread; start it at first use and after a fork."""
-    global _reactor, _reactor_pid
-    with _reactor_lock:
-        if _reactor is None or _reactor_pid != os.getpid():
-            _reactor, _reactor_pid = _Reactor(), os.getpid()
-        return _reactor
-
-
-class Drain:
-    """Continuous reader of a socket that keeps its last ``size`` bytes (a machine's console).
-
-    Args:
-        sock: A connected stream socket, which this object now owns.
-        heard: Called with the received bytes, in order, by the thread that read them.
-        size: Number of bytes to keep.
-    """
-
-    def __init__(
-        self, sock: socket.socket, heard: Callable[[bytes], None] = lambda _data: None, size: int = 64 * 1024
-    ) -> None:
-        self.received = 0
-        self._sock = sock
-        self._heard = heard
-        self._size = size
-        self._tail = bytearray()
-        self._closed = False
-        self._lock = threading.Lock()
-        sock.setblocking(False)
-        reactor().set(sock, selectors.EVENT_READ, self._ready)
-
-    def tail(self) -> bytes:
-        """Return the last ``size`` bytes received, after reading those still in the socket."""
-        self._read()
-        with self._lock:
-            return bytes(self._tail[-self._size :])
-
-    def close(self) -> None:
-        """Stop reading and close the socket; the tail remains available."""
-        with self._lock:
-            self._closed = True
-        reactor().remove(self._sock)
-        self._sock.close()
-
-    def _ready(self, _mask: int) -> None:
-        if not self._read():
-            reactor().remove(self._sock)
-
-    def _read(self) -> bool:
-        with self._lock:
-            if self._closed:
-                return False
-            try:
-                data = self._sock.recv(_TAIL_SIZE)
-            except BlockingIOError:
-                return True
-            except OSError:
-                return False
-            self.received += len(data)
-            self._tail += data
-            del self._tail[: -self._size]
-            self._heard(data)
-            return bool(data)
 
 
 class PendingRequest:
@@ -245,141 +104,6 @@ def _guest_error(error: dict[str, Any], redactor: Redactor) -> GuestError:
         sanitize(redactor.text(message), 10_000) if isinstance(message, str) else "",
         number if type(number) is int and 0 < number <= _MAX_ERRNO else 0,
     )
-
-
-class Stream:
-    """A byte stream between host and guest; requests refer to it by its ``number``."""
-
-    def __init__(self, link: Link, number: int) -> None:
-        self._link = link
-        self.number = number
-        self._received = bytearray()
-        self._ended = False
-        self._discarding = False
-
-    @property
-    def link(self) -> Link:
-        """The link that carries the stream."""
-        return self._link
-
-    @property
-    def ready(self) -> bool:
-        """True if :meth:`read` would return immediately."""
-        return bool(self._received) or self._ended
-
-    def read(self, size: int = 65536, timeout: float | None = None) -> bytes:
-        """Return between 1 and ``size`` bytes as soon as any are available, b"" at the end.
-
-        Raises:
-            TimeoutError: No bytes arrived within ``timeout`` seconds.
-            MachineCrashed: The machine ended before the stream did.
-        """
-        link = self._link
-        with link.changed:
-            ready = link.changed.wait_for(lambda: self._received or self._ended or link.failure, timeout)
-            if not ready:
-                raise TimeoutError(f"nothing came within {timeout:g} s")
-            data = bytes(self._received[:size])
-            del self._received[:size]
-            if not data and not self._ended and link.failure:
-                raise link.failure
-            link.channel.consumed(self.number, len(data))
-        link.flush()
-        return data
-
-    def read_all(self, limit: int, timeout: float | None = None) -> bytes:
-        """Return all bytes up to the stream's end.
-
-        Raises:
-            TimeoutError: The stream did not end within ``timeout`` seconds.
-            ProtocolViolation: More than ``limit`` bytes arrived; the machine has been ended.
-            MachineCrashed: The machine ended before the stream did.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        received = io.BytesIO()  # its getvalue() does not copy
-        while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            data = self.read(timeout=left)
-            if not data:
-                return received.getvalue()
-            received.write(data)
-            if received.tell() > limit:
-                violation = ProtocolViolation(f"the guest sent more than the {limit} bytes allowed here")
-                self._link.end_for(violation)
-                raise violation
-
-    def write(self, data: bytes, timeout: float | None = None) -> None:
-        """Send all of ``data``, waiting for the guest to consume earlier bytes where needed.
-
-        Raises:
-            TimeoutError: The guest did not accept all bytes within ``timeout`` seconds.
-            BrokenPipeError: The guest has closed its end.
-            ValueError: This end of the stream is closed.
-            MachineCrashed: The machine ended.
-        """
-        link, channel = self._link, self._link.channel
-        deadline = None if timeout is None else time.monotonic() + timeout
-        view = memoryview(data)
-        while view:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            with link.changed:
-                if not link.changed.wait_for(lambda: channel.room(self.number) != 0 or link.failure, left):
-                    raise TimeoutError(f"the guest did not take everything within {timeout:g} s")
-                if link.failure:
-                    raise link.failure
-                if not channel.is_open(self.number):
-                    raise BrokenPipeError(f"stream {self.number} is closed")
-                sent = channel.write(self.number, bytes(view[:65536]))
-            view = view[sent:]
-            link.flush()
-
-    def close(self) -> None:
-        """Close the sending direction: the guest sees the stream's end."""
-        with self._link.changed:
-            self._link.channel.close(self.number)
-            self._link.changed.notify_all()  # another thread may be waiting in write()
-        self._link.flush()
-
-    def close_soon(self) -> None:
-        """Schedule :meth:`close` on the I/O thread; unlike ``close``, a finalizer may call this."""
-        self._link.reactor.soon(self.close)
-
-    def discard(self) -> None:
-        """Close this end and drop all bytes that still arrive."""
-        with self._link.changed:
-            self._discarding = True
-            self._link.channel.consumed(self.number, len(self._received))
-            self._received.clear()
-            self._link.channel.close(self.number)
-            self._link.changed.notify_all()
-        self._link.flush()
-
-    def _came(self, data: bytes) -> None:
-        if self._discarding:
-            self._link.channel.consumed(self.number, len(data))
-        else:
-            self._received += data
-
-    def _end(self) -> None:
-        self._ended = True
-        self._link.channel.close(self.number)  # the guest's CLOSE ends the sending direction too
-
-
-def read_any(streams: Sequence[Stream], timeout: float | None) -> list[tuple[Stream, bytes]]:
-    """Wait until any of a link's ``streams`` is ready; return the bytes of each ready one, b"" at its end.
-
-    Raises:
-        TimeoutError: No stream was ready within ``timeout`` seconds.
-        MachineCrashed: The machine ended.
-    """
-    link = streams[0].link
-    with link.changed:
-        if not link.changed.wait_for(lambda: link.failure or any(s.ready for s in streams), timeout):
-            raise TimeoutError(f"nothing came within {timeout:g} s")
-        ready = [stream for stream in streams if stream.ready]
-        if not ready and link.failure:
-            raise link.failure
-    return [(stream, stream.read()) for stream in ready]
 
 
 class Link:
@@ -530,9 +254,9 @@ class Link:
 
     def _handle(self, event: object) -> None:
         if isinstance(event, Data):
-            self._streams[event.stream]._came(event.data)  # noqa: SLF001 - Link and Stream share state
+            self._streams[event.stream].came(event.data)
         elif isinstance(event, Closed):
-            self._streams.pop(event.stream)._end()  # noqa: SLF001
+            self._streams.pop(event.stream).end()
         elif isinstance(event, Message):
             number = event.body.get("id")
             if type(number) is not int:

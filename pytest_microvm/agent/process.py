@@ -14,7 +14,8 @@ from pathlib import PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.agent.answers import Answer
-from pytest_microvm.agent.link import GuestError, Stream, read_any
+from pytest_microvm.agent.link import GuestError
+from pytest_microvm.agent.streams import Stream, read_any
 from pytest_microvm.errors import MachineError, UsageError
 from pytest_microvm.settings.spec import DEFAULT_OUTPUT
 from pytest_microvm.untrusted.redaction import RedactedStream, Redactor

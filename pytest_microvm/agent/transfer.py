@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.agent.answers import Answer
-from pytest_microvm.agent.link import GuestError, Link, PendingRequest, Stream
+from pytest_microvm.agent.link import GuestError, Link, PendingRequest
+from pytest_microvm.agent.streams import Stream
 from pytest_microvm.errors import TransferError, UsageError
 from pytest_microvm.untrusted.extraction import MAX_BYTES, ExtractionLimits, extract
 from pytest_microvm.untrusted.manifest import walk

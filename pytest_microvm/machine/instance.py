@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_microvm.agent.link import Drain, Link
+from pytest_microvm.agent.drain import Drain
+from pytest_microvm.agent.link import Link
 from pytest_microvm.errors import BootError, MachineCrashed, MachineError, QuotaExceeded
 from pytest_microvm.events import EventLog
 from pytest_microvm.machine.console import ConsoleReader, GuestFailure

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from pytest_microvm.agent.link import GuestError, Link, Stream
+from pytest_microvm.agent.link import GuestError, Link
+from pytest_microvm.agent.streams import Stream
 from pytest_microvm.errors import MachineError, ProtocolViolation, QuotaExceeded
 from pytest_microvm.suite import checks
 from pytest_microvm.suite.backend import CollectPlan, TestLimits

@@ -14,8 +14,11 @@ import pytest
 
 from pytest_microvm.agent import link as link_module
 from pytest_microvm.agent.client import UnlimitedClient
-from pytest_microvm.agent.link import Drain, GuestError, Link, read_any
+from pytest_microvm.agent.drain import Drain
+from pytest_microvm.agent.link import GuestError, Link
 from pytest_microvm.agent.process import GuestProcess, StreamFile, command_arguments
+from pytest_microvm.agent.reactor import reactor
+from pytest_microvm.agent.streams import read_any
 from pytest_microvm.agent.transfer import as_os_error, pull
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation, TransferError
 from pytest_microvm.guest.port import Port
@@ -521,11 +524,11 @@ def test_no_descriptor_and_no_callback_is_left_behind():
 
     use()  # the I/O thread has started
     open_before = len(list(Path("/proc/self/fd").iterdir()))
-    watched_before = len(link_module.reactor()._selector.get_map())
+    watched_before = len(reactor()._selector.get_map())
     for _ in range(20):
         use()
     assert len(list(Path("/proc/self/fd").iterdir())) == open_before
-    assert len(link_module.reactor()._selector.get_map()) == watched_before
+    assert len(reactor()._selector.get_map()) == watched_before
 
 
 def test_an_idle_link_costs_no_cpu(link, guest):

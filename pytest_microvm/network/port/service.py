@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
-from pytest_microvm.agent.link import GuestError, reactor
+from pytest_microvm.agent.link import GuestError
+from pytest_microvm.agent.reactor import reactor
 from pytest_microvm.errors import MachineCrashed, MachineError
 from pytest_microvm.network.proxy.log import NetworkLog, NetworkRequest
 
