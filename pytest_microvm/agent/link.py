@@ -11,6 +11,7 @@ import selectors
 import threading
 from typing import TYPE_CHECKING, Any
 
+from pytest_microvm.agent.port_socket import receive, send_queued
 from pytest_microvm.agent.reactor import reactor
 from pytest_microvm.agent.streams import Stream
 from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable
 
-_READ_SIZE = 64 * 1024  # bytes per read or write: no link occupies the I/O thread for long
 MAX_UNANSWERED = 4096
 _MAX_ERRNO = 4095  # Linux: include/linux/err.h
 
@@ -79,24 +79,6 @@ class PendingRequest:
         return self.reply is not None or self._link.failure is not None
 
 
-def send_queued(sock: socket.socket, queue: bytearray) -> int:
-    """Send and remove queued bytes until a non-blocking socket would block; return the number of bytes sent.
-
-    A closed connection empties the queue: the socket's reader reports it.
-    """
-    total = 0
-    try:
-        while queue:
-            sent = sock.send(memoryview(queue)[:_READ_SIZE])
-            total += sent
-            del queue[:sent]
-    except BlockingIOError:
-        pass
-    except OSError:
-        queue.clear()
-    return total
-
-
 def _guest_error(error: dict[str, Any], redactor: Redactor) -> GuestError:
     kind, message, number = error.get("type"), error.get("message"), error.get("errno")
     return GuestError(
@@ -123,7 +105,6 @@ class Link:
         self.bytes_sent = 0
         self._sock = sock
         self._on_violation = on_violation
-        self._out = bytearray()
         self._closed = False
         self._requests: dict[int, PendingRequest] = {}
         self._streams: dict[int, Stream] = {}
@@ -208,9 +189,8 @@ class Link:
         with self.changed:
             if self._closed:
                 return
-            self._out += self.channel.take()
-            self.bytes_sent += send_queued(self._sock, self._out)
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._out else 0)
+            self.bytes_sent += send_queued(self._sock, self.channel)
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self.channel.queued else 0)
             if events != self._events:
                 self._events = events
                 self.reactor.set(self._sock, events, self._ready)
@@ -226,6 +206,8 @@ class Link:
                 self.flush()
             if mask & selectors.EVENT_READ:
                 self._read()
+        except MachineCrashed as failure:
+            self._fail(failure)
         except WireError as error:
             self.end_for(ProtocolViolation(f"the guest broke the protocol: {error}"))
         except Exception as error:
@@ -236,21 +218,12 @@ class Link:
         with self.changed:
             if self._closed:
                 return
-            try:
-                data = self._sock.recv(_READ_SIZE)
-            except BlockingIOError:
-                return
-            except OSError:
-                data = b""
-            if data:
-                self.bytes_received += len(data)
-                for event in self.channel.receive(data):
-                    self._handle(event)
-                self.changed.notify_all()
-        if data:
-            self.flush()
-        else:
-            self._fail(MachineCrashed("the machine ended"))
+            data = receive(self._sock)
+            self.bytes_received += len(data)
+            for event in self.channel.receive(data):
+                self._handle(event)
+            self.changed.notify_all()
+        self.flush()
 
     def _handle(self, event: object) -> None:
         if isinstance(event, Data):
@@ -274,7 +247,7 @@ class Link:
             self.failure = failure
             self._requests.clear()
             self._streams.clear()
-            self._out.clear()
+            self.channel.take()
             self.changed.notify_all()
         self.reactor.remove(self._sock)
         self._sock.close()

@@ -74,7 +74,6 @@ class NetworkProcess:
     def _begin(self) -> None:
         """Reset the channel and all connections to the initial state."""
         self.channel = Channel("network", WINDOW)
-        self._out = bytearray()
         self._full = False  # whether the port's queue is above its high-water mark
         self._spoke = False  # until the first message the hello stays in the channel
         self._resting = False  # whether the reply to a rest is still being sent
@@ -317,15 +316,10 @@ class NetworkProcess:
         """Write as much of the queue as the port accepts without blocking."""
         if not self._spoke:
             return
-        self._out += self.channel.take()
-        try:
-            while self._out:
-                del self._out[: os.write(self._port, memoryview(self._out)[:_READ_SIZE])]
-        except BlockingIOError:
-            pass
-        self.watch(self._port, READ | WRITE if self._out else READ, self._port_ready)
-        self._full = len(self._out) > (_LOW if self._full else _HIGH)
-        if self._resting and not self._out:
+        empty = self.channel.flush(lambda data: os.write(self._port, data))
+        self.watch(self._port, READ if empty else READ | WRITE, self._port_ready)
+        self._full = self.channel.queued > (_LOW if self._full else _HIGH)
+        if self._resting and empty:
             self._begin()
             self.later(_QUIET, self._wake)
 

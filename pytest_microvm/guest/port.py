@@ -97,12 +97,8 @@ class Port:
 
     def flush(self) -> None:
         """Write the channel's outgoing data."""
-        view = memoryview(self.channel.take())
-        while view:
-            try:
-                view = view[write(self.fd, view) :]
-            except BlockingIOError:
-                self._wait(POLLOUT)
+        while not self.channel.flush(lambda data: write(self.fd, data)):
+            self._wait(POLLOUT)
 
     def _read(self) -> bytes:
         while True:

@@ -1,7 +1,7 @@
 """One end of a channel: hello, JSON messages, and byte streams with credit, without I/O.
 
-Strategy: the caller feeds received bytes to :meth:`Channel.receive` and gets events; outgoing bytes
-are queued until the caller collects them with :meth:`Channel.take`. Only the host opens streams.
+Strategy: the caller feeds received bytes to :meth:`Channel.receive` and gets events; outgoing bytes are
+queued until the caller writes them with :meth:`Channel.flush`. Only the host opens streams.
 Each side may send ``WINDOW`` bytes on a stream before the other grants more, so a slow reader bounds
 the memory of both ends.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Union
 from pytest_microvm.wire.frames import MAX_PAYLOAD, Frame, FrameReader, Kind, WireError, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 VERSION = 1
 WINDOW = 256 * 1024
@@ -23,6 +23,7 @@ GRANT = WINDOW // 4
 """Bytes to consume before granting credit again. If every byte were granted at once, a peer that sends
 single bytes and reads nothing would make this end queue a grant, longer than the byte, for each of them."""
 MAX_STREAMS = 1024
+_PIECE = 64 * 1024  # bytes per write
 _CREDIT = struct.Struct("!I")
 # Bound at import, not looked up in json later: tests that the runner runs may replace json's functions.
 _encode = json.JSONEncoder(separators=(",", ":")).encode
@@ -89,7 +90,7 @@ class Channel:
         self._window = window
         self._grant = window * GRANT // WINDOW
         self._reader = FrameReader()
-        self._out: list[bytes] = []
+        self._out = bytearray()
         self._streams: dict[int, _StreamState] = {}
         self.peer: Hello | None = None
         self._emit(Kind.HELLO, 0, _encode({"version": VERSION, "role": role}).encode())
@@ -154,9 +155,29 @@ class Channel:
 
     def take(self) -> bytes:
         """Return the queued outgoing bytes and clear the queue."""
-        data = b"".join(self._out)
-        self._out.clear()
+        data, self._out = bytes(self._out), bytearray()
         return data
+
+    def flush(self, write: Callable[[memoryview], int]) -> bool:
+        """Write queued bytes until ``write`` would block; return whether the queue is empty.
+
+        Args:
+            write: Writes some of the bytes and returns their number, as ``os.write`` does on a non-blocking
+                descriptor.
+        """
+        try:
+            while self._out:
+                with memoryview(self._out)[:_PIECE] as piece:
+                    size = write(piece)
+                del self._out[:size]
+        except BlockingIOError:
+            return False
+        return True
+
+    @property
+    def queued(self) -> int:
+        """Number of outgoing bytes in the queue."""
+        return len(self._out)
 
     def room(self, stream: int) -> int | None:
         """Return the number of bytes :meth:`write` would queue now; None if closed for writing."""
@@ -249,7 +270,7 @@ class Channel:
             del self._streams[stream]
 
     def _emit(self, kind: Kind, stream: int, payload: bytes = b"") -> None:
-        self._out.append(encode(kind, stream, payload))
+        self._out += encode(kind, stream, payload)
 
 
 _HANDLERS = {

@@ -129,6 +129,41 @@ def test_data_frames_respect_their_limit():
     assert channel.take() == encode(Kind.DATA, 1, bytes(MAX_PAYLOAD[Kind.DATA])) + encode(Kind.DATA, 1, b"\0")
 
 
+def test_flush_writes_what_is_accepted_and_keeps_the_rest():
+    channel = greeted(1)
+    channel.write(1, bytes(range(200)))
+    expected = encode(Kind.DATA, 1, bytes(range(200)))
+    written, pieces = bytearray(), []
+
+    def write(piece):
+        pieces.append(piece)  # a reference that outlives the call does not lock the queue
+        if len(written) == 100:
+            raise BlockingIOError
+        written.extend(piece[:50])
+        return min(len(piece), 50)
+
+    assert not channel.flush(write)
+    assert (written, channel.queued) == (expected[:100], len(expected) - 100)
+    channel.close(1)
+    written.extend(b"accepts more")
+    assert channel.flush(write)
+    assert written == expected[:100] + b"accepts more" + expected[100:] + encode(Kind.CLOSE, 1)
+    assert channel.queued == 0
+
+
+def test_flush_of_a_broken_connection_can_be_dropped():
+    channel = greeted(1)
+    channel.write(1, b"abc")
+
+    def write(piece):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        channel.flush(write)
+    assert channel.take() == encode(Kind.DATA, 1, b"abc")
+    assert channel.flush(write)
+
+
 def test_a_stream_is_forgotten_when_both_ends_have_closed():
     host, guest = greeted(1), greeted(1)
     host.close(1)

@@ -14,7 +14,8 @@ import socket
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_microvm.agent.link import GuestError, send_queued
+from pytest_microvm.agent.link import GuestError
+from pytest_microvm.agent.port_socket import receive, send_queued
 from pytest_microvm.errors import MachineCrashed, MachineError
 from pytest_microvm.network.port.stream import StreamTransport, connect_streams
 from pytest_microvm.untrusted.text import sanitize_line
@@ -25,7 +26,6 @@ from pytest_microvm.wire.network import CONNECTIONS, WINDOW
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-_READ_SIZE = 64 * 1024
 _HIGH = 512 * 1024  # bytes buffered for the socket above which streams and reading pause
 _LOW = 128 * 1024
 _HEARD_AT_ONCE = 64  # reads per hear(); a guest may keep the socket full
@@ -77,7 +77,6 @@ class NetworkPort:
         self._packet = packet
         self._on_violation = on_violation
         self._channel = Channel("host", WINDOW)
-        self._out = bytearray()
         self._flushes = False  # whether a flush is scheduled
         self._resting = False
         self._streams: dict[int, StreamTransport] = {}
@@ -192,7 +191,7 @@ class NetworkPort:
         self.failure = failure
         self.loop.remove_reader(self._sock)
         self.loop.remove_writer(self._sock)
-        self._out.clear()
+        self._channel.take()
         for stream in list(self._streams.values()):
             stream.lose(ConnectionResetError(str(failure)))
         self._streams.clear()
@@ -242,18 +241,13 @@ class NetworkPort:
 
     def _readable(self) -> None:
         try:
-            data = self._sock.recv(_READ_SIZE)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self.close(MachineCrashed("the machine ended"))
-            return
-        self.bytes_received += len(data)
-        try:
+            data = receive(self._sock)
+            self.bytes_received += len(data)
             for event in self._channel.receive(data):
                 self._handle(event)
+        except MachineCrashed as failure:
+            self.close(failure)
+            return
         except WireError:
             self.close(MachineCrashed("the machine was ended: its network process broke the protocol"))
             self._on_violation()
@@ -269,13 +263,12 @@ class NetworkPort:
         self._flushes = False
         if self.failure is not None:
             return
-        self._out += self._channel.take()
-        self.bytes_sent += send_queued(self._sock, self._out)
-        if self._out:
+        self.bytes_sent += send_queued(self._sock, self._channel)
+        if self._channel.queued:
             self.loop.add_writer(self._sock, self._flush)
         else:
             self.loop.remove_writer(self._sock)
-        full = len(self._out) > (_LOW if self.full else _HIGH)
+        full = self._channel.queued > (_LOW if self.full else _HIGH)
         if full != self.full:
             self.full = full
             if full:
