@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import ProtocolViolation
+from pytest_microvm.wire.fields import is_whole
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -34,7 +35,7 @@ class Answer:
             ProtocolViolation: The field is no such integer.
         """
         value = self._fields.get(name)
-        if type(value) is not int or not low <= value <= high:
+        if not is_whole(value, low, high):
             raise self._violation(name, f"is no whole number from {low} to {high}")
         return value
 

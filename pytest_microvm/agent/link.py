@@ -18,6 +18,7 @@ from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolatio
 from pytest_microvm.untrusted.redaction import Redactor
 from pytest_microvm.untrusted.text import sanitize, sanitize_line
 from pytest_microvm.wire.channel import MAX_STREAMS, Channel, Closed, Data, Hello, Message
+from pytest_microvm.wire.fields import is_whole, number_field
 from pytest_microvm.wire.frames import WireError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def _guest_error(error: dict[str, Any], redactor: Redactor) -> GuestError:
     return GuestError(
         sanitize_line(redactor.text(kind), 200) if isinstance(kind, str) else "Error",
         sanitize(redactor.text(message), 10_000) if isinstance(message, str) else "",
-        number if type(number) is int and 0 < number <= _MAX_ERRNO else 0,
+        number if is_whole(number, 1, _MAX_ERRNO) else 0,
     )
 
 
@@ -231,9 +232,7 @@ class Link:
         elif isinstance(event, Closed):
             self._streams.pop(event.stream).end()
         elif isinstance(event, Message):
-            number = event.body.get("id")
-            if type(number) is not int:
-                raise WireError("a message without a number")
+            number = number_field(event.body, "id")
             request = self._requests.pop(number, None)
             if request is None:
                 raise WireError(f"an answer to request {number}, which is not waiting for one")

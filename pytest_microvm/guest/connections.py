@@ -9,6 +9,8 @@ import selectors
 import socket
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pytest_microvm.wire.fields import is_whole
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -164,7 +166,7 @@ def whole_number(request: dict[str, Any], key: str, limit: int) -> int:
         ValueError: It is not an integer from 1 to ``limit``.
     """
     value = request[key]
-    if type(value) is not int or not 1 <= value <= limit:
+    if not is_whole(value, 1, limit):
         raise ValueError(f"{key} is not a number from 1 to {limit}")
     return value
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pytest_microvm.errors import ProtocolViolation
 from pytest_microvm.untrusted.text import sanitize, sanitize_line
+from pytest_microvm.wire.fields import is_whole
 
 MAX_LINE = 32 * 1024 * 1024
 MAX_LIST = 1_000_000
@@ -102,7 +103,7 @@ def choice(value: object, allowed: frozenset[str], what: str) -> str:
 
 def integer(value: object, what: str, low: int = 0, high: int = 2**53) -> int:
     """Return ``value`` as a whole number between ``low`` and ``high``."""
-    if type(value) is not int or not low <= value <= high:
+    if not is_whole(value, low, high):
         raise violation(f"a {what} that is not a number in its range")
     return value
 

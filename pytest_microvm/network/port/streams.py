@@ -20,6 +20,7 @@ from pytest_microvm.errors import MachineCrashed, MachineError
 from pytest_microvm.network.port.stream import StreamTransport, connect_streams
 from pytest_microvm.untrusted.text import sanitize_line
 from pytest_microvm.wire.channel import MAX_STREAMS, Channel, Closed, Credit, Data, Message
+from pytest_microvm.wire.fields import is_whole, number_field
 from pytest_microvm.wire.frames import WireError
 from pytest_microvm.wire.network import CONNECTIONS, WINDOW
 
@@ -300,11 +301,11 @@ class NetworkPort:
     def _message(self, body: dict[str, Any]) -> None:
         kind = body.get("event")
         if kind == "connect":
-            self._take(_whole(body, "connection"))
+            self._take(number_field(body, "connection"))
         elif kind == "packet":
             self._report(body)
         elif kind == "reset":
-            stream = self._streams.get(_whole(body, "stream"))
+            stream = self._streams.get(number_field(body, "stream"))
             if stream is not None:
                 self.drop(stream.number)
                 stream.lose(ConnectionResetError("the guest's program dropped the connection"))
@@ -337,14 +338,14 @@ class NetworkPort:
         if not (
             isinstance(protocol, str) and _PROTOCOL.fullmatch(protocol)
             and isinstance(address, str) and len(address) <= _MAX_ADDRESS
-            and type(port) is int and 0 <= port <= 65535  # noqa: PLR2004 - ports
+            and is_whole(port, 0, 65535)
             and isinstance(name, str) and len(name) <= _MAX_NAME
         ):  # fmt: skip
             raise WireError("a report of a packet that makes no sense")
         self._packet(protocol, address, port, name)
 
     def _answered(self, body: dict[str, Any]) -> None:
-        request = self._requests.pop(_whole(body, "id"), None)
+        request = self._requests.pop(number_field(body, "id"), None)
         if request is None:
             raise WireError("an answer to no request")
         if request.done():  # the caller has stopped waiting
@@ -416,13 +417,6 @@ async def _serve_until_end(serve: Served, reader: asyncio.StreamReader, writer: 
         await serve(reader, writer)
     finally:
         writer.close()
-
-
-def _whole(body: dict[str, Any], key: str) -> int:
-    value = body.get(key)
-    if type(value) is not int or not 0 < value < 2**53:
-        raise WireError(f"a message without {key}")
-    return value
 
 
 def _target(target: int | str) -> dict[str, Any]:
