@@ -112,11 +112,11 @@ class Agent:
                     key.data()
 
     def _begin_machine(self) -> None:
-        from pytest_microvm.guest import network  # noqa: PLC0415 - tests run the agent without it
+        from pytest_microvm.guest import network_start  # noqa: PLC0415 - tests run the agent without it
 
         forbid_thrashing()
         resume.make_ready()
-        network.start()  # outside the control group: it does not count towards the process limit
+        network_start.start()  # outside the control group: it does not count towards the process limit
         self._refusals = enter_group()
         if self._refusals is not None:
             self._selector.register(self._refusals, selectors.EVENT_READ, self._refusals.tell)

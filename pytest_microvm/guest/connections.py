@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import selectors
 import socket
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pytest_microvm.guest.event_loop import READ, WRITE, EventLoop
 from pytest_microvm.wire.fields import is_whole
 
 if TYPE_CHECKING:
@@ -22,29 +22,20 @@ _RETRY = 0.1  # seconds between two tries to reach a server
 _LONGEST = 30 * 24 * 3600.0
 _PATIENCE = 10.0  # seconds for a listening server to accept the connection
 _RESET = b"\1\0\0\0\0\0\0\0"  # struct linger: close(2) sends RST
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 
 class Carrier(Protocol):
     """The process that carries connections: its channel, event loop and pending connection attempts."""
 
     channel: Channel
+    loop: EventLoop
     reaching: set[Reaching]
-
-    def watch(self, file: socket.socket | int, events: int, ready: Callable[[int], None]) -> None:
-        """Call ``ready`` whenever ``file`` has one of ``events``; 0 stops watching it."""
 
     def forget(self, stream: int, connection: Any) -> None:
         """Drop a connection that has ended in the guest."""
 
     def linger(self, stream: int, connection: Any) -> None:
         """Keep a connection whose stream is closed until its pending bytes are written."""
-
-    def later(self, seconds: float, call: Callable[[], None]) -> list[Any]:
-        """Schedule ``call`` in ``seconds``; return a timer for :meth:`never`."""
-
-    def never(self, timer: list[Any] | None) -> None:
-        """Cancel a timer of :meth:`later`."""
 
 
 class Connection:
@@ -68,7 +59,8 @@ class Connection:
     def update(self) -> None:
         """Watch the socket for the events that can be handled now."""
         reads = self._reading and (self._ended or self._network.channel.room(self._stream))
-        self._network.watch(self._sock, (READ if reads else 0) | (WRITE if self._pending else 0), self._ready)
+        events = (READ if reads else 0) | (WRITE if self._pending else 0)
+        self._network.loop.watch(self._sock, events, self._ready)
 
     def came(self, data: bytes) -> None:
         """Queue bytes from the host and write them to the socket."""
@@ -138,7 +130,7 @@ class Connection:
             with contextlib.suppress(OSError):  # already disconnected
                 self._sock.shutdown(socket.SHUT_WR)
             if self._ended and self._reading:
-                self._network.later(_LINGER, self._close)
+                self._network.loop.later(_LINGER, self._close)
         self._go_on()
 
     def _go_on(self) -> None:
@@ -154,7 +146,7 @@ class Connection:
         self.reset()
 
     def _close(self) -> None:
-        self._network.watch(self._sock, 0, self._ready)
+        self._network.loop.watch(self._sock, 0, self._ready)
         self._sock.close()
         self._network.forget(self._stream, self)
 
@@ -197,15 +189,15 @@ class Reaching:
         self._sock: socket.socket | None = None
         self._failure: OSError = TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
         self._retry: list[Any] | None = None
-        self._deadline = network.later(_seconds(request.get("timeout", _PATIENCE)), self._time_over)
+        self._deadline = network.loop.later(_seconds(request.get("timeout", _PATIENCE)), self._time_over)
         network.reaching.add(self)
         self._try()
 
     def cancel(self) -> None:
         """Give up without calling ``done``."""
         self._drop()
-        self._network.never(self._deadline)
-        self._network.never(self._retry)
+        self._network.loop.never(self._deadline)
+        self._network.loop.never(self._retry)
         self._network.reaching.discard(self)
 
     def _try(self) -> None:
@@ -214,7 +206,7 @@ class Reaching:
             sock = self._sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
             code = sock.connect_ex(address)
             if code == errno.EINPROGRESS:
-                self._network.watch(sock, WRITE, self._ready)
+                self._network.loop.watch(sock, WRITE, self._ready)
                 return
         except OSError as error:  # a path that is too long, a family that the kernel lacks
             code = error.errno or errno.EINVAL
@@ -227,7 +219,7 @@ class Reaching:
     def _judge(self, code: int) -> None:
         sock = self._sock
         if code == 0 and sock is not None:
-            self._network.watch(sock, 0, self._ready)
+            self._network.loop.watch(sock, 0, self._ready)
             self._sock = None
             self._finish(sock, None)
             return
@@ -239,7 +231,7 @@ class Reaching:
         if self._next and not full:
             self._try()
         elif self._again or full:
-            self._retry = self._network.later(_RETRY, self._try)
+            self._retry = self._network.loop.later(_RETRY, self._try)
         else:
             self._finish(None, self._failure)
 
@@ -248,7 +240,7 @@ class Reaching:
 
     def _drop(self) -> None:
         if self._sock is not None:
-            self._network.watch(self._sock, 0, self._ready)
+            self._network.loop.watch(self._sock, 0, self._ready)
             self._sock.close()
             self._sock = None
 

@@ -9,28 +9,20 @@ bypass it arrive at the device ``nowhere`` (see ``tun``). If it ends, the machin
 from __future__ import annotations
 
 import contextlib
-import gc
-import heapq
 import itertools
 import os
-import resource
 import select
-import selectors
-import signal
 import socket
-import sys
-import time
-import traceback
 from typing import TYPE_CHECKING, Any
 
-from pytest_microvm.guest import tun
-from pytest_microvm.guest.connections import READ, WRITE, Connection, Reaching, whole_number
+from pytest_microvm.guest.connections import Connection, Reaching, whole_number
+from pytest_microvm.guest.event_loop import READ, WRITE, EventLoop
 from pytest_microvm.guest.packets import judge
-from pytest_microvm.guest.port import PortReader, open_port
+from pytest_microvm.guest.port import PortReader
 from pytest_microvm.guest.share import Share
 from pytest_microvm.wire.channel import Channel, Closed, Credit, Data, Message
 from pytest_microvm.wire.frames import MAX_STREAM, WireError
-from pytest_microvm.wire.network import CONNECTIONS, PORT, WINDOW
+from pytest_microvm.wire.network import CONNECTIONS, WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,12 +32,11 @@ _HIGH = 256 * 1024  # bytes queued for the port above which sockets are no longe
 _LOW = 64 * 1024
 _PACKETS = 32  # handled at a time, so that a flood of packets does not block connections
 _MAX_TOLD = 1000  # distinct attempts, each reported once
-_FILES = 4096
 _QUIET = 1.0  # seconds of silence after a rest, in which the machine is frozen
 
 
 class NetworkProcess:
-    """The network process: its connections, timers and event loop.
+    """The network process: its connections and its port.
 
     Args:
         port: A descriptor of the port; made non-blocking.
@@ -55,19 +46,18 @@ class NetworkProcess:
 
     def __init__(self, port: int, listener: socket.socket, device: int | None = None) -> None:
         self.reaching: set[Reaching] = set()
+        self.loop = EventLoop()
         self._port = port
         self._reader = PortReader(port)
         self._listener = listener
         self._device = device
-        self._selector = selectors.DefaultSelector()
         self._port_alone = select.poll()
         self._quiet = False  # silent after a rest
-        self._timers: list[list[Any]] = []
         self._numbers = itertools.count(1)
         os.set_blocking(port, False)
         listener.setblocking(False)
         self._begin()
-        self._selector.register(port, READ, self._port_ready)
+        self.loop.watch(port, READ, self._port_ready)
         self._port_alone.register(port, select.POLLIN | select.POLLOUT)
         self._listen()
 
@@ -91,30 +81,17 @@ class NetworkProcess:
         """
         while True:
             if self._full:  # first the port has to accept some of the queue
-                self._port_alone.poll(self._patience())
+                self._port_alone.poll(self.loop.timeout())
                 self._receive()
             else:
-                for key, mask in self._selector.select(self._patience()):
-                    # An earlier handler may have closed the file, and its descriptor may be in use again.
-                    if self._selector.get_map().get(key.fd) is key and not self._full:
-                        key.data(mask)
+                for ready, mask in self.loop.ready():
+                    if not self._full:
+                        ready(mask)
                         self._flush()
-            self._run_timers()
+            self.loop.run_timers()
             self._flush()
 
     # For connections
-
-    def watch(self, file: socket.socket | int, events: int, ready: Callable[[int], None]) -> None:
-        """Call ``ready`` whenever ``file`` has one of ``events``; 0 stops watching it."""
-        number = file if isinstance(file, int) else file.fileno()
-        known = self._selector.get_map().get(number) if number >= 0 else None
-        if known is None:
-            if events:
-                self._selector.register(file, events, ready)
-        elif not events:
-            self._selector.unregister(file)
-        elif known.events != events:
-            self._selector.modify(file, events, ready)
 
     def forget(self, stream: int, connection: Connection | Share) -> None:
         """Drop a connection that has ended in the guest."""
@@ -128,25 +105,14 @@ class NetworkProcess:
         self.forget(stream, connection)
         self._lingering.add(connection)
 
-    def later(self, seconds: float, call: Callable[[], None]) -> list[Any]:
-        """Schedule ``call`` in ``seconds``; return a timer for :meth:`never`."""
-        timer = [time.monotonic() + seconds, next(self._numbers), call]
-        heapq.heappush(self._timers, timer)
-        return timer
-
-    def never(self, timer: list[Any] | None) -> None:
-        """Cancel a timer of :meth:`later`."""
-        if timer is not None:
-            timer[2] = None
-
     # The guest's programs
 
     def _listen(self) -> None:
         """Accept connections while there is room for them; others wait in the kernel."""
         room = len(self._waiting) + len(self._connections) < CONNECTIONS
-        self.watch(self._listener, READ if room and not self._quiet else 0, self._accept)
+        self.loop.watch(self._listener, READ if room and not self._quiet else 0, self._accept)
         if self._device is not None:
-            self.watch(self._device, 0 if self._quiet else READ, self._packets)
+            self.loop.watch(self._device, 0 if self._quiet else READ, self._packets)
 
     def _accept(self, _mask: int) -> None:
         try:
@@ -289,7 +255,7 @@ class NetworkProcess:
         self._waiting.clear()
         for connection in [*self._connections.values(), *self._lingering]:
             connection.reset()
-        self._timers.clear()
+        self.loop.clear_timers()
         self._resting = self._quiet = True
         self._listen()
         self.channel.send({"id": body["id"], "result": {}})
@@ -317,28 +283,15 @@ class NetworkProcess:
         if not self._spoke:
             return
         empty = self.channel.flush(lambda data: os.write(self._port, data))
-        self.watch(self._port, READ if empty else READ | WRITE, self._port_ready)
+        self.loop.watch(self._port, READ if empty else READ | WRITE, self._port_ready)
         self._full = self.channel.queued > (_LOW if self._full else _HIGH)
         if self._resting and empty:
             self._begin()
-            self.later(_QUIET, self._wake)
-
-    # Time
+            self.loop.later(_QUIET, self._wake)
 
     def _wake(self) -> None:
         self._quiet = False
         self._listen()
-
-    def _patience(self) -> float | None:
-        while self._timers and self._timers[0][2] is None:
-            heapq.heappop(self._timers)
-        return max(0.0, self._timers[0][0] - time.monotonic()) if self._timers else None
-
-    def _run_timers(self) -> None:
-        while self._timers and self._timers[0][0] <= time.monotonic():
-            call = heapq.heappop(self._timers)[2]
-            if call is not None:
-                call()
 
 
 _OPERATIONS: dict[str, Callable[[NetworkProcess, dict[str, Any]], None]] = {
@@ -352,51 +305,3 @@ _OPERATIONS: dict[str, Callable[[NetworkProcess, dict[str, Any]], None]] = {
     "unshare": NetworkProcess._unshare,
     "wait": NetworkProcess._wait,
 }
-
-
-def listen() -> socket.socket:
-    """Return the proxy's listening socket."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", PORT))
-    listener.listen(CONNECTIONS)
-    return listener
-
-
-def start() -> None:
-    """Fork the network process and wait until it is idle: no template may contain it half started."""
-    reading, writing = os.pipe()
-    if os.fork():
-        os.close(writing)
-        os.read(reading, 1)
-        os.close(reading)
-        return
-    try:
-        _leave_agent(writing)
-        port = open_port("network")
-        device = tun.open_device()
-        if device is not None:
-            tun.name_resolver()
-        network = NetworkProcess(port, listen(), device)
-        os.close(writing)
-        network.serve()
-    except EOFError:
-        pass
-    except BaseException:  # noqa: BLE001 - a fork of PID 1 must not return; the error is logged to the console
-        traceback.print_exc()
-        sys.stderr.flush()
-    os._exit(0)
-
-
-def _leave_agent(keep: int) -> None:
-    """Release the descriptors and signal handlers inherited from the agent, and set this process's own."""
-    gc.freeze()  # keeps the pages of its objects shared
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.closerange(3, keep)
-    os.closerange(keep + 1, 256)
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(_FILES, hard), hard))
-    for name, text in (("comm", "microvm-network"), ("oom_score_adj", "-1000")):
-        with open(f"/proc/self/{name}", "w") as file:
-            file.write(text)

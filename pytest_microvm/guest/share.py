@@ -10,8 +10,9 @@ import contextlib
 import ctypes
 import errno
 import os
-import selectors
 from typing import TYPE_CHECKING
+
+from pytest_microvm.guest.event_loop import READ
 
 if TYPE_CHECKING:
     from pytest_microvm.guest.connections import Carrier
@@ -54,7 +55,7 @@ class Share:
         """Forward the kernel's requests as far as the stream's credit allows."""
         self._send()
         if self._device >= 0:
-            self._network.watch(self._device, 0 if self._request else selectors.EVENT_READ, self._ready)
+            self._network.loop.watch(self._device, 0 if self._request else READ, self._ready)
 
     def came(self, data: bytes) -> None:
         """Buffer bytes of answers from the host; write each complete answer to the kernel."""
@@ -80,7 +81,7 @@ class Share:
         """Unmount the directory even if it is in use; pending calls fail."""
         if self._device < 0:
             return
-        self._network.watch(self._device, 0, self._ready)
+        self._network.loop.watch(self._device, 0, self._ready)
         os.close(self._device)  # first: otherwise the kernel might send a request that is never answered
         self._device = -1
         ctypes.CDLL(None, use_errno=True).umount2(os.fsencode(self._path), _MNT_DETACH)

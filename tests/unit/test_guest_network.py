@@ -47,7 +47,7 @@ class Guest:
                 sock.close()
             for connection in [*network._connections.values(), *network._lingering]:
                 connection.reset()
-            network._selector.close()
+            network.loop._selector.close()
 
     def close(self):
         self.sock.close()
@@ -439,5 +439,5 @@ def test_host_hears_of_an_attempt_before_it_is_answered(monkeypatch):
         kernel.send(packet)
         monkeypatch.setattr(network_module.os, "write", noted)
         network._packets(0)
-        network._selector.close()
+        network.loop._selector.close()
     assert written == [network._port, network._device]

@@ -87,7 +87,7 @@ class Guest(Machine):
                 sock.close()
             for connection in [*self.process._connections.values(), *self.process._lingering]:
                 connection.reset()
-            self.process._selector.close()
+            self.process.loop._selector.close()
 
     def client(self):
         return socket.create_connection(self.listener.getsockname(), timeout=guards.PROCESS)
