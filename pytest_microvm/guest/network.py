@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import select
+import selectors
 import socket
 from typing import TYPE_CHECKING, Any
 
@@ -51,14 +51,14 @@ class NetworkProcess:
         self._reader = PortReader(port)
         self._listener = listener
         self._device = device
-        self._port_alone = select.poll()
+        self._port_alone = selectors.PollSelector()
         self._quiet = False  # silent after a rest
         self._numbers = itertools.count(1)
         os.set_blocking(port, False)
         listener.setblocking(False)
         self._begin()
         self.loop.watch(port, READ, self._port_ready)
-        self._port_alone.register(port, select.POLLIN | select.POLLOUT)
+        self._port_alone.register(port, READ | WRITE)
         self._listen()
 
     def _begin(self) -> None:
@@ -81,7 +81,7 @@ class NetworkProcess:
         """
         while True:
             if self._full:  # first the port has to accept some of the queue
-                self._port_alone.poll(self.loop.timeout())
+                self._port_alone.select(self.loop.timeout())
                 self._receive()
             else:
                 for ready, mask in self.loop.ready():

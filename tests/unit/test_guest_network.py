@@ -5,6 +5,7 @@ import os
 import socket
 import struct
 import threading
+import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -414,6 +415,27 @@ def test_any_messages_are_answered_or_end_it_in_order(messages):
         assert guest.joined() is not None
     finally:
         guest.close()
+
+
+def test_full_port_waits_without_turning(guest, monkeypatch):
+    """A timer that is due in seconds does not make the process poll each few milliseconds."""
+    turns = []
+    receive = NetworkProcess._receive
+    monkeypatch.setattr(NetworkProcess, "_receive", lambda self: (turns.append(1), receive(self)))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(guest.client()) for _ in range(20)]
+        for stream in range(1, 21):
+            guest.accept(stream)
+        for client in clients:  # the host reads nothing of it
+            client.sendall(bytes(WINDOW))
+        guest.send(id=1, op="wait", port=1, timeout=5)
+        deadline = time.monotonic() + guards.PROCESS
+        while not guest.network._full and time.monotonic() < deadline:
+            time.sleep(0.01)
+        turns.clear()
+        time.sleep(0.5)
+        assert guest.network._full
+    assert len(turns) < 10
 
 
 def test_host_hears_of_an_attempt_before_it_is_answered(monkeypatch):
