@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import selectors
@@ -34,6 +35,11 @@ class EventLoop:
             self._selector.unregister(file)
         elif known.events != events:
             self._selector.modify(file, events, ready)
+
+    def unwatch(self, descriptor: int) -> None:
+        """Stop watching a descriptor, if it is watched."""
+        with contextlib.suppress(KeyError):
+            self._selector.unregister(descriptor)
 
     def later(self, seconds: float, call: Callable[[], None]) -> list[Any]:
         """Schedule ``call`` in ``seconds``; return a timer for :meth:`never`."""

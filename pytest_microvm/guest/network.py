@@ -19,6 +19,7 @@ from pytest_microvm.guest.connections import Connection, Reaching, whole_number
 from pytest_microvm.guest.event_loop import READ, WRITE, EventLoop
 from pytest_microvm.guest.packets import judge
 from pytest_microvm.guest.port import PortReader
+from pytest_microvm.guest.replies import reply, reply_error
 from pytest_microvm.guest.share import Share
 from pytest_microvm.wire.channel import Channel, Closed, Credit, Data, Message
 from pytest_microvm.wire.frames import MAX_STREAM, WireError
@@ -178,7 +179,7 @@ class NetworkProcess:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             if number is None:
                 raise WireError(f"a message that makes no sense: {error!r}") from error
-            self._reply_error(number, error)
+            reply_error(self.channel, number, error)
 
     def _take(self, body: dict[str, Any]) -> None:
         sock = self._waiting.pop(body["connection"])
@@ -194,10 +195,10 @@ class NetworkProcess:
 
         def done(sock: socket.socket | None, error: OSError | None) -> None:
             if sock is None:
-                self._reply_error(body["id"], error)
+                reply_error(self.channel, body["id"], error)
                 return
             self._open(stream, sock)
-            self.channel.send({"id": body["id"], "result": {}})
+            reply(self.channel, body["id"], {})
 
         Reaching(self, body, done, again=False)
 
@@ -206,10 +207,10 @@ class NetworkProcess:
 
         def done(sock: socket.socket | None, error: OSError | None) -> None:
             if sock is None:
-                self._reply_error(body["id"], error)
+                reply_error(self.channel, body["id"], error)
                 return
             sock.close()
-            self.channel.send({"id": body["id"], "result": {}})
+            reply(self.channel, body["id"], {})
 
         Reaching(self, body, done, again=True)
 
@@ -224,18 +225,18 @@ class NetworkProcess:
         try:
             share = Share(self, body["path"], stream, read_only=body["read_only"])
         except OSError as error:
-            self._reply_error(body["id"], error)
+            reply_error(self.channel, body["id"], error)
             return
         self.channel.open(stream)
         self._connections[stream] = share
-        self.channel.send({"id": body["id"], "result": {}})
+        reply(self.channel, body["id"], {})
         share.update()
 
     def _unshare(self, body: dict[str, Any]) -> None:
         share = self._connections.get(body["stream"])
         if share is not None:  # otherwise the guest has unmounted it
             share.reset()
-        self.channel.send({"id": body["id"], "result": {}})
+        reply(self.channel, body["id"], {})
 
     def _end(self, body: dict[str, Any]) -> None:
         connection = self._connections.get(body["stream"])
@@ -258,7 +259,7 @@ class NetworkProcess:
         self.loop.clear_timers()
         self._resting = self._quiet = True
         self._listen()
-        self.channel.send({"id": body["id"], "result": {}})
+        reply(self.channel, body["id"], {})
 
     def _open(self, stream: int, sock: socket.socket) -> None:
         try:
@@ -268,15 +269,6 @@ class NetworkProcess:
         with contextlib.suppress(OSError):  # not supported by Unix sockets
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._connections[stream] = Connection(self, sock, stream)
-
-    def _reply_error(self, number: int, error: BaseException | None) -> None:
-        message = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        told = {
-            "type": type(error).__name__,
-            "message": message[:1000],
-            "errno": getattr(error, "errno", 0) or 0,
-        }
-        self.channel.send({"id": number, "error": told})
 
     def _flush(self) -> None:
         """Write as much of the queue as the port accepts without blocking."""

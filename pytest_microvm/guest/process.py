@@ -1,4 +1,4 @@
-"""Child processes of the agent: started, fed, drained with backpressure, reaped."""
+"""Commands as child processes: their start, user, pipes or terminal, and exit status."""
 
 from __future__ import annotations
 

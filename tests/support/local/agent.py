@@ -6,12 +6,13 @@ end the computer when it ends, and does not take over another name, time or mach
 
 import sys
 
-from pytest_microvm.guest import agent
+from pytest_microvm.guest.agent import Agent
 from pytest_microvm.guest.port import Port
 
 if __name__ == "__main__":
-    del agent._OPERATIONS["resume"]
+    local = Agent(Port(int(sys.argv[1]), "agent"))
+    del local.operations["resume"]
     try:
-        agent.Agent(Port(int(sys.argv[1]), "agent")).serve()
+        local.serve()
     except EOFError:
         sys.exit(0)
