@@ -191,28 +191,23 @@ class NetworkProcess:
 
     def _connect(self, body: dict[str, Any]) -> None:
         stream = whole_number(body, "stream", MAX_STREAM)
-        self._check_path(body)
-
-        def done(sock: socket.socket | None, error: OSError | None) -> None:
-            if sock is None:
-                reply_error(self.channel, body["id"], error)
-                return
-            self._open(stream, sock)
-            reply(self.channel, body["id"], {})
-
-        Reaching(self, body, done, again=False)
+        self._reach(body, lambda sock: self._open(stream, sock), again=False)
 
     def _wait(self, body: dict[str, Any]) -> None:
+        self._reach(body, socket.socket.close, again=True)
+
+    def _reach(self, body: dict[str, Any], use: Callable[[socket.socket], None], *, again: bool) -> None:
+        """Connect to a server, hand the socket to ``use``, and reply."""
         self._check_path(body)
 
         def done(sock: socket.socket | None, error: OSError | None) -> None:
             if sock is None:
                 reply_error(self.channel, body["id"], error)
-                return
-            sock.close()
-            reply(self.channel, body["id"], {})
+            else:
+                use(sock)
+                reply(self.channel, body["id"], {})
 
-        Reaching(self, body, done, again=True)
+        Reaching(self, body, done, again=again)
 
     def _check_path(self, body: dict[str, Any]) -> None:
         """Reject a Unix socket in a live mount: this process would wait for itself."""

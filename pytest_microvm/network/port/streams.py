@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pytest_microvm.agent.link import GuestError
 from pytest_microvm.agent.port_socket import receive, send_queued
 from pytest_microvm.errors import MachineCrashed, MachineError
+from pytest_microvm.network.port.requests import NetworkRequests
 from pytest_microvm.network.port.stream import StreamTransport, connect_streams
-from pytest_microvm.untrusted.text import sanitize_line
 from pytest_microvm.wire.channel import MAX_STREAMS, Channel, Closed, Credit, Data, Message
 from pytest_microvm.wire.fields import is_whole, number_field
 from pytest_microvm.wire.frames import WireError
@@ -84,7 +84,7 @@ class NetworkPort:
         self._of_guest: set[int] = (
             set()
         )  # streams by which the guest reaches the proxy, until both ends closed
-        self._requests: dict[int, asyncio.Future[None]] = {}
+        self._requests = NetworkRequests(self._send)
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
         self._reaching = asyncio.Semaphore(CONNECTIONS)
@@ -172,9 +172,7 @@ class NetworkPort:
         for stream in list(self._streams.values()):
             self.drop(stream.number)
             stream.lose(ConnectionResetError("the machine is being frozen"))
-        for request in self._requests.values():
-            if not request.done():
-                request.set_exception(MachineError("the machine is being frozen"))
+        self._requests.fail(MachineError("the machine is being frozen"))
         await self._ask(op="rest")
         self.close(MachineCrashed("the machine is at rest"))
 
@@ -196,10 +194,7 @@ class NetworkPort:
         for stream in list(self._streams.values()):
             stream.lose(ConnectionResetError(str(failure)))
         self._streams.clear()
-        for request in self._requests.values():
-            if not request.done():
-                request.set_exception(failure)
-        self._requests.clear()
+        self._requests.fail(failure)
         for forwarding in list(self.forwardings):
             forwarding.stop()
 
@@ -310,7 +305,7 @@ class NetworkPort:
                 self.drop(stream.number)
                 stream.lose(ConnectionResetError("the guest's program dropped the connection"))
         elif kind is None:
-            self._answered(body)
+            self._requests.answered(body)
         else:
             raise WireError("an event of an unknown kind")
 
@@ -343,19 +338,6 @@ class NetworkPort:
         ):  # fmt: skip
             raise WireError("a report of a packet that makes no sense")
         self._packet(protocol, address, port, name)
-
-    def _answered(self, body: dict[str, Any]) -> None:
-        request = self._requests.pop(number_field(body, "id"), None)
-        if request is None:
-            raise WireError("an answer to no request")
-        if request.done():  # the caller has stopped waiting
-            return
-        error = body.get("error")
-        if isinstance(error, dict):
-            kind, message = str(error.get("type"))[:200], str(error.get("message"))[:1000]
-            request.set_exception(GuestError(sanitize_line(kind), sanitize_line(message)))
-        else:
-            request.set_result(None)
 
     # Bookkeeping
 
@@ -395,11 +377,11 @@ class NetworkPort:
     async def _ask(self, **body: Any) -> None:
         if self.failure is not None:
             raise self.failure
-        number = next(self._numbers)
-        answer = self._requests[number] = self.loop.create_future()
-        self._channel.send({"id": number, **body})
+        await self._requests.ask(**body)
+
+    def _send(self, body: dict[str, Any]) -> None:
+        self._channel.send(body)
         self._flush_soon()
-        await answer
 
     def _retire(self, number: int) -> None:
         if not self._channel.is_open(number):
