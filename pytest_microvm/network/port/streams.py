@@ -81,9 +81,7 @@ class NetworkPort:
         self._flushes = False  # whether a flush is scheduled
         self._resting = False
         self._streams: dict[int, StreamTransport] = {}
-        self._of_guest: set[int] = (
-            set()
-        )  # streams by which the guest reaches the proxy, until both ends closed
+        self._of_guest: set[int] = set()  # streams to the proxy, until both ends have closed
         self._requests = NetworkRequests(self._send)
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -224,9 +222,7 @@ class NetworkPort:
 
     def drop(self, number: int) -> None:
         """Reset a stream on both sides."""
-        if self._channel.is_open(
-            number
-        ):  # sent first: after CLOSE the guest's program would see a regular end
+        if self._channel.is_open(number):  # sent first: after CLOSE the program would see a regular end
             self._channel.send({"op": "reset", "stream": number})
         self._channel.close(number)
         self._streams.pop(number, None)
