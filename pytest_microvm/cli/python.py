@@ -16,7 +16,7 @@ from pytest_microvm.cli.relay import plainly, shell_status
 from pytest_microvm.cli.run import exit_statuses, variable
 from pytest_microvm.errors import UsageError
 from pytest_microvm.host.host import Host
-from pytest_microvm.suite.machines import workspace_step
+from pytest_microvm.suite.template_chain import workspace_step
 from pytest_microvm.suite.worker_modules import ENVIRONMENT, worker_step
 from pytest_microvm.suite.workspace import scan
 from pytest_microvm.untrusted.nofollow import refuse_links

@@ -1,26 +1,19 @@
-"""Machines for a remote suite: the template chain up to the collected template, and copies of it."""
+"""Machines for a remote suite: copies of the template in which the runner has collected the tests."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import shlex
-import tempfile
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pytest_microvm.agent.transfer import send_file
-from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded, UsageError
+from pytest_microvm.errors import MachineError, MicroVMError, QuotaExceeded, UsageError
 from pytest_microvm.host.host import Host
 from pytest_microvm.host.kept import KeptMachine
-from pytest_microvm.host.preparing import machine_in_the_making, prepared_step
 from pytest_microvm.host.project_grants import asked_by
 from pytest_microvm.host.starting import StartedCopy
 from pytest_microvm.machine import evidence
-from pytest_microvm.machine.grants import Grants
-from pytest_microvm.machine.instance import Instance, Usage
+from pytest_microvm.machine.instance import Usage
 from pytest_microvm.machine.microvm import MicroVM
 from pytest_microvm.network.proxy.log import NetworkLog
 from pytest_microvm.settings import trust as project_trust
@@ -29,24 +22,17 @@ from pytest_microvm.settings.mounts import Mount
 from pytest_microvm.settings.spec import DEFAULT_OUTPUT, MachineSpec
 from pytest_microvm.suite.backend import BackendFacts, CollectPlan, Progress, RemoteSettings, RunOptions
 from pytest_microvm.suite.plan import artifacts_folder
-from pytest_microvm.suite.session import RunnerSession, runner_command
-from pytest_microvm.suite.workspace import Workspace, scan
-from pytest_microvm.templates.chain import IN_THE_MAKING, TemplateStep
+from pytest_microvm.suite.template_chain import COLLECTED, SuiteChain
+from pytest_microvm.suite.workspace import scan
 from pytest_microvm.templates.pool import Pool
 from pytest_microvm.untrusted.redaction import Redactor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from pytest_microvm.agent.link import Link
     from pytest_microvm.suite.backend import TestLimits
     from pytest_microvm.templates.store import Template
-
-CODE_FOLDER = "/run/microvm/code"
-PYTHON = "python3"
-_COLLECTED = "collected"
-_OWN_LINK = 16 * 1024**2  # bytes; a larger workspace gets its own link, shared by all arguments
-_HELLO_TIMEOUT = 120.0
 
 
 class RunnerLease:
@@ -165,8 +151,7 @@ class MachineBackend:
     ) -> None:
         config = load_settings(settings.rootdir, settings.values)
         project_trust.check(settings.rootdir, asked_by(config))
-        named = {"image", "python", "prepare"} & {*settings.values, *config.named}
-        if not named:
+        if not {"image", "python", "prepare"} & {*settings.values, *config.named}:
             config = replace(config, spec=replace(config.spec, python="host"))
         self._artifacts = artifacts_folder(config.artifacts, settings)
         self._config = replace(config, spec=change(config.spec))
@@ -221,22 +206,9 @@ class MachineBackend:
                 details=f"{workspace.size} bytes of files, {self._base.resources.disk} bytes of disk",
                 resolution="give the machine a larger disk (--microvm-disk), or have git ignore some",
             )
-        self._template = self._host.template(self._base, self._steps(plan, workspace))
-        return self._template.attachment(_COLLECTED)
-
-    def _steps(self, plan: CollectPlan, workspace: Workspace) -> list[TemplateStep]:
-        """Return the template chain's steps, the most stable first, so that an edit rebuilds only one."""
-        steps = self._prepared(plan)
-        started = "PYTHONPATH" not in self._environment(
-            plan
-        )  # otherwise the workspace could affect Python's start
-        if started:
-            steps.append(self._started_step(plan))
-        copied = workspace.size > _OWN_LINK
-        if copied:
-            steps.append(workspace_step(workspace))
-        steps.append(self._collected_step(plan, None if copied else workspace, started=started))
-        return steps
+        chain = SuiteChain(self._host, self._base, self._config, plan)
+        self._template = self._host.template(self._base, chain.steps(workspace))
+        return self._template.attachment(COLLECTED)
 
     def lease(self) -> RunnerLease:
         """Return a fresh copy of the machine whose runner has collected the tests.
@@ -276,164 +248,3 @@ class MachineBackend:
         if self._template is None:
             raise MachineError("nothing has been collected yet")
         return self._template
-
-    def _prepared(self, plan: CollectPlan) -> list[TemplateStep]:
-        commands = self._config.prepare
-        if not commands:
-            return []
-        top = plan.workspace
-        inputs = _chosen(scan(top), self._config.project, self._config.prepare_inputs)
-        return [
-            prepared_step(
-                self._host,
-                self._base,
-                commands,
-                folder=PurePosixPath(top),
-                put=lambda machine: _unpack(machine, inputs),
-                inputs=(inputs.digest(), *self._config.prepare_network),
-                grants=self._prepare_grants(),
-            )
-        ]
-
-    def _prepare_grants(self) -> Grants:
-        """Return the grants of the prepare commands: their own network rules, none of the tests' grants."""
-        spec = MachineSpec(network=self._config.prepare_network, hosts=self._config.spec.hosts)
-        return self._host.grants(spec, self._base.image)
-
-    def _started_step(self, plan: CollectPlan) -> TemplateStep:
-        """Return the chain step that starts the runner with pytest and its plug-ins, without a workspace."""
-
-        def work(instance: Instance) -> dict[str, bytes]:
-            with self._told(instance):
-                self._start_runner(instance, plan, "/", preload=True)
-            return {}
-
-        return TemplateStep("started", (json.dumps(plan.environment),), work, "starting pytest")
-
-    def _collected_step(
-        self, plan: CollectPlan, workspace: Workspace | None, *, started: bool
-    ) -> TemplateStep:
-        """Return the chain step that collects the tests.
-
-        Args:
-            plan: The collection request.
-            workspace: The workspace to copy in first; ``None`` if it is already there.
-            started: Whether the runner is already running.
-        """
-        inputs = [json.dumps(plan.arguments), str(plan.directory), json.dumps(plan.environment)]
-        if workspace is not None:
-            inputs += [str(workspace.top), workspace.digest()]
-
-        def work(instance: Instance) -> dict[str, bytes]:
-            with self._told(instance):
-                if workspace is not None:
-                    send_workspace(instance.adopt("agent", IN_THE_MAKING), workspace)
-                link = (
-                    instance.adopt("runner", IN_THE_MAKING)
-                    if started
-                    else self._start_runner(instance, plan, str(plan.directory))
-                )
-                return {_COLLECTED: RunnerSession(link).collect(replace(plan, environment=()))}
-
-        return TemplateStep("collected", tuple(inputs), work, "collecting")
-
-    def _start_runner(
-        self, instance: Instance, plan: CollectPlan, folder: str, *, preload: bool = False
-    ) -> Link:
-        """Start the runner in ``folder`` and wait for its hello, which it sends once pytest is loaded."""
-        machine = machine_in_the_making(self._base, instance)
-        machine.path(folder).mkdir(parents=True, exist_ok=True)
-        runner = shlex.join(runner_command(PYTHON, CODE_FOLDER, preload=preload))
-        machine.client.link().call(  # noqa: S604 - in the guest, and quoted
-            "exec",
-            timeout=_HELLO_TIMEOUT,
-            handle=0,
-            shell=f"exec {runner} </dev/null >/dev/console 2>&1",
-            cwd=folder,
-            env=self._environment(plan),
-            vital=True,
-        )
-        link = instance.link("runner")
-        link.wait_hello(_HELLO_TIMEOUT)
-        return link
-
-    @contextlib.contextmanager
-    def _told(self, instance: Instance) -> Iterator[None]:
-        """Convert a crash or timeout during collection into an error that names the cause."""
-        try:
-            yield
-        except MachineCrashed as error:
-            why = instance.end_error("template")
-            if isinstance(why, QuotaExceeded):
-                raise why from error
-            raise self._not_collected(why.brief, why.details) from error
-        except TimeoutError as error:
-            raise self._not_collected(str(error), instance.console_text()) from error
-
-    def _environment(self, plan: CollectPlan) -> dict[str, str]:
-        """Return the variables that the runner starts with: the image's, and the plan's."""
-        return {**dict(self._base.resources.environment), **dict(plan.environment)}
-
-    def _not_collected(self, why: str, details: str) -> MachineError:
-        return MachineError(
-            f"collecting the tests failed: {why}",
-            details=details,
-            resolution=f"does the image have Python and pytest? (image: {self._base.image.name})",
-        )
-
-
-def workspace_step(workspace: Workspace) -> TemplateStep:
-    """Return the template-chain step that copies a workspace into the machine."""
-
-    def work(instance: Instance) -> dict[str, bytes]:
-        send_workspace(instance.adopt("agent", IN_THE_MAKING), workspace)
-        return {}
-
-    return TemplateStep("workspace", (str(workspace.top), workspace.digest()), work, "copying the workspace")
-
-
-def send_workspace(link: Link, workspace: Workspace) -> None:
-    """Copy a workspace into a machine.
-
-    Args:
-        link: The link to the machine's agent.
-        workspace: The workspace to copy.
-    """
-    with _tar(workspace) as archive:
-        send_file(link, "unpack", str(workspace.top), archive)
-
-
-def _unpack(machine: MicroVM, workspace: Workspace) -> None:
-    machine.path(str(workspace.top)).mkdir(parents=True, exist_ok=True)
-    send_workspace(machine.client.link(), workspace)
-
-
-def _chosen(workspace: Workspace, project: Path, wanted: tuple[str, ...]) -> Workspace:
-    """Return the part of ``workspace`` that ``prepare_inputs`` names.
-
-    Raises:
-        UsageError: A name matches nothing.
-    """
-    below = project.resolve().relative_to(workspace.top.resolve())
-    prefixes = [str(PurePosixPath(below, name)) for name in wanted]
-    for name, prefix in zip(wanted, prefixes, strict=True):
-        if not any(_inside(entry.path, prefix) for entry in workspace.entries):
-            raise UsageError(
-                f"prepare_inputs: {name!r} is not in the workspace",
-                resolution="name files or folders below the project that git does not ignore",
-            )
-    entries = tuple(e for e in workspace.entries if any(_inside(e.path, prefix) for prefix in prefixes))
-    return replace(workspace, entries=entries)
-
-
-def _inside(path: str, prefix: str) -> bool:
-    return path == prefix or path.startswith(prefix.rstrip("/") + "/")
-
-
-@contextlib.contextmanager
-def _tar(workspace: Workspace) -> Any:
-    file: IO[bytes]
-    with tempfile.TemporaryFile() as file:
-        workspace.write_tar(file)
-        file.seek(0)
-        yield file

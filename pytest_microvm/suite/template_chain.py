@@ -1,0 +1,211 @@
+"""The template chain of a remote suite, up to the template in which the runner has collected the tests."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from pytest_microvm.agent.transfer import send_file
+from pytest_microvm.errors import MachineCrashed, MachineError, QuotaExceeded, UsageError
+from pytest_microvm.host.host import Host
+from pytest_microvm.host.preparing import machine_in_the_making, prepared_step
+from pytest_microvm.machine.grants import Grants
+from pytest_microvm.machine.instance import Instance
+from pytest_microvm.machine.microvm import MicroVM
+from pytest_microvm.settings.configuration import Settings
+from pytest_microvm.settings.spec import MachineSpec
+from pytest_microvm.suite.backend import CollectPlan
+from pytest_microvm.suite.session import RunnerSession, runner_command
+from pytest_microvm.suite.workspace import Workspace, scan
+from pytest_microvm.templates.chain import IN_THE_MAKING, Base, TemplateStep
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_microvm.agent.link import Link
+
+COLLECTED = "collected"
+"""The name of the last template's attachment: the runner's answer to ``collect``."""
+
+_CODE_FOLDER = "/run/microvm/code"
+_PYTHON = "python3"
+_OWN_LINK = 16 * 1024**2  # bytes; a larger workspace gets its own link, shared by all arguments
+_HELLO_TIMEOUT = 120.0
+
+
+@dataclass(frozen=True)
+class SuiteChain:
+    """The steps of a suite's template chain.
+
+    Args:
+        host: The host.
+        base: The chain's base.
+        settings: The project's settings.
+        plan: The collection request.
+    """
+
+    host: Host
+    base: Base
+    settings: Settings
+    plan: CollectPlan
+
+    def steps(self, workspace: Workspace) -> list[TemplateStep]:
+        """Return the template chain's steps, the most stable first, so that an edit rebuilds only one."""
+        steps = self._prepared()
+        started = "PYTHONPATH" not in self._environment()  # else the workspace could affect Python's start
+        if started:
+            steps.append(self._started_step())
+        copied = workspace.size > _OWN_LINK
+        if copied:
+            steps.append(workspace_step(workspace))
+        steps.append(self._collected_step(None if copied else workspace, started=started))
+        return steps
+
+    def _prepared(self) -> list[TemplateStep]:
+        commands = self.settings.prepare
+        if not commands:
+            return []
+        top = self.plan.workspace
+        inputs = _chosen(scan(top), self.settings.project, self.settings.prepare_inputs)
+        return [
+            prepared_step(
+                self.host,
+                self.base,
+                commands,
+                folder=PurePosixPath(top),
+                put=lambda machine: _unpack(machine, inputs),
+                inputs=(inputs.digest(), *self.settings.prepare_network),
+                grants=self._prepare_grants(),
+            )
+        ]
+
+    def _prepare_grants(self) -> Grants:
+        """Return the grants of the prepare commands: their own network rules, none of the tests' grants."""
+        spec = MachineSpec(network=self.settings.prepare_network, hosts=self.settings.spec.hosts)
+        return self.host.grants(spec, self.base.image)
+
+    def _started_step(self) -> TemplateStep:
+        """Return the chain step that starts the runner with pytest and its plug-ins, without a workspace."""
+
+        def work(instance: Instance) -> dict[str, bytes]:
+            with self._with_cause(instance):
+                self._start_runner(instance, "/", preload=True)
+            return {}
+
+        return TemplateStep("started", (json.dumps(self.plan.environment),), work, "starting pytest")
+
+    def _collected_step(self, workspace: Workspace | None, *, started: bool) -> TemplateStep:
+        """Return the chain step that collects the tests.
+
+        Args:
+            workspace: The workspace to copy in first; ``None`` if it is already there.
+            started: Whether the runner is already running.
+        """
+        plan = self.plan
+        inputs = [json.dumps(plan.arguments), str(plan.directory), json.dumps(plan.environment)]
+        if workspace is not None:
+            inputs += [str(workspace.top), workspace.digest()]
+
+        def work(instance: Instance) -> dict[str, bytes]:
+            with self._with_cause(instance):
+                if workspace is not None:
+                    _send(instance.adopt("agent", IN_THE_MAKING), workspace)
+                link = (
+                    instance.adopt("runner", IN_THE_MAKING)
+                    if started
+                    else self._start_runner(instance, str(plan.directory))
+                )
+                return {COLLECTED: RunnerSession(link).collect(replace(plan, environment=()))}
+
+        return TemplateStep("collected", tuple(inputs), work, "collecting")
+
+    def _start_runner(self, instance: Instance, folder: str, *, preload: bool = False) -> Link:
+        """Start the runner in ``folder`` and wait for its hello, which it sends once pytest is loaded."""
+        machine = machine_in_the_making(self.base, instance)
+        machine.path(folder).mkdir(parents=True, exist_ok=True)
+        runner = shlex.join(runner_command(_PYTHON, _CODE_FOLDER, preload=preload))
+        machine.client.link().call(  # noqa: S604 - in the guest, and quoted
+            "exec",
+            timeout=_HELLO_TIMEOUT,
+            handle=0,
+            shell=f"exec {runner} </dev/null >/dev/console 2>&1",
+            cwd=folder,
+            env=self._environment(),
+            vital=True,
+        )
+        link = instance.link("runner")
+        link.wait_hello(_HELLO_TIMEOUT)
+        return link
+
+    @contextlib.contextmanager
+    def _with_cause(self, instance: Instance) -> Iterator[None]:
+        """Convert a crash or timeout during collection into an error that names the cause."""
+        try:
+            yield
+        except MachineCrashed as error:
+            why = instance.end_error("template")
+            if isinstance(why, QuotaExceeded):
+                raise why from error
+            raise self._not_collected(why.brief, why.details) from error
+        except TimeoutError as error:
+            raise self._not_collected(str(error), instance.console_text()) from error
+
+    def _environment(self) -> dict[str, str]:
+        """Return the variables that the runner starts with: the image's, and the plan's."""
+        return {**dict(self.base.resources.environment), **dict(self.plan.environment)}
+
+    def _not_collected(self, why: str, details: str) -> MachineError:
+        return MachineError(
+            f"collecting the tests failed: {why}",
+            details=details,
+            resolution=f"does the image have Python and pytest? (image: {self.base.image.name})",
+        )
+
+
+def workspace_step(workspace: Workspace) -> TemplateStep:
+    """Return the template-chain step that copies a workspace into the machine."""
+
+    def work(instance: Instance) -> dict[str, bytes]:
+        _send(instance.adopt("agent", IN_THE_MAKING), workspace)
+        return {}
+
+    return TemplateStep("workspace", (str(workspace.top), workspace.digest()), work, "copying the workspace")
+
+
+def _unpack(machine: MicroVM, workspace: Workspace) -> None:
+    machine.path(str(workspace.top)).mkdir(parents=True, exist_ok=True)
+    _send(machine.client.link(), workspace)
+
+
+def _send(agent: Link, workspace: Workspace) -> None:
+    with tempfile.TemporaryFile() as archive:
+        workspace.write_tar(archive)
+        archive.seek(0)
+        send_file(agent, "unpack", str(workspace.top), archive)
+
+
+def _chosen(workspace: Workspace, project: Path, wanted: tuple[str, ...]) -> Workspace:
+    """Return the part of ``workspace`` that ``prepare_inputs`` names.
+
+    Raises:
+        UsageError: A name matches nothing.
+    """
+    below = project.resolve().relative_to(workspace.top.resolve())
+    prefixes = [str(PurePosixPath(below, name)) for name in wanted]
+    for name, prefix in zip(wanted, prefixes, strict=True):
+        if not any(_inside(entry.path, prefix) for entry in workspace.entries):
+            raise UsageError(
+                f"prepare_inputs: {name!r} is not in the workspace",
+                resolution="name files or folders below the project that git does not ignore",
+            )
+    entries = tuple(e for e in workspace.entries if any(_inside(e.path, prefix) for prefix in prefixes))
+    return replace(workspace, entries=entries)
+
+
+def _inside(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(prefix.rstrip("/") + "/")
