@@ -1,23 +1,28 @@
 """Presets: hosts as the clients of this computer tell them. The clients are real, what they ask is local."""
 
 import base64
+import io
 import json
 import shutil
 import socket
 import subprocess
+import sys
+import tarfile
 import threading
+import venv
+import zipfile
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from pytest_microvm.errors import HostError, UsageError
-from pytest_microvm.network.policy import presets
+from pytest_microvm.network.policy import presets, python_indexes
 from pytest_microvm.network.policy.presets import named_presets, preset_rules, read_preset
 from pytest_microvm.network.policy.rules import Policy, Request, parse_rules
 from support import repositories
 
-WHEEL = "pip-99.0-py3-none-any.whl"
+WHEEL = "packaging-99.0-py3-none-any.whl"
 JSON = "application/vnd.pypi.simple.v1+json"
 
 
@@ -30,7 +35,7 @@ def _asked_anew():
 
 @pytest.fixture
 def index():
-    """Run a server of given pages; it remembers the logins it was given."""
+    """Run a server of given pages, by path, or by URL as a proxy; it remembers the logins it was given."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -39,7 +44,7 @@ def index():
             self.send_response(404 if body is None else 200)
             self.send_header("Content-Type", kind)
             self.end_headers()
-            self.wfile.write((body or "").encode())
+            self.wfile.write(body.encode() if isinstance(body, str) else body or b"")
 
         def log_message(self, *_):
             pass
@@ -61,7 +66,7 @@ def pip_uses(monkeypatch, tmp_path):
 
     def configure(text):
         (tmp_path / "pip.conf").write_text("[global]\n" + text)
-        for name in ("INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS", "NO_INDEX", "CERT"):
+        for name in ("INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS", "NO_INDEX", "CERT", "PROXY"):
             monkeypatch.delenv(f"PIP_{name}", raising=False)
         monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
         presets._read.cache_clear()
@@ -73,29 +78,45 @@ def texts(preset):
     return [str(rule) for rule in preset.rules]
 
 
-def serves_pip_from(index, url, kind=JSON):
+def wheel(project="packaging"):
+    info = f"{project}-99.0.dist-info"
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {project}\nVersion: 99.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return made.getvalue()
+
+
+def serves_packaging_from(index, url, kind=JSON, at="/simple"):
     if kind == JSON:
         file = {"filename": WHEEL, "url": url, "hashes": {}}
-        body = json.dumps({"meta": {"api-version": "1.0"}, "name": "pip", "files": [file]})
+        body = json.dumps({"meta": {"api-version": "1.0"}, "name": "packaging", "files": [file]})
     else:
         body = f'<!DOCTYPE html><html><body><a href="{url}">{WHEEL}</a></body></html>'
-    index.pages["/simple/pip/"] = (kind, body)
+    index.pages[f"{at}/packaging/"] = (kind, body)
 
 
 @pytest.mark.parametrize("kind", [JSON, "text/html"])
 def test_pip_preset_allows_the_index_and_its_file_host(index, pip_uses, tmp_path, kind):
-    serves_pip_from(index, f"https://files.example:8443/{WHEEL}", kind)
-    pip_uses(f"index-url = http://{index.where}/simple\nextra-index-url = file:///nowhere")
+    serves_packaging_from(index, f"http://files.example:8443/{WHEEL}", kind, f"http://{index.where}/simple")
+    index.pages[f"http://files.example:8443/{WHEEL}"] = ("application/zip", wheel())
+    pip_uses(
+        f"index-url = http://{index.where}/simple\nextra-index-url = file:///nowhere\n"
+        f"proxy = http://{index.where}\n"
+        "[install]\nconstraint = /nowhere\nrequire-virtualenv = true\ntarget = /nowhere\npre = true"
+    )
     preset = read_preset("pip", tmp_path)
-    assert texts(preset) == [f"http://{index.where}", "https://files.example:8443"]
+    assert texts(preset) == [f"http://{index.where}", "http://files.example:8443"]
     assert dict(preset.environment) == {"PIP_INDEX_URL": f"http://{index.where}/simple"}
     assert preset.hints == ()
     policy = parse_rules(["pip"], "network", preset_rules(tmp_path))
-    assert policy.decide_address(Request("files.example", 8443, "https", "GET", "/"), "10.0.0.1").allowed
+    assert policy.decide_address(Request("files.example", 8443, "http", "GET", "/"), "10.0.0.1").allowed
 
 
 def test_files_beside_the_index_and_one_index_that_has_none(index, pip_uses, tmp_path):
-    serves_pip_from(index, f"../../packages/{WHEEL}")
+    serves_packaging_from(index, f"../../packages/{WHEEL}")
+    index.pages[f"/packages/{WHEEL}"] = ("application/zip", wheel())
     pip_uses(
         f"index-url = http://{index.where}/simple\nextra-index-url = http://{index.where}/empty\n"
         f"find-links = http://{index.where}/links /opt/wheels\ntrusted-host = files.example"
@@ -114,8 +135,64 @@ def test_files_beside_the_index_and_one_index_that_has_none(index, pip_uses, tmp
     ]
 
 
+def test_pip_preset_reads_pages_of_links(index, pip_uses, tmp_path):
+    index.pages["/links"] = ("text/html", f'<a href="http://localhost:{index.server_port}/{WHEEL}">x</a>')
+    index.pages[f"/{WHEEL}"] = ("application/zip", wheel())
+    pip_uses(f"no-index = yes\nfind-links = http://{index.where}/links")
+    preset = read_preset("pip", tmp_path)
+    assert texts(preset) == [f"http://{index.where}", f"http://localhost:{index.server_port}"]
+    assert dict(preset.environment) == {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": f"http://{index.where}/links",
+    }
+
+
+def test_pip_preset_runs_no_code_of_a_project(index, pip_uses, tmp_path, monkeypatch):
+    """Neither a package named pip where pytest runs, nor a source distribution's setup.py."""
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w')"
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__init__.py").write_text(code)
+    (tmp_path / "pip" / "__main__.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
+        for name, content in (("PKG-INFO", "Name: packaging\nVersion: 99.0\n"), ("setup.py", code)):
+            entry = tarfile.TarInfo(f"packaging-99.0/{name}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content.encode()))
+    index.pages["/packaging-99.0.tar.gz"] = ("application/gzip", archive.getvalue())
+    index.pages["/simple/packaging/"] = ("text/html", '<a href="/packaging-99.0.tar.gz">x</a>')
+    pip_uses(f"index-url = http://{index.where}/simple")
+    with pytest.raises(HostError, match="no index told where its files are"):
+        read_preset("pip", tmp_path)
+    assert not ran.exists()
+
+
+def test_pip_preset_uses_a_login_of_netrc(index, pip_uses, tmp_path, monkeypatch):
+    serves_packaging_from(index, f"http://{index.where}/{WHEEL}")
+    index.pages[f"/{WHEEL}"] = ("application/zip", wheel())
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password hunter2\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    pip_uses(f"index-url = http://{index.where}/simple")
+    assert texts(read_preset("pip", tmp_path)) == [f"http://{index.where}"]
+    assert set(index.logins) == {"Basic " + base64.b64encode(b"me:hunter2").decode()}
+
+
+def test_pip_preset_names_the_default_index(pip_uses, tmp_path, monkeypatch):
+    pip_uses("")
+    default = python_indexes._default_index([sys.executable, "-m", "pip"])
+    pip_uses("proxy = http://127.0.0.1:9")
+    with pytest.raises(HostError) as caught:
+        read_preset("pip", tmp_path)
+    assert default.startswith("https://")
+    assert caught.value.brief == f"preset pip: no index told where its files are ({default})"
+
+
 def test_pip_preset_uses_a_login_without_exposing_it(index, pip_uses, tmp_path):
-    serves_pip_from(index, f"http://{index.where}/{WHEEL}")
+    serves_packaging_from(index, f"http://{index.where}/{WHEEL}")
+    index.pages[f"/{WHEEL}"] = ("application/zip", wheel())
     pip_uses(f"index-url = http://me:hunter2@{index.where}/simple")
     preset = read_preset("pip", tmp_path)
     assert "Basic " + base64.b64encode(b"me:hunter2").decode() in index.logins
@@ -139,7 +216,8 @@ def test_pip_without_an_index(pip_uses, tmp_path):
 
 
 def test_an_index_is_asked_once(index, pip_uses, tmp_path):
-    serves_pip_from(index, f"http://{index.where}/{WHEEL}")
+    serves_packaging_from(index, f"http://{index.where}/{WHEEL}")
+    index.pages[f"/{WHEEL}"] = ("application/zip", wheel())
     pip_uses(f"index-url = http://{index.where}/simple")
     assert read_preset("pip", tmp_path) is read_preset("pip", tmp_path / "other")
 
@@ -192,6 +270,94 @@ def test_a_client_that_is_not_installed(monkeypatch, tmp_path, name):
         read_preset(name, tmp_path)
     assert caught.value.brief.startswith(f"preset {name}: ")
     assert "write the hosts themselves as rules" in caught.value.resolution
+
+
+def test_pip_preset_refuses_a_pip_without_reports(monkeypatch, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'pip 22.1.2 from /usr/lib (python 3.10)'\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError) as caught:
+        read_preset("pip", tmp_path)
+    assert caught.value.brief == (
+        f"preset pip: invalid pip: expected version 22.2 or later, got 22.1.2 of {python}"
+    )
+    assert f"{python} -m pip install --upgrade pip" in caught.value.resolution
+
+
+@pytest.fixture
+def without_pip(monkeypatch, tmp_path):
+    """Make a virtual environment without pip the one that pytest runs in."""
+    folder = tmp_path / "venv"
+    venv.create(folder)
+    monkeypatch.setattr("sys.executable", str(folder / "bin" / "python"))
+    monkeypatch.setenv("PATH", str(folder / "bin"))
+    return folder / "bin"
+
+
+def test_pip_preset_in_an_environment_without_pip_and_uv(without_pip, tmp_path):
+    with pytest.raises(UsageError) as caught:
+        read_preset("pip", tmp_path)
+    assert caught.value.brief.startswith(f"preset pip: {without_pip / 'python'} has no pip")
+    assert "uv is not installed" in caught.value.brief
+    assert "ensurepip" in caught.value.resolution
+
+
+needs_uv = pytest.mark.skipif(not shutil.which("uv"), reason="needs uv")
+
+
+@pytest.fixture
+def uv_uses(monkeypatch, tmp_path, request):
+    """Return a function that configures uv by the user's file, in an environment without pip."""
+    uv = shutil.which("uv")
+    (request.getfixturevalue("without_pip") / "uv").symlink_to(uv)
+
+    def configure(text):
+        (tmp_path / "config" / "uv").mkdir(parents=True)
+        (tmp_path / "config" / "uv" / "uv.toml").write_text(text)
+        monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+        monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+        for name in ("DEFAULT_INDEX", "INDEX", "INDEX_URL", "EXTRA_INDEX_URL", "FIND_LINKS", "CONFIG_FILE"):
+            monkeypatch.delenv(f"UV_{name}", raising=False)
+
+    return configure
+
+
+@needs_uv
+def test_pip_preset_asks_uv_without_pip(index, uv_uses, tmp_path, monkeypatch):
+    """Each of its indexes, with its login, and no configuration of the project."""
+    serves_packaging_from(index, f"http://localhost:{index.server_port}/{WHEEL}")
+    index.pages[f"/{WHEEL}"] = ("application/zip", wheel())
+    uv_uses(
+        f'[[index]]\nurl = "http://me:hunter2@{index.where}/simple"\ndefault = true\n'
+        f'[[index]]\nurl = "http://{index.where}/empty"\n[pip]\nfind-links = ["/opt/wheels"]\n'
+    )
+    (tmp_path / "pyproject.toml").write_text('[[tool.uv.index]]\nurl = "http://stranger.example/simple"\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UV_PROJECT", str(tmp_path))
+    preset = read_preset("pip", tmp_path)
+    assert texts(preset) == [f"http://{index.where}", f"http://localhost:{index.server_port}"]
+    assert dict(preset.environment) == {
+        "PIP_INDEX_URL": f"http://{index.where}/simple",
+        "PIP_EXTRA_INDEX_URL": f"http://{index.where}/empty",
+    }
+    silent, login = preset.hints
+    assert silent.startswith(f"preset pip: http://{index.where}/empty told no files")
+    assert "credential" in login
+    assert "Basic " + base64.b64encode(b"me:hunter2").decode() in index.logins
+    assert "hunter2" not in repr(preset)
+
+
+@needs_uv
+def test_pip_preset_reports_an_index_that_uv_cannot_reach(uv_uses, tmp_path, monkeypatch):
+    uv_uses("")
+    monkeypatch.setenv("UV_DEFAULT_INDEX", "http://me:hunter2@127.0.0.1:9/simple")
+    with pytest.raises(HostError) as caught:
+        read_preset("pip", tmp_path)
+    assert "http://127.0.0.1:9/simple" in caught.value.brief
+    assert "Connection refused" in caught.value.details
+    assert "hunter2" not in str(caught.value)
 
 
 def test_an_unknown_preset(tmp_path):

@@ -10,7 +10,7 @@ from pytest_microvm.network.policy.clients import answer, without_login
 
 
 def python(program, **more):
-    return answer([sys.executable, "-"], what="the question", program=program, **more)
+    return answer([sys.executable, "-"], what="the question", stdin=program, **more)
 
 
 def test_what_it_prints_and_what_it_says_beside_that(tmp_path):

@@ -8,7 +8,7 @@ import re
 import signal
 import subprocess
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from threading import Event, Timer
 
@@ -22,28 +22,30 @@ _LOGIN = re.compile(r"(://)[^/\s]*@")  # up to the last @, as a password may con
 
 
 def answer(
-    command: list[str], *, what: str, folder: Path = Path("/"), program: str = "",
-    statuses: Collection[int] = (0,),
+    command: list[str], *, what: str, folder: Path = Path("/"), stdin: str = "",
+    environment: Mapping[str, str] | None = None, statuses: Collection[int] = (0,),
 ) -> tuple[str, str]:  # fmt: skip
     """Run a program; return its output, and its error output without user names and passwords in URLs.
 
     Args:
-        command: The program and its arguments; it gets the user's whole environment, as in normal use.
+        command: The program and its arguments.
         what: The subject of the query, for errors.
         folder: The working directory. The root folder belongs to no project and has no configuration files.
-        program: Text for the standard input.
+        stdin: Text for the standard input.
+        environment: Its variables; ``None``: the user's, as in normal use.
         statuses: The exit statuses that mean success.
 
     Raises:
         HostError: The program could not be run, failed, took too long or printed too much.
     """
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as source:
-        source.write(program.encode())
+        source.write(stdin.encode())
         source.seek(0)
         try:
             process = subprocess.Popen(
-                command, cwd=folder, stdin=source, stdout=subprocess.PIPE, stderr=said, start_new_session=True
-            )
+                command, cwd=folder, env=environment, stdin=source, stdout=subprocess.PIPE, stderr=said,
+                start_new_session=True,
+            )  # fmt: skip
         except OSError as error:
             raise HostError(f"{what}: {command[0]} could not be run: {error.strerror}") from error
         late = Event()

@@ -11,8 +11,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -26,6 +24,7 @@ from pytest_microvm.network.policy.addresses import parse_address, special_range
 from pytest_microvm.network.policy.clients import answer, without_login
 from pytest_microvm.network.policy.hosts import as_address, is_loopback_name
 from pytest_microvm.network.policy.matching import Name, Rule
+from pytest_microvm.network.policy.python_indexes import python_indexes
 from pytest_microvm.network.policy.rule_text import PRESETS, parse_rule, split_deny
 
 _MAX_HOSTS = 50  # per tool; more are not plausible
@@ -94,50 +93,31 @@ def _read(name: str, project: Path | None, rootfs: Path | None) -> Preset:
 
 
 def _pip() -> Preset:
-    answered, said = answer(
-        [_python_with_pip(), "-"],
-        what="preset pip",
-        program=Path(__file__).with_name("ask_pip.py").read_text(encoding="utf-8"),
-    )
-    found = json.loads(answered)
-    indexes, links, files = found["indexes"], found["links"], found["files"]
-    if not indexes and not links:
+    found = python_indexes()
+    urls = [*found.indexes, *found.links]
+    if not urls:
         raise UsageError(
             "preset pip: pip is configured with no index that is reached over http or https",
             resolution="hand the wheels over with a mount, or write the hosts themselves as rules",
         )
-    if not any(files.values()):
+    if not any(found.files.values()):
         raise HostError(
-            f"preset pip: no index told where its files are ({', '.join([*indexes, *links])})",
-            details="\n".join(said.splitlines()[-5:]),
+            f"preset pip: no index told where its files are ({', '.join(urls)})",
+            details="\n".join(found.said.splitlines()[-5:]),
             resolution="check `pip download pip` on this computer, or write the hosts themselves as rules",
         )
-    silent = [url for url in [*indexes, *links] if not files[url]]
+    silent = [url for url in urls if not found.files[url]]
     hints = [f"{url} told no files: if it has them on another host, allow that one too" for url in silent]
-    hints += [_CREDENTIAL] if found["login"] else []
-    told = {url: [file for file in files[url] if _may_lead(url, file)] for url in [*indexes, *links]}
+    hints += [_CREDENTIAL] if found.login else []
+    told = {url: [file for file in found.files[url] if _may_lead(url, file)] for url in urls}
     environment = {
-        "PIP_INDEX_URL": indexes[0] if indexes else "",
-        "PIP_EXTRA_INDEX_URL": " ".join(indexes[1:]),
-        "PIP_NO_INDEX": "" if indexes else "1",
-        "PIP_FIND_LINKS": " ".join(links),
-        "PIP_TRUSTED_HOST": " ".join(found["trusted"]),
+        "PIP_INDEX_URL": found.indexes[0] if found.indexes else "",
+        "PIP_EXTRA_INDEX_URL": " ".join(found.indexes[1:]),
+        "PIP_NO_INDEX": "" if found.indexes else "1",
+        "PIP_FIND_LINKS": " ".join(found.links),
+        "PIP_TRUSTED_HOST": " ".join(found.trusted),
     }
-    return _preset("pip", [*indexes, *links], environment, hints, told)
-
-
-def _python_with_pip() -> str:
-    candidates = [sys.executable, *filter(None, (shutil.which(name) for name in ("python3", "python")))]
-    for python in candidates:
-        done = subprocess.run(
-            [python, "-c", "import pip"], cwd="/", capture_output=True, stdin=subprocess.DEVNULL, check=False
-        )
-        if done.returncode == 0:
-            return python
-    raise UsageError(
-        f"preset pip: {sys.executable} has no pip to be asked for its configuration",
-        resolution="python -m ensurepip, or write the hosts themselves as rules",
-    )
+    return _preset("pip", urls, environment, hints, told)
 
 
 # npm
