@@ -215,6 +215,14 @@ def test_pip_without_an_index(pip_uses, tmp_path):
         read_preset("pip", tmp_path)
 
 
+def test_pip_preset_refuses_an_invalid_url_without_showing_it(pip_uses, tmp_path):
+    pip_uses("index-url = http://me:hunter2@[::1/simple")
+    with pytest.raises(UsageError, match="preset pip: invalid URL") as caught:
+        read_preset("pip", tmp_path)
+    assert caught.value.__cause__ is None
+    assert "hunter2" not in str(caught.value)
+
+
 def test_an_index_is_asked_once(index, pip_uses, tmp_path):
     serves_packaging_from(index, f"http://{index.where}/{WHEEL}")
     index.pages[f"/{WHEEL}"] = ("application/zip", wheel())

@@ -83,7 +83,13 @@ def python_indexes() -> PythonIndexes:
 
 def _web_indexes(indexes: Sequence[str], links: Sequence[str], trusted: list[str], ask: Ask) -> PythonIndexes:
     """Return those of the configured URLs that are reached over http or https, with their files' URLs."""
-    web = [url for url in (*indexes, *links) if urlsplit(url).scheme in ("http", "https")]
+    try:
+        web = [url for url in (*indexes, *links) if urlsplit(url).scheme in ("http", "https")]
+    except ValueError:  # neither it nor the URL is shown: there may be a login in them
+        raise UsageError(
+            "preset pip: invalid URL of an index, or of a page with links",
+            resolution="correct it in pip's or uv's configuration",
+        ) from None
     files, messages = {}, []
     for url in web:
         files[_bare(url)], said = _files(url, ask)
