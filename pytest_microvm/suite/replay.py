@@ -11,6 +11,7 @@ from _pytest._io import TerminalWriter
 from pytest_microvm.suite import checks
 from pytest_microvm.suite.collected import CollectOutcome
 from pytest_microvm.untrusted.text import sanitize
+from pytest_microvm.wire.fields import is_whole
 
 _PHASES = frozenset(["setup", "call", "teardown"])
 _OUTCOMES = frozenset(["passed", "failed", "skipped", "rerun"])
@@ -192,7 +193,7 @@ def _longrepr(value: object, outcome: str) -> Any:
         if len(value) != 3:  # noqa: PLR2004 - path, line, reason
             raise checks.violation("a skip without its three parts")
         path, number, reason = value
-        line_number = number if type(number) is int else 0
+        line_number = number if is_whole(number, -1, 2**53) else 0
         return (checks.path(path, "path"), line_number, checks.text(reason, "reason"))
     if value is None and outcome == "passed":
         return None

@@ -89,6 +89,8 @@ def test_a_report_without_reason(config, outcome):
 def test_a_skip_and_an_expected_failure(config):
     skip = rebuild(config, outcome="skipped", longrepr=["a.py", 3, "Skipped: why"])
     assert skip.longrepr == ("a.py", 3, "Skipped: why")
+    far = rebuild(config, outcome="skipped", longrepr=["a.py", 10**30, "Skipped: why"])
+    assert far.longrepr == ("a.py", 0, "Skipped: why")
     assert rebuild(config, outcome="skipped", wasxfail="known").wasxfail == "known"
 
 
