@@ -200,7 +200,10 @@ def _show(plan: Plan) -> None:
 
 def _slots(wanted: int | None, *, cluster: bool) -> int:
     if wanted is not None and wanted < 1:
-        raise UsageError(f"--jobs: {wanted} is not a number of machines", resolution="write 1 or more")
+        raise UsageError(
+            f"invalid --jobs: expected 1 or more machines, got {wanted}",
+            resolution="leave it out: one per core",
+        )
     return wanted or (_OF_A_CLUSTER if cluster else os.cpu_count() or 2)
 
 

@@ -111,7 +111,9 @@ def _run(arguments: argparse.Namespace) -> int:
     security = security_for(arguments.scheduler, certificates(arguments))
     slots = arguments.slots if arguments.slots is not None else os.cpu_count() or 1
     if slots < 1:
-        raise UsageError(f"--slots: {slots} is not a number of jobs", resolution="write 1 or more")
+        raise UsageError(
+            f"invalid --slots: expected 1 or more jobs, got {slots}", resolution="leave it out: one per core"
+        )
     cpus, memory = default_limits()
     cpus = parse_cpus(arguments.vcpus, "--vcpus") if arguments.vcpus else cpus
     memory = parse_size(arguments.memory, "--memory") if arguments.memory else memory

@@ -198,18 +198,22 @@ def _request(url: str, method: str) -> Request:
         UsageError: The text is neither a URL nor a host and port.
     """
     if "@" in re.split(r"[/?#]", url.partition("://")[2] or url)[0]:
-        raise UsageError("a URL with a user name is not sent by a machine", resolution="leave it out")
+        raise UsageError(
+            "invalid URL: expected one without a user name, which no machine sends", resolution="leave it out"
+        )
     try:
         parts = urlsplit(url if "://" in url else f"//{url}")
         host, port = canonical_host(parts.hostname or ""), parts.port
     except ValueError as error:
         raise UsageError(
-            f"{url!r} is not a URL: {error}", resolution="write http(s)://host/path or host:port"
+            f"invalid URL: expected http(s)://host/path or host:port, got {url!r} ({error})",
+            resolution="write it like https://api.example.com/v1",
         ) from error
     scheme = parts.scheme or (None if port else "https")
     if scheme is not None and scheme not in SCHEMES:
         raise UsageError(
-            f"{scheme}:// is not known here", resolution="write host:port for any other protocol"
+            f"invalid scheme: expected one of {', '.join(SCHEMES)}, got {scheme!r}",
+            resolution="write host:port for any other protocol",
         )
     if scheme is None:
         return Request(host, port or 0)

@@ -242,14 +242,19 @@ def exit_statuses() -> Iterator[ExitStatus]:
 def _push(text: str) -> tuple[str, str]:
     source, colon, target = text.rpartition(":/")
     if not colon or not source:
-        raise UsageError(f"--push: {text!r} cannot be used", resolution="write SOURCE:/TARGET")
+        raise UsageError(
+            f"invalid --push: expected SOURCE:/TARGET, got {text!r}",
+            resolution="write it like data.csv:/data",
+        )
     return source, "/" + target
 
 
 def _pull(text: str) -> tuple[str, str]:
     source, colon, target = text.partition(":")
     if not colon or not source.startswith("/") or not target:
-        raise UsageError(f"--pull: {text!r} cannot be used", resolution="write /SOURCE:TARGET")
+        raise UsageError(
+            f"invalid --pull: expected /SOURCE:TARGET, got {text!r}", resolution="write it like /out/log:log"
+        )
     return source, target
 
 

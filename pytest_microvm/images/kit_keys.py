@@ -15,7 +15,7 @@ from pytest_microvm.settings.reach import parse_network
 from pytest_microvm.settings.spec import PARSERS, check_minimum
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # our name: Debian's name
@@ -27,20 +27,25 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MODE = re.compile(r"0?[0-7]{3,4}")
 
 
-def bad_value(path: Path, key: str, why: str, resolution: str) -> KitError:
-    """Return the error for a key's invalid value: what is wrong with it, and what to write instead."""
-    return KitError(f"{path}: {key}: {why}", resolution=resolution)
+def bad_value(path: Path, key: str, expected: str, value: object, resolution: str) -> KitError:
+    """Return the error for a key's invalid value: the expected one, the value, and what to do."""
+    return KitError(f"{path}: invalid {key}: expected {expected}, got {value!r}", resolution=resolution)
+
+
+def unknown_key(path: Path, key: str, known: Iterable[str]) -> KitError:
+    """Return the error for an unknown key."""
+    return KitError(f"{path}: {key}: unknown key", resolution=f"known keys: {', '.join(sorted(known))}")
 
 
 def _text(path: Path, key: str, value: object) -> None:
     if not isinstance(value, str) or not value.strip() or any(c in value for c in "\0\n\r"):
-        raise bad_value(path, key, f"{value!r} is not a line of text", "write text in quotes")
+        raise bad_value(path, key, "a line of text", value, "write text in quotes")
 
 
 def _matching(pattern: re.Pattern[str], allowed: str) -> Callable[[Path, str, object], None]:
     def check(path: Path, key: str, value: object) -> None:
         if not isinstance(value, str) or not pattern.fullmatch(value):
-            raise bad_value(path, key, f"{value!r} cannot be used", f"write {allowed}")
+            raise bad_value(path, key, allowed, value, "write it in this form")
 
     return check
 
@@ -48,7 +53,7 @@ def _matching(pattern: re.Pattern[str], allowed: str) -> Callable[[Path, str, ob
 def _each(check: Callable[[Path, str, object], None]) -> Callable[[Path, str, object], None]:
     def check_all(path: Path, key: str, value: object) -> None:
         if not isinstance(value, list):
-            raise bad_value(path, key, f"{value!r} is not a list", f'write {key} = ["...", "..."]')
+            raise bad_value(path, key, "a list", value, f'write {key} = ["...", "..."]')
         for number, item in enumerate(value):
             check(path, f"{key}[{number}]", item)
 
@@ -57,37 +62,35 @@ def _each(check: Callable[[Path, str, object], None]) -> Callable[[Path, str, ob
 
 def _architecture(path: Path, key: str, value: object) -> None:
     if value not in ARCHITECTURES:
-        raise bad_value(path, key, f"{value!r} is not supported", "write one of: " + ", ".join(ARCHITECTURES))
+        raise bad_value(path, key, " or ".join(ARCHITECTURES), value, "write one of these")
 
 
 def _command(path: Path, key: str, value: object) -> None:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
-        raise bad_value(path, key, f"{value!r} is not a shell command", "write text in quotes")
+        raise bad_value(path, key, "a shell command", value, "write text in quotes")
 
 
 def _environment(path: Path, key: str, value: object) -> None:
     if not isinstance(value, dict):
-        raise bad_value(
-            path, key, f"{value!r} is not a table", f'write [{key}] and lines such as NAME = "value"'
-        )
+        raise bad_value(path, key, "a table", value, f'write [{key}] and lines such as NAME = "value"')
     for name, text in value.items():
         if not _VARIABLE.fullmatch(name):
             raise bad_value(
-                path, f"{key}.{name}", "not a variable's name", "use letters, digits and underscores"
+                path, f"{key}.{name}", "a variable's name", name, "use letters, digits and underscores"
             )
         if not isinstance(text, str) or "\0" in text:
-            raise bad_value(path, f"{key}.{name}", f"{text!r} is not text", f'write {name} = "..."')
+            raise bad_value(path, f"{key}.{name}", "text", text, f'write {name} = "..."')
 
 
 def _file_table(path: Path, key: str, value: object) -> None:
     if not isinstance(value, dict):
-        raise bad_value(path, key, f"{value!r} is not a table", f'write [{key}] and "/guest/path" = "file"')
+        raise bad_value(path, key, "a table", value, f'write [{key}] and "/guest/path" = "file"')
     for target, entry in value.items():
         where = f"{key}.{target}"
         if not target.startswith("/") or target.endswith("/") or {"..", "."} & set(target.split("/")):
-            raise bad_value(path, where, "not an absolute path of a file", 'write a path such as "/etc/motd"')
+            raise bad_value(path, where, "an absolute path of a file", target, 'write it like "/etc/motd"')
         if any(character in target for character in "\0\n"):
-            raise bad_value(path, where, "a path with line breaks", "use a plain path")
+            raise bad_value(path, where, "a path without line breaks", target, 'write it like "/etc/motd"')
         if isinstance(entry, str):
             continue
         if (
@@ -95,13 +98,9 @@ def _file_table(path: Path, key: str, value: object) -> None:
             or not isinstance(entry.get("source"), str)
             or set(entry) - {"source", "mode"}
         ):
-            raise bad_value(
-                path, where, f"{entry!r} is not a file", 'write "file", or {source = "file", mode = "0755"}'
-            )
+            raise bad_value(path, where, "a file", entry, 'write "file", or {source = "file", mode = "0755"}')
         if "mode" in entry and not (isinstance(entry["mode"], str) and _MODE.fullmatch(entry["mode"])):
-            raise bad_value(
-                path, f"{where}.mode", f"{entry['mode']!r} is not a mode", 'write octal text such as "0755"'
-            )
+            raise bad_value(path, f"{where}.mode", "octal text", entry["mode"], 'write it like "0755"')
 
 
 def parse_resources(path: Path, key: str, value: object) -> dict[str, float]:
@@ -111,16 +110,13 @@ def parse_resources(path: Path, key: str, value: object) -> dict[str, float]:
         KitError: A key is unknown, or a value invalid.
     """
     if not isinstance(value, dict):
-        raise bad_value(
-            path, key, f"{value!r} is not a table", f'write [{key}] and lines such as memory = "512M"'
-        )
+        raise bad_value(path, key, "a table", value, f'write [{key}] and lines such as memory = "512M"')
     known = {quota.name: quota for quota in QUOTAS}
     parsed = {}
     for name, item in value.items():
         where = f"{path}: {key}.{name}"
         if name not in known:
-            names = ", ".join(sorted(known))
-            raise bad_value(path, f"{key}.{name}", "unknown key", f"known keys: {names}")
+            raise unknown_key(path, f"{key}.{name}", known)
         try:
             parsed[name] = PARSERS[name](item, where)
             if known[name].kind == "size":

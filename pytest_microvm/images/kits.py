@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_microvm.errors import KitError, UsageError
-from pytest_microvm.images.kit_keys import ARCHITECTURES, CHECKS, bad_value, parse_resources
+from pytest_microvm.images.kit_keys import ARCHITECTURES, CHECKS, bad_value, parse_resources, unknown_key
 from pytest_microvm.untrusted.nofollow import OpenTree, read_below
 
 if sys.version_info >= (3, 11):
@@ -266,23 +266,26 @@ def _read(path: Path) -> _Layer:
     name = path.parent.name
     if not _NAME.fullmatch(name):
         raise KitError(
-            f"{path}: {name!r} cannot be a kit's name",
-            resolution="name the kit's folder with small letters, digits, dots, dashes and underscores",
+            f"{path}: invalid name of a kit: expected small letters, digits, dots, dashes and underscores, "
+            f"got {name!r}",
+            resolution="rename the kit's folder",
         )
     for key in values:
         if key not in CHECKS:
-            raise bad_value(path, key, "unknown key", "known keys: " + ", ".join(sorted(CHECKS)))
+            raise unknown_key(path, key, CHECKS)
     for key, value in values.items():
         CHECKS[key](path, key, value)
     if ("parent" in values) == ("suite" in values):
         raise KitError(
-            f"{path}: a kit names either a parent or a suite",
+            f"{path}: invalid kit: expected either a parent or a suite, got "
+            + ("both" if "parent" in values else "neither"),
             resolution='write parent = "base" to build on a kit, or suite = "bookworm" to start from Debian',
         )
     for key in ("mirror", "architecture"):
         if key in values and "parent" in values:
-            raise bad_value(
-                path, key, "only a kit with a suite may say this", "remove it, or say it in the parent"
+            raise KitError(
+                f"{path}: invalid {key}: only a kit with a suite may have it",
+                resolution="remove it, or write it in the parent's file",
             )
     return _Layer(name, path, values, _files(path, values.get("files", {})))
 
@@ -328,14 +331,14 @@ def _files(path: Path, table: dict[str, Any]) -> tuple[KitFile, ...]:
         below = os.path.normpath(entry["source"])
         if below.startswith(("/", "../")) or below in (".", ".."):
             raise bad_value(
-                path, key, f"{entry['source']} is outside the kit's folder", "copy it into the folder"
+                path, key, "a file in the kit's folder", entry["source"], "copy it into the folder"
             )
         source = path.parent / below
         with OpenTree(path.parent) as tree:
             status = tree.status(below)
         if status is None or not stat.S_ISREG(status.st_mode):
             raise bad_value(
-                path, key, f"{source} is not a file, or behind a link", "name a file of the kit's folder"
+                path, key, "a file, not behind a link", str(source), "name a file of the kit's folder"
             )
         executable = status.st_mode & stat.S_IXUSR
         mode = int(entry["mode"], 8) if "mode" in entry else (0o755 if executable else 0o644)

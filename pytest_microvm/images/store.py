@@ -216,7 +216,9 @@ class ImageStore:
         """
         files = _files_of(manifest)
         if not _NAME.fullmatch(name):
-            raise ImageError(f"{name!r} is no image's name", resolution="name its kit")
+            raise ImageError(
+                f"invalid image name: expected a kit's name, got {name!r}", resolution="name its kit"
+            )
         digest = hashlib.sha256(manifest).hexdigest()
         tell = _with_time(f"image {name}", progress)
         blobs = self._artifacts.blobs

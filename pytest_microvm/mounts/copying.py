@@ -206,7 +206,10 @@ def resolved(what: Mount) -> Path:
     except OSError as error:
         raise UsageError(f"{what.source} cannot be mounted: {error.strerror}") from error
     if not (stat.S_ISDIR(kind) or stat.S_ISREG(kind)):
-        raise UsageError(f"{what.source} is neither a directory nor a file")
+        raise UsageError(
+            f"invalid source of a mount: expected a directory or a file, got {what.source}",
+            resolution="mount a directory or a file",
+        )
     if what.access == "rw" and is_git(str(source)):
         raise UsageError(
             f"{source} is git's own: what a machine wrote there, git would run",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from pytest_microvm.errors import UsageError
 from pytest_microvm.settings.mounts import parse_mounts
 from pytest_microvm.settings.options import OPTIONS, RUN, Kind, Option
 from pytest_microvm.settings.reach import parse_network
-from pytest_microvm.settings.spec import PARSERS, MachineSpec, parse_choice
+from pytest_microvm.settings.spec import PARSERS, MachineSpec, parse_choice, parse_count
 from pytest_microvm.settings.trust import GRANTS
 from pytest_microvm.untrusted.nofollow import read_below
 
@@ -105,12 +104,15 @@ def load_settings(project: Path, options: Mapping[str, Any]) -> Settings:
         try:
             tables = tomllib.loads(content.decode())
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise UsageError(f"{file} is not TOML: {error}", resolution="mend the line it names") from error
+            raise UsageError(
+                f"{file}: invalid TOML: {error}", resolution="correct the line that it names"
+            ) from error
         tool = tables.get("tool", {})
         table = tool.get("pytest-microvm", {}) if isinstance(tool, dict) else {}
         if not isinstance(table, dict):
             raise UsageError(
-                f"{file}: tool.pytest-microvm is not a table", resolution="write [tool.pytest-microvm]"
+                f"{file}: invalid tool.pytest-microvm: expected a table, got {type(table).__name__}",
+                resolution="write [tool.pytest-microvm]",
             )
         asked = {key: table[key] for key in GRANTS if key in table and options.get(key) is None}
         settings = replace(merged(settings, table, f"{file} [tool.pytest-microvm]"), asked=asked)
@@ -149,18 +151,6 @@ def merged(settings: Settings, values: Mapping[str, Any], where: str) -> Setting
     return replace(settings, spec=spec, **changes)
 
 
-def parse_count(most: int, what: str) -> Callable[[object, str], int]:
-    """Return a parser of whole numbers from 0 to ``most``; ``what`` is the thing counted, for the error."""
-
-    def parse(value: object, name: str) -> int:
-        text = str(value)
-        if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,6}", text, re.ASCII) or int(text) > most:
-            raise UsageError(f"{name}: {value!r} is not a number of {what}", resolution=f"write 0 to {most}")
-        return int(text)
-
-    return parse
-
-
 def parse_flag(value: object, name: str) -> bool:
     """Return ``value``, which must be a boolean.
 
@@ -168,13 +158,18 @@ def parse_flag(value: object, name: str) -> bool:
         UsageError: It is not a boolean.
     """
     if not isinstance(value, bool):
-        raise UsageError(f"{name}: {value!r} is neither true nor false", resolution="write true or false")
+        raise UsageError(
+            f"{name}: invalid flag: expected true or false, got {value!r}",
+            resolution="write it without quotes",
+        )
     return value
 
 
 def _folder(value: object, name: str) -> Path:
     if not isinstance(value, (str, Path)) or not str(value).strip() or "\0" in str(value):
-        raise UsageError(f"{name}: {value!r} is not a folder", resolution="write its path")
+        raise UsageError(
+            f"{name}: invalid folder: expected a path, got {value!r}", resolution='write it like "reports"'
+        )
     return Path(value).expanduser()
 
 
@@ -185,7 +180,10 @@ def parse_strings(value: object, name: str) -> tuple[str, ...]:
         UsageError: It is not such a list.
     """
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
-        raise UsageError(f"{name}: {value!r} is not a list of strings", resolution='write it like ["a", "b"]')
+        raise UsageError(
+            f"{name}: invalid list: expected strings that are not empty, got {value!r}",
+            resolution='write it like ["a", "b"]',
+        )
     return tuple(value)
 
 
@@ -195,14 +193,17 @@ def _arguments(value: object, name: str) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(value))
     except ValueError as error:
-        raise UsageError(f"{name}: {value!r}: {error}", resolution="quote it as for a shell") from error
+        raise UsageError(
+            f"{name}: invalid arguments: expected words as in a shell, got {value!r} ({error})",
+            resolution="close the quotation, or escape the quotation mark",
+        ) from error
 
 
 def _parser(option: Option) -> Callable[[object, str], Any]:
     if option.kind == "choice":
         return parse_choice(*option.choices)
     if option.kind == "count":
-        return parse_count(option.most, option.unit)
+        return parse_count(option)
     return _BY_KIND[option.kind]
 
 

@@ -16,10 +16,12 @@ from pytest_microvm.settings.secret_values import KINDS, SecretSource, parse_sou
 Scheme = Literal["bearer", "basic", "raw"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
-_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}", re.ASCII)  # token of RFC 9110, 5.6.2
-_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,253})(?::[0-9]{1,5})?", re.ASCII)
-_QUERY = re.compile(r"[A-Za-z0-9._~-]{1,64}", re.ASCII)
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}", re.ASCII)
+_TEXTS = {
+    "host": (r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?", "HOST or HOST:PORT"),
+    "header": (r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}", "a header's name"),  # token of RFC 9110, 5.6.2
+    "query": (r"[A-Za-z0-9._~-]{1,64}", "a query parameter's name"),
+    "variable": (r"[A-Za-z_][A-Za-z0-9_]{0,127}", "a variable's name"),
+}
 # Headers of the connection, the framing or the server, which other code sets.
 _NEVER = frozenset(
     [
@@ -64,7 +66,10 @@ def parse_credentials(value: object, where: str) -> tuple[CredentialSpec, ...]:
         UsageError: One of them is invalid.
     """
     if isinstance(value, (str, Mapping)) or not isinstance(value, (list, tuple)):
-        raise UsageError(f"{where}: this is not a list of credentials", resolution=f"write [{_FORM}]")
+        raise UsageError(
+            f"{where}: invalid credentials: expected a list, got {type(value).__name__}",
+            resolution=f"write [{_FORM}]",
+        )
     return tuple(
         each if isinstance(each, CredentialSpec) else parse_credential(each, where) for each in value
     )
@@ -78,30 +83,39 @@ def parse_credential(value: object, where: str) -> CredentialSpec:
     """
     table = _table(value, where) if isinstance(value, str) else value
     if not isinstance(table, Mapping):
-        raise UsageError(f"{where}: this is not a credential", resolution=f"write {_FORM}")
+        raise UsageError(
+            f"{where}: invalid credential: expected a table or text, got {type(value).__name__}",
+            resolution=f"write {_FORM}",
+        )
     for key in table:
         if key not in _KEYS:
             raise UsageError(f"{where}: unknown key {key!r}", resolution="known keys: " + ", ".join(_KEYS))
     source = parse_source(table.get("value"), f"{where}: value")
-    host = _text(table, "host", _HOST, where)
+    host = _text(table, "host", where)
     if host is None:
-        raise UsageError(f"{where}: a credential without a host", resolution=f"write {_FORM}")
-    header, query = _text(table, "header", _HEADER, where), _text(table, "query", _QUERY, where)
+        raise UsageError(
+            f"{where}: invalid credential: expected a host, got none", resolution=f"write {_FORM}"
+        )
+    header, query = _text(table, "header", where), _text(table, "query", where)
     if query is not None and (header is not None or "scheme" in table):
         raise UsageError(
-            f"{where}: a credential goes into a header or the query", resolution="name one of them"
+            f"{where}: invalid credential: expected a header or a query parameter, got both",
+            resolution="remove query, or header and scheme",
         )
     if header is None and query is None:
         header = "Authorization"
     if header is not None and (header.lower() in _NEVER or header.lower().startswith("proxy-")):
-        raise UsageError(f"{where}: header {header!r} cannot be set", resolution="name the API's own header")
+        raise UsageError(
+            f"{where}: invalid header: expected one that no connection sets itself, got {header!r}",
+            resolution="name the API's own header",
+        )
     return CredentialSpec(
         host=host.lower(),
         source=source,
         header=header,
         query=query,
         scheme=_scheme(table.get("scheme"), header, where),
-        variable=_text(table, "variable", _VARIABLE, where),
+        variable=_text(table, "variable", where),
     )
 
 
@@ -112,8 +126,8 @@ def _table(text: str, where: str) -> Mapping[str, object]:
         key, equals, value = pair.partition("=")
         if not equals or key not in (*_KEYS, *KINDS) or key == "value" or key in table:
             raise UsageError(
-                f"{where}: this is not a list of KEY=VALUE, each key once",
-                details="what was written is not repeated: it may be the value itself",
+                f"{where}: invalid credential: expected KEY=VALUE,KEY=VALUE, each key once",
+                details="the text is not shown, as it may contain the secret",
                 resolution="write it like host=api.example.com,env=TOKEN,variable=API_TOKEN",
             )
         table[key] = value
@@ -121,13 +135,17 @@ def _table(text: str, where: str) -> Mapping[str, object]:
     return table
 
 
-def _text(table: Mapping[str, object], key: str, pattern: re.Pattern[str], where: str) -> str | None:
+def _text(table: Mapping[str, object], key: str, where: str) -> str | None:
     value = table.get(key)
+    pattern, expected = _TEXTS[key]
     if value is None:
         return None
-    if not isinstance(value, str) or not pattern.fullmatch(value):
-        # The value is not quoted: a misplaced secret may stand here.
-        raise UsageError(f"{where}: this {key} cannot be used", resolution=f"write it like {_FORM}")
+    if not isinstance(value, str) or not re.fullmatch(pattern, value, re.ASCII):
+        raise UsageError(
+            f"{where}: invalid {key}: expected {expected}",
+            details="the value is not shown, as it may be a misplaced secret",
+            resolution=f"write it like {_FORM}",
+        )
     return value
 
 
@@ -138,5 +156,6 @@ def _scheme(value: object, header: str | None, where: str) -> Scheme:
         if value == known:
             return known
     raise UsageError(
-        f"{where}: scheme = {value!r} is not allowed", resolution="allowed: " + ", ".join(SCHEMES)
+        f"{where}: invalid scheme: expected one of {', '.join(SCHEMES)}, got {value!r}",
+        resolution="write one of these",
     )

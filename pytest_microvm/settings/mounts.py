@@ -98,11 +98,15 @@ def parse_mount(value: object, where: str, folder: Path) -> Mount:
     """
     parts = value.split(":") if isinstance(value, str) else []
     if not 2 <= len(parts) <= 4:  # noqa: PLR2004 - source, target, access, kind
-        raise UsageError(f"{where}: {value!r} is not a mount", resolution=_FORM)
+        raise UsageError(
+            f"{where}: invalid mount: expected a source and a target, got {value!r}", resolution=_FORM
+        )
     source, target, *words = parts
     _check_source(source, f"{where}: {value!r}")
     if not target.startswith("/"):
-        raise UsageError(f"{where}: {value!r}: {target!r} is no absolute path", resolution=_FORM)
+        raise UsageError(
+            f"{where}: {value!r}: invalid target: expected an absolute path, got {target!r}", resolution=_FORM
+        )
     access, kind = _words(words, f"{where}: {value!r}")
     place = PurePosixPath("/" + target.lstrip("/"))  # POSIX leaves the meaning of a leading // open
     _check_target(place, f"{where}: {value!r}")
@@ -117,7 +121,8 @@ def parse_mounts(value: object, where: str, folder: Path) -> tuple[Mount, ...]:
     """
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise UsageError(
-            f"{where}: {value!r} is not a list of mounts", resolution='write it like ["data:/data:ro"]'
+            f"{where}: invalid mounts: expected a list, got {value!r}",
+            resolution='write it like ["data:/data:ro"]',
         )
     mounts = tuple(
         entry if isinstance(entry, Mount) else parse_mount(entry, where, folder) for entry in value
@@ -136,8 +141,9 @@ def check_apart(mounts: Sequence[Mount], where: str) -> None:
         for other in mounts[:number]:
             if mount.target.is_relative_to(other.target) or other.target.is_relative_to(mount.target):
                 raise UsageError(
-                    f"{where}: {mount.target} and {other.target} are within each other",
-                    resolution="mount them at places of their own",
+                    f"{where}: invalid targets: expected separate directories, got {other.target} and "
+                    f"{mount.target}",
+                    resolution="mount them beside each other",
                 )
 
 
@@ -146,7 +152,10 @@ def absolute(source: str | Path, folder: Path) -> Path:
     try:
         expanded = Path(source).expanduser()
     except RuntimeError as error:  # ~user names a user unknown to this computer
-        raise UsageError(f"{source}: {error}", resolution="write the path out") from error
+        raise UsageError(
+            f"invalid source of a mount: expected a path, got {str(source)!r} ({error})",
+            resolution="write the path out",
+        ) from error
     return (folder / expanded).absolute()
 
 
@@ -159,27 +168,37 @@ def _words(words: list[str], what: str) -> tuple[Access, Kind]:
             f"{what}: unknown word {unknown[0]!r}", resolution="known: " + ", ".join((*ACCESSES, *KINDS))
         )
     if len(accesses) > 1 or len(kinds) > 1:
-        raise UsageError(f"{what} says the same thing twice", resolution=_FORM)
+        raise UsageError(
+            f"{what}: invalid words: expected one access and one kind, got {':'.join(words)}",
+            resolution=_FORM,
+        )
     return cast(Access, accesses[0] if accesses else "rw"), cast(Kind, kinds[0] if kinds else "copy")
 
 
 def _check_source(source: str, what: str) -> None:
     if not source.strip() or not source.isprintable():
-        raise UsageError(f"{what}: {source!r} is no path", resolution=_FORM)
+        raise UsageError(f"{what}: invalid source: expected a path, got {source!r}", resolution=_FORM)
     if "\\" in source:
-        raise UsageError(f"{what}: {source!r} has a backslash", resolution="write paths with /")
+        raise UsageError(
+            f"{what}: invalid source: expected a path without backslashes, got {source!r}",
+            resolution="write paths with /",
+        )
 
 
 def _check_target(target: PurePosixPath, what: str) -> None:
     text = str(target)
     if target.root != "/" or ".." in target.parts or not text.isprintable():
         raise UsageError(
-            f"{what}: {text!r} cannot be a place in a machine", resolution="write an absolute path without .."
+            f"{what}: invalid target: expected an absolute path without .., got {text!r}",
+            resolution="write it like /data",
         )
     if len(text.encode("utf-8", "surrogateescape")) >= _MAX_PATH:
-        raise UsageError(f"{what}: the place in the machine has too long a name")
+        raise UsageError(
+            f"{what}: invalid target: expected less than {_MAX_PATH} bytes, got a longer path",
+            resolution="mount it at a shorter path",
+        )
     if len(target.parts) == 1 or any(target.is_relative_to(own) for own in _KERNELS_OWN):
         raise UsageError(
-            f"{what}: nothing can be mounted at {text}",
+            f"{what}: invalid target: expected a directory that is not the system's own, got {text}",
             resolution="choose a directory of its own, such as /data",
         )

@@ -24,7 +24,8 @@ def parse_network(value: object, name: str) -> tuple[str, ...]:
     rules = [value] if isinstance(value, str) else value
     if not isinstance(rules, (list, tuple)) or not all(isinstance(r, str) and r.strip() for r in rules):
         raise UsageError(
-            f"{name}: {value!r} is not a list of rules", resolution='write it like ["pip", "example.com"]'
+            f"{name}: invalid rules: expected a list of texts, got {value!r}",
+            resolution='write it like ["pip", "example.com"]',
         )
     return tuple(rule.strip() for rule in rules)
 
@@ -44,7 +45,7 @@ def parse_hosts(value: object, name: str) -> tuple[tuple[str, Place], ...]:
         pairs = ((host, place) for host, place in value)
     if pairs is None:
         raise UsageError(
-            f"{name}: {value!r} does not say where names lead",
+            f"{name}: invalid hosts: expected names with their addresses, got {value!r}",
             resolution='write {"api.example.com" = "127.0.0.1:8443"}',
         )
     return tuple(
@@ -64,6 +65,7 @@ def _place(value: object, name: str) -> Place:
         address, port = None, None
     if address is None or (port is not None and not 0 < port < 65536):  # noqa: PLR2004 - ports are 16 bits
         raise UsageError(
-            f"{name}: {value!r} is not an address", resolution="write ADDRESS or ADDRESS:PORT, [::1]:8443 too"
+            f"{name}: invalid address: expected ADDRESS or ADDRESS:PORT, got {value!r}",
+            resolution="write it like 127.0.0.1:8443 or [::1]:8443",
         )
     return str(address), port

@@ -93,7 +93,7 @@ class SecretSource:
             raise UsageError(f"{name}: {self} is empty", resolution="a secret must have a value")
         if len(value.encode(errors="surrogateescape")) > MAX_BYTES or "\0" in value:
             raise UsageError(
-                f"{name}: {self} is no secret: it is longer than {MAX_BYTES} bytes, or has a NUL character",
+                f"{name}: invalid value of {self}: expected at most {MAX_BYTES} bytes and no NUL character",
                 resolution="hand files over with a mount",
             )
         return SecretValue(value, name)
@@ -122,7 +122,7 @@ def parse_source(value: object, where: str) -> SecretSource:
             return SecretSource(kind, name)
     # The error does not quote the input: it may be the secret itself.
     raise UsageError(
-        f"{where}: this is not where a value is found",
+        f"{where}: invalid source of a value: expected a variable, file, command or entry of the keyring",
         details="the value itself does not belong into configuration or onto a command line",
         resolution="write one of "
         + ", ".join(f'{{{kind} = "..."}}' for kind in KINDS)
@@ -168,7 +168,7 @@ def parse_secrets(value: object, where: str) -> tuple[Secret, ...]:
         pairs = [(name, _written(text)) for name, _, text in (item.partition("=") for item in value)]
     else:
         raise UsageError(
-            f"{where}: these are no secrets",
+            f"{where}: invalid secrets: expected names with their sources",
             resolution='write {NAME = {env = "VARIABLE"}}, or on the command line NAME=env:VARIABLE',
         )
     found = tuple(_secret(name, text, where) for name, text in pairs)
@@ -189,7 +189,8 @@ def _written(text: str) -> object:
 def _secret(name: object, value: object, where: str) -> Secret:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UsageError(
-            f"{where}: {name!r} is no name of a variable", resolution="use letters, digits and underscores"
+            f"{where}: invalid name: expected letters, digits and underscores, got {name!r}",
+            resolution="write it like API_TOKEN",
         )
     delivery: object = "env"
     if isinstance(value, Mapping):
@@ -199,8 +200,8 @@ def _secret(name: object, value: object, where: str) -> Secret:
         if known == delivery:
             return Secret(name, parse_source(value, f"{where}: {name}"), known)
     raise UsageError(
-        f"{where}: {name}: as = {delivery!r} is not allowed",
-        resolution="allowed: " + ", ".join(get_args(Delivery)),
+        f"{where}: {name}: invalid as: expected one of {', '.join(get_args(Delivery))}, got {delivery!r}",
+        resolution="write one of these, or leave it out",
     )
 
 

@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +38,8 @@ def parse_size(value: object, name: str) -> int:
     match = _SIZE.fullmatch(value.strip()) if isinstance(value, str) else None
     if match is None or int(match[1]) == 0:
         raise UsageError(
-            f"{name}: {value!r} is not a size",
-            resolution="write a number of bytes, or a number with K, M, G or T (binary), such as 512M",
+            f"{name}: invalid size: expected bytes, or a number with K, M, G or T, got {value!r}",
+            resolution="write it like 512M; the units are binary",
         )
     return int(match[1]) * _UNITS[(match[2] or "").upper()]
 
@@ -64,8 +63,8 @@ def parse_cpus(value: object, name: str) -> float:
     number = float(text) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,6})?", text, re.ASCII) else 0.0
     if isinstance(value, bool) or not least <= number <= most:
         raise UsageError(
-            f"{name}: {value!r} is not a number of vCPUs",
-            resolution=f"write a number from {least} to {most}; 0.5 is one vCPU half of the time",
+            f"{name}: invalid number of vCPUs: expected {least} to {most}, got {value!r}",
+            resolution="write it like 2; 0.5 is one vCPU half of the time",
         )
     return int(number) if number.is_integer() else number
 
@@ -75,18 +74,20 @@ def format_cpus(cpus: float) -> str:
     return f"{cpus:g}"
 
 
-def _parse_count(option: Option, value: object, name: str) -> int:
-    text = str(value).strip()
-    if (
-        isinstance(value, bool)
-        or not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII)
-        or not option.least <= int(text) <= option.most
-    ):
-        raise UsageError(
-            f"{name}: {value!r} is not a number of {option.unit}",
-            resolution="write a whole number, such as 100",
-        )
-    return int(text)
+def parse_count(option: Option) -> Callable[[object, str], int]:
+    """Return a parser of whole numbers in an option's range."""
+    least, most = int(option.least), option.most
+
+    def parse(value: object, name: str) -> int:
+        text = "" if isinstance(value, bool) else str(value).strip()
+        if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) or not least <= int(text) <= most:
+            raise UsageError(
+                f"{name}: invalid number of {option.unit}: expected {least} to {most}, got {value!r}",
+                resolution="write a whole number in this range",
+            )
+        return int(text)
+
+    return parse
 
 
 def parse_seconds(value: object, name: str) -> float:
@@ -103,7 +104,8 @@ def parse_seconds(value: object, name: str) -> float:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
         raise UsageError(
-            f"{name}: {value!r} is not a time", resolution="write a number of seconds above 0, such as 30"
+            f"{name}: invalid time: expected a number of seconds above 0, got {value!r}",
+            resolution="write it like 30",
         )
     return seconds
 
@@ -189,7 +191,8 @@ def check_minimum(where: str, name: str, size: int | None) -> None:
     option = BY_NAME[name]
     if size is not None and size < option.least:
         raise UsageError(
-            f"{where}: {format_size(size)} is too little {option.least_for}",
+            f"{where}: invalid size: expected at least {format_size(int(option.least))} {option.least_for}, "
+            f"got {format_size(size)}",
             resolution=f"give at least {format_size(int(option.least))}",
         )
 
@@ -199,7 +202,10 @@ def parse_choice(*allowed: str) -> Callable[[object, str], str]:
 
     def parse(value: object, name: str) -> str:
         if value not in allowed:
-            raise UsageError(f"{name}: {value!r} is not allowed", resolution="allowed: " + ", ".join(allowed))
+            raise UsageError(
+                f"{name}: invalid value: expected one of {', '.join(allowed)}, got {value!r}",
+                resolution="write one of these",
+            )
         return str(value)
 
     return parse
@@ -207,7 +213,10 @@ def parse_choice(*allowed: str) -> Callable[[object, str], str]:
 
 def _parse_image(value: object, name: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise UsageError(f"{name}: {value!r} is not an image", resolution="write a kit's name or its path")
+        raise UsageError(
+            f"{name}: invalid image: expected a kit's name or path, got {value!r}",
+            resolution="write it like python, or images/mine",
+        )
     return value
 
 
@@ -227,7 +236,7 @@ _BY_KIND: dict[Kind, Callable[[object, str], Any]] = {
 def _parser(option: Option) -> Callable[[object, str], Any]:
     if option.kind == "choice":
         return parse_choice(*option.choices)
-    return partial(_parse_count, option) if option.kind == "count" else _BY_KIND[option.kind]
+    return parse_count(option) if option.kind == "count" else _BY_KIND[option.kind]
 
 
 PARSERS: dict[str, Callable[[object, str], Any]] = {option.name: _parser(option) for option in MACHINE}

@@ -82,8 +82,14 @@ def addopts_words(value: Any, path: Path | None) -> list[str]:
         if isinstance(value, str):
             return shlex.split(value)
     except ValueError as error:
-        raise UsageError(f"{path}: addopts: {error}", resolution="quote it as for a shell") from error
-    raise UsageError(f"{path}: addopts is neither text nor a list of texts")
+        raise UsageError(
+            f"{path}: invalid addopts: expected words as in a shell, got {sanitize_line(value)!r} ({error})",
+            resolution="close the quotation, or escape the quotation mark",
+        ) from error
+    raise UsageError(
+        f"{path}: invalid addopts: expected text or a list of texts, got {type(value).__name__}",
+        resolution='write it like ["-x", "--tb=short"]',
+    )
 
 
 def refuse_granting(addopts: Sequence[str]) -> None:

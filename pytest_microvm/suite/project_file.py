@@ -65,7 +65,9 @@ def find_project_file(
     if rootdir is not None:
         chosen = _absolute(directory, os.path.expandvars(rootdir))
         if not chosen.is_dir():
-            raise UsageError(f"--rootdir: {chosen} is no directory", resolution="name the project's")
+            raise UsageError(
+                f"invalid --rootdir: expected a directory, got {chosen}", resolution="name the project's"
+            )
         return ProjectFile(chosen, found.path, found.values) if found else ProjectFile(chosen)
     return (
         found
@@ -83,7 +85,7 @@ def _named_file(directory: Path, ancestor: Path, file: str) -> ProjectFile:
     text = _text(path)
     if text is None or load is None:
         raise UsageError(
-            f"-c: {path} is no configuration file of pytest",
+            f"invalid -c: expected a configuration file of pytest, got {path}",
             resolution="name a file that ends in .ini, .cfg or .toml",
         )
     return ProjectFile(path.parent, path, load(path, text) or {})
@@ -157,7 +159,9 @@ def _text(path: Path) -> str | None:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8: {error.reason}") from error
+        raise UsageError(
+            f"{path}: invalid text: expected UTF-8 ({error.reason})", resolution="save it as UTF-8"
+        ) from error
 
 
 def _ini(path: Path, text: str) -> Mapping[str, Values]:
@@ -172,7 +176,9 @@ def _toml(path: Path, text: str) -> Values:
     try:
         return tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"{path}: {error}") from error
+        raise UsageError(
+            f"{path}: invalid TOML: {error}", resolution="correct the line that it names"
+        ) from error
 
 
 def _pytest_ini(path: Path, text: str) -> Values | None:
@@ -218,7 +224,10 @@ def _other_toml(path: Path, text: str) -> Values | None:
 def _table(path: Path, values: Values, key: str) -> Values | None:
     table = values.get(key)
     if table is not None and not isinstance(table, dict):
-        raise UsageError(f"{path}: {key} is not a table")
+        raise UsageError(
+            f"{path}: invalid {key}: expected a table, got {type(table).__name__}",
+            resolution=f"write [{key}]",
+        )
     return table
 
 

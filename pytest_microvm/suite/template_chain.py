@@ -200,7 +200,7 @@ def _chosen(workspace: Workspace, project: Path, wanted: tuple[str, ...]) -> Wor
     for name, prefix in zip(wanted, prefixes, strict=True):
         if not any(_inside(entry.path, prefix) for entry in workspace.entries):
             raise UsageError(
-                f"prepare_inputs: {name!r} is not in the workspace",
+                f"invalid prepare_inputs: expected files or folders of the workspace, got {name!r}",
                 resolution="name files or folders below the project that git does not ignore",
             )
     entries = tuple(e for e in workspace.entries if any(_inside(e.path, prefix) for prefix in prefixes))

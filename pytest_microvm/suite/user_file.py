@@ -55,5 +55,8 @@ def read_user_file(folder: Path) -> UserFile:
     folders = [Path(each).expanduser() for each in parse_strings(table.get("plugin_path", []), "plugin_path")]
     for each in folders:
         if not each.is_absolute():
-            raise UsageError(f"{file}: plugin_path: {each} is relative", resolution="write its whole path")
+            raise UsageError(
+                f"{file}: invalid plugin_path: expected absolute paths, got {each}",
+                resolution="write its whole path",
+            )
     return UserFile(parse_strings(table.get("plugins", []), "plugins"), tuple(folders))

@@ -335,7 +335,7 @@ def test_definition_without_trust_is_refused(repository, tmp_path):
         (["--branch", "nope"], "no branch matches 'nope'"),
         (["--job", "nope"], "there is no job 'nope'"),
         (["--definition-from", "no-image"], "there is no kit 'nowhere'"),
-        (["--jobs", "0"], "--jobs: 0"),
+        (["--jobs", "0"], "invalid --jobs: expected 1 or more machines, got 0"),
         (["--ref", "--upload-pack=x"], "expected one argument"),
         (["--ref=--upload-pack=x"], "cannot be a ref"),
         (["--junit-profile", "nope"], "generic"),

@@ -23,8 +23,11 @@ def test_an_address_of_another_computer_needs_tls(capsys):
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        (["--slots", "0"], "--slots: 0"),
-        (["--memory", "much"], "--memory: 'much'"),
+        (["--slots", "0"], "invalid --slots: expected 1 or more jobs, got 0"),
+        (
+            ["--memory", "much"],
+            "--memory: invalid size: expected bytes, or a number with K, M, G or T, got 'much'",
+        ),
         (["--vcpus", "-1"], "--vcpus"),
         (["--tls-ca", "ca.pem"], "belong together"),
     ],

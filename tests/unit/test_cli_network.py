@@ -172,11 +172,11 @@ def test_no_rules(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["check", "ftp://a.invalid/"], "ftp:// is not known here"),
-        (["check", "https://me:hunter2@a.invalid/"], "a URL with a user name"),
-        (["check", "me:hunter2@a.invalid:80"], "a URL with a user name"),
-        (["check", "https://a b/"], "is not a URL: it is neither a host's name nor an address"),
-        (["check", "https://a.invalid:99999/"], "is not a URL: Port out of range"),
+        (["check", "ftp://a.invalid/"], "invalid scheme: expected one of http, ws, https, wss, got 'ftp'"),
+        (["check", "https://me:hunter2@a.invalid/"], "invalid URL: expected one without a user name"),
+        (["check", "me:hunter2@a.invalid:80"], "invalid URL: expected one without a user name"),
+        (["check", "https://a b/"], "got 'https://a b/' (it is neither a host's name nor an address)"),
+        (["check", "https://a.invalid:99999/"], "got 'https://a.invalid:99999/' (Port out of range"),
         (
             ["check", "--network", "a.invalid:x", "https://a.invalid/"],
             "--network: 'a.invalid:x' is not a network rule",

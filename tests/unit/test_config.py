@@ -120,14 +120,14 @@ def test_bad_values_name_the_key_and_what_is_allowed(project, line):
 
 
 def test_a_table_that_is_none(project):
-    with pytest.raises(UsageError, match="is not a table"):
+    with pytest.raises(UsageError, match=r"invalid tool\.pytest-microvm: expected a table, got str"):
         project('[tool]\npytest-microvm = "fast"\n')
 
 
 @pytest.mark.parametrize("data", [b"[tool", b"\xff\xfe", b"a = 1\na = 2\n"])
 def test_a_file_that_is_not_toml(tmp_path, data):
     (tmp_path / "pyproject.toml").write_bytes(data)
-    with pytest.raises(UsageError, match="is not TOML"):
+    with pytest.raises(UsageError, match="invalid TOML"):
         load_settings(tmp_path, {})
 
 

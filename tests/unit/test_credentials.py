@@ -44,26 +44,41 @@ def test_both_ways(table, text, parsed):
 @pytest.mark.parametrize(
     ("written", "why"),
     [
-        ("host=a.example,hunter22", "not where a value is found"),
-        ("host=a.example,token=hunter22,env=X", "this host cannot be used"),
-        ("hunter22", "not a list of KEY=VALUE"),
-        ("host=a.example,value=hunter22", "not a list of KEY=VALUE"),
-        ("host=a.example,env=X,env=Y", "not a list of KEY=VALUE"),
-        ("host=a.example,env=X,file=Y", "not where a value is found"),
-        ({"host": "a.example", "value": "hunter22"}, "not where a value is found"),
-        ({"value": {"env": "X"}}, "without a host"),
+        ("host=a.example,hunter22", "invalid source of a value"),
+        ("host=a.example,token=hunter22,env=X", "invalid host: expected HOST or HOST:PORT"),
+        ("hunter22", "invalid credential: expected KEY=VALUE,KEY=VALUE"),
+        ("host=a.example,value=hunter22", "invalid credential: expected KEY=VALUE,KEY=VALUE"),
+        ("host=a.example,env=X,env=Y", "invalid credential: expected KEY=VALUE,KEY=VALUE"),
+        ("host=a.example,env=X,file=Y", "invalid source of a value"),
+        ({"host": "a.example", "value": "hunter22"}, "invalid source of a value"),
+        ({"value": {"env": "X"}}, "expected a host, got none"),
         ({"host": "a.example", "value": {"env": "X"}, "token": 1}, "unknown key 'token'"),
-        ({"host": "https://a.example", "value": {"env": "X"}}, "this host cannot be used"),
-        ({"host": "a.example", "value": {"env": "X"}, "header": "a b"}, "this header cannot be used"),
-        ({"host": "a.example", "value": {"env": "X"}, "header": "Host"}, "cannot be set"),
-        ({"host": "a.example", "value": {"env": "X"}, "header": "Proxy-Authorization"}, "cannot be set"),
-        ({"host": "a.example", "value": {"env": "X"}, "header": "A", "query": "b"}, "header or the query"),
+        ({"host": "https://a.example", "value": {"env": "X"}}, "invalid host: expected HOST or HOST:PORT"),
+        (
+            {"host": "a.example", "value": {"env": "X"}, "header": "a b"},
+            "invalid header: expected a header's name",
+        ),
+        (
+            {"host": "a.example", "value": {"env": "X"}, "header": "Host"},
+            "invalid header: expected one that no connection sets",
+        ),
+        (
+            {"host": "a.example", "value": {"env": "X"}, "header": "Proxy-Authorization"},
+            "invalid header: expected one that no connection sets",
+        ),
+        (
+            {"host": "a.example", "value": {"env": "X"}, "header": "A", "query": "b"},
+            "expected a header or a query parameter, got both",
+        ),
         (
             {"host": "a.example", "value": {"env": "X"}, "scheme": "digest"},
-            "scheme = 'digest' is not allowed",
+            "invalid scheme: expected one of bearer, basic, raw, got 'digest'",
         ),
-        ({"host": "a.example", "value": {"env": "X"}, "variable": "1A"}, "this variable cannot be used"),
-        (7, "not a credential"),
+        (
+            {"host": "a.example", "value": {"env": "X"}, "variable": "1A"},
+            "invalid variable: expected a variable's name",
+        ),
+        (7, "invalid credential: expected a table or text, got int"),
     ],
 )
 def test_mistakes(written, why):
@@ -75,5 +90,5 @@ def test_mistakes(written, why):
 
 @pytest.mark.parametrize("written", ["host=a.example,env=X", {"host": "a.example"}, 7])
 def test_a_list_is_wanted(written):
-    with pytest.raises(UsageError, match="not a list of credentials"):
+    with pytest.raises(UsageError, match="invalid credentials: expected a list, got"):
         parse_credentials(written, "here")

@@ -120,7 +120,7 @@ def test_what_is_no_manifest_is_refused(here, manifest):
 
 def test_a_name_leads_nowhere_else(origin, here):
     store, image = origin
-    with pytest.raises(ImageError, match="no image's name"):
+    with pytest.raises(ImageError, match="invalid image name"):
         here.adopt("../../x", store.manifest(image), from_(store))
 
 

@@ -131,7 +131,7 @@ BAD = {
     "packages = ['--option']": ("packages[0]", "Debian package"),
     "wheels = ['pytest']": ("wheels[0]", "pytest==9.2.0"),
     "wheels = ['--index-url==x']": ("wheels[0]", "pytest==9.2.0"),
-    "architecture = 'amd64'": ("architecture", "x86_64, aarch64"),
+    "architecture = 'amd64'": ("architecture", "x86_64 or aarch64"),
     "mirror = 7": ("mirror", "quotes"),
     "setup = ['']": ("setup[0]", "quotes"),
     "[environment]\nA = 1": ("environment.A", '"..."'),
@@ -139,7 +139,7 @@ BAD = {
     "[files]\n'etc/motd' = 'f'": ("files.etc/motd", "/etc/motd"),
     "[files]\n'/etc/../x' = 'f'": ("files./etc/../x", "/etc/motd"),
     "[files]\n'/x' = 'missing'": ("files./x", "kit's folder"),
-    "[files]\n'/x' = '../kit.toml'": ("files./x", "outside"),
+    "[files]\n'/x' = '../kit.toml'": ("files./x", "in the kit's folder"),
     "[files]\n'/x' = {source = 'f', owner = 'me'}": ("files./x", "mode"),
     "[files]\n'/x' = {source = 'f', mode = 'rwx'}": ("files./x.mode", "0755"),
 }

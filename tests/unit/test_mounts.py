@@ -41,31 +41,31 @@ def test_it_is_written_as_it_is_read():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("data", "is not a mount"),
-        ("", "is not a mount"),
-        (None, "is not a mount"),
-        (7, "is not a mount"),
-        ("a:/b:ro:copy:x", "is not a mount"),
-        ("data:data", "no absolute path"),
-        (":/data", "is no path"),
-        ("  :/data", "is no path"),
-        ("da\nta:/data", "is no path"),
-        ("a\0b:/data", "is no path"),
-        ("C:\\data:/data", "no absolute path"),
+        ("data", "invalid mount: expected a source and a target"),
+        ("", "invalid mount: expected a source and a target"),
+        (None, "invalid mount: expected a source and a target"),
+        (7, "invalid mount: expected a source and a target"),
+        ("a:/b:ro:copy:x", "invalid mount: expected a source and a target"),
+        ("data:data", "invalid target: expected an absolute path"),
+        (":/data", "invalid source: expected a path, got"),
+        ("  :/data", "invalid source: expected a path, got"),
+        ("da\nta:/data", "invalid source: expected a path, got"),
+        ("a\0b:/data", "invalid source: expected a path, got"),
+        ("C:\\data:/data", "invalid target: expected an absolute path"),
         ("C:/data:/data", "unknown word '/data'"),
-        ("..\\data:/data", "backslash"),
+        ("..\\data:/data", "invalid source: expected a path without backslashes"),
         ("data:/data:r", "unknown word 'r'"),
         ("data:/data:RO", "unknown word 'RO'"),
         ("data:/data:", "unknown word ''"),
-        ("data:/data:ro:rw", "twice"),
-        ("data:/data:git:copy", "twice"),
-        ("data:/", "nothing can be mounted"),
-        ("data:/proc/1", "nothing can be mounted"),
-        ("data://proc/x", "nothing can be mounted"),
-        ("data:/dev", "nothing can be mounted"),
+        ("data:/data:ro:rw", "expected one access and one kind"),
+        ("data:/data:git:copy", "expected one access and one kind"),
+        ("data:/", "invalid target: expected a directory that is not the system's own"),
+        ("data:/proc/1", "invalid target: expected a directory that is not the system's own"),
+        ("data://proc/x", "invalid target: expected a directory that is not the system's own"),
+        ("data:/dev", "invalid target: expected a directory that is not the system's own"),
         ("data:/a/../b", "without .."),
-        ("data:/a\nb", "cannot be a place"),
-        ("data:/" + "a/" * 3000, "too long"),
+        ("data:/a\nb", "invalid target: expected an absolute path without .."),
+        ("data:/" + "a/" * 3000, "expected less than 4096 bytes"),
         ("~nobody-of-that-name/x:/x", "write the path out"),
     ],
 )
@@ -82,7 +82,7 @@ def test_places_that_no_machine_has(target):
 
 @pytest.mark.parametrize("value", ["data:/data", None, 3, {"a": 1}])
 def test_a_list_is_a_list(value):
-    with pytest.raises(UsageError, match="not a list of mounts"):
+    with pytest.raises(UsageError, match="invalid mounts: expected a list"):
         parse_mounts(value, "here", HERE)
 
 
@@ -95,7 +95,7 @@ def test_a_list():
 
 @pytest.mark.parametrize("texts", [["a:/x", "b:/x"], ["a:/x", "b:/x/y"], ["a:/x/y/z", "b:/x"]])
 def test_places_within_each_other(texts):
-    with pytest.raises(UsageError, match="within each other"):
+    with pytest.raises(UsageError, match="expected separate directories"):
         parse_mounts(texts, "here", HERE)
 
 

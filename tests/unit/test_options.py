@@ -38,7 +38,10 @@ FRONT_ENDS = {
     "factory": ("MachineSpec().with_changes({'inode': 1}, 'microvm_factory()')", ", inodes, "),
     "configuration": ("merged(Settings(), {'inode': 1}, 'pyproject.toml')", ", inodes, "),
     "kit": ("parse_resources(Path('kit.toml'), 'resources', {'inode': 1})", ", inodes, "),
-    "CI": (f"parse_definition({JOB!r}, 'microvm.toml')", "inodes: 10 is not a number of files"),
+    "CI": (
+        f"parse_definition({JOB!r}, 'microvm.toml')",
+        "inodes: invalid number of files: expected 1 to 9, got 10",
+    ),
     "schema": (
         "print(definition_schema()['$defs']['job']['properties']['inodes'])",
         "'files it may make', 'type': 'integer', 'minimum': 1, 'maximum': 9",

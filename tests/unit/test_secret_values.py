@@ -70,7 +70,7 @@ def test_the_keyring(monkeypatch):
         (SecretSource("command", "false"), "ended with status 1"),
         (SecretSource("command", "no-such-program --token abc"), "could not be run"),
         (SecretSource("command", "true"), "is empty"),
-        (SecretSource("command", f"head -c {MAX_BYTES + 1} /dev/zero"), "no secret"),
+        (SecretSource("command", f"head -c {MAX_BYTES + 1} /dev/zero"), "expected at most 65536 bytes"),
     ],
 )
 def test_what_gives_no_value(source, why):
@@ -105,13 +105,13 @@ def test_both_ways_to_write_secrets():
 @pytest.mark.parametrize(
     ("value", "why"),
     [
-        ({"A": "hunter22"}, "not where a value is found"),
-        ({"A": {"env": "X", "file": "y"}}, "not where a value is found"),
-        ({"A": {"env": "X", "as": "pipe"}}, "as = 'pipe' is not allowed"),
-        ({"A-B": {"env": "X"}}, "no name of a variable"),
+        ({"A": "hunter22"}, "invalid source of a value"),
+        ({"A": {"env": "X", "file": "y"}}, "invalid source of a value"),
+        ({"A": {"env": "X", "as": "pipe"}}, "invalid as: expected one of env, file, got 'pipe'"),
+        ({"A-B": {"env": "X"}}, "invalid name: expected letters, digits and underscores, got 'A-B'"),
         (["A=env:X", "A=env:Y"], "named twice"),
-        (["A"], "are no secrets"),
-        ("A=env:X", "are no secrets"),
+        (["A"], "invalid secrets: expected names with their sources"),
+        ("A=env:X", "invalid secrets: expected names with their sources"),
     ],
 )
 def test_what_is_no_secret(value, why):

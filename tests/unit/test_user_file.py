@@ -26,7 +26,7 @@ def test_plugins_and_their_folders_are_read(tmp_path):
         ("test = 1\n", "test"),
         ("[test]\nplugin = []\n", "plugin is not known there"),
         ('[test]\nplugins = "html"\n', "plugins"),
-        ('[test]\nplugin_path = ["mine"]\n', "mine is relative"),
+        ('[test]\nplugin_path = ["mine"]\n', "invalid plugin_path: expected absolute paths, got mine"),
     ],
 )
 def test_unusable_file_is_a_usage_error(tmp_path, text, said):

@@ -31,11 +31,11 @@ from pytest_microvm.ci.definition.values import (
     parse_with_minimum,
     without_quotes,
 )
-from pytest_microvm.settings.configuration import parse_count, parse_flag
+from pytest_microvm.settings.configuration import parse_flag
 from pytest_microvm.settings.credentials import SCHEMES
 from pytest_microvm.settings.options import BY_NAME, QUOTAS, Option
 from pytest_microvm.settings.secret_values import KINDS, Delivery
-from pytest_microvm.settings.spec import PARSERS
+from pytest_microvm.settings.spec import PARSERS, parse_count
 
 JOB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 
@@ -216,7 +216,7 @@ KEYS: dict[str, Key] = {
     ),
     "allow_failure": Key(parse_flag, _FLAG, "whether the run may succeed without it; default `false`"),
     "retries": Key(
-        without_quotes(parse_count(MAX_RETRIES, "tries")),
+        without_quotes(parse_count(BY_NAME["retries"]._replace(most=MAX_RETRIES))),
         _whole(0, MAX_RETRIES),
         f"how often it is tried again if its machine never reached its steps; default {DEFAULT_RETRIES}",
     ),

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from pytest_microvm.ci.definition.values import not_a_table
 from pytest_microvm.errors import UsageError
 
 NAME = r"[A-Za-z_][A-Za-z0-9_]{0,63}"
@@ -31,14 +32,20 @@ def parse_matrix(value: object, where: str) -> tuple[Combination, ...]:
         UsageError: The value is no such table, or no combination is left.
     """
     if not isinstance(value, Mapping):
-        raise UsageError(f"{where}: this is not a table", resolution='write {python = ["3.11", "3.12"]}')
+        raise not_a_table(value, where, '{python = ["3.11", "3.12"]}')
     axes = {name: _axis(name, values, where) for name, values in value.items() if name not in RESERVED}
     if not axes:
-        raise UsageError(f"{where}: it has no values", resolution='write {python = ["3.11", "3.12"]}')
+        raise UsageError(
+            f"{where}: invalid matrix: expected a name with values, got none",
+            resolution='write {python = ["3.11", "3.12"]}',
+        )
     if len({name.lower() for name in axes}) < len(axes):
         raise UsageError(f"{where}: two names differ in case alone", resolution="rename one")
     if math.prod(map(len, axes.values())) > MOST:
-        raise UsageError(f"{where}: more than {MOST} combinations", resolution="make the matrix smaller")
+        raise UsageError(
+            f"{where}: invalid matrix: expected at most {MOST} combinations, got more",
+            resolution="make the matrix smaller",
+        )
     found = [tuple(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     for position, entry in enumerate(_entries(value, "exclude", where)):
         place = f"{where}.exclude[{position}]"
@@ -56,7 +63,8 @@ def parse_matrix(value: object, where: str) -> tuple[Combination, ...]:
     found = list(dict.fromkeys(found))
     if not 0 < len(found) <= MOST:
         raise UsageError(
-            f"{where}: {len(found)} combinations are left", resolution=f"leave 1 to {MOST} of them"
+            f"{where}: invalid matrix: expected 1 to {MOST} combinations, got {len(found)}",
+            resolution="exclude fewer of them, or include fewer",
         )
     return tuple(found)
 
@@ -89,12 +97,13 @@ def substituted(value: Any, combination: Combination, where: str) -> Any:
 def _axis(name: object, values: object, where: str) -> tuple[str, ...]:
     if not isinstance(name, str) or not re.fullmatch(NAME, name, re.ASCII):
         raise UsageError(
-            f"{where}: {name!r} is no name",
-            resolution="use letters, digits and underscores, as for variables",
+            f"{where}: invalid name: expected letters, digits and underscores, got {name!r}",
+            resolution="name it as a variable of the shell",
         )
     if not isinstance(values, list) or not values:
         raise UsageError(
-            f"{where}.{name}: this is not a list of values", resolution='write it like ["3.11", "3.12"]'
+            f"{where}.{name}: invalid values: expected a list of one or more",
+            resolution='write it like ["3.11", "3.12"]',
         )
     found = tuple(_value(item, f"{where}.{name}") for item in values)
     if len(set(found)) < len(found):
@@ -108,8 +117,8 @@ def _value(value: object, where: str) -> str:
         if 0 < len(text) <= _LENGTH and text.isprintable():
             return text
     raise UsageError(
-        f"{where}: {value!r} is no value of a matrix",
-        resolution=f"write numbers, or texts of 1 to {_LENGTH} characters that can be shown",
+        f"{where}: invalid value: expected a number, or 1 to {_LENGTH} printable characters, got {value!r}",
+        resolution="write a short text",
     )
 
 
@@ -117,14 +126,17 @@ def _entries(table: Mapping[str, object], key: str, where: str) -> list[Any]:
     value = table.get(key, [])
     if not isinstance(value, list):
         raise UsageError(
-            f"{where}.{key}: this is not a list of tables", resolution='write [{python = "3.11"}]'
+            f"{where}.{key}: invalid value: expected a list of tables, got {type(value).__name__}",
+            resolution='write [{python = "3.11"}]',
         )
     return value
 
 
 def _pairs(entry: object, axes: Mapping[str, object], where: str) -> set[tuple[str, str]]:
     if not isinstance(entry, Mapping) or not entry:
-        raise UsageError(f"{where}: this is not a table", resolution='write {python = "3.11"}')
+        raise UsageError(
+            f"{where}: invalid value: expected a table with values", resolution='write {python = "3.11"}'
+        )
     for name in entry:
         if name not in axes:
             raise UsageError(

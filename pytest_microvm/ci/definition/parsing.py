@@ -87,7 +87,10 @@ def parse_definition(text: str, where: str) -> Definition:
         made[name], wants = _expanded(name, own, defaults, where)
         asked.update(wants)
         if sum(map(len, made.values())) > MOST:
-            raise UsageError(f"{where}: more than {MOST} jobs", resolution="make a matrix smaller")
+            raise UsageError(
+                f"{where}: invalid ci.jobs: expected at most {MOST} jobs, got more",
+                resolution="make a matrix smaller",
+            )
     order = _ordered({name: one[0].needs for name, one in made.items()}, where)
     return Definition(tuple(job for name in order for job in made[name]), where, asked)
 
@@ -101,7 +104,9 @@ def ci_table(text: str, where: str) -> object | None:
     try:
         tables: object = tomllib.loads(text, parse_float=_Written)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UsageError(f"{where} is not TOML: {error}", resolution="mend the line it names") from error
+        raise UsageError(
+            f"{where}: invalid TOML: {error}", resolution="correct the line that it names"
+        ) from error
     if PYPROJECT not in where:
         return check_keys(tables, ("ci", "$schema"), where, "[ci.jobs.NAME]").get("ci")
     for key in ("tool", "pytest-microvm", "ci"):
@@ -117,8 +122,9 @@ def _defaults(table: object, where: str) -> Mapping[str, Any]:
 def _job_table(name: str, table: object, where: str) -> Mapping[str, Any]:
     if not re.fullmatch(JOB_NAME, name, re.ASCII):
         raise UsageError(
-            f"{where}: ci.jobs: {name!r} cannot be a job's name",
-            resolution="use at most 64 letters, digits, dots, dashes and underscores",
+            f"{where}: ci.jobs: invalid name: expected at most 64 letters, digits, dots, dashes and "
+            f"underscores, got {name!r}",
+            resolution="rename the job",
         )
     return check_keys(table, KEYS, f"{where}: ci.jobs.{name}", f"[ci.jobs.{name}]")
 
@@ -130,7 +136,10 @@ def _expanded(
     table = {**defaults, **own}
     place = {key: f"{where}: ci.{f'jobs.{name}' if key in own else 'defaults'}.{key}" for key in table}
     if "steps" not in table:
-        raise UsageError(f"{where}: ci.jobs.{name}.steps: it is missing", resolution='write ["make test"]')
+        raise UsageError(
+            f"{where}: ci.jobs.{name}: invalid job: expected steps, got none",
+            resolution='write steps = ["make test"]',
+        )
     combinations: Sequence[Combination] = ((),)
     if "matrix" in table:
         combinations = parse_matrix(table["matrix"], place["matrix"])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from pytest_microvm.ci.definition.job import GrantedCredential, GrantedSecret, Step, When
 from pytest_microvm.errors import UsageError
-from pytest_microvm.settings.configuration import parse_strings
+from pytest_microvm.settings.configuration import parse_choice, parse_strings
 from pytest_microvm.settings.credentials import parse_credential
 from pytest_microvm.settings.secret_values import parse_secrets as parse_plain_secrets
 from pytest_microvm.settings.spec import PARSERS, check_minimum
@@ -43,11 +43,18 @@ def check_keys(table: object, known: Collection[str], where: str, example: str) 
         UsageError: The value is no table, or has an unknown key.
     """
     if not isinstance(table, Mapping):
-        raise UsageError(f"{where}: this is not a table", resolution=f"write {example}")
+        raise not_a_table(table, where, example)
     for key in table:
         if key not in known:
             raise unknown_key(f"{where}.{key}", key, known)
     return table
+
+
+def not_a_table(value: object, where: str, example: str) -> UsageError:
+    """Return the error for a value in a table's place; it omits the value, which may hold a secret."""
+    return UsageError(
+        f"{where}: invalid value: expected a table, got {type(value).__name__}", resolution=f"write {example}"
+    )
 
 
 def unknown_key(where: str, key: str, known: Collection[str]) -> UsageError:
@@ -75,7 +82,10 @@ def without_quotes(parse: Callable[[object, str], T]) -> Callable[[object, str],
 
     def parse_number(value: object, where: str) -> T:
         if isinstance(value, str):
-            raise UsageError(f"{where}: {value!r} is no number", resolution="write it without quotes")
+            raise UsageError(
+                f"{where}: invalid number: expected digits without quotes, got {value!r}",
+                resolution="remove the quotes",
+            )
         return parse(value, where)
 
     return parse_number
@@ -92,8 +102,8 @@ def parse_duration(value: object, where: str) -> float:
         seconds = float(value)
     if not 0 < seconds < float("inf"):
         raise UsageError(
-            f"{where}: {value!r} is not a time",
-            resolution='write a number of seconds above 0, or a text such as "90s", "10m" or "1h30m"',
+            f"{where}: invalid time: expected a number of seconds above 0, or a text, got {value!r}",
+            resolution='write it like 90, "90s", "10m" or "1h30m"',
         )
     return seconds
 
@@ -115,8 +125,8 @@ def parse_command(value: object, where: str) -> str:
     """
     if not isinstance(value, str) or not value.strip() or "\0" in value or len(value) > MAX_TEXT:
         raise UsageError(
-            f"{where}: this is not a shell command",
-            resolution=f"write a text of at most {MAX_TEXT} characters; longer ones belong into a script",
+            f"{where}: invalid shell command: expected a text of 1 to {MAX_TEXT} characters",
+            resolution="write the command in quotes; a longer one belongs into a script",
         )
     return value
 
@@ -129,7 +139,7 @@ def parse_steps(value: object, where: str) -> tuple[Step, ...]:
     """
     if not isinstance(value, list) or not 0 < len(value) <= MAX_STEPS:
         raise UsageError(
-            f"{where}: this is not a list of 1 to {MAX_STEPS} steps",
+            f"{where}: invalid steps: expected a list of 1 to {MAX_STEPS} steps",
             resolution='write it like ["make", {run = "make test", name = "tests"}]',
         )
     return tuple(_step(each, f"{where}[{at}]") for at, each in enumerate(value))
@@ -140,7 +150,9 @@ def _step(value: object, where: str) -> Step:
         value = {"run": value}
     table = check_keys(value, _STEP_KEYS, where, '"make test" or {run = "make test"}')
     if "run" not in table:
-        raise UsageError(f"{where}.run: it is missing", resolution="write what the step runs")
+        raise UsageError(
+            f"{where}: invalid step: expected a command, got none", resolution='write run = "make test"'
+        )
     command = parse_command(table["run"], f"{where}.run")
     first = sanitize_line(command.strip().splitlines()[0])
     title = first if len(first) <= MAX_TITLE else first[: MAX_TITLE - 3] + "..."
@@ -159,7 +171,8 @@ def parse_title(value: object, where: str) -> str:
     """
     if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > MAX_TITLE:
         raise UsageError(
-            f"{where}: {value!r} is not a name", resolution=f"write 1 to {MAX_TITLE} characters in one line"
+            f"{where}: invalid name: expected 1 to {MAX_TITLE} characters in one line, got {value!r}",
+            resolution='write it like "unit tests"',
         )
     return value
 
@@ -170,10 +183,7 @@ def parse_when(value: object, where: str) -> When:
     Raises:
         UsageError: The value is no such condition.
     """
-    for known in WHENS:
-        if value == known:
-            return known
-    raise UsageError(f"{where}: {value!r} is not allowed", resolution="allowed: " + ", ".join(WHENS))
+    return cast(When, parse_choice(*WHENS)(value, where))
 
 
 def parse_variables(value: object, where: str) -> tuple[tuple[str, str], ...]:
@@ -183,18 +193,22 @@ def parse_variables(value: object, where: str) -> tuple[tuple[str, str], ...]:
         UsageError: The value is no table of variables.
     """
     if not isinstance(value, Mapping):
-        raise UsageError(f"{where}: this is not a table", resolution='write {NAME = "value"}')
+        raise not_a_table(value, where, '{NAME = "value"}')
     for name, text in value.items():
         if not re.fullmatch(VARIABLE, name, re.ASCII):
             raise UsageError(
-                f"{where}: {name!r} is no name of a variable",
-                resolution="use letters, digits and underscores",
+                f"{where}: invalid name: expected letters, digits and underscores, got {name!r}",
+                resolution="name it as a variable of the shell",
             )
         if isinstance(text, bool) or not isinstance(text, (str, int, float)):
-            raise UsageError(f"{where}.{name}: this is no text", resolution="write it in quotes")
+            raise UsageError(
+                f"{where}.{name}: invalid value: expected text or a number, got {type(text).__name__}",
+                resolution="write it in quotes",
+            )
         if "\0" in str(text) or len(str(text)) > MAX_TEXT:
             raise UsageError(
-                f"{where}.{name}: no variable can hold this", resolution="hand long values over in a file"
+                f"{where}.{name}: invalid value: expected at most {MAX_TEXT} characters and no NUL",
+                resolution="hand long values over in a file",
             )
     return tuple((name, str(text)) for name, text in value.items())
 
@@ -208,7 +222,7 @@ def parse_paths(value: object, where: str) -> tuple[str, ...]:
     for at, path in enumerate(parse_strings(value, where)):
         if path.startswith("/") or ".." in path.split("/") or "\0" in path:
             raise UsageError(
-                f"{where}[{at}]: {path!r} leaves the workspace",
+                f"{where}[{at}]: invalid path: expected one inside the workspace, got {path!r}",
                 resolution="write it relative to the top of the sources, without ..",
             )
     return parse_strings(value, where)
@@ -234,7 +248,10 @@ def parse_branches(value: object, where: str) -> tuple[str, ...]:
     """
     found = parse_strings(value, where)
     if not found:
-        raise UsageError(f"{where}: it is empty", resolution='write globs, such as ["main", "release-*"]')
+        raise UsageError(
+            f"{where}: invalid branches: expected one glob or more, got none",
+            resolution='write it like ["main", "release-*"]',
+        )
     return found
 
 
@@ -245,9 +262,7 @@ def parse_hosts(value: object, where: str) -> Any:
         UsageError: The value is no such table.
     """
     if not isinstance(value, Mapping):
-        raise UsageError(
-            f"{where}: this is not a table", resolution='write {"api.example.com" = "127.0.0.1:8443"}'
-        )
+        raise not_a_table(value, where, '{"api.example.com" = "127.0.0.1:8443"}')
     return PARSERS["hosts"](value, where)
 
 
@@ -258,7 +273,7 @@ def parse_secrets(value: object, where: str) -> tuple[GrantedSecret, ...]:
         UsageError: The value is no such table.
     """
     if not isinstance(value, Mapping):
-        raise UsageError(f"{where}: this is not a table", resolution='write {NAME = {env = "VARIABLE"}}')
+        raise not_a_table(value, where, '{NAME = {env = "VARIABLE"}}')
     found = []
     for name, said in value.items():
         rest, branches = _granted(said, f"{where}.{name}")
@@ -274,7 +289,10 @@ def parse_credentials(value: object, where: str) -> tuple[GrantedCredential, ...
     """
     example = '[{host = "api.example.com", value = {env = "TOKEN"}, branches = ["main"]}]'
     if not isinstance(value, list):
-        raise UsageError(f"{where}: this is not a list of credentials", resolution=f"write {example}")
+        raise UsageError(
+            f"{where}: invalid credentials: expected a list, got {type(value).__name__}",
+            resolution=f"write {example}",
+        )
     found = []
     for at, said in enumerate(value):
         place = f"{where}[{at}]"
@@ -287,7 +305,7 @@ def _granted(value: object, where: str) -> tuple[Mapping[str, object], tuple[str
     """Return a table without ``branches``, and these; errors omit the value, which may hold a secret."""
     if not isinstance(value, Mapping):
         raise UsageError(
-            f"{where}: this is not a table",
+            f"{where}: invalid value: expected a table, got {type(value).__name__}",
             details="the value itself does not belong into the definition",
             resolution='write where it is found, such as {env = "VARIABLE", branches = ["main"]}',
         )
