@@ -1,4 +1,4 @@
-"""docs/explanation/architecture.md: its rooms are those of the package, and its ways lead where they say."""
+"""docs/explanation/architecture.md: its table lists the subpackages, and its steps name existing code."""
 
 import ast
 import re
@@ -40,8 +40,8 @@ def test_every_step_is_there(path, text):
     assert re.match(r"`([\w.]+)`", text)[1] in names(path)
 
 
-def test_every_room():
-    told = set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE))
-    rooms = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert told == rooms
+def test_every_package():
+    listed = set(re.findall(r"^\| `(\w+)` \|", PAGE, re.MULTILINE))
+    packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert listed == packages
     assert {path.name for path in PACKAGE.glob("*.py")} == {"__init__.py", "errors.py", "events.py"}

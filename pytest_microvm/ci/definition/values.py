@@ -8,9 +8,10 @@ from typing import Any, TypeVar, cast, get_args
 
 from pytest_microvm.ci.definition.job import GrantedCredential, GrantedSecret, Step, When
 from pytest_microvm.errors import UsageError
-from pytest_microvm.settings.configuration import parse_choice, parse_strings
+from pytest_microvm.settings.configuration import parse_strings
 from pytest_microvm.settings.credentials import parse_credential
 from pytest_microvm.settings.secret_values import parse_secrets as parse_plain_secrets
+from pytest_microvm.settings.spec import parse_choice
 from pytest_microvm.settings.spec import PARSERS, check_minimum
 from pytest_microvm.untrusted.text import sanitize_line
 
