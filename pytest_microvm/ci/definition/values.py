@@ -11,8 +11,7 @@ from pytest_microvm.errors import UsageError
 from pytest_microvm.settings.configuration import parse_strings
 from pytest_microvm.settings.credentials import parse_credential
 from pytest_microvm.settings.secret_values import parse_secrets as parse_plain_secrets
-from pytest_microvm.settings.spec import parse_choice
-from pytest_microvm.settings.spec import PARSERS, check_minimum
+from pytest_microvm.settings.spec import PARSERS, check_minimum, parse_choice
 from pytest_microvm.untrusted.text import sanitize_line
 
 VARIABLE = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
