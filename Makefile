@@ -1,7 +1,7 @@
-# What a developer runs. Every target sets up first what it needs; nothing is done twice.
+# Targets for developers. Every target first sets up its requirements; nothing is done twice.
 
 SHELL := /bin/bash
-# Else each of hundreds of processes would compile the package anew.
+# Otherwise each of hundreds of processes would compile the package again.
 unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 BIN := .venv/bin
@@ -9,7 +9,7 @@ ARGS ?=
 FUZZ_SECONDS ?= 60
 # Tests run on all cores; those that share machines stay together (tests/conftest.py). PARALLEL=0 runs them one by one.
 PARALLEL ?= $(shell nproc)
-# What `make test` leaves to `make test-all`: repetition, and the many examples of hypothesis.
+# `make test` skips repetition; `make test-all` runs it, with more hypothesis examples.
 CHOSEN ?= -m "not thorough"
 PYTEST = $(BIN)/python -m pytest -n $(PARALLEL) --dist loadfile --no-loadscope-reorder $(CHOSEN)
 
@@ -17,7 +17,7 @@ STAGES := lint types imports unit programs contract plugin integration
 
 .PHONY: help setup demo test test-all images bench soak fuzz $(STAGES)
 
-help: ## say what there is
+help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 setup: ## install missing programs, make .venv with all extras

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Which system packages machines need, which of them are missing here, and how they are installed.
+# Find and install missing system packages that machines need.
 # Sourced by ci/setup.sh and github-action/setup.sh.
 
 PATH="$PATH:/usr/sbin:/sbin" # where Debian keeps mkfs.ext4, also for users who do not search there
@@ -12,7 +12,7 @@ fail() {
     exit 1
 }
 
-# What is missing to build images and to run machines, as the names of the packages that hold it.
+# Print the names of missing packages for building images and running machines.
 missing_packages() {
     case "$(uname -m)" in
         x86_64) command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86 ;;
@@ -40,7 +40,7 @@ install_packages() {
         apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 "$@" >/dev/null
 }
 
-# Install what the given function says is missing; fail if it still is afterwards.
+# Install the packages that the given function prints; fail if it still prints some afterwards.
 ensure_packages() {
     local packages
     packages=$("$1")

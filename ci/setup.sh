@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make a checkout ready: install the programs that are missing (Debian, Ubuntu), then make .venv.
-# A second run finds everything in place and says nothing.
+# Set up a checkout: install missing programs (Debian, Ubuntu), then make .venv.
+# A second run changes and prints nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . ci/packages.sh
