@@ -68,7 +68,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         action="append",
         default=[],
         metavar="NAME",
-        help="this and what it needs (default: all)",
+        help="only this job and the jobs that it needs (default: all)",
     )
     what.add_argument(
         "--definition-from",
@@ -77,7 +77,10 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     how = run.add_argument_group("how")
     how.add_argument(
-        "--jobs", type=int, metavar="N", help="how many machines at a time (default: cores, of a cluster 64)"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="machines at the same time (default: one per core; on a cluster 64)",
     )
     how.add_argument("--fail-fast", action="store_true", help="end the run with the first failure")
     how.add_argument("--dry-run", action="store_true", help="print the plan and stop")
@@ -88,9 +91,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )  # fmt: skip
     how.add_argument(
         "--junit-profile", default="generic", metavar="NAME",
-        help="who reads the JUnit files: generic, github, gitlab, jenkins or buildkite",
+        help="consumer of the JUnit files: generic, github, gitlab, jenkins or buildkite",
     )  # fmt: skip
-    how.add_argument("--plain", action="store_true", help="lines instead of a table that moves")
+    how.add_argument("--plain", action="store_true", help="print lines instead of a live table")
     how.add_argument("-C", dest="repository", type=Path, metavar="DIR", help="the repository")
     ci_worker.add_cluster_options(run.add_argument_group("where"))
     run.set_defaults(run=_run)

@@ -47,7 +47,7 @@ def add_parsers(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "--branch", action="append", default=[], metavar="GLOB", help="only these branches; may be repeated"
     )
     history.add_argument(
-        "--limit", type=_count, default=20, metavar="N", help="how many at most (default: 20)"
+        "--limit", type=_count, default=20, metavar="N", help="maximum number of entries (default: 20)"
     )
     history.add_argument("--flaky", action="store_true", help="list flaky tests instead of runs")
     history.add_argument("--json", action="store_true", help="print JSON for scripts")
@@ -55,7 +55,7 @@ def add_parsers(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
     show = verbs.add_parser(
         "show", help="show an earlier run", formatter_class=raw,
-        description="Show what came of an earlier run: its jobs, and the tests that failed.",
+        description="Show the results of an earlier run: its jobs, and the tests that failed.",
         epilog=_SHOW_EXAMPLES,
     )  # fmt: skip
     show.add_argument("id", metavar="RUN", help="the beginning of its id, or `last`")

@@ -43,14 +43,14 @@ _LEAVE_TIMEOUT = 60.0
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb ``worker``."""
     parser = verbs.add_parser(
-        "worker", help="do jobs of other computers' runs here", description=_DESCRIPTION, epilog=_EXAMPLES,
+        "worker", help="run jobs for other computers", description=_DESCRIPTION, epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("scheduler", metavar="SCHEDULER", help=_ADDRESS)
     parser.add_argument("--slots", type=int, metavar="N", help="jobs at a time (default: cores)")
     parser.add_argument("--vcpus", metavar="N", help="vCPUs of all machines (default: the host budget)")
     parser.add_argument("--memory", metavar="SIZE", help="their memory (default: the host budget)")
-    parser.add_argument("--name", help="what results call this computer (default: host name and process)")
+    parser.add_argument("--name", help="this computer's name in results (default: host name and process)")
     add_certificate_options(parser)
     parser.set_defaults(run=_run)
 

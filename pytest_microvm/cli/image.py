@@ -64,7 +64,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_json(listing)
     listing.set_defaults(run=_list)
 
-    inspect = verbs.add_parser("inspect", help="tell everything about one image")
+    inspect = verbs.add_parser("inspect", help="show everything about one image")
     inspect.add_argument(
         "image", metavar="NAME|DIGEST", help="a kit's name, or a digest (its beginning is enough)"
     )

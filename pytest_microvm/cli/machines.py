@@ -16,7 +16,7 @@ from pytest_microvm.host.host import Host
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verbs to the command line."""
     ps = verbs.add_parser("ps", help="list machines that run and machines that were kept")
-    ps.add_argument("--json", action="store_true", help="for scripts")
+    ps.add_argument("--json", action="store_true", help="print JSON for scripts")
     ps.set_defaults(run=_ps)
 
     shell = verbs.add_parser(
@@ -32,7 +32,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
     rm = verbs.add_parser("rm", help="remove machines that were kept")
     rm.add_argument("id", nargs="*", metavar="ID", help="their ids")
-    rm.add_argument("--all", action="store_true", help="every one")
+    rm.add_argument("--all", action="store_true", help="remove all of them")
     rm.set_defaults(run=_rm)
 
 

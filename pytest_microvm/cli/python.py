@@ -48,19 +48,21 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     add_machine_options(parser)
     parser.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]", help="a variable")
-    parser.add_argument("--workdir", metavar="PATH", help="where it runs (default: here, with --workspace)")
-    parser.add_argument("--user", metavar="NAME", help="who runs it (default: root)")
+    parser.add_argument(
+        "--workdir", metavar="PATH", help="its working directory (default: this one, with --workspace)"
+    )
+    parser.add_argument("--user", metavar="NAME", help="user that runs it (default: root)")
     parser.add_argument(
         "--workspace",
         metavar="DIR",
-        help="a project, copied to the same absolute path: what git does not ignore",
+        help="a project to copy to the same absolute path, without what git ignores",
     )
     parser.add_argument(
         "--xdist", action="store_true", help="copy the pytest-xdist and execnet that are installed here"
     )
-    parser.add_argument("--quiet", action="store_true", help="say nothing but errors and warnings")
+    parser.add_argument("--quiet", action="store_true", help="print only errors and warnings")
     words = parser.add_argument_group("what Python runs")
-    words.add_argument("-u", action="store_true", help="unbuffered: it always is")
+    words.add_argument("-u", action="store_true", help="ignored: output is never buffered")
     words.add_argument("-B", action="store_true", help="write no .pyc files")
     what = words.add_mutually_exclusive_group()
     what.add_argument("-c", nargs=argparse.REMAINDER, metavar=("CODE", "ARGUMENT"), help="this code")

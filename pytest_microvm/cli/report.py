@@ -86,7 +86,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     for verb, default in ((merge, DEFAULT_PROFILE), (verify, None), (convert, None)):
         verb.add_argument(
             "--profile", choices=tuple(PROFILES), default=default, required=verb is convert,
-            help="who reads it" + (f" (default: {default})" if default else ""),
+            help="consumer that it is for" + (f" (default: {default})" if default else ""),
         )  # fmt: skip
 
 

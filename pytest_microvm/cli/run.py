@@ -78,37 +78,35 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         action="append",
         default=[],
         metavar="SOURCE:/TARGET",
-        help="copy a file or folder in, before",
+        help="copy a file or folder into the machine first",
     )
     parser.add_argument(
         "--pull",
         action="append",
         default=[],
         metavar="/SOURCE:TARGET",
-        help="copy a file or folder out, after",
+        help="copy a file or folder out of the machine afterwards",
     )
     parser.add_argument(
         "--env",
         action="append",
         default=[],
         metavar="NAME[=VALUE]",
-        help="a variable; without a value: yours",
+        help="a variable; without a value, the one of this environment",
     )
-    parser.add_argument("--workdir", metavar="PATH", help="where the command runs (default: /)")
-    parser.add_argument("--user", metavar="NAME", help="who runs it (default: root)")
+    parser.add_argument("--workdir", metavar="PATH", help="its working directory (default: /)")
+    parser.add_argument("--user", metavar="NAME", help="user that runs it (default: root)")
     parser.add_argument(
-        "--record", metavar="DIR", type=Path, help="write what it did: events, requests, console, usage"
+        "--record", metavar="DIR", type=Path, help="save its events, requests, console and usage"
     )
     parser.add_argument("--fail-on-denied", action="store_true", help="exit with 77 if anything was denied")
     parser.add_argument(
-        "--raw", action="store_true", help="pass its output on byte by byte, not as safe text"
+        "--raw", action="store_true", help="print its output byte by byte instead of as safe text"
     )
-    parser.add_argument(
-        "--no-tty", dest="tty", action="store_false", help="no terminal for it, though this is one"
-    )
-    parser.add_argument("--quiet", action="store_true", help="say nothing but errors and warnings")
+    parser.add_argument("--no-tty", dest="tty", action="store_false", help="run it without a terminal")
+    parser.add_argument("--quiet", action="store_true", help="print only errors and warnings")
     end = parser.add_mutually_exclusive_group()
-    end.add_argument("--rm", action="store_true", help="forget the machine afterwards (the default)")
+    end.add_argument("--rm", action="store_true", help="discard the machine afterwards (the default)")
     end.add_argument(
         "--keep", action="store_true", help="freeze it afterwards; `pytest-microvm shell` enters it"
     )

@@ -31,7 +31,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Add the verb ``template`` and its own verbs."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = subparsers.add_parser(
-        "template", help="look after the frozen machines that others are copied from",
+        "template", help="list and remove the frozen machines that others are copied from",
         description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw,
     )  # fmt: skip
     verbs = parser.add_subparsers(metavar="VERB", required=True)

@@ -60,9 +60,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "What is shown is the host's view: the VMM's process, not what the guest says.",
         epilog="example: pytest-microvm top --once",
     )
-    parser.add_argument("--once", action="store_true", help="print one look and end (as without a terminal)")
-    parser.add_argument("--interval", default="1", metavar="SECONDS", help="between two looks (default: 1)")
-    parser.add_argument("--json", action="store_true", help="print one look for scripts, and end")
+    parser.add_argument(
+        "--once", action="store_true", help="print the table once and exit (so without a terminal)"
+    )
+    parser.add_argument("--interval", default="1", metavar="SECONDS", help="between two updates (default: 1)")
+    parser.add_argument("--json", action="store_true", help="print JSON for scripts once, and exit")
     parser.set_defaults(run=_run)
 
 

@@ -76,7 +76,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         action="append",
         default=[],
         metavar="GLOB",
-        help="the branches that it is for, such as 'feature/*' (default: the one that is checked out)",
+        help="branches to allow it for, such as 'feature/*' (default: the one that is checked out)",
     )
     parser.add_argument(
         "--any-branch",
@@ -87,9 +87,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(
-        "--show", action="store_true", help="only show what it asks for, and what is allowed to whom"
+        "--show", action="store_true", help="only show what it asks for, and which branches are allowed it"
     )
-    how.add_argument("--revoke", action="store_true", help="allow it nothing any more, or not to --branch")
+    how.add_argument(
+        "--revoke", action="store_true", help="remove what is allowed, or that of --branch alone"
+    )
     parser.set_defaults(run=_run)
 
 

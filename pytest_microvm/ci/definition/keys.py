@@ -221,7 +221,7 @@ KEYS: dict[str, Key] = {
         f"how often it is tried again if its machine never reached its steps; default {DEFAULT_RETRIES}",
     ),
     "git": Key(parse_flag, _FLAG, "whether it gets a repository with history; default: the files alone"),
-    "fail_on_denied": Key(parse_flag, _FLAG, "whether it fails if it tries to reach what it may not"),
+    "fail_on_denied": Key(parse_flag, _FLAG, "whether it fails if one of its network requests was denied"),
     "network": Key(PARSERS["network"], _RULES, BY_NAME["network"].about, matrix=True, trust=True),
     "hosts": Key(
         parse_hosts,
