@@ -145,17 +145,24 @@ class Host:
                 if self._project is not None:
                     for mount in spec.mounts:
                         refuse_links(self._project, mount.source)
-                image = self.images.get(spec.image, project=self._project, progress=self.say)
-                if spec.python == "host":
-                    image = self._mirrored(image)
+                image = self.image(spec)
                 limits = _limits(spec, image, self._timeout)
                 resources = Resources(limits.vcpus, limits.memory, limits.disk, image.environment)
                 grants = self.grants(spec, image)
                 self._bases[spec] = Base(image, resources, self.accelerator(image), limits, grants)
             return self._bases[spec]
 
-    def _mirrored(self, image: Image) -> Image:
-        """Return ``image`` with the Python environment of this process laid over it."""
+    def image(self, spec: MachineSpec) -> Image:
+        """Return the image of ``spec``, built if missing, with this Python environment if it says so.
+
+        Raises:
+            KitError: There is no such image.
+            UsageError: The environment cannot be mirrored.
+            HostError: This computer lacks something.
+        """
+        image = self.images.get(spec.image, project=self._project, progress=self.say)
+        if spec.python != "host":
+            return image
         environment = running_environment()
         checkout = None if self._project is None else find_checkout(self._project)
         without = self._project if checkout is None else checkout.top

@@ -52,6 +52,7 @@ def refused(text, where="microvm.toml"):
 EVERYTHING = """
 [ci.jobs.test]
 image = "microvm/kits/web"
+python = "host"
 needs = ["lint"]
 branches = ["main", "release-*"]
 prepare = ["python3 -m pip install -r requirements.txt"]
@@ -101,6 +102,7 @@ def test_everything():
     )
     spec = test.spec
     assert (spec.image, spec.cpus, spec.memory, spec.disk) == ("microvm/kits/web", 1.5, 1024**3, 4 * 1024**3)
+    assert spec.python == "host"
     assert (spec.pids, spec.cpu_seconds, spec.output, spec.network_bytes) == (100, 60, 1024**2, 10 * 1024**2)
     assert (spec.connections, spec.bandwidth, spec.network) == (10, 1024**2, ("api.example.com",))
     assert spec.hosts == (("api.example.com", ("127.0.0.1", 8443)),)
@@ -307,7 +309,7 @@ def test_what_is_asked_for_by_defaults():
 
 
 WRONG = {
-    "step": '["x"]', "steps ": "[]", "image": '""', "needs": '["b", "b"]', "branches": "[]", "prepare": '"x"',
+    "step": '["x"]', "steps ": "[]", "image": '""', "python": '"mine"', "needs": '["b", "b"]', "branches": "[]", "prepare": '"x"',
     "prepare_inputs": '["/etc"]', "prepare_network": "[1]", "env": '{ "a-b" = "x" }', "artifacts": '["../x"]',
     "junit": '["a/../b"]', "timeout": '"soon"', "allow_failure": '"yes"', "retries": "11", "git": "1",
     "network": '[""]', "hosts": '["a=127.0.0.1"]', "cpus": "0", "memory": '"1X"', "disk": "1", "pids": "0",
@@ -394,7 +396,7 @@ def test_the_schema_says_so_too(text):
 
 def test_what_was_meant():
     assert "did you mean 'timeout'?" in refused("[ci.jobs.a]\ntimeuot = 1").resolution
-    assert "known keys: image, steps, matrix" in refused("[ci.jobs.a]\nxyz = 1").resolution
+    assert "known keys: image, python, steps, matrix" in refused("[ci.jobs.a]\nxyz = 1").resolution
 
 
 # Mistakes that take more than one key

@@ -217,11 +217,11 @@ class DaskExecutor:
     def _order(self, task: Task, key: str) -> tuple[Order, Image]:
         """Return an order and its image, and offer all files that the order names."""
         with self._making:  # build each image and archive only once
-            image = self._host.images.get(task.job.spec.image, project=self._project, progress=self._host.say)
+            image = self._host.image(task.job.spec)
             sources = self._sources_of(task.source)
             bundle = self._offers.add(self._work.sources.bundle(task.source)) if task.job.git else None
         self._offers.add_known({path.name: path for path in image.files().values()})
-        job = replace(task.job, spec=replace(task.job.spec, image=f"sha256:{image.digest}"))
+        job = replace(task.job, spec=replace(task.job.spec, image=f"sha256:{image.digest}", python=None))
         order = Order(
             run=self._run,
             key=key,

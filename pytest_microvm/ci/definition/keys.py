@@ -137,6 +137,11 @@ KEYS: dict[str, Key] = {
         f"{BY_NAME['image'].about}; default `{BY_NAME['image'].default}`",
         matrix=True,
     ),
+    "python": Key(
+        PARSERS["python"],
+        {"enum": [*BY_NAME["python"].choices]},
+        f"{BY_NAME['python'].about}; default `image`",
+    ),
     "steps": Key(
         parse_steps,
         {
@@ -265,5 +270,5 @@ KEYS: dict[str, Key] = {
 }
 """The keys of a job, in the order of the reference page."""
 
-SPEC_KEYS = ("image", "network", "hosts", *_QUOTAS)
+SPEC_KEYS = ("image", "python", "network", "hosts", *_QUOTAS)
 """The keys that are fields of the machine's spec."""
