@@ -310,7 +310,8 @@ def test_what_is_asked_for_by_defaults():
 
 WRONG = {
     "step": '["x"]', "steps ": "[]", "image": '""', "python": '"mine"', "needs": '["b", "b"]',
-    "branches": "[]", "prepare": '"x"', "prepare_inputs": '["/etc"]', "prepare_network": "[1]", "env": '{ "a-b" = "x" }', "artifacts": '["../x"]',
+    "branches": "[]", "prepare": '"x"', "prepare_inputs": '["/etc"]', "prepare_network": "[1]",
+    "env": '{ "a-b" = "x" }', "artifacts": '["../x"]',
     "junit": '["a/../b"]', "timeout": '"soon"', "allow_failure": '"yes"', "retries": "11", "git": "1",
     "network": '[""]', "hosts": '["a=127.0.0.1"]', "cpus": "0", "memory": '"1X"', "disk": "1", "pids": "0",
     "cpu_seconds": "0", "output": '"0"', "network_bytes": "true", "connections": "-1", "bandwidth": '""',
