@@ -156,6 +156,8 @@ class ImageStore:
         """
         tell = _with_time(f"python {environment.name}", progress)
         selection = select(environment, without=without)
+        for folder in selection.editable:
+            tell(f"editable sources outside the workspace are mirrored, too: {folder}")
         name = f"layer-{image.name}-{hashlib.sha256(os.fsencode(environment.prefix)).hexdigest()[:8]}"
 
         def build(folder: Path) -> Built:

@@ -149,6 +149,13 @@ def test_names_of_credentials_stay_out(prefix, name):
     assert not [path for path in mirrored(prefix).entries if path.endswith("/" + name)]
 
 
+def test_reference_lists_the_names_of_credentials():
+    page = (Path(__file__).parents[2] / "docs/reference/options.md").read_text()
+    section = page.partition("## The mirrored environment")[2].partition("\n## ")[0]
+    listed = section.partition("alike:\n")[2].partition("\nSo do")[0]
+    assert re.findall(r"`([^`]+)`", listed) == list(CREDENTIALS)
+
+
 @pytest.mark.parametrize("name", [".git/config", ".mypy_cache/a", "lib/libx.a", ".pytest_cache/v"])
 def test_caches_and_archives_stay_out(prefix, name):
     write(prefix / name)
