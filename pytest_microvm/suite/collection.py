@@ -150,8 +150,8 @@ def raise_exit(ended: GuestExit) -> None:
     if ended.reason == "no pytest":
         raise pytest.UsageError(
             f"the image has no pytest: {text} cannot import it\n"
-            "next step: use an image that has it (--microvm-image=python), or install it with "
-            'prepare = ["pip install pytest"] in [tool.pytest-microvm]'
+            "next step: mirror the environment that runs pytest (--microvm-python=host), or use an image "
+            "that has pytest (--microvm-image=python)"
         )
     if ended.reason == "usage":
         raise pytest.UsageError(text)

@@ -24,6 +24,7 @@ from pytest_microvm.suite.collection import Replay, raise_exit
 from pytest_microvm.suite.foreign_warnings import warning_message
 from pytest_microvm.suite.launch import launch_of
 from pytest_microvm.suite.limits import check_markers
+from pytest_microvm.suite.missing import lines_about_modules, with_advice
 from pytest_microvm.suite.plan import addopts_of, guest_environment, settings_from, workspace_of
 from pytest_microvm.suite.progress import TerminalProgress
 from pytest_microvm.suite.running import Ran, TestRunner
@@ -153,7 +154,8 @@ class RemoteSuite:
         """Show the guest's versions and the header lines of its plug-ins."""
         if self._collected is None or self._config.option.verbose < 0:
             return []
-        return guest_lines(self._collected)
+        missing = [] if self._backend is None else lines_about_modules(self._collected, self._backend.facts)
+        return [*guest_lines(self._collected), *missing]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_setupnodes(self, specs: list[Any]) -> None:
@@ -169,7 +171,11 @@ class RemoteSuite:
         session._initialpaths = frozenset(self._named_paths())  # noqa: SLF001 - used by --lf
         with _as_pytest_errors():
             self._replay = Replay(session, collected)
-            self._replay.perform()
+            try:
+                self._replay.perform()
+            except pytest.UsageError as error:
+                assert self._backend is not None  # it has collected
+                raise pytest.UsageError(with_advice(str(error), self._backend.facts)) from error
             for item in session.items:
                 check_markers(item)
         return True

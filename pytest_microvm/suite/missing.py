@@ -1,0 +1,43 @@
+"""Explain failures that happen because the machine's Python lacks a module or a plug-in."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pytest_microvm.suite.backend import BackendFacts
+    from pytest_microvm.suite.collected import Collected
+
+_MODULE = re.compile(r"ModuleNotFoundError: No module named '([A-Za-z_]\w{0,99})")
+_UNKNOWN_OPTION = "unrecognized arguments"
+_MOST_NAMED = 5
+
+
+def lines_about_modules(collected: Collected, facts: BackendFacts) -> list[str]:
+    """Return lines for the user if collection failed for want of modules that only the image lacks.
+
+    A mirrored environment is the user's own: what it lacks is missing on this computer as well.
+    """
+    if facts.python:
+        return []
+    texts = (str((outcome.report or {}).get("longrepr")) for outcome in collected.reports)
+    names = list(dict.fromkeys(name for text in texts for name in _MODULE.findall(text)))
+    if not names:
+        return []
+    listed = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
+    return [f"microvm: missing in the machine: {listed}", *(f"microvm: {line}" for line in _advice(facts))]
+
+
+def with_advice(error: str, facts: BackendFacts) -> str:
+    """Return pytest's usage error, with advice if a plug-in that only the image lacks explains it."""
+    if facts.python or _UNKNOWN_OPTION not in error:
+        return error
+    return "\n".join([error, "does this option belong to a plug-in that the machine lacks?", *_advice(facts)])
+
+
+def _advice(facts: BackendFacts) -> list[str]:
+    return [
+        f"its Python is that of image {facts.image}, without this computer's packages",
+        "next step: --microvm-python=host mirrors the environment that runs pytest into the machine",
+    ]
