@@ -108,6 +108,7 @@ def test_refused(attack, tmp_path, listener):
     assert attack.sprung(listener) == [], said
 
 
+@pytest.mark.thorough  # what the attacks do does not change with this package
 @pytest.mark.parametrize(("entry", "name"), controlled("ci", "gitlab"))
 def test_unprotected(attack, entry, listener):
     """The control: the same springs, or shows what acts."""

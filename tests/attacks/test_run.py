@@ -93,6 +93,7 @@ def has_control(run):
     return bool(run.get("control", "mount" in run))
 
 
+@pytest.mark.thorough  # what the attacks do does not change with this package
 @pytest.mark.parametrize("attack", attacks_where(has_control), indirect=True)
 def test_unprotected(attack):
     text = attack.unprotected()

@@ -85,6 +85,7 @@ def test_what_the_option_cannot_promise(attack, listener, project):
     assert attack.marker.exists()
 
 
+@pytest.mark.thorough  # what the attacks do does not change with this package
 @pytest.mark.parametrize("attack", folders_where("native", None), indirect=True)
 def test_unprotected(attack, listener, project):
     """The control: the same springs where pytest is run as it is."""

@@ -107,6 +107,7 @@ def test_what_tox_cannot_promise(attack, listener):
     assert attack.marker.exists()
 
 
+@pytest.mark.thorough  # what the attacks do does not change with this package
 @pytest.mark.parametrize("attack", entry_folders_where("tox", "native", None), indirect=True)
 def test_unprotected(attack, listener):
     """The control: the same springs in plain tox."""

@@ -3,6 +3,7 @@
 import pytest
 
 from support.comparison import ENTRIES
+from support.tiers import by_turns
 
 
 @pytest.fixture(params=ENTRIES)
@@ -121,48 +122,47 @@ def suite(project):
     return project
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
-        ["-v"],
-        ["-vv", "-rA"],
-        ["-q"],
-        ["-qq"],
-        ["--tb=short", "-l"],
-        ["--tb=line", "--no-header"],
-        ["--tb=native", "--show-capture=no"],
-        ["--tb=no", "-ra", "--no-summary"],
-        ["-x"],
-        ["--maxfail=3"],
-        ["-k", "parametrized or inside"],
-        ["-m", "slow"],
-        ["-m", "slow(level=2) and not slow(level=3)"],
-        ["-k", "not test_suite", "-v"],
-        ["--deselect", "test_suite.py::test_fails", "-q"],
-        ["--collect-only"],
-        ["--collect-only", "-q"],
-        ["--collect-only", "-v"],
-        ["--collect-only", "-qq"],
-        ["--co", "-m", "slow"],
-        ["--doctest-modules", "package"],
-        ["test_suite.py::TestClass", "test_suite.py::test_parametrized[three]"],
-        ["test_suite.py::test_parametrized", "-v"],
-        ["sub/test_below.py", "test_suite.py::test_passes", "sub/test_below.py"],
-        ["--ignore=test_suite.py", "-rs"],
-        ["--runxfail", "-k", "xfail or xpass"],
-        ["-W", "error", "-k", "warn"],
-        ["-p", "no:warnings", "-k", "warn"],
-        ["--disable-warnings", "-k", "warn"],
-        ["no_such_file.py"],
-        ["test_suite.py::no_such_test"],
-        ["-k", "matches_nothing"],
-        ["-k", "not ("],
-        ["-c", "pytest.ini", "--rootdir=.", "sub"],
-        ["--import-mode=importlib", "sub", "package"],
-    ],
-    ids=" ".join,
-)
+OPTIONS = [
+    [],
+    ["-v"],
+    ["-vv", "-rA"],
+    ["-q"],
+    ["-qq"],
+    ["--tb=short", "-l"],
+    ["--tb=line", "--no-header"],
+    ["--tb=native", "--show-capture=no"],
+    ["--tb=no", "-ra", "--no-summary"],
+    ["-x"],
+    ["--maxfail=3"],
+    ["-k", "parametrized or inside"],
+    ["-m", "slow"],
+    ["-m", "slow(level=2) and not slow(level=3)"],
+    ["-k", "not test_suite", "-v"],
+    ["--deselect", "test_suite.py::test_fails", "-q"],
+    ["--collect-only"],
+    ["--collect-only", "-q"],
+    ["--collect-only", "-v"],
+    ["--collect-only", "-qq"],
+    ["--co", "-m", "slow"],
+    ["--doctest-modules", "package"],
+    ["test_suite.py::TestClass", "test_suite.py::test_parametrized[three]"],
+    ["test_suite.py::test_parametrized", "-v"],
+    ["sub/test_below.py", "test_suite.py::test_passes", "sub/test_below.py"],
+    ["--ignore=test_suite.py", "-rs"],
+    ["--runxfail", "-k", "xfail or xpass"],
+    ["-W", "error", "-k", "warn"],
+    ["-p", "no:warnings", "-k", "warn"],
+    ["--disable-warnings", "-k", "warn"],
+    ["no_such_file.py"],
+    ["test_suite.py::no_such_test"],
+    ["-k", "matches_nothing"],
+    ["-k", "not ("],
+    ["-c", "pytest.ini", "--rootdir=.", "sub"],
+    ["--import-mode=importlib", "sub", "package"],
+]
+
+
+@pytest.mark.parametrize(("entry", "arguments"), by_turns(ENTRIES, OPTIONS))
 def test_options(suite, arguments):
     suite.assert_same(*arguments)
 

@@ -312,13 +312,10 @@ def test_pip_preset_in_an_environment_without_pip_and_uv(without_pip, tmp_path):
     assert "ensurepip" in caught.value.resolution
 
 
-needs_uv = pytest.mark.skipif(not shutil.which("uv"), reason="needs uv")
-
-
 @pytest.fixture
 def uv_uses(monkeypatch, tmp_path, request):
     """Return a function that configures uv by the user's file, in an environment without pip."""
-    uv = shutil.which("uv")
+    uv = Path(sys.executable).with_name("uv")
     (request.getfixturevalue("without_pip") / "uv").symlink_to(uv)
 
     def configure(text):
@@ -332,7 +329,6 @@ def uv_uses(monkeypatch, tmp_path, request):
     return configure
 
 
-@needs_uv
 def test_pip_preset_asks_uv_without_pip(index, uv_uses, tmp_path, monkeypatch):
     """Each of its indexes, with its login, and no configuration of the project."""
     serves_packaging_from(index, f"http://localhost:{index.server_port}/{WHEEL}")
@@ -357,7 +353,6 @@ def test_pip_preset_asks_uv_without_pip(index, uv_uses, tmp_path, monkeypatch):
     assert "hunter2" not in repr(preset)
 
 
-@needs_uv
 def test_pip_preset_reports_an_index_that_uv_cannot_reach(uv_uses, tmp_path, monkeypatch):
     uv_uses("")
     monkeypatch.setenv("UV_DEFAULT_INDEX", "http://me:hunter2@127.0.0.1:9/simple")

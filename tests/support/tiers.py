@@ -12,3 +12,17 @@ def thorough_but(values, *chosen):
         pytest.param(value, marks=[] if value in chosen else pytest.mark.thorough, id=ascii(value).strip("'"))
         for value in values
     ]
+
+
+def by_turns(entries, values):
+    """Return all pairs as parameters of a test; `make test` runs every value with one entry, by turns."""
+    return [
+        pytest.param(
+            entry,
+            value,
+            marks=[] if turn == number % len(entries) else pytest.mark.thorough,
+            id=f"{entry}-{' '.join(value)}",
+        )
+        for number, value in enumerate(values)
+        for turn, entry in enumerate(entries)
+    ]
