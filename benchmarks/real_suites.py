@@ -1,7 +1,8 @@
-"""Run published packages' own suites natively and in machines, and compare every test's outcome.
+"""Run published packages' suites natively and in machines, in one environment, and compare outcomes.
 
-The packages are source distributions from the package index that pip is configured for. Each gets what
-docs/how-to/dependencies.md shows: wheels fetched on the host, installed in the machine by ``prepare``.
+The packages are source distributions from the package index that pip is configured for. One new virtual
+environment gets all of them, with what their tests need and pytest-microvm; ``pytest`` and ``pytest --microvm``
+run in it, without any configuration.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import tarfile
 import tempfile
 import time
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from junitparser import Error, Failure, JUnitXml, Skipped, TestCase
 
-PYTEST = "pytest==9.*"
+import pytest_microvm
+
 # packaging has 62,000 tests; without these two files 5,600, which is enough to wait for under emulation
 SMALL_PART = ("tests", "--ignore=tests/test_version.py", "--ignore=tests/test_requirements.py")
 
@@ -30,20 +33,32 @@ class Suite:
         package: Its name in the index.
         needs: What its tests need besides pytest.
         arguments: For pytest.
-        isolation: How often a machine is new; suites of many thousand tests share one in a module.
+        isolation: How often a machine is new; suites of many hundred tests share one in a module.
     """
 
     package: str
     needs: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
-    isolation: str = "test"
+    isolation: str = "module"
 
 
 SUITES = (
-    Suite("iniconfig"),
+    Suite("iniconfig", isolation="test"),
     Suite("pluggy", ("pytest-benchmark",), ("testing", "--benchmark-disable")),
-    Suite("packaging", ("pretend", "hypothesis", "tomli_w"), SMALL_PART, "module"),
     Suite("itsdangerous", ("freezegun",), ("tests",)),
+    Suite("markupsafe", (), ("tests",)),
+    Suite("click", (), ("tests",)),
+    Suite("jinja2", ("trio",), ("tests",)),
+    Suite("werkzeug", ("ephemeral-port-reserve", "pytest-timeout", "watchdog", "cryptography"), ("tests",)),
+    Suite("flask", ("blinker", "asgiref", "python-dotenv"), ("tests",)),
+    Suite("structlog", ("freezegun", "pretend", "pytest-asyncio", "time-machine"), ("tests",)),
+    Suite("tomlkit", ("pyyaml",), ("tests",)),
+    Suite("tenacity", ("tornado", "typeguard"), ("tests",)),
+    Suite("pytest-mock", ("pytest-asyncio",), ("tests",)),
+    Suite("attrs", ("cloudpickle", "hypothesis", "pympler"), ("tests",)),
+    Suite("h11", (), ("h11",)),
+    Suite("idna", (), ("tests",)),
+    Suite("packaging", ("pretend", "hypothesis", "tomli_w"), SMALL_PART),
 )
 
 
@@ -54,20 +69,34 @@ def main() -> int:
         "packages", nargs="*", help="which (default: all): " + ", ".join(s.package for s in SUITES)
     )
     wanted = parser.parse_args().packages
+    suites = [suite for suite in SUITES if not wanted or suite.package in wanted]
     different = 0
-    for suite in SUITES:
-        if not wanted or suite.package in wanted:
-            with tempfile.TemporaryDirectory(prefix="real-suite-") as folder:
-                different += compare(suite, Path(folder))
+    with tempfile.TemporaryDirectory(prefix="real-suites-") as folder:
+        python = environment(Path(folder) / "env", suites)
+        for suite in suites:
+            different += compare(suite, Path(folder) / suite.package, python)
     return min(different, 1)
 
 
-def compare(suite: Suite, folder: Path) -> int:
+def environment(folder: Path, suites: list[Suite]) -> Path:
+    """Make a virtual environment with this package, the suites' packages and needs; return its Python."""
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    source = Path(pytest_microvm.__file__).parents[1]
+    own = [f"pytest-microvm=={version('pytest-microvm')}"]
+    if (source / "pyproject.toml").exists():  # an editable installation
+        own = ["-e", str(source)]
+    needs = {name for suite in suites for name in (suite.package, *suite.needs)}
+    python = folder / "bin" / "python"
+    pip(python, ["install", *own, *sorted(needs)])
+    return python
+
+
+def compare(suite: Suite, folder: Path, python: Path) -> int:
     """Run one suite both ways, print what differs, and return how many tests do."""
-    project = fetch(suite, folder)
-    native, native_seconds = run(suite, project, folder, "native", [])
+    project = fetch(suite, folder, python)
+    native, native_seconds = run(suite, project, python, "native", [])
     remote, remote_seconds = run(
-        suite, project, folder, "microvm", ["--microvm", f"--microvm-isolation={suite.isolation}"]
+        suite, project, python, "microvm", ["--microvm", f"--microvm-isolation={suite.isolation}"]
     )
     if not native:
         raise SystemExit(f"{project.name}: its source distribution has no tests")
@@ -79,50 +108,38 @@ def compare(suite: Suite, folder: Path) -> int:
         flush=True,
     )
     for name in differing:
-        print(f"  {name}: natively {native.get(name)}, in a machine {remote.get(name)}")
+        print(f"  {name}: natively {native.get(name)}, in a machine {remote.get(name)}", flush=True)
     return len(differing)
 
 
-def fetch(suite: Suite, folder: Path) -> Path:
-    """Fetch the package and what its tests need; return the unpacked source distribution."""
-    pip(["download", "--no-deps", "--no-binary", suite.package, "-d", str(folder), suite.package])
+def fetch(suite: Suite, folder: Path, python: Path) -> Path:
+    """Fetch the source distribution of the installed version, and unpack it."""
+    show = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
+    installed = subprocess.check_output([str(python), "-c", show, suite.package], text=True).strip()
+    wanted = f"{suite.package}=={installed}"
+    pip(python, ["download", "--no-deps", "--no-binary", suite.package, "-d", str(folder), wanted])
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     archive.unlink()
     (project,) = (path for path in folder.iterdir() if path.is_dir())
-    wheels = project / "wheels"
-    pip(["wheel", "--no-deps", "-w", str(wheels), str(project)])
-    pip(["download", "--only-binary", ":all:", "-d", str(wheels), PYTEST, *suite.needs])
-    names = " ".join(sorted(str(path.relative_to(project)) for path in wheels.iterdir()))
-    with (project / "pyproject.toml").open("a") as file:
-        file.write(
-            f'\n[tool.pytest-microvm]\nprepare_inputs = ["wheels"]\n'
-            f'prepare = ["pip install -q --no-index --no-deps --force-reinstall {names}"]\n'
-        )
     return project
 
 
-def pip(arguments: list[str]) -> None:
+def pip(python: Path, arguments: list[str]) -> None:
     """Run pip, silently unless it fails."""
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode != 0:
         raise SystemExit(f"pip {' '.join(arguments)} failed\n{done.stdout}{done.stderr}")
 
 
 def run(
-    suite: Suite, project: Path, folder: Path, name: str, extra: list[str]
+    suite: Suite, project: Path, python: Path, name: str, extra: list[str]
 ) -> tuple[dict[str, str], float]:
     """Run the suite and return each test's outcome, and the seconds it took."""
-    python = sys.executable
-    if not extra:
-        subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
-        python = str(folder / "venv/bin/python")
-        install = [python, "-m", "pip", "install", "-q", "--no-index", "--no-deps"]
-        subprocess.run([*install, *map(str, (project / "wheels").iterdir())], check=True)
-    report = folder / f"{name}.xml"
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    report = project.parent / f"{name}.xml"
+    command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     begin = time.monotonic()
     done = subprocess.run(
         [*command, *extra, *suite.arguments], cwd=project, check=False, capture_output=True, text=True
