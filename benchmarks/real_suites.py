@@ -1,8 +1,8 @@
 """Run published packages' suites natively and in machines, in one environment, and compare outcomes.
 
-The packages are source distributions from the package index that pip is configured for. One new virtual
-environment gets all of them, with what their tests need and pytest-microvm; ``pytest`` and ``pytest --microvm``
-run in it, without any configuration.
+The packages are source distributions from pip's configured index. One new virtual environment gets all of
+them, with what their tests need and pytest-microvm; ``pytest`` and ``pytest --microvm`` run in it, without
+any configuration.
 """
 
 from __future__ import annotations

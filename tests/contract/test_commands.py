@@ -292,8 +292,11 @@ def test_communicating_with_a_terminal(vm):
 def test_wait_until_succeeds(vm, place):
     vm.popen(f"sleep 0.5; touch {place}/ready").wait(60)
     assert vm.wait_until_succeeds(["test", "-e", f"{place}/ready"], timeout=60).returncode == 0
+    begin = time.monotonic()
+    vm.run("echo no")
+    enough = max(0.5, 20 * (time.monotonic() - begin))  # for one try at least, on a busy computer as well
     with pytest.raises(subprocess.TimeoutExpired) as caught:
-        vm.wait_until_succeeds("echo no; exit 1", timeout=0.5)
+        vm.wait_until_succeeds("echo no; exit 1", timeout=enough)
     assert caught.value.stdout == "no\n"
 
 
