@@ -70,7 +70,7 @@ def test_the_command_of_a_suite(tmp_path):
     assert words[4:] == [
         "test", f"--junitxml={results}/junit.xml", "--microvm-junit-profile=jenkins",
         f"--microvm-artifacts={results}/machines", f"--microvm-reports={results}/project",
-        "--microvm-image=base", "--microvm-require-accel=tcg", "-k", "a or b",
+        "--microvm-python=image", "--microvm-image=base", "--microvm-require-accel=tcg", "-k", "a or b",
     ]  # fmt: skip
 
 

@@ -281,7 +281,7 @@ def test_every_property_of_the_suite():
     xml = SimpleNamespace(add_global_property=lambda name, _value: found.append(name))
     configuration = SimpleNamespace(stash=pytest.Stash())
     configuration.stash[xml_key] = xml
-    add_suite_properties(configuration, BackendFacts("tcg", "no kvm", "python", "0" * 64), "test")
+    add_suite_properties(configuration, BackendFacts("tcg", "no kvm", "python", "0" * 64, ".venv"), "test")
     paragraph = next(
         part for part in page("junit.md").split("\n\n") if part.startswith("With `--microvm` the suite")
     )

@@ -39,6 +39,7 @@ def run_command(inputs: Inputs, environ: Mapping[str, str]) -> list[str]:
         f"--microvm-junit-profile={inputs.junit_profile}",
         f"--microvm-artifacts={inputs.output / 'machines'}",
         f"--microvm-reports={inputs.output / 'project'}",
+        "--microvm-python=image",  # the action's own environment has nothing of the project
     ]
     if inputs.image:
         words.append(f"--microvm-image={inputs.image}")
