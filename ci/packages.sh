@@ -2,7 +2,7 @@
 # Find and install missing system packages that machines need.
 # Sourced by ci/setup.sh and github-action/setup.sh.
 
-PATH="$PATH:/usr/sbin:/sbin" # where Debian keeps mkfs.ext4, also for users who do not search there
+PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin" # where Debian keeps mke2fs, also for users who do not search there
 
 say() { printf '==> %s\n' "$*"; }
 fail() {
@@ -12,19 +12,36 @@ fail() {
     exit 1
 }
 
-# Print the names of missing packages for building images and running machines.
+# Print the names of missing packages for building images and running machines: rows of needed.txt.
 missing_packages() {
-    case "$(uname -m)" in
-        x86_64) command -v qemu-system-x86_64 >/dev/null || echo qemu-system-x86 ;;
-        aarch64) command -v qemu-system-aarch64 >/dev/null || echo qemu-system-arm ;;
-        *) fail "machines of the kind $(uname -m) are not supported" "use x86-64 or aarch64" ;;
+    local architecture package where programs variable
+    architecture=$(uname -m)
+    case $architecture in
+        x86_64 | aarch64) ;;
+        *) fail "machines of the kind $architecture are not supported" "use x86-64 or aarch64" ;;
     esac
-    command -v mmdebstrap >/dev/null || echo mmdebstrap
-    command -v mksquashfs >/dev/null || echo squashfs-tools
-    command -v mkfs.ext4 >/dev/null || echo e2fsprogs
-    command -v setpriv >/dev/null || echo util-linux
-    [ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || echo debian-archive-keyring
-    [ "$(id -u)" = 0 ] || command -v newuidmap >/dev/null || echo uidmap
+    while read -r package where _ programs; do
+        variable=${where%%=*}
+        case $where in
+            all | "$architecture") ;;
+            user) [ "$(id -u)" != 0 ] || continue ;;
+            *=*) [ "${!variable:-}" = "${where#*=}" ] || continue ;;
+            *) continue ;;
+        esac
+        # shellcheck disable=SC2086 # several words, and globs
+        are_there $programs || echo "$package"
+    done <"${BASH_SOURCE[0]%/*}/../pytest_microvm/programs/needed.txt"
+}
+
+# Whether all these programs, and files with an absolute path, are there.
+are_there() {
+    local name
+    for name; do
+        case $name in
+            /*) [ -e "$name" ] || return ;;
+            *) command -v "$name" >/dev/null || return ;;
+        esac
+    done
 }
 
 install_packages() {

@@ -21,9 +21,8 @@ from pytest_microvm.hypervisors import Accelerator
 from pytest_microvm.hypervisors.probe import KVM_DEVICE, UDEV_RULE
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
 from pytest_microvm.images.kits import host_architecture
-from pytest_microvm.images.process import require_programs
+from pytest_microvm.programs.needed import require, require_program
 from pytest_microvm.settings.spec import format_size
-from pytest_microvm.templates.files import find_mke2fs
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 _OLDEST_QEMU = (7, 2)
@@ -180,12 +179,7 @@ def _group(number: int) -> str:
 
 
 def _setpriv(_host: Host) -> Check:
-    program = shutil.which("setpriv")
-    if program is None:
-        return Check(
-            "setpriv", FAIL, "not found; it ends machines with their owner", "apt-get install util-linux"
-        )
-    return Check("setpriv", OK, program)
+    return Check("setpriv", OK, require_program("setpriv"))
 
 
 def _containment(host: Host) -> Check:
@@ -198,12 +192,12 @@ def _containment(host: Host) -> Check:
 
 
 def _mke2fs(_host: Host) -> Check:
-    return Check("mke2fs", OK, find_mke2fs())
+    return Check("mke2fs", OK, require_program("mke2fs"))
 
 
 def _image_tools(host: Host) -> Check:
     try:
-        require_programs()
+        require("images")
     except HostError as error:
         have = bool(host.images.list())
         return Check("image tools", WARN if have else FAIL, error.brief, error.resolution)

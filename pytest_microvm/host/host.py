@@ -22,6 +22,7 @@ from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.machine.grants import Grants, resolve
 from pytest_microvm.machine.microvm import MicroVM
 from pytest_microvm.network.policy.rules import Policy, parse_rules
+from pytest_microvm.programs.needed import require
 from pytest_microvm.settings.options import QUOTAS
 from pytest_microvm.settings.spec import Limits, MachineSpec, Resources, parse_size
 from pytest_microvm.templates.budget import HostBudget, default_limits
@@ -145,6 +146,7 @@ class Host:
                 if self._project is not None:
                     for mount in spec.mounts:
                         refuse_links(self._project, mount.source)
+                require("machines")  # before an image is built, which takes minutes
                 image = self.image(spec)
                 limits = _limits(spec, image, self._timeout)
                 resources = Resources(limits.vcpus, limits.memory, limits.disk, image.environment)

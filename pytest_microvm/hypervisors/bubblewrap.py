@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from pytest_microvm.errors import HostError
+from pytest_microvm.programs.needed import INSTALL, find_program
 
 VARIABLE = "PYTEST_MICROVM_BWRAP"
 """Environment variable that enables bubblewrap when set to ``1``."""
@@ -21,9 +21,9 @@ def wanted_bubblewrap() -> str:
     """
     if os.environ.get(VARIABLE) != "1":
         return ""
-    program = shutil.which("bwrap")
+    program = find_program("bwrap")
     if program is None:
-        raise HostError("bwrap is missing", resolution=f"apt-get install bubblewrap, or unset {VARIABLE}")
+        raise HostError("bwrap is missing", resolution=f"{INSTALL}, or unset {VARIABLE}")
     return program
 
 

@@ -14,7 +14,6 @@ import contextlib
 import functools
 import os
 import secrets
-import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from pytest_microvm.hypervisors.bubblewrap import VARIABLE as BUBBLEWRAP_VARIABL
 from pytest_microvm.hypervisors.bubblewrap import bubblewrap_command, wanted_bubblewrap
 from pytest_microvm.hypervisors.landlock_step import find_steps, step_command
 from pytest_microvm.hypervisors.rlimits import Rlimits, prlimit_options
+from pytest_microvm.programs.needed import find_program, require_program
 
 FILES_GROUP = 1879048192
 """The group of files that QEMU opens itself: the first id of a range that no system assigns."""
@@ -221,10 +221,8 @@ def find_walls(program: str | None = None) -> Walls:
     Raises:
         HostError: A program is missing, or bubblewrap was asked for and does not work.
     """
-    setpriv, prlimit, unshare = (shutil.which(name) for name in ("setpriv", "prlimit", "unshare"))
-    if setpriv is None or prlimit is None:
-        missing = "prlimit" if setpriv else "setpriv"
-        raise HostError(f"{missing} is missing", resolution="install util-linux")
+    setpriv, prlimit = require_program("setpriv"), require_program("prlimit")
+    unshare = find_program("unshare")
     network: tuple[str, ...] = ()
     if unshare is not None:
         root = os.geteuid() == 0

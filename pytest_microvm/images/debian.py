@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import HostError
 from pytest_microvm.images.process import build_environment
+from pytest_microvm.programs.needed import INSTALL
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -84,7 +85,7 @@ def keyring() -> Path:
             return path
     raise HostError(
         "images cannot be built: Debian's archive keys are not installed",
-        resolution="apt-get install debian-archive-keyring",
+        resolution=INSTALL,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 import re
 import stat
 import sys
@@ -15,6 +14,7 @@ from typing import Any
 
 from pytest_microvm.errors import KitError, UsageError
 from pytest_microvm.images.kit_keys import ARCHITECTURES, CHECKS, bad_value, parse_resources, unknown_key
+from pytest_microvm.programs.needed import architecture
 from pytest_microvm.untrusted.nofollow import OpenTree, read_below
 
 if sys.version_info >= (3, 11):
@@ -130,11 +130,10 @@ def host_architecture() -> str:
     Raises:
         UsageError: It is neither.
     """
-    machine = platform.machine().lower()
-    name = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+    name = architecture()
     if name not in ARCHITECTURES:
         raise UsageError(
-            f"this computer's architecture, {machine}, has no kits",
+            f"this computer's architecture, {name}, has no kits",
             resolution="use a computer with " + " or ".join(ARCHITECTURES),
         )
     return name

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING
 
-from pytest_microvm.errors import BuildError, HostError
+from pytest_microvm.errors import BuildError
+from pytest_microvm.untrusted.program_path import absolute_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -31,28 +32,11 @@ _PASSED_ON = (
 )  # fmt: skip
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
-PACKAGES = {"mmdebstrap": "mmdebstrap", "mksquashfs": "squashfs-tools"}  # program: Debian package
-
-
-def require_programs() -> None:
-    """Check that the programs which build images are installed.
-
-    Raises:
-        HostError: One is missing; the error names the Debian package.
-    """
-    missing = [name for name in PACKAGES if shutil.which(name, path=build_environment()["PATH"]) is None]
-    if missing:
-        packages = " ".join(PACKAGES[name] for name in missing)
-        raise HostError(
-            f"images cannot be built: {' and '.join(missing)} not found",
-            resolution=f"apt-get install {packages}",
-        )
-
 
 def build_environment(**more: str) -> dict[str, str]:
     """Return the environment for a build program, with ``more`` added."""
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    environment["PATH"] = environment.get("PATH", "") + ":" + _SYSTEM_PATH
+    environment["PATH"] = f"{absolute_path()}:{_SYSTEM_PATH}"
     return environment | {"LC_ALL": "C.UTF-8"} | more
 
 

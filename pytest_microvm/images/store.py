@@ -32,8 +32,8 @@ from pytest_microvm.images.kits import Kit, load_kit
 from pytest_microvm.images.mirror.layer import build_layer, libraries_unchanged
 from pytest_microvm.images.mirror.selection import select
 from pytest_microvm.images.platform import build_platform, platform_recipe
-from pytest_microvm.images.process import require_programs
 from pytest_microvm.images.rootfs import build_rootfs
+from pytest_microvm.programs.needed import require, require_program
 
 if TYPE_CHECKING:
     import builtins
@@ -161,7 +161,8 @@ class ImageStore:
         name = f"layer-{image.name}-{hashlib.sha256(os.fsencode(environment.prefix)).hexdigest()[:8]}"
 
         def build(folder: Path) -> Built:
-            require_programs()
+            for program in ("mksquashfs", "unsquashfs"):
+                require_program(program)
             size = f"{selection.size / 1e6:.0f} MB"
             tell(f"mirroring {environment.describe()}: {len(selection.entries)} files, {size}")
             layer, libraries = build_layer(folder, environment, selection, image.rootfs)
@@ -325,7 +326,7 @@ class ImageStore:
 
     def _platform(self, kit: Kit, tell: Progress, *, force: bool) -> Artifact:
         def build(folder: Path) -> Built:
-            require_programs()
+            require("images")
             made = build_platform(
                 folder,
                 suite=kit.suite,
@@ -344,7 +345,7 @@ class ImageStore:
 
     def _rootfs(self, kit: Kit, platform: Artifact, tell: Progress, *, force: bool) -> Artifact:
         def build(folder: Path) -> Built:
-            require_programs()
+            require("images")
             made = build_rootfs(
                 folder,
                 kit,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import IO, TYPE_CHECKING
 
 from pytest_microvm.cache.disk import explained, need_space
 from pytest_microvm.errors import HostError
+from pytest_microvm.programs.needed import require_program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_SYSTEM_FOLDERS = "/usr/sbin:/sbin"
 _TEMPORARY = "/var/tmp"  # noqa: S108 - on a disk, which /tmp often is not
 _BLOCK = 64 * 1024
 _ZEROS = bytes(_BLOCK)
@@ -122,7 +121,7 @@ def format_scratch(path: Path, size: int) -> None:
     Raises:
         HostError: mke2fs is missing or failed, or the disk is full.
     """
-    program = find_mke2fs()
+    program = require_program("mke2fs")
     with explained(path.parent), path.open("wb") as file:
         file.truncate(size)
     command = [program, "-q", "-F", "-t", "ext4", "-O", "^has_journal,^resize_inode", "-m", "0"]
@@ -131,18 +130,6 @@ def format_scratch(path: Path, size: int) -> None:
     if done.returncode != 0:
         need_space(path.parent, _FORMATTED)
         raise HostError("mke2fs could not format a scratch disk", details=done.stderr.strip())
-
-
-def find_mke2fs() -> str:
-    """Return the path of mke2fs, also if PATH lacks the administrator's programs.
-
-    Raises:
-        HostError: It is missing.
-    """
-    program = shutil.which("mke2fs", path=os.environ.get("PATH", "") + ":" + _SYSTEM_FOLDERS)
-    if program is None:
-        raise HostError("mke2fs is missing", resolution="apt-get install e2fsprogs")
-    return program
 
 
 def sync(path: Path) -> None:

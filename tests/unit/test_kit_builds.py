@@ -18,6 +18,7 @@ from pytest_microvm.images.debian import debian_sources, mmdebstrap_command
 from pytest_microvm.images.initramfs import loading_order
 from pytest_microvm.images.kits import load_kit
 from pytest_microvm.images.rootfs import setup_script, staging_archive
+from pytest_microvm.programs import needed
 
 INDEXES = """\
 'http://a.example/debian/dists/bookworm/InRelease' a.example_debian_dists_bookworm_InRelease 0
@@ -215,8 +216,10 @@ def test_builds_see_little_of_the_users_environment(monkeypatch):
 
 
 def test_missing_programs_are_named_with_their_packages(monkeypatch, tmp_path):
-    monkeypatch.setattr(process, "_SYSTEM_PATH", str(tmp_path))
+    monkeypatch.setattr(needed, "_SYSTEM_FOLDERS", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError) as caught:
-        process.require_programs()
-    assert caught.value.resolution == "apt-get install mmdebstrap squashfs-tools"
+        needed.require("images")
+    assert "mmdebstrap (Debian package mmdebstrap)" in caught.value.details
+    assert "mksquashfs, unsquashfs (Debian package squashfs-tools)" in caught.value.details
+    assert caught.value.resolution == "pytest-microvm setup"

@@ -7,12 +7,12 @@ import subprocess
 import pytest
 
 from pytest_microvm.errors import HostError
-from pytest_microvm.templates import files
+from pytest_microvm.programs import needed
+from pytest_microvm.programs.needed import require_program
 from pytest_microvm.templates.files import (
     content_digest,
     copy_sparse,
     disk_usage,
-    find_mke2fs,
     format_scratch,
 )
 
@@ -120,11 +120,12 @@ def test_a_scratch_disk_is_sparse_and_sound(tmp_path, size):
 
 def test_mke2fs_is_found_outside_path_or_missed_with_a_hint(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert find_mke2fs().endswith("mke2fs")
-    monkeypatch.setattr(files, "_SYSTEM_FOLDERS", str(tmp_path))
+    assert require_program("mke2fs").endswith("mke2fs")
+    monkeypatch.setattr(needed, "_SYSTEM_FOLDERS", str(tmp_path))
     with pytest.raises(HostError) as caught:
         format_scratch(tmp_path / "scratch", 16 * MIB)
-    assert "e2fsprogs" in caught.value.resolution
+    assert "e2fsprogs" in caught.value.details
+    assert caught.value.resolution == "pytest-microvm setup"
 
 
 def test_failed_mke2fs_error_has_details(tmp_path):

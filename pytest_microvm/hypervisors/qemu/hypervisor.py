@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import platform
-import shutil
 import subprocess
 import tempfile
 import time
@@ -12,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_microvm.errors import BootError, HypervisorMissing
+from pytest_microvm.errors import BootError
 from pytest_microvm.hypervisors import Accelerator, Launch
 from pytest_microvm.hypervisors.cgroups import find_cgroups
 from pytest_microvm.hypervisors.containment import Wall, find_walls
@@ -21,11 +20,11 @@ from pytest_microvm.hypervisors.qemu.command import PROGRAMS, SANDBOX
 from pytest_microvm.hypervisors.qemu.process import QemuProcess
 from pytest_microvm.hypervisors.qemu.starting import accelerator_devices, start_qemu
 from pytest_microvm.hypervisors.tsc import measure_tsc_khz
+from pytest_microvm.programs.needed import require_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_PACKAGES = {"x86_64": "qemu-system-x86", "aarch64": "qemu-system-arm"}
 _READONLY_RAM = (8, 2)
 _PROBE_MEMORY = 128 * 1024**2
 
@@ -46,14 +45,7 @@ class Qemu:
     def __init__(self, architecture: str, memory: Path) -> None:
         self._architecture = architecture
         self._memory = memory / "accelerator.json"
-        name = PROGRAMS[architecture]
-        program = shutil.which(name)
-        if program is None:
-            raise HypervisorMissing(
-                f"{name} is missing",
-                resolution=f"install it: `apt-get install {_PACKAGES[architecture]}`, or run `make setup`",
-            )
-        self.program = str(Path(program).resolve())
+        self.program = str(Path(require_program(PROGRAMS[architecture])).resolve())
 
     @cached_property
     def version(self) -> str:

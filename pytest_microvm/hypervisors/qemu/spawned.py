@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.errors import HostError
+from pytest_microvm.programs.needed import INSTALL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -110,4 +111,4 @@ def spawn(
     try:
         return SpawnedProcess(_spawner.submit(lambda: subprocess.Popen(argv, **options)).result())
     except FileNotFoundError as error:
-        raise HostError(f"{error.filename} is missing", resolution="run `make setup`") from error
+        raise HostError(f"{error.filename} is missing", resolution=INSTALL) from error

@@ -1,0 +1,1 @@
+"""The programs of this computer that machines and image builds need."""
