@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _MODULES = (
-    *("test", "run", "ci", "report", "python", "doctor", "image", "template", "machines", "top", "network"),
-    *("trust", "github", "gitlab"),
+    *("test", "run", "ci", "report", "python", "setup", "doctor", "image", "template", "machines", "top"),
+    *("network", "trust", "github", "gitlab"),
 )
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -58,7 +58,8 @@ def _parser(verbs: Sequence[str] = ()) -> argparse.ArgumentParser:
         prog="pytest-microvm",
         description="Throwaway microVMs for pytest, CI and agents.",
         epilog="Run your own suite with `pytest --microvm`, a stranger's with `pytest-microvm test`; "
-        "`pytest-microvm doctor` says what this computer offers.",
+        "`pytest-microvm setup` installs missing programs, `pytest-microvm doctor` says what this computer "
+        "offers.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('pytest-microvm')}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)

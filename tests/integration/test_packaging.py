@@ -66,6 +66,35 @@ def test_the_command_starts(environment):
     assert run(environment / "pytest-microvm", "--version").startswith("pytest-microvm ")
 
 
+def test_a_computer_without_programs_gets_one_error_and_its_next_step(environment, tmp_path):
+    project, programs = tmp_path / "project", tmp_path / "bin"
+    project.mkdir()
+    programs.mkdir()
+    (project / "test_it.py").write_text("def test_it():\n    pass\n")
+
+    def start(*command):
+        variables = {"PATH": str(programs), "HOME": str(tmp_path)}
+        return subprocess.run(
+            command, cwd=project, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+
+    done = start(environment / "pytest", "--microvm")
+    assert done.returncode == 4, done.stdout + done.stderr
+    for name in ("qemu-system-", "mmdebstrap", "mksquashfs"):
+        assert name in done.stderr
+    assert done.stderr.count("next step: ") == 1
+    assert "\nnext step: pytest-microvm setup\n" in done.stderr
+
+    (programs / "apt-get").write_text("#!/bin/sh\nexit 9\n")
+    (programs / "apt-get").chmod(0o755)
+    done = start(environment / "pytest-microvm", "setup", "--dry-run")
+    assert done.returncode == 1, done.stdout + done.stderr
+    command = done.stdout.splitlines()[-1]
+    for name in ("apt-get install", "qemu-system-", "mmdebstrap", "squashfs-tools"):
+        assert name in command
+
+
 def test_pytest_finds_the_plug_in(environment, tmp_path):
     assert "--microvm" in run(environment / "python", "-m", "pytest", "--help", cwd=tmp_path)
 
