@@ -13,6 +13,8 @@ from pytest_microvm.ci.definition.parsing import parse_definition
 REPOSITORY = Path(__file__).resolve().parents[2]
 ACTION = REPOSITORY / "github-action" / "action.yml"
 WORKFLOWS = sorted((REPOSITORY / ".github" / "workflows").glob("*.yml"))
+REUSABLE = REPOSITORY / ".github" / "workflows" / "microvm.yml"
+RELEASE = REPOSITORY / ".github" / "workflows" / "release.yml"
 PAGE = REPOSITORY / "docs" / "reference" / "github-action.md"
 PROGRAMS = Path(sys.executable).parent
 # What follows its exec is for an exec that fails. The file is not touched for a comment: every image would be
@@ -103,7 +105,7 @@ def test_one_commit_of_each_action():
         for path in [ACTION, *WORKFLOWS]
         for name, version in re.findall(r"uses: (\S+@\S+) # (\S+)", path.read_text())
     }
-    assert len(named) == len({action for action, _commit, _version in named}) == 4
+    assert len(named) == len({action for action, _commit, _version in named}) == 7
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
@@ -111,11 +113,25 @@ def test_a_workflow_has_no_more_rights_than_it_needs(path):
     text = load(path)
     assert text["permissions"] == {} or text["permissions"] == "{}"
     assert set(text["on"]) <= {"push", "pull_request", "workflow_call", "workflow_dispatch"}
-    for job in text["jobs"].values():
-        assert set(job["permissions"].items()) <= {("contents", "read")}
+    for name, job in text["jobs"].items():
+        more = {"id-token": "write", "attestations": "write"} if (path, name) == (RELEASE, "publish") else {}
+        assert job["permissions"].items() <= {"contents": "read", **more}.items()
     for step in steps(path):
         if step.get("uses", "").startswith("actions/checkout@"):
             assert step["with"]["persist-credentials"] == "false"
+
+
+def test_the_job_that_publishes_runs_no_code_of_the_repository():
+    jobs = load(RELEASE)["jobs"]
+    assert [name for name, job in jobs.items() if "id-token" in job["permissions"]] == ["publish"]
+    assert set(jobs["publish"]["needs"]) == set(jobs) - {"publish"}
+    used = [step["uses"].partition("@")[0] for step in jobs["publish"]["steps"]]
+    assert used == [
+        "actions/download-artifact",
+        "actions/attest-build-provenance",
+        "pypa/gh-action-pypi-publish",
+    ]
+    assert load(RELEASE)["on"] == {"push": {"tags": ["v*"]}}
 
 
 def test_shell_scripts():
@@ -156,10 +172,10 @@ def test_every_input_is_used():
 
 
 def test_the_workflow_passes_on_inputs_that_there_are():
-    [call] = [step for step in steps(WORKFLOWS[-1]) if step["uses"] == "$/github-action"]
+    [call] = [step for step in steps(REUSABLE) if step["uses"] == "$/github-action"]
     assert set(call["with"]) <= set(load(ACTION)["inputs"])
-    given = load(WORKFLOWS[-1])["on"]["workflow_call"]["inputs"]
-    used = set(re.findall(r"inputs\.([a-z-]+)", WORKFLOWS[-1].read_text()))
+    given = load(REUSABLE)["on"]["workflow_call"]["inputs"]
+    used = set(re.findall(r"inputs\.([a-z-]+)", REUSABLE.read_text()))
     assert used == set(given)
 
 
@@ -171,7 +187,7 @@ def blocks(language):
 
 
 def test_examples_of_workflows(tmp_path):
-    inputs = set(load(ACTION)["inputs"]) | set(load(WORKFLOWS[-1])["on"]["workflow_call"]["inputs"])
+    inputs = set(load(ACTION)["inputs"]) | set(load(REUSABLE)["on"]["workflow_call"]["inputs"])
     found = blocks("yaml")
     for number, text in enumerate(found):
         (tmp_path / f"{number}.yml").write_text(text)
