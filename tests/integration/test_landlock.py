@@ -16,7 +16,7 @@ import pytest
 from pytest_microvm.host.host import Host
 from pytest_microvm.hypervisors.containment import find_walls
 from pytest_microvm.hypervisors.landlock import find_version
-from pytest_microvm.hypervisors.qemu import process
+from pytest_microvm.hypervisors.qemu import starting
 from pytest_microvm.hypervisors.qemu.qmp import QmpError
 from pytest_microvm.settings.spec import MachineSpec
 from support.containment import FOLDER, push_modules
@@ -45,7 +45,7 @@ def home():
 @pytest.fixture
 def without(monkeypatch):
     """Machines start without Landlock's rules, as on a kernel that has none."""
-    monkeypatch.setattr(process, "find_walls", lambda program: replace(find_walls(program), landlock=0))
+    monkeypatch.setattr(starting, "find_walls", lambda program: replace(find_walls(program), landlock=0))
 
 
 def overwrite(vmm, path):
