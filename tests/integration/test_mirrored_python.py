@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from junitparser import JUnitXml
 
-from support import guards
+from support import guards, repositories
 from support.commands import MICROVM, PYTEST
 
 ONLY_HERE = "hypothesis"  # a package of this environment that no image has
@@ -48,7 +48,7 @@ SUITE = f"""
 
     def test_own_plugin_is_not_there():
         import importlib.util
-        assert importlib.util.find_spec("pytest_microvm.plugin") is None
+        assert importlib.util.find_spec("pytest_microvm") is None
 
     def test_programs_of_the_environment():
         out = subprocess.check_output(["python", "-c", "import sys; print(sys.prefix)"], text=True)
@@ -124,7 +124,7 @@ def test_fixture_and_command_mirror_it_on_request(project):
 
         @pytest.mark.microvm(python="host")
         def test_a(microvm):
-            out = microvm.check(["python", "-c", "import {ONLY_HERE}, sys; print(sys.prefix)"]).stdout
+            out = microvm.run(["python", "-c", "import {ONLY_HERE}, sys; print(sys.prefix)"]).stdout
             assert out == {sys.prefix + chr(10)!r}
         """,
     )
@@ -143,8 +143,9 @@ def test_ci_job_of_a_work_tree_mirrors_it(project):
         steps = ["python -c 'import {ONLY_HERE}, sys; print(\\"prefix\\", sys.prefix)'"]
         """,
     )
-    for command in (["init", "-q"], ["add", "-A"]):
-        run(folder, ["git", *command])
+    repositories.git(folder, "init", "-q", "-b", "main")
+    repositories.git(folder, "add", "-A")
+    repositories.git(folder, "commit", "-q", "-m", "a job")
     told = run(folder, [*MICROVM, "ci", "run", "--worktree"])
     assert f"prefix {sys.prefix}" in told
 
@@ -155,7 +156,7 @@ def test_virtual_environment_in_the_workspace_is_not_copied_twice(project, tmp_p
     run(tmp_path, [sys.executable, "-m", "venv", "--without-pip", str(prefix)])
     site = next((prefix / "lib").glob("python3*")) / "site-packages"
     here = next(path for path in sys.path if path.endswith("site-packages"))
-    (site / "here.pth").write_text(f"{here}\n")
+    (site / "here.pth").write_text(f"{here}\nimport site; site.addsitedir({here!r})\n")
     (site / "only_in_env.py").write_text("value = 42\n")
     folder = project(
         "test_here.py", "def test_a():\n    import only_in_env\n    assert only_in_env.value == 42\n"

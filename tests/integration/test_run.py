@@ -41,8 +41,8 @@ def test_streams_and_exit_status():
         (["--output", "10K"], ["sh", "-c", "while :; do echo y; done"], 124, "output: limit 10 KiB"),
         ([], ["sh", "-c", "echo b > /proc/sysrq-trigger; sleep 600"], 125, "ended"),
         (["--fail-on-denied"], ["sh", "-c", "getent hosts example.com; true"], 77, "denied DNS"),
-        (["--memory", "1M"], ["true"], 4, "too little to boot"),
-        (["--secret", "A=hunter22", "--quiet"], ["true"], 4, "not where a value is found"),
+        (["--memory", "1M"], ["true"], 4, "at least 128M to boot"),
+        (["--secret", "A=hunter22", "--quiet"], ["true"], 4, "invalid source of a value"),
     ],
 )  # fmt: skip
 def test_exit_statuses(options, command, status, said):
