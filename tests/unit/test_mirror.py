@@ -183,6 +183,16 @@ def test_own_package_stays_out(prefix, name):
     assert str(site_of(prefix) / name) not in mirrored(prefix).entries
 
 
+def test_own_package_stays_out_of_other_packages_that_a_pth_file_adds(prefix, tmp_path):
+    other = tmp_path / "other" / "site-packages"
+    write(other / "module.py")
+    write(other / "pytest_microvm-0.1.0.dist-info" / "entry_points.txt")
+    write(site_of(prefix) / "other.pth", f"{other}\n")
+    entries = mirrored(prefix).entries
+    assert str(other / "module.py") in entries
+    assert str(other / "pytest_microvm-0.1.0.dist-info") not in entries
+
+
 def test_conda_keeps_its_package_cache_here(base):
     write(base / "conda-meta" / "history")
     write(base / "pkgs" / "numpy.conda")

@@ -204,12 +204,12 @@ class _Selecting:
             return self._compiled not in name or not above.endswith("__pycache__")
         if name in _CACHES or name.endswith(_ARCHIVES) or _CREDENTIAL.match(name):
             return True
+        if above.endswith(("/site-packages", "/dist-packages")) and is_own(name):
+            return True
         left = False
         if above in self._libraries:
             left = name in _NOT_LIBRARY or name.startswith("config-")
             left = left and os.path.join(above, name) not in self._sites
-        elif above in self._sites:
-            left = is_own(name)
         elif is_folder and source:
             left = name in _NOT_SOURCE or os.path.exists(os.path.join(above, name, "pyvenv.cfg"))
         elif above == self._prefix:
