@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pytest_microvm.images import Image
+    from pytest_microvm.images.mirror.environment import PythonEnvironment
 
 CACHE_SIZE_VARIABLE = "PYTEST_MICROVM_CACHE_SIZE"
 _DEFAULT_CACHE_SIZE = 10 * 1024**3
@@ -59,6 +60,8 @@ class Host:
         timeout: Seconds that a test or command may take if neither spec nor kit sets a timeout.
         retries: How often to replace a machine that does not wake up.
         say: Called with a line about work that takes long.
+        environment: Returns the environment that machines with ``python = "host"`` mirror; default: the one
+            that runs this process.
         elsewhere: Fetches a missing template into the store if possible; returns whether it did.
     """
 
@@ -72,10 +75,12 @@ class Host:
         timeout: float | None = None,
         retries: int = _RETRIES,
         say: Callable[[str], None] = _silent,
+        environment: Callable[[], PythonEnvironment] = running_environment,
         elsewhere: Callable[[str, TemplateStore], bool] = lambda _key, _store: False,
     ) -> None:
         self.cache = cache or cache_root()
         self.say = say
+        self._environment = environment
         self._elsewhere = elsewhere
         self._project = project
         self._checkout = checkout or project
@@ -155,7 +160,7 @@ class Host:
             return self._bases[spec]
 
     def image(self, spec: MachineSpec) -> Image:
-        """Return the image of ``spec``, built if missing, with this Python environment if it says so.
+        """Return the image of ``spec``, built if missing, with this computer's environment if it says so.
 
         Raises:
             KitError: There is no such image.
@@ -165,7 +170,7 @@ class Host:
         image = self.images.get(spec.image, project=self._project, progress=self.say)
         if spec.python != "host":
             return image
-        environment = running_environment()
+        environment = self._environment()
         checkout = None if self._project is None else find_checkout(self._project)
         without = self._project if checkout is None else checkout.top
         return self.images.mirrored(image, environment, without=without, progress=self.say)

@@ -168,7 +168,8 @@ class ImageStore:
             layer, libraries = build_layer(folder, environment, selection, image.rootfs)
             return Built({"layer": layer}, {"libraries": libraries, "python": environment.describe()})
 
-        key = _key({"files": selection.digest, "rootfs": image.rootfs.name})
+        confined = {"confined": True} if environment.confined else {}
+        key = _key({"files": selection.digest, "rootfs": image.rootfs.name, **confined})
         made = self._artifacts.get(name, key, build, tell)
         if not libraries_unchanged(made.facts["libraries"]):
             made = self._artifacts.get(name, key, build, tell, force=True)

@@ -1,5 +1,6 @@
 """What of a Python environment is mirrored into machines, on environments made of a few files."""
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -13,9 +14,12 @@ import pytest
 
 from pytest_microvm.errors import UsageError
 from pytest_microvm.images.mirror import environment as environments
+from pytest_microvm.images.mirror import layer
 from pytest_microvm.images.mirror.environment import environment_at, running_environment
-from pytest_microvm.images.mirror.libraries import LibrarySearch, glibc_version, read_dynamic
+from pytest_microvm.images.mirror.libraries import Dynamic, LibrarySearch, glibc_version, read_dynamic
 from pytest_microvm.images.mirror.selection import CREDENTIALS, compiled_is_valid, select
+
+EMPTY = Dynamic("EM_X86_64")
 
 
 def write(path, text="x"):
@@ -305,6 +309,102 @@ def test_environment_behind_a_link_keeps_both_paths(prefix, tmp_path):
     assert stat.S_ISREG(entries[str(prefix / "pyvenv.cfg")].mode)
 
 
+def test_tox_files_with_values_of_this_computer_stay_out(prefix):
+    for name in ("log/1.log", "tmp/a", "constraints.txt"):
+        write(prefix / name)
+        assert str(prefix / name) in mirrored(prefix).entries
+    write(prefix / ".tox-info.json", "{}")
+    names = {os.path.relpath(path, prefix) for path in mirrored(prefix).entries}
+    assert not {".tox-info.json", "log", "log/1.log", "tmp", "constraints.txt"} & names
+
+
+# A stranger's environment
+
+
+def confined(prefix):
+    return select(dataclasses.replace(environment_at(prefix), confined=True)).entries
+
+
+def test_confined_environment_has_its_files_and_its_python(prefix, base, tmp_path):
+    (tmp_path / "alias").symlink_to(base / "bin" / "python3.13")
+    (prefix / "bin" / "python3.13").symlink_to(tmp_path / "alias")
+    (prefix / "lib64").symlink_to("lib")
+    assert confined(prefix).keys() == mirrored(prefix).entries.keys()
+    assert str(tmp_path / "alias") in confined(prefix)
+
+
+@pytest.mark.parametrize("target", ["file", "folder", "hop/file", "hop", "base/lib/python3.13/site-packages"])
+def test_confined_environment_does_not_lead_elsewhere(prefix, base, tmp_path, target):
+    write(tmp_path / "private" / "folder" / "file")
+    write(tmp_path / "private" / "file")
+    (tmp_path / "private" / "base").symlink_to(base)
+    (tmp_path / "hop").symlink_to("private")
+    (tmp_path / "private" / "hop").symlink_to(tmp_path / "hop" / "folder")
+    (site_of(prefix) / "link").symlink_to(tmp_path / "private" / target)
+    with pytest.raises(UsageError, match="link leads out of the environment and of its Python"):
+        confined(prefix)
+
+
+@pytest.mark.parametrize("folder", ["lib", "lib/python3.13", "lib/python3.13/site-packages"])
+def test_confined_environment_has_no_folder_of_another(prefix, tmp_path, folder):
+    (tmp_path / "other").mkdir()
+    (prefix / folder).rename(tmp_path / "other" / "lib")
+    (prefix / folder).symlink_to(tmp_path / "other" / "lib")
+    with pytest.raises(UsageError, match="leads out of the environment and of its Python"):
+        confined(prefix)
+
+
+def test_confined_link_to_nothing_or_to_a_left_out_file_stays(prefix, tmp_path):
+    write(prefix / ".cache" / "a")
+    write(tmp_path / "private" / "file")
+    (tmp_path / "hop").symlink_to("private")
+    for name, target in {"cached": ".cache/a", "nothing": tmp_path / "hop" / "nothing"}.items():
+        (prefix / name).symlink_to(target)
+    entries = confined(prefix)
+    assert {str(prefix / "cached"), str(prefix / "nothing")} <= entries.keys()
+    assert not {str(prefix / ".cache/a"), str(tmp_path / "hop"), str(tmp_path / "private")} & entries.keys()
+
+
+def test_links_of_the_base_are_followed_even_if_confined(prefix, base, tmp_path):
+    write(tmp_path / "etc" / "sitecustomize.py")
+    (base / "lib" / "python3.13" / "sitecustomize.py").symlink_to(tmp_path / "etc" / "sitecustomize.py")
+    assert str(tmp_path / "etc" / "sitecustomize.py") in confined(prefix)
+
+
+def test_confined_environment_has_no_editable_sources_elsewhere(prefix, tmp_path):
+    source = write(tmp_path / "private" / "module.py")
+    write(site_of(prefix) / "private.pth", f"{tmp_path}/private\n")
+    write(site_of(prefix) / "__editable___a_finder.py", f"MAPPING = {{'a': '{tmp_path}/private'}}\n")
+    assert str(source) not in confined(prefix)
+
+
+@pytest.mark.parametrize(
+    "text", ["(" * 100_000, "MAPPING = " + "[" * 5000, "MAPPING = -" + "-" * 90_000 + "1"]
+)
+def test_finder_of_deep_nesting_is_none(prefix, text):
+    write(site_of(prefix) / "__editable___a_finder.py", text)
+    assert list(environment_at(prefix).editable_sources()) == []
+
+
+def test_pipe_in_place_of_a_pth_file_does_not_block(prefix):
+    os.mkfifo(site_of(prefix) / "pipe.pth")
+    assert list(environment_at(prefix).editable_sources()) == []
+
+
+def test_file_exchanged_for_a_link_is_not_read(prefix, tmp_path):
+    secret = write(tmp_path / "private" / "__init__.py", "secret")
+    package = site_of(prefix) / "package"
+    with layer._Files(prefix) as files:
+        with files.open(str(package / "__init__.py")) as file:
+            assert file.read() == b"x"
+        with files.open(str(secret)) as file:  # chosen by the base, or by the user's own environment
+            assert file.read() == b"secret"
+    package.rename(tmp_path / "package")
+    package.symlink_to(secret.parent)
+    with layer._Files(prefix) as files, pytest.raises(FileNotFoundError):
+        files.open(str(package / "__init__.py"))
+
+
 def test_circle_of_links_ends(prefix):
     (prefix / "a").symlink_to("b")
     (prefix / "b").symlink_to("a")
@@ -334,6 +434,24 @@ def test_glibc_version_is_that_of_this_computer():
     found = libraries_of(sys.executable)["libc.so.6"].read_bytes()
     assert f"glibc 2.{glibc_version(found)}" == os.confstr("CS_GNU_LIBC_VERSION")
     assert glibc_version(b"musl libc") == 0
+
+
+def test_libraries_elsewhere_are_not_found_for_a_confined_environment(monkeypatch, tmp_path):
+    program = Path(os.path.realpath(sys.executable))
+    needs = Dynamic("EM_X86_64", ("own.so", f"{tmp_path}/private.so", "libm.so.6"), (f"{tmp_path}/own",))
+    monkeypatch.setattr(LibrarySearch, "_read", lambda _self, path: needs if path == program else EMPTY)
+    found = LibrarySearch().closure([program])
+    assert {
+        "own.so": tmp_path / "own" / "own.so",
+        "private.so": tmp_path / "private.so",
+    }.items() <= found.items()
+    found = LibrarySearch(within=[tmp_path / "own"]).closure([program])
+    assert found["own.so"] == tmp_path / "own" / "own.so"
+    assert {"private.so", "libm.so.6"} & found.keys() == {"libm.so.6"}
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "own.so").symlink_to(tmp_path / "private.so")
+    found = LibrarySearch(within=[tmp_path / "own"]).closure([program])
+    assert found["own.so"].parent != tmp_path / "own"
 
 
 @pytest.mark.parametrize("size", [0, 3, 4, 40, 64, 200, 4000])

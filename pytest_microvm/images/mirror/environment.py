@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import UsageError
+from pytest_microvm.untrusted.nofollow import open_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,12 +34,15 @@ class PythonEnvironment:
         base: The folder of the installation that it was made from (``sys.base_prefix``).
         version: The interpreter's version, such as ``3.13.5``.
         shares_base: Whether it uses the packages installed in ``base``.
+        confined: Whether its files may be a stranger's. Then nothing in ``prefix`` selects a file elsewhere,
+            except those of ``base`` and of the system's libraries.
     """
 
     prefix: Path
     base: Path
     version: str
     shares_base: bool
+    confined: bool = False
 
     @property
     def name(self) -> str:
@@ -67,6 +71,9 @@ class PythonEnvironment:
         """The folders of installed packages that exist."""
         own = [] if self.prefix == self.base else [self.prefix / below / self.library / "site-packages"
                                                    for below in ("lib", "lib64")]  # fmt: skip
+        if self.confined:
+            top = os.path.realpath(self.prefix) + os.sep
+            own = [path for path in own if os.path.realpath(path).startswith(top)]
         return tuple(dict.fromkeys(p for p in [*own, *self._base_sites()] if p.is_dir()))
 
     def _base_sites(self) -> list[Path]:
@@ -112,7 +119,7 @@ def running_environment() -> PythonEnvironment:
     """
     refuse_unusable()
     prefix, base = Path(sys.prefix), Path(sys.base_prefix)
-    return _checked(PythonEnvironment(prefix, base, platform.python_version(), _shares_base(prefix, base)))
+    return checked(PythonEnvironment(prefix, base, platform.python_version(), _shares_base(prefix, base)))
 
 
 def refuse_unusable() -> None:
@@ -127,7 +134,7 @@ def refuse_unusable() -> None:
         why = f"{platform.python_implementation()} is not CPython"
     else:
         return
-    raise _refused(why)
+    raise _refused(sys.prefix, why)
 
 
 def environment_at(prefix: Path) -> PythonEnvironment:
@@ -157,7 +164,7 @@ def environment_at(prefix: Path) -> PythonEnvironment:
             f"invalid virtual environment {prefix}: its Python is no longer in {home}",
             resolution="create it again with a Python that is installed",
         )
-    return _checked(PythonEnvironment(prefix.absolute(), base, match[0], _shares_base(prefix, base)))
+    return checked(PythonEnvironment(prefix.absolute(), base, match[0], _shares_base(prefix, base)))
 
 
 def is_own(name: str) -> bool:
@@ -165,19 +172,31 @@ def is_own(name: str) -> bool:
     return _OWN.fullmatch(name) is not None
 
 
-def _checked(environment: PythonEnvironment) -> PythonEnvironment:
+def checked(environment: PythonEnvironment) -> PythonEnvironment:
+    """Return the environment if a machine can have it at the same paths.
+
+    Raises:
+        UsageError: It cannot.
+    """
     hidden = {"/run", "/dev", "/proc", "/sys"}
     for folder in (environment.prefix, environment.base):
         if hidden & {str(parent) for parent in [*folder.parents, *folder.resolve().parents]}:
-            raise _refused(f"{folder} is in a folder that every machine has of its own")
+            raise _refused(environment.prefix, f"{folder} is in a folder that every machine has of its own")
     if not environment.standard_libraries:
-        raise _refused(f"{environment.base} has no standard library of {environment.library} in a folder")
+        why = f"{environment.base} has no standard library of {environment.library} in a folder"
+        raise _refused(environment.prefix, why)
     return environment
 
 
-def _refused(why: str) -> UsageError:
+def parse_config(text: str) -> dict[str, str]:
+    """Return the keys, in lower case, and values of a ``pyvenv.cfg``."""
+    pairs = (line.partition("=") for line in text.splitlines() if "=" in line)
+    return {key.strip().lower(): value.strip() for key, _equals, value in pairs}
+
+
+def _refused(prefix: object, why: str) -> UsageError:
     return UsageError(
-        f"the Python {sys.prefix} cannot be mirrored into a machine: {why}",
+        f"the Python {prefix} cannot be mirrored into a machine: {why}",
         resolution='use an image\'s Python: --microvm-python=image (python = "image" in the configuration), '
         "with what the tests need in a kit or in `prepare`",
     )
@@ -201,9 +220,7 @@ def _shares_base(prefix: Path, base: Path) -> bool:
 
 
 def _read_config(prefix: Path) -> dict[str, str]:
-    lines = (prefix / _CFG).read_text(encoding="utf-8", errors="replace").splitlines()
-    pairs = (line.partition("=") for line in lines if "=" in line)
-    return {key.strip().lower(): value.strip() for key, _equals, value in pairs}
+    return parse_config((prefix / _CFG).read_text(encoding="utf-8", errors="replace"))
 
 
 def _paths_in(site: Path, file: Path) -> Iterator[Path]:
@@ -219,7 +236,7 @@ def _mapping_in(file: Path) -> Iterator[Path]:
     """Yield the paths in ``MAPPING`` of a finder that setuptools wrote, read as a literal."""
     try:
         module = ast.parse(_text(file))
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
     for statement in module.body:
         targets: list[ast.expr] = []
@@ -233,7 +250,7 @@ def _mapping_in(file: Path) -> Iterator[Path]:
             continue
         try:
             mapping = ast.literal_eval(statement.value)
-        except ValueError:
+        except (ValueError, TypeError, RecursionError, MemoryError):
             return
         if isinstance(mapping, dict):
             yield from (Path(p) for p in mapping.values() if isinstance(p, str) and Path(p).exists())
@@ -241,7 +258,7 @@ def _mapping_in(file: Path) -> Iterator[Path]:
 
 def _text(file: Path) -> str:
     try:
-        with file.open(encoding="utf-8-sig", errors="replace") as stream:
-            return stream.read(_MAX_TEXT)
+        with open_named(file) as stream:
+            return stream.read(_MAX_TEXT).decode("utf-8-sig", errors="replace")
     except OSError:
         return ""

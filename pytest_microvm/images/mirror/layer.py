@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pytest_microvm.images.mirror.libraries import LibrarySearch, glibc_version
 from pytest_microvm.images.mirror.selection import MirroredFiles, candidates, compiled_is_valid
 from pytest_microvm.images.process import build_environment
 from pytest_microvm.images.squashfs import squash_stream
+from pytest_microvm.untrusted.nofollow import OpenTree
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -49,7 +51,9 @@ def build_layer(
     Raises:
         BuildError: Packing failed, or a file changed meanwhile.
     """
-    found = LibrarySearch().closure(candidates(selection.entries))
+    own = [environment.prefix, environment.base / "lib", environment.base / "lib64"]
+    search = LibrarySearch(within=own if environment.confined else None)
+    found = search.closure(candidates(selection.entries))
     libraries = _for_image(found, _libraries_of(rootfs))
     described = json.dumps({str(path): _stamp(path) for path in libraries.values()}, sort_keys=True)
     packed = MirroredFiles(dict(selection.entries))
@@ -60,7 +64,8 @@ def build_layer(
     opaque = {os.path.realpath(path) for path in (*environment.standard_libraries, *environment.sites)}
     links = {name: path for name, path in libraries.items() if not _is_default(path.parent)}
     layer = folder / "layer.squashfs"
-    squash_stream(lambda stream: _write_tar(stream, packed.entries, opaque, links), layer)
+    with _Files(environment.prefix) as files:
+        squash_stream(lambda stream: _write_tar(stream, files, packed.entries, opaque, links), layer)
     return layer, described
 
 
@@ -119,13 +124,49 @@ def _is_default(folder: Path) -> bool:
     return os.path.realpath(folder) in (f"/usr/lib/{_multiarch()}", f"/lib/{_multiarch()}")
 
 
+class _Files:
+    """Opens files for an archive; those of the environment without following links, as it may change.
+
+    Args:
+        prefix: The environment's folder.
+    """
+
+    def __init__(self, prefix: Path) -> None:
+        self._top = os.path.realpath(prefix) + os.sep
+        self._tree = OpenTree(Path(self._top))
+
+    def __enter__(self) -> _Files:  # noqa: PYI034 - Self is new in Python 3.11
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._tree.close()
+
+    def open(self, path: str) -> IO[bytes]:
+        """Open a regular file by its path without links.
+
+        Raises:
+            OSError: It is none, or cannot be read.
+        """
+        if not path.startswith(self._top):
+            return open(path, "rb")
+        file = self._tree.open(path[len(self._top) :])
+        if file is None:
+            raise FileNotFoundError(errno.ENOENT, "no regular file any more", path)
+        return file
+
+
 def _write_tar(
-    stream: IO[bytes], entries: dict[str, MirroredFile], opaque: set[str], links: dict[str, Path]
+    stream: IO[bytes],
+    files: _Files,
+    entries: dict[str, MirroredFile],
+    opaque: set[str],
+    links: dict[str, Path],
 ) -> None:
     """Write the archive: owner root, no set-user-id bits, time stamps as they are.
 
     Args:
         stream: Takes the archive.
+        files: Opens the files.
         entries: The files by absolute path.
         opaque: Folders that hide the image's folders of the same path.
         links: Libraries in folders where the image's loader does not look: it gets links to them.
@@ -135,14 +176,14 @@ def _write_tar(
             entry = entries.get(path)
             if entry is not None and path.endswith(".pyc") and not compiled_is_valid(path, entries):
                 continue
-            _add(archive, path, above=entry is None, opaque=path in opaque)
+            _add(archive, files, path, above=entry is None, opaque=path in opaque)
         for name, library in sorted(links.items()):
             info = tarfile.TarInfo(f"usr/lib/{_multiarch()}/{name}")
             info.type, info.linkname = tarfile.SYMTYPE, str(library)
             archive.addfile(info)
 
 
-def _add(archive: tarfile.TarFile, path: str, *, above: bool, opaque: bool) -> None:
+def _add(archive: tarfile.TarFile, files: _Files, path: str, *, above: bool, opaque: bool) -> None:
     """Add one file; of a folder ``above`` the environment, the time stamp does not count."""
     try:
         found = os.lstat(path)
@@ -157,7 +198,7 @@ def _add(archive: tarfile.TarFile, path: str, *, above: bool, opaque: bool) -> N
             info.type, info.linkname = tarfile.SYMTYPE, os.readlink(path)
             archive.addfile(info)
         elif stat.S_ISREG(found.st_mode):
-            with open(path, "rb") as content:
+            with files.open(path) as content:
                 info.size = os.fstat(content.fileno()).st_size
                 archive.addfile(info, content)
     except PermissionError:

@@ -11,6 +11,7 @@ import re
 from collections import deque
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,15 @@ from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
 from elftools.elf.segments import InterpSegment
 
+from pytest_microvm.untrusted.nofollow import open_named
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
 _MAGIC = b"\x7fELF"
+_MAX_SEGMENTS = 256  # of a file; programs have about a dozen
+_MAX_TAGS = 4096  # of a segment
+_MAX_TEXT = 64 * 1024  # characters of a name or a list of folders
 _C_LIBRARY = "libc.so.6"
 # The parts of glibc must all be of one version; programs load some of them only at run time.
 _GLIBC = re.compile(
@@ -45,19 +51,21 @@ class Dynamic:
 def read_dynamic(path: Path) -> Dynamic | None:
     """Return the dynamic section of an ELF file; ``None`` for other files and damaged ones."""
     try:
-        with path.open("rb") as file:
+        with open_named(path) as file:
             if file.read(4) != _MAGIC:
                 return None
             elf = ELFFile(file)
             found: dict[str, list[str]] = {"DT_NEEDED": [], "DT_RPATH": [], "DT_RUNPATH": []}
             interpreter = ""
-            for segment in elf.iter_segments():
+            for segment in islice(elf.iter_segments(), _MAX_SEGMENTS):
                 if isinstance(segment, InterpSegment):
                     interpreter = segment.get_interp_name()
                 elif isinstance(segment, DynamicSegment):
-                    for tag in segment.iter_tags():
+                    for tag in islice(segment.iter_tags(), _MAX_TAGS):
                         if tag.entry.d_tag in found:
                             found[tag.entry.d_tag].append(getattr(tag, tag.entry.d_tag[3:].lower()))
+                            if len(found[tag.entry.d_tag][-1]) > _MAX_TEXT:
+                                return None
             origin = str(path.resolve().parent)
             paths = {
                 key: tuple(re.sub(r"\$(ORIGIN\b|\{ORIGIN\})", lambda _m: origin, part)
@@ -67,7 +75,7 @@ def read_dynamic(path: Path) -> Dynamic | None:
             runpath = paths["DT_RUNPATH"]
             rpath = () if runpath else paths["DT_RPATH"]
             return Dynamic(elf["e_machine"], tuple(found["DT_NEEDED"]), rpath, runpath, interpreter)
-    except (OSError, ELFError, UnicodeDecodeError, ValueError):
+    except (OSError, ELFError, ValueError, OverflowError, AssertionError):  # all of them from damaged files
         return None
 
 
@@ -81,10 +89,15 @@ class LibrarySearch:
 
     Args:
         configuration: The loader's list of folders.
+        within: Folders: libraries elsewhere are found only in the loader's own folders, whatever a file says
+            that loads them. ``None``: libraries may be anywhere.
     """
 
-    def __init__(self, configuration: Path = Path("/etc/ld.so.conf")) -> None:
+    def __init__(
+        self, configuration: Path = Path("/etc/ld.so.conf"), within: Sequence[Path] | None = None
+    ) -> None:
         self._configuration = configuration
+        self._within = within
         self._dynamic: dict[Path, Dynamic | None] = {}
 
     def closure(self, files: Iterable[Path]) -> dict[str, Path]:
@@ -120,14 +133,15 @@ class LibrarySearch:
         if "/" in name:
             path = Path(name)
             return path if path.is_absolute() and self._fits(path, dynamic) else None
-        preset = [p for p in os.environ.get("LD_LIBRARY_PATH", "").split(":") if p]
-        for folder in [*rpath, *preset, *dynamic.runpath, *self.folders]:
+        for folder in [*rpath, *self._preset, *dynamic.runpath, *self.folders]:
             path = Path(folder, name)
             if self._fits(path, dynamic):
                 return path
         return None
 
     def _fits(self, path: Path, wanted: Dynamic) -> bool:
+        if self._within is not None and not self._is_allowed(path, self._within):
+            return False
         found = self._read(path)
         return found is not None and found.machine == wanted.machine
 
@@ -135,6 +149,22 @@ class LibrarySearch:
         if path not in self._dynamic:
             self._dynamic[path] = read_dynamic(path)
         return self._dynamic[path]
+
+    def _is_allowed(self, path: Path, within: Sequence[Path]) -> bool:
+        real = os.path.realpath(path)
+        return path.is_absolute() and (
+            os.path.realpath(path.parent) in self._loaders
+            or any(real.startswith(os.path.realpath(folder) + os.sep) for folder in within)
+        )
+
+    @cached_property
+    def _loaders(self) -> frozenset[str]:
+        """The folders in which the loader looks on this computer, without links."""
+        return frozenset(os.path.realpath(folder) for folder in (*self._preset, *self.folders))
+
+    @property
+    def _preset(self) -> list[str]:
+        return [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
 
     @cached_property
     def folders(self) -> tuple[str, ...]:

@@ -34,6 +34,9 @@ _CACHES = frozenset([
 ])  # fmt: skip
 _ARCHIVES = (".a", ".la")
 _CONDA = frozenset(["pkgs", "envs", "conda-meta", "locks"])
+# tox's own files in an environment have variables of this computer, and addresses of package indexes.
+_TOX_RECORD = ".tox-info.json"
+_TOX = frozenset([_TOX_RECORD, "log", "tmp", "constraints.txt", "pylock.txt"])
 # Parts of the standard library that no suite but CPython's own uses.
 _NOT_LIBRARY = frozenset(["test", "site-packages", "dist-packages", "turtledemo"])
 _TESTS = frozenset(["idle_test", "tests"])
@@ -153,6 +156,8 @@ class _Selecting:
         self._libraries = frozenset(os.path.realpath(path) for path in environment.standard_libraries)
         self._sites = frozenset(os.path.realpath(path) for path in environment.sites)
         self._prefix = os.path.realpath(environment.prefix)
+        self._programs = os.path.realpath(environment.base / "bin")
+        self._headers = environment.base / "include" / environment.library
         major, minor = environment.version.split(".")[:2]
         self._compiled = f".cpython-{major}{minor}"
 
@@ -165,7 +170,7 @@ class _Selecting:
             self._scripts(Path("/usr/local/bin"))
         for folder in (*environment.standard_libraries, *environment.sites):
             self._tree(folder)
-        self._tree(environment.base / "include" / environment.library)
+        self._tree(self._headers)
         for program in sorted((environment.base / "bin").glob("python*")):
             selection.add(str(program))
         self._editable(without)
@@ -214,6 +219,7 @@ class _Selecting:
             left = name in _NOT_SOURCE or os.path.exists(os.path.join(above, name, "pyvenv.cfg"))
         elif above == self._prefix:
             left = name in _CONDA and os.path.isdir(os.path.join(above, "conda-meta"))
+            left = left or (name in _TOX and os.path.lexists(os.path.join(above, _TOX_RECORD)))
         elif name in _TESTS:
             left = os.path.dirname(above) in self._libraries
         return left
@@ -230,6 +236,8 @@ class _Selecting:
                 self._selection.add(entry.path)
 
     def _editable(self, without: Path | None) -> None:
+        if self._environment.confined:
+            return
         inside = None if without is None else without.resolve()
         for path in dict.fromkeys(self._environment.editable_sources()):
             real = path.resolve()
@@ -254,12 +262,37 @@ class _Selecting:
             target = os.path.normpath(os.path.join(os.path.dirname(link), entries[link].target))
             if target in entries:
                 continue
+            if self._environment.confined and not self._is_base(link):
+                self._confine(link, target)
+                continue
             target = os.path.join(self._selection.reach(os.path.dirname(target)), os.path.basename(target))
             is_folder = os.path.isdir(target) and not os.path.islink(target)
             if target not in entries and (not is_folder or self._may_follow(target)):
                 added = self._selection.add(target)
                 if added is not None and is_folder:
                     self._walk(added)
+
+    def _is_base(self, link: str) -> bool:
+        """Return True for a link of the base installation: its owner decides where it leads."""
+        if link.startswith(f"{self._prefix}/"):
+            return False
+        folders = (*self._libraries, *self._sites, os.path.realpath(self._headers))
+        return os.path.dirname(link) == self._programs or link.startswith(tuple(f"{f}/" for f in folders))
+
+    def _confine(self, link: str, target: str) -> None:
+        """Check a link that a stranger may have made: it adds no file, only other names of added ones.
+
+        Raises:
+            UsageError: It leads to a file of this computer that the machine does not get.
+        """
+        real, own = os.path.realpath(target), f"{self._prefix}/"
+        if real in self._selection.entries:
+            self._selection.add(target)
+        elif link.startswith(own) and not real.startswith(own) and os.path.exists(real):
+            raise UsageError(
+                f"{link} leads out of the environment and of its Python: it is a link to {target}",
+                resolution="replace the link with the file itself, or use the image's Python",
+            )
 
     def _may_follow(self, folder: str) -> bool:
         return not (
