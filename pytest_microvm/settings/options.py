@@ -99,7 +99,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("python", "image", "choice",
            "Python of the machine: host mirrors this environment, image is the image's own",
            default="host if neither an image nor prepare is set, else image", choices=("host", "image"),
-           absent=("tox", "gitlab")),
+           absent=("gitlab",)),
     Option("cpus", "quota", "cpus", "CPUs of the machine; 0.5 is one vCPU, throttled", default="the kit's",
            least=0.05, most=64),
     Option("memory", "quota", "size", "memory of the machine", "512M", default="the kit's",

@@ -78,6 +78,18 @@ def check_logs(folder: Path, roots: Sequence[Path]) -> None:
         )
 
 
+def check_mirrored(folder: Path, roots: Sequence[Path], project: Path) -> None:
+    """Check that an environment which a machine gets is in the project, and not behind a link of it.
+
+    Raises:
+        UsageError: The folder is outside ``roots``, or a link of the project leads to it.
+    """
+    from pytest_microvm.untrusted.nofollow import refuse_links  # noqa: PLC0415 - see tox/plugin.py
+
+    _inside("env_dir", folder, roots)
+    refuse_links(project, folder)
+
+
 def check_made(key: str, folder: Path, roots: Sequence[Path]) -> None:
     """Check that a folder exists or may be created.
 
@@ -135,6 +147,6 @@ def _inside(key: str, folder: Path, roots: Sequence[Path]) -> None:
     if not any(is_below(folder, root) and not is_below(root, folder) for root in roots):
         raise UsageError(
             f"{key} is {folder}, which is not in the project",
-            details="tox would make or empty it on this computer",
+            details="tox would make, read or empty it on this computer",
             resolution="name a folder in the project; or, for all of tox, another one with --workdir",
         )

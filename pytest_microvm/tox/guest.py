@@ -25,6 +25,7 @@ from pytest_microvm.untrusted.text import sanitize
 if TYPE_CHECKING:
     from tox.tox_env.python.api import PythonInfo
 
+    from pytest_microvm.images.mirror.environment import PythonEnvironment
     from pytest_microvm.machine.instance import Instance
     from pytest_microvm.machine.microvm import MicroVM
     from pytest_microvm.tox.installer import InstallPlan
@@ -46,7 +47,8 @@ class ToxGuest:
     Args:
         settings: The settings of the environment's machines.
         project: The project's folder, copied to the same path in each machine.
-        work_dir: tox's own folder in the project, which is not copied.
+        made: Folders that tox made, which are not copied from the project.
+        environment: Returns the environment of this computer to mirror, if the settings say so.
         say: Called with messages about steps that take long.
 
     Attributes:
@@ -55,14 +57,25 @@ class ToxGuest:
     """
 
     def __init__(
-        self, settings: ToxSettings, *, project: Path, work_dir: Path, say: Callable[[str], None]
+        self,
+        settings: ToxSettings,
+        *,
+        project: Path,
+        made: Sequence[Path],
+        environment: Callable[[], PythonEnvironment],
+        say: Callable[[str], None],
     ) -> None:
         self.settings = settings
         self.machine: MicroVM | None = None
         self.stopped = threading.Event()
         self._project = project
-        self._work_dir = work_dir
-        self._host = Host(project=project, timeout=DEFAULT_TIMEOUT, say=lambda line: say(sanitize(line)))
+        self._made = made
+        self._host = Host(
+            project=project,
+            timeout=DEFAULT_TIMEOUT,
+            say=lambda line: say(sanitize(line)),
+            environment=environment,
+        )
         self._base = self._host.base(settings.spec)
 
     @cached_property
@@ -84,9 +97,8 @@ class ToxGuest:
                 details=f"{whole.size} bytes of files, {self._base.resources.disk} bytes of disk",
                 resolution="set microvm_disk, or have git ignore some",
             )
-        if not self._work_dir.is_relative_to(self._project):
-            return whole
-        own = f"{self._work_dir.relative_to(self._project)}/"
+        inside = [folder for folder in self._made if folder.is_relative_to(self._project)]
+        own = tuple(f"{folder.relative_to(self._project)}/" for folder in inside)
         return replace(
             whole, entries=tuple(entry for entry in whole.entries if not f"{entry.path}/".startswith(own))
         )

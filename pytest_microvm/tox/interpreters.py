@@ -134,18 +134,24 @@ def _satisfies(python: PythonInfo, spec: PythonSpec) -> bool:
 
 
 def _info(told: dict[str, Any]) -> PythonInfo:
-    major, minor, micro, level, serial = told["version_info"]
-    known: dict[str, Any] = {
-        "implementation": str(told["implementation"]),
-        "version_info": VersionInfo(int(major), int(minor), int(micro), str(level), int(serial)),
-        "version": str(told["version"]),
-        "is_64": bool(told["is_64"]),
-        "platform": str(told["platform"]),
-        "extra": {"executable": Path(str(told["executable"])), "called": str(told["called"])},
-        "free_threaded": bool(told["free_threaded"]),
-        "debug": bool(told["debug"]),
-        "machine": str(told["machine"]),
-        "marker_environment": {str(key): str(value) for key, value in told["markers"].items()},
-    }
+    return python_info(
+        implementation=str(told["implementation"]),
+        version_info=told["version_info"],
+        version=str(told["version"]),
+        is_64=bool(told["is_64"]),
+        platform=str(told["platform"]),
+        extra={"executable": Path(str(told["executable"])), "called": str(told["called"])},
+        free_threaded=bool(told["free_threaded"]),
+        debug=bool(told["debug"]),
+        machine=str(told["machine"]),
+        marker_environment={str(key): str(value) for key, value in told["markers"].items()},
+    )
+
+
+def python_info(*, version_info: Sequence[Any], **known: Any) -> PythonInfo:
+    """Return tox's description of a Python, with the fields that this version of tox has."""
+    major, minor, micro, level, serial = version_info
+    version = VersionInfo(int(major), int(minor), int(micro), str(level), int(serial))
     fields = {field.name for field in dataclasses.fields(PythonInfo)}  # tox 4.60 has no marker_environment
-    return PythonInfo(**{name: value for name, value in known.items() if name in fields})
+    given = {name: value for name, value in known.items() if name in fields}
+    return PythonInfo(version_info=version, **given)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tox.tox_env.errors import Fail
 from tox.tox_env.python.extras import resolve_extras_static
 
 from pytest_microvm.tox.installer import GuestPip, InstallPlan
+
+if TYPE_CHECKING:
+    from packaging.requirements import Requirement
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,21 @@ def _plan_build(package: Package, built: Path, suffix: str, plan: InstallPlan) -
 
 
 def _plan_dependencies(package: Package, installer: GuestPip) -> None:
-    dependencies = resolve_extras_static(package.root, set(package.extras))
+    dependencies = written_dependencies(package.root, set(package.extras))
     if dependencies is None:
         raise Fail("package = deps-only needs dependencies that are written in pyproject.toml")
     if dependencies:
         installer.install(dependencies, "microvm", "package_deps")
+
+
+def written_dependencies(root: Path, extras: set[str]) -> list[Requirement] | None:
+    """Return the dependencies that a project's pyproject.toml lists; ``None`` if its backend computes them.
+
+    Raises:
+        Fail: The file is invalid.
+    """
+    try:
+        found: list[Requirement] | None = resolve_extras_static(root, extras)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise Fail(f"{root / 'pyproject.toml'} has invalid dependencies: {error}") from None
+    return found

@@ -19,6 +19,7 @@ from tox.report import HandledError
 from tox.tox_env.errors import Fail
 from tox.tox_env.python.api import PythonInfo
 from tox.tox_env.python.runner import PythonRun
+from tox.tox_env.runner import RunToxEnv
 from virtualenv.discovery.py_spec import PythonSpec
 
 from pytest_microvm.errors import MicroVMError
@@ -28,13 +29,17 @@ from pytest_microvm.tox.installer import GuestPip, InstallPlan
 if TYPE_CHECKING:
     from tox.execute.api import Execute
     from tox.tox_env.api import ToxEnvCreateArgs
+    from tox.tox_env.info import Info
     from tox.tox_env.package import Package
+    from tox.tox_env.python.pip.pip_install import Pip
 
     from pytest_microvm.machine.microvm import MicroVM
     from pytest_microvm.templates.chain import TemplateStep
     from pytest_microvm.tox.configuration import ToxFile
     from pytest_microvm.tox.guest import ToxGuest
     from pytest_microvm.tox.host_values import HostValueGuard
+    from pytest_microvm.tox.native import NativeEnvironment
+    from pytest_microvm.tox.recorded import Record
 
 _PROJECT_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 _ARTIFACTS_TIMEOUT = 600.0
@@ -51,7 +56,7 @@ class MicrovmRunner(PythonRun):
 
     def __init__(self, create_args: ToxEnvCreateArgs) -> None:
         self._executor: Execute | None = None
-        self._installer: GuestPip | None = None
+        self._installer: Pip | None = None
         self._guest_made: ToxGuest | None = None
         self._plan = InstallPlan()
         self._steps: list[TemplateStep] = []
@@ -60,6 +65,8 @@ class MicrovmRunner(PythonRun):
         self._making: MicroVM | None = None
         self._recreated = False
         self._generation_now: str | None = None
+        self._native_found: NativeEnvironment | None = None
+        self._record: Record | None = None
         _check_name(create_args.conf.name)
         super().__init__(create_args)
 
@@ -74,10 +81,10 @@ class MicrovmRunner(PythonRun):
         """Register the keys of a Python environment, and ``microvm_*``."""
         from pytest_microvm.tox import settings  # noqa: PLC0415 - see tox/plugin.py
 
-        # A separate folder, so that switching to machines and back keeps the native environment.
-        own = self.core.get("work_dir", Path) / ".microvm" / self.conf.name
-        places = {"env_dir": own, "env_tmp_dir": own / "tmp", "env_log_dir": own / "log"}
-        self.conf.loaders.append(MemoryLoader(**places))
+        settings.register(self.conf)
+        own = self._own_dir
+        places = {"env_tmp_dir": own / "tmp", "env_log_dir": own / "log"}
+        self.conf.loaders.append(MemoryLoader(**places, **({} if self._mirrors else {"env_dir": own})))
         super().register_config()
         self.conf.add_config(
             keys=["system_site_packages", "sitepackages"],
@@ -85,7 +92,31 @@ class MicrovmRunner(PythonRun):
             default=False,
             desc="create virtual environments that also have access to globally installed packages.",
         )
-        settings.register(self.conf)
+
+    @property
+    def _mirrors(self) -> bool:
+        """True if the machine mirrors the native environment, in ``env_dir``, which is never written to."""
+        return bool(self.conf["microvm_python"] == "host")
+
+    @property
+    def _own_dir(self) -> Path:
+        """A separate folder, so that switching to machines and back keeps the native environment."""
+        return self.core.get("work_dir", Path) / ".microvm" / self.conf.name
+
+    @property
+    def env_dir(self) -> Path:
+        """The folder in which tox keeps this runner's state of the environment."""
+        return self._own_dir if self._mirrors else self.prefix
+
+    @property
+    def prefix(self) -> Path:
+        """The virtual environment's folder in the machine."""
+        return self.conf.get("env_dir", Path)
+
+    @property
+    def cache(self) -> Info:
+        """The state of the last setup; while installations are compared, that of the native environment."""
+        return super().cache if self._record is None else self._record
 
     @property
     def executor(self) -> Execute:
@@ -97,9 +128,13 @@ class MicrovmRunner(PythonRun):
         return self._executor
 
     @property
-    def installer(self) -> GuestPip:
-        """The installer, which records installations."""
-        if self._installer is None:
+    def installer(self) -> Pip:
+        """The installer, which plans installations, or compares them with those of the native environment."""
+        if self._installer is None and self._mirrors:
+            from pytest_microvm.tox.recorded import RecordedPip  # noqa: PLC0415 - see tox/plugin.py
+
+            self._installer = RecordedPip(self)
+        elif self._installer is None:
             self._installer = GuestPip(self, lambda: self._plan)
         return self._installer
 
@@ -136,7 +171,12 @@ class MicrovmRunner(PythonRun):
         from pytest_microvm.tox.interpreters import chosen  # noqa: PLC0415
 
         with _in_tox_words():
-            return chosen(base_python, self._guest().pythons)
+            if not self._mirrors:
+                return chosen(base_python, self._guest().pythons)
+            native = self._native()
+            if chosen(base_python, [native.python]) is None:
+                raise native.stale(f"it has {native.environment.library}, not {', '.join(base_python)}")
+            return native.python
 
     @classmethod
     def python_spec_for_path(cls, path: Path) -> PythonSpec:
@@ -145,7 +185,7 @@ class MicrovmRunner(PythonRun):
 
     def env_bin_dir(self) -> Path:
         """Return the folder with the environment's programs."""
-        return self.env_dir / "bin"
+        return self.prefix / "bin"
 
     def env_python(self) -> Path:
         """Return the environment's Python."""
@@ -155,8 +195,8 @@ class MicrovmRunner(PythonRun):
         """Return the folder for installed packages."""
         python = self.base_python
         if python.implementation == "PyPy":
-            return self.env_dir / "lib" / f"pypy{python.version_dot}" / "site-packages"
-        return self.env_dir / "lib" / f"python{python.version_dot}" / "site-packages"
+            return self.prefix / "lib" / f"pypy{python.version_dot}" / "site-packages"
+        return self.prefix / "lib" / f"python{python.version_dot}" / "site-packages"
 
     def prepend_env_var_path(self) -> list[Path]:
         """Return the folders that are searched first for commands."""
@@ -198,27 +238,37 @@ class MicrovmRunner(PythonRun):
         self._check_folders()
         self._plan, self._steps, self._has_files = InstallPlan(), [], False
         super(PythonRun, self)._setup_env()
+        if self._mirrors:
+            with _in_tox_words():
+                self._compare_with_record()
+            return
+        self._install_requirements()
+        with _in_tox_words():
+            self._steps = [self._environment_step()]
+
+    def _install_requirements(self) -> None:
         if self.conf["pylock"]:
             self._install_pylock()
         else:
             self._install_deps()
             self._install_dependency_groups()
-        with _in_tox_words():
-            self._steps = [self._environment_step()]
 
     def ensure_python_env(self) -> None:
-        """Check that the image has a suitable Python.
+        """Check that the image or the native environment has a suitable Python.
 
         Raises:
-            Skip: It has none, and missing interpreters are skipped.
-            NoInterpreter: It has none.
+            Skip: The image has none, and missing interpreters are skipped.
+            NoInterpreter: The image has none.
+            Fail: The native environment cannot be mirrored.
         """
         self.base_python  # noqa: B018 - it raises
 
     def _setup_with_env(self) -> None:
         self._plan = InstallPlan()
         with _in_tox_words():
-            if self._installs_package:
+            if self._installs_package and self._mirrors:
+                self._check_installed_package()
+            elif self._installs_package:
                 self._plan_package()
             for number, command in enumerate(self.conf.get("extra_setup_commands", list[Command])):
                 self._plan.commands.append((tuple(command.args), f"extra_setup_commands[{number}]"))
@@ -278,6 +328,7 @@ class MicrovmRunner(PythonRun):
         external = self.pkg_type == "external"
         if external and self.options.install_pkg is None:
             raise Fail("package = external needs --installpkg: no other package is made on this computer")
+        assert isinstance(self.installer, GuestPip)
         wanted = Wanted(
             how=self.pkg_type,
             root=self.core.get("package_root", Path),
@@ -287,6 +338,61 @@ class MicrovmRunner(PythonRun):
             python=self.env_python(),
         )
         plan_package(wanted, self.installer, self._plan)
+
+    # The native environment
+
+    def _native(self) -> NativeEnvironment:
+        """Return the environment that tox made on this computer, checked on first use.
+
+        Raises:
+            UsageError: It cannot be mirrored.
+        """
+        if self._native_found is None:
+            from pytest_microvm.tox.native import find_python, native_environment  # noqa: PLC0415
+
+            project = self._file().folder
+            self._check_reads(project)
+            folders.check_mirrored(self.prefix, self._roots, project)
+            first = getattr(self.options, "discover", None) or []
+            how = "without --microvm" if self.options.microvm else "with runner = virtualenv"
+            self._native_found = native_environment(
+                self.prefix,
+                lambda version: find_python(version, project, first),
+                f"run `tox -e {self.conf.name}` once {how}",
+            )
+        return self._native_found
+
+    def _compare_with_record(self) -> None:
+        """Check that the native environment has what the configuration says.
+
+        Raises:
+            Fail: It does not.
+        """
+        from pytest_microvm.tox.package import written_dependencies  # noqa: PLC0415 - see tox/plugin.py
+        from pytest_microvm.tox.recorded import Record  # noqa: PLC0415
+
+        native = self._native()
+        if native.environment.shares_base != self.conf.get("system_site_packages", bool):
+            raise native.stale("system_site_packages has changed")
+        if getattr(self.options, "skip_env_install", False):
+            return
+        self._record = Record(native.record, native.stale)
+        try:
+            self._install_requirements()
+            package, extras = self.core.get("package_root", Path), self.conf.get("extras", set[str])
+            needs = written_dependencies(package, extras) if self._installs_package else None
+            if needs is not None:
+                section = PythonRun if self.pkg_type == "deps-only" else RunToxEnv
+                self._install(needs, section.__name__, "package_deps")
+        finally:
+            self._record = None
+
+    def _check_installed_package(self) -> None:
+        if self.options.package_only or self.pkg_type == "external":
+            raise Fail("--pkg-only and --installpkg need the image's Python: microvm_python = image")
+        native = self._native()
+        if self.pkg_type != "deps-only" and not native.imports_from(self.core.get("tox_root", Path)):
+            _log.warning("%s", native.copied_package)
 
     def _skips_package(self) -> bool:
         return any(getattr(self.options, name, False) for name in ("skip_pkg_install", "skip_env_install"))
@@ -365,7 +471,8 @@ class MicrovmRunner(PythonRun):
             self._guest_made = ToxGuest(
                 read(self.conf, self.options, root, file),
                 project=root,
-                work_dir=self.core.get("work_dir", Path),
+                made=[self.core.get("work_dir", Path), self.prefix],
+                environment=lambda: self._native().environment,
                 say=lambda line: _log.warning("%s", line),
             )
         return self._guest_made
@@ -395,7 +502,8 @@ class MicrovmRunner(PythonRun):
             folders.check_read("package_root", root, folder)
             if self.conf["pylock"]:
                 folders.check_file("pylock", root / str(self.conf["pylock"]), folder)
-            if self.conf["dependency_groups"] or (self._installs_package and self.pkg_type == "deps-only"):
+            reads = self._installs_package and (self._mirrors or self.pkg_type == "deps-only")
+            if self.conf["dependency_groups"] or reads:
                 folders.check_file("pyproject.toml", root / "pyproject.toml", folder)
 
     def _read_python_version_file(self, file_paths: list[str]) -> list[str]:
@@ -406,17 +514,21 @@ class MicrovmRunner(PythonRun):
         found: list[str] = super()._read_python_version_file(file_paths)
         return found
 
+    @property
+    def _roots(self) -> list[Path]:
+        """The folders that tox may work in: the project, and the work folder that the command line names."""
+        given = self.options.work_dir
+        return [self.core.get("tox_root", Path), *([] if given is None else [Path(given)])]
+
     def _check_folders(self) -> None:
         """Check that tox empties only its own folders: the configuration chooses them.
 
         Raises:
             Fail: A folder is outside the project.
         """
-        roots = [self.core.get("tox_root", Path)]
-        if self.options.work_dir is not None:
-            roots.append(Path(self.options.work_dir))
+        roots = self._roots
         with _in_tox_words():
-            folders.check_environment(self.conf.get("env_dir", Path), roots)
+            folders.check_environment(self.env_dir, roots)
             folders.check_logs(self.conf.get("env_log_dir", Path), roots)
             folders.check_made("temp_dir", self.core.get("temp_dir", Path), roots)
             folders.check_made("change_dir", self.conf.get("change_dir", Path), roots)
@@ -426,6 +538,8 @@ class MicrovmRunner(PythonRun):
 
     def _clean(self, transitive: bool = False) -> None:
         self._check_folders()
+        if self._mirrors and self.conf.get("recreate", bool):
+            _log.warning("-r does not make %s again; next step: tox -r without --microvm", self.prefix)
         self._recreated = True
         super()._clean(transitive)
 

@@ -37,6 +37,7 @@ class ToxKey(NamedTuple):
 _QUOTAS = tuple(quota.name for quota in QUOTAS if "tox" not in quota.absent)
 KEYS: Mapping[str, ToxKey] = {
     "image": ToxKey(str, BY_NAME["image"].default, BY_NAME["image"].help),
+    "python": ToxKey(str, "image", BY_NAME["python"].help),
     **{name: ToxKey(str, "", BY_NAME[name].help) for name in _QUOTAS},
     "network": ToxKey(list[str], [], "rules of what the commands may reach"),
     "prepare_network": ToxKey(list[str], ["pip"], "rules of what the installation may reach"),
@@ -89,9 +90,13 @@ def read(conf: EnvConfigSet, options: Parsed, project: Path, file: ToxFile) -> T
         UsageError: A value is invalid, or requests something that the user has not allowed.
     """
     values = {name: conf[f"microvm_{name}"] for name in KEYS}
-    asked = {name: list(values[name]) for name in (*_GRANTS, "prepare_network") if values[name]}
+    asked: dict[str, Any] = {
+        name: list(values[name]) for name in (*_GRANTS, "prepare_network") if values[name]
+    }
     if asked.get("prepare_network") == KEYS["prepare_network"].default:
         del asked["prepare_network"]  # no trust needed: tox itself would do more on this computer
+    if values["python"] == "host" and conf["system_site_packages"]:
+        asked["python"] = "host, with system_site_packages: all packages of that Python"
     for name, option in _OPTIONS.items():
         given = getattr(options, option, None)
         if given is not None:
@@ -99,7 +104,7 @@ def read(conf: EnvConfigSet, options: Parsed, project: Path, file: ToxFile) -> T
             asked.pop(name, None)
     _check(file, asked, _own_kit(values["image"], project, options))
     where = f"tox environment {conf.name}"
-    spec = {name: values[name] for name in ("image", *_QUOTAS, *_GRANTS) if values[name]}
+    spec = {name: values[name] for name in ("image", "python", *_QUOTAS, *_GRANTS) if values[name]}
     made = {name: spec[name] for name in ("image", *_QUOTAS) if name in spec}
     prepare = {**made, "network": values["prepare_network"], "hosts": values["hosts"]}
     return ToxSettings(

@@ -364,6 +364,7 @@ def tox_file(project):
 def test_defaults_ask_for_nothing(project):
     read = settings.read(Conf(), options(), project, tox_file(project))
     assert (read.spec.image, read.spec.network, read.spec.secrets) == ("python", (), ())
+    assert read.spec.python == "image"
     assert (read.prepare.network, read.artifacts) == (("pip",), ())
 
 
@@ -375,6 +376,20 @@ def test_quotas_are_read(project):
     assert (read.prepare.memory, read.artifacts) == (1024**3, ("*.xml",))
     with pytest.raises(UsageError, match="tox environment py: memory"):
         settings.read(Conf(memory="much"), options(), project, tox_file(project))
+
+
+def test_python_of_the_host_is_asked_for_by_a_key(project, monkeypatch):
+    conf = Conf(python="host")
+    conf["system_site_packages"] = False
+    assert settings.read(conf, options(), project, tox_file(project)).spec.python == "host"
+    with pytest.raises(UsageError, match="python: invalid value: expected one of host, image, got 'other'"):
+        settings.read(Conf(python="other"), options(), project, tox_file(project))
+    conf["system_site_packages"] = True
+    with pytest.raises(UsageError, match="nobody has allowed that") as refused:
+        settings.read(conf, options(), project, tox_file(project))
+    assert refused.value.details.startswith("microvm_python = ")
+    monkeypatch.setenv(project_trust.VARIABLE, "1")
+    assert settings.read(conf, options(), project, tox_file(project)).spec.python == "host"
 
 
 @pytest.mark.parametrize(

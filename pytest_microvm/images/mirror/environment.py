@@ -228,7 +228,7 @@ def _paths_in(site: Path, file: Path) -> Iterator[Path]:
         text = line.strip()
         if text and not text.startswith("#") and not re.match(r"import[ \t]", text):
             path = Path(os.path.normpath(site / text))
-            if path.exists():
+            if os.path.exists(path):  # unlike Path.exists, False for a name that is too long
                 yield path
 
 
@@ -253,7 +253,7 @@ def _mapping_in(file: Path) -> Iterator[Path]:
         except (ValueError, TypeError, RecursionError, MemoryError):
             return
         if isinstance(mapping, dict):
-            yield from (Path(p) for p in mapping.values() if isinstance(p, str) and Path(p).exists())
+            yield from (Path(p) for p in mapping.values() if isinstance(p, str) and os.path.exists(p))
 
 
 def _text(file: Path) -> str:
