@@ -4,9 +4,11 @@ tests/attacks/README.md says what ``attack.toml`` may hold.
 """
 
 import os
+import platform
 import re
 import socket
 import socketserver
+import sys
 import threading
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from support import guards
 
 PROJECTS = Path(__file__).parents[1] / "attacks" / "projects"
 ATTACKS = sorted(folder.name for folder in PROJECTS.iterdir())
+PYTHON = Path(sys.executable).resolve()  # of the installation, not of a virtual environment
 GUARDED = '(__import__("os").environ.get("LOCAL_GUEST") or __import__("os").path.exists("/run/microvm"))'
 
 
@@ -119,6 +122,10 @@ class Attack:
             "OUTSIDE_NAME": f"{self.beside.name}/{self.outside.name}",
             "FOLDER_NAME": f"{self.beside.name}/{self.folder.name}",
             "FOLDER_FILE": "kept",
+            "BASE_PYTHON": PYTHON,
+            "BASE_FOLDER": PYTHON.parent,
+            "BASE_VERSION": platform.python_version(),
+            "BASE_LIBRARY": f"python{sys.version_info[0]}.{sys.version_info[1]}",
         }
         return re.sub(r"@([A-Z_]+)@", lambda found: str(values[found[1]]), text)
 
