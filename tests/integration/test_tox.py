@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import pty
 import re
 import signal
@@ -16,6 +17,7 @@ import pytest
 
 from support import guards
 from support.commands import MICROVM
+from support.wheels import write_wheel
 
 PYTHON = "py311"  # what the image has
 SECRETS = {
@@ -352,6 +354,38 @@ def test_variables_and_files_of_this_computer_need_a_word(tmp_path):
         [*MICROVM, "trust"], cwd=folder, env={**os.environ, **host}, check=True, timeout=guards.SUITE
     )
     assert "('FROM_FILE', 'file-of-the-host')" in run("reading", check=0)
+
+
+def test_environment_of_this_computer_is_mirrored(tmp_path):
+    """Made by plain tox; the machine gets it at the same path, and installs nothing."""
+    wheel, other = write_wheel(tmp_path, "one"), write_wheel(tmp_path, "other")
+    config = f"[tox]\nno_package = true\n[testenv]\nmicrovm_python = host\ndeps =\n    ./{wheel}\n"
+    config += "commands = python {posargs}\nmicrovm_artifacts = out.txt\n[testenv:mine]\n[testenv:none]\n"
+    (tmp_path / "tox.ini").write_text(config)
+    prefix = tmp_path / ".tox" / "mine"
+    missing = tox(tmp_path, "run", "--microvm", "-e", "none", *OFFLINE, check=1)
+    assert "next step: run `tox -e none` once without --microvm" in missing.stdout
+    tox(tmp_path, "run", "-e", "mine", "--notest", check=0, env={"PIP_NO_INDEX": "1"})
+    before = {path: path.lstat().st_mtime_ns for path in prefix.rglob("*")}
+    code = (
+        "import one, os, platform, ssl, sys; "
+        "print(sys.prefix, platform.python_version(), os.uname().nodename, one.__file__); "
+        "print(sorted(os.listdir(sys.prefix))); open('out.txt', 'w'); os.remove(one.__file__)"
+    )
+    done = tox(tmp_path, "run", "--microvm", "-e", "mine", *OFFLINE, "--", "-c", code, check=0)
+    found = re.search(r"^(\S+) (\S+) (vm-\w+) (\S+)$", done.stdout, re.MULTILINE).groups()
+    assert found[:2] == (str(prefix), platform.python_version())
+    assert found[3].startswith(f"{prefix}/lib/")
+    assert "making the environment" not in done.stdout
+    assert not {"log", ".tox-info.json"} & set(eval(re.search(r"^\[.*\]$", done.stdout, re.MULTILINE)[0]))  # noqa: S307
+    assert (tmp_path / ".tox/.microvm/mine/artifacts/out.txt").exists()
+    assert {path: path.lstat().st_mtime_ns for path in prefix.rglob("*")} == before
+    again = tox(tmp_path, "run", "--microvm", "-e", "mine", *OFFLINE, "--", "-m", "pip", "list", check=0)
+    assert re.search(r"^one +1\.0", again.stdout, re.MULTILINE)
+    assert "mirroring" not in again.stdout
+    (tmp_path / "tox.ini").write_text(config.replace(wheel, f"{wheel}\n    ./{other}"))
+    stale = tox(tmp_path, "run", "--microvm", "-e", "mine", *OFFLINE, "--", "-V", check=1)
+    assert "is stale: deps: now also" in stale.stdout
 
 
 def test_tox_does_not_provision_an_untrusted_project(tmp_path):

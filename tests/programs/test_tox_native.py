@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from support import guards
+from support.wheels import write_wheel
 
 # Tox with an object in place of the machines: it prints what would be mirrored, and ends the environment.
 WITHOUT_MACHINES = """
@@ -81,24 +82,10 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     (folder / "requirements.txt").write_text(f"./{ONE}\n")
     (folder / "constraints.txt").write_text("# none\n")
-    subprocess.run([sys.executable, "-c", WHEELS, ONE, TWO], cwd=folder, check=True)
+    assert [write_wheel(folder, name) for name in ("one", "two")] == [ONE, TWO]
     configure(folder)
     native(folder, "-e", "py")
     return folder
-
-
-WHEELS = r"""
-import sys, zipfile
-for file in sys.argv[1:]:
-    name, version = file.split("-")[:2]
-    with zipfile.ZipFile(file, "w") as wheel:
-        wheel.writestr(f"{name}.py", "")
-        about = f"{name}-{version}.dist-info"
-        wheel.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        tags = "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        wheel.writestr(f"{about}/WHEEL", tags)
-        wheel.writestr(f"{about}/RECORD", "")
-"""
 
 
 def configure(folder, more=""):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import random
 import re
 import socket
 import stat
@@ -459,6 +460,18 @@ def test_damaged_elf_file_has_no_libraries(tmp_path, size):
     file = tmp_path / "damaged.so"
     file.write_bytes(Path(os.path.realpath(sys.executable)).read_bytes()[:size])
     assert libraries_of(file) == {}
+
+
+def test_elf_file_with_wrong_bytes_is_read_or_left_out(tmp_path):
+    content = Path(os.path.realpath(sys.executable)).read_bytes()[:20_000]
+    choose = random.Random(1)  # noqa: S311 - of a test
+    for _ in range(300):
+        damaged = bytearray(content)
+        for _ in range(4):
+            at = choose.randrange(4, choose.choice([64, 600, 20_000]) - 8)
+            damaged[at : at + 8] = choose.choice([choose.randbytes(8), b"\xff" * 8, bytes(8)])
+        (tmp_path / "damaged.so").write_bytes(damaged)
+        assert isinstance(read_dynamic(tmp_path / "damaged.so"), Dynamic | None)
 
 
 def test_folders_of_the_loader_include_configured_ones(tmp_path):
