@@ -126,7 +126,10 @@ def find_python(version: str, project: Path, first: Sequence[str]) -> Any:
     allowed = [folder for folder in search if folder and not is_below(Path(folder), project)]
     variables = {**os.environ, "PATH": os.pathsep.join(allowed)}
     data = make_app_data(None, read_only=False, env=os.environ)
-    return get_interpreter(f"cpython{version}", first, data, variables)
+    try:
+        return get_interpreter(f"cpython{version}", first, data, variables)
+    except RuntimeError:  # one that the user named does not start
+        return None
 
 
 def _base(home: str, python: Any) -> Path | None:

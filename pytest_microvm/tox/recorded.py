@@ -94,9 +94,12 @@ def _keep_inside(file: RequirementsFile, root: Path) -> None:
             raise Fail(f"the requirement file {path} does not exist")
         return content.decode("utf-8-sig", errors="replace")
 
-    parser = file._req_parser  # noqa: SLF001 - tox reads included files with it, and has no other seam
-    getattr(parser, "_get_file_content")  # noqa: B009 - fail if tox does not have it, for nothing would be kept
-    parser._get_file_content = read  # type: ignore[method-assign] # noqa: SLF001
+    try:
+        parser = file._req_parser  # noqa: SLF001 - tox reads included files with it, and has no other seam
+        parser._get_file_content  # noqa: B018, SLF001 - fail if tox does not have it: nothing would be kept
+        parser._get_file_content = read  # type: ignore[method-assign] # noqa: SLF001
+    except AttributeError as error:
+        raise Fail(f"cannot see which files this version of tox reads ({error}): use another one") from None
 
 
 def _compared(value: Any) -> dict[str, Any]:

@@ -437,22 +437,27 @@ def test_glibc_version_is_that_of_this_computer():
     assert glibc_version(b"musl libc") == 0
 
 
-def test_libraries_elsewhere_are_not_found_for_a_confined_environment(monkeypatch, tmp_path):
-    program = Path(os.path.realpath(sys.executable))
-    needs = Dynamic("EM_X86_64", ("own.so", f"{tmp_path}/private.so", "libm.so.6"), (f"{tmp_path}/own",))
-    monkeypatch.setattr(LibrarySearch, "_read", lambda _self, path: needs if path == program else EMPTY)
-    found = LibrarySearch().closure([program])
-    assert {
-        "own.so": tmp_path / "own" / "own.so",
-        "private.so": tmp_path / "private.so",
-    }.items() <= found.items()
-    found = LibrarySearch(within=[tmp_path / "own"]).closure([program])
-    assert found["own.so"] == tmp_path / "own" / "own.so"
-    assert {"private.so", "libm.so.6"} & found.keys() == {"libm.so.6"}
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "own.so").symlink_to(tmp_path / "private.so")
-    found = LibrarySearch(within=[tmp_path / "own"]).closure([program])
-    assert found["own.so"].parent != tmp_path / "own"
+@pytest.mark.parametrize("place", ["environment", "base"])
+def test_libraries_elsewhere_are_not_found_for_a_stranger(monkeypatch, tmp_path, place):
+    environment, base = tmp_path / "environment", tmp_path / "base"
+    program = write(tmp_path / place / "program")
+    write(environment / "own.so")
+    write(base / "base.so")
+    write(tmp_path / "private.so")
+    write(base / "packages" / "below.so")
+    (environment / "link.so").symlink_to(tmp_path / "private.so")
+    absolute = (f"{tmp_path}/private.so", f"{base}/packages/below.so", f"{base}/../private.so")
+    names = ("own.so", "base.so", "link.so", *absolute, "libm.so.6")
+    needs = Dynamic("EM_X86_64", names, (str(environment), str(base)))
+    inherits = Dynamic("EM_X86_64", ("private.so",), (str(tmp_path),))
+    read = {program: needs, base / "base.so": inherits}
+    monkeypatch.setattr(
+        LibrarySearch, "_read", lambda _self, p: read.get(p) or (EMPTY if p.exists() else None)
+    )
+    everything = {"own.so", "base.so", "link.so", "private.so", "below.so", "libm.so.6"}
+    assert LibrarySearch().closure([program]).keys() >= everything
+    found = LibrarySearch(confined=environment, base=[base]).closure([program]).keys() & everything
+    assert found == (everything if place == "base" else {"own.so", "base.so", "libm.so.6"})
 
 
 @pytest.mark.parametrize("size", [0, 3, 4, 40, 64, 200, 4000])

@@ -51,9 +51,9 @@ def build_layer(
     Raises:
         BuildError: Packing failed, or a file changed meanwhile.
     """
-    own = [environment.prefix, environment.base / "lib", environment.base / "lib64"]
-    search = LibrarySearch(within=own if environment.confined else None)
-    found = search.closure(candidates(selection.entries))
+    confined = environment.prefix if environment.confined else None
+    base = [environment.base / "lib", environment.base / "lib64"]
+    found = LibrarySearch(confined=confined, base=base).closure(candidates(selection.entries))
     libraries = _for_image(found, _libraries_of(rootfs))
     described = json.dumps({str(path): _stamp(path) for path in libraries.values()}, sort_keys=True)
     packed = MirroredFiles(dict(selection.entries))

@@ -89,15 +89,20 @@ class LibrarySearch:
 
     Args:
         configuration: The loader's list of folders.
-        within: Folders: libraries elsewhere are found only in the loader's own folders, whatever a file says
-            that loads them. ``None``: libraries may be anywhere.
+        confined: A folder with files of a stranger: libraries for them are found in this folder, in ``base``
+            and in the loader's folders only, whatever their headers say. ``None``: there is none.
+        base: Folders with libraries of the installation that they belong to.
     """
 
     def __init__(
-        self, configuration: Path = Path("/etc/ld.so.conf"), within: Sequence[Path] | None = None
+        self,
+        configuration: Path = Path("/etc/ld.so.conf"),
+        confined: Path | None = None,
+        base: Sequence[Path] = (),
     ) -> None:
         self._configuration = configuration
-        self._within = within
+        self._confined = None if confined is None else os.path.realpath(confined) + os.sep
+        self._base = tuple(map(str, base))
         self._dynamic: dict[Path, Dynamic | None] = {}
 
     def closure(self, files: Iterable[Path]) -> dict[str, Path]:
@@ -105,23 +110,25 @@ class LibrarySearch:
 
         Libraries that are missing here are left out: the files do without them on this computer, too.
         """
-        given = list(files)
+        given = sorted(
+            files, key=self._is_confined
+        )  # what the others load is found without a stranger's headers
         inside = {os.path.realpath(path) for path in given}
         found: dict[str, Path] = {}
-        todo: deque[tuple[Path, tuple[str, ...]]] = deque((path, ()) for path in given)
+        todo: deque[tuple[Path, tuple[str, ...], bool]] = deque((p, (), self._is_confined(p)) for p in given)
         while todo:
-            path, inherited = todo.popleft()
+            path, inherited, confined = todo.popleft()
             dynamic = self._read(path)
             if dynamic is None:
                 continue
             rpath = (*dynamic.rpath, *inherited)
             wanted = [*dynamic.needed, *([dynamic.interpreter] if dynamic.interpreter else [])]
             for name in wanted:
-                library = self._find(name, dynamic, rpath)
+                library = self._find(name, dynamic, rpath, confined)
                 if library is None or library.name in found or os.path.realpath(library) in inside:
                     continue
                 found[library.name] = library
-                todo.append((library, rpath))
+                todo.append((library, rpath, confined))
         if _C_LIBRARY in found:
             folder = found[_C_LIBRARY].parent
             for name in sorted(os.listdir(folder)):
@@ -129,18 +136,18 @@ class LibrarySearch:
                     found.setdefault(name, folder / name)
         return found
 
-    def _find(self, name: str, dynamic: Dynamic, rpath: tuple[str, ...]) -> Path | None:
+    def _find(self, name: str, dynamic: Dynamic, rpath: tuple[str, ...], confined: bool) -> Path | None:
         if "/" in name:
             path = Path(name)
-            return path if path.is_absolute() and self._fits(path, dynamic) else None
+            return path if path.is_absolute() and self._fits(path, dynamic, confined) else None
         for folder in [*rpath, *self._preset, *dynamic.runpath, *self.folders]:
             path = Path(folder, name)
-            if self._fits(path, dynamic):
+            if self._fits(path, dynamic, confined):
                 return path
         return None
 
-    def _fits(self, path: Path, wanted: Dynamic) -> bool:
-        if self._within is not None and not self._is_allowed(path, self._within):
+    def _fits(self, path: Path, wanted: Dynamic, confined: bool) -> bool:
+        if confined and not self._is_allowed(path):
             return False
         found = self._read(path)
         return found is not None and found.machine == wanted.machine
@@ -150,17 +157,17 @@ class LibrarySearch:
             self._dynamic[path] = read_dynamic(path)
         return self._dynamic[path]
 
-    def _is_allowed(self, path: Path, within: Sequence[Path]) -> bool:
-        real = os.path.realpath(path)
+    def _is_confined(self, path: Path) -> bool:
+        return self._confined is not None and os.path.realpath(path).startswith(self._confined)
+
+    def _is_allowed(self, path: Path) -> bool:
         return path.is_absolute() and (
-            os.path.realpath(path.parent) in self._loaders
-            or any(real.startswith(os.path.realpath(folder) + os.sep) for folder in within)
+            os.path.realpath(path.parent) in self._allowed or self._is_confined(path)
         )
 
     @cached_property
-    def _loaders(self) -> frozenset[str]:
-        """The folders in which the loader looks on this computer, without links."""
-        return frozenset(os.path.realpath(folder) for folder in (*self._preset, *self.folders))
+    def _allowed(self) -> frozenset[str]:
+        return frozenset(os.path.realpath(path) for path in (*self._base, *self._preset, *self.folders))
 
     @property
     def _preset(self) -> list[str]:
