@@ -110,9 +110,7 @@ class LibrarySearch:
 
         Libraries that are missing here are left out: the files do without them on this computer, too.
         """
-        given = sorted(
-            files, key=self._is_confined
-        )  # what the others load is found without a stranger's headers
+        given = sorted(files, key=self._is_confined)  # trusted files first: a library is found once
         inside = {os.path.realpath(path) for path in given}
         found: dict[str, Path] = {}
         todo: deque[tuple[Path, tuple[str, ...], bool]] = deque((p, (), self._is_confined(p)) for p in given)
