@@ -68,10 +68,7 @@ class RecordedPip(Pip):
         for file in (arguments, self.constraints):
             if isinstance(file, RequirementsFile):
                 _keep_inside(file, root)
-        try:
-            super().install(arguments, section, of_type)
-        except RecursionError:
-            raise Fail(f"{of_type}: a requirement is nested too deeply") from None
+        super().install(arguments, section, of_type)
 
 
 def _keep_inside(file: RequirementsFile, root: Path) -> None:
