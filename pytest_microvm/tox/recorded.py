@@ -24,7 +24,7 @@ _SHOWN = 5  # differences of each kind
 _WIDTH = 120  # characters of one
 
 
-class Record(Info):
+class EnvironmentRecord(Info):
     """tox's record of an environment, which must match: nothing is written to it.
 
     Args:
@@ -55,7 +55,7 @@ class Record(Info):
 
 
 class RecordedPip(Pip):
-    """tox's pip installer for an environment with a :class:`Record`: compares requirements with it."""
+    """tox's pip installer for an environment with a :class:`EnvironmentRecord`: compares requirements with it."""
 
     def install(self, arguments: Any, section: str, of_type: str) -> None:
         """Compare an installation with the record.

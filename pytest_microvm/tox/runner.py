@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pytest_microvm.tox.guest import ToxGuest
     from pytest_microvm.tox.host_values import HostValueGuard
     from pytest_microvm.tox.native import NativeEnvironment
-    from pytest_microvm.tox.recorded import Record
+    from pytest_microvm.tox.recorded import EnvironmentRecord
 
 _PROJECT_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 _ARTIFACTS_TIMEOUT = 600.0
@@ -66,7 +66,7 @@ class MicrovmRunner(PythonRun):
         self._recreated = False
         self._generation_now: str | None = None
         self._native_found: NativeEnvironment | None = None
-        self._record: Record | None = None
+        self._record: EnvironmentRecord | None = None
         _check_name(create_args.conf.name)
         super().__init__(create_args)
 
@@ -369,14 +369,14 @@ class MicrovmRunner(PythonRun):
             Fail: It does not.
         """
         from pytest_microvm.tox.package import written_dependencies  # noqa: PLC0415 - see tox/plugin.py
-        from pytest_microvm.tox.recorded import Record  # noqa: PLC0415
+        from pytest_microvm.tox.recorded import EnvironmentRecord  # noqa: PLC0415
 
         native = self._native()
         if native.environment.shares_base != self.conf.get("system_site_packages", bool):
             raise native.stale("system_site_packages has changed")
         if getattr(self.options, "skip_env_install", False):
             return
-        self._record = Record(native.record, native.stale)
+        self._record = EnvironmentRecord(native.record, native.stale)
         try:
             self._install_requirements()
             package, extras = self.core.get("package_root", Path), self.conf.get("extras", set[str])

@@ -8,13 +8,13 @@ from tox.tox_env.python.pip.req_file import PythonConstraints, PythonDeps
 
 from pytest_microvm.errors import UsageError
 from pytest_microvm.tox import recorded
-from pytest_microvm.tox.recorded import Record
+from pytest_microvm.tox.recorded import EnvironmentRecord
 
 DEPS = {"options": [], "requirements": ["one==1.0"], "constraints": [], "env": {"PIP_PRE": "1"}}
 
 
 def compare(old, new, section="PythonRun", sub="deps"):
-    record = Record({} if old is None else {section: {sub: old}}, UsageError)
+    record = EnvironmentRecord({} if old is None else {section: {sub: old}}, UsageError)
     with record.compare(new, section, sub) as (same, found):
         assert same
         assert found == old
@@ -59,7 +59,7 @@ def test_section_that_is_no_table_is_stale():
     for section in ([], "text", 1, None):
         with (
             pytest.raises(UsageError, match="deps: now also one"),
-            Record({"PythonRun": section}, UsageError).compare(DEPS, "PythonRun", "deps"),
+            EnvironmentRecord({"PythonRun": section}, UsageError).compare(DEPS, "PythonRun", "deps"),
         ):
             pass
 
