@@ -55,7 +55,7 @@ class EnvironmentRecord(Info):
 
 
 class RecordedPip(Pip):
-    """tox's pip installer for an environment with a :class:`EnvironmentRecord`: compares requirements with it."""
+    """tox's pip installer for such an environment: compares requirements with its record."""
 
     def install(self, arguments: Any, section: str, of_type: str) -> None:
         """Compare an installation with the record.
