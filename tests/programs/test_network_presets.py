@@ -10,7 +10,6 @@ import sys
 import tarfile
 import threading
 import venv
-import zipfile
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,6 +21,7 @@ from pytest_microvm.network.policy import presets, python_indexes
 from pytest_microvm.network.policy.presets import named_presets, preset_rules, read_preset
 from pytest_microvm.network.policy.rules import Policy, Request, parse_rules
 from support import repositories
+from support.wheels import wheel
 
 WHEEL = "packaging-99.0-py3-none-any.whl"
 JSON = "application/vnd.pypi.simple.v1+json"
@@ -79,16 +79,6 @@ def texts(preset):
     return [str(rule) for rule in preset.rules]
 
 
-def wheel(project="packaging"):
-    info = f"{project}-99.0.dist-info"
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as archive:
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {project}\nVersion: 99.0\n")
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{info}/RECORD", "")
-    return made.getvalue()
-
-
 def serves_packaging_from(index, url, kind=JSON, at="/simple"):
     if kind == JSON:
         file = {"filename": WHEEL, "url": url, "hashes": {}}
@@ -101,7 +91,7 @@ def serves_packaging_from(index, url, kind=JSON, at="/simple"):
 @pytest.mark.parametrize("kind", [JSON, "text/html"])
 def test_pip_preset_allows_the_index_and_its_file_host(index, pip_uses, tmp_path, kind):
     serves_packaging_from(index, f"http://files.example:8443/{WHEEL}", kind, f"http://{index.where}/simple")
-    index.pages[f"http://files.example:8443/{WHEEL}"] = ("application/zip", wheel())
+    index.pages[f"http://files.example:8443/{WHEEL}"] = ("application/zip", wheel("packaging", "99.0"))
     pip_uses(
         f"index-url = http://{index.where}/simple\nextra-index-url = file:///nowhere\n"
         f"proxy = http://{index.where}\n"
@@ -117,7 +107,7 @@ def test_pip_preset_allows_the_index_and_its_file_host(index, pip_uses, tmp_path
 
 def test_files_beside_the_index_and_one_index_that_has_none(index, pip_uses, tmp_path):
     serves_packaging_from(index, f"../../packages/{WHEEL}")
-    index.pages[f"/packages/{WHEEL}"] = ("application/zip", wheel())
+    index.pages[f"/packages/{WHEEL}"] = ("application/zip", wheel("packaging", "99.0"))
     pip_uses(
         f"index-url = http://{index.where}/simple\nextra-index-url = http://{index.where}/empty\n"
         f"find-links = http://{index.where}/links /opt/wheels\ntrusted-host = files.example"
@@ -138,7 +128,7 @@ def test_files_beside_the_index_and_one_index_that_has_none(index, pip_uses, tmp
 
 def test_pip_preset_reads_pages_of_links(index, pip_uses, tmp_path):
     index.pages["/links"] = ("text/html", f'<a href="http://localhost:{index.server_port}/{WHEEL}">x</a>')
-    index.pages[f"/{WHEEL}"] = ("application/zip", wheel())
+    index.pages[f"/{WHEEL}"] = ("application/zip", wheel("packaging", "99.0"))
     pip_uses(f"no-index = yes\nfind-links = http://{index.where}/links")
     preset = read_preset("pip", tmp_path)
     assert texts(preset) == [f"http://{index.where}", f"http://localhost:{index.server_port}"]
@@ -173,7 +163,7 @@ def test_pip_preset_runs_no_code_of_a_project(index, pip_uses, tmp_path, monkeyp
 
 def test_pip_preset_uses_a_login_of_netrc(index, pip_uses, tmp_path, monkeypatch):
     serves_packaging_from(index, f"http://{index.where}/{WHEEL}")
-    index.pages[f"/{WHEEL}"] = ("application/zip", wheel())
+    index.pages[f"/{WHEEL}"] = ("application/zip", wheel("packaging", "99.0"))
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password hunter2\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     pip_uses(f"index-url = http://{index.where}/simple")
@@ -193,7 +183,7 @@ def test_pip_preset_names_the_default_index(pip_uses, tmp_path, monkeypatch):
 
 def test_pip_preset_uses_a_login_without_exposing_it(index, pip_uses, tmp_path):
     serves_packaging_from(index, f"http://{index.where}/{WHEEL}")
-    index.pages[f"/{WHEEL}"] = ("application/zip", wheel())
+    index.pages[f"/{WHEEL}"] = ("application/zip", wheel("packaging", "99.0"))
     pip_uses(f"index-url = http://me:hunter2@{index.where}/simple")
     preset = read_preset("pip", tmp_path)
     assert "Basic " + base64.b64encode(b"me:hunter2").decode() in index.logins
@@ -226,7 +216,7 @@ def test_pip_preset_refuses_an_invalid_url_without_showing_it(pip_uses, tmp_path
 
 def test_an_index_is_asked_once(index, pip_uses, tmp_path):
     serves_packaging_from(index, f"http://{index.where}/{WHEEL}")
-    index.pages[f"/{WHEEL}"] = ("application/zip", wheel())
+    index.pages[f"/{WHEEL}"] = ("application/zip", wheel("packaging", "99.0"))
     pip_uses(f"index-url = http://{index.where}/simple")
     assert read_preset("pip", tmp_path) is read_preset("pip", tmp_path / "other")
 
@@ -333,7 +323,7 @@ def uv_uses(monkeypatch, tmp_path, request):
 def test_pip_preset_asks_uv_without_pip(index, uv_uses, tmp_path, monkeypatch):
     """Each of its indexes, with its login, and no configuration of the project."""
     serves_packaging_from(index, f"http://localhost:{index.server_port}/{WHEEL}")
-    index.pages[f"/{WHEEL}"] = ("application/zip", wheel())
+    index.pages[f"/{WHEEL}"] = ("application/zip", wheel("packaging", "99.0"))
     uv_uses(
         f'[[index]]\nurl = "http://me:hunter2@{index.where}/simple"\ndefault = true\n'
         f'[[index]]\nurl = "http://{index.where}/empty"\n[pip]\nfind-links = ["/opt/wheels"]\n'

@@ -18,6 +18,7 @@ from support.commands import MICROVM
 from support.comparison import CACHE
 from support.local_servers import LocalServer
 from support.repositories import git
+from support.wheels import wheel
 
 ABOUT = {name: tomllib.loads((PROJECTS / name / "attack.toml").read_text()) for name in ATTACKS}
 _WHEEL = "pip-99.0-py3-none-any.whl"
@@ -65,13 +66,14 @@ class _Pages(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         pages = {
             "/simple/pip/": ("text/html", f'<!DOCTYPE html><html><body><a href="/{_WHEEL}">{_WHEEL}</a>'),
+            f"/{_WHEEL}": ("application/zip", wheel("pip", "99.0")),
             "/npm": ("application/json", _package(f"http://{self.headers['Host']}")),
         }
         kind, body = pages.get(self.path, ("text/plain", None))
         self.send_response(404 if body is None else 200)
         self.send_header("Content-Type", kind)
         self.end_headers()
-        self.wfile.write((body or "").encode())
+        self.wfile.write(body if isinstance(body, bytes) else (body or "").encode())
 
     def log_message(self, *_):
         pass
