@@ -89,7 +89,7 @@ class Project:
         started = time.monotonic()
         done = subprocess.run(
             [os.fspath(word) for word in command], stdin=subprocess.DEVNULL, capture_output=True,
-            encoding="utf-8", errors="replace", timeout=guards.PROCESS, check=False,
+            encoding="utf-8", errors="replace", timeout=guards.SUITE, check=False,
         )  # fmt: skip
         duration = time.monotonic() - started
         return pytest.RunResult(done.returncode, done.stdout.splitlines(), done.stderr.splitlines(), duration)
