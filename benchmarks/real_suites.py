@@ -68,19 +68,24 @@ def main() -> int:
     parser.add_argument(
         "packages", nargs="*", help="which (default: all): " + ", ".join(s.package for s in SUITES)
     )
-    wanted = parser.parse_args().packages
-    suites = [suite for suite in SUITES if not wanted or suite.package in wanted]
+    parser.add_argument(
+        "--python",
+        default=sys.executable,
+        help="make the environment from this interpreter (default: %(default)s)",
+    )
+    asked = parser.parse_args()
+    suites = [suite for suite in SUITES if not asked.packages or suite.package in asked.packages]
     different = 0
     with tempfile.TemporaryDirectory(prefix="real-suites-") as folder:
-        python = environment(Path(folder) / "env", suites)
+        python = environment(Path(folder) / "env", asked.python, suites)
         for suite in suites:
             different += compare(suite, Path(folder) / suite.package, python)
     return min(different, 1)
 
 
-def environment(folder: Path, suites: list[Suite]) -> Path:
-    """Make a virtual environment with this package, the suites' packages and needs; return its Python."""
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+def environment(folder: Path, base: str, suites: list[Suite]) -> Path:
+    """Make a virtual environment of ``base`` with this package, the suites and their needs; return its Python."""
+    subprocess.run([base, "-m", "venv", str(folder)], check=True)
     source = Path(pytest_microvm.__file__).parents[1]
     own = [f"pytest-microvm=={version('pytest-microvm')}"]
     if (source / "pyproject.toml").exists():  # an editable installation
