@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def environment(folder: Path, base: str, suites: list[Suite]) -> Path:
-    """Make a virtual environment of ``base`` with this package and all that the suites need; return its Python."""
+    """Make an environment of ``base`` with this package, the suites and their needs; return its Python."""
     subprocess.run([base, "-m", "venv", str(folder)], check=True)
     source = Path(pytest_microvm.__file__).parents[1]
     own = [f"pytest-microvm=={version('pytest-microvm')}"]
