@@ -9,7 +9,18 @@ import os
 import platform
 from pathlib import Path
 
-NAMES = ("per_test", "edit", "fixture", "lifecycle", "mounts", "network", "ci", "autoload", "redaction")
+NAMES = (
+    "per_test",
+    "edit",
+    "environment",
+    "fixture",
+    "lifecycle",
+    "mounts",
+    "network",
+    "ci",
+    "autoload",
+    "redaction",
+)
 
 
 def main() -> int:

@@ -56,7 +56,7 @@ def prepared_step(
                 raise MachineError(
                     f"prepare: {command!r} ended with status {status}",
                     details="\n".join(said.splitlines()[-_OUTPUT_SHOWN:]) + denied,
-                    resolution="correct the command, or name what it needs in prepare_inputs or prepare_network",
+                    resolution="correct it, or name what it needs in prepare_inputs or prepare_network",
                 )
         instance.take_away()
         return {}

@@ -99,7 +99,7 @@ def parse_settings(text: str, where: str, folder: Path) -> GitlabSettings:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{where} is not TOML: {error}", resolution="correct the line that it names") from error
+        raise UsageError(f"{where} is not TOML: {error}", resolution="correct that line") from error
     for key in table:
         if key not in _PARSERS:
             raise UsageError(

@@ -20,6 +20,7 @@ from pytest_microvm.machine.instance import Usage
 from pytest_microvm.untrusted.text import sanitize_line
 
 _CAPABILITIES = [{"capability": "x-ignore-shared", "state": True}, {"capability": "events", "state": True}]
+_FILE_MIGRATION = (8, 2)
 
 
 class QemuProcess:
@@ -76,11 +77,9 @@ class QemuProcess:
         self.qmp.execute("migrate-set-capabilities", {"capabilities": _CAPABILITIES})
         descriptor = os.open(state, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self.qmp.execute("getfd", {"fdname": "state"}, fd=descriptor)
+            self._migrate("migrate-incoming", descriptor)
         finally:
             os.close(descriptor)
-        self.qmp.execute("migrate-incoming", {"uri": "fd:state"})
-        self._wait_migration()
         self.resume()  # the state was saved from a stopped machine, so the loaded one is stopped
 
     def checkpoint(self, state: Path) -> None:
@@ -92,11 +91,9 @@ class QemuProcess:
         self.qmp.execute("stop")
         self.qmp.execute("migrate-set-capabilities", {"capabilities": _CAPABILITIES})
         self.qmp.events.clear()
-        descriptor = os.open(state, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
-            self.qmp.execute("getfd", {"fdname": "state"}, fd=descriptor)
-            self.qmp.execute("migrate", {"uri": "fd:state"})
-            self._wait_migration()
+            self._migrate("migrate", descriptor)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -146,6 +143,21 @@ class QemuProcess:
         """Return the end of QEMU's stderr."""
         self._stderr.seek(0)
         return self._stderr.read()[-4000:].decode(errors="replace").strip()
+
+    def _migrate(self, command: str, descriptor: int) -> None:
+        """Save to an open file, or load from it.
+
+        ``fd:`` with a file is deprecated since QEMU 9.1 and refused by QEMU 11.1; ``file:`` came with 8.2.
+        """
+        if self.qmp.version < _FILE_MIGRATION:
+            self.qmp.execute("getfd", {"fdname": "state"}, fd=descriptor)
+            self.qmp.execute(command, {"uri": "fd:state"})
+            self._wait_migration()
+            return
+        number = self.qmp.execute("add-fd", fd=descriptor)["fdset-id"]
+        self.qmp.execute(command, {"uri": f"file:/dev/fdset/{number}"})
+        self._wait_migration()
+        self.qmp.execute("remove-fd", {"fdset-id": number})
 
     def _wait_migration(self) -> None:
         data = self.qmp.wait_event("MIGRATION", lambda data: data.get("status") in ("completed", "failed"))

@@ -36,11 +36,21 @@ class Qmp:
         self._timeout = timeout
         self._buffer = bytearray()
         self.events: deque[dict[str, Any]] = deque(maxlen=256)
+        self.version = (0, 0)
+        """QEMU's version (major, minor), known from its greeting."""
 
     def greet(self) -> None:
-        """Read the greeting and leave negotiation mode."""
-        if "QMP" not in self._read(self._timeout):
-            raise QmpError("QEMU did not greet on its control socket")
+        """Read the greeting and leave negotiation mode.
+
+        Raises:
+            QmpError: There was none.
+        """
+        greeting = self._read(self._timeout)
+        try:
+            version = greeting["QMP"]["version"]["qemu"]
+            self.version = (int(version["major"]), int(version["minor"]))
+        except (KeyError, TypeError, ValueError):
+            raise QmpError("QEMU did not greet on its control socket") from None
         self.execute("qmp_capabilities")
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None, fd: int | None = None) -> Any:
@@ -49,7 +59,7 @@ class Qmp:
         Args:
             command: Its name.
             arguments: Its arguments.
-            fd: A descriptor to pass along (SCM_RIGHTS), for ``getfd``.
+            fd: A descriptor to pass along (SCM_RIGHTS), for ``getfd`` and ``add-fd``.
 
         Raises:
             QmpError: QEMU refused it, did not answer in time, or is gone.
