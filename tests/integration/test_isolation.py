@@ -420,8 +420,12 @@ def test_two_at_once_know_nothing_of_each_other(here, vm):
 
 
 def changed_since(folder, begin):
-    """Files below ``folder`` that were written to; others may go while it is looked at."""
-    for here, _folders, names in os.walk(folder):
+    """Files below ``folder`` that were written to; others may go while it is looked at.
+
+    Other file systems mounted there are left out: machines write to none of them.
+    """
+    for here, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not Path(here, name).is_mount()]
         for name in names:
             path = Path(here, name)
             with contextlib.suppress(OSError):
