@@ -1,8 +1,9 @@
 """An edit of two tests until the first result, and the first run of all with an image that is there.
 
 The edit is compared with a ``python -m pytest`` process without plug-ins, and with an edit where the
-workspace shapes how Python starts, so that it starts anew. With ``--against COMMIT`` both figures alternate
-with an earlier version of this project.
+workspace shapes how Python starts, so that it starts anew. The machines have the image's Python, with
+pytest alone; an edit with this environment mirrored, plug-ins included, is shown as well. With
+``--against COMMIT`` both figures alternate with an earlier version of this project.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ ROUNDS = 5
 FIRST_ROUNDS = 3
 TESTS = "".join(f"def test_{number}():\n    assert {number} < 9\n" for number in range(2))
 # Other plug-ins of this environment only add noise: with -v, hypothesis imports itself on the host.
+IMAGE = ("--microvm", "--microvm-python=image")
 PYTEST = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
 
 
@@ -97,16 +99,20 @@ def main(arguments: list[str] | None = None) -> list[dict[str, object]]:
 
 def promises(project: Project) -> list[dict[str, object]]:
     """Compare this version with what is promised of it."""
-    edited, anew, bare = Samples(), Samples(), Samples()
+    edited, mirrored, anew, bare = Samples(), Samples(), Samples(), Samples()
     project.edit()
-    project.until_first_result(None, "--microvm")  # makes the links that all edits have in common
+    for python in (IMAGE, ("--microvm",)):  # makes the links that all edits have in common
+        project.until_first_result(None, *python)
     for _ in range(ROUNDS):
         project.edit()
-        project.until_first_result(edited, "--microvm")
+        project.until_first_result(edited, *IMAGE)
         project.native_process(bare)
         project.edit()
-        project.until_first_result(anew, "--microvm", PYTHONPATH=project.lib)
+        project.until_first_result(mirrored, "--microvm")
+        project.edit()
+        project.until_first_result(anew, *IMAGE, PYTHONPATH=project.lib)
     print(f"an edit until the first result  {edited} s")
+    print(f"the same, mirrored environment  {mirrored} s")
     print(f"the same, Python starts anew    {anew} s")
     print(f"python -m pytest, no plug-ins   {bare} s")
     return [
@@ -121,16 +127,17 @@ def compare(project: Project, before: str, commit: str) -> None:
     edits = {"now": Samples(), commit: Samples()}
     firsts = {"now": Samples(), commit: Samples()}
     project.edit()
-    for variables in ({}, old):  # builds images, and makes the links that edits have in common
-        project.until_first_result(None, "--microvm", **variables)
+    versions = (("now", IMAGE, {}), (commit, ("--microvm",), old))
+    for _name, options, variables in versions:  # builds images, and makes the links that edits have in common
+        project.until_first_result(None, *options, **variables)
     for _ in range(ROUNDS):
-        for name, variables in (("now", {}), (commit, old)):
+        for name, options, variables in versions:
             project.edit()
-            project.until_first_result(edits[name], "--microvm", **variables)
+            project.until_first_result(edits[name], *options, **variables)
     for _ in range(FIRST_ROUNDS):
-        for name, variables in (("now", {}), (commit, old)):
+        for name, options, variables in versions:
             with cache_without_templates() as cache:
-                project.until_first_result(firsts[name], "--microvm", PYTEST_MICROVM_CACHE=cache, **variables)
+                project.until_first_result(firsts[name], *options, PYTEST_MICROVM_CACHE=cache, **variables)
     for what, samples in (("an edit", edits), ("a first run", firsts)):
         for name, each in samples.items():
             print(f"{what}, {name}  {each} s")

@@ -7,7 +7,6 @@ with a run in which `prepare` installs the same packages from wheels that are al
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from measure import Samples, promise
 import pytest_microvm
 
 ROUNDS = 3
-IMAGE_PYTHON = "3.11"  # of the image `python`, for which the wheels are
+IMAGE_PYTHON = "3.11.2"  # of the image `python`, for which the wheels are
 PACKAGES = [
     "flask", "httpx", "structlog", "tomlkit", "tenacity", "attrs", "pytest-asyncio", "pytest-mock",
     "pytest-cov", "sqlalchemy", "alembic", "pydantic", "pydantic-settings", "fastapi", "uvicorn", "celery",
@@ -59,7 +58,7 @@ def main() -> list[dict[str, object]]:
             change(python)
             first_result(mirrored, python, folder / "mirrored")
             first_result(prepared, python, folder / "prepared", wheels)
-    print(f"{count} distributions")
+    print(f"{count} wheels")
     print(f"packing the environment               {packed} s")
     print(f"finding it unchanged                  {found} s")
     print(f"the first result, mirrored            {mirrored} s")
@@ -84,12 +83,9 @@ def environment(folder: Path) -> Path:
 
 
 def download(python: Path, wheels: Path) -> None:
-    """Download the wheels of the same versions, for the image's Python."""
-    frozen = subprocess.check_output([str(python), "-m", "pip", "freeze", "--exclude-editable"], text=True)
-    wanted = wheels.parent / "requirements.txt"
-    wanted.write_text(re.sub(r" @ file:.*/([^/-]+)-([^/-]+)-[^/]*", r"==\2", frozen))
+    """Download wheels of the packages for the image's Python, which may need other versions."""
     target = ["--only-binary=:all:", f"--python-version={IMAGE_PYTHON}", "--dest", str(wheels)]
-    pip(python, "download", *target, "-r", str(wanted))
+    pip(python, "download", *target, *PACKAGES)
 
 
 def pip(python: Path, *words: str) -> None:
