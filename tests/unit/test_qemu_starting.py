@@ -28,10 +28,11 @@ QEMU = """\
 import json, re, socket, sys
 line = next(word for word in sys.argv if "id=qmp" in word)
 sock = socket.socket(fileno=int(re.search(r"fd=(\\d+)", line)[1]))
-sock.sendall(b'{{"QMP": {{}}}}\\n')
+sock.sendall(b'{{"QMP": {{"version": {{"qemu": {{"major": {major}, "minor": 2}}}}}}}}\\n')
 for line in sock.makefile():
     command = json.loads(line)["execute"]
-    answers = [{{"error": {{"desc": "not today"}}}} if command == "{refused}" else {{"return": {{}}}}]
+    refusal = {{"error": {{"desc": "not today"}}}}
+    answers = [refusal if command == "{refused}" else {{"return": {{"fdset-id": 3}}}}]
     if command == "migrate-incoming":
         answers.append({{"event": "MIGRATION", "data": {{"status": "completed"}}}})
     sock.sendall("".join(json.dumps(answer) + "\\n" for answer in answers).encode())
@@ -82,9 +83,9 @@ def launch(tmp_path):
 
 @pytest.fixture
 def qemu(tmp_path):
-    def write(refused=""):
+    def write(refused="", major=7):
         program = tmp_path / "qemu"
-        program.write_text(QEMU.format(python=sys.executable, refused=refused))
+        program.write_text(QEMU.format(python=sys.executable, refused=refused, major=major))
         program.chmod(0o700)
         return str(program)
 
@@ -97,11 +98,11 @@ def held():
     return len(list(Path("/proc/self/fd").iterdir())), children.split()
 
 
-@pytest.mark.parametrize("continued", [False, True])
-def test_start_and_kill(launch, qemu, group, tmp_path, continued):
-    (tmp_path / "ram").touch()
+@pytest.mark.parametrize(("state", "major"), [(None, 7), ("state", 7), ("state", 8)])
+def test_start_and_kill(launch, qemu, group, state, major):
+    launch.ram.touch()
     before = held()
-    process = start_qemu(qemu(), replace(launch, state=tmp_path / "state" if continued else None), TCG)
+    process = start_qemu(qemu(major=major), replace(launch, state=state and launch.ram.with_name(state)), TCG)
     assert process.alive
     assert group.members == [process.pid]
     assert set(process.sockets) == {"console", *launch.ports}
@@ -118,12 +119,15 @@ def test_start_and_kill(launch, qemu, group, tmp_path, continued):
     assert group.removed
 
 
-@pytest.mark.parametrize("refused", ["qmp_capabilities", "migrate-incoming"])
-def test_qemu_that_refuses_leaves_nothing(launch, qemu, group, tmp_path, refused):
-    (tmp_path / "ram").touch()
+@pytest.mark.parametrize(
+    ("major", "refused"),
+    [(7, "qmp_capabilities"), (7, "getfd"), (7, "migrate-incoming"), (8, "add-fd"), (11, "migrate-incoming")],
+)
+def test_qemu_that_refuses_leaves_nothing(launch, qemu, group, major, refused):
+    launch.ram.touch()
     before = held()
     with pytest.raises(BootError, match=f"QEMU did not start: QEMU refused {refused}: not today"):
-        start_qemu(qemu(refused), replace(launch, state=tmp_path / "state"), TCG)
+        start_qemu(qemu(refused, major), replace(launch, state=launch.ram.with_name("state")), TCG)
     assert held() == before
     assert group.removed
 

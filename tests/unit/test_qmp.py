@@ -10,7 +10,7 @@ import pytest
 
 from pytest_microvm.hypervisors.qemu.qmp import Qmp, QmpError
 
-GREETING = {"QMP": {"version": {"qemu": {"major": 7}}, "capabilities": []}}
+GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2}}, "capabilities": []}}
 
 
 class Peer:
