@@ -13,10 +13,10 @@ import random
 import sys
 from typing import TYPE_CHECKING, Any
 
-from pytest_microvm.wire.channel import WINDOW, Message
+from pytest_microvm.wire.channel import WINDOW, Closed, Data, Message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from pytest_microvm.guest.port import Port
     from pytest_microvm.guest.runner_preload import HeldModules
@@ -91,6 +91,24 @@ class Runner:
         channel.close(stream)
         self.port.flush()
 
+    def read_stream(self, stream: int) -> Iterator[bytes]:
+        """Yield what the host sends on ``stream`` until it closes it.
+
+        Raises:
+            EOFError: The host has closed the port.
+        """
+        closed = False
+        while not closed:
+            for event in self.port.receive():
+                if isinstance(event, Message):
+                    self._queue.append(event.body)
+                elif isinstance(event, Data) and event.stream == stream:
+                    yield event.data
+                    self.port.channel.consumed(stream, len(event.data))
+                elif isinstance(event, Closed) and event.stream == stream:
+                    closed = True
+            self.port.flush()
+
     def answer_resume(self, request: dict[str, Any]) -> None:
         """Give this clone its own kernel entropy, clock, names, random seeds and grants, then reply."""
         result = self._resume(request)
@@ -101,6 +119,10 @@ class Runner:
     def settle(self) -> None:
         """Reset state of loaded libraries that clones must not share."""
         self._settle(self._loaded)
+
+    def close(self) -> None:
+        """Close the port in a process that does not serve it."""
+        os.close(self.port.fd)
 
     def leave_if_forked(self) -> None:
         """Exit if this is a child process that a test forked and that returned into the runner's code."""

@@ -13,13 +13,23 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_microvm.guest import limits, site_paths
+from pytest_microvm.guest.runner_controller import (
+    ControllerProcess,
+    encoded,
+    exchanging_plugins,
+    fork_controller,
+    speaking_plugins,
+    specify_exchange,
+    status_plugins,
+)
 from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator
 
     from pytest_microvm.guest.runner_requests import Runner
 
+_NO_REPORTS = frozenset([".git", "__pycache__", ".pytest_cache"])
 _MARKER = "microvm(**limits): what this test may use (timeout, output, pids, cpu_seconds, lifetime, network)"
 
 
@@ -53,12 +63,14 @@ def _collect(runner: Runner, request: dict[str, Any]) -> None:
     sys.path.insert(0, os.getcwd())
     sys.path[1:1] = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.argv = [os.path.join(os.path.dirname(pytest.__file__), "__main__.py"), *arguments]
-    session = _SessionPlugin(runner, request, runner.open_stream(request))
+    if runner.held is not None:
+        runner.held.install()
+    controller = fork_controller(runner.close, arguments)
+    runner.pid = os.getpid()
+    session = _SessionPlugin(runner, request, runner.open_stream(request), controller)
     sys.stdout, sys.stderr = session.out, session.err
     code: object
     try:
-        if runner.held is not None:
-            runner.held.install()
         code = pytest.main(arguments, plugins=[session])
     except SystemExit as error:
         code, session.reason = error.code if isinstance(error.code, int) else 1, f"SystemExit: {error.code}"
@@ -73,11 +85,16 @@ def _collect(runner: Runner, request: dict[str, Any]) -> None:
 class _SessionPlugin:
     """The plug-in that watches collection and takes over the test loop."""
 
-    def __init__(self, runner: Runner, request: dict[str, Any], stream: int) -> None:
+    def __init__(
+        self, runner: Runner, request: dict[str, Any], stream: int, controller: ControllerProcess
+    ) -> None:
         self.out = io.StringIO()  # output of the project's code outside of capturing
         self.err = io.StringIO()
         self.reason = ""
         self._runner = runner
+        self._controller = controller
+        self._exchanging = False
+        self._naming = False
         self._request: dict[str, Any] | None = request
         self._stream = stream
         self._records: list[dict[str, Any]] = []
@@ -87,6 +104,24 @@ class _SessionPlugin:
         self._finish: dict[str, Any] | None = None
 
     # Collection
+
+    @pytest.hookimpl(hookwrapper=True, tryfirst=True)
+    def pytest_load_initial_conftests(self, early_config: Any) -> Generator[None, Any, None]:
+        specify_exchange(early_config)
+        outcome = yield
+        if outcome.excinfo is None and exchanging_plugins(early_config):
+            self._become_worker(early_config)
+
+    def _become_worker(self, config: Any) -> None:
+        """Give ``config`` what a worker of pytest-xdist has, from the controller."""
+        workerinput = self._controller.start()
+        if workerinput is None:  # its session failed as this one will
+            return
+        self._exchanging = True
+        config.workerinput, config.workeroutput = workerinput, {}
+        os.environ["PYTEST_XDIST_WORKER"] = workerinput["workerid"]
+        os.environ["PYTEST_XDIST_WORKER_COUNT"] = str(workerinput["workercount"])
+        os.environ["PYTEST_XDIST_TESTRUNUID"] = workerinput["testrunuid"]
 
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self, config: pytest.Config) -> None:
@@ -136,6 +171,10 @@ class _SessionPlugin:
         assert self._request is not None
         order = [self._nodes.number(item) for item in session.items]
         lines = self._collected()
+        self._naming = bool(status_plugins(self._config))
+        if speaking := speaking_plugins(self._config):
+            self._controller.start()
+            lines.append({"k": "ending", "plugins": speaking, "outputs": self._exchanging})
         lines.append({"k": "items", "order": order, "markers": self._config.getini("markers")})
         self._reported.clear()
         self._printed()
@@ -174,11 +213,24 @@ class _SessionPlugin:
                 self._run(session, request)
             elif op == "resume":
                 runner.answer_resume(request)
+            elif op == "end":
+                self._end_run(request)
             elif op == "finish":
                 self._finish = request
                 return
             else:
                 runner.refuse(request, "OrderError", f"{op!r} is not possible after 'collect'")
+
+    def _end_run(self, request: dict[str, Any]) -> None:
+        """Pass the run's records to the controller; tell the host what it said, and which files changed."""
+        runner, top = self._runner, request["top"]
+        stream = runner.open_stream(request)
+        runner.reply(request, {})
+        before = dict(_stamps(top))
+        asked = {"width": request["width"], "tests": request["tests"]}
+        ended = self._controller.end(asked, runner.read_stream(stream))
+        written = [path for path, stamp in _stamps(top) if before.get(path) != stamp]
+        runner.send_lines(stream, [{"k": "ended", **ended, "written": written}])
 
     def _run(self, session: pytest.Session, request: dict[str, Any]) -> None:
         self._records = records = []
@@ -235,7 +287,10 @@ class _SessionPlugin:
                 os.ftruncate(file.fileno(), 0)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        self._records.append(report_record(self._config, report))
+        record = report_record(self._config, report)
+        if self._naming:
+            record["status"] = self._config.hook.pytest_report_teststatus(report=report, config=self._config)
+        self._records.append(record)
 
     def _printed(self) -> str:
         text = self.out.getvalue() + self.err.getvalue()
@@ -264,7 +319,26 @@ class _SessionPlugin:
             self._runner.send_lines(self._stream, [*self._collected(), ending])
             self._runner.reply(self._request, {})
         elif self._finish is not None:
+            self._runner.send_lines(self._runner.open_stream(self._finish), [self._output_record()])
             self._runner.reply(self._finish, {"exitstatus": code, "printed": self._printed()[:100_000]})
+
+    def _output_record(self) -> dict[str, Any]:
+        """Return what plug-ins send to the controller."""
+        try:
+            return {"k": "output", "output": encoded(getattr(self._config, "workeroutput", {}))}
+        except TypeError as error:
+            return {"k": "output", "output": None, "problem": str(error)}
+
+
+def _stamps(top: str) -> Iterator[tuple[str, tuple[int, int, int]]]:
+    """Yield each file below ``top``, relative to it, with what changes when it is written to."""
+    for folder, folders, names in os.walk(top):
+        folders[:] = [name for name in folders if name not in _NO_REPORTS]
+        for name in names:
+            path = os.path.join(folder, name)
+            with contextlib.suppress(OSError):
+                found = os.lstat(path)
+                yield os.path.relpath(path, top), (found.st_mtime_ns, found.st_size, found.st_ino)
 
 
 class _Nowhere(io.TextIOBase):

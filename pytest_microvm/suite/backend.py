@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from pytest_microvm.agent.link import Link
@@ -173,6 +173,14 @@ class RunnerMachine(Protocol):
     def tighten(self, limits: TestLimits) -> None:
         """Lower the machine's limits."""
 
+    def pull(self, source: PurePosixPath, target: Path) -> None:
+        """Copy a file from the machine to ``target``.
+
+        Raises:
+            FileNotFoundError: The machine has no such file.
+            MachineError: It cannot be transferred.
+        """
+
     def save(self, folder: Path, error: MachineError, about: str) -> None:
         """Save the machine's records, after it ended because of ``error``, in ``folder``."""
 
@@ -214,10 +222,14 @@ class Backend(Protocol):
 
 @dataclass
 class Lease:
-    """A machine in use, with its sharing key, test count, and count of network requests before its test."""
+    """A machine in use, with its sharing key, test count, and count of network requests before its test.
+
+    ``finished``: what its plug-ins output has been taken.
+    """
 
     machine: RunnerMachine
     key: object = None
     tests: int = 0
     asked: int = 0
     ended: bool = field(default=False)
+    finished: bool = field(default=False)

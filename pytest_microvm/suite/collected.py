@@ -94,6 +94,8 @@ class Collected:
         python: The guest's Python version.
         pytest: The guest's pytest version.
         header: Lines of the guest's report header.
+        speaking: Plug-ins and conftest files that do something at the end of the session.
+        outputs: Whether some of them get the ``workeroutput`` of each machine (pytest-xdist's contract).
         exit: Set if collection ended early.
     """
 
@@ -106,6 +108,8 @@ class Collected:
     python: str = ""
     pytest: str = ""
     header: tuple[str, ...] = ()
+    speaking: tuple[str, ...] = ()
+    outputs: bool = False
     exit: GuestExit | None = None
 
     @classmethod
@@ -319,6 +323,11 @@ def _items(draft: _Draft, record: dict[str, Any]) -> None:
     draft.values["markers"] = _names(record.get("markers"), "marker list")
 
 
+def _ending(draft: _Draft, record: dict[str, Any]) -> None:
+    draft.values["speaking"] = _names(record.get("plugins"), "list of plug-ins")
+    draft.values["outputs"] = record.get("outputs") is True
+
+
 def _end(draft: _Draft, _record: dict[str, Any]) -> None:
     draft.complete = True
 
@@ -330,6 +339,7 @@ _READERS = {
     "deselected": _deselected,
     "warning": _warning,
     "items": _items,
+    "ending": _ending,
     "exit": _exit,
     "end": _end,
 }

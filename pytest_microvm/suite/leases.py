@@ -43,6 +43,9 @@ class LeaseObserver(Protocol):
     def told(self, nodeid: str, line: str) -> None:
         """Handle a message about changes copied back from the machine of the test ``nodeid``."""
 
+    def finished(self, facts: MachineFacts, output: bytes | None) -> None:
+        """Handle the record of what a machine's plug-ins output; ``None``: it ended without."""
+
 
 class Leases:
     """Leases of machines to tests, at most one at a time.
@@ -51,10 +54,14 @@ class Leases:
         backend: The source of machines.
         isolation: The scope that shares one machine.
         watcher: Notified of each machine.
+        outputs: Whether each machine finishes its pytest session, for what its plug-ins output.
     """
 
-    def __init__(self, backend: Backend, isolation: str, watcher: LeaseObserver) -> None:
+    def __init__(
+        self, backend: Backend, isolation: str, watcher: LeaseObserver, *, outputs: bool = False
+    ) -> None:
         self._backend = backend
+        self._outputs = outputs
         self._isolation = isolation
         self._watcher = watcher
         self._current: Lease | None = None
@@ -82,6 +89,8 @@ class Leases:
         """End a machine that failed, or whose only test is done, without notifying its runner."""
         if not lease.ended:
             lease.ended = True
+            if self._outputs and not lease.finished:
+                self._watcher.finished(lease.machine.facts, None)
             usage = lease.machine.usage()
             lease.machine.kill()
             self._watcher.stopped(lease.machine.facts, usage)
@@ -96,11 +105,12 @@ class Leases:
         return kept
 
     def release(self) -> None:
-        """End the machine in use; a shared one finishes its pytest session first."""
+        """End the machine in use; if its plug-ins output something, it finishes its pytest session first."""
         lease, self._current = self._current, None
         if lease is None or lease.ended:
             return
-        if self._isolation != "test":
+        if self._outputs:
             with contextlib.suppress(MachineError, TimeoutError):
-                RunnerSession(lease.machine.link).finish()
+                self._watcher.finished(lease.machine.facts, RunnerSession(lease.machine.link).finish())
+                lease.finished = True
         self.discard(lease)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import MachineError, MicroVMError, QuotaExceeded, UsageError
@@ -113,6 +113,10 @@ class RunnerLease:
             except MicroVMError as error:
                 lines.append(str(error))
         return lines
+
+    def pull(self, source: PurePosixPath, target: Path) -> None:
+        """Copy a file from the machine."""
+        self._machine.pull(source, target)
 
     def kill(self) -> None:
         """End the machine; a second call does nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from pytest_microvm.suite.arguments import Split, parser_arity, split_arguments,
 from pytest_microvm.suite.backend import Backend, CollectPlan, Progress, RemoteSettings
 from pytest_microvm.suite.collected import Collected
 from pytest_microvm.suite.collection import Replay, raise_exit
+from pytest_microvm.suite.ending import Ending
 from pytest_microvm.suite.foreign_warnings import warning_message
 from pytest_microvm.suite.launch import launch_of
 from pytest_microvm.suite.limits import check_markers
@@ -43,6 +44,7 @@ from pytest_microvm.untrusted.text import sanitize
 _HOST_PLUGINS = frozenset(["microvm", "pytest_microvm.plugin", "xdist", "xdist.plugin", "xdist.looponfail"])
 
 
+_SHOWN_FILES = 5
 _OUTPUT = ("Captured stdout", "Captured stderr")
 
 
@@ -61,6 +63,7 @@ class RemoteSuite:
         self._collected: Collected | None = None
         self._replay: Replay | None = None
         self._runner: TestRunner | None = None
+        self._ending: Ending | None = None
         self._tally = Tally()
         self._leave_sigterm = interrupt_on_sigterm()
         self._guest_plugins = os.environ.pop("PYTEST_PLUGINS", None)  # pytest would import them on the host
@@ -162,12 +165,19 @@ class RemoteSuite:
         """Prepare the template once in pytest-xdist's controller, before its workers need it."""
         for spec in specs:
             neutral.keep_project_from_worker(spec, isolated=self._launch is not None)
-        self._collect()
+        self._prepare_ending(self._collect())
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tell a pytest-xdist worker where the records for the end of the run belong."""
+        if self._ending is not None:
+            node.workerinput["microvm_records"] = str(self._ending.folder)
 
     def pytest_collection(self, session: pytest.Session) -> bool:
         """Collect in the guest and replay its collection on the host."""
         self._collected = collected = self._collect()
-        self._runner = self._make_runner()
+        self._prepare_ending(collected)
+        self._runner = self._make_runner(collected)
         session._initialpaths = frozenset(self._named_paths())  # noqa: SLF001 - used by --lf
         with _as_pytest_errors():
             self._replay = Replay(session, collected)
@@ -194,6 +204,8 @@ class RemoteSuite:
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         ran = self._runner.run(item, nextitem)
         self._print(ran)
+        if self._ending is not None:
+            self._ending.records.add_test(item, ran)
         for report in ran.reports:
             hook.pytest_runtest_logreport(report=report)
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
@@ -216,6 +228,15 @@ class RemoteSuite:
             raise_exit(ran.exit)
         return True
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        """After the last test, let plug-ins and the project's hooks say what they say, in a machine."""
+        try:
+            return (yield)
+        finally:
+            if not isinstance(sys.exc_info()[1], (KeyboardInterrupt, pytest.exit.Exception)):
+                self._end_run(session)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count the test's outcome for the summary."""
         self._tally.add(report)
@@ -225,21 +246,37 @@ class RemoteSuite:
         """End the machine in use; set exit status ``EXIT_INFRA`` if only the infrastructure failed."""
         if self._runner is not None:
             self._runner.release()
+        if self._ending is not None:
+            self._ending.records.close()  # the controller of pytest-xdist reads them
+        ended = None if self._ending is None else self._ending.ended
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if ended is not None and terminal is not None:
+            terminal.write(ended.finish)
         if exitstatus == pytest.ExitCode.TESTS_FAILED and self._tally.only_infra_failed:
             session.exitstatus = EXIT_INFRA
+        elif ended is not None and exitstatus in {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}:
+            session.exitstatus = ended.status
 
     def pytest_report_teststatus(
         self, report: pytest.TestReport | pytest.CollectReport
     ) -> tuple[str, str, Any] | None:
-        """Return a separate letter and word for tests whose machine failed; they count as failed."""
+        """Return how the guest's plug-ins name an outcome; a test whose machine failed counts as failed."""
         outcome = machine_outcome(report)
         if outcome is None:
-            return None
+            return getattr(report, "microvm_status", None)
         category = "failed" if report.when == "call" else "error"
         return category, outcome[0].upper(), (outcome.upper(), {"red": True})
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Show the number of tests and of machines."""
+        """Show what plug-ins said in the last machine, and the number of tests and of machines."""
+        if self._ending is not None and self._ending.ended is not None:
+            terminalreporter.write(self._ending.ended.summary)
+            terminalreporter.ensure_newline()
+            if left := self._ending.left:
+                shown = ", ".join(left[:_SHOWN_FILES]) + (", ..." if len(left) > _SHOWN_FILES else "")
+                terminalreporter.write_line(
+                    f"microvm: written at the end of the run, and gone with the machine: {shown}"
+                )
         if self._tally.tests:
             terminalreporter.write_line(f"microvm: {self._tally.line()}")
 
@@ -248,6 +285,8 @@ class RemoteSuite:
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()
+        if self._ending is not None:
+            self._ending.close()
         self._leave_sigterm()
 
     # Parts
@@ -258,9 +297,41 @@ class RemoteSuite:
         with _as_pytest_errors(), self._progress as progress:
             return Collected.parse(self._backend.collect(self._plan, progress))
 
-    def _make_runner(self) -> TestRunner:
+    def _make_runner(self, collected: Collected) -> TestRunner:
         assert self._backend is not None
-        return TestRunner(self._backend, self._backend.options, _Hooks(self._config, self._progress))
+        hooks = _Hooks(self._config, self._progress, self._ending)
+        return TestRunner(self._backend, self._backend.options, hooks, outputs=collected.outputs)
+
+    def _prepare_ending(self, collected: Collected) -> None:
+        if not collected.speaking or self._config.option.collectonly:
+            return
+        workerinput = getattr(self._config, "workerinput", {})
+        folder = workerinput.get("microvm_records")
+        self._ending = Ending(
+            workspace_of(self._config), len(collected.order),
+            folder and Path(folder), workerinput.get("workerid", ""),
+        )  # fmt: skip
+
+    def _end_run(self, session: pytest.Session) -> None:
+        """Run the last machine, unless the controller of pytest-xdist does."""
+        ending, backend = self._ending, self._backend
+        if ending is None or backend is None or hasattr(self._config, "workerinput"):
+            return
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if self._runner is not None:
+            self._runner.release()
+        try:
+            ending.finish(backend, 80 if terminal is None else terminal._tw.fullwidth)  # noqa: SLF001
+        except MicroVMError as error:
+            session.testsfailed += 1  # what a plug-in checks at the end has not been checked
+            if terminal is not None:
+                terminal.write(
+                    f"\nERROR: the end of the run failed in its machine: {sanitize(str(error))}\n", red=True
+                )
+            return
+        assert ending.ended is not None
+        if terminal is not None:
+            terminal.write(ending.ended.loop)
 
     def _make_plan(self, backend: Backend) -> CollectPlan:
         config, option = self._config, self._config.option
@@ -318,9 +389,15 @@ def _named_plugins(args: list[str], arity: Mapping[str, str]) -> list[str]:
 class _Hooks:
     """A watcher that calls this package's hooks for machines, and shows retries and messages to the user."""
 
-    def __init__(self, config: pytest.Config, progress: TerminalProgress) -> None:
+    def __init__(self, config: pytest.Config, progress: TerminalProgress, ending: Ending | None) -> None:
         self._config = config
         self._progress = progress
+        self._ending = ending
+
+    def finished(self, facts: MachineFacts, output: bytes | None) -> None:
+        """Record what a machine's plug-ins output, for the end of the run."""
+        if self._ending is not None:
+            self._ending.records.add_output(facts.id, output)
 
     def started(self, facts: MachineFacts, nodeid: str) -> None:
         """Call ``pytest_microvm_started``."""

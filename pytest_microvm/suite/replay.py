@@ -17,6 +17,7 @@ _PHASES = frozenset(["setup", "call", "teardown"])
 _OUTCOMES = frozenset(["passed", "failed", "skipped", "rerun"])
 _STYLES = frozenset(["long", "short", "line", "no", "native", "value", "auto"])
 _SEPARATORS = frozenset("-_=*~!+.")
+_COLOURS = frozenset(["red", "green", "yellow", "blue", "purple", "cyan", "white", "bold", "light"])
 _MAX_ENTRIES = 10_000
 
 
@@ -58,7 +59,24 @@ def rebuild_test_report(
         clean["_report_type"] = "SubTestReport"
         clean["_subtest.context"] = _subtest(record.get("_subtest.context"))
     longrepr = _longrepr(record.get("longrepr"), outcome)
-    return cast("pytest.TestReport", _rebuilt(config, clean, longrepr, shown=line.get("shown") is True))
+    report = cast("pytest.TestReport", _rebuilt(config, clean, longrepr, shown=line.get("shown") is True))
+    if "status" in line:
+        report.microvm_status = _status(line["status"])  # type: ignore[attr-defined]
+    return report
+
+
+def _status(value: object) -> tuple[str, str, str | tuple[str, dict[str, bool]]]:
+    """Return the category, letter and word by which the guest's plug-ins name an outcome."""
+    parts = checks.array(value, "status", 3)
+    if len(parts) != 3:  # noqa: PLR2004 - category, letter, word
+        raise checks.violation("a status without its three parts")
+    category, letter, word = parts
+    if isinstance(word, list) and len(word) == 2:  # noqa: PLR2004 - word, markup
+        colours = {name: True for name in checks.mapping(word[1], "markup") if name in _COLOURS}
+        word = (checks.line(word[0], "word"), colours)
+    else:
+        word = checks.line(word, "word")
+    return checks.line(category, "category"), checks.line(letter, "letter"), word
 
 
 def rebuild_collect_report(

@@ -37,6 +37,7 @@ class Ran:
         exit: Set if the test ended the guest's session (``pytest.exit``, an interrupt).
         facts: The machine it ran in; ``None`` if there was none.
         outcome: ``passed``, ``failed``, ``skipped``, ``infra``, ``crashed`` or ``quota``.
+        sent: The reports as the guest serialized them; empty if they are not the guest's alone.
     """
 
     reports: list[pytest.TestReport] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Ran:
     exit: GuestExit | None = None
     facts: MachineFacts | None = None
     outcome: str = "infra"
+    sent: list[dict[str, Any]] = field(default_factory=list)
 
 
 class TestRunner:
@@ -55,14 +57,17 @@ class TestRunner:
         backend: The source of machines.
         options: Isolation and timeouts.
         watcher: Notified of machines that start and end.
+        outputs: Whether each machine finishes its pytest session, for what its plug-ins output.
     """
 
     __test__ = False
 
-    def __init__(self, backend: Backend, options: RunOptions, watcher: LeaseObserver) -> None:
+    def __init__(
+        self, backend: Backend, options: RunOptions, watcher: LeaseObserver, *, outputs: bool = False
+    ) -> None:
         self._options = options
         self._watcher = watcher
-        self._leases = Leases(backend, options.isolation, watcher)
+        self._leases = Leases(backend, options.isolation, watcher, outputs=outputs)
 
     def run(self, item: Any, nextitem: Any) -> Ran:
         """Run ``item``, retrying machine failures; all other failures become its outcome."""
@@ -117,7 +122,7 @@ class TestRunner:
         if any(report.failed for report in ran.reports):
             self._keep(lease, item, ran.reports)
         if self._options.isolation == "test" or not again:
-            self._end(lease)
+            self._leases.release()
         return ran
 
     def _failed_machine(self, lease: Lease, item: Any, error: MachineError, retries: int) -> Ran:
@@ -152,12 +157,6 @@ class TestRunner:
                 if report.failed:
                     report.sections.append(("Machine kept", f"enter it with: pytest-microvm shell {kept.id}"))
 
-    def _end(self, lease: Lease) -> None:
-        if self._options.isolation == "test":
-            self._leases.discard(lease)
-        else:
-            self._leases.release()
-
 
 def _bounded(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for count, record in enumerate(records):
@@ -189,6 +188,7 @@ def _read(
         kind = record.get("k")
         if kind == "report":
             ran.reports.append(rebuild_test_report(item.config, record, item, ours))
+            ran.sent.append(record["data"])
         elif kind == "warning":
             ran.warnings.append(parse_warning(record))
         elif kind == "exit":
@@ -208,6 +208,7 @@ def _read(
     if ran.exit is not None and ran.exit.reason == "internal":
         ran.reports += _failed(item, "call", f"INTERNALERROR in the guest's pytest\n{ran.exit.text}", ours)
         ran.exit = None
+        ran.sent.clear()
     return ran
 
 
@@ -222,6 +223,7 @@ def _tell_denied(ran: Ran, item: Any, asked: list[NetworkRequest], *, fail: bool
             shown = tuple(report.sections)
             ran.reports[number] = error_report(item, "call", f"denied network access\n{denied}", ours, shown)
             ran.outcome = "failed"
+            ran.sent.clear()
         elif report.when == "call" or report.failed:
             report.sections.append(("Denied network access", denied))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pytest_microvm.agent.link import GuestError, Link
@@ -118,14 +118,38 @@ class RunnerSession:
         """
         return self._link.call("resume", timeout=timeout, **message)
 
-    def finish(self) -> dict[str, Any]:
-        """Finish the guest's pytest session in the usual way; return its exit status.
+    def finish(self) -> bytes:
+        """Finish the guest's session; return the record of what its plug-ins send to the controller.
 
         Raises:
             TimeoutError: It did not end in time.
-            MachineError: The machine ended first.
+            MachineError: The machine ended first, or sent too much.
         """
-        return self._link.call("finish", timeout=_FINISH_TIMEOUT)
+        stream = self._link.open_stream()
+        request = self._link.request("finish", stream=stream.number)
+        data = stream.read_all(checks.MAX_LINE, _FINISH_TIMEOUT)
+        request.wait(_FINISH_TIMEOUT)
+        return data
+
+    def end_run(self, records: Iterable[bytes], timeout: float, **request: Any) -> bytes:
+        """Give the controller in this machine the records of the run; return the record of what it said.
+
+        Args:
+            records: JSON lines, see ``guest/runner_controller.py``.
+            timeout: Seconds that it may take.
+            request: ``top``, the workspace; ``width`` of the terminal in columns; ``tests`` collected.
+
+        Raises:
+            TimeoutError: It did not end in time.
+            MachineError: The machine ended first, or broke the protocol.
+        """
+        started = time.monotonic()
+        stream = self._link.open_stream()
+        self._link.call("end", timeout=_BEGIN_TIMEOUT, stream=stream.number, **request)
+        for record in records:
+            stream.write(record, _left(started, timeout))
+        stream.close()
+        return stream.read_all(checks.MAX_LINE, _left(started, timeout))
 
 
 def _records(stream: Stream, timeout: float | None, output: int) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The environment that runs these tests, mirrored into machines: suites, fixtures, commands, CI jobs."""
 
+import json
 import os
 import subprocess
 import sys
@@ -166,3 +167,25 @@ def test_virtual_environment_in_the_workspace_is_not_copied_twice(project, tmp_p
     assert f"editable sources outside the workspace are mirrored, too: {here}" in told
     assert "1 passed" in told
     assert not os.path.lexists(folder / "only_in_env.py")
+
+
+def test_coverage_of_machines_is_the_native_one(project):
+    project(
+        "part.py",
+        "def half(number):\n    if number % 2:\n        raise ValueError(number)\n    return number // 2\n",
+    )
+    project(
+        "test_part.py",
+        "import part\ndef test_half(): assert part.half(4) == 2\ndef test_more(): part.half(2)\n",
+    )
+    folder = project(".coveragerc", "[run]\nbranch = true\n")
+    options = ["--cov=part", "--cov-report=json", "--cov-fail-under=90"]
+    native = run(folder, [*PYTEST, *options], status=1)
+    expected = json.loads((folder / "coverage.json").read_text())
+    (folder / "coverage.json").unlink()
+    told = run(folder, [*PYTEST, "--microvm", *options], status=1)
+    found = json.loads((folder / "coverage.json").read_text())
+    assert found["files"] == expected["files"]
+    assert found["totals"] == expected["totals"]
+    (message,) = [line for line in native.splitlines() if line.startswith("ERROR: Coverage failure")]
+    assert message in told.splitlines()

@@ -1,0 +1,370 @@
+"""What pytest-xdist's controller is to plug-ins: a process that sees all reports and speaks at the end.
+
+A runner is to plug-ins what a worker of pytest-xdist is. The controller is its parent, as with xdist. It is
+forked before pytest starts, so that what it starts for the tests runs in every copy of the machine. It gives
+``workerinput``, and in the last machine of a run it gets every test's reports and every machine's
+``workeroutput``, and ends its session: plug-ins and the project's hooks write their reports and summaries.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import traceback
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterator
+
+_ALL_MARKS = 3
+_LENGTH = struct.Struct("!I")
+_EXCHANGING = ("pytest_configure_node", "pytest_testnodedown")
+_SPEAKING = ("pytest_sessionfinish", "pytest_terminal_summary", "pytest_unconfigure", "pytest_testnodedown")
+_OURS = ("_pytest", "pytest_microvm", "xdist")
+_STATISTICS = "hypothesis_show_statistics"  # without it, hypothesis has nothing to say
+_SILENT = (
+    "summary_errors", "summary_failures", "summary_warnings", "summary_passes", "summary_xfailures",
+    "summary_xpasses", "short_test_summary", "summary_stats", "_write_progress_information_filling_space",
+)  # fmt: skip
+
+
+def status_plugins(config: pytest.Config) -> list[str]:
+    """Return the names of plug-ins, conftest files included, that name the outcomes of tests."""
+    return _plugins_with(config, ("pytest_report_teststatus",))
+
+
+def exchanging_plugins(config: pytest.Config) -> list[str]:
+    """Return the names of plug-ins that exchange data between xdist's controller and its workers."""
+    return _plugins_with(config, _EXCHANGING)
+
+
+def speaking_plugins(config: pytest.Config) -> list[str]:
+    """Return the names of plug-ins, conftest files included, that do something at the end of a session."""
+    return _plugins_with(config, _SPEAKING)
+
+
+def _plugins_with(config: pytest.Config, hooks: tuple[str, ...]) -> list[str]:
+    found = {}
+    for hook in hooks:
+        caller = getattr(config.hook, hook, None)
+        for implementation in caller.get_hookimpls() if caller is not None else ():
+            top = getattr(implementation.function, "__module__", "").partition(".")[0]
+            if top in _OURS or (
+                top == "_hypothesis_pytestplugin" and not config.getoption(_STATISTICS, False)
+            ):
+                continue
+            found[_name(implementation)] = True
+    return list(found)
+
+
+def _name(implementation: Any) -> str:
+    file = getattr(implementation.plugin, "__file__", "")
+    return file if os.path.basename(file) == "conftest.py" else str(implementation.plugin_name)
+
+
+class ExchangeHooks:
+    """The hooks of pytest-xdist that plug-ins use to exchange data, where xdist is not installed."""
+
+    @pytest.hookspec
+    def pytest_configure_node(self, node: Any) -> None:
+        """Configure a worker before it starts."""
+
+    @pytest.hookspec
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """Handle the end of a worker."""
+
+
+def specify_exchange(config: pytest.Config) -> None:
+    """Specify the :class:`ExchangeHooks` unless xdist does."""
+    callers = [getattr(config.hook, name, None) for name in _EXCHANGING]
+    if not any(caller is not None and caller.has_spec() for caller in callers):
+        config.pluginmanager.add_hookspecs(ExchangeHooks)
+
+
+class ControllerProcess:
+    """The worker's connection to its controller.
+
+    Args:
+        sock: A connected socket.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._started = False
+
+    def start(self) -> dict[str, Any] | None:
+        """Start the controller's session; return the worker's ``workerinput``.
+
+        ``None``: it has been started before, or its session failed, which :meth:`end` reports.
+        """
+        if self._started:
+            return None
+        self._started = True
+        _send(self._sock, {"op": "start"})
+        return _receive(self._sock).get("workerinput")
+
+    def end(self, request: dict[str, Any], pieces: Iterator[bytes]) -> dict[str, Any]:
+        """Give the controller all records of the run; return what it said and its exit status."""
+        _send(self._sock, {"op": "end", **request})
+        for piece in pieces:
+            self._sock.sendall(piece)
+        self._sock.shutdown(socket.SHUT_WR)
+        return _receive(self._sock)
+
+
+def fork_controller(close: Callable[[], None], arguments: list[str]) -> ControllerProcess:
+    """Fork; return the connection in the child, which goes on as the worker. The parent serves, then exits.
+
+    Args:
+        close: Called in the parent, to close what only the worker uses.
+        arguments: pytest's arguments.
+    """
+    ours, theirs = socket.socketpair()
+    worker = os.fork()
+    if worker == 0:
+        theirs.close()
+        return ControllerProcess(ours)
+    ours.close()
+    close()
+    signal.signal(signal.SIGCHLD, lambda *_: _leave_with(worker))
+    try:
+        _serve(theirs, arguments)
+    finally:
+        theirs.close()
+        _leave_with(worker, wait=True)
+    raise AssertionError("unreachable")
+
+
+def _leave_with(worker: int, *, wait: bool = False) -> None:
+    """Exit as the worker did, if it has ended."""
+    try:
+        pid, status = os.waitpid(worker, 0 if wait else os.WNOHANG)
+    except ChildProcessError:
+        os._exit(1)
+    if pid == 0:
+        return
+    if os.WIFSIGNALED(status):
+        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+        os.kill(os.getpid(), os.WTERMSIG(status))
+    os._exit(os.WEXITSTATUS(status))
+
+
+def _serve(sock: socket.socket, arguments: list[str]) -> None:
+    """Run the controller's session once the worker asks for it."""
+    while not select.select([sock], [], [], None)[0]:
+        pass
+    try:
+        _receive(sock)
+    except EOFError:
+        return
+    session = _ControllerSession(sock)
+    sys.stdout = sys.stderr = session.out
+    socket.gethostname = lambda: "localhost"  # not the worker's: its files are not where the controller's are
+    try:
+        code = int(pytest.main(arguments, plugins=[session]))
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:  # noqa: BLE001 - a hook failed; a session that did not end fails the run
+        session.out.write(traceback.format_exc())
+        code = 3
+    session.ended(code)
+
+
+class _ControllerSession:
+    """The plug-in that replaces collection and test loop by the run's records."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.out = io.StringIO()
+        self._sock = sock
+        self._configured = False
+        self._marks: list[int] = []  # positions in the output: end of the loop, begin of finish and summary
+
+    @pytest.hookimpl(hookwrapper=True, tryfirst=True)
+    def pytest_load_initial_conftests(self, early_config: pytest.Config) -> Generator[None, Any, None]:
+        specify_exchange(early_config)
+        early_config.known_args_namespace.dist = "load"  # by this, plug-ins know early that there are workers
+        yield
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_configure(self, config: pytest.Config) -> None:
+        self._config = config
+        self._terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
+        if self._terminal is not None:
+            self._terminal._tw._file = self.out
+            self._terminal._tw.hasmarkup = False
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection(self) -> bool:
+        return True
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        node = _Node(self._config, 0)
+        self._config.hook.pytest_configure_node(node=node)
+        self._configured = True
+        _send(self._sock, {"workerinput": node.workerinput})
+        try:
+            request = _receive(self._sock)
+        except EOFError:  # no machine of this template is the last one
+            os._exit(0)
+        if self._terminal is not None:
+            self._terminal._tw.fullwidth = int(request["width"])
+        session.testscollected = int(request["tests"])
+        self._replay()
+        if self._terminal is not None:
+            for name in _SILENT:
+                setattr(self._terminal, name, _nothing)
+        self._marks.append(self.out.tell())
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        return True
+
+    def _replay(self) -> None:
+        """Call the hooks for all records."""
+        hook = self._config.hook
+        nodes: dict[str, _Node] = {}
+        for line in self._sock.makefile("rb"):
+            record = json.loads(line)
+            node = nodes.setdefault(record["machine"], _Node(self._config, len(nodes)))
+            if record["k"] == "down":
+                output = record["output"]
+                if output is not None:
+                    node.workeroutput = decoded(output)
+                error = "the machine ended without an output" if output is None else None
+                hook.pytest_testnodedown(node=node, error=error)
+                continue
+            nodeid, location = record["nodeid"], tuple(record["location"])
+            hook.pytest_runtest_logstart(nodeid=nodeid, location=location)
+            for data in record["reports"]:
+                report = hook.pytest_report_from_serializable(config=self._config, data=data)
+                report.node = node
+                hook.pytest_runtest_logreport(report=report)
+            hook.pytest_runtest_logfinish(nodeid=nodeid, location=location)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        self._marks.append(self.out.tell())
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_terminal_summary(self) -> None:
+        self._marks.append(self.out.tell())
+
+    def ended(self, code: int) -> None:
+        """Tell the worker how the session ended."""
+        text = self.out.getvalue()
+        if len(self._marks) == _ALL_MARKS:
+            loop, finish, summary = self._marks
+            said = {
+                "loop": text[loop:finish],
+                "finish": text[finish : summary - 1],
+                "summary": text[summary:],
+            }
+            _send(self._sock, {"status": code, **said})
+            return
+        answer = {"status": code or 3, "loop": text, "finish": "", "summary": ""}
+        try:
+            if not self._configured:
+                _send(self._sock, answer)
+                _receive(self._sock)
+            while self._sock.recv(65536):
+                pass
+        except EOFError:
+            return
+        _send(self._sock, answer)
+
+
+def _nothing(*_args: object, **_options: object) -> None:
+    """Print nothing: the host's terminal has printed it."""
+
+
+class _Node:
+    """A machine, shown to plug-ins as xdist shows a worker (``xdist.workermanage.WorkerController``)."""
+
+    def __init__(self, config: pytest.Config, number: int) -> None:
+        name = f"gw{number}"
+        self.config = config
+        self.workerinput = {
+            "workerid": name,
+            "workercount": 1,
+            "testrunuid": "microvm",
+            "mainargv": sys.argv[:],
+        }
+        versions = SimpleNamespace(
+            platform=sys.platform, version_info=tuple(sys.version_info), executable=sys.executable
+        )
+        self.gateway = SimpleNamespace(id=name, spec=SimpleNamespace(id=name), _rinfo=lambda: versions)
+        self.nodemanager = SimpleNamespace(config=config, roots=[], testrunuid="microvm")
+        self.workeroutput: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"<Machine {self.gateway.id}>"
+
+
+_TAG = "$type"
+
+
+def encoded(value: Any) -> Any:
+    """Return ``value``, of the types that xdist can transfer, as a JSON value that :func:`decoded` reverts.
+
+    Raises:
+        TypeError: It is of another type.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, list):
+        return [encoded(item) for item in value]
+    if isinstance(value, bytes):
+        return {_TAG: "bytes", "value": base64.b64encode(value).decode()}
+    if isinstance(value, (tuple, set, frozenset)):
+        return {_TAG: type(value).__name__, "value": [encoded(item) for item in value]}
+    if isinstance(value, dict):
+        return {_TAG: "dict", "value": [[encoded(key), encoded(item)] for key, item in value.items()]}
+    raise TypeError(f"{type(value).__name__} cannot be transferred between machines")
+
+
+def decoded(value: Any) -> Any:
+    """Return what :func:`encoded` was given."""
+    if isinstance(value, list):
+        return [decoded(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind, content = value[_TAG], value["value"]
+    if kind == "bytes":
+        return base64.b64decode(content)
+    if kind == "dict":
+        return {decoded(key): decoded(item) for key, item in content}
+    return _COLLECTIONS[kind](decoded(item) for item in content)
+
+
+_COLLECTIONS: dict[str, Callable[[Iterator[Any]], Any]] = {"tuple": tuple, "set": set, "frozenset": frozenset}
+
+
+def _send(sock: socket.socket, message: dict[str, Any]) -> None:
+    data = json.dumps(encoded(message)).encode()
+    sock.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def _receive(sock: socket.socket) -> dict[str, Any]:
+    (length,) = _LENGTH.unpack(_exactly(sock, _LENGTH.size))
+    message: dict[str, Any] = decoded(json.loads(_exactly(sock, length)))
+    return message
+
+
+def _exactly(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        piece = sock.recv(size - len(data))
+        if not piece:
+            raise EOFError
+        data += piece
+    return data

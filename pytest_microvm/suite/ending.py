@@ -1,0 +1,213 @@
+"""The end of a run: in a last machine, plug-ins and the project's hooks get all reports and speak."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from pytest_microvm.errors import MachineError, UsageError
+from pytest_microvm.suite import checks
+from pytest_microvm.suite.backend import Backend, RunnerMachine
+from pytest_microvm.suite.running import Ran
+from pytest_microvm.suite.session import RunnerSession
+from pytest_microvm.untrusted.nofollow import refuse_links
+
+_TIMEOUT = 600.0
+_MAX_WRITTEN = 100_000
+_REPORTS = frozenset([".coverage", "coverage.xml", "coverage.json", "coverage.lcov"])
+_REPORT_FOLDERS = frozenset(["htmlcov"])
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What the last machine said; all texts are safe to show.
+
+    Args:
+        status: The exit status of its pytest session.
+        loop: What plug-ins wrote after the last test.
+        finish: What they wrote when the session finished.
+        summary: What they wrote in the summary.
+        written: Files that they wrote, relative to the workspace.
+    """
+
+    status: int
+    loop: str
+    finish: str
+    summary: str
+    written: tuple[str, ...]
+
+
+class RunRecords:
+    """The records of a run for the last machine, in a file: reports, and what the machines' plug-ins output.
+
+    Args:
+        path: The file; it must not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[bytes] = path.open("xb")
+        self._outputs: list[dict[str, Any]] = []
+
+    def add_test(self, item: Any, ran: Ran) -> None:
+        """Add a test's reports: the guest's own where there are, so that nothing of them is lost."""
+        reports = ran.sent or [
+            item.config.hook.pytest_report_to_serializable(config=item.config, report=report)
+            for report in ran.reports
+        ]
+        machine = "" if ran.facts is None else ran.facts.id
+        self._write(
+            {
+                "k": "test",
+                "machine": machine,
+                "nodeid": item.nodeid,
+                "location": item.location,
+                "reports": reports,
+            }
+        )
+        self._write_outputs()
+
+    def add_output(self, machine: str, data: bytes | None) -> None:
+        """Add a machine's last record; it comes after the report of its last test.
+
+        Args:
+            machine: The machine's id.
+            data: The record; ``None`` if the machine ended without.
+
+        Raises:
+            ProtocolViolation: The record is malformed.
+        """
+        output = None if data is None else checks.Records().read(data.strip()).get("output")
+        self._outputs.append({"k": "down", "machine": machine, "output": output})
+
+    def close(self) -> None:
+        """Complete the file."""
+        if not self._file.closed:
+            self._write_outputs()
+            self._file.close()
+
+    def _write_outputs(self) -> None:
+        for record in self._outputs:
+            self._write(record)
+        self._outputs.clear()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, default=str).encode() + b"\n")
+
+
+def end_run(
+    backend: Backend, files: list[Path], *, top: Path, width: int, tests: int
+) -> tuple[Ended, RunnerMachine]:
+    """Give a last machine the records in ``files``; return what it said, and the machine with what it wrote.
+
+    Args:
+        backend: The source of the machine.
+        files: The records.
+        top: The workspace.
+        width: Columns of the terminal.
+        tests: Number of tests that were collected.
+
+    Raises:
+        MachineError: The machine failed.
+    """
+    machine = backend.lease()
+    try:
+        session = RunnerSession(machine.link)
+        data = session.end_run(_pieces(files), _TIMEOUT, top=str(top), width=width, tests=tests)
+        return _ended(checks.Records().read(data.strip())), machine
+    except TimeoutError:
+        machine.kill()
+        raise MachineError(f"the last machine did not end the run within {_TIMEOUT:g} s") from None
+    except BaseException:
+        machine.kill()
+        raise
+
+
+def _ended(record: dict[str, Any]) -> Ended:
+    written = checks.array(record.get("written"), "list of files", _MAX_WRITTEN)
+    return Ended(
+        checks.integer(record.get("status"), "exit status", 0, 255),
+        checks.text(record.get("loop"), "output"),
+        checks.text(record.get("finish"), "output"),
+        checks.text(record.get("summary"), "summary"),
+        tuple(checks.line(path, "path") for path in written),
+    )
+
+
+def keep_reports(machine: RunnerMachine, written: tuple[str, ...], top: Path) -> list[str]:
+    """Copy the reports among the files that were written to ``top``; return the names of all others.
+
+    Raises:
+        UsageError: A report would be written through a link.
+        MachineError: The machine failed.
+    """
+    reports = [path for path in written if _is_report(path)]
+    with tempfile.TemporaryDirectory(prefix="pytest-microvm-reports-") as name:
+        for path in reports:
+            refuse_links(top, top / path)
+            fetched = Path(name, "file")
+            machine.pull(PurePosixPath(top / path), fetched)
+            if not fetched.is_file() or fetched.is_symlink():
+                raise UsageError(f"{path}: the machine's report is not a file")
+            target = top / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(fetched, target)
+    return [path for path in written if path not in reports]
+
+
+def _is_report(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    return ".." not in parts and (path in _REPORTS or parts[0] in _REPORT_FOLDERS)
+
+
+def _pieces(files: list[Path]) -> Iterator[bytes]:
+    for path in files:
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                yield piece
+
+
+class Ending:
+    """The end of one run.
+
+    Args:
+        top: The workspace.
+        tests: Number of tests that were collected.
+        folder: The folder of records that the controller of pytest-xdist gave this worker; ``None``: its own.
+        worker: The name of the worker.
+    """
+
+    def __init__(self, top: Path, tests: int, folder: Path | None = None, worker: str = "") -> None:
+        self._top = top
+        self._tests = tests
+        self._own = None if folder else tempfile.TemporaryDirectory(prefix="pytest-microvm-run-")
+        self.folder = folder or Path(self._own.name if self._own else "")
+        self.records = RunRecords(self.folder / f"records-{worker}")
+        self.ended: Ended | None = None
+        self.left: list[str] = []
+
+    def finish(self, backend: Backend, width: int) -> None:
+        """Give the last machine everything, and keep what it says and the reports that it writes.
+
+        Raises:
+            MachineError: The machine failed.
+            UsageError: A report would be written through a link.
+        """
+        self.records.close()
+        self.ended, machine = end_run(
+            backend, sorted(self.folder.iterdir()), top=self._top, width=width, tests=self._tests
+        )
+        try:
+            self.left = keep_reports(machine, self.ended.written, self._top)
+        finally:
+            machine.kill()
+
+    def close(self) -> None:
+        """Remove the records, unless another process needs them."""
+        self.records.close()
+        if self._own is not None:
+            self._own.cleanup()

@@ -1,0 +1,194 @@
+"""What plug-ins and the project's hooks say at the end of a run: as natively, but in a machine of its own."""
+
+import json
+
+import pytest
+
+from support.comparison import only_locally
+
+SOURCE = """
+def sign(number):
+    if number < 0:
+        return -1
+    return 1
+"""
+TESTS = """
+    import subprocess, sys
+    import package
+    def test_positive(): assert package.sign(1) == 1
+    def test_again(): assert package.sign(2) == 1
+"""
+
+
+def covered(project, name="coverage.json"):
+    """Return the lines, branches and totals of a coverage report of the project, which is removed."""
+    file = project.path / name
+    report = json.loads(file.read_text())
+    file.unlink()
+    for found in report["files"].values():
+        for part in (found, *found["functions"].values(), *found["classes"].values()):
+            part["contexts"] = {line: sorted(names) for line, names in part.get("contexts", {}).items()}
+    return report["files"], report["totals"]
+
+
+@pytest.fixture
+def measured(project):
+    project.write(package=SOURCE, test_it=TESTS)
+    return project
+
+
+@pytest.mark.parametrize("isolation", ["test", "module"])
+def test_coverage_is_the_native_one(measured, isolation):
+    options = [
+        "-p",
+        "no:randomly",
+        "--cov=package",
+        "--cov-branch",
+        "--cov-report=json",
+        "--cov-report=term-missing",
+    ]
+    native = measured.native(*options)
+    expected = covered(measured)
+    assert expected[1]["percent_covered"] < 100
+    result = measured.microvm(f"--microvm-isolation={isolation}", *options)
+    assert covered(measured) == expected
+    assert result.ret == native.ret == 0
+    start = native.outlines.index(next(line for line in native.outlines if "tests coverage" in line))
+    table = [line for line in native.outlines[start:] if line][:8]
+    assert [line for line in result.outlines if line in table] == table
+
+
+def test_coverage_with_contexts(measured):
+    options = ["--cov=package", "--cov-context=test", "--cov-report=json"]
+    measured.write(__DOT__coveragerc="[json]\nshow_contexts = true")
+    measured.native(*options)
+    expected = covered(measured)
+    measured.microvm(*options)
+    assert covered(measured) == expected
+
+
+def test_coverage_of_workers(measured):
+    options = ["--cov=package", "--cov-branch", "--cov-report=json"]
+    measured.native(*options)
+    expected = covered(measured)
+    measured.microvm("-n", "2", *options)
+    assert covered(measured) == expected
+
+
+def test_coverage_gate_fails_the_run(measured):
+    options = ["--cov=package", "--cov-report=xml", "--cov-fail-under=90"]
+    native = measured.native(*options)
+    (measured.path / "coverage.xml").unlink()
+    result = measured.microvm(*options)
+    assert result.ret == native.ret == 1
+    message = "ERROR: Coverage failure: total of 75 is less than fail-under=90"
+    assert message in native.outlines
+    assert message in result.outlines
+    assert 'line-rate="0.75"' in (measured.path / "coverage.xml").read_text()
+
+
+def test_hooks_at_the_end_run_once(project):
+    project.write(
+        conftest="""
+            from pathlib import Path
+            seen = []
+            def pytest_runtest_logreport(report):
+                if report.when == "call":
+                    seen.append(report.outcome)
+            def pytest_sessionfinish(session, exitstatus):
+                print("finished with", int(exitstatus), session.testscollected)
+            def pytest_terminal_summary(terminalreporter):
+                terminalreporter.section("OUR SUMMARY")
+                terminalreporter.line(" ".join(seen))
+            def pytest_report_teststatus(report):
+                if report.passed and report.when == "call":
+                    return "passed", "P", "YES"
+        """,
+        test_it="""
+            def test_one(): pass
+            def test_two(): assert 0
+            def test_three(): pass
+        """,
+    )
+    for options in ([], ["-x"], ["-v"]):
+        shown = []
+        for result in (project.native(*options), project.microvm(*options)):
+            assert result.ret == 1
+            lines = [
+                line for line in result.outlines if line.startswith(("test_it", "finished with", "passed"))
+            ]
+            shown.append([line for line in lines if "FAILED" not in line])
+        assert shown[0] == shown[1]
+
+
+def test_exit_status_of_a_hook(project):
+    project.write(
+        conftest="def pytest_sessionfinish(session): session.exitstatus = 7",
+        test_it="def test_it(): pass",
+    )
+    assert project.native().ret == project.microvm().ret == 7
+
+
+def test_hook_does_not_make_a_failed_run_green(project):
+    project.write(
+        conftest="def pytest_sessionfinish(session): session.exitstatus = 0",
+        test_it="def test_it(): assert 0",
+    )
+    assert project.microvm().ret == 1
+
+
+def test_hook_that_fails_fails_the_run(project):
+    project.write(
+        conftest="def pytest_sessionfinish(session): raise RuntimeError('no report')",
+        test_it="def test_it(): pass",
+    )
+    result = project.microvm()
+    assert result.ret != 0
+    assert "no report" in result.stdout.str()
+
+
+def test_plugins_exchange_data_as_with_xdist(project):
+    project.write(
+        conftest="""
+            import socket
+            server = socket.create_server(("127.0.0.1", 0))
+            outputs = []
+            def pytest_configure_node(node):
+                node.workerinput["port"] = server.getsockname()[1]
+            def pytest_sessionfinish(session):
+                if hasattr(session.config, "workeroutput"):
+                    session.config.workeroutput["ran"] = (b"bytes", {1: {"a"}}, session.config.ran)
+            def pytest_testnodedown(node, error):
+                outputs.append(node.workeroutput["ran"])
+            def pytest_terminal_summary(terminalreporter):
+                terminalreporter.line(f"OUTPUTS {sorted(outputs)}")
+        """,
+        test_it="""
+            import pytest
+            @pytest.mark.parametrize("number", [1, 2])
+            def test_it(number, pytestconfig):
+                assert pytestconfig.workerinput["port"] > 0
+                assert pytestconfig.workerinput["workerid"] == "gw0"
+                pytestconfig.ran = number
+        """,
+    )
+    result = project.microvm()
+    result.assert_outcomes(passed=2)
+    assert "OUTPUTS [(b'bytes', {1: {'a'}}, 1), (b'bytes', {1: {'a'}}, 2)]" in result.outlines
+
+
+def test_machine_that_ended_has_no_output(measured):
+    measured.write(test_dies="import os\ndef test_dies(): os._exit(3)")
+    result = measured.microvm("--cov=package", "--cov-report=term")
+    result.assert_outcomes(passed=2, failed=1)
+    assert "The following workers failed to return coverage data" in result.stdout.str()
+
+
+@only_locally
+def test_file_that_is_no_report_is_named(project):
+    project.write(
+        conftest="def pytest_sessionfinish(): open('left.txt', 'w').write('x')",
+        test_it="def test_it(): pass",
+    )
+    result = project.microvm()
+    assert "microvm: written at the end of the run, and gone with the machine: left.txt" in result.outlines

@@ -1,0 +1,169 @@
+"""The records of a run, and what the last machine may say and write."""
+
+import json
+import types
+
+import pytest
+
+from pytest_microvm.errors import ProtocolViolation, UsageError
+from pytest_microvm.guest.runner_controller import decoded, encoded
+from pytest_microvm.suite.ending import RunRecords, end_run, keep_reports
+from pytest_microvm.suite.running import Ran
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        1,
+        1.5,
+        "text",
+        b"bytes",
+        [1, b"x"],
+        (1, (2,)),
+        {1, 2},
+        frozenset([1]),
+        {"a": {1: (b"",)}, 2: None},
+    ],
+)
+def test_values_that_xdist_transfers(value):
+    there = decoded(json.loads(json.dumps(encoded(value))))
+    assert there == value
+    assert type(there) is type(value)
+
+
+def test_other_values_are_refused():
+    with pytest.raises(TypeError, match="object cannot be transferred"):
+        encoded({"a": [object()]})
+
+
+def test_output_comes_after_the_reports_of_its_machine(tmp_path):
+    records = RunRecords(tmp_path / "records")
+    item = types.SimpleNamespace(nodeid="test_a.py::test", location=("test_a.py", 1, "test"), config=None)
+    records.add_output("vm-1", b'{"k":"output","output":{"$type":"dict","value":[]}}\n')
+    records.add_test(item, Ran(sent=[{"when": "call"}], facts=types.SimpleNamespace(id="vm-1")))
+    records.add_output("vm-2", None)
+    records.close()
+    records.close()
+    lines = [json.loads(line) for line in (tmp_path / "records").read_text().splitlines()]
+    assert [(line["k"], line["machine"]) for line in lines] == [
+        ("test", "vm-1"),
+        ("down", "vm-1"),
+        ("down", "vm-2"),
+    ]
+    assert lines[0]["reports"] == [{"when": "call"}]
+    assert lines[2]["output"] is None
+
+
+class Machine:
+    """A machine whose files are written by ``pull``."""
+
+    def __init__(self, content=b"report"):
+        self.content = content
+
+    def pull(self, source, target):
+        target.write_bytes(self.content)
+
+
+def test_only_reports_come_back(tmp_path):
+    written = (
+        ".coverage",
+        "coverage.xml",
+        "htmlcov/a/index.html",
+        "setup.py",
+        "../coverage.xml",
+        "htmlcov/../x",
+        "/x",
+    )
+    top = tmp_path / "top"
+    top.mkdir()
+    assert keep_reports(Machine(), written, top) == ["setup.py", "../coverage.xml", "htmlcov/../x", "/x"]
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {"top/.coverage", "top/coverage.xml", "top/htmlcov/a/index.html"}
+
+
+def test_no_report_is_written_through_a_link(tmp_path):
+    top, elsewhere = tmp_path / "top", tmp_path / "elsewhere"
+    top.mkdir()
+    elsewhere.mkdir()
+    (top / "htmlcov").symlink_to(elsewhere)
+    with pytest.raises(UsageError):
+        keep_reports(Machine(), ("htmlcov/index.html",), top)
+    assert list(elsewhere.iterdir()) == []
+
+
+class Link:
+    """A link to a guest that answers every request with one record."""
+
+    def __init__(self, answer):
+        self.answer = answer
+        self.number = 1
+        self.sent = b""
+
+    def open_stream(self):
+        return self
+
+    def call(self, op, **_request):
+        assert op == "end"
+
+    def write(self, data, timeout):
+        self.sent += data
+
+    def close(self):
+        pass
+
+    def read_all(self, limit, timeout):
+        return json.dumps(self.answer).encode() + b"\n"
+
+
+class Backend:
+    def __init__(self, answer):
+        self.link = Link(answer)
+        self.killed = False
+
+    def lease(self):
+        return self
+
+    def kill(self):
+        self.killed = True
+
+
+SAID = {
+    "k": "ended",
+    "status": 1,
+    "loop": "x\n",
+    "finish": "",
+    "summary": "::error::\x1b]0;x\x07\n",
+    "written": ["a\nb"],
+}
+
+
+def test_what_the_last_machine_says_is_made_safe(tmp_path):
+    (tmp_path / "records").write_bytes(b"{}\n")
+    backend = Backend(SAID)
+    ended, _machine = end_run(backend, [tmp_path / "records"], top=tmp_path, width=80, tests=1)
+    assert backend.link.sent == b"{}\n"
+    assert (ended.status, ended.loop) == (1, "x\n")
+    assert "\x1b" not in ended.summary
+    assert not ended.summary.startswith("::")
+    assert ended.written == ("a\\nb",)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"status": "1"},
+        {"status": 256},
+        {"loop": 1},
+        {"finish": []},
+        {"summary": None},
+        {"written": "a"},
+        {"written": [1]},
+    ],
+)
+def test_malformed_answer_of_the_last_machine_ends_it(tmp_path, change):
+    backend = Backend({**SAID, **change})
+    with pytest.raises(ProtocolViolation):
+        end_run(backend, [], top=tmp_path, width=80, tests=1)
+    assert backend.killed
