@@ -209,7 +209,7 @@ class _ControllerSession:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        node = _Node(self._config, 0)
+        node = _WorkerNode(self._config, 0)
         self._config.hook.pytest_configure_node(node=node)
         self._configured = True
         _send(self._sock, {"workerinput": node.workerinput})
@@ -232,10 +232,10 @@ class _ControllerSession:
     def _replay(self) -> None:
         """Call the hooks for all records."""
         hook = self._config.hook
-        nodes: dict[str, _Node] = {}
+        nodes: dict[str, _WorkerNode] = {}
         for line in self._sock.makefile("rb"):
             record = json.loads(line)
-            node = nodes.setdefault(record["machine"], _Node(self._config, len(nodes)))
+            node = nodes.setdefault(record["machine"], _WorkerNode(self._config, len(nodes)))
             if record["k"] == "down":
                 output = record["output"]
                 if output is not None:
@@ -287,7 +287,7 @@ def _nothing(*_args: object, **_options: object) -> None:
     """Print nothing: the host's terminal has printed it."""
 
 
-class _Node:
+class _WorkerNode:
     """A machine, shown to plug-ins as xdist shows a worker (``xdist.workermanage.WorkerController``)."""
 
     def __init__(self, config: pytest.Config, number: int) -> None:
