@@ -19,6 +19,7 @@ from pytest_microvm.untrusted.nofollow import refuse_links
 
 _TIMEOUT = 600.0
 _MAX_WRITTEN = 100_000
+_MAX_RECORDS_SIZE = 4 * 1024**3
 _REPORTS = frozenset([".coverage", "coverage.xml", "coverage.json", "coverage.lcov"])
 _REPORT_FOLDERS = frozenset(["htmlcov"])
 
@@ -96,6 +97,8 @@ class RunRecords:
         self._outputs.clear()
 
     def _write(self, record: dict[str, Any]) -> None:
+        if self._file.tell() > _MAX_RECORDS_SIZE:
+            return  # `Ending.finish` says so
         self._file.write(json.dumps(record, default=str).encode() + b"\n")
 
 
@@ -118,7 +121,8 @@ def end_run(
     try:
         session = RunnerSession(machine.link)
         data = session.end_run(_pieces(files), _TIMEOUT, top=str(top), width=width, tests=tests)
-        return _ended(checks.Records().read(data.strip())), machine
+        said = machine.redactor.tree(checks.Records().read(data.strip()))
+        return _ended(checks.mapping(said, "answer")), machine
     except TimeoutError:
         machine.kill()
         raise MachineError(f"the last machine did not end the run within {_TIMEOUT:g} s") from None
@@ -198,9 +202,13 @@ class Ending:
             UsageError: A report would be written through a link.
         """
         self.records.close()
-        self.ended, machine = end_run(
-            backend, sorted(self.folder.iterdir()), top=self._top, width=width, tests=self._tests
-        )
+        files = sorted(self.folder.iterdir())
+        if any(file.stat().st_size > _MAX_RECORDS_SIZE for file in files):
+            raise MachineError(
+                f"the reports of this run take more than {_MAX_RECORDS_SIZE // 1024**3} GiB",
+                resolution="run fewer tests at once, or let them print less",
+            )
+        self.ended, machine = end_run(backend, files, top=self._top, width=width, tests=self._tests)
         try:
             self.left = keep_reports(machine, self.ended.written, self._top)
         finally:

@@ -5,10 +5,12 @@ import types
 
 import pytest
 
-from pytest_microvm.errors import ProtocolViolation, UsageError
+from pytest_microvm.errors import MachineError, ProtocolViolation, UsageError
 from pytest_microvm.guest.runner_controller import decoded, encoded
+from pytest_microvm.suite import ending
 from pytest_microvm.suite.ending import RunRecords, end_run, keep_reports
 from pytest_microvm.suite.running import Ran
+from pytest_microvm.untrusted.redaction import Redactor
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,8 @@ class Link:
 
 
 class Backend:
+    redactor = Redactor(["s3cr3t-value-of-a-user"])
+
     def __init__(self, answer):
         self.link = Link(answer)
         self.killed = False
@@ -132,7 +136,7 @@ class Backend:
 SAID = {
     "k": "ended",
     "status": 1,
-    "loop": "x\n",
+    "loop": "x s3cr3t-value-of-a-user\n",
     "finish": "",
     "summary": "::error::\x1b]0;x\x07\n",
     "written": ["a\nb"],
@@ -144,7 +148,7 @@ def test_what_the_last_machine_says_is_made_safe(tmp_path):
     backend = Backend(SAID)
     ended, _machine = end_run(backend, [tmp_path / "records"], top=tmp_path, width=80, tests=1)
     assert backend.link.sent == b"{}\n"
-    assert (ended.status, ended.loop) == (1, "x\n")
+    assert (ended.status, ended.loop) == (1, "x ***\n")
     assert "\x1b" not in ended.summary
     assert not ended.summary.startswith("::")
     assert ended.written == ("a\\nb",)
@@ -167,3 +171,14 @@ def test_malformed_answer_of_the_last_machine_ends_it(tmp_path, change):
     with pytest.raises(ProtocolViolation):
         end_run(backend, [], top=tmp_path, width=80, tests=1)
     assert backend.killed
+
+
+def test_records_of_a_run_are_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(ending, "_MAX_RECORDS_SIZE", 10)
+    run = ending.Ending(tmp_path, tests=1, folder=tmp_path)
+    for _ in range(3):
+        run.records.add_output("vm-1", None)
+        run.records._write_outputs()
+    with pytest.raises(MachineError, match="the reports of this run take more than"):
+        run.finish(Backend(SAID), width=80)
+    assert (tmp_path / "records-").read_text().count("\n") == 1
