@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from pytest_microvm.errors import MachineError, UsageError
+from pytest_microvm.errors import HostError, MachineError
 from pytest_microvm.suite import checks
 from pytest_microvm.suite.backend import Backend, RunnerMachine
 from pytest_microvm.suite.running import Ran
@@ -147,6 +147,7 @@ def keep_reports(machine: RunnerMachine, written: tuple[str, ...], top: Path) ->
 
     Raises:
         UsageError: A report would be written through a link.
+        HostError: A report cannot be written.
         MachineError: The machine failed.
     """
     reports = [path for path in written if _is_report(path)]
@@ -155,12 +156,23 @@ def keep_reports(machine: RunnerMachine, written: tuple[str, ...], top: Path) ->
             refuse_links(top, top / path)
             fetched = Path(name, "file")
             machine.pull(PurePosixPath(top / path), fetched)
-            if not fetched.is_file() or fetched.is_symlink():
-                raise UsageError(f"{path}: the machine's report is not a file")
-            target = top / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(fetched, target)
+            if fetched.is_symlink() or not fetched.is_file():
+                raise MachineError(f"the report {path} in the last machine is not a file")
+            _replace(top / path, fetched)
     return [path for path in written if path not in reports]
+
+
+def _replace(target: Path, fetched: Path) -> None:
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(f"{target} is a folder")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(fetched, target)
+    except OSError as error:
+        raise HostError(
+            f"the report {target} cannot be written: {error.strerror or error}",
+            resolution="remove what is in its place, or make room",
+        ) from error
 
 
 def _is_report(path: str) -> bool:

@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from pytest_microvm.errors import MachineError, ProtocolViolation, UsageError
+from pytest_microvm.errors import HostError, MachineError, ProtocolViolation, UsageError
 from pytest_microvm.guest.runner_controller import decoded, encoded
 from pytest_microvm.suite import ending
 from pytest_microvm.suite.ending import RunRecords, end_run, keep_reports
@@ -93,6 +93,17 @@ def test_no_report_is_written_through_a_link(tmp_path):
     with pytest.raises(UsageError):
         keep_reports(Machine(), ("htmlcov/index.html",), top)
     assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "taken"), [("coverage.xml", "coverage.xml/x"), ("htmlcov/a/b", "htmlcov/a")]
+)
+def test_report_in_a_place_that_is_taken(tmp_path, path, taken):
+    (tmp_path / taken).parent.mkdir()
+    (tmp_path / taken).write_text("mine")
+    with pytest.raises(HostError, match="cannot be written"):
+        keep_reports(Machine(), (path,), tmp_path)
+    assert (tmp_path / taken).read_text() == "mine"
 
 
 class Link:
