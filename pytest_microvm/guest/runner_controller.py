@@ -26,7 +26,6 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
-_ALL_MARKS = 3
 _LENGTH = struct.Struct("!I")
 _EXCHANGING = ("pytest_configure_node", "pytest_testnodedown")
 _SPEAKING = ("pytest_sessionfinish", "pytest_terminal_summary", "pytest_unconfigure", "pytest_testnodedown")
@@ -262,8 +261,9 @@ class _ControllerSession:
     def ended(self, code: int) -> None:
         """Tell the worker how the session ended."""
         text = self.out.getvalue()
-        if len(self._marks) == _ALL_MARKS:
-            loop, finish, summary = self._marks
+        if len(self._marks) > 1:
+            loop, finish, *rest = self._marks
+            summary = rest[0] if rest else len(text) + 1  # there is none with --no-summary
             said = {
                 "loop": text[loop:finish],
                 "finish": text[finish : summary - 1],

@@ -129,6 +129,13 @@ def test_exit_status_of_a_hook(project):
     assert project.native().ret == project.microvm().ret == 7
 
 
+def test_run_without_a_summary(project):
+    project.write(conftest="def pytest_sessionfinish(): print('finished')", test_it="def test_it(): pass")
+    native, result = project.native("--no-summary"), project.microvm("--no-summary")
+    assert native.ret == result.ret == 0
+    assert native.stdout.str().count("finished") == result.stdout.str().count("finished") == 1
+
+
 def test_hook_does_not_make_a_failed_run_green(project):
     project.write(
         conftest="def pytest_sessionfinish(session): session.exitstatus = 0",
