@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from pytest_microvm.errors import HostError, MachineError
+import pytest
+
+from pytest_microvm.errors import HostError, MachineError, MicroVMError
 from pytest_microvm.suite import checks
 from pytest_microvm.suite.backend import Backend, RunnerMachine
+from pytest_microvm.suite.collected import Collected
+from pytest_microvm.suite.plan import workspace_of
 from pytest_microvm.suite.running import Ran
 from pytest_microvm.suite.session import RunnerSession
 from pytest_microvm.untrusted.nofollow import refuse_links
+from pytest_microvm.untrusted.text import sanitize
 
 _TIMEOUT = 600.0
+_WIDTH = 80  # columns of a terminal that pytest does not have
+_SHOWN_FILES = 5
 _MAX_WRITTEN = 100_000
 _MAX_RECORDS_SIZE = 4 * 1024**3
 _REPORTS = frozenset([".coverage", "coverage.xml", "coverage.json", "coverage.lcov"])
@@ -188,46 +196,117 @@ def _pieces(files: list[Path]) -> Iterator[bytes]:
 
 
 class Ending:
-    """The end of one run.
+    """The plug-in that ends a run: it keeps the records, and after the last test starts the last machine.
 
     Args:
-        top: The workspace.
-        tests: Number of tests that were collected.
-        folder: The folder of records that the controller of pytest-xdist gave this worker; ``None``: its own.
-        worker: The name of the worker.
+        config: pytest's configuration.
+        backend: The source of the last machine.
+        collected: The collection.
+        release: Ends the machine in use.
     """
 
-    def __init__(self, top: Path, tests: int, folder: Path | None = None, worker: str = "") -> None:
-        self._top = top
-        self._tests = tests
-        self._own = None if folder else tempfile.TemporaryDirectory(prefix="pytest-microvm-run-")
-        self.folder = folder or Path(self._own.name if self._own else "")
-        self.records = RunRecords(self.folder / f"records-{worker}")
-        self.ended: Ended | None = None
-        self.left: list[str] = []
+    def __init__(
+        self, config: pytest.Config, backend: Backend, collected: Collected, release: Callable[[], None]
+    ) -> None:
+        self._config = config
+        self._backend = backend
+        self._tests = len(collected.order)
+        self._release = release
+        self._top = workspace_of(config)
+        self._is_worker = hasattr(config, "workerinput")  # of pytest-xdist: its controller ends the run
+        workerinput = getattr(config, "workerinput", {})
+        given = workerinput.get("microvm_records")
+        self._own = None if given else tempfile.TemporaryDirectory(prefix="pytest-microvm-run-")
+        self._folder = Path(given or (self._own.name if self._own else ""))
+        self.records = RunRecords(self._folder / f"records-{workerinput.get('workerid', '')}")
+        self._ended: Ended | None = None
+        self._left: list[str] = []
 
-    def finish(self, backend: Backend, width: int) -> None:
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node: Any) -> None:
+        """Tell a pytest-xdist worker where the records belong."""
+        node.workerinput["microvm_records"] = str(self._folder)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        """After the last test, let plug-ins and the project's hooks say what they say, in a machine."""
+        try:
+            return (yield)
+        finally:
+            stopped = isinstance(sys.exc_info()[1], (KeyboardInterrupt, pytest.exit.Exception))
+            if not stopped and not self._is_worker:
+                self._end_run(session)
+
+    @pytest.hookimpl
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Complete the records; show what was said, and take the last machine's exit status."""
+        self.records.close()  # the controller of pytest-xdist reads them
+        if self._ended is None:
+            return
+        self._show(self._ended.finish)
+        if exitstatus in {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}:
+            session.exitstatus = self._ended.status
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Show what plug-ins said in the summary, and which files are gone."""
+        if self._ended is None:
+            return
+        terminalreporter.write(self._ended.summary)
+        terminalreporter.ensure_newline()
+        if self._left:
+            more = ", ..." if len(self._left) > _SHOWN_FILES else ""
+            shown = ", ".join(self._left[:_SHOWN_FILES]) + more
+            terminalreporter.write_line(
+                f"microvm: written at the end of the run, and gone with the machine: {shown}"
+            )
+
+    def pytest_unconfigure(self) -> None:
+        """Remove the records, unless another process needs them."""
+        self.records.close()
+        if self._own is not None:
+            self._own.cleanup()
+
+    def _end_run(self, session: pytest.Session) -> None:
+        self._release()
+        try:
+            self.finish()
+        except MicroVMError as error:
+            session.testsfailed += 1  # what a plug-in checks at the end has not been checked
+            self._show(
+                f"\nERROR: the end of the run failed in its machine: {sanitize(str(error))}\n", red=True
+            )
+            return
+        assert self._ended is not None
+        self._show(self._ended.loop)
+
+    def finish(self) -> None:
         """Give the last machine everything, and keep what it says and the reports that it writes.
 
         Raises:
+            HostError: A report cannot be written.
             MachineError: The machine failed.
             UsageError: A report would be written through a link.
         """
         self.records.close()
-        files = sorted(self.folder.iterdir())
+        files = sorted(self._folder.iterdir())
         if any(file.stat().st_size > _MAX_RECORDS_SIZE for file in files):
             raise MachineError(
                 f"the reports of this run take more than {_MAX_RECORDS_SIZE // 1024**3} GiB",
                 resolution="run fewer tests at once, or let them print less",
             )
-        self.ended, machine = end_run(backend, files, top=self._top, width=width, tests=self._tests)
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        width = _WIDTH if terminal is None else terminal._tw.fullwidth  # noqa: SLF001 - pytest has no other way
+        self._ended, machine = end_run(self._backend, files, top=self._top, width=width, tests=self._tests)
         try:
-            self.left = keep_reports(machine, self.ended.written, self._top)
+            self._left = keep_reports(machine, self._ended.written, self._top)
         finally:
             machine.kill()
 
-    def close(self) -> None:
-        """Remove the records, unless another process needs them."""
-        self.records.close()
-        if self._own is not None:
-            self._own.cleanup()
+    def _show(self, text: str, **markup: bool) -> None:
+        """Write to pytest's terminal, or to stdout if its plug-in is switched off."""
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is None:
+            sys.stdout.write(text)
+        else:
+            terminal.write(text, **markup)

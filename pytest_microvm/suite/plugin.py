@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,6 @@ from pytest_microvm.untrusted.text import sanitize
 _HOST_PLUGINS = frozenset(["microvm", "pytest_microvm.plugin", "xdist", "xdist.plugin", "xdist.looponfail"])
 
 
-_SHOWN_FILES = 5
 _OUTPUT = ("Captured stdout", "Captured stderr")
 
 
@@ -167,12 +166,6 @@ class RemoteSuite:
             neutral.keep_project_from_worker(spec, isolated=self._launch is not None)
         self._prepare_ending(self._collect())
 
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_configure_node(self, node: Any) -> None:
-        """Tell a pytest-xdist worker where the records for the end of the run belong."""
-        if self._ending is not None:
-            node.workerinput["microvm_records"] = str(self._ending.folder)
-
     def pytest_collection(self, session: pytest.Session) -> bool:
         """Collect in the guest and replay its collection on the host."""
         self._collected = collected = self._collect()
@@ -228,15 +221,6 @@ class RemoteSuite:
             raise_exit(ran.exit)
         return True
 
-    @pytest.hookimpl(wrapper=True)
-    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
-        """After the last test, let plug-ins and the project's hooks say what they say, in a machine."""
-        try:
-            return (yield)
-        finally:
-            if not isinstance(sys.exc_info()[1], (KeyboardInterrupt, pytest.exit.Exception)):
-                self._end_run(session)
-
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count the test's outcome for the summary."""
         self._tally.add(report)
@@ -244,18 +228,9 @@ class RemoteSuite:
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """End the machine in use; set exit status ``EXIT_INFRA`` if only the infrastructure failed."""
-        if self._runner is not None:
-            self._runner.release()
-        if self._ending is not None:
-            self._ending.records.close()  # the controller of pytest-xdist reads them
-        ended = None if self._ending is None else self._ending.ended
-        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
-        if ended is not None and terminal is not None:
-            terminal.write(ended.finish)
+        self._release()
         if exitstatus == pytest.ExitCode.TESTS_FAILED and self._tally.only_infra_failed:
             session.exitstatus = EXIT_INFRA
-        elif ended is not None and exitstatus in {pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED}:
-            session.exitstatus = ended.status
 
     def pytest_report_teststatus(
         self, report: pytest.TestReport | pytest.CollectReport
@@ -268,15 +243,7 @@ class RemoteSuite:
         return category, outcome[0].upper(), (outcome.upper(), {"red": True})
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Show what plug-ins said in the last machine, and the number of tests and of machines."""
-        if self._ending is not None and self._ending.ended is not None:
-            terminalreporter.write(self._ending.ended.summary)
-            terminalreporter.ensure_newline()
-            if left := self._ending.left:
-                shown = ", ".join(left[:_SHOWN_FILES]) + (", ..." if len(left) > _SHOWN_FILES else "")
-                terminalreporter.write_line(
-                    f"microvm: written at the end of the run, and gone with the machine: {shown}"
-                )
+        """Show the number of tests and of machines."""
         if self._tally.tests:
             terminalreporter.write_line(f"microvm: {self._tally.line()}")
 
@@ -285,8 +252,6 @@ class RemoteSuite:
         backend, self._backend = self._backend, None
         if backend is not None:
             backend.close()
-        if self._ending is not None:
-            self._ending.close()
         self._leave_sigterm()
 
     # Parts
@@ -303,41 +268,21 @@ class RemoteSuite:
         return TestRunner(self._backend, self._backend.options, hooks, outputs=collected.outputs)
 
     def _prepare_ending(self, collected: Collected) -> None:
-        if not collected.speaking or self._config.option.collectonly:
-            return
-        workerinput = getattr(self._config, "workerinput", {})
-        folder = workerinput.get("microvm_records")
-        self._ending = Ending(
-            workspace_of(self._config), len(collected.order),
-            folder and Path(folder), workerinput.get("workerid", ""),
-        )  # fmt: skip
+        if collected.speaking and not self._config.option.collectonly:
+            assert self._backend is not None
+            self._ending = Ending(self._config, self._backend, collected, self._release)
+            self._config.pluginmanager.register(self._ending, "microvm_ending")
 
-    def _end_run(self, session: pytest.Session) -> None:
-        """Run the last machine, unless the controller of pytest-xdist does."""
-        ending, backend = self._ending, self._backend
-        if ending is None or backend is None or hasattr(self._config, "workerinput"):
-            return
-        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+    def _release(self) -> None:
         if self._runner is not None:
             self._runner.release()
-        try:
-            ending.finish(backend, 80 if terminal is None else terminal._tw.fullwidth)  # noqa: SLF001
-        except MicroVMError as error:
-            session.testsfailed += 1  # what a plug-in checks at the end has not been checked
-            if terminal is not None:
-                terminal.write(
-                    f"\nERROR: the end of the run failed in its machine: {sanitize(str(error))}\n", red=True
-                )
-            return
-        assert ending.ended is not None
-        if terminal is not None:
-            terminal.write(ending.ended.loop)
 
     def _make_plan(self, backend: Backend) -> CollectPlan:
         config, option = self._config, self._config.option
         arguments = ["-o", "addopts=", f"--rootdir={config.rootpath}", "--capture=fd"]
-        if option.verbose > 0:
-            arguments.append(f"--verbosity={option.verbose}")
+        verbose = getattr(option, "verbose", 0)  # without the terminal's plug-in there is no such option
+        if verbose > 0:
+            arguments.append(f"--verbosity={verbose}")
         return CollectPlan(
             arguments=(
                 *arguments,

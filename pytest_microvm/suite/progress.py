@@ -25,7 +25,7 @@ class TerminalProgress:
     def __init__(self, config: pytest.Config) -> None:
         reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
         self._reporter = reporter
-        self._quiet = config.option.verbose < 0 or hasattr(config, "workerinput") or reporter is None
+        self._quiet = reporter is None or config.option.verbose < 0 or hasattr(config, "workerinput")
         self._line: Progress | None = None
         if not self._quiet:
             found = reporter.isatty  # a method since pytest 9, a property before

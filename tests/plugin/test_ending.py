@@ -129,9 +129,10 @@ def test_exit_status_of_a_hook(project):
     assert project.native().ret == project.microvm().ret == 7
 
 
-def test_run_without_a_summary(project):
+@pytest.mark.parametrize("options", [["--no-summary"], ["-p", "no:terminal"]])
+def test_run_without_a_summary(project, options):
     project.write(conftest="def pytest_sessionfinish(): print('finished')", test_it="def test_it(): pass")
-    native, result = project.native("--no-summary"), project.microvm("--no-summary")
+    native, result = project.native(*options), project.microvm(*options)
     assert native.ret == result.ret == 0
     assert native.stdout.str().count("finished") == result.stdout.str().count("finished") == 1
 

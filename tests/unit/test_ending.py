@@ -8,6 +8,7 @@ import pytest
 from pytest_microvm.errors import HostError, MachineError, ProtocolViolation, UsageError
 from pytest_microvm.guest.runner_controller import decoded, encoded
 from pytest_microvm.suite import ending
+from pytest_microvm.suite.collected import Collected
 from pytest_microvm.suite.ending import RunRecords, end_run, keep_reports
 from pytest_microvm.suite.running import Ran
 from pytest_microvm.untrusted.redaction import Redactor
@@ -186,10 +187,12 @@ def test_malformed_answer_of_the_last_machine_ends_it(tmp_path, change):
 
 def test_records_of_a_run_are_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(ending, "_MAX_RECORDS_SIZE", 10)
-    run = ending.Ending(tmp_path, tests=1, folder=tmp_path)
+    monkeypatch.setattr(ending, "workspace_of", lambda _config: tmp_path)
+    config = types.SimpleNamespace(workerinput={"microvm_records": str(tmp_path), "workerid": "gw0"})
+    run = ending.Ending(config, Backend(SAID), Collected(), lambda: None)
     for _ in range(3):
         run.records.add_output("vm-1", None)
         run.records._write_outputs()
     with pytest.raises(MachineError, match="the reports of this run take more than"):
-        run.finish(Backend(SAID), width=80)
-    assert (tmp_path / "records-").read_text().count("\n") == 1
+        run.finish()
+    assert (tmp_path / "records-gw0").read_text().count("\n") == 1
