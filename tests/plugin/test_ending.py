@@ -13,7 +13,6 @@ def sign(number):
     return 1
 """
 TESTS = """
-    import subprocess, sys
     import package
     def test_positive(): assert package.sign(1) == 1
     def test_again(): assert package.sign(2) == 1
@@ -40,8 +39,6 @@ def measured(project):
 @pytest.mark.parametrize("isolation", ["test", "module"])
 def test_coverage_is_the_native_one(measured, isolation):
     options = [
-        "-p",
-        "no:randomly",
         "--cov=package",
         "--cov-branch",
         "--cov-report=json",
