@@ -23,6 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_microvm.guest import runner_coverage
+from pytest_microvm.guest.runner_coverage import MergedCoverage
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
 
@@ -47,6 +50,13 @@ def exchanging_plugins(config: pytest.Config) -> list[str]:
     return _plugins_with(config, _EXCHANGING)
 
 
+def modules_that_get_outputs(config: pytest.Config) -> set[str]:
+    """Return the top-level modules of plug-ins that get each worker's ``workeroutput``."""
+    caller = getattr(config.hook, "pytest_testnodedown", None)
+    found = caller.get_hookimpls() if caller is not None else ()
+    return {_top(implementation) for implementation in found}.difference(_OURS)
+
+
 def speaking_plugins(config: pytest.Config) -> list[str]:
     """Return the names of plug-ins, conftest files included, that do something at the end of a session."""
     return _plugins_with(config, _SPEAKING)
@@ -57,13 +67,17 @@ def _plugins_with(config: pytest.Config, hooks: tuple[str, ...]) -> list[str]:
     for hook in hooks:
         caller = getattr(config.hook, hook, None)
         for implementation in caller.get_hookimpls() if caller is not None else ():
-            top = getattr(implementation.function, "__module__", "").partition(".")[0]
+            top = _top(implementation)
             if top in _OURS or (
                 top == "_hypothesis_pytestplugin" and not config.getoption(_STATISTICS, False)
             ):
                 continue
             found[_name(implementation)] = True
     return list(found)
+
+
+def _top(implementation: Any) -> str:
+    return getattr(implementation.function, "__module__", "").partition(".")[0]
 
 
 def _name(implementation: Any) -> str:
@@ -219,7 +233,7 @@ class _ControllerSession:
         if self._terminal is not None:
             self._terminal._tw.fullwidth = int(request["width"])
         session.testscollected = int(request["tests"])
-        self._replay()
+        self._replay(request.get("coverage"))
         if self._terminal is not None:
             for name in _SILENT:
                 setattr(self._terminal, name, _nothing)
@@ -228,10 +242,15 @@ class _ControllerSession:
             raise session.Failed(session.shouldfail)
         return True
 
-    def _replay(self) -> None:
-        """Call the hooks for all records."""
+    def _replay(self, collected: dict[str, Any] | None) -> None:
+        """Call the hooks for all records.
+
+        Args:
+            collected: The coverage of collection, if machines record coverage without a database.
+        """
         hook = self._config.hook
         nodes: dict[str, _WorkerNode] = {}
+        coverage = MergedCoverage()
         for line in self._sock.makefile("rb"):
             record = json.loads(line)
             node = nodes.setdefault(record["machine"], _WorkerNode(self._config, len(nodes)))
@@ -239,6 +258,9 @@ class _ControllerSession:
                 output = record["output"]
                 if output is not None:
                     node.workeroutput = decoded(output)
+                    if collected is not None:
+                        coverage.add(node.workeroutput)
+                        continue
                 error = "the machine ended without an output" if output is None else None
                 hook.pytest_testnodedown(node=node, error=error)
                 continue
@@ -249,6 +271,12 @@ class _ControllerSession:
                 report.node = node
                 hook.pytest_runtest_logreport(report=report)
             hook.pytest_runtest_logfinish(nodeid=nodeid, location=location)
+        if collected is not None:
+            coverage.add(collected)
+            node = _WorkerNode(self._config, len(nodes))
+            plugin: Any = self._config.pluginmanager.getplugin(runner_coverage.PLUGIN)
+            node.workeroutput = coverage.as_worker_output(plugin.cov_controller)
+            hook.pytest_testnodedown(node=node, error=None)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:

@@ -18,10 +18,12 @@ from pytest_microvm.guest.runner_controller import (
     encoded,
     exchanging_plugins,
     fork_controller,
+    modules_that_get_outputs,
     speaking_plugins,
     specify_exchange,
     status_plugins,
 )
+from pytest_microvm.guest.runner_coverage import CoverageRecorder, recorder_of
 from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
 
 if TYPE_CHECKING:
@@ -94,6 +96,8 @@ class _SessionPlugin:
         self._runner = runner
         self._controller = controller
         self._exchanging = False
+        self._coverage: CoverageRecorder | None = None
+        self._coverage_of_collection: dict[str, Any] | None = None
         self._naming = False
         self._request: dict[str, Any] | None = request
         self._stream = stream
@@ -174,7 +178,10 @@ class _SessionPlugin:
         self._naming = bool(status_plugins(self._config))
         if speaking := speaking_plugins(self._config):
             self._controller.start()
-            lines.append({"k": "ending", "plugins": speaking, "outputs": self._exchanging})
+            outputs = modules_that_get_outputs(self._config) if self._exchanging else set()
+            if outputs == {"pytest_cov"}:
+                self._record_coverage()
+            lines.append({"k": "ending", "plugins": speaking, "outputs": bool(outputs)})
         lines.append({"k": "items", "order": order, "markers": self._config.getini("markers")})
         self._reported.clear()
         self._printed()
@@ -188,6 +195,16 @@ class _SessionPlugin:
         self._runner.reply(request, {})
         self._loop(session)
         return True
+
+    def _record_coverage(self) -> None:
+        """Record coverage without a database from now on, if possible."""
+        self._coverage = recorder_of(self._config)
+        if self._coverage is not None:
+            self._coverage_of_collection = self._coverage.take()
+
+    @staticmethod
+    def _coverage_record(coverage: CoverageRecorder) -> dict[str, Any]:
+        return {"k": "output", "output": encoded(coverage.take())}
 
     def _make_base_folder(self) -> None:
         """Create the base folder of ``tmp_path`` now, or each clone would create it for its first such test.
@@ -215,6 +232,9 @@ class _SessionPlugin:
                 runner.answer_resume(request)
             elif op == "end":
                 self._end_run(request)
+            elif op == "finish" and self._coverage is not None:
+                runner.send_lines(runner.open_stream(request), [self._coverage_record(self._coverage)])
+                runner.reply(request, {"exitstatus": 0, "printed": self._printed()})
             elif op == "finish":
                 self._finish = request
                 return
@@ -227,7 +247,11 @@ class _SessionPlugin:
         stream = runner.open_stream(request)
         runner.reply(request, {})
         before = dict(_stamps(top))
-        asked = {"width": request["width"], "tests": request["tests"]}
+        asked = {
+            "width": request["width"],
+            "tests": request["tests"],
+            "coverage": self._coverage_of_collection,
+        }
         ended = self._controller.end(asked, runner.read_stream(stream))
         written = [path for path, stamp in _stamps(top) if before.get(path) != stamp]
         runner.send_lines(stream, [{"k": "ended", **ended, "written": written}])
@@ -255,6 +279,8 @@ class _SessionPlugin:
             limits.tell_of_refusal()  # before the host learns that the test has ended
         if self._output > self._output_limit:
             records.append({"k": "excess", "printed": self._output})
+        if following is None and self._coverage is not None:
+            records.append(self._coverage_record(self._coverage))
         stop = session.shouldstop or session.shouldfail
         records.append({"k": "end", "stop": str(stop) if stop else None, "printed": self._printed()})
         self._runner.send_lines(stream, records)

@@ -80,17 +80,14 @@ class RunRecords:
         )
         self._write_outputs()
 
-    def add_output(self, machine: str, data: bytes | None) -> None:
+    def add_output(self, machine: str, record: dict[str, Any] | None) -> None:
         """Add a machine's last record; it comes after the report of its last test.
 
         Args:
             machine: The machine's id.
-            data: The record; ``None`` if the machine ended without.
-
-        Raises:
-            ProtocolViolation: The record is malformed.
+            record: The record; ``None`` if the machine ended without.
         """
-        output = None if data is None else checks.Records().read(data.strip()).get("output")
+        output = None if record is None else record.get("output")
         self._outputs.append({"k": "down", "machine": machine, "output": output})
 
     def close(self) -> None:

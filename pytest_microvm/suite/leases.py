@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 
 from pytest_microvm.errors import MachineError
 from pytest_microvm.machine.instance import MachineFacts, Usage
+from pytest_microvm.suite import checks
 from pytest_microvm.suite.backend import Backend, Kept, Lease
 from pytest_microvm.suite.session import RunnerSession
 
@@ -43,7 +44,7 @@ class LeaseObserver(Protocol):
     def told(self, nodeid: str, line: str) -> None:
         """Handle a message about changes copied back from the machine of the test ``nodeid``."""
 
-    def finished(self, facts: MachineFacts, output: bytes | None) -> None:
+    def finished(self, facts: MachineFacts, output: dict[str, Any] | None) -> None:
         """Handle the record of what a machine's plug-ins output; ``None``: it ended without."""
 
 
@@ -109,8 +110,13 @@ class Leases:
         lease, self._current = self._current, None
         if lease is None or lease.ended:
             return
-        if self._outputs:
+        if self._outputs and not lease.finished:
             with contextlib.suppress(MachineError, TimeoutError):
-                self._watcher.finished(lease.machine.facts, RunnerSession(lease.machine.link).finish())
-                lease.finished = True
+                data = RunnerSession(lease.machine.link).finish()
+                self.finished(lease, checks.Records().read(data.strip()))
         self.discard(lease)
+
+    def finished(self, lease: Lease, output: dict[str, Any]) -> None:
+        """Take the last record of a machine."""
+        lease.finished = True
+        self._watcher.finished(lease.machine.facts, output)

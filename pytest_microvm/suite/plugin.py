@@ -339,7 +339,7 @@ class _Hooks:
         self._progress = progress
         self._ending = ending
 
-    def finished(self, facts: MachineFacts, output: bytes | None) -> None:
+    def finished(self, facts: MachineFacts, output: dict[str, Any] | None) -> None:
         """Record what a machine's plug-ins output, for the end of the run."""
         if self._ending is not None:
             self._ending.records.add_output(facts.id, output)

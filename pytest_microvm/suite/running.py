@@ -38,6 +38,7 @@ class Ran:
         facts: The machine it ran in; ``None`` if there was none.
         outcome: ``passed``, ``failed``, ``skipped``, ``infra``, ``crashed`` or ``quota``.
         sent: The reports as the guest serialized them; empty if they are not the guest's alone.
+        output: What the machine's plug-ins output, if this was its last test and it sent that already.
     """
 
     reports: list[pytest.TestReport] = field(default_factory=list)
@@ -48,6 +49,7 @@ class Ran:
     facts: MachineFacts | None = None
     outcome: str = "infra"
     sent: list[dict[str, Any]] = field(default_factory=list)
+    output: dict[str, Any] | None = None
 
 
 class TestRunner:
@@ -109,6 +111,8 @@ class TestRunner:
             asked = lease.machine.requests.since(lease.asked)
             ran = _read(item, received, facts, lease.machine.usage(), retries=retries, asked=asked)
             _tell_denied(ran, item, asked, fail=self._options.fail_on_denied)
+            if ran.output is not None:
+                self._leases.finished(lease, ran.output)
             for line in lease.machine.take_back():
                 self._watcher.told(item.nodeid, line)
         except MachineError as error:
@@ -193,6 +197,8 @@ def _read(
             ran.warnings.append(parse_warning(record))
         elif kind == "exit":
             ran.exit = parse_exit(record)
+        elif kind == "output":
+            ran.output = record
         elif kind == "end":
             ran.printed = text(record.get("printed", ""), "output")
             stop = record.get("stop")

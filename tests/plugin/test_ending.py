@@ -72,6 +72,40 @@ def test_coverage_of_workers(measured):
     assert covered(measured) == expected
 
 
+def test_coverage_of_child_processes(measured):
+    measured.write(
+        __DOT__coveragerc="[run]\npatch = subprocess\nbranch = true",
+        test_child="""
+            import subprocess, sys
+            def test_negative():
+                code = "import package; assert package.sign(-1) == -1"
+                assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+        """,
+    )
+    options = ["--cov=package", "--cov-report=json"]
+    measured.native(*options)
+    expected = covered(measured)
+    assert expected[1]["percent_covered"] == 100
+    result = measured.microvm(*options)
+    assert result.ret == 0
+    assert covered(measured) == expected
+    assert not list(measured.path.glob(".coverage.*"))
+
+
+def test_coverage_switched_off_by_a_later_option(measured):
+    result = measured.microvm("--cov=package", "--cov-fail-under=100", "--no-cov")
+    assert result.ret == 0
+    assert "tests coverage" not in result.stdout.str()
+
+
+def test_coverage_of_a_machine_that_fails_is_missed_by_name(measured):
+    measured.write(test_dies="import os\ndef test_dies(): os._exit(3)")
+    result = measured.microvm("--cov=package", "--cov-report=json")
+    assert result.ret == 1
+    assert covered(measured)[1]["covered_lines"] == 3
+    result.stdout.fnmatch_lines(["*workers failed to return coverage data*"])
+
+
 def test_coverage_gate_fails_the_run(measured):
     options = ["--cov=package", "--cov-report=xml", "--cov-fail-under=90"]
     native = measured.native(*options)

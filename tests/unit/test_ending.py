@@ -44,7 +44,7 @@ def test_other_values_are_refused():
 def test_output_comes_after_the_reports_of_its_machine(tmp_path):
     records = RunRecords(tmp_path / "records")
     item = types.SimpleNamespace(nodeid="test_a.py::test", location=("test_a.py", 1, "test"), config=None)
-    records.add_output("vm-1", b'{"k":"output","output":{"$type":"dict","value":[]}}\n')
+    records.add_output("vm-1", {"k": "output", "output": {"$type": "dict", "value": []}})
     records.add_test(item, Ran(sent=[{"when": "call"}], facts=types.SimpleNamespace(id="vm-1")))
     records.add_output("vm-2", None)
     records.close()

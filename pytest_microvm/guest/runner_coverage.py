@@ -1,0 +1,162 @@
+"""What a machine's tests executed, as JSON, without a database.
+
+By pytest-xdist's contract, pytest-cov ends its worker's session and sends it a serialized database. With one
+machine per test, a database per test would be written, compressed, sent, loaded and combined. Instead, a
+machine records only what its tests executed, the last machine merges these records, and pytest-cov gets one
+database, as if one worker had run all tests.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    import pytest
+
+PLUGIN = "_cov"  # the name under which pytest-cov registers its plug-in
+_MAX_FILE = 16 * 1024**2
+
+
+def recorder_of(config: pytest.Config) -> CoverageRecorder | None:
+    """Return a recorder for pytest-cov's measurement; ``None`` if it measures nothing or is unknown."""
+    controller = getattr(config.pluginmanager.getplugin(PLUGIN), "cov_controller", None)
+    measuring = getattr(controller, "cov", None)
+    collector = getattr(measuring, "_collector", None)
+    if not (hasattr(collector, "covdata") and hasattr(collector, "flush_data")):
+        return None
+    return CoverageRecorder(measuring, collector)
+
+
+class CoverageRecorder:
+    """The place to which coverage's collector flushes its data, instead of :class:`coverage.CoverageData`.
+
+    Args:
+        measuring: The started :class:`coverage.Coverage`.
+        collector: Its collector.
+    """
+
+    def __init__(self, measuring: Any, collector: Any) -> None:
+        folder, self._prefix = os.path.split(os.path.abspath(measuring.config.data_file))
+        self._folder = folder
+        self._collector = collector
+        self._context = collector.static_context or ""
+        self._found: dict[tuple[str, str, str], set[Any]] = {}
+        self._tracers: dict[str, str] = {}
+        self._files = set(self._data_files())
+        collector.covdata = self
+        self._decide_early()
+
+    def _decide_early(self) -> None:
+        """Decide about all loaded files now whether they are measured; else each machine decides again."""
+        decisions: Any = getattr(self._collector, "should_trace_cache", {})
+        for module in list(sys.modules.values()):
+            file = getattr(module, "__file__", None)
+            if isinstance(file, str) and file.endswith(".py") and file not in decisions:
+                decisions[file] = self._collector.should_trace(file, None)
+
+    # Called by the collector
+
+    def set_context(self, context: str | None) -> None:
+        """Record under another context from now on."""
+        self._context = context or ""
+
+    def add_lines(self, executed: Mapping[str, Collection[int]]) -> None:
+        """Record executed lines by file."""
+        self._add("lines", executed)
+
+    def add_arcs(self, executed: Mapping[str, Collection[tuple[int, int]]]) -> None:
+        """Record executed branches, as pairs of lines, by file."""
+        self._add("arcs", executed)
+
+    def add_file_tracers(self, tracers: Mapping[str, str]) -> None:
+        """Record which of coverage's plug-ins traces a file."""
+        self._tracers.update(tracers)
+
+    def _add(self, kind: str, executed: Mapping[str, Collection[Any]]) -> None:
+        for file, places in executed.items():
+            self._found.setdefault((self._context, kind, file), set()).update(places)
+
+    # Called by the runner
+
+    def take(self) -> dict[str, Any]:
+        """Return as JSON what was executed since the last call, and the data files of child processes."""
+        self._collector.flush_data()
+        found, self._found = self._found, {}
+        new = [name for name in self._data_files() if name not in self._files]
+        self._files.update(new)
+        return {
+            "found": [[*key, _text(places)] for key, places in found.items()],
+            "tracers": self._tracers,
+            "files": [content for name in new if (content := self._read(name)) is not None],
+        }
+
+    def _data_files(self) -> list[str]:
+        try:
+            names = os.listdir(self._folder)
+        except OSError:
+            return []
+        return [name for name in names if name.startswith(self._prefix + ".")]
+
+    def _read(self, name: str) -> str | None:
+        try:
+            with open(os.path.join(self._folder, name), "rb") as file:
+                data = file.read(_MAX_FILE + 1)
+        except OSError:
+            return None
+        return base64.b64encode(data).decode() if len(data) <= _MAX_FILE else None
+
+
+class MergedCoverage:
+    """What all machines' tests executed."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str, str], set[str]] = {}
+        self._tracers: dict[str, str] = {}
+        self._files: list[bytes] = []
+
+    def add(self, taken: dict[str, Any]) -> None:
+        """Add what :meth:`CoverageRecorder.take` returned in a machine."""
+        for context, kind, file, places in taken["found"]:
+            self._found.setdefault((context, kind, file), set()).add(places)
+        self._tracers.update(taken["tracers"])
+        self._files += [base64.b64decode(content) for content in taken["files"]]
+
+    def as_worker_output(self, controller: Any) -> dict[str, Any]:
+        """Return what pytest-cov's worker would send, and write the data files of child processes.
+
+        Args:
+            controller: pytest-cov's controller in this process.
+        """
+        from coverage import CoverageData  # noqa: PLC0415 - only installed where coverage is measured
+
+        data = CoverageData(no_disk=True)
+        for (context, kind, file), texts in self._found.items():
+            data.set_context(context)
+            numbers = {number for text in texts for number in _numbers(kind, text)}
+            (data.add_lines if kind == "lines" else data.add_arcs)({file: numbers})
+        data.add_file_tracers(self._tracers)
+        path = os.path.abspath(controller.cov.config.data_file)
+        for number, content in enumerate(self._files):
+            with open(f"{path}.machines.{number}", "wb") as written:
+                written.write(content)
+        return {
+            "cov_worker_path": controller.topdir,
+            "cov_worker_node_id": "machines",
+            "cov_worker_data": data.dumps(),
+        }
+
+
+def _text(places: set[Any]) -> str:
+    """Return lines or pairs of lines as one text: a record then takes the host few values to check."""
+    flat = (n for place in sorted(places) for n in (place if isinstance(place, tuple) else (place,)))
+    return " ".join(map(str, flat))
+
+
+def _numbers(kind: str, text: str) -> list[Any]:
+    numbers = [int(number) for number in text.split()]
+    return numbers if kind == "lines" else list(zip(numbers[::2], numbers[1::2]))  # noqa: B905 - Python 3.8
