@@ -211,6 +211,7 @@ class _ControllerSession:
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self, config: pytest.Config) -> None:
         self._config = config
+        config.option.numprocesses = 1  # late: xdist would start workers, and plug-ins only have to know
         self._terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
         if self._terminal is not None:
             self._terminal._tw._file = self.out

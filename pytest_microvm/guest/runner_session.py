@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_microvm.guest import limits, site_paths
+from pytest_microvm.guest.changes import FolderWatch
 from pytest_microvm.guest.runner_controller import (
     ControllerProcess,
     encoded,
@@ -27,11 +28,10 @@ from pytest_microvm.guest.runner_coverage import CoverageRecorder, recorder_of
 from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Generator
 
     from pytest_microvm.guest.runner_requests import Runner
 
-_NO_REPORTS = frozenset([".git", "__pycache__", ".pytest_cache"])
 _MARKER = "microvm(**limits): what this test may use (timeout, output, pids, cpu_seconds, lifetime, network)"
 
 
@@ -105,6 +105,7 @@ class _SessionPlugin:
         self._reported: list[tuple[Any, Any]] = []
         self._header: list[str] = []
         self._nodes: NodeTable | None = None
+        self._watch: FolderWatch | None = None
         self._finish: dict[str, Any] | None = None
 
     # Collection
@@ -187,6 +188,7 @@ class _SessionPlugin:
         self._printed()
         self._limit_output(self._config)
         self._make_base_folder()
+        self._start_watching(self._request["top"])
         self._runner.settle()
         gc.collect()
         gc.freeze()  # a clone shares these pages; a collection must not touch them
@@ -204,7 +206,7 @@ class _SessionPlugin:
 
     @staticmethod
     def _coverage_record(coverage: CoverageRecorder) -> dict[str, Any]:
-        return {"k": "output", "output": encoded(coverage.take())}
+        return {"k": "output", "output": encoded(coverage.take()), "written": []}
 
     def _make_base_folder(self) -> None:
         """Create the base folder of ``tmp_path`` now, or each clone would create it for its first such test.
@@ -214,6 +216,14 @@ class _SessionPlugin:
         factory = getattr(self._config, "_tmp_path_factory", None)
         if factory is not None and not self._config.getoption("basetemp", None):
             factory.getbasetemp()
+
+    def _start_watching(self, top: str) -> None:
+        """Watch the workspace for files that tests write."""
+        with contextlib.suppress(OSError):
+            self._watch = FolderWatch(top)
+
+    def _written(self) -> list[str]:
+        return [] if self._watch is None else self._watch.changed()
 
     def _collected(self) -> list[dict[str, Any]]:
         """Return the records of the collection so far; nodes come before the records that refer to them."""
@@ -232,7 +242,7 @@ class _SessionPlugin:
                 runner.answer_resume(request)
             elif op == "end":
                 self._end_run(request)
-            elif op == "finish" and self._coverage is not None:
+            elif op == "finish" and self._coverage is not None and not request["session"]:
                 runner.send_lines(runner.open_stream(request), [self._coverage_record(self._coverage)])
                 runner.reply(request, {"exitstatus": 0, "printed": self._printed()})
             elif op == "finish":
@@ -243,18 +253,17 @@ class _SessionPlugin:
 
     def _end_run(self, request: dict[str, Any]) -> None:
         """Pass the run's records to the controller; tell the host what it said, and which files changed."""
-        runner, top = self._runner, request["top"]
+        runner = self._runner
         stream = runner.open_stream(request)
         runner.reply(request, {})
-        before = dict(_stamps(top))
+        self._written()
         asked = {
             "width": request["width"],
             "tests": request["tests"],
             "coverage": self._coverage_of_collection,
         }
         ended = self._controller.end(asked, runner.read_stream(stream))
-        written = [path for path, stamp in _stamps(top) if before.get(path) != stamp]
-        runner.send_lines(stream, [{"k": "ended", **ended, "written": written}])
+        runner.send_lines(stream, [{"k": "ended", **ended, "written": self._written()}])
 
     def _run(self, session: pytest.Session, request: dict[str, Any]) -> None:
         self._records = records = []
@@ -262,6 +271,7 @@ class _SessionPlugin:
         if request.get("pids") is not None:
             limits.limit_processes(int(request["pids"]))
         stream = self._runner.open_stream(request)
+        self._written()  # what the host has put there does not count
         self._runner.reply(request, {})  # from here on any failure is caused by the test
         following = request.get("next")
         item = session.items[request["item"]]
@@ -282,7 +292,8 @@ class _SessionPlugin:
         if following is None and self._coverage is not None:
             records.append(self._coverage_record(self._coverage))
         stop = session.shouldstop or session.shouldfail
-        records.append({"k": "end", "stop": str(stop) if stop else None, "printed": self._printed()})
+        end: dict[str, Any] = {"k": "end", "printed": self._printed(), "written": self._written()}
+        records.append({**end, "stop": str(stop) if stop else None})
         self._runner.send_lines(stream, records)
 
     def _limit_output(self, config: pytest.Config) -> None:
@@ -347,24 +358,16 @@ class _SessionPlugin:
         elif self._finish is not None:
             self._runner.send_lines(self._runner.open_stream(self._finish), [self._output_record()])
             self._runner.reply(self._finish, {"exitstatus": code, "printed": self._printed()[:100_000]})
+            while True:  # the host may copy files from the machine, which ends with this process
+                self._runner.refuse(self._runner.next_request(), "OrderError", "the session has finished")
 
     def _output_record(self) -> dict[str, Any]:
         """Return what plug-ins send to the controller."""
         try:
-            return {"k": "output", "output": encoded(getattr(self._config, "workeroutput", {}))}
-        except TypeError as error:
-            return {"k": "output", "output": None, "problem": str(error)}
-
-
-def _stamps(top: str) -> Iterator[tuple[str, tuple[int, int, int]]]:
-    """Yield each file below ``top``, relative to it, with what changes when it is written to."""
-    for folder, folders, names in os.walk(top):
-        folders[:] = [name for name in folders if name not in _NO_REPORTS]
-        for name in names:
-            path = os.path.join(folder, name)
-            with contextlib.suppress(OSError):
-                found = os.lstat(path)
-                yield os.path.relpath(path, top), (found.st_mtime_ns, found.st_size, found.st_ino)
+            output = encoded(getattr(self._config, "workeroutput", {}))
+        except TypeError:  # a value that cannot be transferred
+            output = None
+        return {"k": "output", "output": output, "written": self._written()}
 
 
 class _Nowhere(io.TextIOBase):

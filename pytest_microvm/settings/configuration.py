@@ -53,6 +53,7 @@ class Settings:
         keep: Which machines to keep for inspection: ``never``, ``failed``.
         retries: Times that a test is retried if its machine failed before the test started (``infra``).
         artifacts: The folder for records of machines that crashed or exceeded a quota.
+        write_back: Patterns, as in a .gitignore file, of workspace files that come back from machines.
         require_accel: The only acceptable accelerator.
         junit_profile: The consumer of the ``--junitxml`` file; ``None``: as pytest writes it.
         named: The keys that the configuration file has.
@@ -72,6 +73,7 @@ class Settings:
     keep: str = "never"
     retries: int = DEFAULT_RETRIES
     artifacts: Path | None = None
+    write_back: tuple[str, ...] = ()
     require_accel: str | None = None
     junit_profile: str | None = None
     named: frozenset[str] = frozenset()
@@ -199,6 +201,21 @@ def _arguments(value: object, name: str) -> tuple[str, ...]:
         ) from error
 
 
+def _patterns(value: object, name: str) -> tuple[str, ...]:
+    from pathspec import GitIgnoreSpec  # noqa: PLC0415 - few runs have patterns
+
+    patterns = parse_strings(value, name)
+    for pattern in patterns:
+        try:
+            GitIgnoreSpec.from_lines([pattern])
+        except ValueError as error:
+            raise UsageError(
+                f"{name}: invalid pattern: expected one as in a .gitignore file, got {pattern!r} ({error})",
+                resolution='write it like "docs/*.png" or "**/__snapshots__/**"',
+            ) from error
+    return patterns
+
+
 def _parser(option: Option) -> Callable[[object, str], Any]:
     if option.kind == "choice":
         return parse_choice(*option.choices)
@@ -210,6 +227,7 @@ def _parser(option: Option) -> Callable[[object, str], Any]:
 _BY_KIND: dict[Kind, Callable[[object, str], Any]] = {
     "flag": parse_flag,
     "folder": _folder,
+    "patterns": _patterns,
     "words": _arguments,
 }
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 Part = Literal["image", "quota", "grant", "run"]
 Kind = Literal[
     "kit", "cpus", "size", "count", "seconds", "rules", "hosts", "credentials", "secrets", "mounts",
-    "choice", "flag", "folder", "words",
+    "choice", "flag", "folder", "patterns", "words",
 ]  # fmt: skip
 FrontEnd = Literal["ci", "tox", "gitlab"]
 
@@ -27,6 +27,7 @@ _METAVARS: dict[Kind, str] = {
     "secrets": "NAME=SOURCE",
     "mounts": "SOURCE:/TARGET[:ro][:git|:live]",
     "folder": "DIR",
+    "patterns": "PATTERN",
     "words": "ARGS",
 }
 
@@ -74,7 +75,7 @@ class Option(NamedTuple):
     @property
     def repeatable(self) -> bool:
         """True if the option may be repeated on a command line."""
-        return self.part == "grant" or self.kind == "words"
+        return self.part == "grant" or self.kind in ("patterns", "words")
 
     @property
     def help(self) -> str:
@@ -142,6 +143,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("junit_profile", "run", "choice",
            "consumer that the file of --junitxml is written for",
            default="as pytest writes it", choices=("generic", "github", "gitlab", "jenkins", "buildkite")),
+    Option("write_back", "run", "patterns",
+           "files of the workspace that tests write and that come back, as in a .gitignore file",
+           "docs/*.png"),
     Option("pool", "run", "count", "machines that are kept ready for the next tests",
            default="cores, at most 4", unit="machines", most=64),
     Option("require_accel", "run", "choice", "fail unless machines run with this accelerator", default="any",

@@ -36,7 +36,9 @@ _WRITING = frozenset(["--basetemp", "--log-file"])  # given by the user, both si
 
 _HOST_PLUGINS_OFF = frozenset(["no:cacheprovider"])
 _OURS = "--microvm"
-_GRANTING = frozenset(f"--microvm-{option.word}" for option in (BY_NAME["image"], *GRANTS))
+_GRANTING = frozenset(
+    f"--microvm-{option.word}" for option in (BY_NAME["image"], BY_NAME["write_back"], *GRANTS)
+)
 _NAMING_FOLDERS = frozenset(["--microvm-artifacts"])
 _INTERNAL = frozenset(["--microvm-launched"])
 

@@ -78,6 +78,7 @@ class RunOptions:
         fail_on_denied: Whether a test fails if one of its network requests was denied.
         network: Rules for the network that tests may reach, as written.
         junit_profile: The consumer of the ``--junitxml`` file; ``None``: as pytest writes it.
+        write_back: Patterns, as in a .gitignore file, of workspace files that come back from machines.
     """
 
     isolation: str = "test"
@@ -91,6 +92,7 @@ class RunOptions:
     fail_on_denied: bool = False
     network: tuple[str, ...] = ()
     junit_profile: str | None = None
+    write_back: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,21 @@ class RunnerMachine(Protocol):
             MachineError: It cannot be transferred.
         """
 
+    def push(self, source: Path, target: PurePosixPath) -> None:
+        """Copy a file into the machine, with the folders above it.
+
+        Raises:
+            OSError: The source cannot be read.
+            MachineError: It cannot be transferred.
+        """
+
+    def remove(self, target: PurePosixPath) -> None:
+        """Remove a file of the machine, if it has it.
+
+        Raises:
+            MachineError: It cannot.
+        """
+
     def save(self, folder: Path, error: MachineError, about: str) -> None:
         """Save the machine's records, after it ended because of ``error``, in ``folder``."""
 
@@ -224,7 +241,7 @@ class Backend(Protocol):
 class Lease:
     """A machine in use, with its sharing key, test count, and count of network requests before its test.
 
-    ``finished``: what its plug-ins output has been taken.
+    ``finished``: what its plug-ins output has been taken. ``nodeid``: the last test that began in it.
     """
 
     machine: RunnerMachine
@@ -233,3 +250,4 @@ class Lease:
     asked: int = 0
     ended: bool = field(default=False)
     finished: bool = field(default=False)
+    nodeid: str = ""

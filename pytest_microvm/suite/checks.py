@@ -17,6 +17,7 @@ MAX_VALUES = 2_000_000
 MAX_COLLECTED_VALUES = 20_000_000
 """JSON values in the records of a collection, few of which are kept."""
 
+_MAX_PATHS = 100_000
 _MAX_DIGITS = 1000  # before 3.10.7, Python parses integers in quadratic time
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)  # no closing quote: up to the end, at once
 
@@ -127,6 +128,18 @@ def mapping(value: object, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise violation(f"a {what} that is not an object")
     return value
+
+
+def paths(value: object) -> tuple[str, ...]:
+    """Return a list of paths as the guest wrote them: not safe to show.
+
+    Raises:
+        ProtocolViolation: It is not a list of texts.
+    """
+    found = array(value, "list of files", _MAX_PATHS)
+    if not all(isinstance(path, str) for path in found):
+        raise violation("a path that is not a text")
+    return tuple(found)
 
 
 def plain(value: object, depth: int = 0) -> Any:

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
-from pytest_microvm.errors import HostError, MachineError, MicroVMError
+from pytest_microvm.errors import MachineError, MicroVMError
 from pytest_microvm.suite import checks
 from pytest_microvm.suite.backend import Backend, RunnerMachine
 from pytest_microvm.suite.collected import Collected
-from pytest_microvm.suite.plan import workspace_of
 from pytest_microvm.suite.running import Ran
 from pytest_microvm.suite.session import RunnerSession
-from pytest_microvm.untrusted.nofollow import refuse_links
+from pytest_microvm.suite.write_back import WriteBack
 from pytest_microvm.untrusted.text import sanitize
 
 _TIMEOUT = 600.0
 _WIDTH = 80  # columns of a terminal that pytest does not have
-_SHOWN_FILES = 5
-_MAX_WRITTEN = 100_000
 _MAX_RECORDS_SIZE = 4 * 1024**3
-_REPORTS = frozenset([".coverage", "coverage.xml", "coverage.json", "coverage.lcov"])
-_REPORT_FOLDERS = frozenset(["htmlcov"])
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ class Ended:
         loop: What plug-ins wrote after the last test.
         finish: What they wrote when the session finished.
         summary: What they wrote in the summary.
-        written: Files that they wrote, relative to the workspace.
+        written: Files that they wrote, relative to the workspace; not safe to show.
     """
 
     status: int
@@ -107,82 +101,35 @@ class RunRecords:
         self._file.write(json.dumps(record, default=str).encode() + b"\n")
 
 
-def end_run(
-    backend: Backend, files: list[Path], *, top: Path, width: int, tests: int
-) -> tuple[Ended, RunnerMachine]:
-    """Give a last machine the records in ``files``; return what it said, and the machine with what it wrote.
+def end_run(machine: RunnerMachine, files: list[Path], *, width: int, tests: int) -> Ended:
+    """Give the last machine the records in ``files``; return what it said.
 
     Args:
-        backend: The source of the machine.
+        machine: The machine.
         files: The records.
-        top: The workspace.
         width: Columns of the terminal.
         tests: Number of tests that were collected.
 
     Raises:
         MachineError: The machine failed.
     """
-    machine = backend.lease()
     try:
         session = RunnerSession(machine.link)
-        data = session.end_run(_pieces(files), _TIMEOUT, top=str(top), width=width, tests=tests)
+        data = session.end_run(_pieces(files), _TIMEOUT, width=width, tests=tests)
         said = machine.redactor.tree(checks.Records().read(data.strip()))
-        return _ended(checks.mapping(said, "answer")), machine
+        return _ended(checks.mapping(said, "answer"))
     except TimeoutError:
-        machine.kill()
         raise MachineError(f"the last machine did not end the run within {_TIMEOUT:g} s") from None
-    except BaseException:
-        machine.kill()
-        raise
 
 
 def _ended(record: dict[str, Any]) -> Ended:
-    written = checks.array(record.get("written"), "list of files", _MAX_WRITTEN)
     return Ended(
         checks.integer(record.get("status"), "exit status", 0, 255),
         checks.text(record.get("loop"), "output"),
         checks.text(record.get("finish"), "output"),
         checks.text(record.get("summary"), "summary"),
-        tuple(checks.line(path, "path") for path in written),
+        checks.paths(record.get("written")),
     )
-
-
-def keep_reports(machine: RunnerMachine, written: tuple[str, ...], top: Path) -> list[str]:
-    """Copy the reports among the files that were written to ``top``; return the names of all others.
-
-    Raises:
-        UsageError: A report would be written through a link.
-        HostError: A report cannot be written.
-        MachineError: The machine failed.
-    """
-    reports = [path for path in written if _is_report(path)]
-    with tempfile.TemporaryDirectory(prefix="pytest-microvm-reports-") as name:
-        for path in reports:
-            refuse_links(top, top / path)
-            fetched = Path(name, "file")
-            machine.pull(PurePosixPath(top / path), fetched)
-            if fetched.is_symlink() or not fetched.is_file():
-                raise MachineError(f"the report {path} in the last machine is not a file")
-            _replace(top / path, fetched)
-    return [path for path in written if path not in reports]
-
-
-def _replace(target: Path, fetched: Path) -> None:
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(f"{target} is a folder")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(fetched, target)
-    except OSError as error:
-        raise HostError(
-            f"the report {target} cannot be written: {error.strerror or error}",
-            resolution="remove what is in its place, or make room",
-        ) from error
-
-
-def _is_report(path: str) -> bool:
-    parts = PurePosixPath(path).parts
-    return ".." not in parts and (path in _REPORTS or parts[0] in _REPORT_FOLDERS)
 
 
 def _pieces(files: list[Path]) -> Iterator[bytes]:
@@ -200,16 +147,22 @@ class Ending:
         backend: The source of the last machine.
         collected: The collection.
         release: Ends the machine in use.
+        write_back: Brings back the reports that the last machine writes.
     """
 
     def __init__(
-        self, config: pytest.Config, backend: Backend, collected: Collected, release: Callable[[], None]
+        self,
+        config: pytest.Config,
+        backend: Backend,
+        collected: Collected,
+        release: Callable[[], None],
+        write_back: WriteBack,
     ) -> None:
+        self._write_back = write_back
         self._config = config
         self._backend = backend
         self._tests = len(collected.order)
         self._release = release
-        self._top = workspace_of(config)
         self._is_worker = hasattr(config, "workerinput")  # of pytest-xdist: its controller ends the run
         workerinput = getattr(config, "workerinput", {})
         given = workerinput.get("microvm_records")
@@ -217,7 +170,6 @@ class Ending:
         self._folder = Path(given or (self._own.name if self._own else ""))
         self.records = RunRecords(self._folder / f"records-{workerinput.get('workerid', '')}")
         self._ended: Ended | None = None
-        self._left: list[str] = []
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
@@ -246,17 +198,11 @@ class Ending:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Show what plug-ins said in the summary, and which files are gone."""
+        """Show what plug-ins said in the summary."""
         if self._ended is None:
             return
         terminalreporter.write(self._ended.summary)
         terminalreporter.ensure_newline()
-        if self._left:
-            more = ", ..." if len(self._left) > _SHOWN_FILES else ""
-            shown = ", ".join(self._left[:_SHOWN_FILES]) + more
-            terminalreporter.write_line(
-                f"microvm: written at the end of the run, and gone with the machine: {shown}"
-            )
 
     def pytest_unconfigure(self) -> None:
         """Remove the records, unless another process needs them."""
@@ -283,7 +229,6 @@ class Ending:
         Raises:
             HostError: A report cannot be written.
             MachineError: The machine failed.
-            UsageError: A report would be written through a link.
         """
         self.records.close()
         files = sorted(self._folder.iterdir())
@@ -294,9 +239,11 @@ class Ending:
             )
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         width = _WIDTH if terminal is None else terminal._tw.fullwidth  # noqa: SLF001 - pytest has no other way
-        self._ended, machine = end_run(self._backend, files, top=self._top, width=width, tests=self._tests)
+        machine = self._backend.lease()
         try:
-            self._left = keep_reports(machine, self._ended.written, self._top)
+            self._write_back.give(machine)
+            self._ended = end_run(machine, files, width=width, tests=self._tests)
+            self._write_back.take(machine, self._ended.written, last=True)
         finally:
             machine.kill()
 

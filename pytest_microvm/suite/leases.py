@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import pytest
@@ -10,7 +10,7 @@ import pytest
 from pytest_microvm.errors import MachineError
 from pytest_microvm.machine.instance import MachineFacts, Usage
 from pytest_microvm.suite import checks
-from pytest_microvm.suite.backend import Backend, Kept, Lease
+from pytest_microvm.suite.backend import Backend, Kept, Lease, RunnerMachine
 from pytest_microvm.suite.session import RunnerSession
 
 
@@ -32,7 +32,7 @@ def sharing_key(item: pytest.Item, isolation: str) -> object:
 class LeaseObserver(Protocol):
     """An observer of machines that start and end."""
 
-    def started(self, facts: MachineFacts, nodeid: str) -> None:
+    def started(self, machine: RunnerMachine, nodeid: str) -> None:
         """Handle a machine that answers and is about to be used for the test ``nodeid``."""
 
     def stopped(self, facts: MachineFacts, usage: Usage) -> None:
@@ -43,6 +43,9 @@ class LeaseObserver(Protocol):
 
     def told(self, nodeid: str, line: str) -> None:
         """Handle a message about changes copied back from the machine of the test ``nodeid``."""
+
+    def wrote(self, machine: RunnerMachine, nodeid: str, paths: Sequence[str]) -> None:
+        """Notice files of the workspace that changed in a machine, which still runs."""
 
     def finished(self, facts: MachineFacts, output: dict[str, Any] | None) -> None:
         """Handle the record of what a machine's plug-ins output; ``None``: it ended without."""
@@ -55,13 +58,21 @@ class Leases:
         backend: The source of machines.
         isolation: The scope that shares one machine.
         watcher: Notified of each machine.
-        outputs: Whether each machine finishes its pytest session, for what its plug-ins output.
+        outputs: Whether each machine sends what its plug-ins output.
+        finishing: Whether each machine finishes its pytest session, because plug-ins may write files then.
     """
 
     def __init__(
-        self, backend: Backend, isolation: str, watcher: LeaseObserver, *, outputs: bool = False
+        self,
+        backend: Backend,
+        isolation: str,
+        watcher: LeaseObserver,
+        *,
+        outputs: bool = False,
+        finishing: bool = False,
     ) -> None:
         self._backend = backend
+        self._finishing = finishing
         self._outputs = outputs
         self._isolation = isolation
         self._watcher = watcher
@@ -79,7 +90,8 @@ class Leases:
             return lease
         self.release()
         lease = self._current = Lease(self._backend.lease(), key)
-        self._watcher.started(lease.machine.facts, item.nodeid)
+        lease.nodeid = item.nodeid
+        self._watcher.started(lease.machine, item.nodeid)
         return lease
 
     def next_in_same(self, lease: Lease, nextitem: pytest.Item | None) -> bool:
@@ -110,11 +122,21 @@ class Leases:
         lease, self._current = self._current, None
         if lease is None or lease.ended:
             return
-        if self._outputs and not lease.finished:
-            with contextlib.suppress(MachineError, TimeoutError):
-                data = RunnerSession(lease.machine.link).finish()
-                self.finished(lease, checks.Records().read(data.strip()))
+        if self._finishing or (self._outputs and not lease.finished):
+            try:
+                self._finish(lease)
+            except (MachineError, TimeoutError) as error:
+                if self._finishing:
+                    why = f"files that plug-ins write at the end did not come back: {error}"
+                    self._watcher.told(lease.nodeid, why)
         self.discard(lease)
+
+    def _finish(self, lease: Lease) -> None:
+        data = RunnerSession(lease.machine.link).finish(session=self._finishing)
+        record = checks.Records().read(data.strip())
+        if self._outputs and not lease.finished:
+            self.finished(lease, record)
+        self._watcher.wrote(lease.machine, lease.nodeid, checks.paths(record.get("written", [])))
 
     def finished(self, lease: Lease, output: dict[str, Any]) -> None:
         """Take the last record of a machine."""

@@ -118,6 +118,15 @@ class RunnerLease:
         """Copy a file from the machine."""
         self._machine.pull(source, target)
 
+    def push(self, source: Path, target: PurePosixPath) -> None:
+        """Copy a file into the machine, with the folders above it."""
+        self._machine.path(target.parent).mkdir(parents=True, exist_ok=True)
+        self._machine.push(source, target)
+
+    def remove(self, target: PurePosixPath) -> None:
+        """Remove a file of the machine, if it has it."""
+        self._machine.path(target).unlink(missing_ok=True)
+
     def kill(self) -> None:
         """End the machine; a second call does nothing."""
         if not self._ended:
@@ -194,6 +203,7 @@ class MachineBackend:
             fail_on_denied=self._config.fail_on_denied,
             network=self._config.spec.network or self._base.image.network,
             junit_profile=self._config.junit_profile,
+            write_back=self._config.write_back,
         )
 
     def collect(self, plan: CollectPlan, progress: Progress) -> bytes:

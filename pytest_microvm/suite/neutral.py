@@ -30,10 +30,18 @@ _NEUTRAL: dict[str, Any] = {
     "faulthandler_exit_on_timeout": False,
 }
 # Plug-ins that act on the process the tests run in, or import the project; the guest still loads them.
-_ACTING = ("timeout", "pytest_timeout", "pytest_cov", "django", "pytest_django")
+_ACTING = (
+    *("timeout", "pytest_timeout", "pytest_cov", "django", "pytest_django"),
+    *("benchmark", "pytest_benchmark", "allure_pytest"),
+)
 
 _CACHE = ("README.md", ".gitignore", "CACHEDIR.TAG", "v", "v/cache", "v/cache/lastfailed", "v/cache/nodeids",
           "v/cache/stepwise")  # fmt: skip
+_OF_WORKERS = (
+    *("pytest_collection_modifyitems", "pytest_itemcollected", "pytest_runtest_protocol"),
+    *("pytest_runtest_setup", "pytest_runtest_call", "pytest_runtest_teardown", "pytest_runtest_makereport"),
+    *("pytest_pyfunc_call", "pytest_fixture_setup", "pytest_fixture_post_finalizer"),
+)  # hooks that pytest-xdist's controller does not call
 _TRUSTED = ("_pytest", "pytest_microvm")  # packages whose modules may act: pytest and this one
 
 
@@ -67,6 +75,25 @@ def keep_from_acting_early(config: pytest.Config, plugin: object) -> None:
     for implementation in hook.get_hookimpls():
         module = getattr(implementation.function, "__module__", "")
         if implementation.plugin is plugin and module.partition(".")[0] not in _TRUSTED:
+            hook._remove_plugin(plugin)  # noqa: SLF001 - pluggy has no public function
+
+
+def keep_from_items(config: pytest.Config, plugin: object) -> None:
+    """Remove a plug-in's hooks for items and fixtures: they would get stand-ins for tests.
+
+    The machine's plug-ins have those hooks, as the workers of pytest-xdist have; the host keeps those of its
+    controller. A plug-in that is for the host alone (``microvm_host_only``) keeps all.
+
+    Args:
+        config: pytest's configuration.
+        plugin: Any registered plug-in.
+    """
+    top = (plugin.__name__ if inspect.ismodule(plugin) else type(plugin).__module__).partition(".")[0]
+    if top in _TRUSTED or getattr(plugin, "microvm_host_only", False):
+        return
+    for name in _OF_WORKERS:
+        hook = getattr(config.hook, name)
+        if any(implementation.plugin is plugin for implementation in hook.get_hookimpls()):
             hook._remove_plugin(plugin)  # noqa: SLF001 - pluggy has no public function
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.suite import neutral
 from pytest_microvm.suite.addopts import refuse_acting, refuse_granting
 from pytest_microvm.suite.arguments import Split, parser_arity, split_arguments, tokens
-from pytest_microvm.suite.backend import Backend, CollectPlan, Progress, RemoteSettings
+from pytest_microvm.suite.backend import Backend, CollectPlan, Progress, RemoteSettings, RunnerMachine
 from pytest_microvm.suite.collected import Collected
 from pytest_microvm.suite.collection import Replay, raise_exit
 from pytest_microvm.suite.ending import Ending
@@ -37,6 +37,8 @@ from pytest_microvm.suite.summary import (
     header_line,
     machine_outcome,
 )
+from pytest_microvm.suite.write_back import WriteBack
+from pytest_microvm.suite.written_options import wanted_files, workspace_place
 from pytest_microvm.terminal.termination import interrupt_on_sigterm
 from pytest_microvm.untrusted.nofollow import refuse_links
 from pytest_microvm.untrusted.text import sanitize
@@ -63,6 +65,8 @@ class RemoteSuite:
         self._replay: Replay | None = None
         self._runner: TestRunner | None = None
         self._ending: Ending | None = None
+        self._write_back: WriteBack | None = None
+        self._words: tuple[tuple[str, ...], tuple[str, ...], dict[str, str]] = ((), (), {})
         self._tally = Tally()
         self._leave_sigterm = interrupt_on_sigterm()
         self._guest_plugins = os.environ.pop("PYTEST_PLUGINS", None)  # pytest would import them on the host
@@ -79,6 +83,7 @@ class RemoteSuite:
             os.environ["PYTEST_PLUGINS"] = self._guest_plugins  # for the workers of pytest-xdist
         neutral.forget_failed_filters(self._config)
         arity = parser_arity(parser)
+        self._options_that_write(args, arity)
         with _as_pytest_errors():
             neutral.refuse_project_plugins(self._config, _named_plugins(args, arity))
             if self._launch is None:
@@ -96,6 +101,12 @@ class RemoteSuite:
         self._guest_arguments = split.guest
         neutral.forbid_conftests(self._config)
 
+    def _options_that_write(self, args: list[str], arity: Mapping[str, str]) -> None:
+        """Note the words of the user and of the project: some options write files in the workspace."""
+        count = len(addopts_of(self._config, args)) if self._launch is None else self._launch.words
+        projects = args[:count] if self._launch is None else [*self._launch.guest]
+        self._words = (tuple(args[count:]), tuple(projects), dict(arity))
+
     def _is_host_plugin(self, name: str) -> bool:
         if self._launch is not None and not name.startswith("no:") and name not in builtin_plugins:
             return True  # the machine loads its own installed plug-ins
@@ -103,8 +114,9 @@ class RemoteSuite:
         return name in _HOST_PLUGINS or bool(getattr(plugin, "microvm_host_only", False))
 
     def pytest_plugin_registered(self, plugin: object) -> None:
-        """Disable early hooks of any plug-in on the host, also if registered before this one."""
+        """Disable hooks of any plug-in that belong in the machine, also if registered before this one."""
         neutral.keep_from_acting_early(self._config, plugin)
+        neutral.keep_from_items(self._config, plugin)
 
     # Session
 
@@ -137,6 +149,8 @@ class RemoteSuite:
             assert backend is not None
             self._backend = backend
             self._plan = self._make_plan(backend)
+            self._write_back = self._make_write_back(backend)
+            session.config.pluginmanager.register(self._write_back, "microvm_write_back")
             add_suite_properties(session.config, backend.facts, backend.options.isolation)
             if backend.options.junit_profile is not None:
                 from pytest_microvm.suite.junit_profile import shape_junit  # noqa: PLC0415 - only if requested
@@ -264,13 +278,28 @@ class RemoteSuite:
 
     def _make_runner(self, collected: Collected) -> TestRunner:
         assert self._backend is not None
-        hooks = _Hooks(self._config, self._progress, self._ending)
-        return TestRunner(self._backend, self._backend.options, hooks, outputs=collected.outputs)
+        assert self._write_back is not None
+        hooks = _Hooks(self._config, self._progress, self._ending, self._write_back)
+        return TestRunner(
+            self._backend,
+            self._backend.options,
+            hooks,
+            outputs=collected.outputs,
+            finishing=self._write_back.finishing,
+        )
+
+    def _make_write_back(self, backend: Backend) -> WriteBack:
+        users, projects, arity = self._words
+        top = workspace_of(self._config)
+        place = workspace_place(top, self._config.invocation_params.dir)
+        wanted = wanted_files(backend.options.write_back, users, projects, arity, place)
+        return WriteBack(self._config, top, wanted)
 
     def _prepare_ending(self, collected: Collected) -> None:
         if collected.speaking and not self._config.option.collectonly:
             assert self._backend is not None
-            self._ending = Ending(self._config, self._backend, collected, self._release)
+            assert self._write_back is not None
+            self._ending = Ending(self._config, self._backend, collected, self._release, self._write_back)
             self._config.pluginmanager.register(self._ending, "microvm_ending")
 
     def _release(self) -> None:
@@ -334,8 +363,15 @@ def _named_plugins(args: list[str], arity: Mapping[str, str]) -> list[str]:
 class _Hooks:
     """A watcher that calls this package's hooks for machines, and shows retries and messages to the user."""
 
-    def __init__(self, config: pytest.Config, progress: TerminalProgress, ending: Ending | None) -> None:
+    def __init__(
+        self,
+        config: pytest.Config,
+        progress: TerminalProgress,
+        ending: Ending | None,
+        write_back: WriteBack,
+    ) -> None:
         self._config = config
+        self._write_back = write_back
         self._progress = progress
         self._ending = ending
 
@@ -344,9 +380,17 @@ class _Hooks:
         if self._ending is not None:
             self._ending.records.add_output(facts.id, output)
 
-    def started(self, facts: MachineFacts, nodeid: str) -> None:
-        """Call ``pytest_microvm_started``."""
-        self._config.hook.pytest_microvm_started(config=self._config, facts=facts, nodeid=nodeid)
+    def started(self, machine: RunnerMachine, nodeid: str) -> None:
+        """Give the machine the files of those before it; call ``pytest_microvm_started``."""
+        self._config.hook.pytest_microvm_started(config=self._config, facts=machine.facts, nodeid=nodeid)
+        self._write_back.give(machine)
+
+    def wrote(self, machine: RunnerMachine, nodeid: str, paths: Sequence[str]) -> None:
+        """Bring files back; tell the user if that fails."""
+        try:
+            self._write_back.take(machine, paths)
+        except MicroVMError as error:
+            self.told(nodeid, str(error))
 
     def stopped(self, facts: MachineFacts, usage: Usage) -> None:
         """Call ``pytest_microvm_stopped``."""

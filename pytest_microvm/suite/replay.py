@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, cast
 
 import pytest
@@ -19,6 +20,15 @@ _STYLES = frozenset(["long", "short", "line", "no", "native", "value", "auto"])
 _SEPARATORS = frozenset("-_=*~!+.")
 _COLOURS = frozenset(["red", "green", "yellow", "blue", "purple", "cyan", "white", "bold", "light"])
 _MAX_ENTRIES = 10_000
+_RESERVED = frozenset(
+    [
+        *dir(pytest.TestReport),
+        *("nodeid", "location", "keywords", "when", "outcome", "sections", "user_properties", "duration"),
+        *("start", "stop", "wasxfail", "longrepr", "result", "context"),
+        *("node", "worker_id", "testrun_uid", "item_index"),  # of pytest-xdist
+    ]
+)
+_RESERVED_PREFIXES = ("_", "microvm")
 
 
 def rebuild_test_report(
@@ -60,9 +70,18 @@ def rebuild_test_report(
         clean["_subtest.context"] = _subtest(record.get("_subtest.context"))
     longrepr = _longrepr(record.get("longrepr"), outcome)
     report = cast("pytest.TestReport", _rebuilt(config, clean, longrepr, shown=line.get("shown") is True))
+    for name, value in _added(record):
+        setattr(report, name, value)
     if "status" in line:
         report.microvm_status = _status(line["status"])  # type: ignore[attr-defined]
     return report
+
+
+def _added(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the JSON data that the guest's plug-ins put on a report, under names that pytest does not use."""
+    for name, value in record.items():
+        if name.isidentifier() and not name.startswith(_RESERVED_PREFIXES) and name not in _RESERVED:
+            yield name, checks.plain(value)
 
 
 def _status(value: object) -> tuple[str, str, str | tuple[str, dict[str, bool]]]:

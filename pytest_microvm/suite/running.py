@@ -14,7 +14,7 @@ from pytest_microvm.machine.evidence import saved
 from pytest_microvm.machine.instance import MachineFacts, Usage
 from pytest_microvm.network.proxy.log import NetworkRequest
 from pytest_microvm.suite.backend import Backend, Lease, RunOptions
-from pytest_microvm.suite.checks import line, text, violation
+from pytest_microvm.suite.checks import line, paths, text, violation
 from pytest_microvm.suite.collected import GuestExit, GuestWarning, parse_exit, parse_warning
 from pytest_microvm.suite.leases import LeaseObserver, Leases
 from pytest_microvm.suite.limits import limits_of
@@ -39,6 +39,7 @@ class Ran:
         outcome: ``passed``, ``failed``, ``skipped``, ``infra``, ``crashed`` or ``quota``.
         sent: The reports as the guest serialized them; empty if they are not the guest's alone.
         output: What the machine's plug-ins output, if this was its last test and it sent that already.
+        written: Files of the workspace that changed in the machine, relative to it; not safe to show.
     """
 
     reports: list[pytest.TestReport] = field(default_factory=list)
@@ -50,6 +51,7 @@ class Ran:
     outcome: str = "infra"
     sent: list[dict[str, Any]] = field(default_factory=list)
     output: dict[str, Any] | None = None
+    written: tuple[str, ...] = ()
 
 
 class TestRunner:
@@ -59,17 +61,24 @@ class TestRunner:
         backend: The source of machines.
         options: Isolation and timeouts.
         watcher: Notified of machines that start and end.
-        outputs: Whether each machine finishes its pytest session, for what its plug-ins output.
+        outputs: Whether each machine sends what its plug-ins output.
+        finishing: Whether each machine finishes its pytest session, because plug-ins may write files then.
     """
 
     __test__ = False
 
     def __init__(
-        self, backend: Backend, options: RunOptions, watcher: LeaseObserver, *, outputs: bool = False
+        self,
+        backend: Backend,
+        options: RunOptions,
+        watcher: LeaseObserver,
+        *,
+        outputs: bool = False,
+        finishing: bool = False,
     ) -> None:
         self._options = options
         self._watcher = watcher
-        self._leases = Leases(backend, options.isolation, watcher, outputs=outputs)
+        self._leases = Leases(backend, options.isolation, watcher, outputs=outputs, finishing=finishing)
 
     def run(self, item: Any, nextitem: Any) -> Ran:
         """Run ``item``, retrying machine failures; all other failures become its outcome."""
@@ -113,6 +122,7 @@ class TestRunner:
             _tell_denied(ran, item, asked, fail=self._options.fail_on_denied)
             if ran.output is not None:
                 self._leases.finished(lease, ran.output)
+            self._watcher.wrote(lease.machine, item.nodeid, ran.written)
             for line in lease.machine.take_back():
                 self._watcher.told(item.nodeid, line)
         except MachineError as error:
@@ -201,6 +211,7 @@ def _read(
             ran.output = record
         elif kind == "end":
             ran.printed = text(record.get("printed", ""), "output")
+            ran.written = paths(record.get("written", []))
             stop = record.get("stop")
             ran.stop = None if stop is None else line(stop, "reason to stop")
         else:

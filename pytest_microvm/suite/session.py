@@ -64,6 +64,7 @@ class RunnerSession:
             stream=stream.number,
             args=list(plan.arguments),
             cwd=str(plan.directory),
+            top=str(plan.workspace),
             env=dict(plan.environment),
         )
         try:
@@ -118,15 +119,18 @@ class RunnerSession:
         """
         return self._link.call("resume", timeout=timeout, **message)
 
-    def finish(self) -> bytes:
-        """Finish the guest's session; return the record of what its plug-ins send to the controller.
+    def finish(self, *, session: bool) -> bytes:
+        """Return the record of what the guest's plug-ins send to the controller.
+
+        Args:
+            session: Whether its pytest session must finish, even if it can tell that without.
 
         Raises:
             TimeoutError: It did not end in time.
             MachineError: The machine ended first, or sent too much.
         """
         stream = self._link.open_stream()
-        request = self._link.request("finish", stream=stream.number)
+        request = self._link.request("finish", stream=stream.number, session=session)
         data = stream.read_all(checks.MAX_LINE, _FINISH_TIMEOUT)
         request.wait(_FINISH_TIMEOUT)
         return data
@@ -137,7 +141,7 @@ class RunnerSession:
         Args:
             records: JSON lines, see ``guest/runner_controller.py``.
             timeout: Seconds that it may take.
-            request: ``top``, the workspace; ``width`` of the terminal in columns; ``tests`` collected.
+            request: ``width`` of the terminal in columns; ``tests`` collected.
 
         Raises:
             TimeoutError: It did not end in time.

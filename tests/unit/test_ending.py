@@ -5,12 +5,14 @@ import types
 
 import pytest
 
-from pytest_microvm.errors import HostError, MachineError, ProtocolViolation, UsageError
+from pytest_microvm.errors import MachineError, ProtocolViolation
 from pytest_microvm.guest.runner_controller import decoded, encoded
 from pytest_microvm.suite import ending
 from pytest_microvm.suite.collected import Collected
-from pytest_microvm.suite.ending import RunRecords, end_run, keep_reports
+from pytest_microvm.suite.ending import RunRecords, end_run
 from pytest_microvm.suite.running import Ran
+from pytest_microvm.suite.write_back import WriteBack
+from pytest_microvm.suite.written_options import WantedFiles
 from pytest_microvm.untrusted.redaction import Redactor
 
 
@@ -59,54 +61,6 @@ def test_output_comes_after_the_reports_of_its_machine(tmp_path):
     assert lines[2]["output"] is None
 
 
-class Machine:
-    """A machine whose files are written by ``pull``."""
-
-    def __init__(self, content=b"report"):
-        self.content = content
-
-    def pull(self, source, target):
-        target.write_bytes(self.content)
-
-
-def test_only_reports_come_back(tmp_path):
-    written = (
-        ".coverage",
-        "coverage.xml",
-        "htmlcov/a/index.html",
-        "setup.py",
-        "../coverage.xml",
-        "htmlcov/../x",
-        "/x",
-    )
-    top = tmp_path / "top"
-    top.mkdir()
-    assert keep_reports(Machine(), written, top) == ["setup.py", "../coverage.xml", "htmlcov/../x", "/x"]
-    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {"top/.coverage", "top/coverage.xml", "top/htmlcov/a/index.html"}
-
-
-def test_no_report_is_written_through_a_link(tmp_path):
-    top, elsewhere = tmp_path / "top", tmp_path / "elsewhere"
-    top.mkdir()
-    elsewhere.mkdir()
-    (top / "htmlcov").symlink_to(elsewhere)
-    with pytest.raises(UsageError):
-        keep_reports(Machine(), ("htmlcov/index.html",), top)
-    assert list(elsewhere.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("path", "taken"), [("coverage.xml", "coverage.xml/x"), ("htmlcov/a/b", "htmlcov/a")]
-)
-def test_report_in_a_place_that_is_taken(tmp_path, path, taken):
-    (tmp_path / taken).parent.mkdir()
-    (tmp_path / taken).write_text("mine")
-    with pytest.raises(HostError, match="cannot be written"):
-        keep_reports(Machine(), (path,), tmp_path)
-    assert (tmp_path / taken).read_text() == "mine"
-
-
 class Link:
     """A link to a guest that answers every request with one record."""
 
@@ -131,7 +85,9 @@ class Link:
         return json.dumps(self.answer).encode() + b"\n"
 
 
-class Backend:
+class LastMachine:
+    """A last machine, and the backend that has it."""
+
     redactor = Redactor(["s3cr3t-value-of-a-user"])
 
     def __init__(self, answer):
@@ -157,13 +113,27 @@ SAID = {
 
 def test_what_the_last_machine_says_is_made_safe(tmp_path):
     (tmp_path / "records").write_bytes(b"{}\n")
-    backend = Backend(SAID)
-    ended, _machine = end_run(backend, [tmp_path / "records"], top=tmp_path, width=80, tests=1)
-    assert backend.link.sent == b"{}\n"
+    machine = LastMachine(SAID)
+    ended = end_run(machine, [tmp_path / "records"], width=80, tests=1)
+    assert machine.link.sent == b"{}\n"
     assert (ended.status, ended.loop) == (1, "x ***\n")
     assert "\x1b" not in ended.summary
     assert not ended.summary.startswith("::")
-    assert ended.written == ("a\\nb",)
+
+
+@pytest.fixture
+def run_ended_by(tmp_path):
+    """Return a function that makes the end of a run, with the given last machine."""
+
+    def make(machine):
+        folder = tmp_path / "records"
+        folder.mkdir()
+        workerinput = {"microvm_records": str(folder), "workerid": "gw0"}
+        config = types.SimpleNamespace(workerinput=workerinput, pluginmanager=pytest.PytestPluginManager())
+        files = WriteBack(config, tmp_path, WantedFiles((), (), while_running=False))
+        return ending.Ending(config, machine, Collected(), lambda: None, files)
+
+    return make
 
 
 @pytest.mark.parametrize(
@@ -178,21 +148,19 @@ def test_what_the_last_machine_says_is_made_safe(tmp_path):
         {"written": [1]},
     ],
 )
-def test_malformed_answer_of_the_last_machine_ends_it(tmp_path, change):
-    backend = Backend({**SAID, **change})
+def test_malformed_answer_of_the_last_machine_ends_it(run_ended_by, change):
+    machine = LastMachine({**SAID, **change})
     with pytest.raises(ProtocolViolation):
-        end_run(backend, [], top=tmp_path, width=80, tests=1)
-    assert backend.killed
+        run_ended_by(machine).finish()
+    assert machine.killed
 
 
-def test_records_of_a_run_are_limited(tmp_path, monkeypatch):
+def test_records_of_a_run_are_limited(run_ended_by, tmp_path, monkeypatch):
     monkeypatch.setattr(ending, "_MAX_RECORDS_SIZE", 10)
-    monkeypatch.setattr(ending, "workspace_of", lambda _config: tmp_path)
-    config = types.SimpleNamespace(workerinput={"microvm_records": str(tmp_path), "workerid": "gw0"})
-    run = ending.Ending(config, Backend(SAID), Collected(), lambda: None)
+    run = run_ended_by(LastMachine(SAID))
     for _ in range(3):
         run.records.add_output("vm-1", None)
         run.records._write_outputs()
     with pytest.raises(MachineError, match="the reports of this run take more than"):
         run.finish()
-    assert (tmp_path / "records-gw0").read_text().count("\n") == 1
+    assert (tmp_path / "records" / "records-gw0").read_text().count("\n") == 1

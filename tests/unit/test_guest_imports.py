@@ -10,7 +10,7 @@ import pytest_microvm
 
 PACKAGE = Path(pytest_microvm.__file__).parent
 FILES = sorted([*PACKAGE.joinpath("guest").glob("**/*.py"), *PACKAGE.joinpath("wire").glob("**/*.py")])
-RUNNER_ONLY = {"pytest", "_pytest", "pluggy"}
+RUNNER_ONLY = {"pytest", "_pytest", "pluggy", "coverage"}
 
 
 def imported(tree):

@@ -50,6 +50,7 @@ class LocalBackend:
             retries=config.retries,
             artifacts=config.artifacts,
             junit_profile=config.junit_profile,
+            write_back=config.write_back,
         )
         self._template = None
         self._numbers = itertools.count(1)
@@ -165,6 +166,12 @@ class LocalMachine:
     def pull(self, source, target):
         """Copy a file of this computer."""
         shutil.copyfile(source, target)
+
+    def push(self, source, target):
+        """Copy nothing: the machine has this computer's files."""
+
+    def remove(self, target):
+        """Remove nothing, for the same reason."""
 
     def keep(self, about):
         """Return none: the machine is not kept."""

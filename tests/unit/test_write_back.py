@@ -1,0 +1,275 @@
+"""Files of tests that come back into the workspace, and those that do not."""
+
+import os
+import shutil
+import types
+from pathlib import Path, PurePosixPath
+
+import pytest
+
+from pytest_microvm.errors import HostError, UsageError
+from pytest_microvm.suite.write_back import WriteBack
+from pytest_microvm.suite.written_options import WantedFiles, wanted_files, workspace_place
+
+
+class FolderMachine:
+    """A machine whose file system is a folder: it has a copy of the workspace.
+
+    Args:
+        folder: The folder.
+        top: The workspace.
+    """
+
+    facts = types.SimpleNamespace(id="vm-1")
+
+    def __init__(self, folder, top):
+        self._folder = folder
+        self.top = folder / top.relative_to("/")
+        shutil.copytree(top, self.top, symlinks=True)
+
+    def _place(self, path):
+        assert isinstance(path, PurePosixPath)
+        return self._folder / path.relative_to("/")
+
+    def pull(self, source, target):
+        place = self._place(source)
+        if place.is_dir():
+            shutil.copytree(place, target)
+        else:
+            shutil.copy(place, target, follow_symlinks=False)
+
+    def push(self, source, target):
+        self._place(target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, self._place(target))
+
+    def remove(self, target):
+        self._place(target).unlink(missing_ok=True)
+
+    def write(self, path, content):
+        """Write a file of its workspace; return the path."""
+        file = self.top / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content)
+        return path
+
+
+@pytest.fixture
+def top(tmp_path):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    os.utime(folder / "old.txt", (0, 0))
+    return folder
+
+
+@pytest.fixture
+def machines(tmp_path, top):
+    """Return a function that starts a machine with the workspace."""
+    numbers = iter(range(10))
+    return lambda: FolderMachine(tmp_path / f"machine{next(numbers)}", top)
+
+
+def write_back(top, *patterns, projects=()):
+    wanted = WantedFiles(patterns, projects, while_running=True)
+    return WriteBack(types.SimpleNamespace(), top, wanted)
+
+
+def shown(plugin):
+    lines = []
+    plugin.pytest_terminal_summary(
+        types.SimpleNamespace(write_line=lambda line, **_markup: lines.append(line))
+    )
+    return lines
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_wanted_files_come_back_and_others_are_named(top, machines):
+    plugin, machine = write_back(top, "*.txt"), machines()
+    plugin.take(
+        machine,
+        [
+            machine.write("a/new.txt", "new"),
+            machine.write("old.txt", "changed"),
+            machine.write("b.py", "code"),
+            machine.write(".coverage.x", ""),
+        ],
+    )
+    assert files_of(top) == {"a/new.txt": "new", "old.txt": "changed"}
+    kept, gone = shown(plugin)
+    assert kept == "microvm: written by tests: 2 files (a/new.txt, old.txt)"
+    assert gone.startswith("microvm: written by tests and gone with their machines: 1 file (b.py); ")
+    assert "--microvm-write-back" in gone
+
+
+def test_removed_file_is_removed(top, machines):
+    plugin, machine = write_back(top, "*.txt"), machines()
+    (machine.top / "old.txt").unlink()
+    plugin.take(machine, ["old.txt", "never-there.txt"])
+    assert files_of(top) == {}
+    assert shown(plugin) == []
+
+
+def test_next_machine_gets_what_came_back(top, machines):
+    plugin, first, second = write_back(top, "*.txt"), machines(), machines()
+    plugin.take(first, [first.write("sum.txt", "1\n"), first.write("gone.txt", "")])
+    (first.top / "gone.txt").unlink()
+    plugin.take(first, ["gone.txt"])
+    second.write("gone.txt", "")
+    plugin.give(second)
+    assert (second.top / "sum.txt").read_text() == "1\n"
+    assert not (second.top / "gone.txt").exists()
+    plugin.take(second, [second.write("sum.txt", "1\n2\n")])
+    assert files_of(top) == {"old.txt": "old", "sum.txt": "1\n2\n"}
+
+
+@pytest.mark.parametrize("path", ["old.txt", "new.txt"])
+def test_file_that_changed_on_the_host_is_left_alone(top, machines, path):
+    plugin, machine = write_back(top, "*.txt"), machines()
+    (top / path).write_text("mine")
+    plugin.take(machine, [machine.write(path, "the machine's")])
+    assert files_of(top) == {"old.txt": "old", path: "mine", f"{path}.microvm-vm-1": "the machine's"}
+    (line,) = shown(plugin)
+    assert line.startswith(f"microvm: not written: {path}: ")
+    assert f"the machine's version: {path}.microvm-vm-1" in line
+
+
+def test_nothing_is_written_through_a_link(top, machines, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "a.txt").write_text("mine")
+    machine = machines()
+    (top / "folder").symlink_to(elsewhere)
+    (top / "link.txt").symlink_to(elsewhere / "a.txt")
+    plugin = write_back(top, "*.txt")
+    plugin.take(machine, [machine.write("folder/a.txt", "x"), machine.write("link.txt", "x")])
+    assert files_of(elsewhere) == {"a.txt": "mine"}
+
+
+def test_no_machine_gets_a_file_through_a_link(top, machines, tmp_path):
+    plugin, machine = write_back(top, "*.txt"), machines()
+    plugin.take(machine, [machine.write("a.txt", "x")])
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    (top / "a.txt").unlink()
+    (top / "a.txt").symlink_to(secret)
+    with pytest.raises(UsageError, match="link"):
+        plugin.give(machines())
+
+
+@pytest.mark.parametrize("what", ["link", "folder"])
+def test_only_files_come_back(top, machines, what):
+    plugin, machine = write_back(top, "*.txt"), machines()
+    place = machine.top / "new.txt"
+    if what == "link":
+        place.symlink_to("old.txt")
+    else:
+        place.mkdir()
+    plugin.take(machine, ["new.txt"])
+    assert files_of(top) == {"old.txt": "old"}
+    assert shown(plugin) == ["microvm: not written: new.txt: not a file in the machine; it was left there"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "../x.txt",
+        "/x.txt",
+        "a/../../x.txt",
+        "a//x.txt",
+        "",
+        "a\0.txt",
+        ".git/hooks/x.txt",
+        "sub/.GIT/config.txt",
+        "a\x1b]0;x.txt",
+        "a" * 5000,
+    ],
+)
+def test_paths_that_are_none_of_the_workspace(top, machines, tmp_path, path):
+    plugin = write_back(top, "*", "**/*.txt")
+    before = sorted(tmp_path.rglob("*"))
+    plugin.take(types.SimpleNamespace(facts=FolderMachine.facts), [path])
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "\x1b" not in shown(plugin)[0]
+
+
+@pytest.mark.parametrize(
+    "path", ["setup.py", ".envrc", ".vscode/tasks.json", ".github/x.json", "Makefile", ".json"]
+)
+def test_options_of_the_project_bring_back_only_data(top, machines, path):
+    plugin, machine = write_back(top, projects=("*",)), machines()
+    plugin.take(machine, [machine.write(path, "x"), machine.write("report.json", "{}")])
+    assert files_of(top) == {"old.txt": "old", "report.json": "{}"}
+
+
+def test_reports_of_coverage_come_back_from_the_last_machine_alone(top, machines):
+    plugin, machine = write_back(top), machines()
+    paths = [
+        machine.write(path, "x")
+        for path in (".coverage", "coverage.xml", "htmlcov/a/b.html", "sub/.coverage")
+    ]
+    plugin.take(machine, paths)
+    assert files_of(top) == {"old.txt": "old"}
+    plugin.take(machine, paths, last=True)
+    assert set(files_of(top)) == {"old.txt", ".coverage", "coverage.xml", "htmlcov/a/b.html"}
+
+
+@pytest.mark.parametrize(("path", "taken"), [("a.txt", "a.txt/x"), ("a/b.txt", "a")])
+def test_place_that_is_taken(top, machines, path, taken):
+    plugin, machine = write_back(top, "*.txt"), machines()
+    (top / taken).parent.mkdir(exist_ok=True)
+    (top / taken).write_text("mine")
+    plugin.take(machine, [machine.write(path, "x")])
+    assert (top / taken).read_text() == "mine"
+    assert shown(plugin)[0].startswith(f"microvm: not written: {path.split('/')[0]}")
+
+
+def test_workspace_that_is_gone(top, machines):
+    plugin, machine = write_back(top, "*.txt"), machines()
+    path = machine.write("a.txt", "x")
+    shutil.rmtree(top)
+    with pytest.raises(HostError, match="cannot be written"):
+        plugin.take(machine, [path])
+
+
+def test_worker_tells_its_controller(top, machines):
+    worker, machine = write_back(top, "*.txt"), machines()
+    worker._config.workeroutput = {}
+    worker.take(machine, [machine.write("a.txt", "x"), machine.write("b.py", "")])
+    finishing = worker.pytest_sessionfinish()
+    next(finishing)
+    with pytest.raises(StopIteration):
+        next(finishing)
+    controller, last = write_back(top, "*.txt"), machines()
+    controller.pytest_testnodedown(types.SimpleNamespace(workeroutput=worker._config.workeroutput))
+    controller.pytest_testnodedown(types.SimpleNamespace())
+    assert shown(controller) == shown(worker)
+    (last.top / "a.txt").unlink()
+    controller.give(last)
+    assert (last.top / "a.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("words", "patterns", "early"),
+    [
+        ([], (), False),
+        (["--snapshot-update"], ("__snapshots__/",), True),
+        (["--alluredir=al"], ("/sub/al/",), True),
+        (["--alluredir", "al", "tests"], ("/sub/al/",), True),
+        (["--alluredir=../../elsewhere"], (), False),
+        (["--alluredir=.."], (), False),
+        (["--benchmark-json=a b[1].json"], ("/sub/a\\ b\\[1\\].json",), False),
+        (["--cov-report=xml:out/c.xml"], ("/sub/out/c.xml",), False),
+        (["--cov-report", "html:out"], ("/sub/out/",), False),
+        (["--cov-report=term"], (), False),
+        (["-k", "--snapshot-update"], (), False),
+    ],
+)
+def test_options_imply_their_files(words, patterns, early):
+    place = workspace_place(Path("/top"), Path("/top/sub"))
+    by_user = wanted_files((), words, (), {"-k": "1"}, place)
+    assert (by_user.by_user, by_user.by_project, by_user.while_running) == (patterns, (), early)
+    by_project = wanted_files(("*.x",), (), words, {"-k": "1"}, place)
+    assert (by_project.by_user, by_project.by_project) == (("*.x",), patterns)
