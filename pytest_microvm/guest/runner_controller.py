@@ -9,7 +9,6 @@ forked before pytest starts, so that what it starts for the tests runs in every 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import os
 import select
@@ -25,6 +24,7 @@ import pytest
 
 from pytest_microvm.guest import runner_coverage
 from pytest_microvm.guest.runner_coverage import MergedCoverage
+from pytest_microvm.guest.runner_end import EndOfSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -34,10 +34,6 @@ _EXCHANGING = ("pytest_configure_node", "pytest_testnodedown")
 _SPEAKING = ("pytest_sessionfinish", "pytest_terminal_summary", "pytest_unconfigure", "pytest_testnodedown")
 _OURS = ("_pytest", "pytest_microvm", "xdist")
 _STATISTICS = "hypothesis_show_statistics"  # without it, hypothesis has nothing to say
-_SILENT = (
-    "summary_errors", "summary_failures", "summary_warnings", "summary_passes", "summary_xfailures",
-    "summary_xpasses", "short_test_summary", "summary_stats", "_write_progress_information_filling_space",
-)  # fmt: skip
 
 
 def status_plugins(config: pytest.Config) -> list[str]:
@@ -193,14 +189,13 @@ def _serve(sock: socket.socket, arguments: list[str]) -> None:
     session.ended(code)
 
 
-class _ControllerSession:
+class _ControllerSession(EndOfSession):
     """The plug-in that replaces collection and test loop by the run's records."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.out = io.StringIO()
+        super().__init__()
         self._sock = sock
         self._configured = False
-        self._marks: list[int] = []  # positions in the output: end of the loop, begin of finish and summary
 
     @pytest.hookimpl(hookwrapper=True, tryfirst=True)
     def pytest_load_initial_conftests(self, early_config: pytest.Config) -> Generator[None, Any, None]:
@@ -235,10 +230,7 @@ class _ControllerSession:
             self._terminal._tw.fullwidth = int(request["width"])
         session.testscollected = int(request["tests"])
         self._replay(request.get("coverage"))
-        if self._terminal is not None:
-            for name in _SILENT:
-                setattr(self._terminal, name, _nothing)
-        self._marks.append(self.out.tell())
+        self.begin(self._terminal)
         if session.shouldfail:
             raise session.Failed(session.shouldfail)
         return True
@@ -279,28 +271,13 @@ class _ControllerSession:
             node.workeroutput = coverage.as_worker_output(plugin.cov_controller)
             hook.pytest_testnodedown(node=node, error=None)
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self) -> None:
-        self._marks.append(self.out.tell())
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_terminal_summary(self) -> None:
-        self._marks.append(self.out.tell())
-
     def ended(self, code: int) -> None:
         """Tell the worker how the session ended."""
-        text = self.out.getvalue()
-        if len(self._marks) > 1:
-            loop, finish, *rest = self._marks
-            summary = rest[0] if rest else len(text) + 1  # there is none with --no-summary
-            said = {
-                "loop": text[loop:finish],
-                "finish": text[finish : summary - 1],
-                "summary": text[summary:],
-            }
+        said = self.said()
+        if said is not None:
             _send(self._sock, {"status": code, **said})
             return
-        answer = {"status": code or 3, "loop": text, "finish": "", "summary": ""}
+        answer = failed_end(code, self.out.getvalue())
         try:
             if not self._configured:
                 _send(self._sock, answer)
@@ -312,8 +289,9 @@ class _ControllerSession:
         _send(self._sock, answer)
 
 
-def _nothing(*_args: object, **_options: object) -> None:
-    """Print nothing: the host's terminal has printed it."""
+def failed_end(code: int, text: str) -> dict[str, Any]:
+    """Return the answer of a session that did not come to its end: what it wrote, and a status that fails."""
+    return {"status": code or 3, "loop": text, "finish": "", "summary": ""}
 
 
 class _WorkerNode:

@@ -18,6 +18,7 @@ from pytest_microvm.guest.runner_controller import (
     ControllerProcess,
     encoded,
     exchanging_plugins,
+    failed_end,
     fork_controller,
     modules_that_get_outputs,
     speaking_plugins,
@@ -25,7 +26,9 @@ from pytest_microvm.guest.runner_controller import (
     status_plugins,
 )
 from pytest_microvm.guest.runner_coverage import CoverageRecorder, recorder_of
+from pytest_microvm.guest.runner_end import EndOfSession
 from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
+from pytest_microvm.guest.runner_sharing import sharing_plugins
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -73,7 +76,7 @@ def _collect(runner: Runner, request: dict[str, Any]) -> None:
     sys.stdout, sys.stderr = session.out, session.err
     code: object
     try:
-        code = pytest.main(arguments, plugins=[session])
+        code = pytest.main(arguments, plugins=[session] if session.end is None else [session, session.end])
     except SystemExit as error:
         code, session.reason = error.code if isinstance(error.code, int) else 1, f"SystemExit: {error.code}"
     except EOFError:
@@ -95,6 +98,7 @@ class _SessionPlugin:
         self.reason = ""
         self._runner = runner
         self._controller = controller
+        self.end = EndOfSession() if request["whole"] else None  # this session is all there is
         self._exchanging = False
         self._coverage: CoverageRecorder | None = None
         self._coverage_of_collection: dict[str, Any] | None = None
@@ -114,7 +118,7 @@ class _SessionPlugin:
     def pytest_load_initial_conftests(self, early_config: Any) -> Generator[None, Any, None]:
         specify_exchange(early_config)
         outcome = yield
-        if outcome.excinfo is None and exchanging_plugins(early_config):
+        if outcome.excinfo is None and self.end is None and exchanging_plugins(early_config):
             self._become_worker(early_config)
 
     def _become_worker(self, config: Any) -> None:
@@ -178,11 +182,16 @@ class _SessionPlugin:
         lines = self._collected()
         self._naming = bool(status_plugins(self._config))
         if speaking := speaking_plugins(self._config):
-            self._controller.start()
+            if self.end is None:
+                self._controller.start()
             outputs = modules_that_get_outputs(self._config) if self._exchanging else set()
             if outputs == {"pytest_cov"}:
                 self._record_coverage()
             lines.append({"k": "ending", "plugins": speaking, "outputs": bool(outputs)})
+        lines += [
+            {"k": "sharing", "plugin": plugin, "isolation": isolation}
+            for plugin, isolation in sharing_plugins(self._config, session.items)
+        ]
         lines.append({"k": "items", "order": order, "markers": self._config.getini("markers")})
         self._reported.clear()
         self._printed()
@@ -240,6 +249,10 @@ class _SessionPlugin:
                 self._run(session, request)
             elif op == "resume":
                 runner.answer_resume(request)
+            elif op == "end" and self.end is not None:
+                self._finish = request
+                self._begin_end(self.end, request)
+                return
             elif op == "end":
                 self._end_run(request)
             elif op == "finish" and self._coverage is not None and not request["session"]:
@@ -250,6 +263,19 @@ class _SessionPlugin:
                 return
             else:
                 runner.refuse(request, "OrderError", f"{op!r} is not possible after 'collect'")
+
+    def _begin_end(self, end: EndOfSession, request: dict[str, Any]) -> None:
+        """Let what this session writes from now on be shown by the host."""
+        self._stream = self._runner.open_stream(request)
+        self._runner.reply(request, {})
+        self._printed()
+        sys.stdout = sys.stderr = end.out
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is not None:
+            terminal._tw._file = end.out
+            terminal._tw.hasmarkup = False
+            terminal._tw.fullwidth = int(request["width"])
+        end.begin(terminal)
 
     def _end_run(self, request: dict[str, Any]) -> None:
         """Pass the run's records to the controller; tell the host what it said, and which files changed."""
@@ -355,11 +381,26 @@ class _SessionPlugin:
             ending = {"k": "exit", "code": code, "reason": reason, "text": text}
             self._runner.send_lines(self._stream, [*self._collected(), ending])
             self._runner.reply(self._request, {})
+        elif self._finish is not None and self.end is not None and self._finish.get("op") == "end":
+            said = self.end.said()
+            if said is not None:
+                said["finish"] += self._printed()  # by what kept the streams of the session's begin
+            ended = failed_end(code, self.end.out.getvalue()) if said is None else {"status": code, **said}
+            self._runner.send_lines(self._stream, [{"k": "ended", **ended, "written": self._written()}])
+            self._linger()
         elif self._finish is not None:
             self._runner.send_lines(self._runner.open_stream(self._finish), [self._output_record()])
             self._runner.reply(self._finish, {"exitstatus": code, "printed": self._printed()[:100_000]})
-            while True:  # the host may copy files from the machine, which ends with this process
-                self._runner.refuse(self._runner.next_request(), "OrderError", "the session has finished")
+            self._linger()
+
+    def _linger(self) -> None:
+        """Stay alive for the host, which may copy files from the machine: it ends with this process.
+
+        Raises:
+            EOFError: The host has closed the port.
+        """
+        while True:
+            self._runner.refuse(self._runner.next_request(), "OrderError", "the session has finished")
 
     def _output_record(self) -> dict[str, Any]:
         """Return what plug-ins send to the controller."""

@@ -106,6 +106,7 @@ class CollectPlan:
         workspace: The top of the tree that is copied into the guest.
         environment: Variables for the runner.
         timeout: Seconds collection may take.
+        whole: Whether one machine runs the whole session, so that plug-ins see it as natively.
     """
 
     arguments: tuple[str, ...]
@@ -114,6 +115,7 @@ class CollectPlan:
     workspace: Path
     environment: tuple[tuple[str, str], ...] = ()
     timeout: float = 600.0
+    whole: bool = False
 
 
 @dataclass(frozen=True)

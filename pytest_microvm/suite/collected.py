@@ -14,6 +14,8 @@ _OUTCOMES = frozenset(["passed", "failed", "skipped"])
 MAX_NODES = 500_000
 """Collectors and tests that one collection may have; pytest needs a few KiB for each."""
 _MAX_CLASSES = 1000
+_MAX_SHARING = 10
+_SHARED = frozenset(["class", "module", "session"])
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class Collected:
         header: Lines of the guest's report header.
         speaking: Plug-ins and conftest files that do something at the end of the session.
         outputs: Whether some of them get the ``workeroutput`` of each machine (pytest-xdist's contract).
+        sharing: Plug-ins whose tests need one process, each with the isolation that gives them one.
         exit: Set if collection ended early.
     """
 
@@ -110,6 +113,7 @@ class Collected:
     header: tuple[str, ...] = ()
     speaking: tuple[str, ...] = ()
     outputs: bool = False
+    sharing: tuple[tuple[str, str], ...] = ()
     exit: GuestExit | None = None
 
     @classmethod
@@ -328,6 +332,13 @@ def _ending(draft: _Draft, record: dict[str, Any]) -> None:
     draft.values["outputs"] = record.get("outputs") is True
 
 
+def _sharing(draft: _Draft, record: dict[str, Any]) -> None:
+    isolation = checks.choice(record.get("isolation"), _SHARED, "isolation")
+    known = draft.values.get("sharing", ())
+    if len(known) < _MAX_SHARING:
+        draft.values["sharing"] = (*known, (checks.line(record.get("plugin"), "plug-in"), isolation))
+
+
 def _end(draft: _Draft, _record: dict[str, Any]) -> None:
     draft.complete = True
 
@@ -340,6 +351,7 @@ _READERS = {
     "warning": _warning,
     "items": _items,
     "ending": _ending,
+    "sharing": _sharing,
     "exit": _exit,
     "end": _end,
 }

@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -14,8 +15,7 @@ import pytest
 
 from pytest_microvm.errors import MachineError, MicroVMError
 from pytest_microvm.suite import checks
-from pytest_microvm.suite.backend import Backend, RunnerMachine
-from pytest_microvm.suite.collected import Collected
+from pytest_microvm.suite.backend import RunnerMachine
 from pytest_microvm.suite.running import Ran
 from pytest_microvm.suite.session import RunnerSession
 from pytest_microvm.suite.write_back import WriteBack
@@ -144,25 +144,26 @@ class Ending:
 
     Args:
         config: pytest's configuration.
-        backend: The source of the last machine.
-        collected: The collection.
-        release: Ends the machine in use.
+        tests: The number of tests that were collected.
+        last: Returns the last machine, as a context manager that ends it.
+        whole: Whether that machine has run all tests, and needs no records of them.
         write_back: Brings back the reports that the last machine writes.
     """
 
     def __init__(
         self,
         config: pytest.Config,
-        backend: Backend,
-        collected: Collected,
-        release: Callable[[], None],
+        tests: int,
+        last: Callable[[], AbstractContextManager[RunnerMachine]],
         write_back: WriteBack,
+        *,
+        whole: bool,
     ) -> None:
+        self._whole = whole
         self._write_back = write_back
         self._config = config
-        self._backend = backend
-        self._tests = len(collected.order)
-        self._release = release
+        self._tests = tests
+        self._last = last
         self._is_worker = hasattr(config, "workerinput")  # of pytest-xdist: its controller ends the run
         workerinput = getattr(config, "workerinput", {})
         given = workerinput.get("microvm_records")
@@ -170,6 +171,11 @@ class Ending:
         self._folder = Path(given or (self._own.name if self._own else ""))
         self.records = RunRecords(self._folder / f"records-{workerinput.get('workerid', '')}")
         self._ended: Ended | None = None
+
+    def add_test(self, item: Any, ran: Ran) -> None:
+        """Keep a test's reports for the last machine."""
+        if not self._whole:
+            self.records.add_test(item, ran)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_configure_node(self, node: Any) -> None:
@@ -211,7 +217,6 @@ class Ending:
             self._own.cleanup()
 
     def _end_run(self, session: pytest.Session) -> None:
-        self._release()
         try:
             self.finish()
         except MicroVMError as error:
@@ -239,13 +244,10 @@ class Ending:
             )
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         width = _WIDTH if terminal is None else terminal._tw.fullwidth  # noqa: SLF001 - pytest has no other way
-        machine = self._backend.lease()
-        try:
+        with self._last() as machine:
             self._write_back.give(machine)
             self._ended = end_run(machine, files, width=width, tests=self._tests)
             self._write_back.take(machine, self._ended.written, last=True)
-        finally:
-            machine.kill()
 
     def _show(self, text: str, **markup: bool) -> None:
         """Write to pytest's terminal, or to stdout if its plug-in is switched off."""

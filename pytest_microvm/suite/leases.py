@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pytest
@@ -27,6 +29,21 @@ def sharing_key(item: pytest.Item, isolation: str) -> object:
         inside = [node for node in item.listchain() if not isinstance(node, (pytest.Directory, pytest.File))]
         return inside[1].nodeid if len(inside) > 2 else item  # noqa: PLR2004 - session, class, test
     return item
+
+
+@dataclass(frozen=True)
+class MachineEnd:
+    """What machines do when their tests have ended.
+
+    Args:
+        outputs: Whether each sends what its plug-ins output.
+        finishing: Whether each finishes its pytest session, because plug-ins may write files then.
+        whole: Whether one machine runs the whole session, its end included.
+    """
+
+    outputs: bool = False
+    finishing: bool = False
+    whole: bool = False
 
 
 class LeaseObserver(Protocol):
@@ -58,22 +75,13 @@ class Leases:
         backend: The source of machines.
         isolation: The scope that shares one machine.
         watcher: Notified of each machine.
-        outputs: Whether each machine sends what its plug-ins output.
-        finishing: Whether each machine finishes its pytest session, because plug-ins may write files then.
+        end: What its machines do at their end.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        isolation: str,
-        watcher: LeaseObserver,
-        *,
-        outputs: bool = False,
-        finishing: bool = False,
-    ) -> None:
+    def __init__(self, backend: Backend, isolation: str, watcher: LeaseObserver, end: MachineEnd) -> None:
         self._backend = backend
-        self._finishing = finishing
-        self._outputs = outputs
+        self._machines = 0
+        self._end = end
         self._isolation = isolation
         self._watcher = watcher
         self._current: Lease | None = None
@@ -91,6 +99,7 @@ class Leases:
         self.release()
         lease = self._current = Lease(self._backend.lease(), key)
         lease.nodeid = item.nodeid
+        self._machines += 1
         self._watcher.started(lease.machine, item.nodeid)
         return lease
 
@@ -102,7 +111,7 @@ class Leases:
         """End a machine that failed, or whose only test is done, without notifying its runner."""
         if not lease.ended:
             lease.ended = True
-            if self._outputs and not lease.finished:
+            if self._end.outputs and not lease.finished:
                 self._watcher.finished(lease.machine.facts, None)
             usage = lease.machine.usage()
             lease.machine.kill()
@@ -122,21 +131,50 @@ class Leases:
         lease, self._current = self._current, None
         if lease is None or lease.ended:
             return
-        if self._finishing or (self._outputs and not lease.finished):
+        if self._end.finishing or (self._end.outputs and not lease.finished):
             try:
                 self._finish(lease)
             except (MachineError, TimeoutError) as error:
-                if self._finishing:
+                if self._end.finishing:
                     why = f"files that plug-ins write at the end did not come back: {error}"
                     self._watcher.told(lease.nodeid, why)
         self.discard(lease)
 
     def _finish(self, lease: Lease) -> None:
-        data = RunnerSession(lease.machine.link).finish(session=self._finishing)
+        data = RunnerSession(lease.machine.link).finish(session=self._end.finishing)
         record = checks.Records().read(data.strip())
-        if self._outputs and not lease.finished:
+        if self._end.outputs and not lease.finished:
             self.finished(lease, record)
         self._watcher.wrote(lease.machine, lease.nodeid, checks.paths(record.get("written", [])))
+
+    @contextlib.contextmanager
+    def last(self) -> Iterator[RunnerMachine]:
+        """Return the machine in which the run ends, as a context manager that ends it.
+
+        Raises:
+            BootError: It did not start.
+            MachineError: The machine that ran the whole session has ended too early.
+        """
+        lease = self._current
+        if self._end.whole and self._machines > 1:
+            self.release()
+            raise MachineError(
+                "the machine of the session ended early, and with it what plug-ins knew of its tests",
+                resolution="see the test that ended it: it crashed, or exceeded a quota",
+            )
+        if self._end.whole and lease is not None and not lease.ended:
+            self._current = None
+            try:
+                yield lease.machine
+            finally:
+                self.discard(lease)
+            return
+        self.release()
+        machine = self._backend.lease()
+        try:
+            yield machine
+        finally:
+            machine.kill()
 
     def finished(self, lease: Lease, output: dict[str, Any]) -> None:
         """Take the last record of a machine."""

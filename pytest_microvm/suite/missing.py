@@ -41,3 +41,14 @@ def _advice(facts: BackendFacts) -> list[str]:
         f"its Python is that of image {facts.image}, without this computer's packages",
         "next step: --microvm-python=host mirrors the environment that runs pytest into the machine",
     ]
+
+
+def lines_about_sharing(collected: Collected, isolation: str) -> list[str]:
+    """Return lines about plug-ins whose tests need one process, if machines do not give them one."""
+    order = ("test", "class", "module", "session")
+    return [
+        f"microvm: {plugin} keeps what it knows in the memory of the tests' process, and each machine has "
+        f"its own: use --microvm-isolation={least}"
+        for plugin, least in collected.sharing
+        if order.index(isolation) < order.index(least)
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from pytest_microvm.suite.collection import Replay, raise_exit
 from pytest_microvm.suite.ending import Ending
 from pytest_microvm.suite.foreign_warnings import warning_message
 from pytest_microvm.suite.launch import launch_of
+from pytest_microvm.suite.leases import MachineEnd
 from pytest_microvm.suite.limits import check_markers
-from pytest_microvm.suite.missing import lines_about_modules, with_advice
+from pytest_microvm.suite.missing import lines_about_modules, lines_about_sharing, with_advice
 from pytest_microvm.suite.plan import addopts_of, guest_environment, settings_from, workspace_of
 from pytest_microvm.suite.progress import TerminalProgress
 from pytest_microvm.suite.running import Ran, TestRunner
@@ -171,20 +173,20 @@ class RemoteSuite:
         if self._collected is None or self._config.option.verbose < 0:
             return []
         missing = [] if self._backend is None else lines_about_modules(self._collected, self._backend.facts)
-        return [*guest_lines(self._collected), *missing]
+        isolation = "" if self._backend is None else self._backend.options.isolation
+        return [*guest_lines(self._collected), *missing, *lines_about_sharing(self._collected, isolation)]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_setupnodes(self, specs: list[Any]) -> None:
         """Prepare the template once in pytest-xdist's controller, before its workers need it."""
         for spec in specs:
             neutral.keep_project_from_worker(spec, isolated=self._launch is not None)
-        self._prepare_ending(self._collect())
+        self._prepare(self._collect())
 
     def pytest_collection(self, session: pytest.Session) -> bool:
         """Collect in the guest and replay its collection on the host."""
         self._collected = collected = self._collect()
-        self._prepare_ending(collected)
-        self._runner = self._make_runner(collected)
+        self._prepare(collected)
         session._initialpaths = frozenset(self._named_paths())  # noqa: SLF001 - used by --lf
         with _as_pytest_errors():
             self._replay = Replay(session, collected)
@@ -212,7 +214,7 @@ class RemoteSuite:
         ran = self._runner.run(item, nextitem)
         self._print(ran)
         if self._ending is not None:
-            self._ending.records.add_test(item, ran)
+            self._ending.add_test(item, ran)
         for report in ran.reports:
             hook.pytest_runtest_logreport(report=report)
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
@@ -280,13 +282,8 @@ class RemoteSuite:
         assert self._backend is not None
         assert self._write_back is not None
         hooks = _Hooks(self._config, self._progress, self._ending, self._write_back)
-        return TestRunner(
-            self._backend,
-            self._backend.options,
-            hooks,
-            outputs=collected.outputs,
-            finishing=self._write_back.finishing,
-        )
+        end = MachineEnd(collected.outputs, self._write_back.finishing, self._is_whole())
+        return TestRunner(self._backend, self._backend.options, hooks, end)
 
     def _make_write_back(self, backend: Backend) -> WriteBack:
         users, projects, arity = self._words
@@ -295,12 +292,31 @@ class RemoteSuite:
         wanted = wanted_files(backend.options.write_back, users, projects, arity, place)
         return WriteBack(self._config, top, wanted)
 
-    def _prepare_ending(self, collected: Collected) -> None:
+    def _prepare(self, collected: Collected) -> None:
+        """Prepare the tests' machines, and the last one if there is something to say at the end."""
         if collected.speaking and not self._config.option.collectonly:
-            assert self._backend is not None
             assert self._write_back is not None
-            self._ending = Ending(self._config, self._backend, collected, self._release, self._write_back)
+            self._ending = Ending(
+                self._config,
+                len(collected.order),
+                self._last_machine,
+                self._write_back,
+                whole=self._is_whole(),
+            )
             self._config.pluginmanager.register(self._ending, "microvm_ending")
+        self._runner = self._make_runner(collected)
+
+    def _last_machine(self) -> AbstractContextManager[RunnerMachine]:
+        assert self._runner is not None
+        return self._runner.last()
+
+    def _is_whole(self) -> bool:
+        """Return True if one machine runs the whole session: its pytest sees all tests, as natively."""
+        option = self._config.option
+        divided = getattr(option, "numprocesses", None) or getattr(option, "tx", None)
+        assert self._backend is not None
+        is_worker = hasattr(self._config, "workerinput")
+        return self._backend.options.isolation == "session" and not (divided or is_worker)
 
     def _release(self) -> None:
         if self._runner is not None:
@@ -324,6 +340,7 @@ class RemoteSuite:
             workspace=workspace_of(config),
             environment=guest_environment(self._guest_plugins, config, self._launch),
             timeout=backend.options.collect_timeout,
+            whole=self._is_whole(),
         )
 
     def _refuse_linked(self, path: str | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -13,10 +14,10 @@ from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, Qu
 from pytest_microvm.machine.evidence import saved
 from pytest_microvm.machine.instance import MachineFacts, Usage
 from pytest_microvm.network.proxy.log import NetworkRequest
-from pytest_microvm.suite.backend import Backend, Lease, RunOptions
+from pytest_microvm.suite.backend import Backend, Lease, RunnerMachine, RunOptions
 from pytest_microvm.suite.checks import line, paths, text, violation
 from pytest_microvm.suite.collected import GuestExit, GuestWarning, parse_exit, parse_warning
-from pytest_microvm.suite.leases import LeaseObserver, Leases
+from pytest_microvm.suite.leases import LeaseObserver, Leases, MachineEnd
 from pytest_microvm.suite.limits import limits_of
 from pytest_microvm.suite.properties import properties
 from pytest_microvm.suite.replay import error_report, passed_report, rebuild_test_report
@@ -61,24 +62,18 @@ class TestRunner:
         backend: The source of machines.
         options: Isolation and timeouts.
         watcher: Notified of machines that start and end.
-        outputs: Whether each machine sends what its plug-ins output.
-        finishing: Whether each machine finishes its pytest session, because plug-ins may write files then.
+        end: What machines do at their end.
     """
 
     __test__ = False
 
     def __init__(
-        self,
-        backend: Backend,
-        options: RunOptions,
-        watcher: LeaseObserver,
-        *,
-        outputs: bool = False,
-        finishing: bool = False,
+        self, backend: Backend, options: RunOptions, watcher: LeaseObserver, end: MachineEnd
     ) -> None:
         self._options = options
+        self._whole = end.whole
         self._watcher = watcher
-        self._leases = Leases(backend, options.isolation, watcher, outputs=outputs, finishing=finishing)
+        self._leases = Leases(backend, options.isolation, watcher, end)
 
     def run(self, item: Any, nextitem: Any) -> Ran:
         """Run ``item``, retrying machine failures; all other failures become its outcome."""
@@ -105,6 +100,10 @@ class TestRunner:
     def release(self) -> None:
         """End the machine in use."""
         self._leases.release()
+
+    def last(self) -> AbstractContextManager[RunnerMachine]:
+        """Return the machine in which the run ends; see :meth:`Leases.last`."""
+        return self._leases.last()
 
     def _run_in(
         self, lease: Lease, records: Iterator[dict[str, Any]], item: Any, again: bool, retries: int
@@ -135,7 +134,7 @@ class TestRunner:
             raise
         if any(report.failed for report in ran.reports):
             self._keep(lease, item, ran.reports)
-        if self._options.isolation == "test" or not again:
+        if self._options.isolation == "test" or not (again or self._whole):
             self._leases.release()
         return ran
 

@@ -65,6 +65,7 @@ class RunnerSession:
             args=list(plan.arguments),
             cwd=str(plan.directory),
             top=str(plan.workspace),
+            whole=plan.whole,
             env=dict(plan.environment),
         )
         try:

@@ -108,6 +108,7 @@ class SuiteChain:
         """
         plan = self.plan
         inputs = [json.dumps(plan.arguments), str(plan.directory), json.dumps(plan.environment)]
+        inputs.append(json.dumps([str(plan.workspace), plan.whole]))
         if workspace is not None:
             inputs += [str(workspace.top), workspace.digest()]
 

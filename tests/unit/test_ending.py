@@ -1,5 +1,6 @@
 """The records of a run, and what the last machine may say and write."""
 
+import contextlib
 import json
 import types
 
@@ -8,7 +9,6 @@ import pytest
 from pytest_microvm.errors import MachineError, ProtocolViolation
 from pytest_microvm.guest.runner_controller import decoded, encoded
 from pytest_microvm.suite import ending
-from pytest_microvm.suite.collected import Collected
 from pytest_microvm.suite.ending import RunRecords, end_run
 from pytest_microvm.suite.running import Ran
 from pytest_microvm.suite.write_back import WriteBack
@@ -86,7 +86,7 @@ class Link:
 
 
 class LastMachine:
-    """A last machine, and the backend that has it."""
+    """A last machine."""
 
     redactor = Redactor(["s3cr3t-value-of-a-user"])
 
@@ -94,10 +94,7 @@ class LastMachine:
         self.link = Link(answer)
         self.killed = False
 
-    def lease(self):
-        return self
-
-    def kill(self):
+    def close(self):
         self.killed = True
 
 
@@ -131,7 +128,7 @@ def run_ended_by(tmp_path):
         workerinput = {"microvm_records": str(folder), "workerid": "gw0"}
         config = types.SimpleNamespace(workerinput=workerinput, pluginmanager=pytest.PytestPluginManager())
         files = WriteBack(config, tmp_path, WantedFiles((), (), while_running=False))
-        return ending.Ending(config, machine, Collected(), lambda: None, files)
+        return ending.Ending(config, 1, lambda: contextlib.closing(machine), files, whole=False)
 
     return make
 

@@ -165,7 +165,7 @@ class LocalMachine:
 
     def pull(self, source, target):
         """Copy a file of this computer."""
-        shutil.copyfile(source, target)
+        shutil.copy(source, target)
 
     def push(self, source, target):
         """Copy nothing: the machine has this computer's files."""
