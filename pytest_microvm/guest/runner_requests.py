@@ -80,6 +80,12 @@ class Runner:
 
     def send_lines(self, stream: int, records: Iterable[dict[str, Any]]) -> None:
         """Send ``records`` as JSON lines on ``stream`` and close it."""
+        self.write_lines(stream, records)
+        self.port.channel.close(stream)
+        self.port.flush()
+
+    def write_lines(self, stream: int, records: Iterable[dict[str, Any]]) -> None:
+        """Send ``records`` as JSON lines on ``stream``, which stays open."""
         data = memoryview("".join([encode(record) + "\n" for record in records]).encode("ascii"))
         channel = self.port.channel
         while data:
@@ -88,8 +94,6 @@ class Runner:
             self.port.flush()
             if data and not sent:
                 self._receive()  # the host grants more credit once it has read the data
-        channel.close(stream)
-        self.port.flush()
 
     def read_stream(self, stream: int) -> Iterator[bytes]:
         """Yield what the host sends on ``stream`` until it closes it.

@@ -27,6 +27,7 @@ from pytest_microvm.guest.runner_controller import (
 )
 from pytest_microvm.guest.runner_coverage import CoverageRecorder, recorder_of
 from pytest_microvm.guest.runner_end import EndOfSession
+from pytest_microvm.guest.runner_logging import LogRelay
 from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
 from pytest_microvm.guest.runner_sharing import sharing_plugins
 
@@ -110,6 +111,7 @@ class _SessionPlugin:
         self._header: list[str] = []
         self._nodes: NodeTable | None = None
         self._watch: FolderWatch | None = None
+        self._logs: LogRelay | None = None
         self._finish: dict[str, Any] | None = None
 
     # Collection
@@ -196,6 +198,7 @@ class _SessionPlugin:
         self._reported.clear()
         self._printed()
         self._limit_output(self._config)
+        self._logs = LogRelay(self._config)
         self._make_base_folder()
         self._start_watching(self._request["top"])
         self._runner.settle()
@@ -299,6 +302,8 @@ class _SessionPlugin:
         stream = self._runner.open_stream(request)
         self._written()  # what the host has put there does not count
         self._runner.reply(request, {})  # from here on any failure is caused by the test
+        if self._logs is not None and (self._logs.shows or self._logs.writes):
+            self._logs.begin(lambda record: self._runner.write_lines(stream, [record]))
         following = request.get("next")
         item = session.items[request["item"]]
         nextitem = session.items[following] if following is not None else None
@@ -311,6 +316,8 @@ class _SessionPlugin:
         except BaseException:  # noqa: BLE001 - a broken hook of the project: pytest calls it INTERNALERROR
             records.append({"k": "exit", "code": 3, "reason": "internal", "text": traceback.format_exc()})
         self._runner.leave_if_forked()
+        if self._logs is not None:
+            self._logs.end()
         if request.get("limited") and limits.refused_forks():
             limits.tell_of_refusal()  # before the host learns that the test has ended
         if self._output > self._output_limit:

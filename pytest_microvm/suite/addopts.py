@@ -44,6 +44,7 @@ _INTERNAL = frozenset(["--microvm-launched"])
 
 SHOWN_KEYS: Mapping[str, Callable[[str], bool]] = {
     "console_output_style": lambda text: text.replace("-", "").isalpha(),
+    "log_cli": str.isalnum,
     "junit_suite_name": lambda text: text.isprintable(),
     "junit_logging": lambda text: text.replace("-", "").isalpha(),
     "junit_log_passing_tests": str.isalnum,

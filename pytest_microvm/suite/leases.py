@@ -61,6 +61,9 @@ class LeaseObserver(Protocol):
     def told(self, nodeid: str, line: str) -> None:
         """Handle a message about changes copied back from the machine of the test ``nodeid``."""
 
+    def logged(self, nodeid: str, record: dict[str, Any]) -> None:
+        """Notice a log message of a test that runs, as the guest sent it."""
+
     def wrote(self, machine: RunnerMachine, nodeid: str, paths: Sequence[str]) -> None:
         """Notice files of the workspace that changed in a machine, which still runs."""
 

@@ -24,7 +24,6 @@ _NEUTRAL: dict[str, Any] = {
     "strict": False,
     "strict_config": False,
     "strict_markers": False,
-    "log_cli": False,
     "log_file": "",
     "faulthandler_timeout": 0.0,
     "faulthandler_exit_on_timeout": False,

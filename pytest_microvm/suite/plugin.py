@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from _pytest.config import builtin_plugins
 
-from pytest_microvm.errors import MachineError, MicroVMError
-from pytest_microvm.machine.instance import MachineFacts, Usage
+from pytest_microvm.errors import MicroVMError
 from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.suite import neutral
 from pytest_microvm.suite.addopts import refuse_acting, refuse_granting
@@ -28,6 +27,7 @@ from pytest_microvm.suite.launch import launch_of
 from pytest_microvm.suite.leases import MachineEnd
 from pytest_microvm.suite.limits import check_markers
 from pytest_microvm.suite.missing import lines_about_modules, lines_about_sharing, with_advice
+from pytest_microvm.suite.observer import SuiteObserver
 from pytest_microvm.suite.plan import addopts_of, guest_environment, settings_from, workspace_of
 from pytest_microvm.suite.progress import TerminalProgress
 from pytest_microvm.suite.running import Ran, TestRunner
@@ -67,6 +67,7 @@ class RemoteSuite:
         self._replay: Replay | None = None
         self._runner: TestRunner | None = None
         self._ending: Ending | None = None
+        self._observer: SuiteObserver | None = None
         self._write_back: WriteBack | None = None
         self._words: tuple[tuple[str, ...], tuple[str, ...], dict[str, str]] = ((), (), {})
         self._tally = Tally()
@@ -209,6 +210,7 @@ class RemoteSuite:
     def pytest_runtest_protocol(self, item: Any, nextitem: Any) -> bool:
         """Run a test in a machine and pass its reports to pytest's hooks."""
         assert self._runner is not None
+        assert self._observer is not None
         hook = item.ihook
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
         ran = self._runner.run(item, nextitem)
@@ -217,6 +219,7 @@ class RemoteSuite:
             self._ending.add_test(item, ran)
         for report in ran.reports:
             hook.pytest_runtest_logreport(report=report)
+            self._observer.reported(report)
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         if ran.facts is not None:
             self._config.hook.pytest_microvm_outcome(
@@ -281,9 +284,9 @@ class RemoteSuite:
     def _make_runner(self, collected: Collected) -> TestRunner:
         assert self._backend is not None
         assert self._write_back is not None
-        hooks = _Hooks(self._config, self._progress, self._ending, self._write_back)
+        self._observer = SuiteObserver(self._config, self._progress, self._ending, self._write_back)
         end = MachineEnd(collected.outputs, self._write_back.finishing, self._is_whole())
-        return TestRunner(self._backend, self._backend.options, hooks, end)
+        return TestRunner(self._backend, self._backend.options, self._observer, end)
 
     def _make_write_back(self, backend: Backend) -> WriteBack:
         users, projects, arity = self._words
@@ -375,51 +378,6 @@ class RemoteSuite:
 
 def _named_plugins(args: list[str], arity: Mapping[str, str]) -> list[str]:
     return [(token.value or "").strip() for token in tokens(args, arity) if token.option == "-p"]
-
-
-class _Hooks:
-    """A watcher that calls this package's hooks for machines, and shows retries and messages to the user."""
-
-    def __init__(
-        self,
-        config: pytest.Config,
-        progress: TerminalProgress,
-        ending: Ending | None,
-        write_back: WriteBack,
-    ) -> None:
-        self._config = config
-        self._write_back = write_back
-        self._progress = progress
-        self._ending = ending
-
-    def finished(self, facts: MachineFacts, output: dict[str, Any] | None) -> None:
-        """Record what a machine's plug-ins output, for the end of the run."""
-        if self._ending is not None:
-            self._ending.records.add_output(facts.id, output)
-
-    def started(self, machine: RunnerMachine, nodeid: str) -> None:
-        """Give the machine the files of those before it; call ``pytest_microvm_started``."""
-        self._config.hook.pytest_microvm_started(config=self._config, facts=machine.facts, nodeid=nodeid)
-        self._write_back.give(machine)
-
-    def wrote(self, machine: RunnerMachine, nodeid: str, paths: Sequence[str]) -> None:
-        """Bring files back; tell the user if that fails."""
-        try:
-            self._write_back.take(machine, paths)
-        except MicroVMError as error:
-            self.told(nodeid, str(error))
-
-    def stopped(self, facts: MachineFacts, usage: Usage) -> None:
-        """Call ``pytest_microvm_stopped``."""
-        self._config.hook.pytest_microvm_stopped(config=self._config, facts=facts, usage=usage)
-
-    def retried(self, nodeid: str, error: MachineError, retry: int, most: int) -> None:
-        """Show at once that a machine failed before its test started."""
-        self._progress(f"{nodeid}: infra: {error.brief}; trying a fresh machine ({retry} of {most})")
-
-    def told(self, nodeid: str, line: str) -> None:
-        """Show a message about changes copied back from a machine."""
-        self._progress(f"{nodeid}: {line}")
 
 
 class _as_pytest_errors:  # noqa: N801 - reads as the statement it is

@@ -112,7 +112,8 @@ class TestRunner:
         lease.tests += 1
         try:
             redactor = lease.machine.redactor
-            received = [cast("dict[str, Any]", redactor.tree(record)) for record in _bounded(records)]
+            safe = (cast("dict[str, Any]", redactor.tree(record)) for record in _bounded(records))
+            received = [record for record in safe if not self._is_log(item, record)]
             exceeded = lease.machine.exceeded()
             if exceeded is not None:
                 raise exceeded  # noqa: TRY301 - handled like an excess during the test
@@ -137,6 +138,13 @@ class TestRunner:
         if self._options.isolation == "test" or not (again or self._whole):
             self._leases.release()
         return ran
+
+    def _is_log(self, item: Any, record: dict[str, Any]) -> bool:
+        """Show a log message at once; return False if the record is none."""
+        if record.get("k") != "log":
+            return False
+        self._watcher.logged(item.nodeid, record)
+        return True
 
     def _failed_machine(self, lease: Lease, item: Any, error: MachineError, retries: int) -> Ran:
         """Return the result of a test whose machine failed before the test ended."""

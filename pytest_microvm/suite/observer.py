@@ -1,0 +1,78 @@
+"""The observer of a suite's machines: what is done and shown when they start, write, log and end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from pytest_microvm.errors import MachineError, MicroVMError
+from pytest_microvm.machine.instance import MachineFacts, Usage
+from pytest_microvm.suite.backend import RunnerMachine
+from pytest_microvm.suite.ending import Ending
+from pytest_microvm.suite.live_logs import LiveLogs
+from pytest_microvm.suite.progress import TerminalProgress
+from pytest_microvm.suite.write_back import WriteBack
+
+
+class SuiteObserver:
+    """An observer that calls this package's hooks, brings files back, and shows messages to the user.
+
+    Args:
+        config: pytest's configuration.
+        progress: Shows a message at once.
+        ending: Keeps what machines output; ``None`` if nothing happens at the end of the run.
+        write_back: Brings files back.
+    """
+
+    def __init__(
+        self,
+        config: pytest.Config,
+        progress: TerminalProgress,
+        ending: Ending | None,
+        write_back: WriteBack,
+    ) -> None:
+        self._config = config
+        self._write_back = write_back
+        self._progress = progress
+        self._ending = ending
+        self._logs = LiveLogs(config)
+
+    def finished(self, facts: MachineFacts, output: dict[str, Any] | None) -> None:
+        """Record what a machine's plug-ins output, for the end of the run."""
+        if self._ending is not None:
+            self._ending.records.add_output(facts.id, output)
+
+    def started(self, machine: RunnerMachine, nodeid: str) -> None:
+        """Give the machine the files of those before it; call ``pytest_microvm_started``."""
+        self._config.hook.pytest_microvm_started(config=self._config, facts=machine.facts, nodeid=nodeid)
+        self._write_back.give(machine)
+
+    def logged(self, nodeid: str, record: dict[str, Any]) -> None:
+        """Show a log message."""
+        self._logs.show(nodeid, record)
+
+    def reported(self, report: pytest.TestReport) -> None:
+        """Show log messages of the teardown once the test's outcome has been shown."""
+        if report.when == "call" or not report.passed:
+            self._logs.show_held()
+
+    def wrote(self, machine: RunnerMachine, nodeid: str, paths: Sequence[str]) -> None:
+        """Bring files back; tell the user if that fails."""
+        try:
+            self._write_back.take(machine, paths)
+        except MicroVMError as error:
+            self.told(nodeid, str(error))
+
+    def stopped(self, facts: MachineFacts, usage: Usage) -> None:
+        """Call ``pytest_microvm_stopped``."""
+        self._config.hook.pytest_microvm_stopped(config=self._config, facts=facts, usage=usage)
+
+    def retried(self, nodeid: str, error: MachineError, retry: int, most: int) -> None:
+        """Show at once that a machine failed before its test started."""
+        self._progress(f"{nodeid}: infra: {error.brief}; trying a fresh machine ({retry} of {most})")
+
+    def told(self, nodeid: str, line: str) -> None:
+        """Show a message about changes copied back from a machine."""
+        self._progress(f"{nodeid}: {line}")
