@@ -276,3 +276,50 @@ def test_output_is_shown_under_s(project):
     result = project.microvm("-s")
     result.stdout.fnmatch_lines(["*to stdout", "to stderr", "*past capturing*", "*1 failed, 1 passed*"])
     result.stdout.no_fnmatch_line("*Captured std*")
+
+
+@pytest.fixture
+def logging_suite(project):
+    project.write(
+        test_log="""
+            import logging, threading
+            import pytest
+            log = logging.getLogger("own")
+
+            @pytest.fixture
+            def logged():
+                log.info("in setup")
+                yield
+                log.warning("in teardown")
+
+            def test_passes(logged):
+                log.info("in call")
+                thread = threading.Thread(target=log.error, args=("in a thread",))
+                thread.start()
+                thread.join()
+
+            def test_fails():
+                log.info("two\\nlines")
+                assert 0
+
+            def test_silent():
+                pass
+        """
+    )
+    return project
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_live_logs(logging_suite):
+    logging_suite.write(pytest__DOT__ini="[pytest]\nlog_cli = true\nlog_cli_level = INFO")
+    result = logging_suite.assert_same("-p", "no:cacheprovider")
+    assert any("live log teardown" in line for line in result.outlines)
+
+
+def test_log_file(logging_suite):
+    content = {}
+    for name, run in (("native", logging_suite.native), ("machines", logging_suite.microvm)):
+        run(f"--log-file={name}.log", "--log-file-level=INFO", "--log-cli-level=ERROR")
+        content[name] = (logging_suite.path / f"{name}.log").read_text()
+    assert content["machines"] == content["native"]
+    assert "in a thread" in content["native"]
