@@ -17,9 +17,9 @@ from typing import TextIO
 from pytest_microvm.ci.gitlab.holder_socket import STDERR, STDOUT
 from pytest_microvm.ci.gitlab.settings import find_settings
 from pytest_microvm.ci.gitlab.stages import GitlabStages, ImageNotOffered
-from pytest_microvm.cli.relay import shell_status
 from pytest_microvm.cli.run import EXIT_QUOTA
 from pytest_microvm.errors import MicroVMError
+from pytest_microvm.machine.relay import shell_status
 from pytest_microvm.untrusted.output import safe_text
 from pytest_microvm.untrusted.text import sanitize
 

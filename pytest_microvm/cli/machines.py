@@ -8,9 +8,9 @@ import sys
 import time
 from typing import Any
 
-from pytest_microvm.cli.relay import on_terminal, plainly, shell_status
 from pytest_microvm.errors import UsageError
 from pytest_microvm.host.host import Host
+from pytest_microvm.machine.relay import on_terminal, plainly, shell_status
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_microvm.cli.machine_options import add_machine_options, machine_spec
-from pytest_microvm.cli.relay import plainly, shell_status
 from pytest_microvm.cli.run import exit_statuses, variable
 from pytest_microvm.errors import UsageError
 from pytest_microvm.host.host import Host
+from pytest_microvm.machine.relay import plainly, shell_status
 from pytest_microvm.suite.template_chain import workspace_step
 from pytest_microvm.suite.worker_modules import ENVIRONMENT, worker_step
 from pytest_microvm.suite.workspace import scan

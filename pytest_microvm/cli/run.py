@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_microvm.cli.machine_options import add_machine_options, machine_spec
-from pytest_microvm.cli.relay import on_terminal, plainly, shell_status
 from pytest_microvm.errors import (
     BootError,
     HostError,
@@ -21,6 +20,7 @@ from pytest_microvm.errors import (
 )
 from pytest_microvm.host.host import Host
 from pytest_microvm.machine import evidence
+from pytest_microvm.machine.relay import on_terminal, plainly, shell_status
 from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.untrusted.nofollow import refuse_links
 from pytest_microvm.untrusted.text import sanitize

@@ -26,13 +26,14 @@ from pytest_microvm.guest.runner_controller import (
     status_plugins,
 )
 from pytest_microvm.guest.runner_coverage import CoverageRecorder, recorder_of
+from pytest_microvm.guest.runner_debugger import Debugger
 from pytest_microvm.guest.runner_end import EndOfSession
 from pytest_microvm.guest.runner_logging import LogRelay
 from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
 from pytest_microvm.guest.runner_sharing import sharing_plugins
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from pytest_microvm.guest.runner_requests import Runner
 
@@ -112,6 +113,7 @@ class _SessionPlugin:
         self._nodes: NodeTable | None = None
         self._watch: FolderWatch | None = None
         self._logs: LogRelay | None = None
+        self._debugger: Debugger | None = None
         self._finish: dict[str, Any] | None = None
 
     # Collection
@@ -199,6 +201,8 @@ class _SessionPlugin:
         self._printed()
         self._limit_output(self._config)
         self._logs = LogRelay(self._config)
+        self._debugger = Debugger(self._config)
+        self._config.pluginmanager.register(self._debugger, "microvm_debugger")
         self._make_base_folder()
         self._start_watching(self._request["top"])
         self._runner.settle()
@@ -302,8 +306,7 @@ class _SessionPlugin:
         stream = self._runner.open_stream(request)
         self._written()  # what the host has put there does not count
         self._runner.reply(request, {})  # from here on any failure is caused by the test
-        if self._logs is not None and (self._logs.shows or self._logs.writes):
-            self._logs.begin(lambda record: self._runner.write_lines(stream, [record]))
+        self._begin_telling(lambda record: self._runner.write_lines(stream, [record]))
         following = request.get("next")
         item = session.items[request["item"]]
         nextitem = session.items[following] if following is not None else None
@@ -316,18 +319,33 @@ class _SessionPlugin:
         except BaseException:  # noqa: BLE001 - a broken hook of the project: pytest calls it INTERNALERROR
             records.append({"k": "exit", "code": 3, "reason": "internal", "text": traceback.format_exc()})
         self._runner.leave_if_forked()
-        if self._logs is not None:
-            self._logs.end()
+        self._end_telling()
         if request.get("limited") and limits.refused_forks():
             limits.tell_of_refusal()  # before the host learns that the test has ended
         if self._output > self._output_limit:
             records.append({"k": "excess", "printed": self._output})
+        if self._debugger is not None and self._debugger.shown:
+            for record in records:
+                record["debugged"] = True
         if following is None and self._coverage is not None:
             records.append(self._coverage_record(self._coverage))
         stop = session.shouldstop or session.shouldfail
         end: dict[str, Any] = {"k": "end", "printed": self._printed(), "written": self._written()}
         records.append({**end, "stop": str(stop) if stop else None})
         self._runner.send_lines(stream, records)
+
+    def _begin_telling(self, tell: Callable[[dict[str, Any]], None]) -> None:
+        """Tell the host what it has to know while a test runs."""
+        if self._logs is not None and (self._logs.shows or self._logs.writes):
+            self._logs.begin(tell)
+        if self._debugger is not None:
+            self._debugger.begin(tell)
+
+    def _end_telling(self) -> None:
+        if self._debugger is not None:
+            self._debugger.end()
+        if self._logs is not None:
+            self._logs.end()
 
     def _limit_output(self, config: pytest.Config) -> None:
         """Measure the output of each test phase before pytest reads it into memory.

@@ -60,9 +60,6 @@ HOST_ONLY = SELECTING_AND_SHOWING | WORKERS | REPORT_FILES | ACTING
 GUEST_ONLY = frozenset(["-W", "--pythonwarnings"])
 _WITHOUT = "run it without --microvm"
 REFUSED = {
-    "--pdb": "run with --microvm-keep=failed and enter the machine of a failed test",
-    "--pdbcls": "run with --microvm-keep=failed and enter the machine of a failed test",
-    "--trace": "run with --microvm-keep=failed and enter the machine of a failed test",
     "--fixtures": _WITHOUT,
     "--funcargs": _WITHOUT,
     "--fixtures-per-test": _WITHOUT,

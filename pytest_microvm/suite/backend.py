@@ -200,6 +200,13 @@ class RunnerMachine(Protocol):
             MachineError: It cannot.
         """
 
+    def debug(self, socket: str) -> None:
+        """Lend this process's terminal to the debugger that waits at a socket in the machine, until it ends.
+
+        Raises:
+            MachineError: The machine failed.
+        """
+
     def save(self, folder: Path, error: MachineError, about: str) -> None:
         """Save the machine's records, after it ended because of ``error``, in ``folder``."""
 

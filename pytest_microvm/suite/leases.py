@@ -64,6 +64,14 @@ class LeaseObserver(Protocol):
     def logged(self, nodeid: str, record: dict[str, Any]) -> None:
         """Notice a log message of a test that runs, as the guest sent it."""
 
+    def debugging(self, machine: RunnerMachine, socket: str) -> None:
+        """Lend the terminal to a debugger in a machine.
+
+        Args:
+            machine: The machine.
+            socket: The path in it at which the debugger waits.
+        """
+
     def wrote(self, machine: RunnerMachine, nodeid: str, paths: Sequence[str]) -> None:
         """Notice files of the workspace that changed in a machine, which still runs."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -15,6 +16,7 @@ from pytest_microvm.host.starting import StartedCopy
 from pytest_microvm.machine import evidence
 from pytest_microvm.machine.instance import Usage
 from pytest_microvm.machine.microvm import MicroVM
+from pytest_microvm.machine.relay import on_terminal, plainly
 from pytest_microvm.network.proxy.log import NetworkLog
 from pytest_microvm.settings import trust as project_trust
 from pytest_microvm.settings.configuration import DEFAULT_TIMEOUT, load_settings
@@ -22,7 +24,7 @@ from pytest_microvm.settings.mounts import Mount
 from pytest_microvm.settings.spec import DEFAULT_OUTPUT, MachineSpec
 from pytest_microvm.suite.backend import BackendFacts, CollectPlan, Progress, RemoteSettings, RunOptions
 from pytest_microvm.suite.plan import artifacts_folder
-from pytest_microvm.suite.template_chain import COLLECTED, SuiteChain
+from pytest_microvm.suite.template_chain import COLLECTED, DEBUGGER_TERMINAL, PYTHON, SuiteChain
 from pytest_microvm.suite.workspace import scan
 from pytest_microvm.templates.pool import Pool
 from pytest_microvm.untrusted.redaction import Redactor
@@ -126,6 +128,14 @@ class RunnerLease:
     def remove(self, target: PurePosixPath) -> None:
         """Remove a file of the machine, if it has it."""
         self._machine.path(target).unlink(missing_ok=True)
+
+    def debug(self, socket: str) -> None:
+        """Lend this process's terminal, or what stdin is instead, to a debugger in the machine."""
+        command = [PYTHON, "-IS", DEBUGGER_TERMINAL, socket]
+        if sys.stdin.isatty():
+            on_terminal(self._machine, command)
+        else:
+            plainly(self._machine, command, raw=False)
 
     def kill(self) -> None:
         """End the machine; a second call does nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,18 @@ class SuiteObserver:
     def logged(self, nodeid: str, record: dict[str, Any]) -> None:
         """Show a log message."""
         self._logs.show(nodeid, record)
+
+    def debugging(self, machine: RunnerMachine, socket: str) -> None:
+        """Lend the terminal to a debugger in a machine: pytest lets go of it as for its own debugger."""
+        capture: Any = self._config.pluginmanager.get_plugin("capturemanager")
+        if capture is not None:
+            capture.suspend(in_=True)
+        try:
+            sys.stdout.flush()
+            machine.debug(socket)
+        finally:
+            if capture is not None:
+                capture.resume()
 
     def reported(self, report: pytest.TestReport) -> None:
         """Show log messages of the teardown once the test's outcome has been shown."""

@@ -72,6 +72,8 @@ def rebuild_test_report(
     report = cast("pytest.TestReport", _rebuilt(config, clean, longrepr, shown=line.get("shown") is True))
     for name, value in _added(record):
         setattr(report, name, value)
+    if line.get("debugged") is True and report.failed:
+        report._pdbshown = True  # type: ignore[attr-defined] # noqa: SLF001 - pytest's own mark
     if "status" in line:
         report.microvm_status = _status(line["status"])  # type: ignore[attr-defined]
     return report

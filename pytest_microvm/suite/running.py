@@ -113,7 +113,7 @@ class TestRunner:
         try:
             redactor = lease.machine.redactor
             safe = (cast("dict[str, Any]", redactor.tree(record)) for record in _bounded(records))
-            received = [record for record in safe if not self._is_log(item, record)]
+            received = [record for record in safe if not self._is_for_now(lease, item, record)]
             exceeded = lease.machine.exceeded()
             if exceeded is not None:
                 raise exceeded  # noqa: TRY301 - handled like an excess during the test
@@ -139,12 +139,14 @@ class TestRunner:
             self._leases.release()
         return ran
 
-    def _is_log(self, item: Any, record: dict[str, Any]) -> bool:
-        """Show a log message at once; return False if the record is none."""
-        if record.get("k") != "log":
-            return False
-        self._watcher.logged(item.nodeid, record)
-        return True
+    def _is_for_now(self, lease: Lease, item: Any, record: dict[str, Any]) -> bool:
+        """Show a log message or lend the terminal to a debugger; return False for any other record."""
+        kind = record.get("k")
+        if kind == "log":
+            self._watcher.logged(item.nodeid, record)
+        elif kind == "debug":
+            self._watcher.debugging(lease.machine, line(record.get("socket"), "path"))
+        return kind in ("log", "debug")
 
     def _failed_machine(self, lease: Lease, item: Any, error: MachineError, retries: int) -> Ran:
         """Return the result of a test whose machine failed before the test ended."""

@@ -158,28 +158,50 @@ class RunnerSession:
 
 
 def _records(stream: Stream, timeout: float | None, output: int) -> Iterator[dict[str, Any]]:
-    started = time.monotonic()
+    clock = _TestClock(timeout)
     records = checks.Records()
     try:
-        for line in _lines(stream, started, timeout, output):
+        for line in _lines(stream, clock, output):
             record = records.read(line)
             if record.get("k") == "excess":  # the runner measured output that it did not send
                 raise QuotaExceeded("output", output, checks.integer(record.get("printed"), "output", output))
+            before = time.monotonic()
             yield record
+            if record.get("k") == "debug":  # a person's time is not the test's
+                clock.pause(time.monotonic() - before)
     except TimeoutError:
-        observed = time.monotonic() - started
+        observed = clock.spent
         raise QuotaExceeded("timeout", timeout or observed, observed) from None
+
+
+class _TestClock:
+    """The time that a test has taken and may still take, in seconds."""
+
+    def __init__(self, timeout: float | None) -> None:
+        self._started = time.monotonic()
+        self._timeout = timeout
+
+    @property
+    def spent(self) -> float:
+        return time.monotonic() - self._started
+
+    def left(self) -> float | None:
+        return _left(self._started, self._timeout)
+
+    def pause(self, seconds: float) -> None:
+        """Do not count the last ``seconds``."""
+        self._started += seconds
 
 
 def _left(started: float, timeout: float | None) -> float | None:
     return None if timeout is None else max(0.001, started + timeout - time.monotonic())
 
 
-def _lines(stream: Stream, started: float, timeout: float | None, output: int) -> Iterator[bytes]:
+def _lines(stream: Stream, clock: _TestClock, output: int) -> Iterator[bytes]:
     buffer = bytearray()
     total = 0
     while True:
-        data = stream.read(timeout=_left(started, timeout))
+        data = stream.read(timeout=clock.left())
         if not data:
             break
         total += len(data)

@@ -33,7 +33,12 @@ COLLECTED = "collected"
 """The name of the last template's attachment: the runner's answer to ``collect``."""
 
 _CODE_FOLDER = "/run/microvm/code"
-_PYTHON = "python3"
+DEBUGGER_TERMINAL = f"{_CODE_FOLDER}/pytest_microvm/guest/debugger_terminal.py"
+"""The program in a machine that lends its terminal to a debugger."""
+
+PYTHON = "python3"
+"""The Python of the machine that runs the tests."""
+
 _OWN_LINK = 16 * 1024**2  # bytes; a larger workspace gets its own link, shared by all arguments
 _HELLO_TIMEOUT = 120.0
 
@@ -129,7 +134,7 @@ class SuiteChain:
         """Start the runner in ``folder`` and wait for its hello, which it sends once pytest is loaded."""
         machine = machine_in_the_making(self.base, instance)
         machine.path(folder).mkdir(parents=True, exist_ok=True)
-        runner = shlex.join(runner_command(_PYTHON, _CODE_FOLDER, preload=preload))
+        runner = shlex.join(runner_command(PYTHON, _CODE_FOLDER, preload=preload))
         machine.client.link().call(  # noqa: S604 - in the guest, and quoted
             "exec",
             timeout=_HELLO_TIMEOUT,

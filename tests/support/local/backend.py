@@ -173,6 +173,15 @@ class LocalMachine:
     def remove(self, target):
         """Remove nothing, for the same reason."""
 
+    def debug(self, socket):
+        """Run the program here that would run in the machine; Ctrl-C is the debugger's."""
+        program = PACKAGE / "guest" / "debugger_terminal.py"
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            subprocess.run([sys.executable, "-IS", program, socket], check=True)
+        finally:
+            signal.signal(signal.SIGINT, before)
+
     def keep(self, about):
         """Return none: the machine is not kept."""
 

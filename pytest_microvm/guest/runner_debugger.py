@@ -1,0 +1,111 @@
+"""The debugger of a test (pdb, ``breakpoint()``), on a terminal that the host lends while the test runs.
+
+pytest suspends its capturing for the debugger, and goes back to the process's own streams. So the terminal
+takes the place of these: whatever pytest, pdb or another debugger does with them, it finds the terminal.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import socket
+import sys
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from _pytest.debugging import pytestPDB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+_WAIT = 120.0  # seconds for the host to lend a terminal
+_STREAMS = (("in_", "stdin", 0), ("out", "stdout", 1), ("err", "stderr", 2))
+
+
+class Debugger:
+    """The plug-in that gets a terminal when a debugger starts.
+
+    Args:
+        config: pytest's configuration.
+
+    Attributes:
+        shown: Whether the debugger has shown the failure of the current test.
+    """
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.shown = False
+        self._config = config
+        self._ask: Callable[[dict[str, Any]], None] | None = None
+        self._lent: socket.socket | None = None
+        begin = pytestPDB._init_pdb.__func__  # type: ignore[attr-defined]
+
+        def begin_on_terminal(cls: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+            self._attach()
+            return begin(cls, method, *args, **kwargs)
+
+        pytestPDB._init_pdb = classmethod(begin_on_terminal)  # type: ignore[assignment]
+
+    def begin(self, ask: Callable[[dict[str, Any]], None]) -> None:
+        """A test begins: ``ask`` sends the host a record."""
+        self._ask, self.shown = ask, False
+
+    def end(self) -> None:
+        """The test has ended: give the terminal back."""
+        self._ask = None
+        lent, self._lent = self._lent, None
+        if lent is not None:
+            for _name, stream, _number in _STREAMS[1:]:
+                with contextlib.suppress(OSError, ValueError):
+                    getattr(sys, stream).flush()
+            lent.close()
+
+    @pytest.hookimpl(hookwrapper=True, tryfirst=True)
+    def pytest_exception_interact(self) -> Generator[None, Any, None]:
+        """Get a terminal before ``--pdb`` shows the failure there."""
+        terminal: Any = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is None or not self._config.getoption("usepdb", False):
+            yield
+            return
+        self._attach()
+        before, terminal._tw._file = terminal._tw._file, sys.stdout
+        yield
+        terminal._tw._file = before
+        self.shown = True
+
+    def _attach(self) -> None:
+        if self._ask is None or self._lent is not None:
+            return
+        capture: Any = self._config.pluginmanager.get_plugin("capturemanager")
+        if capture is not None:
+            capture.suspend(in_=True)
+        with tempfile.TemporaryDirectory(prefix="microvm-") as folder:
+            path = os.path.join(folder, "debugger")
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
+                listening.bind(path)
+                listening.listen(1)
+                listening.settimeout(_WAIT)
+                self._ask({"k": "debug", "socket": path})
+                self._lent, _address = listening.accept()
+        self._take(_received(self._lent), getattr(capture, "_global_capturing", None))
+
+    def _take(self, streams: list[int], captured: Any) -> None:
+        """Put the terminal in the place of this process's streams, also where capturing has saved them."""
+        for (name, stream, number), lent in zip(_STREAMS, streams):  # noqa: B905 - Python 3.8
+            os.dup2(lent, number)
+            os.close(lent)
+            file = os.fdopen(os.dup(number), "r" if number == 0 else "w", buffering=1)
+            setattr(sys, stream, file)
+            saved = getattr(captured, name, None)
+            if saved is not None and hasattr(saved, "targetfd_save"):
+                os.dup2(number, saved.targetfd_save)
+                saved.syscapture._old = file
+
+
+def _received(connection: socket.socket) -> list[int]:
+    streams = array.array("i")
+    _data, ancillary, _flags, _address = connection.recvmsg(1, socket.CMSG_SPACE(3 * streams.itemsize))
+    for _level, _kind, data in ancillary:
+        streams.frombytes(data[: 3 * streams.itemsize])
+    return list(streams)
