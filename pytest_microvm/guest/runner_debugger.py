@@ -39,6 +39,7 @@ class Debugger:
         self._config = config
         self._ask: Callable[[dict[str, Any]], None] | None = None
         self._lent: socket.socket | None = None
+        self._files: dict[str, Any] = {}
         begin = pytestPDB._init_pdb.__func__  # type: ignore[attr-defined]
 
         def begin_on_terminal(cls: Any, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -56,9 +57,9 @@ class Debugger:
         self._ask = None
         lent, self._lent = self._lent, None
         if lent is not None:
-            for _name, stream, _number in _STREAMS[1:]:
+            for stream in ("stdout", "stderr"):
                 with contextlib.suppress(OSError, ValueError):
-                    getattr(sys, stream).flush()
+                    self._files[stream].flush()
             lent.close()
 
     @pytest.hookimpl(hookwrapper=True, tryfirst=True)
@@ -69,7 +70,7 @@ class Debugger:
             yield
             return
         self._attach()
-        before, terminal._tw._file = terminal._tw._file, sys.stdout
+        before, terminal._tw._file = terminal._tw._file, self._files.get("stdout", terminal._tw._file)
         yield
         terminal._tw._file = before
         self.shown = True
@@ -77,9 +78,6 @@ class Debugger:
     def _attach(self) -> None:
         if self._ask is None or self._lent is not None:
             return
-        capture: Any = self._config.pluginmanager.get_plugin("capturemanager")
-        if capture is not None:
-            capture.suspend(in_=True)
         with tempfile.TemporaryDirectory(prefix="microvm-") as folder:
             path = os.path.join(folder, "debugger")
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
@@ -88,19 +86,20 @@ class Debugger:
                 listening.settimeout(_WAIT)
                 self._ask({"k": "debug", "socket": path})
                 self._lent, _address = listening.accept()
+        capture: Any = self._config.pluginmanager.get_plugin("capturemanager")
         self._take(_received(self._lent), getattr(capture, "_global_capturing", None))
 
     def _take(self, streams: list[int], captured: Any) -> None:
-        """Put the terminal in the place of this process's streams, also where capturing has saved them."""
+        """Put the terminal in the place of this process's streams, or where capturing has saved these."""
         for (name, stream, number), lent in zip(_STREAMS, streams):  # noqa: B905 - Python 3.8
-            os.dup2(lent, number)
-            os.close(lent)
-            file = os.fdopen(os.dup(number), "r" if number == 0 else "w", buffering=1)
-            setattr(sys, stream, file)
+            file = self._files[stream] = os.fdopen(lent, "r" if number == 0 else "w", buffering=1)
             saved = getattr(captured, name, None)
             if saved is not None and hasattr(saved, "targetfd_save"):
-                os.dup2(number, saved.targetfd_save)
+                os.dup2(lent, saved.targetfd_save)
                 saved.syscapture._old = file
+            if getattr(saved, "_state", "suspended") == "suspended":
+                os.dup2(lent, number)
+                setattr(sys, stream, file)
 
 
 def _received(connection: socket.socket) -> list[int]:

@@ -201,8 +201,9 @@ class _SessionPlugin:
         self._printed()
         self._limit_output(self._config)
         self._logs = LogRelay(self._config)
-        self._debugger = Debugger(self._config)
-        self._config.pluginmanager.register(self._debugger, "microvm_debugger")
+        if self._request["debug"]:
+            self._debugger = Debugger(self._config)
+            self._config.pluginmanager.register(self._debugger, "microvm_debugger")
         self._make_base_folder()
         self._start_watching(self._request["top"])
         self._runner.settle()

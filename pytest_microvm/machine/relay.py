@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import sys
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_microvm.machine.microvm import MicroVM
 
 _PIECE = 65536
+_STOPPED = 10.0  # seconds; a write to a machine that has just ended may take a moment to fail
 
 
 def on_terminal(machine: MicroVM, command: list[str], **options: Any) -> int:
@@ -59,15 +61,15 @@ def plainly(
         _interrupts_go_to(process),
     ):
         assert process.stderr is not None
-        threading.Thread(target=_send, args=(process,), daemon=True).start()  # it may block on stdin
         as_it_is = raw if raw_stderr is None else raw_stderr
         errors = threading.Thread(
             target=_pass_on, args=(process.stderr, sys.stderr.buffer, as_it_is), daemon=True
         )
-        errors.start()
-        _pass_on(process.stdout, sys.stdout.buffer, raw)
-        errors.join()
-        return process.wait()
+        with _stdin_sent(process, ends=True):
+            errors.start()
+            _pass_on(process.stdout, sys.stdout.buffer, raw)
+            errors.join()
+            return process.wait()
 
 
 def shell_status(returncode: int) -> int:
@@ -76,13 +78,8 @@ def shell_status(returncode: int) -> int:
 
 
 def _on_terminal(process: GuestProcess) -> int:
-    stdin, stdout = process.stdin, process.stdout
-    assert stdin is not None
+    stdout = process.stdout
     assert stdout is not None
-
-    def send() -> None:
-        while data := os.read(sys.stdin.fileno(), _PIECE):
-            stdin.write(data)
 
     def resize(_number: int, _frame: object) -> None:
         size = shutil.get_terminal_size()
@@ -90,8 +87,7 @@ def _on_terminal(process: GuestProcess) -> int:
 
     previous = signal.signal(signal.SIGWINCH, resize)
     try:
-        with raw_terminal():
-            threading.Thread(target=send, daemon=True).start()  # ends with this process
+        with raw_terminal(), _stdin_sent(process, ends=False):
             while data := stdout.read1(_PIECE):  # type: ignore[attr-defined]
                 os.write(sys.stdout.fileno(), data)
         return process.wait()
@@ -99,12 +95,36 @@ def _on_terminal(process: GuestProcess) -> int:
         signal.signal(signal.SIGWINCH, previous)
 
 
-def _send(process: GuestProcess) -> None:
+@contextmanager
+def _stdin_sent(process: GuestProcess, *, ends: bool) -> Iterator[None]:
+    """Send this process's stdin to a command during the ``with`` block, and not a byte afterwards.
+
+    Args:
+        process: The command.
+        ends: Whether its stdin ends where this process's does.
+    """
+    stopped, stop = os.pipe()
+    sender = threading.Thread(target=_send, args=(process, stopped, ends), daemon=True)
+    sender.start()
+    try:
+        yield
+    finally:
+        os.close(stop)
+        sender.join(_STOPPED)
+        os.close(stopped)
+
+
+def _send(process: GuestProcess, stopped: int, ends: bool) -> None:
     assert process.stdin is not None
     with suppress(OSError, ValueError, MachineError):  # the command need not read, and may have ended
-        while data := os.read(sys.stdin.fileno(), _PIECE):
+        source = sys.stdin.fileno()
+        while stopped not in (ready := select.select([source, stopped], [], [])[0]) and ready:
+            data = os.read(source, _PIECE)
+            if not data:
+                break
             process.stdin.write(data)
-        process.stdin.close()
+        if ends:
+            process.stdin.close()
 
 
 def _pass_on(source: IO[bytes] | None, target: IO[bytes], raw: bool) -> None:

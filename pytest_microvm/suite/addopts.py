@@ -16,6 +16,7 @@ from pytest_microvm.errors import UsageError
 from pytest_microvm.settings.options import BY_NAME, GRANTS
 from pytest_microvm.suite.arguments import (
     ACTING,
+    DEBUGGING,
     REFUSED,
     REPORT_FILES,
     SELECTING_AND_SHOWING,
@@ -32,6 +33,7 @@ _WITHOUT_EFFECT = frozenset(["-c", "--config-file", "--rootdir"])  # pytest has 
 _OVERRIDE = frozenset(["-o", "--override-ini"])
 _PLUGIN = "-p"
 
+_FOR_THE_TERMINAL = DEBUGGING | {"--pdbcls"}
 _WRITING = frozenset(["--basetemp", "--log-file"])  # given by the user, both sides obey them
 
 _HOST_PLUGINS_OFF = frozenset(["no:cacheprovider"])
@@ -41,6 +43,7 @@ _GRANTING = frozenset(
 )
 _NAMING_FOLDERS = frozenset(["--microvm-artifacts"])
 _INTERNAL = frozenset(["--microvm-launched"])
+_NEVER_OF_A_PROJECT = ACTING | REPORT_FILES | _WRITING | _NAMING_FOLDERS | _INTERNAL | _FOR_THE_TERMINAL
 
 SHOWN_KEYS: Mapping[str, Callable[[str], bool]] = {
     "console_output_style": lambda text: text.replace("-", "").isalpha(),
@@ -124,7 +127,7 @@ def refuse_acting(addopts: Sequence[str], users: Sequence[str], arity: Mapping[s
     """
     named = REPORT_FILES if _names(users, REPORT_FILES, arity) else frozenset()
     for token in tokens(addopts, arity):
-        acts = token.option in (ACTING | REPORT_FILES | _WRITING | _NAMING_FOLDERS | _INTERNAL) - named
+        acts = token.option in _NEVER_OF_A_PROJECT - named
         if acts or _is_ours_switched_off(token) or _overridden(token) in {"cache_dir", "log_file"}:
             raise UsageError(
                 f"{_ADDOPTS} has {_shown(token)}, which acts on this computer, outside any machine",
@@ -156,6 +159,11 @@ def divide_addopts(
             raise UsageError(
                 f"{_ADDOPTS} has {token.option}, which does not work with machines",
                 resolution=REFUSED[token.option],
+            )
+        if token.option in _FOR_THE_TERMINAL:
+            raise UsageError(
+                f"{_ADDOPTS} has {token.option}, which lends your terminal to the tests",
+                resolution="say it yourself on the command line",
             )
         if kind is not None:
             host += [] if _names(users, kind, arity) else [f"{token.option}={_below(reports, token)}"]

@@ -58,6 +58,9 @@ ARITY_ELSEWHERE = {
 HOST_ONLY = SELECTING_AND_SHOWING | WORKERS | REPORT_FILES | ACTING
 # Options that would act, on the host, on modules that only the guest has.
 GUEST_ONLY = frozenset(["-W", "--pythonwarnings"])
+DEBUGGING = frozenset(["--pdb", "--trace"])
+"""Options with which a user lends the terminal to a debugger in the machine."""
+
 _WITHOUT = "run it without --microvm"
 REFUSED = {
     "--fixtures": _WITHOUT,

@@ -107,6 +107,7 @@ class CollectPlan:
         environment: Variables for the runner.
         timeout: Seconds collection may take.
         whole: Whether one machine runs the whole session, so that plug-ins see it as natively.
+        debug: Whether debuggers get this computer's terminal.
     """
 
     arguments: tuple[str, ...]
@@ -116,6 +117,7 @@ class CollectPlan:
     environment: tuple[tuple[str, str], ...] = ()
     timeout: float = 600.0
     whole: bool = False
+    debug: bool = False
 
 
 @dataclass(frozen=True)

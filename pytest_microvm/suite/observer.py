@@ -10,6 +10,7 @@ import pytest
 
 from pytest_microvm.errors import MachineError, MicroVMError
 from pytest_microvm.machine.instance import MachineFacts, Usage
+from pytest_microvm.suite import checks
 from pytest_microvm.suite.backend import RunnerMachine
 from pytest_microvm.suite.ending import Ending
 from pytest_microvm.suite.live_logs import LiveLogs
@@ -25,6 +26,9 @@ class SuiteObserver:
         progress: Shows a message at once.
         ending: Keeps what machines output; ``None`` if nothing happens at the end of the run.
         write_back: Brings files back.
+
+    Attributes:
+        lends_terminal: Whether debuggers get this computer's terminal.
     """
 
     def __init__(
@@ -39,6 +43,7 @@ class SuiteObserver:
         self._progress = progress
         self._ending = ending
         self._logs = LiveLogs(config)
+        self.lends_terminal = False
 
     def finished(self, facts: MachineFacts, output: dict[str, Any] | None) -> None:
         """Record what a machine's plug-ins output, for the end of the run."""
@@ -55,7 +60,13 @@ class SuiteObserver:
         self._logs.show(nodeid, record)
 
     def debugging(self, machine: RunnerMachine, socket: str) -> None:
-        """Lend the terminal to a debugger in a machine: pytest lets go of it as for its own debugger."""
+        """Lend the terminal to a debugger in a machine: pytest lets go of it as for its own debugger.
+
+        Raises:
+            ProtocolViolation: The user has not lent it.
+        """
+        if not self.lends_terminal:
+            raise checks.violation("a request for the terminal")
         capture: Any = self._config.pluginmanager.get_plugin("capturemanager")
         if capture is not None:
             capture.suspend(in_=True)
@@ -65,6 +76,11 @@ class SuiteObserver:
         finally:
             if capture is not None:
                 capture.resume()
+
+    def explain(self, report: pytest.TestReport) -> None:
+        """Tell in a report why the debugger of its test had no terminal."""
+        if report.failed and not self.lends_terminal and "bdb.BdbQuit" in report.longreprtext:
+            report.sections.append(("Debugger", "to debug in this terminal: pytest --microvm --pdb"))
 
     def reported(self, report: pytest.TestReport) -> None:
         """Show log messages of the teardown once the test's outcome has been shown."""

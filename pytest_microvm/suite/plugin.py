@@ -17,7 +17,7 @@ from pytest_microvm.errors import MicroVMError
 from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.suite import neutral
 from pytest_microvm.suite.addopts import refuse_acting, refuse_granting
-from pytest_microvm.suite.arguments import Split, parser_arity, split_arguments, tokens
+from pytest_microvm.suite.arguments import DEBUGGING, Split, parser_arity, split_arguments, tokens
 from pytest_microvm.suite.backend import Backend, CollectPlan, Progress, RemoteSettings, RunnerMachine
 from pytest_microvm.suite.collected import Collected
 from pytest_microvm.suite.collection import Replay, raise_exit
@@ -218,6 +218,7 @@ class RemoteSuite:
         if self._ending is not None:
             self._ending.add_test(item, ran)
         for report in ran.reports:
+            self._observer.explain(report)
             hook.pytest_runtest_logreport(report=report)
             self._observer.reported(report)
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
@@ -285,6 +286,7 @@ class RemoteSuite:
         assert self._backend is not None
         assert self._write_back is not None
         self._observer = SuiteObserver(self._config, self._progress, self._ending, self._write_back)
+        self._observer.lends_terminal = self._lends_terminal()
         end = MachineEnd(collected.outputs, self._write_back.finishing, self._is_whole())
         return TestRunner(self._backend, self._backend.options, self._observer, end)
 
@@ -344,7 +346,13 @@ class RemoteSuite:
             environment=guest_environment(self._guest_plugins, config, self._launch),
             timeout=backend.options.collect_timeout,
             whole=self._is_whole(),
+            debug=self._lends_terminal(),
         )
+
+    def _lends_terminal(self) -> bool:
+        """Return True if the user has said that debuggers get the terminal: a test alone cannot take it."""
+        users, _projects, arity = self._words
+        return any(token.option in DEBUGGING for token in tokens(users, arity))
 
     def _refuse_linked(self, path: str | None) -> None:
         if path is not None:

@@ -66,6 +66,7 @@ class RunnerSession:
             cwd=str(plan.directory),
             top=str(plan.workspace),
             whole=plan.whole,
+            debug=plan.debug,
             env=dict(plan.environment),
         )
         try:

@@ -194,7 +194,7 @@ def test_an_internal_error_while_collecting(project):
     remote.stdout.fnmatch_lines(["*INTERNALERROR> *ZeroDivisionError*"])
 
 
-@pytest.mark.parametrize("option", ["--pdb", "--trace", "--fixtures", "--markers", "--setup-plan"])
+@pytest.mark.parametrize("option", ["--fixtures", "--markers", "--setup-plan"])
 def test_what_cannot_work_says_what_can(project, option):
     result = project.microvm(option)
     assert result.ret == 4

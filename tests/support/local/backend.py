@@ -75,6 +75,7 @@ class LocalBackend:
                 cwd="/",
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                start_new_session=True,  # no machine is reached by this terminal's Ctrl-C
             )
         self._control = host
         return RunnerSession(self._connect()).collect(plan)

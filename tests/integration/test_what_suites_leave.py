@@ -1,0 +1,103 @@
+"""Suites in real machines that write in the workspace, are debugged at a terminal, or end in one machine."""
+
+import os
+import subprocess
+import textwrap
+
+import pytest
+
+from support import guards
+from support.commands import PYTEST
+from support.debugging import SUITE, debug
+from support.terminal import OnTerminal
+
+IN_THE_IMAGE = [*PYTEST, "--microvm", "--microvm-python=image"]
+
+
+@pytest.fixture
+def project(tmp_path):
+    def write(**files):
+        (tmp_path / "pytest.ini").write_text("[pytest]\n")
+        for name, text in files.items():
+            (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
+        return tmp_path
+
+    return write
+
+
+def run(folder, *options):
+    return subprocess.run(
+        [*IN_THE_IMAGE, *options],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=guards.SUITE,
+    )
+
+
+def test_files_of_one_machine_reach_the_next_and_the_host(project):
+    folder = project(
+        conftest="""
+            from pathlib import Path
+
+            def pytest_sessionfinish():
+                Path("end.txt").write_text("written at the end")
+        """,
+        test_it="""
+            from pathlib import Path
+            import pytest
+
+            COUNT = Path("data/count.txt")
+
+            @pytest.mark.parametrize("number", range(3))
+            def test_counts(number):
+                COUNT.parent.mkdir(exist_ok=True)
+                before = COUNT.read_text() if COUNT.exists() else ""
+                assert before == "x" * number
+                COUNT.write_text(before + "x")
+                Path("left.py").write_text("")
+                Path("old.txt").unlink(missing_ok=True)
+        """,
+    )
+    (folder / "old.txt").write_text("old")
+    done = run(folder, "--microvm-write-back=*.txt")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "data" / "count.txt").read_text() == "xxx"
+    assert (folder / "end.txt").read_text() == "written at the end"
+    assert not (folder / "old.txt").exists()
+    assert not (folder / "left.py").exists()
+    assert "microvm: written by tests: 2 files (" in done.stdout
+    assert "gone with their machines: 1 file (left.py)" in done.stdout
+
+
+def test_one_machine_ends_the_session_it_has_run(project):
+    folder = project(
+        conftest="""
+            seen = []
+
+            def pytest_runtest_logreport(report):
+                if report.when == "call":
+                    seen.append(report.outcome)
+
+            def pytest_terminal_summary(terminalreporter, config):
+                terminalreporter.line(f"seen {seen}, worker {hasattr(config, 'workerinput')}")
+
+            def pytest_testnodedown(node):
+                raise AssertionError("there are no nodes")
+        """,
+        test_it="""
+            def test_one(): pass
+            def test_two(): assert 0
+        """,
+    )
+    done = run(folder, "--microvm-isolation=session")
+    assert done.returncode == 1
+    assert "seen ['passed', 'failed'], worker False\n" in done.stdout
+    assert "2 tests in 1 machine" in done.stdout
+
+
+def test_debugger_at_a_terminal(project):
+    folder = project(test_it=SUITE)
+    with OnTerminal([*IN_THE_IMAGE, "--pdb"], cwd=folder, env=dict(os.environ)) as terminal:
+        debug(terminal)
