@@ -11,6 +11,7 @@ from pathlib import Path
 
 NAMES = (
     "per_test",
+    "coverage",
     "edit",
     "environment",
     "fixture",

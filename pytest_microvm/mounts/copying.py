@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -222,9 +223,12 @@ def receive(machine: Machine, path: GuestPath, target: Path) -> None:
     """Copy a machine's file into a new file of the host.
 
     Raises:
+        FileNotFoundError: The machine has no such path.
         TransferError: The path is no file, or the file is larger than the machine's disk and memory.
     """
     room = _room(machine)
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if not path.is_file() or path.stat()["size"] > room:  # else all bytes up to the limit are received first
         raise TransferError(f"{path} is no file in the machine, or one of more than {room} bytes")
     with target.open("wb") as file:

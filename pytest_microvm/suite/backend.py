@@ -180,11 +180,12 @@ class RunnerMachine(Protocol):
         """Lower the machine's limits."""
 
     def pull(self, source: PurePosixPath, target: Path) -> None:
-        """Copy a file from the machine to ``target``.
+        """Copy a file from the machine to ``target``, with its permissions.
 
         Raises:
             FileNotFoundError: The machine has no such file.
-            MachineError: It cannot be transferred.
+            TransferError: It is not a file, or too large.
+            MachineError: The machine failed.
         """
 
     def push(self, source: Path, target: PurePosixPath) -> None:

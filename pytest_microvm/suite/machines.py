@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from pytest_microvm.errors import MachineError, MicroVMError, QuotaExceeded, UsageError
+from pytest_microvm.errors import MachineError, MicroVMError, QuotaExceeded, TransferError, UsageError
 from pytest_microvm.host.host import Host
 from pytest_microvm.host.kept import KeptMachine
 from pytest_microvm.host.project_grants import asked_by
@@ -17,6 +17,7 @@ from pytest_microvm.machine import evidence
 from pytest_microvm.machine.instance import Usage
 from pytest_microvm.machine.microvm import MicroVM
 from pytest_microvm.machine.relay import on_terminal, plainly
+from pytest_microvm.mounts.copying import receive
 from pytest_microvm.network.proxy.log import NetworkLog
 from pytest_microvm.settings import trust as project_trust
 from pytest_microvm.settings.configuration import DEFAULT_TIMEOUT, load_settings
@@ -27,6 +28,7 @@ from pytest_microvm.suite.plan import artifacts_folder
 from pytest_microvm.suite.template_chain import COLLECTED, DEBUGGER_TERMINAL, PYTHON, SuiteChain
 from pytest_microvm.suite.workspace import scan
 from pytest_microvm.templates.pool import Pool
+from pytest_microvm.untrusted.manifest import file_mode
 from pytest_microvm.untrusted.redaction import Redactor
 
 if TYPE_CHECKING:
@@ -117,8 +119,12 @@ class RunnerLease:
         return lines
 
     def pull(self, source: PurePosixPath, target: Path) -> None:
-        """Copy a file from the machine."""
-        self._machine.pull(source, target)
+        """Copy a file from the machine, with its permissions; nothing else, and no more than it can hold."""
+        path = self._machine.path(source)
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise TransferError(f"{source} is not a file in the machine")
+        receive(self._machine, path, target)
+        target.chmod(file_mode(path.stat()["mode"]))
 
     def push(self, source: Path, target: PurePosixPath) -> None:
         """Copy a file into the machine, with the folders above it."""

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_microvm.errors import HostError
+from pytest_microvm.errors import HostError, TransferError
 from pytest_microvm.mounts.merging import TakeOver, is_below
 from pytest_microvm.suite.backend import RunnerMachine
 from pytest_microvm.suite.written_options import WantedFiles
-from pytest_microvm.untrusted.manifest import Entry, Manifest, file_mode, is_git, look
+from pytest_microvm.untrusted.manifest import Entry, Manifest, is_git, look
 from pytest_microvm.untrusted.nofollow import folder_below, open_folder, refuse_links
 from pytest_microvm.untrusted.text import sanitize_line
 
@@ -47,6 +47,8 @@ _DATA = frozenset(
     ]
 )
 _MAX_PATHS = 100_000
+_MAX_FILES = 10_000  # from one machine at once
+_MAX_TOLD = 1000
 _MAX_PATH = 4096
 _SHOWN = 5
 _CHANGED_MEANWHILE = Entry("other")  # what nothing on the host equals: a conflict
@@ -116,10 +118,12 @@ class WriteBack:
         for path in changed[:_MAX_PATHS]:
             if _is_usable(path) and self._is_wanted(path, last=last):
                 wanted.append(path)
-            elif not self._unmentioned.match_file(path):
-                self._gone[path] = None
+            elif len(self._gone) < _MAX_PATHS and not self._unmentioned.match_file(path):
+                self._gone[sanitize_line(path)] = None
+        for path in wanted[_MAX_FILES:]:
+            self._tell(f"{path}: more than {_MAX_FILES} files from one machine")
         if wanted:
-            self._bring_back(machine, wanted)
+            self._bring_back(machine, wanted[:_MAX_FILES])
 
     def _bring_back(self, machine: RunnerMachine, paths: list[str]) -> None:
         try:
@@ -150,11 +154,14 @@ class WriteBack:
             machine.pull(PurePosixPath(self._top / path), target)
         except FileNotFoundError:  # it was removed
             return True
-        if target.is_symlink() or not target.is_file():
-            self._told.append(f"{sanitize_line(path)}: not a file in the machine; it was left there")
+        except TransferError as error:
+            self._tell(f"{path}: {error.brief}")
             return False
-        target.chmod(file_mode(target.stat().st_mode))
         return True
+
+    def _tell(self, line: str) -> None:
+        if len(self._told) < _MAX_TOLD:
+            self._told.append(sanitize_line(line))
 
     def _merge(self, content: Path, spare: Path, paths: list[str], suffix: str) -> None:
         root, staged, empty = (open_folder(folder) for folder in (self._top.resolve(), content, spare))
@@ -167,7 +174,7 @@ class WriteBack:
         missed = {conflict.path for conflict in result.conflicts}
         for conflict in result.conflicts:
             saved = "" if conflict.saved is None else f"; the machine's version: {conflict.saved}"
-            self._told.append(sanitize_line(f"{conflict.path}: {conflict.why}{saved}"))
+            self._tell(f"{conflict.path}: {conflict.why}{saved}")
         for path in paths:
             if not is_below(path, missed):
                 self._known[path] = after.get(path)

@@ -233,3 +233,12 @@ def test_file_that_is_no_report_is_named(project):
     result.stdout.fnmatch_lines(
         ["microvm: written by tests and gone with their machines: 1 file (left.txt); *"]
     )
+
+
+def test_coverage_where_files_come_back_too(measured):
+    options = ["--cov=package", "--cov-report=json"]
+    measured.native(*options)
+    expected = covered(measured)
+    result = measured.microvm("--microvm-write-back=*.txt", *options)
+    assert result.ret == 0
+    assert covered(measured) == expected

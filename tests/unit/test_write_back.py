@@ -7,7 +7,8 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from pytest_microvm.errors import HostError, UsageError
+from pytest_microvm.errors import HostError, TransferError, UsageError
+from pytest_microvm.suite import write_back as module
 from pytest_microvm.suite.write_back import WriteBack
 from pytest_microvm.suite.written_options import WantedFiles, wanted_files, workspace_place
 
@@ -33,10 +34,9 @@ class FolderMachine:
 
     def pull(self, source, target):
         place = self._place(source)
-        if place.is_dir():
-            shutil.copytree(place, target)
-        else:
-            shutil.copy(place, target, follow_symlinks=False)
+        if place.is_dir() or place.is_symlink():
+            raise TransferError(f"{source.name} is not a file in the machine")
+        shutil.copy(place, target)
 
     def push(self, source, target):
         self._place(target).parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +169,21 @@ def test_only_files_come_back(top, machines, what):
         place.mkdir()
     plugin.take(machine, ["new.txt"])
     assert files_of(top) == {"old.txt": "old"}
-    assert shown(plugin) == ["microvm: not written: new.txt: not a file in the machine; it was left there"]
+    assert shown(plugin) == ["microvm: not written: new.txt: new.txt is not a file in the machine"]
+
+
+def test_what_a_machine_can_make_the_host_keep_is_limited(top, machines, monkeypatch):
+    monkeypatch.setattr(module, "_MAX_FILES", 2)
+    monkeypatch.setattr(module, "_MAX_TOLD", 1)
+    monkeypatch.setattr(module, "_MAX_PATHS", 5)
+    plugin, machine = write_back(top, "*.txt"), machines()
+    plugin.take(machine, [machine.write(f"{number}.txt", "x") for number in range(5)])
+    assert set(files_of(top)) == {"old.txt", "0.txt", "1.txt"}
+    for _ in range(3):
+        plugin.take(machine, [f"{number}.py" for number in range(10)])
+    lines = shown(plugin)
+    assert lines[1] == "microvm: not written: 2.txt: more than 2 files from one machine"
+    assert "gone with their machines: 5 files (" in lines[2]
 
 
 @pytest.mark.parametrize(
