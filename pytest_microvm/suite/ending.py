@@ -245,7 +245,7 @@ class Ending:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         width = _WIDTH if terminal is None else terminal._tw.fullwidth  # noqa: SLF001 - pytest has no other way
         with self._last() as machine:
-            self._write_back.give(machine)
+            self._write_back.give(machine, last=True)
             self._ended = end_run(machine, files, width=width, tests=self._tests)
             self._write_back.take(machine, self._ended.written, last=True)
 

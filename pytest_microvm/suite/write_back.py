@@ -84,23 +84,32 @@ class WriteBack:
 
     # Called by what runs tests
 
-    def give(self, machine: RunnerMachine) -> None:
+    def give(self, machine: RunnerMachine, *, last: bool = False) -> None:
         """Give a new machine the files that came back from those before it.
+
+        Args:
+            machine: The machine.
+            last: Whether it is the last machine, which may add to files of the host.
 
         Raises:
             MachineError: It cannot take them.
             HostError: A file cannot be read any more.
         """
         for path, entry in self._known.items():
-            target = PurePosixPath(self._top / path)
             if entry is None:
-                machine.remove(target)
-                continue
-            refuse_links(self._top, self._top / path)
-            try:
-                machine.push(self._top / path, target)
-            except OSError as error:
-                raise HostError(f"{self._top / path} cannot be read: {error.strerror or error}") from error
+                machine.remove(PurePosixPath(self._top / path))
+            else:
+                self._push(machine, path)
+        for path in self._wanted.appended if last else ():
+            if (self._top / path).exists():
+                self._push(machine, path)
+
+    def _push(self, machine: RunnerMachine, path: str) -> None:
+        refuse_links(self._top, self._top / path)
+        try:
+            machine.push(self._top / path, PurePosixPath(self._top / path))
+        except OSError as error:
+            raise HostError(f"{self._top / path} cannot be read: {error.strerror or error}") from error
 
     def take(self, machine: RunnerMachine, changed: Sequence[str], *, last: bool = False) -> None:
         """Bring back the wanted files among those that changed in a machine; note the others.

@@ -32,11 +32,13 @@ class WantedFiles:
         by_user: The user's patterns, and those of options on the command line.
         by_project: Those of options in the project's configuration: only data comes back.
         while_running: Whether files come from all machines, not only from the last one.
+        appended: Paths of files to which the last machine adds, and which it gets first.
     """
 
     by_user: tuple[str, ...]
     by_project: tuple[str, ...]
     while_running: bool
+    appended: tuple[str, ...] = ()
 
 
 def wanted_files(
@@ -59,6 +61,7 @@ def wanted_files(
     return WantedFiles(
         by_user=(*patterns, *(pattern for pattern, _ in by_users)),
         by_project=tuple(pattern for pattern, _ in by_projects),
+        appended=_appended([*projects, *users], arity, place),
         while_running=bool(patterns) or any(early for _, early in (*by_users, *by_projects)),
     )
 
@@ -90,6 +93,14 @@ def _implied(
         elif value and token.option == _COVERAGE:
             kind, _, path = value.partition(":")
             yield from _pattern(place(path) if path else None, folder=kind in _COVERAGE_FOLDERS, early=False)
+
+
+def _appended(
+    words: Sequence[str], arity: Mapping[str, str], place: Callable[[str], str | None]
+) -> tuple[str, ...]:
+    data = place(".coverage")
+    appends = any(token.option == "--cov-append" for token in tokens(words, arity))
+    return (data,) if appends and data is not None else ()
 
 
 def _pattern(path: str | None, *, folder: bool, early: bool) -> Iterator[tuple[str, bool]]:

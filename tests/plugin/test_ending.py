@@ -64,6 +64,19 @@ def test_coverage_with_contexts(measured):
     assert covered(measured) == expected
 
 
+def test_coverage_is_appended(measured):
+    measured.write(test_negative="import package\ndef test_it(): assert package.sign(-1) == -1")
+    expected = None
+    for run in (measured.native, measured.microvm):
+        run("--cov=package", "--cov-report=", "test_it.py")
+        assert run("--cov=package", "--cov-append", "--cov-report=json", "test_negative.py").ret == 0
+        found = covered(measured)
+        assert found[1]["percent_covered"] == 100
+        assert found == (expected or found)
+        expected = found
+        (measured.path / ".coverage").unlink()
+
+
 def test_coverage_of_workers(measured):
     options = ["--cov=package", "--cov-branch", "--cov-report=json"]
     measured.native(*options)

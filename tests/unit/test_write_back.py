@@ -265,6 +265,18 @@ def test_worker_tells_its_controller(top, machines):
     assert (last.top / "a.txt").read_text() == "x"
 
 
+def test_last_machine_gets_what_it_adds_to(top, machines):
+    wanted = wanted_files((), ["--cov-append"], (), {}, workspace_place(top, top))
+    plugin, machine = WriteBack(types.SimpleNamespace(), top, wanted), machines()
+    plugin.give(machine, last=True)
+    assert not (machine.top / ".coverage").exists()
+    (top / ".coverage").write_text("data")
+    plugin.give(machine)
+    assert not (machine.top / ".coverage").exists()
+    plugin.give(machine, last=True)
+    assert (machine.top / ".coverage").read_text() == "data"
+
+
 @pytest.mark.parametrize(
     ("words", "patterns", "early"),
     [
