@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import struct
 import time
@@ -19,6 +20,9 @@ _EVENTS = _MODIFY | _MOVED_FROM | _MOVED_TO | _CREATE | _DELETE
 _NONBLOCK_CLOEXEC = os.O_NONBLOCK | os.O_CLOEXEC
 _HEAD = struct.Struct("iIII")  # watch, events, cookie, length of the name
 _PIECE = 256 * 1024
+_HIGH_FD = 900  # above the numbers that tests close or reuse, below the usual limit
+# A test may replace or remove the functions of modules.
+_read, _getpid, _dup_above = os.read, os.getpid, fcntl.fcntl
 _CLOCK_STEP = 20_000_000  # nanoseconds; time stamps of files lag behind the clock by up to a tick
 _UNWATCHED = frozenset([".git", "__pycache__", ".pytest_cache"])
 
@@ -40,8 +44,10 @@ class FolderWatch:
         self._begin()
 
     def _begin(self) -> None:
-        self._pid = os.getpid()
-        self._fd = self._checked(self._libc.inotify_init1(_NONBLOCK_CLOEXEC))
+        self._pid = _getpid()
+        low = self._checked(self._libc.inotify_init1(_NONBLOCK_CLOEXEC))
+        self._fd = _dup_above(low, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD)
+        os.close(low)
         self._folders: dict[int, str] = {}
         self._started = time.time_ns() - _CLOCK_STEP
         self._complete = True  # the kernel has told everything so far, and has room for all watches
@@ -54,7 +60,7 @@ class FolderWatch:
         answer is all files that were changed since the watch began.
         """
         found: set[str] = set()
-        if os.getpid() != self._pid:  # a child process would take the events of its parent
+        if _getpid() != self._pid:  # a child process would take the events of its parent
             os.close(self._fd)
             self._begin()
         for watch, events, name in self._read():
@@ -100,7 +106,7 @@ class FolderWatch:
         found: list[tuple[int, int, str]] = []
         while True:
             try:
-                data = os.read(self._fd, _PIECE)
+                data = _read(self._fd, _PIECE)
             except BlockingIOError:
                 return found
             place = 0

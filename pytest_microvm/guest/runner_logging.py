@@ -6,6 +6,8 @@ import os
 import threading
 from typing import TYPE_CHECKING, Any
 
+_getpid = os.getpid  # a test may replace it
+
 if TYPE_CHECKING:
     import logging
     from collections.abc import Callable
@@ -26,7 +28,7 @@ class LogRelay:
         self._lock = threading.Lock()
         self._send: Callable[[dict[str, Any]], None] | None = None
         self._left = 0
-        self._pid = os.getpid()
+        self._pid = _getpid()
         plugin = config.pluginmanager.get_plugin("logging-plugin")
         self.shows = plugin is not None and plugin._log_cli_enabled()
         self.writes = plugin is not None and plugin.log_file_handler.baseFilename != os.devnull
@@ -38,7 +40,7 @@ class LogRelay:
     def begin(self, send: Callable[[dict[str, Any]], None]) -> None:
         """Send each message with ``send`` from now on."""
         with self._lock:
-            self._send, self._left, self._pid = send, _MOST, os.getpid()
+            self._send, self._left, self._pid = send, _MOST, _getpid()
 
     def end(self) -> None:
         """Send no more."""
@@ -48,7 +50,7 @@ class LogRelay:
     def _relay(self, handler: Any, record: logging.LogRecord, where: str) -> None:
         text = handler.format(record)
         with self._lock:
-            if self._send is None or os.getpid() != self._pid or self._left <= 0:
+            if self._send is None or _getpid() != self._pid or self._left <= 0:
                 return
             self._left -= 1
             if not self._left:

@@ -30,6 +30,7 @@ from pytest_microvm.guest.runner_debugger import Debugger
 from pytest_microvm.guest.runner_end import EndOfSession
 from pytest_microvm.guest.runner_logging import LogRelay
 from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
+from pytest_microvm.guest.runner_setup_show import SetupShow
 from pytest_microvm.guest.runner_sharing import sharing_plugins
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from pytest_microvm.guest.runner_requests import Runner
 
+_REASONS = {0: "shown", 2: "interrupt", 4: "usage"}
 _MARKER = "microvm(**limits): what this test may use (timeout, output, pids, cpu_seconds, lifetime, network)"
 
 
@@ -201,6 +203,9 @@ class _SessionPlugin:
         self._printed()
         self._limit_output(self._config)
         self._logs = LogRelay(self._config)
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is not None and self._config.getoption("setupshow", False):
+            self._config.pluginmanager.register(SetupShow(terminal, self.out), "microvm_setup_show")
         if self._request["debug"]:
             self._debugger = Debugger(self._config)
             self._config.pluginmanager.register(self._debugger, "microvm_debugger")
@@ -240,7 +245,10 @@ class _SessionPlugin:
             self._watch = FolderWatch(top)
 
     def _written(self) -> list[str]:
-        return [] if self._watch is None else self._watch.changed()
+        try:
+            return [] if self._watch is None else self._watch.changed()
+        except Exception:  # noqa: BLE001 - a test may have closed or replaced what the watch needs
+            return []
 
     def _collected(self) -> list[dict[str, Any]]:
         """Return the records of the collection so far; nodes come before the records that refer to them."""
@@ -400,8 +408,8 @@ class _SessionPlugin:
     def ended(self, code: int) -> None:
         """Report the end of the session to the host, whether before or after its test loop."""
         if self._request is not None:
-            reason = "usage" if code == 4 else "interrupt" if code == 2 else "internal"  # noqa: PLR2004
-            text = self.err.getvalue() or self.reason
+            reason = _REASONS.get(code, "internal")
+            text = self.out.getvalue() if code == 0 else self.err.getvalue() or self.reason
             if reason != "usage" and self.reason:
                 text = self.reason
             ending = {"k": "exit", "code": code, "reason": reason, "text": text}

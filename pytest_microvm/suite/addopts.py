@@ -17,7 +17,6 @@ from pytest_microvm.settings.options import BY_NAME, GRANTS
 from pytest_microvm.suite.arguments import (
     ACTING,
     DEBUGGING,
-    REFUSED,
     REPORT_FILES,
     SELECTING_AND_SHOWING,
     WORKERS,
@@ -155,11 +154,6 @@ def divide_addopts(
     left: list[str] = []
     for token in tokens(addopts, arity):
         kind = next((kind for kind in (REPORT_FILES, _NAMING_FOLDERS) if token.option in kind), None)
-        if token.option in REFUSED:
-            raise UsageError(
-                f"{_ADDOPTS} has {token.option}, which does not work with machines",
-                resolution=REFUSED[token.option],
-            )
         if token.option in _FOR_THE_TERMINAL:
             raise UsageError(
                 f"{_ADDOPTS} has {token.option}, which lends your terminal to the tests",

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from pytest_microvm.errors import UsageError
-
 # Options that select tests or format results on the host. The guest collects everything, so another -k or -m
 # needs no new template. None of these options names a file, a program or a module.
 SELECTING_AND_SHOWING = frozenset(
@@ -57,23 +55,11 @@ ARITY_ELSEWHERE = {
 
 HOST_ONLY = SELECTING_AND_SHOWING | WORKERS | REPORT_FILES | ACTING
 # Options that would act, on the host, on modules that only the guest has.
-GUEST_ONLY = frozenset(["-W", "--pythonwarnings"])
+SHOWING_ALONE = frozenset(["--fixtures", "--funcargs", "--fixtures-per-test", "--markers"])
+"""Options with which pytest only shows something of the project, and runs no test."""
+GUEST_ONLY = SHOWING_ALONE | {"-W", "--pythonwarnings"}
 DEBUGGING = frozenset(["--pdb", "--trace"])
 """Options with which a user lends the terminal to a debugger in the machine."""
-
-_WITHOUT = "run it without --microvm"
-REFUSED = {
-    "--fixtures": _WITHOUT,
-    "--funcargs": _WITHOUT,
-    "--fixtures-per-test": _WITHOUT,
-    "--markers": _WITHOUT,
-    "--setup-only": _WITHOUT,
-    "--setuponly": _WITHOUT,
-    "--setup-show": _WITHOUT,
-    "--setupshow": _WITHOUT,
-    "--setup-plan": _WITHOUT,
-    "--setupplan": _WITHOUT,
-}
 
 
 @dataclass(frozen=True)
@@ -184,18 +170,10 @@ def split_arguments(
         arguments: pytest's arguments, including the configuration's ``addopts``.
         arity: From :func:`option_arity`.
         is_host_plugin: Whether the plug-in of ``-p NAME`` concerns the host alone.
-
-    Raises:
-        UsageError: An option cannot work from outside the guest.
     """
     host: list[str] = []
     guest: list[str] = []
     for token in tokens(arguments, arity):
-        if token.option in REFUSED:
-            raise UsageError(
-                f"{token.option} does not work with --microvm: the tests are not on this side",
-                resolution=REFUSED[token.option],
-            )
         if token.option.startswith("--microvm") or token.option in HOST_ONLY:
             host += token.words
         elif not token.known or token.option in GUEST_ONLY:

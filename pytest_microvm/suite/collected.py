@@ -81,6 +81,11 @@ class GuestExit:
     reason: str
     text: str
 
+    @property
+    def shown(self) -> bool:
+        """True if pytest was only to show something, and has."""
+        return self.code == 0 and self.reason == "shown"
+
 
 @dataclass(frozen=True)
 class Collected:

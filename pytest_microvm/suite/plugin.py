@@ -17,7 +17,14 @@ from pytest_microvm.errors import MicroVMError
 from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.suite import neutral
 from pytest_microvm.suite.addopts import refuse_acting, refuse_granting
-from pytest_microvm.suite.arguments import DEBUGGING, Split, parser_arity, split_arguments, tokens
+from pytest_microvm.suite.arguments import (
+    DEBUGGING,
+    SHOWING_ALONE,
+    Split,
+    parser_arity,
+    split_arguments,
+    tokens,
+)
 from pytest_microvm.suite.backend import Backend, CollectPlan, Progress, RemoteSettings, RunnerMachine
 from pytest_microvm.suite.collected import Collected
 from pytest_microvm.suite.collection import Replay, raise_exit
@@ -70,6 +77,7 @@ class RemoteSuite:
         self._observer: SuiteObserver | None = None
         self._write_back: WriteBack | None = None
         self._words: tuple[tuple[str, ...], tuple[str, ...], dict[str, str]] = ((), (), {})
+        self._has_shown = False
         self._tally = Tally()
         self._leave_sigterm = interrupt_on_sigterm()
         self._guest_plugins = os.environ.pop("PYTEST_PLUGINS", None)  # pytest would import them on the host
@@ -187,6 +195,11 @@ class RemoteSuite:
     def pytest_collection(self, session: pytest.Session) -> bool:
         """Collect in the guest and replay its collection on the host."""
         self._collected = collected = self._collect()
+        ended = collected.exit
+        if ended is not None and ended.shown and self._is_told(SHOWING_ALONE):
+            session.items, self._has_shown = [], True
+            self._write(ended.text)
+            return True
         self._prepare(collected)
         session._initialpaths = frozenset(self._named_paths())  # noqa: SLF001 - used by --lf
         with _as_pytest_errors():
@@ -249,6 +262,8 @@ class RemoteSuite:
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """End the machine in use; set exit status ``EXIT_INFRA`` if only the infrastructure failed."""
         self._release()
+        if self._has_shown:
+            session.exitstatus = pytest.ExitCode.OK
         if exitstatus == pytest.ExitCode.TESTS_FAILED and self._tally.only_infra_failed:
             session.exitstatus = EXIT_INFRA
 
@@ -286,7 +301,7 @@ class RemoteSuite:
         assert self._backend is not None
         assert self._write_back is not None
         self._observer = SuiteObserver(self._config, self._progress, self._ending, self._write_back)
-        self._observer.lends_terminal = self._lends_terminal()
+        self._observer.lends_terminal = self._is_told(DEBUGGING)
         end = MachineEnd(collected.outputs, self._write_back.finishing, self._is_whole())
         return TestRunner(self._backend, self._backend.options, self._observer, end)
 
@@ -346,13 +361,13 @@ class RemoteSuite:
             environment=guest_environment(self._guest_plugins, config, self._launch),
             timeout=backend.options.collect_timeout,
             whole=self._is_whole(),
-            debug=self._lends_terminal(),
+            debug=self._is_told(DEBUGGING),
         )
 
-    def _lends_terminal(self) -> bool:
-        """Return True if the user has said that debuggers get the terminal: a test alone cannot take it."""
+    def _is_told(self, options: frozenset[str]) -> bool:
+        """Return True if the user, and not only the project, has given one of the options."""
         users, _projects, arity = self._words
-        return any(token.option in DEBUGGING for token in tokens(users, arity))
+        return any(token.option in options for token in tokens(users, arity))
 
     def _refuse_linked(self, path: str | None) -> None:
         if path is not None:
@@ -377,7 +392,10 @@ class RemoteSuite:
                 report.sections = [
                     section for section in report.sections if not section[0].startswith(_OUTPUT)
                 ]
-        text = "".join(shown)
+        self._write("".join(shown))
+
+    @staticmethod
+    def _write(text: str) -> None:
         if text:
             encoding = sys.stdout.encoding or "utf-8"
             sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))

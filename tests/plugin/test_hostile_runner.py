@@ -75,5 +75,8 @@ def test_attacks_on_the_host(project):
         outcomes = [
             prop.get("value") for prop in case.iter("property") if prop.get("name") == "microvm.outcome"
         ]
-        expected = "crashed" if name in CRASHED else "failed" if name == "test_strange_text" else "passed"
-        assert set(outcomes) == {expected}, name
+        expected = {"crashed" if name in CRASHED else "failed" if name == "test_strange_text" else "passed"}
+        if name == "test_more_than_was_granted":
+            expected.add("quota")  # if the host always grants more in time, until the test has sent too much
+        assert set(outcomes) <= expected, name
+        assert len(set(outcomes)) == 1, name

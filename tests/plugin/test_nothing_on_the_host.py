@@ -194,11 +194,54 @@ def test_an_internal_error_while_collecting(project):
     remote.stdout.fnmatch_lines(["*INTERNALERROR> *ZeroDivisionError*"])
 
 
-@pytest.mark.parametrize("option", ["--fixtures", "--markers", "--setup-plan"])
-def test_what_cannot_work_says_what_can(project, option):
-    result = project.microvm(option)
-    assert result.ret == 4
-    result.stderr.fnmatch_lines([f"ERROR: {option} does not work with --microvm*", "next step: *"])
+@pytest.mark.parametrize("option", ["--fixtures", "--markers", "--fixtures-per-test"])
+def test_what_pytest_shows_of_a_project_comes_from_the_machine(project, option):
+    project.write(
+        pytest__DOT__ini="[pytest]\nmarkers =\n    own: a marker of the project",
+        conftest="""
+            import os
+            import pytest
+
+            @pytest.fixture
+            def own_fixture():
+                \"\"\"A fixture of the project.\"\"\"
+                return os.getpid()
+        """,
+        test_it="def test_it(own_fixture): pass",
+    )
+    native, remote = project.native(option), project.microvm(option)
+    assert remote.ret == native.ret == 0
+    own = [line for line in native.outlines if "own" in line or "of the project" in line]
+    assert own
+    assert [line for line in remote.outlines if line in own] == own
+
+
+@pytest.mark.parametrize("how", [{"pytest__DOT__ini": "[pytest]\naddopts = --markers"},
+                                 {"conftest": "def pytest_cmdline_main(): return 0"}])  # fmt: skip
+def test_no_project_ends_a_run_as_if_it_had_passed(project, how):
+    project.write(test_it="def test_it(): assert 0", **how)
+    assert project.microvm().ret != 0
+
+
+@pytest.mark.parametrize("option", ["--setup-show", "--setup-plan", "--setup-only"])
+def test_fixtures_of_tests_are_shown(project, option):
+    project.write(
+        test_it="""
+            import pytest
+
+            @pytest.fixture
+            def own():
+                yield
+
+            def test_it(own): pass
+        """
+    )
+    native, remote = project.native(option), project.microvm(option)
+    assert remote.ret == native.ret
+    lines = [line for line in native.outlines if "SETUP" in line or "fixtures used" in line]
+    shown = [line.rstrip(" .") for line in remote.outlines]
+    assert len(lines) > 1
+    assert [line.rstrip(" .") for line in lines if line.rstrip(" .") not in shown] == []
 
 
 def test_an_unknown_value_of_ours(project):

@@ -4,8 +4,7 @@ import argparse
 
 import pytest
 
-from pytest_microvm.errors import UsageError
-from pytest_microvm.suite.arguments import Token, option_arity, split_arguments, tokens
+from pytest_microvm.suite.arguments import Split, Token, option_arity, split_arguments, tokens
 
 ARITY = {
     **dict.fromkeys(
@@ -63,9 +62,10 @@ def test_a_value_that_looks_like_an_option_stays_one():
     assert split_arguments(["-k", "--own", "-m", "-x"], ARITY).guest == ()
 
 
-def test_a_refused_option_names_the_way_out():
-    with pytest.raises(UsageError, match="run it without --microvm"):
-        split_arguments(["--fixtures"], ARITY)
+def test_what_shows_the_project_goes_to_the_machine_alone():
+    assert split_arguments(["--fixtures", "-v"], {**ARITY, "--fixtures": "0"}) == Split(
+        ("-v",), ("--fixtures",)
+    )
 
 
 def test_tokens_carry_option_and_value():

@@ -26,7 +26,7 @@ from pytest_microvm.settings import configuration as config
 from pytest_microvm.settings import spec
 from pytest_microvm.settings.options import BY_NAME, MACHINE, OPTIONS, QUOTAS
 from pytest_microvm.settings.spec import Limits, MachineSpec
-from pytest_microvm.suite.arguments import REFUSED
+from pytest_microvm.suite.arguments import SHOWING_ALONE
 from pytest_microvm.suite.backend import BackendFacts
 from pytest_microvm.suite.plan import _PASSED
 from pytest_microvm.suite.properties import properties
@@ -112,10 +112,9 @@ def test_every_environment_variable():
     assert [name for name in _PASSED if f"`{name}`" not in text] == []
 
 
-def test_every_refused_option():
+def test_every_option_that_the_machine_answers_alone():
     text = page("options.md")
-    spellings = {"--funcargs", "--setuponly", "--setupshow", "--setupplan"}  # older ones of the same options
-    assert [name for name in REFUSED if name not in spellings and f"`{name}`" not in text] == []
+    assert [name for name in SHOWING_ALONE - {"--funcargs"} if f"`{name}`" not in text] == []
 
 
 def test_every_option_as_declared():
