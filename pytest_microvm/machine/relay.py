@@ -82,8 +82,13 @@ def _on_terminal(process: GuestProcess) -> int:
     assert stdout is not None
 
     def resize(_number: int, _frame: object) -> None:
+        # In a thread of its own: the handler may have interrupted a thread that holds the link's lock.
+        threading.Thread(target=send_size, daemon=True).start()
+
+    def send_size() -> None:
         size = shutil.get_terminal_size()
-        process.resize(size.lines, size.columns)
+        with suppress(MachineError, TimeoutError):
+            process.resize(size.lines, size.columns)
 
     previous = signal.signal(signal.SIGWINCH, resize)
     try:
