@@ -100,4 +100,4 @@ def test_one_machine_ends_the_session_it_has_run(project):
 def test_debugger_at_a_terminal(project):
     folder = project(test_it=SUITE)
     with OnTerminal([*IN_THE_IMAGE, "--pdb"], cwd=folder, env=dict(os.environ)) as terminal:
-        debug(terminal)
+        debug(terminal, resize=False)
