@@ -232,11 +232,12 @@ def test_what_a_report_may_not_say_is_dropped(project, change):
 def test_bytes_that_are_no_protocol(project):
     project.write(
         test_it="""
-            import os
+            import contextlib, os
             def test_evil():
                 for name in os.listdir("/proc/self/fd"):
                     if int(name) >= 900:
-                        os.write(int(name), b"\\xff" * 100)
+                        with contextlib.suppress(OSError):  # not all can be written to
+                            os.write(int(name), b"\\xff" * 100)
             def test_good(): pass
         """
     )
