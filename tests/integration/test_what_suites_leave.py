@@ -1,6 +1,5 @@
 """Suites in real machines that write in the workspace, are debugged at a terminal, or end in one machine."""
 
-import os
 import subprocess
 import textwrap
 
@@ -99,5 +98,5 @@ def test_one_machine_ends_the_session_it_has_run(project):
 
 def test_debugger_at_a_terminal(project):
     folder = project(test_it=SUITE)
-    with OnTerminal([*IN_THE_IMAGE, "--pdb"], cwd=folder, env=dict(os.environ)) as terminal:
-        debug(terminal, resize=False)
+    with OnTerminal([*IN_THE_IMAGE, "--pdb"], cwd=folder) as terminal:
+        debug(terminal)

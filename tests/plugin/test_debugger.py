@@ -1,6 +1,5 @@
 """The debugger runs where the test is, on the terminal of this computer."""
 
-import os
 import sys
 
 import pytest
@@ -22,7 +21,7 @@ def suite(project):
 @pytest.mark.parametrize("options", [[], BACKEND], ids=["native", "machines"])
 def test_session_at_a_terminal(suite, options):
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--pdb", *options]
-    with OnTerminal(command, env={**os.environ, "PYTHONPATH": str(TESTS)}) as terminal:
+    with OnTerminal(command, variables={"PYTHONPATH": str(TESTS)}) as terminal:
         debug(terminal)
 
 

@@ -23,13 +23,8 @@ SUITE = """
 """
 
 
-def debug(terminal, *, resize=True):
-    """Set a breakpoint, print, step, continue; look at a failure; interrupt a test that hangs, and quit.
-
-    Args:
-        terminal: The terminal.
-        resize: Whether the terminal gets another size meanwhile.
-    """
+def debug(terminal):
+    """Set a breakpoint, print, step, continue; look at a failure; interrupt a test that hangs, and quit."""
 
     def answer(text):
         """Type a command at the prompt; return what the debugger says up to the next prompt."""
@@ -40,15 +35,13 @@ def debug(terminal, *, resize=True):
     assert "\r\n41\r\n" in answer("p number")
     assert "-> print(" in answer("n")
     assert "\r\n100\r\n" in answer("p number + 58")
-    if resize:
-        terminal.resize(40, 123)
-        sizes = (answer("import os; tuple(os.get_terminal_size(0))") for _ in range(1000))
-        assert any("(123, 40)" in size for size in sizes)
-        terminal.type("p 'same' + 'again'\n")  # readline may have shown its prompt again for the new size
-        terminal.until("'sameagain'")
-        terminal.until("(Pdb) ")
-    else:
-        assert "(100, 30)" in answer("import os; tuple(os.get_terminal_size(0))")
+    assert "(100, 30)" in answer("import os; tuple(os.get_terminal_size(0))")
+    terminal.resize(40, 123)
+    sizes = (answer("tuple(os.get_terminal_size(0))") for _ in range(1000))
+    assert any("(123, 40)" in size for size in sizes)  # the size travels on another way than the keys
+    terminal.type("p 'same' + 'again'\n")  # readline may have shown its prompt again for the new size
+    terminal.until("'sameagain'")
+    terminal.until("(Pdb) ")
 
     shown = answer("c")
     assert "PDB continue" in shown

@@ -24,16 +24,20 @@ class OnTerminal:
 
     Args:
         command: Its words.
+        variables: More environment variables.
         options: Of :class:`subprocess.Popen`.
     """
 
-    def __init__(self, command, **options):
+    def __init__(self, command, variables=None, **options):
+        # Workers of pytest-xdist have a size in these two, which programs believe more than the terminal.
+        mine = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
         self._master, slave = pty.openpty()
         self.resize(30, 100)
         self.said = b""
         self._seen = 0
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            env={**mine, **(variables or {})},
             preexec_fn=_take_terminal,  # noqa: PLW1509 - the child only makes a system call
             **options,
         )  # fmt: skip
