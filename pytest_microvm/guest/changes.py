@@ -78,6 +78,12 @@ class FolderWatch:
             found.update(path for path in self._add("") if self._is_new(path))
         return sorted(found)
 
+    def told(self) -> list[str]:
+        """Return :meth:`changed` for the host: a path with NUL at its end is there no more."""
+        return [
+            path if os.path.lexists(os.path.join(self._top, path)) else path + "\0" for path in self.changed()
+        ]
+
     def _is_new(self, path: str) -> bool:
         with contextlib.suppress(OSError):
             return os.lstat(os.path.join(self._top, path)).st_ctime_ns >= self._started

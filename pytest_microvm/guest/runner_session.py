@@ -246,7 +246,7 @@ class _SessionPlugin:
 
     def _written(self) -> list[str]:
         try:
-            return [] if self._watch is None else self._watch.changed()
+            return [] if self._watch is None else self._watch.told()
         except Exception:  # noqa: BLE001 - a test may have closed or replaced what the watch needs
             return []
 

@@ -116,7 +116,7 @@ class WriteBack:
 
         Args:
             machine: The machine; it still runs.
-            changed: Paths relative to the workspace, as the machine says.
+            changed: Paths relative to the workspace, as the machine says; NUL ends one that was removed.
             last: Whether it is the last machine, which writes the reports.
 
         Raises:
@@ -124,10 +124,11 @@ class WriteBack:
             HostError: The workspace cannot be written to.
         """
         wanted = []
-        for path in changed[:_MAX_PATHS]:
+        for told in changed[:_MAX_PATHS]:
+            path = told.removesuffix("\0")
             if _is_usable(path) and self._is_wanted(path, last=last):
                 wanted.append(path)
-            elif len(self._gone) < _MAX_PATHS and not self._unmentioned.match_file(path):
+            elif path == told and len(self._gone) < _MAX_PATHS and not self._unmentioned.match_file(path):
                 self._gone[sanitize_line(path)] = None
         for path in wanted[_MAX_FILES:]:
             self._tell(f"{path}: more than {_MAX_FILES} files from one machine")

@@ -35,6 +35,13 @@ def test_files_that_were_made_written_moved_and_removed(folder):
     assert watch.changed() == []
 
 
+def test_what_is_told_of_a_removed_file(folder):
+    watch = FolderWatch(str(folder))
+    (folder / "made").touch()
+    (folder / "sub" / "old").unlink()
+    assert watch.told() == ["made", "sub/old\0"]
+
+
 def test_folders_made_later(folder):
     watch = FolderWatch(str(folder))
     (folder / "a" / "b").mkdir(parents=True)

@@ -107,7 +107,7 @@ def test_wanted_files_come_back_and_others_are_named(top, machines):
 def test_removed_file_is_removed(top, machines):
     plugin, machine = write_back(top, "*.txt"), machines()
     (machine.top / "old.txt").unlink()
-    plugin.take(machine, ["old.txt", "never-there.txt"])
+    plugin.take(machine, ["old.txt\0", "never-there.txt\0", "removed.py\0"])
     assert files_of(top) == {}
     assert shown(plugin) == []
 
