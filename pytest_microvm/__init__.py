@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded, UsageError
-    from pytest_microvm.machine.microvm import MicroVM
+    from pytest_microvm.machine.microvm import Checkpoint, MicroVM
     from pytest_microvm.settings.spec import MachineSpec
 
 _HOMES = {
+    "Checkpoint": "machine.microvm",
     "MachineCrashed": "errors",
     "MachineError": "errors",
     "MachineSpec": "settings.spec",
@@ -23,6 +24,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Checkpoint",
     "MachineCrashed",
     "MachineError",
     "MachineSpec",

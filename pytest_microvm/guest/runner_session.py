@@ -32,6 +32,7 @@ from pytest_microvm.guest.runner_logging import LogRelay
 from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
 from pytest_microvm.guest.runner_setup_show import SetupShow
 from pytest_microvm.guest.runner_sharing import sharing_plugins
+from pytest_microvm.guest.runner_wide import WideFixtures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -117,6 +118,7 @@ class _SessionPlugin:
         self._logs: LogRelay | None = None
         self._debugger: Debugger | None = None
         self._finish: dict[str, Any] | None = None
+        self._wide: WideFixtures | None = None
 
     # Collection
 
@@ -209,6 +211,7 @@ class _SessionPlugin:
         if self._request["debug"]:
             self._debugger = Debugger(self._config)
             self._config.pluginmanager.register(self._debugger, "microvm_debugger")
+        self._know_wide_fixtures(session, lines)
         self._make_base_folder()
         self._start_watching(self._request["top"])
         self._runner.settle()
@@ -219,6 +222,15 @@ class _SessionPlugin:
         self._runner.reply(request, {})
         self._loop(session)
         return True
+
+    def _know_wide_fixtures(self, session: pytest.Session, lines: list[dict[str, Any]]) -> None:
+        """Tell the host which tests need which wide fixtures, unless this is an unknown version of pytest."""
+        with contextlib.suppress(AttributeError):
+            wide = WideFixtures(session)
+            if wide.keys:
+                lines.append({"k": "wide", "fixtures": wide.keys, "needed": wide.needed})
+                self._config.pluginmanager.register(wide, "microvm_wide")
+                self._wide = wide
 
     def _record_coverage(self) -> None:
         """Record coverage without a database from now on, if possible."""
@@ -263,6 +275,10 @@ class _SessionPlugin:
             op = request.get("op")
             if op == "run":
                 self._run(session, request)
+            elif op == "prepare" and self._wide is not None:
+                self._prepare(self._wide, request)
+            elif op == "tear down" and self._wide is not None:
+                self._tear_down(self._wide, request)
             elif op == "resume":
                 runner.answer_resume(request)
             elif op == "end" and self.end is not None:
@@ -308,19 +324,60 @@ class _SessionPlugin:
         runner.send_lines(stream, [{"k": "ended", **ended, "written": self._written()}])
 
     def _run(self, session: pytest.Session, request: dict[str, Any]) -> None:
-        self._records = records = []
+        stream = self._begin_work(request)
+        following = request.get("next")
+        item = session.items[request["item"]]
+        nextitem = session.items[following] if following is not None else None
+        if self._wide is not None:
+            self._wide.begin(request["item"], request["wide"], lambda: self._tell_need(stream))
+        self._work(lambda: self._config.hook.pytest_runtest_protocol(item=item, nextitem=nextitem))
+        if request.get("limited") and limits.refused_forks():
+            limits.tell_of_refusal()  # before the host learns that the test has ended
+        if following is None and self._coverage is not None:
+            self._records.append(self._coverage_record(self._coverage))
+        stop = session.shouldstop or session.shouldfail
+        self._end_work(stream, stop=str(stop) if stop else None)
+
+    def _prepare(self, wide: WideFixtures, request: dict[str, Any]) -> None:
+        """Set up the wide fixtures of a test, for this machine's copies."""
+        stream = self._begin_work(request)
+        self._work(lambda: wide.prepare(request["item"], request["count"]))
+        self._end_work(stream, stop=None, standing=wide.standing)
+
+    def _tear_down(self, wide: WideFixtures, request: dict[str, Any]) -> None:
+        """Tear down the wide fixtures that the next test does not need."""
+        stream = self._begin_work(request)
+
+        def work() -> None:
+            report = wide.tear_down(request["item"], request["next"])
+            if report is not None:
+                self._records.append(report_record(self._config, report))
+
+        self._work(work)
+        self._end_work(stream, stop=None, standing=wide.standing)
+
+    def _tell_need(self, stream: int) -> None:
+        """Tell the host that the test is about to set up a wide fixture; wait for the end of this machine."""
+        self._runner.send_lines(stream, [{"k": "needs"}])
+        self._linger()
+
+    def _begin_work(self, request: dict[str, Any]) -> int:
+        """Get ready for a request that runs the project's code; return the stream for its records."""
+        self._records = []
         self._output_limit, self._output = int(request.get("output", 0)), 0
         if request.get("pids") is not None:
             limits.limit_processes(int(request["pids"]))
         stream = self._runner.open_stream(request)
         self._written()  # what the host has put there does not count
-        self._runner.reply(request, {})  # from here on any failure is caused by the test
+        self._runner.reply(request, {})  # from here on any failure is caused by the project's code
         self._begin_telling(lambda record: self._runner.write_lines(stream, [record]))
-        following = request.get("next")
-        item = session.items[request["item"]]
-        nextitem = session.items[following] if following is not None else None
+        return stream
+
+    def _work(self, work: Callable[[], object]) -> None:
+        """Run the project's code; record how it ended the session, if it did."""
+        records = self._records
         try:
-            self._config.hook.pytest_runtest_protocol(item=item, nextitem=nextitem)
+            work()
         except pytest.exit.Exception as error:
             records.append({"k": "exit", "code": error.returncode, "reason": "exit", "text": str(error.msg)})
         except KeyboardInterrupt as error:
@@ -329,19 +386,18 @@ class _SessionPlugin:
             records.append({"k": "exit", "code": 3, "reason": "internal", "text": traceback.format_exc()})
         self._runner.leave_if_forked()
         self._end_telling()
-        if request.get("limited") and limits.refused_forks():
-            limits.tell_of_refusal()  # before the host learns that the test has ended
+
+    def _end_work(self, stream: int, **end: Any) -> None:
+        """Send the records of a request that ran the project's code."""
+        records = self._records
         if self._output > self._output_limit:
             records.append({"k": "excess", "printed": self._output})
         if self._debugger is not None and self._debugger.shown:
             for record in records:
                 record["debugged"] = True
-        if following is None and self._coverage is not None:
-            records.append(self._coverage_record(self._coverage))
-        stop = session.shouldstop or session.shouldfail
-        end: dict[str, Any] = {"k": "end", "printed": self._printed(), "written": self._written()}
-        records.append({**end, "stop": str(stop) if stop else None})
-        self._runner.send_lines(stream, records)
+        cost = [] if self._wide is None else self._wide.cost()
+        end = {"k": "end", "printed": self._printed(), "written": self._written(), "wide": cost, **end}
+        self._runner.send_lines(stream, [*records, end])
 
     def _begin_telling(self, tell: Callable[[dict[str, Any]], None]) -> None:
         """Tell the host what it has to know while a test runs."""

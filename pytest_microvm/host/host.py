@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from pytest_microvm.images import Image
     from pytest_microvm.images.mirror.environment import PythonEnvironment
+    from pytest_microvm.templates.unpublished import UnpublishedTemplate
 
 CACHE_SIZE_VARIABLE = "PYTEST_MICROVM_CACHE_SIZE"
 _DEFAULT_CACHE_SIZE = 10 * 1024**3
@@ -253,6 +254,24 @@ class Host:
         """
         return self._starter.keep(copied, about)
 
+    def checkpoint(self, copied: StartedCopy) -> UnpublishedTemplate:
+        """Copy the present state of a keepable copy, which runs on, as a template for this process only.
+
+        Raises:
+            MachineError: The state cannot be saved.
+            HostError: The disk is full.
+        """
+        return self._starter.checkpoint(copied)
+
+    def spare(self, copied: StartedCopy, end: Callable[[], None]) -> None:
+        """Allow a machine to be ended when the host budget has no room for another one of this process.
+
+        Args:
+            copied: The machine.
+            end: Ends and releases it.
+        """
+        self._starter.spare(copied, end)
+
     def kept(self) -> list[KeptMachine]:
         """Return the kept machines, the newest first."""
         return kept_machines(self.templates)
@@ -279,6 +298,7 @@ class Host:
         *,
         pool: int = 0,
         keepable: bool = False,
+        checkpoints: bool = False,
         steps: Callable[[Base], Sequence[TemplateStep]] = lambda _base: (),
         **changes: Any,
     ) -> MicroVM:
@@ -288,15 +308,17 @@ class Host:
             spec: Its specification.
             pool: How many more of the same kind to keep ready from now on.
             keepable: Whether to allow :meth:`MicroVM.keep`, which makes the start slower.
+            checkpoints: Whether to allow :meth:`MicroVM.checkpoint`, likewise.
             steps: Returns the steps that run once, in the template that the machine is a copy of.
             **changes: Fields of the spec, in the form that users write.
         """
         spec = (spec or MachineSpec()).with_changes(changes, "MicroVM.start()")
         base = self.base(spec)
         template = self.template(base, steps(base))
-        machine = self._starter.pooled(template, base, pool) if pool else None
+        own = keepable or (checkpoints and not base.grants.secrets and not spec.mounts)
+        machine = self._starter.pooled(template, base, pool) if pool and not own else None
         if machine is None:
-            machine = self._starter.machine(template, base, keepable=keepable)
+            machine = self._starter.machine(template, base, keepable=own)
         machine.instance.watch(base.limits)
         try:
             for mount in spec.mounts:
@@ -310,6 +332,10 @@ class Host:
     def pool(self, key: tuple[str, str], make: Callable[[], Pool[Any]]) -> Pool[Any]:
         """Return the pool called ``key``, created at first use and closed with the host."""
         return self._starter.pool(key, make)
+
+    def close_pool(self, key: tuple[str, str]) -> None:
+        """Close the pool called ``key``, if there is one."""
+        self._starter.close_pool(key)
 
     def wait_ready(self) -> None:
         """Wait until every pool is full, or has found no room."""

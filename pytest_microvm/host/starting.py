@@ -7,13 +7,13 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import BootError
 from pytest_microvm.host.kept import KeptMachine
 from pytest_microvm.machine.instance import BOOT_TIMEOUT, Instance, MachineFacts
-from pytest_microvm.machine.microvm import MicroVM
+from pytest_microvm.machine.microvm import Checkpoint, MicroVM
 from pytest_microvm.templates.pool import Pool
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_microvm.templates.budget import HostBudget
     from pytest_microvm.templates.chain import Base, Chain
     from pytest_microvm.templates.store import Template, TemplateStore
+    from pytest_microvm.templates.unpublished import UnpublishedTemplate
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ class MachineStarter:
         self._retries = retries
         self._pools: dict[tuple[str, str], Pool[Any]] = {}
         self._places: dict[str, Instance | None] = {}  # in the budget; None: nothing runs there yet
+        self._own: dict[str, Path] = {}
+        self._spare: dict[str, Callable[[], None]] = {}
+        self._unpublished: list[UnpublishedTemplate] = []
         self._lock = threading.Lock()
 
     def copy(self, template: Template, base: Base, port: str, *, keepable: bool = False) -> StartedCopy:
@@ -127,6 +131,13 @@ class MachineStarter:
                 self._pools[key] = make()
             return self._pools[key]
 
+    def close_pool(self, key: tuple[str, str]) -> None:
+        """Close the pool called ``key``, if there is one."""
+        with self._lock:
+            pool = self._pools.pop(key, None)
+        if pool is not None:
+            pool.close()
+
     def wait_ready(self) -> None:
         """Wait until every pool is full, or has found no room."""
         for pool in list(self._pools.values()):
@@ -143,9 +154,20 @@ class MachineStarter:
             self.release(copied)
         return KeptMachine(facts.id, facts.image, about, time.time())
 
+    def checkpoint(self, copied: StartedCopy) -> UnpublishedTemplate:
+        """Copy the present state of a keepable copy, which runs on."""
+        assert copied.own is not None
+        template = self._chain(copied.base).checkpoint(copied.instance, copied.facts.id, copied.own)
+        self._unpublished.append(template)
+        return template
+
+    def spare(self, copied: StartedCopy, end: Callable[[], None]) -> None:
+        """Allow a machine to be ended when the host budget has no room for another one of this process."""
+        self._spare[copied.facts.id] = end
+
     def release(self, copied: StartedCopy) -> None:
         """Return a copy's place to the host budget, and remove its own folder."""
-        self._release(copied.facts.id, copied.own)
+        self._release(copied.facts.id)
 
     @contextmanager
     def room(self, base: Base) -> Iterator[None]:
@@ -156,13 +178,15 @@ class MachineStarter:
         self._release(name)
 
     def close(self) -> None:
-        """Close the pools, end every machine that was not released, and return the places."""
+        """Close the pools, end every machine that was not released, remove all checkpoints."""
         with self._lock:
             pools, self._pools = list(self._pools.values()), {}
         for pool in pools:
             pool.close()
         for name in list(self._places):
             self._end(name)
+        for template in self._unpublished:
+            template.close()
 
     @contextmanager
     def _place(self, kind: str) -> Iterator[str]:
@@ -183,7 +207,12 @@ class MachineStarter:
         )
 
     def _reclaim(self) -> bool:
-        return any(pool.give_up_one() for pool in list(self._pools.values()))
+        if any(pool.give_up_one() for pool in list(self._pools.values())):
+            return True
+        for end in list(self._spare.values()):
+            end()
+            return True
+        return False
 
     def _end(self, name: str) -> None:
         instance = self._places.get(name)
@@ -191,11 +220,13 @@ class MachineStarter:
             instance.close()
         self._release(name)
 
-    def _release(self, name: str, own: Path | None = None) -> None:
+    def _release(self, name: str) -> None:
+        own = self._own.pop(name, None)
         if own is not None:
             self._store().drop(own)
         self._budget().release(name)
         self._places.pop(name, None)
+        self._spare.pop(name, None)
 
     def _start(
         self, template: Template, base: Base, port: str, name: str, begin: float, *, keepable: bool
@@ -205,17 +236,14 @@ class MachineStarter:
             keepable = False
             self._warn(["machines that hold secrets are not kept: their memory would be on disk"])
         own = self._store().new_draft() if keepable else None
-        try:
-            instance = self._places[name] = self._awake(template, base, port, name, own)
-            self._budget().started(name, instance.vmm.pid)
-            self._warn(instance.vmm.not_enforced)
-            facts = machine_facts(base, name, time.monotonic() - begin)
-            instance.events.add("started", f"{name} from image {facts.image}", accelerator=facts.accelerator)
-            return StartedCopy(instance, facts, base, own)
-        except BaseException:
-            if own is not None:
-                self._store().drop(own)
-            raise
+        if own is not None:
+            self._own[name] = own
+        instance = self._places[name] = self._awake(template, base, port, name, own)
+        self._budget().started(name, instance.vmm.pid)
+        self._warn(instance.vmm.not_enforced)
+        facts = machine_facts(base, name, time.monotonic() - begin)
+        instance.events.add("started", f"{name} from image {facts.image}", accelerator=facts.accelerator)
+        return StartedCopy(instance, facts, base, own)
 
     def _awake(self, template: Template, base: Base, port: str, name: str, own: Path | None) -> Instance:
         """Return a copy that has woken up with its own identity and grants; replace those that do not."""
@@ -246,12 +274,27 @@ class MachineStarter:
         def keep(about: str) -> None:
             self.keep(copied, about)
 
+        base = copied.base
+        fixed = copied.own is None or base.grants.secrets or base.grants.credentials
         return MicroVM(
             copied.instance,
             copied.facts,
             on_close=lambda: self.release(copied),
             on_keep=None if copied.own is None else keep,
+            on_checkpoint=None if fixed else lambda: self._forkable(copied),
         )
+
+    def _forkable(self, copied: StartedCopy) -> Checkpoint:
+        template = self.checkpoint(copied)
+
+        def fork() -> MicroVM:
+            forked = self.copy(template, copied.base, "agent")
+            facts = replace(forked.facts, fork_of=copied.facts.id)
+            machine = self._handle(replace(forked, facts=facts))
+            machine.instance.watch(copied.base.limits)
+            return machine
+
+        return Checkpoint(copied.facts.id, fork, template.close)
 
 
 def machine_facts(base: Base, name: str, ready_seconds: float) -> MachineFacts:

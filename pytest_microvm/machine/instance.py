@@ -115,6 +115,7 @@ class MachineFacts:
         ready_seconds: Seconds from the request for a machine to its first answer.
         limits: Its quotas.
         environment: Variables that every command gets.
+        fork_of: The machine whose checkpoint it began in; empty: it is no fork.
     """
 
     id: str
@@ -125,6 +126,7 @@ class MachineFacts:
     ready_seconds: float
     limits: Limits
     environment: tuple[tuple[str, str], ...] = ()
+    fork_of: str = ""
 
 
 class Instance:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from pytest_microvm.agent.path import GuestPath
 from pytest_microvm.agent.process import GuestProcess, command_arguments
 from pytest_microvm.agent.transfer import pull, push
-from pytest_microvm.errors import MicroVMError, UsageError
+from pytest_microvm.errors import MachineError, MicroVMError, UsageError
 from pytest_microvm.events import Event
 from pytest_microvm.machine.client import MachineClient
 from pytest_microvm.machine.instance import Instance, MachineFacts, Usage
@@ -40,7 +40,7 @@ _log = logging.getLogger("pytest_microvm")
 class Start(Protocol):
     """Starts machines for :meth:`MicroVM.start`."""
 
-    def __call__(self, spec: MachineSpec | None, *, pool: int, **changes: Any) -> MicroVM:
+    def __call__(self, spec: MachineSpec | None, *, pool: int, checkpoints: bool, **changes: Any) -> MicroVM:
         """Start a machine."""
 
 
@@ -66,6 +66,7 @@ class MicroVM:
         *,
         on_close: Callable[[], None] = lambda: None,
         on_keep: Callable[[str], None] | None = None,
+        on_checkpoint: Callable[[], Checkpoint] | None = None,
     ) -> None:
         self.facts = facts
         self.instance = instance
@@ -74,9 +75,12 @@ class MicroVM:
         self.mounts: list[Mounted] = []
         self._on_close = on_close
         self._on_keep = on_keep
+        self._on_checkpoint = on_checkpoint
 
     @classmethod
-    def start(cls, spec: MachineSpec | None = None, *, pool: int = 0, **changes: Any) -> MicroVM:
+    def start(
+        cls, spec: MachineSpec | None = None, *, pool: int = 0, checkpoints: bool = False, **changes: Any
+    ) -> MicroVM:
         """Start a machine (a copy of a cached template; the first one of its kind boots).
 
         Slow steps, and limits that this host cannot enforce, are logged by the logger ``pytest_microvm``.
@@ -84,6 +88,7 @@ class MicroVM:
         Args:
             spec: The machine's spec; the defaults of :class:`MachineSpec` if omitted.
             pool: Number of additional machines of the same kind to keep ready for later calls.
+            checkpoints: Whether to allow :meth:`checkpoint`, which makes the start slower.
             **changes: Fields of the spec as users write them, such as ``memory="1G"``.
 
         Returns:
@@ -94,7 +99,7 @@ class MicroVM:
             HostError: This computer lacks a requirement.
             BootError: The machine did not come up.
         """
-        return cls._starter()(spec, pool=pool, **changes)
+        return cls._starter()(spec, pool=pool, checkpoints=checkpoints, **changes)
 
     @classmethod
     def started_by(cls, starter: Callable[[], Start]) -> None:
@@ -400,6 +405,30 @@ class MicroVM:
             self._on_keep(about)
         return True
 
+    def checkpoint(self) -> Checkpoint:
+        """Return the machine's present state, in which forks can be started; the machine runs on.
+
+        Processes that run in the background, servers and their connections within the machine included, run
+        on in each fork. Connections to the outside do not.
+
+        Raises:
+            UsageError: The machine was not started with ``checkpoints=True``, or cannot have any.
+            MachineError: A command runs that the host reads from, or the state cannot be saved.
+        """
+        if self._on_checkpoint is None:
+            raise UsageError(
+                f"no checkpoint can be taken of machine {self.id}",
+                resolution="start it with checkpoints=True, without secrets, credentials and mounts; those "
+                "of microvm_class, microvm_module and microvm_session are",
+            )
+        if self.instance.link("agent").channel.open_streams:
+            raise MachineError(
+                f"no checkpoint of machine {self.id}: a command runs whose output is read on this computer",
+                resolution="wait for it, or start it in the machine's background: "
+                "run('server >/dev/null 2>&1 &')",
+            )
+        return self._on_checkpoint()
+
     def close(self) -> None:
         """End the machine and discard everything in it; a second call does nothing.
 
@@ -460,3 +489,49 @@ def _served(target: int | str | PurePosixPath) -> int | str:
             resolution=f"give an absolute one of at most {_LONGEST_PATH} bytes",
         )
     return path
+
+
+class Checkpoint:
+    """The state of a machine at one time: its processes, memory and disk.
+
+    Use it as a context manager, or call :meth:`close`; the end of the run closes it too.
+
+    Args:
+        machine: The machine's id.
+        fork: Starts a fork.
+        close: Removes the state.
+    """
+
+    def __init__(self, machine: str, fork: Callable[[], MicroVM], close: Callable[[], None]) -> None:
+        self.machine = machine
+        self._fork = fork
+        self._close = close
+        self._closed = False
+
+    def fork(self) -> MicroVM:
+        """Start a machine in this state, with a name, entropy and grants of its own.
+
+        Raises:
+            UsageError: The checkpoint is closed.
+            BootError: The fork did not wake up.
+        """
+        if self._closed:
+            raise UsageError(
+                f"the checkpoint of machine {self.machine} is closed", resolution="take another one"
+            )
+        return self._fork()
+
+    def close(self) -> None:
+        """Remove the state; forks run on. A second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Checkpoint of {self.machine}{' (closed)' if self._closed else ''}>"

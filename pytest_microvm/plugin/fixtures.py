@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_microvm.host.host import Host
-    from pytest_microvm.machine.microvm import MicroVM
+    from pytest_microvm.machine.microvm import Checkpoint, MicroVM
     from pytest_microvm.settings.configuration import Settings
     from pytest_microvm.settings.spec import MachineSpec
 
@@ -66,12 +66,27 @@ class Machines:
         )
         return spec if changed is None else changed
 
-    def start(self, node: pytest.Item | pytest.Collector, changes: dict[str, Any]) -> MicroVM:
-        """Start a machine for ``node`` and return it, ready for use."""
+    def start(
+        self, node: pytest.Item | pytest.Collector, changes: dict[str, Any], *, checkpoints: bool
+    ) -> MicroVM:
+        """Start a machine for ``node`` and return it, ready for use.
+
+        Args:
+            node: What it is for.
+            changes: Fields of its spec, as users write them.
+            checkpoints: Whether to allow checkpoints of it.
+        """
         keepable = self.settings.keep == "failed"
         machine = self.host.start(
-            self.spec(node, changes), pool=0 if keepable else self.settings.pool_size, keepable=keepable
+            self.spec(node, changes),
+            pool=0 if keepable else self.settings.pool_size,
+            keepable=keepable,
+            checkpoints=checkpoints,
         )
+        return self.started(machine, node)
+
+    def started(self, machine: MicroVM, node: pytest.Item | pytest.Collector) -> MicroVM:
+        """Tell plug-ins that a machine has started; return it."""
         self._config.hook.pytest_microvm_started(config=self._config, facts=machine.facts, nodeid=node.nodeid)
         return machine
 
@@ -79,7 +94,7 @@ class Machines:
         """End a machine, or keep it if its test failed and keeping is enabled."""
         if machine.closed:
             return
-        if failed and machine.keep(about):
+        if failed and self.settings.keep == "failed" and machine.keep(about):
             self.kept.append(f"{machine.id} ({about}): pytest-microvm shell {machine.id}")
         else:
             machine.close()
@@ -119,9 +134,9 @@ def machines(config: pytest.Config) -> Machines:
     return config.stash[_runs]
 
 
-def _one(request: pytest.FixtureRequest) -> Iterator[MicroVM]:
+def _one(request: pytest.FixtureRequest, *, checkpoints: bool) -> Iterator[MicroVM]:
     with _usage_errors():
-        machine = machines(request.config).start(request.node, {})
+        machine = machines(request.config).start(request.node, {}, checkpoints=checkpoints)
     _used(request.node).append((str(request.fixturename), machine))
     yield machine
     machines(request.config).end(machine, request.node.nodeid, failed=_has_failed(request.node))
@@ -130,40 +145,62 @@ def _one(request: pytest.FixtureRequest) -> Iterator[MicroVM]:
 @pytest.fixture
 def microvm(request: pytest.FixtureRequest) -> Iterator[MicroVM]:
     """A machine of this test's own, root included."""
-    yield from _one(request)
+    yield from _one(request, checkpoints=False)
 
 
 @pytest.fixture(scope="class")
 def microvm_class(request: pytest.FixtureRequest) -> Iterator[MicroVM]:
     """A machine that the tests of a class share."""
-    yield from _one(request)
+    yield from _one(request, checkpoints=True)
 
 
 @pytest.fixture(scope="module")
 def microvm_module(request: pytest.FixtureRequest) -> Iterator[MicroVM]:
     """A machine that the tests of a module share."""
-    yield from _one(request)
+    yield from _one(request, checkpoints=True)
 
 
 @pytest.fixture(scope="session")
 def microvm_session(request: pytest.FixtureRequest) -> Iterator[MicroVM]:
     """A machine that all tests of the run share."""
-    yield from _one(request)
+    yield from _one(request, checkpoints=True)
 
 
 @pytest.fixture
 def microvm_factory(request: pytest.FixtureRequest) -> Iterator[Callable[..., MicroVM]]:
     """Start machines: ``microvm_factory(image="base", memory="1G")``; they end with the test."""
+
+    def start(*, checkpoints: bool = False, **changes: Any) -> MicroVM:
+        with _usage_errors():
+            return machines(request.config).start(request.node, changes, checkpoints=checkpoints)
+
+    yield from _several(request, start)
+
+
+@pytest.fixture
+def microvm_fork(request: pytest.FixtureRequest) -> Iterator[Callable[[Checkpoint], MicroVM]]:
+    """Start forks: ``microvm_fork(checkpoint)``; they end with the test."""
+
+    def start(checkpoint: Checkpoint) -> MicroVM:
+        with _usage_errors():
+            return machines(request.config).started(checkpoint.fork(), request.node)
+
+    yield from _several(request, start)
+
+
+def _several(
+    request: pytest.FixtureRequest, start: Callable[..., MicroVM]
+) -> Iterator[Callable[..., MicroVM]]:
+    """Yield ``start``; afterwards end the machines that it started."""
     made: list[MicroVM] = []
 
-    def start(**changes: Any) -> MicroVM:
-        with _usage_errors():
-            machine = machines(request.config).start(request.node, changes)
+    def noted(*arguments: Any, **changes: Any) -> MicroVM:
+        machine = start(*arguments, **changes)
         made.append(machine)
-        _used(request.node).append(("microvm_factory", machine))
+        _used(request.node).append((str(request.fixturename), machine))
         return machine
 
-    yield start
+    yield noted
     for machine in reversed(made):
         machines(request.config).end(machine, request.node.nodeid, failed=_has_failed(request.node))
 

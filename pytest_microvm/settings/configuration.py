@@ -44,6 +44,8 @@ class Settings:
     Args:
         spec: The spec of its machines.
         isolation: The scope that shares one machine under ``--microvm``.
+        fixtures: Where fixtures wider than a test are set up: ``auto``, ``fork`` (once), ``repeat``.
+        repeat: How often each test runs; ``None``: once, and nothing is told about it.
         pool: Number of machines to keep ready; ``None``: the number of cores, at most 4.
         prepare: Shell commands run once in the machine, before the workspace is copied; the result is cached.
         prepare_inputs: Files and folders that ``prepare`` needs; copied first, and part of the cache key.
@@ -64,6 +66,8 @@ class Settings:
 
     spec: MachineSpec = field(default_factory=MachineSpec)
     isolation: str = "test"
+    fixtures: str = "auto"
+    repeat: int | None = None
     pool: int | None = None
     prepare: tuple[str, ...] = ()
     prepare_inputs: tuple[str, ...] = ()

@@ -95,6 +95,11 @@ class Option(NamedTuple):
 OPTIONS: tuple[Option, ...] = (
     Option("isolation", "run", "choice", "scope of the tests that share a machine", default="test",
            choices=("test", "class", "module", "session")),
+    Option("fixtures", "run", "choice",
+           "set up fixtures wider than a test once and fork their machine for each test, or repeat them; "
+           "auto forks those that are slow", default="auto", choices=("auto", "fork", "repeat")),
+    Option("repeat", "run", "count", "run each test this often, and tell how its outcomes differ",
+           default="once", unit="times", least=1, most=100_000),
     Option("args", "run", "words", "arguments for pytest inside the machine"),
     Option("image", "image", "kit", "the image: a kit's name or path", default="python", absent=("gitlab",)),
     Option("python", "image", "choice",

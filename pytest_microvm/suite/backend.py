@@ -78,6 +78,8 @@ class RunOptions:
         fail_on_denied: Whether a test fails if one of its network requests was denied.
         network: Rules for the network that tests may reach, as written.
         junit_profile: The consumer of the ``--junitxml`` file; ``None``: as pytest writes it.
+        fixtures: Where wide fixtures are set up: ``auto``, ``fork`` (once) or ``repeat`` (for each test).
+        repeat: How often each test runs; ``None``: once.
         write_back: Patterns, as in a .gitignore file, of workspace files that come back from machines.
     """
 
@@ -93,6 +95,8 @@ class RunOptions:
     network: tuple[str, ...] = ()
     junit_profile: str | None = None
     write_back: tuple[str, ...] = ()
+    fixtures: str = "auto"
+    repeat: int | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,13 @@ class Kept(Protocol):
         """The id to enter it by."""
 
 
+class MachineCheckpoint(Protocol):
+    """The state of a machine at one time, from which forks start."""
+
+    def close(self) -> None:
+        """Remove it; its forks run on."""
+
+
 class RunnerMachine(Protocol):
     """A machine with a runner that has collected; already resumed."""
 
@@ -152,6 +163,10 @@ class RunnerMachine(Protocol):
     @property
     def facts(self) -> MachineFacts:
         """Facts about the machine, fixed when it starts."""
+
+    @property
+    def usable(self) -> bool:
+        """True while the machine runs."""
 
     @property
     def redactor(self) -> Redactor:
@@ -210,6 +225,16 @@ class RunnerMachine(Protocol):
             MachineError: The machine failed.
         """
 
+    def checkpoint(self, forks: int) -> MachineCheckpoint:
+        """Return a checkpoint of the machine, which runs on; only for a machine of :meth:`Backend.keeper`.
+
+        Args:
+            forks: About how many forks will be started from it.
+
+        Raises:
+            MachineError: Its state cannot be saved.
+        """
+
     def save(self, folder: Path, error: MachineError, about: str) -> None:
         """Save the machine's records, after it ended because of ``error``, in ``folder``."""
 
@@ -245,6 +270,23 @@ class Backend(Protocol):
             BootError: It never became ready.
         """
 
+    def keeper(self) -> RunnerMachine | None:
+        """Return a machine like :meth:`lease` that checkpoints can be taken of.
+
+        ``None``: its memory must not be on a disk, it shares directories with this computer, or there is no
+        room for it now. It may be ended when there is no room for another machine.
+
+        Raises:
+            BootError: It never became ready.
+        """
+
+    def fork(self, checkpoint: MachineCheckpoint) -> RunnerMachine:
+        """Return a fresh machine in the state of a checkpoint, with an identity of its own.
+
+        Raises:
+            BootError: It never became ready.
+        """
+
     def close(self) -> None:
         """End all remaining machines."""
 
@@ -253,13 +295,15 @@ class Backend(Protocol):
 class Lease:
     """A machine in use, with its sharing key, test count, and count of network requests before its test.
 
-    ``finished``: what its plug-ins output has been taken. ``nodeid``: the last test that began in it.
+    ``again``: whether another test follows in it. ``finished``: what its plug-ins output has been taken.
+    ``nodeid``: the last test that began in it.
     """
 
     machine: RunnerMachine
     key: object = None
     tests: int = 0
     asked: int = 0
+    again: bool = False
     ended: bool = field(default=False)
     finished: bool = field(default=False)
     nodeid: str = ""

@@ -103,6 +103,8 @@ class Collected:
         header: Lines of the guest's report header.
         speaking: Plug-ins and conftest files that do something at the end of the session.
         outputs: Whether some of them get the ``workeroutput`` of each machine (pytest-xdist's contract).
+        wide: Names of the fixtures with a scope wider than a test, as the guest wrote them: not safe to show.
+        needed: For each item of ``order``, the numbers of those that it needs.
         sharing: Plug-ins whose tests need one process, each with the isolation that gives them one.
         exit: Set if collection ended early.
     """
@@ -118,6 +120,8 @@ class Collected:
     header: tuple[str, ...] = ()
     speaking: tuple[str, ...] = ()
     outputs: bool = False
+    wide: tuple[str, ...] = ()
+    needed: tuple[tuple[int, ...], ...] = ()
     sharing: tuple[tuple[str, str], ...] = ()
     exit: GuestExit | None = None
 
@@ -163,6 +167,9 @@ class _Draft:
         items = [*self.values.get("order", ()), *self.deselected]
         if any(self.nodes[number - 1].kind != "item" for number in items):
             raise checks.violation("a collector where an item belongs")
+        needed = self.values.get("needed", ())
+        if needed and len(needed) != len(self.values.get("order", ())):
+            raise checks.violation("fixtures of other tests than it collected")
         return Collected(
             nodes=tuple(self.nodes),
             reports=tuple(self.reports),
@@ -337,6 +344,19 @@ def _ending(draft: _Draft, record: dict[str, Any]) -> None:
     draft.values["outputs"] = record.get("outputs") is True
 
 
+def _wide(draft: _Draft, record: dict[str, Any]) -> None:
+    names = checks.array(record.get("fixtures"), "list of fixtures")
+    if not all(isinstance(name, str) for name in names):
+        raise checks.violation("a fixture's name that is not text")
+    draft.values["wide"] = tuple(names)
+    draft.values["needed"] = tuple(
+        tuple(checks.integer(number, "number of a fixture", 0, len(names) - 1) for number in numbers)
+        for numbers in (
+            checks.array(each, "list of fixtures") for each in checks.array(record.get("needed"), "list")
+        )
+    )
+
+
 def _sharing(draft: _Draft, record: dict[str, Any]) -> None:
     isolation = checks.choice(record.get("isolation"), _SHARED, "isolation")
     known = draft.values.get("sharing", ())
@@ -356,6 +376,7 @@ _READERS = {
     "warning": _warning,
     "items": _items,
     "ending": _ending,
+    "wide": _wide,
     "sharing": _sharing,
     "exit": _exit,
     "end": _end,

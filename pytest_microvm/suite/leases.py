@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -97,8 +97,12 @@ class Leases:
         self._watcher = watcher
         self._current: Lease | None = None
 
-    def take(self, item: pytest.Item) -> Lease:
+    def take(self, item: pytest.Item, start: Callable[[], RunnerMachine]) -> Lease:
         """Return the lease for ``item``: the current machine if shared, or a new one.
+
+        Args:
+            item: A test.
+            start: Returns a new machine.
 
         Raises:
             BootError: The machine did not start.
@@ -108,7 +112,7 @@ class Leases:
         if lease is not None and lease.key == key and not lease.ended:
             return lease
         self.release()
-        lease = self._current = Lease(self._backend.lease(), key)
+        lease = self._current = Lease(start(), key)
         lease.nodeid = item.nodeid
         self._machines += 1
         self._watcher.started(lease.machine, item.nodeid)
@@ -116,6 +120,8 @@ class Leases:
 
     def next_in_same(self, lease: Lease, nextitem: pytest.Item | None) -> bool:
         """Return True if ``nextitem`` will also run in the machine of ``lease``."""
+        if self._isolation == "test":
+            return False
         return nextitem is not None and sharing_key(nextitem, self._isolation) == lease.key
 
     def discard(self, lease: Lease) -> None:
@@ -140,8 +146,11 @@ class Leases:
     def release(self) -> None:
         """End the machine in use; if its plug-ins output something, it finishes its pytest session first."""
         lease, self._current = self._current, None
-        if lease is None or lease.ended:
-            return
+        if lease is not None and not lease.ended:
+            self.end(lease)
+
+    def end(self, lease: Lease) -> None:
+        """End a machine; if its plug-ins output something, it finishes its pytest session first."""
         if self._end.finishing or (self._end.outputs and not lease.finished):
             try:
                 self._finish(lease)

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pytest_microvm.agent.link import Link
-    from pytest_microvm.suite.backend import TestLimits
+    from pytest_microvm.suite.backend import MachineCheckpoint, TestLimits
     from pytest_microvm.templates.store import Template
+    from pytest_microvm.templates.unpublished import UnpublishedTemplate
 
 
 class RunnerLease:
@@ -150,6 +151,10 @@ class RunnerLease:
             self._instance.close()
             self._host.release(self._copied)
 
+    def checkpoint(self, forks: int) -> KeeperCheckpoint:
+        """Return a checkpoint of a keeper, which runs on."""
+        return KeeperCheckpoint(self._host, self._host.checkpoint(self._copied), forks)
+
     def keep(self, about: str) -> KeptMachine | None:
         """Freeze the machine to disk; ``None`` if it was not started for that, or has ended."""
         if self._copied.own is None or self._ended or not self.usable:
@@ -157,6 +162,30 @@ class RunnerLease:
         kept = self._host.keep(self._copied, about)
         self._ended = True
         return kept
+
+
+class KeeperCheckpoint:
+    """A checkpoint of a keeper (a :class:`pytest_microvm.suite.backend.MachineCheckpoint`).
+
+    Args:
+        host: The host.
+        template: The keeper's state.
+        forks: About how many forks will be started from it.
+    """
+
+    def __init__(self, host: Host, template: UnpublishedTemplate, forks: int) -> None:
+        self._host = host
+        self.template = template
+        self.forks = max(1, forks)
+
+    def close(self) -> None:
+        """Remove it, and the forks that wait for a test."""
+        self._host.close_pool(_pool_key(self.template))
+        self.template.close()
+
+
+def _pool_key(template: Template) -> tuple[str, str]:
+    return ("runner", str(template.folder))
 
 
 class MachineBackend:
@@ -220,6 +249,8 @@ class MachineBackend:
             network=self._config.spec.network or self._base.image.network,
             junit_profile=self._config.junit_profile,
             write_back=self._config.write_back,
+            fixtures=self._config.fixtures,
+            repeat=self._config.repeat,
         )
 
     def collect(self, plan: CollectPlan, progress: Progress) -> bytes:
@@ -246,11 +277,7 @@ class MachineBackend:
         Raises:
             BootError: It did not resume.
         """
-        lease = self._pool.take()
-        if lease is None:
-            copied = self._host.copy(self._collected, self._base, "runner", keepable=self._keeping)
-            lease = RunnerLease(self._host, copied)
-        lease.watch()
+        lease = self._taken(self._collected, self._pool)
         try:
             lease.hand_over(self._config.spec.mounts)
         except BaseException:
@@ -258,20 +285,59 @@ class MachineBackend:
             raise
         return lease
 
+    def keeper(self) -> RunnerLease | None:
+        """Return a machine that checkpoints can be taken of, or ``None``.
+
+        Raises:
+            BootError: It did not resume.
+        """
+        grants = self._base.grants
+        if self._config.spec.mounts or grants.secrets or grants.credentials:
+            return None  # a fork would share a directory or a placeholder with it, or a secret be on a disk
+        copied = self._host.try_copy(self._collected, self._base, "runner", keepable=True)
+        if copied is None:
+            return None
+        lease = RunnerLease(self._host, copied)
+        self._host.spare(copied, lease.kill)
+        lease.watch()
+        return lease
+
+    def fork(self, checkpoint: MachineCheckpoint) -> RunnerLease:
+        """Return a fresh copy of a keeper.
+
+        Raises:
+            BootError: It did not resume.
+        """
+        assert isinstance(checkpoint, KeeperCheckpoint)
+        pool = self._pool_of(checkpoint.template, min(self._pool_size, checkpoint.forks - 1))
+        return self._taken(checkpoint.template, pool, checkpoint.template.key)
+
     def close(self) -> None:
         """End the machines that are ready."""
         self._host.close()
 
+    def _taken(self, template: Template, pool: Pool[RunnerLease], fork_of: str = "") -> RunnerLease:
+        lease = pool.take()
+        if lease is None:
+            copied = self._host.copy(template, self._base, "runner", keepable=self._keeping)
+            lease = RunnerLease(self._host, copied)
+        lease.facts = replace(lease.facts, fork_of=fork_of)
+        lease.watch()
+        return lease
+
     @cached_property
     def _pool(self) -> Pool[RunnerLease]:
+        return self._pool_of(self._collected, self._pool_size)
+
+    def _pool_of(self, template: Template, size: int) -> Pool[RunnerLease]:
         def make() -> RunnerLease | None:
-            copied = self._host.try_copy(self._collected, self._base, "runner", keepable=self._keeping)
+            copied = self._host.try_copy(template, self._base, "runner", keepable=self._keeping)
             return None if copied is None else RunnerLease(self._host, copied)
 
         def new() -> Pool[RunnerLease]:
-            return Pool(self._pool_size, make, RunnerLease.kill, lambda lease: lease.usable)
+            return Pool(size, make, RunnerLease.kill, lambda lease: lease.usable)
 
-        return self._host.pool(("runner", str(id(self))), new)
+        return self._host.pool(_pool_key(template), new)
 
     @property
     def _collected(self) -> Template:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from _pytest.config import builtin_plugins
 
-from pytest_microvm.errors import MicroVMError
+from pytest_microvm.errors import MicroVMError, UsageError
 from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.suite import neutral
 from pytest_microvm.suite.addopts import refuse_acting, refuse_granting
@@ -25,19 +25,29 @@ from pytest_microvm.suite.arguments import (
     split_arguments,
     tokens,
 )
-from pytest_microvm.suite.backend import Backend, CollectPlan, Progress, RemoteSettings, RunnerMachine
+from pytest_microvm.suite.backend import (
+    Backend,
+    CollectPlan,
+    Progress,
+    RemoteSettings,
+    RunnerMachine,
+    RunOptions,
+)
 from pytest_microvm.suite.collected import Collected
 from pytest_microvm.suite.collection import Replay, raise_exit
 from pytest_microvm.suite.ending import Ending
 from pytest_microvm.suite.foreign_warnings import warning_message
+from pytest_microvm.suite.forking import SLOW, FixtureForks
 from pytest_microvm.suite.launch import launch_of
-from pytest_microvm.suite.leases import MachineEnd
+from pytest_microvm.suite.leases import Leases, MachineEnd
 from pytest_microvm.suite.limits import check_markers
 from pytest_microvm.suite.missing import lines_about_modules, lines_about_sharing, with_advice
 from pytest_microvm.suite.observer import SuiteObserver
 from pytest_microvm.suite.plan import addopts_of, guest_environment, settings_from, workspace_of
 from pytest_microvm.suite.progress import TerminalProgress
+from pytest_microvm.suite.repeating import Repeats
 from pytest_microvm.suite.running import Ran, TestRunner
+from pytest_microvm.suite.setup_times import SetUpTimes, remember, remembered
 from pytest_microvm.suite.summary import (
     EXIT_INFRA,
     Tally,
@@ -79,6 +89,7 @@ class RemoteSuite:
         self._words: tuple[tuple[str, ...], tuple[str, ...], dict[str, str]] = ((), (), {})
         self._has_shown = False
         self._tally = Tally()
+        self._times: SetUpTimes | None = None
         self._leave_sigterm = interrupt_on_sigterm()
         self._guest_plugins = os.environ.pop("PYTEST_PLUGINS", None)  # pytest would import them on the host
         self._launch = launch_of(config.invocation_params.args)
@@ -160,6 +171,7 @@ class RemoteSuite:
             assert backend is not None
             self._backend = backend
             self._plan = self._make_plan(backend)
+            self._repeat(backend.options)
             self._write_back = self._make_write_back(backend)
             session.config.pluginmanager.register(self._write_back, "microvm_write_back")
             add_suite_properties(session.config, backend.facts, backend.options.isolation)
@@ -262,6 +274,8 @@ class RemoteSuite:
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """End the machine in use; set exit status ``EXIT_INFRA`` if only the infrastructure failed."""
         self._release()
+        if self._times is not None and not hasattr(session.config, "workerinput"):
+            remember(session.config, self._times.slow(SLOW))
         if self._has_shown:
             session.exitstatus = pytest.ExitCode.OK
         if exitstatus == pytest.ExitCode.TESTS_FAILED and self._tally.only_infra_failed:
@@ -302,8 +316,43 @@ class RemoteSuite:
         assert self._write_back is not None
         self._observer = SuiteObserver(self._config, self._progress, self._ending, self._write_back)
         self._observer.lends_terminal = self._is_told(DEBUGGING)
+        options = self._backend.options
         end = MachineEnd(collected.outputs, self._write_back.finishing, self._is_whole())
-        return TestRunner(self._backend, self._backend.options, self._observer, end)
+        leases = Leases(self._backend, options.isolation, self._observer, end)
+        self._times = SetUpTimes(collected.wide, remembered(self._config))
+        forks = FixtureForks(
+            self._backend,
+            leases,
+            collected,
+            mode=self._fixtures_mode(options),
+            times=self._times,
+            watcher=self._observer,
+            shares=settings_from(self._config, self._launch).workers,
+            repeat=options.repeat or 1,
+        )
+        return TestRunner(options, leases, forks, self._observer, whole=self._is_whole())
+
+    def _fixtures_mode(self, options: RunOptions) -> str:
+        """Return the mode of wide fixtures: a debugger or a plan of set-ups needs them in each machine."""
+        shows = any(getattr(self._config.option, name, False) for name in ("setupshow", "setuponly"))
+        if options.isolation != "test" or shows or self._is_told(DEBUGGING):
+            return "repeat"
+        return options.fixtures
+
+    def _repeat(self, options: RunOptions) -> None:
+        """Repeat tests if that was asked for; each run needs a machine of its own.
+
+        Raises:
+            UsageError: Tests share machines.
+        """
+        if options.repeat is None:
+            return
+        if options.isolation != "test":
+            raise UsageError(
+                f"repeat needs a machine for each run of a test, but isolation is {options.isolation}",
+                resolution="add --microvm-isolation=test",
+            )
+        self._config.pluginmanager.register(Repeats(options.repeat), "microvm_repeats")
 
     def _make_write_back(self, backend: Backend) -> WriteBack:
         users, projects, arity = self._words

@@ -46,6 +46,8 @@ def properties(
             "microvm.cpus": f"{facts.limits.cpus:g}",
             "microvm.memory": facts.limits.memory,
         }
+        if facts.fork_of:
+            found["microvm.fork_of"] = facts.fork_of
     if usage is not None:
         found["microvm.peak_memory_bytes"] = usage.peak_memory_bytes
         found["microvm.cpu_seconds"] = round(usage.cpu_seconds, 3)

@@ -14,10 +14,11 @@ from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, Qu
 from pytest_microvm.machine.evidence import saved
 from pytest_microvm.machine.instance import MachineFacts, Usage
 from pytest_microvm.network.proxy.log import NetworkRequest
-from pytest_microvm.suite.backend import Backend, Lease, RunnerMachine, RunOptions
+from pytest_microvm.suite.backend import Lease, RunnerMachine, RunOptions, TestLimits
 from pytest_microvm.suite.checks import line, paths, text, violation
 from pytest_microvm.suite.collected import GuestExit, GuestWarning, parse_exit, parse_warning
-from pytest_microvm.suite.leases import LeaseObserver, Leases, MachineEnd
+from pytest_microvm.suite.forking import FixtureForks, KeptUp
+from pytest_microvm.suite.leases import LeaseObserver, Leases
 from pytest_microvm.suite.limits import limits_of
 from pytest_microvm.suite.properties import properties
 from pytest_microvm.suite.replay import error_report, passed_report, rebuild_test_report
@@ -41,6 +42,7 @@ class Ran:
         sent: The reports as the guest serialized them; empty if they are not the guest's alone.
         output: What the machine's plug-ins output, if this was its last test and it sent that already.
         written: Files of the workspace that changed in the machine, relative to it; not safe to show.
+        set_up: Times of the wide fixtures that were set up in the machine, as the guest sent them.
     """
 
     reports: list[pytest.TestReport] = field(default_factory=list)
@@ -53,61 +55,120 @@ class Ran:
     sent: list[dict[str, Any]] = field(default_factory=list)
     output: dict[str, Any] | None = None
     written: tuple[str, ...] = ()
+    set_up: object = field(default_factory=list)
 
 
 class TestRunner:
     """A runner of tests in machines from a backend.
 
     Args:
-        backend: The source of machines.
         options: Isolation and timeouts.
+        leases: Machines for tests.
+        forks: The wide fixtures that are set up once.
         watcher: Notified of machines that start and end.
-        end: What machines do at their end.
+        whole: Whether one machine runs the whole session.
     """
 
     __test__ = False
 
     def __init__(
-        self, backend: Backend, options: RunOptions, watcher: LeaseObserver, end: MachineEnd
+        self, options: RunOptions, leases: Leases, forks: FixtureForks, watcher: LeaseObserver, *, whole: bool
     ) -> None:
         self._options = options
-        self._whole = end.whole
+        self._leases = leases
+        self._forks = forks
         self._watcher = watcher
-        self._leases = Leases(backend, options.isolation, watcher, end)
+        self._whole = whole
 
     def run(self, item: Any, nextitem: Any) -> Ran:
         """Run ``item``, retrying machine failures; all other failures become its outcome."""
-        most = self._options.retries
         limits = limits_of(item, self._options)
-        for retry in range(most + 1):
+        ran = self._run(item, nextitem, limits)
+        self._tear_down(ran, item, nextitem, limits)
+        return ran
+
+    def _run(self, item: Any, nextitem: Any, limits: TestLimits) -> Ran:
+        most = self._options.retries
+        retry = 0
+        kept: KeptUp | None = None
+        way = self._forks.way(item, limits)
+        while True:
             try:
-                lease = self._leases.take(item)
+                lease = self._leases.take(item, partial(self._forks.start, way))
                 following = nextitem.position if self._leases.next_in_same(lease, nextitem) else None
                 lease.machine.tighten(limits)
                 lease.asked = lease.machine.requests.added
-                records = RunnerSession(lease.machine.link).run(item.position, following, limits)
+                records = RunnerSession(lease.machine.link).run(item.position, following, limits, way)
             except MachineError as error:  # the test never started: another machine may succeed
-                self.release()
+                self._leases.release()
                 if retry == most:
                     return _never_reached(item, error, retry)
-                self._watcher.retried(item.nodeid, error, retry + 1, most)
+                retry += 1
+                self._watcher.retried(item.nodeid, error, retry, most)
             except MicroVMError as error:  # a problem of this computer: a retry would not help
                 return _never_reached(item, error, retry)
             else:
-                return self._run_in(lease, records, item, following is not None, retry)
-        raise AssertionError("unreachable: the last try returns")
+                lease.again = following is not None
+                ran = self._run_in(lease, records, item, retry, tells=way == "tell")
+                if ran is not None:
+                    return ran if kept is None else _with_set_up(ran, item, kept, self._options)
+                kept, failed = self._prepare(item, limits, retry)
+                if failed is not None:
+                    return failed
+                way = "repeat" if kept is None else "standing"
+
+    def _prepare(self, item: Any, limits: TestLimits, retries: int) -> tuple[KeptUp | None, Ran | None]:
+        """Set up a test's wide fixtures once; return what was done, or the test's result if that failed.
+
+        Neither: they cannot be set up once, so the test's own machine does it.
+        """
+        try:
+            keeper = self._forks.keeper(item)
+        except MicroVMError as error:
+            self._watcher.told(item.nodeid, f"no machine for its fixtures: {error.brief}")
+            return None, None
+        if keeper is None:
+            return None, None
+        keeper.asked = keeper.machine.requests.added
+        try:
+            kept = self._forks.prepare(keeper, item, limits)
+        except MachineError as error:
+            ran = self._failed_machine(keeper, item, error, retries)
+            self._forks.lose(keeper)
+            return None, ran
+        return kept, None if kept.exit is None else Ran(exit=kept.exit, facts=keeper.machine.facts)
+
+    def _tear_down(self, ran: Ran, item: Any, nextitem: Any, limits: TestLimits) -> None:
+        """Tear down wide fixtures that ``nextitem`` does not need; add to ``ran`` what there is to report."""
+        try:
+            self._forks.ran(item, ran.set_up)
+            kept = self._forks.tear_down(item, nextitem, limits)
+        except MachineError as error:
+            report = error_report(item, "teardown", f"the machine of the fixtures: {error}", [])
+            _add_tear_down(ran, report, None)
+            self._forks.release()
+            return
+        if kept is None:
+            return
+        ran.warnings += kept.warnings
+        ran.printed += kept.printed
+        ran.exit = ran.exit or kept.exit
+        if kept.report is not None:
+            _add_tear_down(ran, rebuild_test_report(item.config, kept.report, item, []), kept.report["data"])
 
     def release(self) -> None:
-        """End the machine in use."""
+        """End the machines in use."""
         self._leases.release()
+        self._forks.release()
 
     def last(self) -> AbstractContextManager[RunnerMachine]:
         """Return the machine in which the run ends; see :meth:`Leases.last`."""
         return self._leases.last()
 
     def _run_in(
-        self, lease: Lease, records: Iterator[dict[str, Any]], item: Any, again: bool, retries: int
-    ) -> Ran:
+        self, lease: Lease, records: Iterator[dict[str, Any]], item: Any, retries: int, *, tells: bool
+    ) -> Ran | None:
+        """Return a test's result; ``None`` if its machine told that it needs wide fixtures."""
         facts = lease.machine.facts
         lease.tests += 1
         try:
@@ -117,6 +178,10 @@ class TestRunner:
             exceeded = lease.machine.exceeded()
             if exceeded is not None:
                 raise exceeded  # noqa: TRY301 - handled like an excess during the test
+            if tells and received and received[-1].get("k") == "needs":
+                lease.finished = True  # it has done nothing that anybody needs to know
+                self._leases.discard(lease)
+                return None
             asked = lease.machine.requests.since(lease.asked)
             ran = _read(item, received, facts, lease.machine.usage(), retries=retries, asked=asked)
             _tell_denied(ran, item, asked, fail=self._options.fail_on_denied)
@@ -135,7 +200,7 @@ class TestRunner:
             raise
         if any(report.failed for report in ran.reports):
             self._keep(lease, item, ran.reports)
-        if self._options.isolation == "test" or not (again or self._whole):
+        if self._options.isolation == "test" or not (lease.again or self._whole):
             self._leases.release()
         return ran
 
@@ -221,6 +286,7 @@ def _read(
         elif kind == "end":
             ran.printed = text(record.get("printed", ""), "output")
             ran.written = paths(record.get("written", []))
+            ran.set_up = record.get("wide", [])
             stop = record.get("stop")
             ran.stop = None if stop is None else line(stop, "reason to stop")
         else:
@@ -236,6 +302,41 @@ def _read(
         ran.exit = None
         ran.sent.clear()
     return ran
+
+
+def _with_set_up(ran: Ran, item: Any, kept: KeptUp, options: RunOptions) -> Ran:
+    """Add to a test's result what the set-up of its wide fixtures brought, which was made for it."""
+    ran.warnings[:0] = kept.warnings
+    ran.printed = kept.printed + ran.printed
+    for report in ran.reports:
+        if report.when == "setup":
+            report.duration += kept.seconds
+    _tell_denied(ran, item, kept.asked, fail=options.fail_on_denied)
+    return ran
+
+
+def _add_tear_down(ran: Ran, report: pytest.TestReport, sent: dict[str, Any] | None) -> None:
+    """Add the report of wide fixtures' tear-down to that of the test's own.
+
+    Args:
+        ran: The test's result, which changes.
+        report: The report to add.
+        sent: The report as the guest serialized it; ``None`` if it is not the guest's.
+    """
+    own = next((each for each in reversed(ran.reports) if each.when == "teardown"), None)
+    if own is None:  # the run was stopped before the test had one
+        return
+    if not report.failed or own.failed:
+        failure = [("Tear-down of wider fixtures", report.longreprtext)] if report.failed else []
+        own.sections += [*report.sections, *failure]
+        return
+    report.user_properties = own.user_properties
+    report.sections[:0] = own.sections
+    ran.reports[ran.reports.index(own)] = report
+    if sent is None:
+        ran.sent.clear()
+    elif ran.sent:
+        ran.sent[-1] = sent
 
 
 def _tell_denied(ran: Ran, item: Any, asked: list[NetworkRequest], *, fail: bool) -> None:

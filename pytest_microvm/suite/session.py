@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 from pytest_microvm.agent.link import GuestError, Link
 from pytest_microvm.agent.streams import Stream
@@ -16,6 +16,9 @@ MAX_COLLECTION = 256 * 1024 * 1024
 _REPORT_OVERHEAD = 64 * 1024 * 1024  # bytes that a test's reports may have besides its output
 _FINISH_TIMEOUT = 30.0
 _BEGIN_TIMEOUT = 60.0  # seconds for a runner to acknowledge a test; about 0.01 under emulation
+
+Wide = Literal["repeat", "tell", "standing"]
+"""What a machine does with wide fixtures (see ``guest/runner_wide.py``)."""
 
 BOOTSTRAP = (
     "import sys; sys.path[0] = sys.argv.pop(1); import pytest_microvm.guest.runner as runner; "
@@ -80,7 +83,9 @@ class RunnerSession:
             raise _refused(error) from None
         return data
 
-    def run(self, item: int, following: int | None, limits: TestLimits) -> Iterator[dict[str, Any]]:
+    def run(
+        self, item: int, following: int | None, limits: TestLimits, wide: Wide = "repeat"
+    ) -> Iterator[dict[str, Any]]:
         """Start a test in the runner and return an iterator over its records, received while iterating.
 
         Once this has returned, the test has started: any later failure is the test's.
@@ -89,22 +94,29 @@ class RunnerSession:
             item: The test's position in the guest's list.
             following: The position of the test that this machine runs next, if any.
             limits: Its limits on time, output and number of processes.
+            wide: What to do with wide fixtures (see ``guest/runner_wide.py``).
 
         Raises:
             QuotaExceeded: While iterating: it took longer, or printed more.
             MachineError: The machine ended, or broke the protocol.
         """
+        return self._begin(
+            "run", limits, item=item, next=following, pids=limits.pids, limited=limits.counted, wide=wide
+        )
+
+    def prepare(self, item: int, count: int, limits: TestLimits) -> Iterator[dict[str, Any]]:
+        """Set up the first ``count`` wide fixtures of a test; return an iterator like :meth:`run`."""
+        return self._begin("prepare", limits, item=item, count=count)
+
+    def tear_down(self, item: int, following: int | None, limits: TestLimits) -> Iterator[dict[str, Any]]:
+        """Tear down the wide fixtures that the test after ``item`` does not need; as :meth:`run`."""
+        return self._begin("tear down", limits, item=item, next=following)
+
+    def _begin(self, what: str, limits: TestLimits, **request: Any) -> Iterator[dict[str, Any]]:
         stream = self._link.open_stream()
         try:
             self._link.call(
-                "run",
-                timeout=_BEGIN_TIMEOUT,
-                stream=stream.number,
-                item=item,
-                next=following,
-                output=limits.output,
-                pids=limits.pids,
-                limited=limits.counted,
+                what, timeout=_BEGIN_TIMEOUT, stream=stream.number, output=limits.output, **request
             )
         except GuestError as error:
             raise _refused(error) from None

@@ -36,6 +36,7 @@ class Tally:
         self.retries = 0
         self._failed: set[str] = set()
         self.ready: dict[str, float] = {}
+        self._forks: set[str] = set()
         self.outcomes: dict[str, int] = {}
 
     def add(self, report: pytest.TestReport) -> None:
@@ -50,6 +51,8 @@ class Tally:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
         self.retries += int(str(found.get("microvm.retries", 0)))
         if "microvm.id" in found:
+            if "microvm.fork_of" in found:
+                self._forks.add(str(found["microvm.id"]))
             self.ready[str(found["microvm.id"])] = float(str(found["microvm.ready_ms"])) / 1000
 
     @property
@@ -60,6 +63,8 @@ class Tally:
     def line(self) -> str:
         """Return the summary, such as ``12 tests in 12 machines, ready in 0.11 s (median)``."""
         text = f"{_count(len(self.tests), 'test')} in {_count(len(self.ready), 'machine')}"
+        if self._forks:
+            text += f" ({_count(len(self._forks), 'fork')} with fixtures that stood)"
         if self.ready:
             text += f", ready in {statistics.median(self.ready.values()):.2f} s (median)"
         trouble = [f"{self.outcomes[name]} {name}" for name in _TROUBLE if name in self.outcomes]

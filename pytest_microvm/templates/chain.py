@@ -27,6 +27,7 @@ from pytest_microvm.machine.grants import NO_GRANTS, Grants
 from pytest_microvm.machine.instance import BOOT_TIMEOUT, Instance
 from pytest_microvm.templates.files import copy_sparse, format_scratch
 from pytest_microvm.templates.store import KEPT
+from pytest_microvm.templates.unpublished import UnpublishedTemplate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -198,6 +199,22 @@ class Chain:
         meta = {"kind": KEPT, "image": base.image.name, "image_digest": base.image.digest, **resources}
         self._freeze(instance, key, own, {**meta, **facts}, {})
 
+    def checkpoint(self, instance: Instance, key: str, own: Path) -> UnpublishedTemplate:
+        """Copy the present state of a machine that was copied with an ``own`` folder; it runs on.
+
+        Raises:
+            MachineError: The state cannot be saved.
+            HostError: The disk is full.
+        """
+        draft = self._store.new_draft()
+        try:
+            with explained(draft):
+                _copy_state(instance, own, draft)
+        except BaseException:
+            self._store.drop(draft)
+            raise
+        return UnpublishedTemplate(key, draft, self._store.drop)
+
     def _found(self, key: str, steps: Sequence[TemplateStep]) -> Template | None:
         """Return a template from the store; if it is missing, fetch it into the store if possible."""
         found = self._store.open(key)
@@ -295,10 +312,7 @@ class Chain:
     ) -> None:
         """Publish the present state of a machine as the template ``key``, and let it run on."""
         with self._store.draft() as copy:
-            machine.instance.checkpoint(copy / "state")
-            copy_sparse(machine.draft / "ram", copy / "ram")
-            copy_sparse(machine.draft / "scratch", copy / "scratch")
-            machine.instance.resume()
+            _copy_state(machine.instance, machine.draft, copy)
             self._publish(key, copy, meta, made)
 
     def _freeze(
@@ -361,6 +375,14 @@ class Chain:
             yield
         finally:
             lock.release()
+
+
+def _copy_state(instance: Instance, own: Path, folder: Path) -> None:
+    """Copy a running machine's state, memory and disk to ``folder``; it stands still meanwhile."""
+    instance.checkpoint(folder / "state")
+    copy_sparse(own / "ram", folder / "ram")
+    copy_sparse(own / "scratch", folder / "scratch")
+    instance.resume()
 
 
 def guest_code_archive(files: Iterable[tuple[str, bytes]]) -> bytes:

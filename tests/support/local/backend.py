@@ -51,6 +51,8 @@ class LocalBackend:
             artifacts=config.artifacts,
             junit_profile=config.junit_profile,
             write_back=config.write_back,
+            fixtures=config.fixtures,
+            repeat=config.repeat,
         )
         self._template = None
         self._numbers = itertools.count(1)
@@ -78,7 +80,7 @@ class LocalBackend:
                 start_new_session=True,  # no machine is reached by this terminal's Ctrl-C
             )
         self._control = host
-        return RunnerSession(self._connect()).collect(plan)
+        return RunnerSession(self._connect(host)).collect(plan)
 
     def _code_folder(self):
         """Return what a guest has of this package: ``guest`` and ``wire`` below an empty package."""
@@ -90,17 +92,28 @@ class LocalBackend:
             package.joinpath(name).symlink_to(PACKAGE / name)
         return self._folder.name
 
-    def _connect(self):
+    def _connect(self, control):
         ours, theirs = socket.socketpair()
         with theirs:
-            socket.send_fds(self._control, [b"x"], [theirs.fileno()])
+            socket.send_fds(control, [b"x"], [theirs.fileno()])
         return Link(ours)
 
     def lease(self):
         """Return a fork of the runner, as a machine."""
+        return self._machine(self._control, "")
+
+    def keeper(self):
+        """Return a fork of the runner that forks again at checkpoints."""
+        return self.lease()
+
+    def fork(self, checkpoint):
+        """Return a fork of a checkpoint's process."""
+        return self._machine(checkpoint.control, checkpoint.name)
+
+    def _machine(self, control, fork_of):
         started = time.monotonic()
-        link = self._connect()
-        pid = int.from_bytes(self._control.recv(8, socket.MSG_WAITALL), "big")
+        link = self._connect(control)
+        pid = int.from_bytes(control.recv(8, socket.MSG_WAITALL), "big")
         RunnerSession(link).resume({}, timeout=60)
         facts = MachineFacts(
             id=f"{self._name}-{next(self._numbers)}",
@@ -110,6 +123,7 @@ class LocalBackend:
             accelerator_reason=self.facts.accelerator_reason,
             ready_seconds=time.monotonic() - started,
             limits=Limits(1, 128 * 1024**2, 1024**3),
+            fork_of=fork_of,
         )
         machine = LocalMachine(link, facts, pid)
         self._machines.append(machine)
@@ -126,6 +140,18 @@ class LocalBackend:
             self._template.wait()
 
 
+class LocalCheckpoint:
+    """A process that waits, and forks (a :class:`pytest_microvm.suite.backend.MachineCheckpoint`)."""
+
+    def __init__(self, control, name):
+        self.control = control
+        self.name = name
+
+    def close(self):
+        """Let the process end, which notices that its socket is closed."""
+        self.control.close()
+
+
 class LocalMachine:
     """A fork of the runner (a :class:`pytest_microvm.suite.backend.RunnerMachine`)."""
 
@@ -135,6 +161,11 @@ class LocalMachine:
         self._pid = pid
 
     redactor = Redactor()
+
+    @property
+    def usable(self):
+        """Return whether the process was not ended from here."""
+        return bool(self._pid)
 
     @property
     def requests(self):
@@ -182,6 +213,16 @@ class LocalMachine:
             subprocess.run([sys.executable, "-IS", program, socket], check=True)
         finally:
             signal.signal(signal.SIGINT, before)
+
+    def checkpoint(self, forks):
+        """Make the process fork a child that waits; further forks are that child's."""
+        with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+            path = f"{folder}/control"
+            listener.bind(path)
+            listener.listen()
+            self.link.call("checkpoint", timeout=60, path=path)
+            control, _address = listener.accept()
+        return LocalCheckpoint(control, self.facts.id)
 
     def keep(self, about):
         """Return none: the machine is not kept."""
