@@ -12,6 +12,7 @@ from pathlib import Path
 NAMES = (
     "per_test",
     "coverage",
+    "forks",
     "edit",
     "environment",
     "fixture",

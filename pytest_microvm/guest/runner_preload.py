@@ -25,6 +25,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import _pytest.assertion
@@ -34,7 +35,7 @@ from _pytest.assertion.rewrite import AssertionRewritingHook
 from pytest_microvm.guest.runner_warm_up import run_session
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from types import ModuleType
 
 _CHILD_TIMEOUT = 60.0  # seconds; plug-ins that take longer to load are loaded in the session
@@ -60,12 +61,20 @@ class _ModuleGroup:
         specs: Their specs, where they have one.
         files: Modification and change time and size of each file, by path.
         rewritten: Names registered for assertion rewriting during the import.
+        places: Global variables with a path in the folder of the import: module, name and relative path.
     """
 
     modules: dict[str, ModuleType]
     specs: dict[str, ModuleSpec]
     files: dict[str, tuple[int, int, int] | None]
     rewritten: tuple[str, ...]
+    places: tuple[tuple[str, str, str], ...]
+
+    def move(self) -> None:
+        """Let paths in the folder of the import lead to the current folder, as if it were imported now."""
+        for module, name, below in self.places:
+            values = vars(self.modules[module])
+            values[name] = type(values[name])(os.path.normpath(os.path.join(os.getcwd(), below)))
 
     @property
     def of_python(self) -> bool:
@@ -141,6 +150,7 @@ class HeldModules:
             return False
         self._mark(groups)
         for group in groups:
+            group.move()
             sys.modules.update({name: module for name, module in group.modules.items() if name != wanted})
         self._released = place + 1
         if self._released == len(self._groups):
@@ -247,7 +257,18 @@ def _load(name: str, marked: list[str]) -> _ModuleGroup | None:
         return None
     specs = {new: spec for new, module in modules.items() if (spec := _spec(module)) is not None}
     files = {spec.origin: _stamp(spec.origin) for spec in specs.values() if spec.has_location and spec.origin}
-    return _ModuleGroup(modules, specs, files, tuple(marked))
+    return _ModuleGroup(modules, specs, files, tuple(marked), tuple(_noted_paths(modules)))
+
+
+def _noted_paths(modules: dict[str, ModuleType]) -> Iterator[tuple[str, str, str]]:
+    """Yield the global variables that hold a path in the current folder."""
+    here = os.getcwd()
+    for module, loaded in modules.items():
+        for name, value in list(getattr(loaded, "__dict__", {}).items()):
+            if isinstance(value, (str, PurePath)):
+                path = str(value)
+                if path == here or path.startswith(here + os.sep):
+                    yield module, name, os.path.relpath(path, here)
 
 
 def _spec(module: object) -> Any:

@@ -373,6 +373,10 @@ class RemoteSuite:
                 whole=self._is_whole(),
             )
             self._config.pluginmanager.register(self._ending, "microvm_ending")
+        assert self._write_back is not None
+        self._write_back.has_examples = any(
+            "is_hypothesis_test" in node.attributes for node in collected.nodes
+        )
         self._runner = self._make_runner(collected)
 
     def _last_machine(self) -> AbstractContextManager[RunnerMachine]:

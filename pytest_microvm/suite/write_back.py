@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Generator, Iterable, Sequence
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 REPORTS_AT_THE_END = ("/.coverage", "/coverage.xml", "/coverage.json", "/coverage.lcov", "/htmlcov/")
 """Patterns of the reports of coverage that come back from the last machine."""
 
+EXAMPLES = ".hypothesis/examples"
+"""The folder of hypothesis's database, as of its version 6."""
+
+_EXAMPLE = re.compile(r"\.hypothesis/examples/[0-9a-f]{1,96}/[0-9a-f]{1,96}")
 _UNMENTIONED = (".coverage*", "*.pyc", ".hypothesis/", ".mypy_cache/", ".ruff_cache/")
 _DATA = frozenset(
     [
@@ -65,9 +70,13 @@ class WriteBack:
         config: pytest's configuration.
         top: The workspace.
         wanted: The files to bring back.
+
+    Attributes:
+        has_examples: Whether there are tests of hypothesis, which keeps failing examples in files.
     """
 
     def __init__(self, config: pytest.Config, top: Path, wanted: WantedFiles) -> None:
+        self.has_examples = False
         self._config = config
         self._top = top
         self._wanted = wanted
@@ -95,7 +104,11 @@ class WriteBack:
             MachineError: It cannot take them.
             HostError: A file cannot be read any more.
         """
+        if self.has_examples and (self._top / EXAMPLES).is_dir():
+            self._push(machine, EXAMPLES)
         for path, entry in self._known.items():
+            if self.has_examples and entry is not None and _EXAMPLE.fullmatch(path):
+                continue
             if entry is None:
                 machine.remove(PurePosixPath(self._top / path))
             else:
@@ -213,6 +226,8 @@ class WriteBack:
             return os.stat(name, dir_fd=folder, follow_symlinks=False).st_ctime_ns > self._started
 
     def _is_wanted(self, path: str, *, last: bool) -> bool:
+        if self.has_examples and _EXAMPLE.fullmatch(path):
+            return True
         if self._by_user.match_file(path) or (last and self._at_the_end.match_file(path)):
             return True
         return _is_data(path) and self._by_project.match_file(path)
@@ -263,7 +278,8 @@ class WriteBack:
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Show which files came back, which did not, and which are gone."""
-        kept = [path for path in self._kept if os.path.lexists(self._top / path)]
+        shown = [path for path in self._kept if not _EXAMPLE.fullmatch(path)]
+        kept = [path for path in shown if os.path.lexists(self._top / path)]
         if kept:
             terminalreporter.write_line(f"microvm: written by tests: {_names(kept)}")
         for line in self._told:

@@ -62,7 +62,8 @@ def test_killed_while_booting(host):
     with chained.ensure(base) as template:
         assert template.meta["kind"] == "boot"
     host.templates.remove(template.key)
-    assert said == ["booting base", "booting base again"]
+    assert said[:2] == ["booting base", "booting base again"]
+    assert set(said[2:]) <= {"booting base again"}  # the kernel may hang, too
     assert works(host)
 
 

@@ -1,5 +1,6 @@
 """Suites in real machines that write in the workspace, are debugged at a terminal, or end in one machine."""
 
+import os
 import subprocess
 import textwrap
 
@@ -100,3 +101,33 @@ def test_debugger_at_a_terminal(project):
     folder = project(test_it=SUITE)
     with OnTerminal([*IN_THE_IMAGE, "--pdb"], cwd=folder) as terminal:
         debug(terminal)
+
+
+def test_failing_examples_of_hypothesis_are_tried_first_the_next_time(project):
+    """They come back into the folder that git ignores, and are given to the next run's machines."""
+    folder = project(
+        test_it="""
+            from hypothesis import given, strategies
+
+            tried = []
+
+            @given(strategies.integers(min_value=0, max_value=10**9))
+            def test_small(number):
+                tried.append(number)
+                assert number < 1000, tried[0]
+        """
+    )
+    (folder / ".gitignore").write_text(".hypothesis/\n")
+    subprocess.run(["git", "init", "-q", folder], check=True)
+    command = [*PYTEST, "--microvm", "--tb=short"]
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}  # else it keeps none
+    for first in (0, 1000):
+        done = subprocess.run(
+            command, cwd=folder, env=environment,
+            capture_output=True, text=True, check=False, timeout=guards.SUITE,
+        )  # fmt: skip
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert f"E   AssertionError: {first}\n" in done.stdout
+        assert "written by tests" not in done.stdout
+    examples = [path for path in folder.glob(".hypothesis/examples/*/*") if path.is_file()]
+    assert examples

@@ -277,3 +277,32 @@ def test_processes_of_the_child_end_with_it(world):
     while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline, "it still runs"
         time.sleep(0.01)
+
+
+def test_a_module_that_notes_where_it_is_imported_has_noted_the_projects_folder(world):
+    """The import ahead ran in another one; hypothesis keeps its examples where it is imported."""
+    world.install(
+        "notes",
+        """
+        import os
+        from pathlib import Path
+
+        HERE, BELOW, OTHER = os.getcwd(), Path.cwd() / ".notes", Path("/usr")
+        """,
+    )
+    world.write(
+        "test_it.py",
+        """
+        import os
+        from pathlib import Path
+        import notes
+
+        def test_it():
+            assert notes.HERE == os.getcwd()
+            assert notes.BELOW == Path.cwd() / ".notes"
+            assert notes.OTHER == Path("/usr")
+        """,
+    )
+    found = world.run()
+    assert "notes" in found["held"]
+    assert found["code"] == 0, found["out"]
