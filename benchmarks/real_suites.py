@@ -8,6 +8,7 @@ any configuration.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tarfile
@@ -89,21 +90,24 @@ def main() -> int:
         default=sys.executable,
         help="make the environment from this interpreter (default: %(default)s)",
     )
+    parser.add_argument(
+        "--coverage", action="store_true", help="compare the packages' coverage, too, to the line and branch"
+    )
     asked = parser.parse_args()
     suites = [suite for suite in SUITES if not asked.packages or suite.package in asked.packages]
     different = 0
     with tempfile.TemporaryDirectory(prefix="real-suites-") as folder:
-        python = environment(Path(folder) / "env", asked.python, suites)
+        python = environment(Path(folder) / "env", asked.python, suites, coverage=asked.coverage)
         for suite in suites:
             try:
-                different += compare(suite, Path(folder) / suite.package, python)
+                different += compare(suite, Path(folder) / suite.package, python, coverage=asked.coverage)
             except SuiteError as error:
                 print(error, flush=True)
                 different += 1
     return min(different, 1)
 
 
-def environment(folder: Path, base: str, suites: list[Suite]) -> Path:
+def environment(folder: Path, base: str, suites: list[Suite], *, coverage: bool) -> Path:
     """Make an environment of ``base`` with this package, the suites and their needs; return its Python."""
     subprocess.run([base, "-m", "venv", str(folder)], check=True)
     source = Path(pytest_microvm.__file__).parents[1]
@@ -112,17 +116,20 @@ def environment(folder: Path, base: str, suites: list[Suite]) -> Path:
         own = ["-e", str(source)]
     needs = {name for suite in suites for name in (suite.package, *suite.needs)}
     python = folder / "bin" / "python"
-    pip(python, ["install", *own, *sorted(needs)])
+    pip(python, ["install", *own, *sorted(needs), *(["pytest-cov"] if coverage else [])])
     return python
 
 
-def compare(suite: Suite, folder: Path, python: Path) -> int:
-    """Run one suite both ways, print what differs, and return how many tests do."""
+def compare(suite: Suite, folder: Path, python: Path, *, coverage: bool) -> int:
+    """Run one suite both ways, print what differs, and return how many tests and files do."""
     project = fetch(suite, folder, python)
-    native, native_seconds = run(suite, project, python, "native", [])
+    both = [f"--cov={suite.package}", "--cov-branch", "--cov-report=json"] if coverage else []
+    native, native_seconds = run(suite, project, python, "native", both)
+    covered = [take_coverage(project)] if coverage else []
     remote, remote_seconds = run(
-        suite, project, python, "microvm", ["--microvm", f"--microvm-isolation={suite.isolation}"]
+        suite, project, python, "microvm", [*both, "--microvm", f"--microvm-isolation={suite.isolation}"]
     )
+    covered += [take_coverage(project)] if coverage else []
     if not native:
         raise SuiteError(f"{project.name}: its source distribution has no tests")
     differing = sorted(name for name in native.keys() | remote.keys() if native.get(name) != remote.get(name))
@@ -134,6 +141,23 @@ def compare(suite: Suite, folder: Path, python: Path) -> int:
     )
     for name in differing:
         print(f"  {name}: natively {native.get(name)}, in a machine {remote.get(name)}", flush=True)
+    return len(differing) + (differing_files(*covered) if coverage else 0)
+
+
+def take_coverage(project: Path) -> dict[str, object]:
+    """Return what coverage measured in each file, and remove its report."""
+    path = project / "coverage.json"
+    files: dict[str, object] = json.loads(path.read_text())["files"]
+    path.unlink()
+    return files
+
+
+def differing_files(native: dict[str, object], remote: dict[str, object]) -> int:
+    """Print how many files have the same coverage, and which have another; return how many these are."""
+    differing = [name for name in native.keys() | remote.keys() if native.get(name) != remote.get(name)]
+    print(f"  coverage of {len(native)} files: {len(differing)} differ", flush=True)
+    for name in sorted(differing):
+        print(f"  {name}", flush=True)
     return len(differing)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import os
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,12 +53,16 @@ class CoverageRecorder:
         self._decide_early()
 
     def _decide_early(self) -> None:
-        """Decide about all loaded files now whether they are measured; else each machine decides again."""
+        """Decide about all loaded files now whether they are measured; else each machine decides again.
+
+        coverage asks the frame that enters a file for its module's name, by which ``--cov=PACKAGE`` chooses.
+        """
         decisions: Any = getattr(self._collector, "should_trace_cache", {})
         for module in list(sys.modules.values()):
             file = getattr(module, "__file__", None)
             if isinstance(file, str) and file.endswith(".py") and file not in decisions:
-                decisions[file] = self._collector.should_trace(file, None)
+                entering = SimpleNamespace(f_globals=vars(module))
+                decisions[file] = self._collector.should_trace(file, entering)
 
     # Called by the collector
 

@@ -64,6 +64,24 @@ def test_coverage_with_contexts(measured):
     assert covered(measured) == expected
 
 
+def test_coverage_of_a_package_that_pytest_itself_has_loaded(project):
+    project.write(
+        test_it="""
+            import iniconfig
+
+            def test_it(tmp_path):
+                (tmp_path / "a.ini").write_text("[a]\\nb = 1")
+                assert iniconfig.IniConfig(tmp_path / "a.ini")["a"]["b"] == "1"
+        """
+    )
+    options = ["--cov=iniconfig", "--cov-branch", "--cov-report=json"]
+    project.native(*options)
+    expected = covered(project)
+    assert expected[1]["covered_lines"]
+    project.microvm(*options)
+    assert covered(project) == expected
+
+
 def test_coverage_is_appended(measured):
     measured.write(test_negative="import package\ndef test_it(): assert package.sign(-1) == -1")
     expected = None
