@@ -57,3 +57,9 @@ class EndOfSession:
 
 def _nothing(*_args: object, **_options: object) -> None:
     """Print nothing: the host's terminal has printed it."""
+
+
+def say_nothing_of_interrupts(terminal: Any) -> None:
+    """Keep pytest's plug-in for the terminal from saying that the session was interrupted: the host does."""
+    if terminal is not None:
+        terminal._report_keyboardinterrupt = lambda: None

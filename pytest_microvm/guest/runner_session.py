@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import json
 import os
 import sys
 import traceback
@@ -27,7 +28,7 @@ from pytest_microvm.guest.runner_controller import (
 )
 from pytest_microvm.guest.runner_coverage import CoverageRecorder, recorder_of
 from pytest_microvm.guest.runner_debugger import Debugger
-from pytest_microvm.guest.runner_end import EndOfSession
+from pytest_microvm.guest.runner_end import EndOfSession, say_nothing_of_interrupts
 from pytest_microvm.guest.runner_logging import LogRelay
 from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
 from pytest_microvm.guest.runner_setup_show import SetupShow
@@ -112,6 +113,7 @@ class _SessionPlugin:
         self._stream = stream
         self._records: list[dict[str, Any]] = []
         self._reported: list[tuple[Any, Any]] = []
+        self._told_of_collection: list[Any] = []
         self._header: list[str] = []
         self._nodes: NodeTable | None = None
         self._watch: FolderWatch | None = None
@@ -202,6 +204,7 @@ class _SessionPlugin:
         ]
         lines.append({"k": "items", "order": order, "markers": self._config.getini("markers")})
         self._reported.clear()
+        self._told_of_collection = [record["data"] for record in self._records if "data" in record]
         self._printed()
         self._limit_output(self._config)
         self._logs = LogRelay(self._config)
@@ -221,6 +224,9 @@ class _SessionPlugin:
         self._runner.send_lines(self._stream, [*lines, {"k": "end"}])
         self._runner.reply(request, {})
         self._loop(session)
+        if self._finish is not None and self._finish.get("interrupted"):
+            say_nothing_of_interrupts(terminal)
+            raise session.Interrupted("errors during collection")
         return True
 
     def _know_wide_fixtures(self, session: pytest.Session, lines: list[dict[str, Any]]) -> None:
@@ -319,6 +325,8 @@ class _SessionPlugin:
             "width": request["width"],
             "tests": request["tests"],
             "coverage": self._coverage_of_collection,
+            "interrupted": request["interrupted"],
+            "collected": json.dumps(self._told_of_collection),
         }
         ended = self._controller.end(asked, runner.read_stream(stream))
         runner.send_lines(stream, [{"k": "ended", **ended, "written": self._written()}])

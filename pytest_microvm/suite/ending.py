@@ -101,7 +101,7 @@ class RunRecords:
         self._file.write(json.dumps(record, default=str).encode() + b"\n")
 
 
-def end_run(machine: RunnerMachine, files: list[Path], *, width: int, tests: int) -> Ended:
+def end_run(machine: RunnerMachine, files: list[Path], *, width: int, tests: int, interrupted: bool) -> Ended:
     """Give the last machine the records in ``files``; return what it said.
 
     Args:
@@ -109,13 +109,14 @@ def end_run(machine: RunnerMachine, files: list[Path], *, width: int, tests: int
         files: The records.
         width: Columns of the terminal.
         tests: Number of tests that were collected.
+        interrupted: Whether errors in the collection kept them from running.
 
     Raises:
         MachineError: The machine failed.
     """
     try:
         session = RunnerSession(machine.link)
-        data = session.end_run(_pieces(files), _TIMEOUT, width=width, tests=tests)
+        data = session.end_run(_pieces(files), _TIMEOUT, width=width, tests=tests, interrupted=interrupted)
         said = machine.redactor.tree(checks.Records().read(data.strip()))
         return _ended(checks.mapping(said, "answer"))
     except TimeoutError:
@@ -188,9 +189,11 @@ class Ending:
         try:
             return (yield)
         finally:
-            stopped = isinstance(sys.exc_info()[1], (KeyboardInterrupt, pytest.exit.Exception))
-            if not stopped and not self._is_worker:
-                self._end_run(session)
+            error = sys.exc_info()[1]
+            stopped = isinstance(error, (KeyboardInterrupt, pytest.exit.Exception))
+            interrupted = isinstance(error, session.Interrupted)  # by pytest: errors in the collection
+            if (interrupted or not stopped) and not self._is_worker:
+                self._end_run(session, interrupted=interrupted)
 
     @pytest.hookimpl
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
@@ -216,9 +219,9 @@ class Ending:
         if self._own is not None:
             self._own.cleanup()
 
-    def _end_run(self, session: pytest.Session) -> None:
+    def _end_run(self, session: pytest.Session, *, interrupted: bool) -> None:
         try:
-            self.finish()
+            self.finish(interrupted=interrupted)
         except MicroVMError as error:
             session.testsfailed += 1  # what a plug-in checks at the end has not been checked
             self._show(
@@ -228,8 +231,11 @@ class Ending:
         assert self._ended is not None
         self._show(self._ended.loop)
 
-    def finish(self) -> None:
+    def finish(self, *, interrupted: bool = False) -> None:
         """Give the last machine everything, and keep what it says and the reports that it writes.
+
+        Args:
+            interrupted: Whether errors in the collection kept the tests from running.
 
         Raises:
             HostError: A report cannot be written.
@@ -246,7 +252,7 @@ class Ending:
         width = _WIDTH if terminal is None else terminal._tw.fullwidth  # noqa: SLF001 - pytest has no other way
         with self._last() as machine:
             self._write_back.give(machine, last=True)
-            self._ended = end_run(machine, files, width=width, tests=self._tests)
+            self._ended = end_run(machine, files, width=width, tests=self._tests, interrupted=interrupted)
             self._write_back.take(machine, self._ended.written, last=True)
 
     def _show(self, text: str, **markup: bool) -> None:

@@ -155,7 +155,7 @@ class RunnerSession:
         Args:
             records: JSON lines, see ``guest/runner_controller.py``.
             timeout: Seconds that it may take.
-            request: ``width`` of the terminal in columns; ``tests`` collected.
+            request: ``width`` of the terminal in columns; ``tests`` collected; ``interrupted``.
 
         Raises:
             TimeoutError: It did not end in time.

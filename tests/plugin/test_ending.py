@@ -273,3 +273,36 @@ def test_coverage_where_files_come_back_too(measured):
     result = measured.microvm("--microvm-write-back=*.txt", *options)
     assert result.ret == 0
     assert covered(measured) == expected
+
+
+@pytest.mark.parametrize("options", [[], ["--cov=lib"], ["--microvm-isolation=session"]])
+def test_hooks_at_the_end_see_errors_of_the_collection(project, options):
+    project.write(
+        conftest="""
+            def pytest_sessionfinish(session, exitstatus):
+                print("\\nFINISH", int(exitstatus), session.testscollected, session.testsfailed)
+
+            def pytest_terminal_summary(terminalreporter):
+                counts = {name: len(found) for name, found in terminalreporter.stats.items() if name}
+                terminalreporter.write_line(f"SUMMARY {counts}")
+        """,
+        lib="VALUE = 1",
+        test_fine="def test_it(): pass",
+        test_broken="import no_such_module",
+    )
+    project.assert_same(*options)
+
+
+def test_hooks_at_the_end_see_errors_of_a_collection_that_went_on(project):
+    project.write(
+        conftest="""
+            def pytest_sessionfinish(session, exitstatus):
+                print("\\nFINISH", int(exitstatus), session.testscollected, session.testsfailed)
+        """,
+        test_fine="def test_it(): pass",
+        test_broken="import no_such_module",
+    )
+    for run in (project.native, project.microvm):
+        done = run("--continue-on-collection-errors")
+        assert done.ret == 1
+        done.stdout.fnmatch_lines("FINISH 1 1 1")

@@ -111,7 +111,7 @@ SAID = {
 def test_what_the_last_machine_says_is_made_safe(tmp_path):
     (tmp_path / "records").write_bytes(b"{}\n")
     machine = LastMachine(SAID)
-    ended = end_run(machine, [tmp_path / "records"], width=80, tests=1)
+    ended = end_run(machine, [tmp_path / "records"], width=80, tests=1, interrupted=False)
     assert machine.link.sent == b"{}\n"
     assert (ended.status, ended.loop) == (1, "x ***\n")
     assert "\x1b" not in ended.summary
