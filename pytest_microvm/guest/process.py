@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import pwd
+import select
 import struct
 import subprocess
 import sys
@@ -168,8 +169,15 @@ class Child:
 
 
 def _waiting(descriptor: int) -> int:
-    """Return the number of bytes readable from a pipe or terminal now (ioctl_tty(2), pipe(7))."""
+    """Return the number of bytes readable from a pipe or terminal now (ioctl_tty(2), pipe(7)).
+
+    What was written to a terminal reaches its other end only once a kernel worker has run. poll(2) waits for
+    that (``n_tty_poll`` in Linux), FIONREAD does not.
+    """
     size = bytearray(4)
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    poll.poll(0)
     with contextlib.suppress(OSError):
         fcntl.ioctl(descriptor, termios.FIONREAD, size)
     return int.from_bytes(size, sys.byteorder)

@@ -17,7 +17,7 @@ import socket
 import struct
 import sys
 import traceback
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,6 +33,7 @@ _LENGTH = struct.Struct("!I")
 _EXCHANGING = ("pytest_configure_node", "pytest_testnodedown")
 _SPEAKING = ("pytest_sessionfinish", "pytest_terminal_summary", "pytest_unconfigure", "pytest_testnodedown")
 _OURS = ("_pytest", "pytest_microvm", "xdist")
+_EARLY = ("pytest_cov",)  # registers its hooks before workers are known, if it is to measure at all
 _STATISTICS = "hypothesis_show_statistics"  # without it, hypothesis has nothing to say
 
 
@@ -42,8 +43,23 @@ def status_plugins(config: pytest.Config) -> list[str]:
 
 
 def exchanging_plugins(config: pytest.Config) -> list[str]:
-    """Return the names of plug-ins that exchange data between xdist's controller and its workers."""
-    return _plugins_with(config, _EXCHANGING)
+    """Return the names of plug-ins that exchange data between xdist's controller and its workers.
+
+    Some register the hooks for that only when pytest is configured, if there is xdist, which is too late.
+    """
+    found = _plugins_with(config, _EXCHANGING)
+    return found + [name for name, plugin in config.pluginmanager.list_name_plugin() if _may_exchange(plugin)]
+
+
+def _may_exchange(plugin: Any) -> bool:
+    """Return True if the module of a third-party plug-in defines a class that gets workers' outputs."""
+    module = plugin if isinstance(plugin, ModuleType) else sys.modules.get(type(plugin).__module__)
+    if module is None or module.__name__.partition(".")[0] in _OURS + _EARLY:
+        return False
+    classes = [value for value in vars(module).values() if isinstance(value, type)]
+    return any(
+        each.__module__ == module.__name__ and hasattr(each, "pytest_testnodedown") for each in classes
+    )
 
 
 def modules_that_get_outputs(config: pytest.Config) -> set[str]:
@@ -94,10 +110,22 @@ class ExchangeHooks:
 
 
 def specify_exchange(config: pytest.Config) -> None:
-    """Specify the :class:`ExchangeHooks` unless xdist does."""
+    """Specify the :class:`ExchangeHooks` unless xdist does; to plug-ins that ask, there is xdist then."""
     callers = [getattr(config.hook, name, None) for name in _EXCHANGING]
     if not any(caller is not None and caller.has_spec() for caller in callers):
         config.pluginmanager.add_hookspecs(ExchangeHooks)
+
+
+def stand_in_for_xdist(config: pytest.Config) -> None:
+    """Let plug-ins that ask for xdist before they exchange data find it, where it is not installed."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        if hasattr(config.pluginmanager, "unblock"):  # since pluggy 1.4: after -p no:xdist
+            config.pluginmanager.unblock("xdist")
+        config.pluginmanager.register(_StandIn(), "xdist")
+
+
+class _StandIn:
+    """A plug-in without hooks."""
 
 
 class ControllerProcess:
@@ -201,7 +229,9 @@ class _ControllerSession(EndOfSession):
     def pytest_load_initial_conftests(self, early_config: pytest.Config) -> Generator[None, Any, None]:
         specify_exchange(early_config)
         early_config.known_args_namespace.dist = "load"  # by this, plug-ins know early that there are workers
-        yield
+        outcome = yield
+        if outcome.excinfo is None:
+            stand_in_for_xdist(early_config)
 
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self, config: pytest.Config) -> None:
@@ -315,6 +345,13 @@ class _WorkerNode:
         versions = SimpleNamespace(
             platform=sys.platform, version_info=tuple(sys.version_info), executable=sys.executable
         )
+        self.workerinfo = {
+            "id": name,
+            "version_info": tuple(sys.version_info),
+            "sysplatform": sys.platform,
+            "executable": sys.executable,
+        }
+        self._workerinfocache = ""  # pytest shows it in each failure
         self.gateway = SimpleNamespace(id=name, spec=SimpleNamespace(id=name), _rinfo=lambda: versions)
         self.nodemanager = SimpleNamespace(config=config, roots=[], testrunuid="microvm")
         self.workeroutput: dict[str, Any]

@@ -24,6 +24,7 @@ from pytest_microvm.guest.runner_controller import (
     modules_that_get_outputs,
     speaking_plugins,
     specify_exchange,
+    stand_in_for_xdist,
     status_plugins,
 )
 from pytest_microvm.guest.runner_coverage import CoverageRecorder, recorder_of
@@ -32,7 +33,7 @@ from pytest_microvm.guest.runner_end import EndOfSession, say_nothing_of_interru
 from pytest_microvm.guest.runner_logging import LogRelay
 from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
 from pytest_microvm.guest.runner_setup_show import SetupShow
-from pytest_microvm.guest.runner_sharing import sharing_plugins
+from pytest_microvm.guest.runner_sharing import asks_for_worker, sharing_plugins
 from pytest_microvm.guest.runner_wide import WideFixtures
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ class _SessionPlugin:
         if workerinput is None:  # its session failed as this one will
             return
         self._exchanging = True
+        stand_in_for_xdist(config)
         config.workerinput, config.workeroutput = workerinput, {}
         os.environ["PYTEST_XDIST_WORKER"] = workerinput["workerid"]
         os.environ["PYTEST_XDIST_WORKER_COUNT"] = str(workerinput["workercount"])
@@ -202,7 +204,9 @@ class _SessionPlugin:
             {"k": "sharing", "plugin": plugin, "isolation": isolation}
             for plugin, isolation in sharing_plugins(self._config, session.items)
         ]
-        lines.append({"k": "items", "order": order, "markers": self._config.getini("markers")})
+        worker = asks_for_worker(self._config, session.items)
+        markers = self._config.getini("markers")
+        lines.append({"k": "items", "order": order, "markers": markers, "worker": worker})
         self._reported.clear()
         self._told_of_collection = [record["data"] for record in self._records if "data" in record]
         self._printed()

@@ -20,3 +20,9 @@ def sharing_plugins(config: pytest.Config, items: list[Any]) -> list[tuple[str, 
     ):
         found.append(("pytest-dependency", "module"))
     return found
+
+
+def asks_for_worker(config: pytest.Config, items: list[Any]) -> bool:
+    """Return True if a test uses the fixture of pytest-xdist for its worker's id."""
+    names = (getattr(item, "fixturenames", ()) for item in items)
+    return config.pluginmanager.hasplugin("xdist") and any("worker_id" in each for each in names)

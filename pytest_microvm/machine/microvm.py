@@ -229,12 +229,19 @@ class MicroVM:
             **options: As for :meth:`run`.
 
         Raises:
-            subprocess.TimeoutExpired: It never succeeded; its last output is in the exception.
+            subprocess.TimeoutExpired: It never succeeded; its last output is in the exception, or that of the
+                try before if the last one was cut off before it printed anything.
             MachineCrashed: The machine ended.
         """
         deadline = time.monotonic() + timeout
+        done: subprocess.CompletedProcess[str] | None = None
         while True:
-            done = self.run(args, timeout=max(0.1, deadline - time.monotonic()), **options)
+            try:
+                done = self.run(args, timeout=max(0.1, deadline - time.monotonic()), **options)
+            except subprocess.TimeoutExpired as error:
+                if done is None or error.stdout:
+                    raise
+                raise subprocess.TimeoutExpired(args, timeout, done.stdout, done.stderr) from error
             if done.returncode == 0:
                 return done
             if time.monotonic() + interval > deadline:

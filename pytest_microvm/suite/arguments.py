@@ -53,8 +53,12 @@ ARITY_ELSEWHERE = {
 }
 """The arity of plug-ins' options, for a pytest that has not loaded the plug-ins."""
 
-HOST_ONLY = SELECTING_AND_SHOWING | WORKERS | REPORT_FILES | ACTING
+HOST_ONLY = SELECTING_AND_SHOWING | WORKERS | REPORT_FILES | ACTING | {"--forked"}
 # Options that would act, on the host, on modules that only the guest has.
+# Nor does the guest get --forked: a test has a machine of its own, and pytest-forked cannot name all phases.
+IMPOSSIBLE = {"--testmon": "pytest-testmon records in one process what each test executes"}
+"""Options of plug-ins that cannot work, each with the reason."""
+
 SHOWING_ALONE = frozenset(["--fixtures", "--funcargs", "--fixtures-per-test", "--markers"])
 """Options with which pytest only shows something of the project, and runs no test."""
 GUEST_ONLY = SHOWING_ALONE | {"-W", "--pythonwarnings"}

@@ -103,6 +103,7 @@ class Collected:
         header: Lines of the guest's report header.
         speaking: Plug-ins and conftest files that do something at the end of the session.
         outputs: Whether some of them get the ``workeroutput`` of each machine (pytest-xdist's contract).
+        asks_for_worker: Whether a test uses the id of its pytest-xdist worker.
         wide: Names of the fixtures with a scope wider than a test, as the guest wrote them: not safe to show.
         needed: For each item of ``order``, the numbers of those that it needs.
         sharing: Plug-ins whose tests need one process, each with the isolation that gives them one.
@@ -120,6 +121,7 @@ class Collected:
     header: tuple[str, ...] = ()
     speaking: tuple[str, ...] = ()
     outputs: bool = False
+    asks_for_worker: bool = False
     wide: tuple[str, ...] = ()
     needed: tuple[tuple[int, ...], ...] = ()
     sharing: tuple[tuple[str, str], ...] = ()
@@ -336,6 +338,7 @@ def _exit(draft: _Draft, record: dict[str, Any]) -> None:
 
 def _items(draft: _Draft, record: dict[str, Any]) -> None:
     draft.values["order"] = _numbers(record.get("order"))
+    draft.values["asks_for_worker"] = record.get("worker") is True
     draft.values["markers"] = _names(record.get("markers"), "marker list")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytest_microvm.suite.backend import BackendFacts
@@ -52,3 +52,24 @@ def lines_about_sharing(collected: Collected, isolation: str) -> list[str]:
         for plugin, least in collected.sharing
         if order.index(isolation) < order.index(least)
     ]
+
+
+def lines_about_options(option: Any, collected: Collected) -> list[str]:
+    """Return lines about options of plug-ins that do less than natively.
+
+    Args:
+        option: The host's options.
+        collected: The tests.
+    """
+    lines = []
+    if getattr(option, "json_report", False):
+        lines.append(
+            "microvm: pytest-json-report writes its file on this computer, without the tests' json_metadata, "
+            "output and log"
+        )
+    if collected.asks_for_worker and (getattr(option, "numprocesses", None) or getattr(option, "tx", None)):
+        lines.append(
+            "microvm: fixture worker_id of pytest-xdist: each test has a machine of its own, in which it is "
+            "'master'"
+        )
+    return lines

@@ -19,6 +19,7 @@ from pytest_microvm.suite import neutral
 from pytest_microvm.suite.addopts import refuse_acting, refuse_granting
 from pytest_microvm.suite.arguments import (
     DEBUGGING,
+    IMPOSSIBLE,
     SHOWING_ALONE,
     Split,
     parser_arity,
@@ -41,7 +42,12 @@ from pytest_microvm.suite.forking import SLOW, FixtureForks
 from pytest_microvm.suite.launch import launch_of
 from pytest_microvm.suite.leases import Leases, MachineEnd
 from pytest_microvm.suite.limits import check_markers
-from pytest_microvm.suite.missing import lines_about_modules, lines_about_sharing, with_advice
+from pytest_microvm.suite.missing import (
+    lines_about_modules,
+    lines_about_options,
+    lines_about_sharing,
+    with_advice,
+)
 from pytest_microvm.suite.observer import SuiteObserver
 from pytest_microvm.suite.plan import addopts_of, guest_environment, settings_from, workspace_of
 from pytest_microvm.suite.progress import TerminalProgress
@@ -106,6 +112,12 @@ class RemoteSuite:
         neutral.forget_failed_filters(self._config)
         arity = parser_arity(parser)
         self._options_that_write(args, arity)
+        for token in tokens(args, arity):
+            if token.option in IMPOSSIBLE:
+                raise pytest.UsageError(
+                    f"{token.option} cannot work with --microvm: {IMPOSSIBLE[token.option]}; leave it out, "
+                    "or select tests with --lf"
+                )
         with _as_pytest_errors():
             neutral.refuse_project_plugins(self._config, _named_plugins(args, arity))
             if self._launch is None:
@@ -193,16 +205,26 @@ class RemoteSuite:
         """Show the guest's versions and the header lines of its plug-ins."""
         if self._collected is None or self._config.option.verbose < 0:
             return []
-        missing = [] if self._backend is None else lines_about_modules(self._collected, self._backend.facts)
-        isolation = "" if self._backend is None else self._backend.options.isolation
-        return [*guest_lines(self._collected), *missing, *lines_about_sharing(self._collected, isolation)]
+        return [*guest_lines(self._collected), *self._lines_about(self._collected)]
+
+    def _lines_about(self, collected: Collected) -> list[str]:
+        """Return what the user should know before the first test."""
+        assert self._backend is not None
+        return [
+            *lines_about_modules(collected, self._backend.facts),
+            *lines_about_sharing(collected, self._backend.options.isolation),
+            *lines_about_options(self._config.option, collected),
+        ]
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_setupnodes(self, specs: list[Any]) -> None:
         """Prepare the template once in pytest-xdist's controller, before its workers need it."""
         for spec in specs:
             neutral.keep_project_from_worker(spec, isolated=self._launch is not None)
-        self._prepare(self._collect())
+        collected = self._collect()
+        for line in self._lines_about(collected):
+            self._progress(line.removeprefix("microvm: "))
+        self._prepare(collected)
 
     def pytest_collection(self, session: pytest.Session) -> bool:
         """Collect in the guest and replay its collection on the host."""

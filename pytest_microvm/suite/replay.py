@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any, Literal, cast
 
@@ -15,7 +16,7 @@ from pytest_microvm.untrusted.text import sanitize
 from pytest_microvm.wire.fields import is_whole
 
 _PHASES = frozenset(["setup", "call", "teardown"])
-_OUTCOMES = frozenset(["passed", "failed", "skipped", "rerun"])
+_OUTCOME = re.compile("[a-z][a-z_]{0,39}")  # plug-ins have their own: rerun, retried
 _STYLES = frozenset(["long", "short", "line", "no", "native", "value", "auto"])
 _SEPARATORS = frozenset("-_=*~!+.")
 _COLOURS = frozenset(["red", "green", "yellow", "blue", "purple", "cyan", "white", "bold", "light"])
@@ -26,9 +27,10 @@ _RESERVED = frozenset(
         *("nodeid", "location", "keywords", "when", "outcome", "sections", "user_properties", "duration"),
         *("start", "stop", "wasxfail", "longrepr", "result", "context"),
         *("node", "worker_id", "testrun_uid", "item_index"),  # of pytest-xdist
+        *("_pdbshown", "_report_type"),
     ]
 )
-_RESERVED_PREFIXES = ("_", "microvm")
+_RESERVED_PREFIXES = ("__", "microvm")
 
 
 def rebuild_test_report(
@@ -49,7 +51,7 @@ def rebuild_test_report(
     if record.get("nodeid") != item.guest.raw_nodeid:
         raise checks.violation("a report about another test than the one it was asked for")
     when = checks.choice(record.get("when"), _PHASES, "phase")
-    outcome = checks.choice(record.get("outcome"), _OUTCOMES, "outcome")
+    outcome = _outcome(record.get("outcome"))
     clean: dict[str, Any] = {
         "$report_type": "TestReport",
         "nodeid": item.nodeid,
@@ -77,6 +79,12 @@ def rebuild_test_report(
     if "status" in line:
         report.microvm_status = _status(line["status"])  # type: ignore[attr-defined]
     return report
+
+
+def _outcome(value: object) -> str:
+    if not isinstance(value, str) or not _OUTCOME.fullmatch(value):
+        raise checks.violation("an unknown outcome")
+    return value
 
 
 def _added(record: dict[str, Any]) -> Iterator[tuple[str, Any]]:

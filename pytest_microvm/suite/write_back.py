@@ -30,7 +30,7 @@ REPORTS_AT_THE_END = ("/.coverage", "/coverage.xml", "/coverage.json", "/coverag
 EXAMPLES = ".hypothesis/examples"
 """The folder of hypothesis's database, as of its version 6."""
 
-_EXAMPLE = re.compile(r"\.hypothesis/examples/[0-9a-f]{1,96}/[0-9a-f]{1,96}")
+_EXAMPLE = re.compile(r"\.hypothesis/(\.gitignore|examples/[0-9a-f]{1,96}/[0-9a-f]{1,96})")
 _UNMENTIONED = (".coverage*", "*.pyc", ".hypothesis/", ".mypy_cache/", ".ruff_cache/")
 _DATA = frozenset(
     [

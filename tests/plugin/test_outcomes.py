@@ -190,7 +190,7 @@ HOSTILE = """
     "change",
     [
         "data['nodeid'] = 'test_it.py::test_good'",
-        "data['outcome'] = 'splendid'",
+        "data['outcome'] = 'splen did'",
         "data['when'] = 'never'",
         "data['longrepr'] = {'reprcrash': 1, 'reprtraceback': 2}",
         "data['longrepr'] = [1, 2]",

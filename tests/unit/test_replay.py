@@ -81,23 +81,24 @@ def test_a_failure_is_rebuilt(config):
 
 
 def test_data_of_plugins_is_kept_under_names_that_pytest_does_not_use(config):
-    own = {"extras": [{"content": "a\x07"}], "json_metadata": {"n": 1}}
+    own = {"extras": [{"content": "a\x07"}], "json_metadata": {"n": 1}, "_json_report_extra": {"call": {}}}
     kept = rebuild(config, **own)
     assert kept.extras == [{"content": r"a\x07"}]
     assert kept.json_metadata == {"n": 1}
+    assert kept._json_report_extra == {"call": {}}
     taken = {
         "toterminal": "x",
         "passed": False,
         "head_line": "x",
         "node": "x",
         "__class__": "x",
-        "_x": 1,
+        "_pdbshown": True,
         "a b": 1,
     }
     report = rebuild(config, **taken)
     assert callable(report.toterminal)
     assert report.failed
-    assert not {"node", "_x", "a b"} & set(vars(report))
+    assert not {"node", "_pdbshown", "a b"} & set(vars(report))
 
 
 @pytest.mark.parametrize("outcome", ["passed", "skipped"])
