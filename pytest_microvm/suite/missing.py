@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -62,6 +63,12 @@ def lines_about_options(option: Any, collected: Collected) -> list[str]:
         collected: The tests.
     """
     lines = []
+    coverage = sys.modules.get("coverage")
+    if coverage is not None and coverage.Coverage.current() is not None:
+        lines.append(
+            "microvm: coverage measures this process, in which no test runs: use --cov instead of "
+            "`coverage run`"
+        )
     if getattr(option, "json_report", False):
         lines.append(
             "microvm: pytest-json-report writes its file on this computer, without the tests' json_metadata, "

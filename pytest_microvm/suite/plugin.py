@@ -68,7 +68,12 @@ from pytest_microvm.terminal.termination import interrupt_on_sigterm
 from pytest_microvm.untrusted.nofollow import refuse_links
 from pytest_microvm.untrusted.text import sanitize
 
-_HOST_PLUGINS = frozenset(["microvm", "pytest_microvm.plugin", "xdist", "xdist.plugin", "xdist.looponfail"])
+_HOST_PLUGINS = frozenset(
+    [
+        *("microvm", "microvm-guard", "pytest_microvm.plugin", "pytest_microvm.plugin.guard"),
+        *("xdist", "xdist.plugin", "xdist.looponfail"),
+    ]
+)
 
 
 _OUTPUT = ("Captured stdout", "Captured stderr")
