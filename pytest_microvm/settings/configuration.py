@@ -46,6 +46,7 @@ class Settings:
         isolation: The scope that shares one machine under ``--microvm``.
         fixtures: Where fixtures wider than a test are set up: ``auto``, ``fork`` (once), ``repeat``.
         repeat: How often each test runs; ``None``: once, and nothing is told about it.
+        debug_port: A port on which debuggers listen in machines, for an IDE on this computer.
         pool: Number of machines to keep ready; ``None``: the number of cores, at most 4.
         prepare: Shell commands run once in the machine, before the workspace is copied; the result is cached.
         prepare_inputs: Files and folders that ``prepare`` needs; copied first, and part of the cache key.
@@ -68,6 +69,7 @@ class Settings:
     isolation: str = "test"
     fixtures: str = "auto"
     repeat: int | None = None
+    debug_port: int | None = None
     pool: int | None = None
     prepare: tuple[str, ...] = ()
     prepare_inputs: tuple[str, ...] = ()

@@ -37,9 +37,8 @@ _WRITING = frozenset(["--basetemp", "--log-file"])  # given by the user, both si
 
 _HOST_PLUGINS_OFF = frozenset(["no:cacheprovider"])
 _OURS = "--microvm"
-_GRANTING = frozenset(
-    f"--microvm-{option.word}" for option in (BY_NAME["image"], BY_NAME["write_back"], *GRANTS)
-)
+_ASKING = ("image", "write_back", "debug_port")  # besides the grants
+_GRANTING = frozenset(f"--microvm-{option.word}" for option in (*map(BY_NAME.__getitem__, _ASKING), *GRANTS))
 _NAMING_FOLDERS = frozenset(["--microvm-artifacts"])
 _INTERNAL = frozenset(["--microvm-launched"])
 _NEVER_OF_A_PROJECT = ACTING | REPORT_FILES | _WRITING | _NAMING_FOLDERS | _INTERNAL | _FOR_THE_TERMINAL

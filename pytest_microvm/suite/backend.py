@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -79,6 +80,7 @@ class RunOptions:
         network: Rules for the network that tests may reach, as written.
         junit_profile: The consumer of the ``--junitxml`` file; ``None``: as pytest writes it.
         fixtures: Where wide fixtures are set up: ``auto``, ``fork`` (once) or ``repeat`` (for each test).
+        debug_port: A port on which debuggers listen in machines; ``None``: there are none.
         repeat: How often each test runs; ``None``: once.
         write_back: Patterns, as in a .gitignore file, of workspace files that come back from machines.
     """
@@ -97,6 +99,7 @@ class RunOptions:
     write_back: tuple[str, ...] = ()
     fixtures: str = "auto"
     repeat: int | None = None
+    debug_port: int | None = None
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,14 @@ class RunnerMachine(Protocol):
         """Lend this process's terminal to the debugger that waits at a socket in the machine, until it ends.
 
         Raises:
+            MachineError: The machine failed.
+        """
+
+    def forward(self, port: int) -> AbstractContextManager[object]:
+        """Return a context in which clients of a port of this computer's loopback reach that of the machine.
+
+        Raises:
+            OSError: Another program listens there.
             MachineError: The machine failed.
         """
 

@@ -33,6 +33,7 @@ from pytest_microvm.untrusted.redaction import Redactor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from pytest_microvm.agent.link import Link
     from pytest_microvm.suite.backend import MachineCheckpoint, TestLimits
@@ -151,6 +152,10 @@ class RunnerLease:
             self._instance.close()
             self._host.release(self._copied)
 
+    def forward(self, port: int) -> AbstractContextManager[object]:
+        """Forward a TCP port of this computer's loopback to the same one of the machine."""
+        return self._instance.network.forward(port, at=port)
+
     def checkpoint(self, forks: int) -> KeeperCheckpoint:
         """Return a checkpoint of a keeper, which runs on."""
         return KeeperCheckpoint(self._host, self._host.checkpoint(self._copied), forks)
@@ -251,6 +256,7 @@ class MachineBackend:
             write_back=self._config.write_back,
             fixtures=self._config.fixtures,
             repeat=self._config.repeat,
+            debug_port=self._config.debug_port,
         )
 
     def collect(self, plan: CollectPlan, progress: Progress) -> bytes:

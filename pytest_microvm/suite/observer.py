@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
-from pytest_microvm.errors import MachineError, MicroVMError
+from pytest_microvm.errors import HostError, MachineError, MicroVMError
 from pytest_microvm.machine.instance import MachineFacts, Usage
 from pytest_microvm.suite import checks
 from pytest_microvm.suite.backend import RunnerMachine
@@ -29,6 +30,7 @@ class SuiteObserver:
 
     Attributes:
         lends_terminal: Whether debuggers get this computer's terminal.
+        debug_port: The port of this computer that leads to the machine of the present test, if any.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class SuiteObserver:
         self._ending = ending
         self._logs = LiveLogs(config)
         self.lends_terminal = False
+        self.debug_port: int | None = None
+        self._forwarding = ExitStack()
 
     def finished(self, facts: MachineFacts, output: dict[str, Any] | None) -> None:
         """Record what a machine's plug-ins output, for the end of the run."""
@@ -54,6 +58,18 @@ class SuiteObserver:
         """Give the machine the files of those before it; call ``pytest_microvm_started``."""
         self._config.hook.pytest_microvm_started(config=self._config, facts=machine.facts, nodeid=nodeid)
         self._write_back.give(machine)
+        if self.debug_port is not None:
+            self._forwarding.close()
+            self._forward(machine, self.debug_port)
+
+    def _forward(self, machine: RunnerMachine, port: int) -> None:
+        try:
+            self._forwarding.enter_context(machine.forward(port))
+        except OSError as error:
+            raise HostError(
+                f"port {port} of this computer cannot lead to machines: {error.strerror or error}",
+                resolution="choose another one with --microvm-debug-port",
+            ) from error
 
     def logged(self, nodeid: str, record: dict[str, Any]) -> None:
         """Show a log message."""
@@ -96,6 +112,7 @@ class SuiteObserver:
 
     def stopped(self, facts: MachineFacts, usage: Usage) -> None:
         """Call ``pytest_microvm_stopped``."""
+        self._forwarding.close()
         self._config.hook.pytest_microvm_stopped(config=self._config, facts=facts, usage=usage)
 
     def retried(self, nodeid: str, error: MachineError, retry: int, most: int) -> None:

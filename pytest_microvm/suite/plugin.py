@@ -189,6 +189,7 @@ class RemoteSuite:
             self._backend = backend
             self._plan = self._make_plan(backend)
             self._repeat(backend.options)
+            self._check_debug_port(backend.options)
             self._write_back = self._make_write_back(backend)
             session.config.pluginmanager.register(self._write_back, "microvm_write_back")
             add_suite_properties(session.config, backend.facts, backend.options.isolation)
@@ -343,6 +344,7 @@ class RemoteSuite:
         assert self._write_back is not None
         self._observer = SuiteObserver(self._config, self._progress, self._ending, self._write_back)
         self._observer.lends_terminal = self._is_told(DEBUGGING)
+        self._observer.debug_port = self._backend.options.debug_port
         options = self._backend.options
         end = MachineEnd(collected.outputs, self._write_back.finishing, self._is_whole())
         leases = Leases(self._backend, options.isolation, self._observer, end)
@@ -362,7 +364,8 @@ class RemoteSuite:
     def _fixtures_mode(self, options: RunOptions) -> str:
         """Return the mode of wide fixtures: a debugger or a plan of set-ups needs them in each machine."""
         shows = any(getattr(self._config.option, name, False) for name in ("setupshow", "setuponly"))
-        if options.isolation != "test" or shows or self._is_told(DEBUGGING):
+        debugs = self._is_told(DEBUGGING) or options.debug_port is not None
+        if options.isolation != "test" or shows or debugs:
             return "repeat"
         return options.fixtures
 
@@ -380,6 +383,17 @@ class RemoteSuite:
                 resolution="add --microvm-isolation=test",
             )
         self._config.pluginmanager.register(Repeats(options.repeat), "microvm_repeats")
+
+    def _check_debug_port(self, options: RunOptions) -> None:
+        """Check that one process runs the tests: the port leads to one machine.
+
+        Raises:
+            UsageError: Workers of pytest-xdist do.
+        """
+        if options.debug_port is not None and settings_from(self._config, self._launch).workers:
+            raise UsageError(
+                "the debug port leads to one machine, but -n runs several at once", resolution="leave out -n"
+            )
 
     def _make_write_back(self, backend: Backend) -> WriteBack:
         users, projects, arity = self._words

@@ -1,8 +1,10 @@
 """Suites in real machines that write in the workspace, are debugged at a terminal, or end in one machine."""
 
 import os
+import socket
 import subprocess
 import textwrap
+import time
 
 import pytest
 
@@ -131,3 +133,40 @@ def test_failing_examples_of_hypothesis_are_tried_first_the_next_time(project):
         assert "written by tests" not in done.stdout
     examples = [path for path in folder.glob(".hypothesis/examples/*/*") if path.is_file()]
     assert examples
+
+
+def test_a_debugger_listens_on_a_port_of_each_machine(project):
+    """A client of this computer's port reaches the test that runs, one after the other."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    folder = project(
+        test_it=f"""
+            import socket
+            import pytest
+
+            @pytest.mark.parametrize("number", [1, 2])
+            def test_waits(number):
+                with socket.create_server(("127.0.0.1", {port})) as server:
+                    client, _address = server.accept()
+                    with client:
+                        client.sendall(b"test %d" % number)
+        """
+    )
+    command = [*IN_THE_IMAGE, f"--microvm-debug-port={port}", "-q"]
+    heard = []
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            try:
+                with socket.create_connection(("127.0.0.1", port), timeout=guards.SUITE) as client:
+                    heard.append(client.recv(100).decode())
+            except OSError:
+                heard.append("")
+            time.sleep(0.1)
+        assert process.returncode == 0, process.stdout.read()
+    assert [text for text in heard if text] == ["test 1", "test 2"]
+
+
+def test_a_debug_port_leads_to_one_machine(project):
+    done = run(project(test_it="def test_it(): pass"), "--microvm-debug-port=5678", "-n2")
+    assert done.returncode == 4
+    assert "the debug port leads to one machine, but -n runs several at once" in done.stderr

@@ -51,13 +51,17 @@ class Address:
 
 
 @contextlib.contextmanager
-def forwarded(port: NetworkPort, target: int | str, *, unix: bool) -> Iterator[Address]:
+def forwarded(port: NetworkPort, target: int | str, *, unix: bool, at: int = 0) -> Iterator[Address]:
     """Forward clients of this computer to ``target`` in the guest until the block or the machine ends.
 
     Args:
         port: The guest's port.
         target: A TCP port of the guest's loopback, or the path of a Unix socket.
         unix: Whether to listen on a Unix socket that only this user can reach, instead of a TCP port.
+        at: The TCP port on this computer; 0: any free one.
+
+    Raises:
+        OSError: Another program listens there.
     """
     with contextlib.ExitStack() as stack:
         if unix:
@@ -66,7 +70,7 @@ def forwarded(port: NetworkPort, target: int | str, *, unix: bool) -> Iterator[A
             listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             listener.bind(str(address.path))
         else:
-            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", at)))
             address = Address("127.0.0.1", listener.getsockname()[1])
         listener.listen(_BACKLOG)
         forwarding = run(_forward(port, target, listener))

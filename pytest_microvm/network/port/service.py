@@ -95,19 +95,21 @@ class MachineNetwork:
         return self._before[1] + (0 if self._port is None else self._port.bytes_sent)
 
     @contextlib.contextmanager
-    def forward(self, target: int | str, *, unix: bool = False) -> Iterator[Address]:
+    def forward(self, target: int | str, *, unix: bool = False, at: int = 0) -> Iterator[Address]:
         """Forward clients of this computer to a TCP port or Unix socket of the guest.
 
         Args:
             target: A TCP port of the guest's loopback, or the path of a Unix socket.
             unix: Whether to listen on a Unix socket, which only this user can reach, instead of a TCP port.
+            at: The TCP port on this computer; 0: any free one.
 
         Raises:
             MachineCrashed: The machine has ended.
+            OSError: Another program listens there.
         """
         from pytest_microvm.network.port.forwarding import forwarded  # noqa: PLC0415 - asyncio, once it is needed
 
-        with forwarded(self._open(), target, unix=unix) as address:
+        with forwarded(self._open(), target, unix=unix, at=at) as address:
             yield address
 
     def share(self, path: str, serve: Served, *, read_only: bool) -> int:

@@ -53,6 +53,7 @@ class LocalBackend:
             write_back=config.write_back,
             fixtures=config.fixtures,
             repeat=config.repeat,
+            debug_port=config.debug_port,
         )
         self._template = None
         self._numbers = itertools.count(1)
@@ -213,6 +214,10 @@ class LocalMachine:
             subprocess.run([sys.executable, "-IS", program, socket], check=True)
         finally:
             signal.signal(signal.SIGINT, before)
+
+    def forward(self, port):
+        """Forward nothing: the machine's ports are this computer's."""
+        return contextlib.nullcontext()
 
     def checkpoint(self, forks):
         """Make the process fork a child that waits; further forks are that child's."""
