@@ -14,7 +14,7 @@ _SPECIAL = re.compile(r"([\\*?\[\]!# ])")
 _FOLDERS = frozenset(["--alluredir", "--benchmark-storage"])
 _FILES = frozenset(["--benchmark-json"])
 _FLAGS = {
-    "--snapshot-update": ("__snapshots__/", "!__snapshots__/**/*.lock"),
+    "--snapshot-update": ("__snapshots__/", "!**/__snapshots__/**/*.lock"),
     "--benchmark-autosave": ("/.benchmarks/",),
     "--benchmark-save": ("/.benchmarks/",),
     "--regen-all": ("test_*/", "*_test/"),

@@ -281,7 +281,7 @@ def test_last_machine_gets_what_it_adds_to(top, machines):
     ("words", "patterns", "early"),
     [
         ([], (), False),
-        (["--snapshot-update"], ("__snapshots__/",), True),
+        (["--snapshot-update"], ("__snapshots__/", "!**/__snapshots__/**/*.lock"), True),
         (["--alluredir=al"], ("/sub/al/",), True),
         (["--alluredir", "al", "tests"], ("/sub/al/",), True),
         (["--alluredir=../../elsewhere"], (), False),
