@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
@@ -30,7 +31,7 @@ REPORTS_AT_THE_END = ("/.coverage", "/coverage.xml", "/coverage.json", "/coverag
 EXAMPLES = ".hypothesis/examples"
 """The folder of hypothesis's database, as of its version 6."""
 
-_EXAMPLE = re.compile(r"\.hypothesis/(\.gitignore|examples/[0-9a-f]{1,96}/[0-9a-f]{1,96})")
+_EXAMPLE = re.compile(r"\.hypothesis/examples/[0-9a-f]{1,96}/[0-9a-f]{1,96}")
 _UNMENTIONED = (".coverage*", "*.pyc", ".hypothesis/", ".mypy_cache/", ".ruff_cache/")
 _DATA = frozenset(
     [
@@ -191,6 +192,8 @@ class WriteBack:
         try:
             before, after = self._before(root, paths), _entries(staged, paths)
             result = TakeOver(root, staged, empty, suffix).run(before, after, {})
+            if any(_EXAMPLE.fullmatch(path) for path in result.created):
+                _hide_examples(root)
         finally:
             for folder in (root, staged, empty):
                 os.close(folder)
@@ -290,6 +293,18 @@ class WriteBack:
                 f"microvm: written by tests and gone with their machines: {_names(gone)}; "
                 "--microvm-write-back=PATTERN keeps them"
             )
+
+
+def _hide_examples(root: int) -> None:
+    """Let git ignore the folder of hypothesis, as hypothesis does when it makes it."""
+    with folder_below(root, [EXAMPLES.partition("/")[0]]) as folder, contextlib.suppress(FileExistsError):
+        if folder is not None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            file = os.open(".gitignore", flags, 0o644, dir_fd=folder)
+            try:
+                os.write(file, b"*\n")
+            finally:
+                os.close(file)
 
 
 def _spec(patterns: Iterable[str]) -> GitIgnoreSpec:

@@ -106,7 +106,7 @@ def test_debugger_at_a_terminal(project):
 
 
 def test_failing_examples_of_hypothesis_are_tried_first_the_next_time(project):
-    """They come back into the folder that git ignores, and are given to the next run's machines."""
+    """They come back into a folder that git ignores, and are given to the next run's machines."""
     folder = project(
         test_it="""
             from hypothesis import given, strategies
@@ -119,7 +119,6 @@ def test_failing_examples_of_hypothesis_are_tried_first_the_next_time(project):
                 assert number < 1000, tried[0]
         """
     )
-    (folder / ".gitignore").write_text(".hypothesis/\n")
     subprocess.run(["git", "init", "-q", folder], check=True)
     command = [*PYTEST, "--microvm", "--tb=short"]
     environment = {name: value for name, value in os.environ.items() if name != "CI"}  # else it keeps none
@@ -133,6 +132,9 @@ def test_failing_examples_of_hypothesis_are_tried_first_the_next_time(project):
         assert "written by tests" not in done.stdout
     examples = [path for path in folder.glob(".hypothesis/examples/*/*") if path.is_file()]
     assert examples
+    status = ["git", "-C", folder, "status", "--porcelain", "--untracked-files=all"]
+    left = subprocess.run(status, capture_output=True, text=True, check=True).stdout
+    assert ".hypothesis" not in left
 
 
 def test_a_debugger_listens_on_a_port_of_each_machine(project):
