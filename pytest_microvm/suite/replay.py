@@ -27,10 +27,9 @@ _RESERVED = frozenset(
         *("nodeid", "location", "keywords", "when", "outcome", "sections", "user_properties", "duration"),
         *("start", "stop", "wasxfail", "longrepr", "result", "context"),
         *("node", "worker_id", "testrun_uid", "item_index"),  # of pytest-xdist
-        *("_pdbshown", "_report_type"),
     ]
 )
-_RESERVED_PREFIXES = ("__", "microvm")
+_RESERVED_PREFIXES = ("_", "microvm")
 
 
 def rebuild_test_report(

@@ -135,10 +135,10 @@ class LocalBackend:
         for machine in self._machines:
             machine.kill()
         if self._template is not None:
-            self._folder.cleanup()
-            self._control.close()
             self._template.kill()
             self._template.wait()
+            self._control.close()
+            self._folder.cleanup()
 
 
 class LocalCheckpoint:
@@ -239,7 +239,7 @@ class LocalMachine:
     def kill(self):
         """Kill the process."""
         if self._pid:
-            self.link.close()
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # first, or it would see the link end, and finish
                 os.kill(self._pid, signal.SIGKILL)
+            self.link.close()
             self._pid = 0
