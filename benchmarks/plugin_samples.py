@@ -256,20 +256,20 @@ SAMPLES = (
         "`@given`, a falsifying example, the database of examples",
         ("hypothesispytest",),
         """
-        from hypothesis import given, seed, strategies
+        from hypothesis import given, strategies
 
         @given(strategies.integers(), strategies.integers())
         def test_holds(a, b):
             assert a + b == b + a
 
-        @seed(1)
         @given(strategies.integers())
         def test_falsified(a):
             assert a < 1000
         """,
         statuses=(1,),
         prints=("Failing test case: test_falsified(", "a=1000"),
-        caches=(".hypothesis/constants/*", ".hypothesis/unicode_data/*/*"),
+        varies=(".hypothesis/examples/**",),
+        caches=(".hypothesis/constants/*", ".hypothesis/unicode_data/*/*", ".hypothesis/.gitignore"),
     ),
     Sample(
         "pytest-metadata",

@@ -82,7 +82,7 @@ class Broken(Qemu):
         return super().start(replace(launch, words=("rdinit=/bin/busybox", "loglevel=7")), accelerator)
 
 
-def test_a_boot_that_fails_is_tried_twice_and_shows_the_console(host, monkeypatch):
+def test_a_boot_that_fails_is_tried_again_and_shows_the_console(host, monkeypatch):
     monkeypatch.setattr(chain, "BOOT_TIMEOUT", 20.0)
     base = host.base(SPEC)
     said = []
@@ -90,7 +90,7 @@ def test_a_boot_that_fails_is_tried_twice_and_shows_the_console(host, monkeypatc
     broken = chain.Chain(hypervisor, host.templates, b"", said.append)
     with pytest.raises(BootError, match="ended while it booted: the guest's kernel panicked") as caught:
         broken.ensure(base)
-    assert said == ["booting base", "booting base again"]
+    assert said == ["booting base", "booting base again", "booting base again"]
     assert "Kernel panic" in caught.value.details
     assert host.templates.open(broken.key(base)) is None
 
