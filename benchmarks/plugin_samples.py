@@ -176,6 +176,7 @@ SAMPLES = (
         """,
         ("-n 2",),
         statuses=(1,),
+        note="`worker_id` is `master` in every machine",
     ),
     Sample(
         "pytest-mock",
@@ -253,23 +254,26 @@ SAMPLES = (
     ),
     Sample(
         "hypothesis",
-        "`@given`, a falsifying example, the database of examples",
+        "`@given`, a falsifying example, which the second run tries first",
         ("hypothesispytest",),
         """
         from hypothesis import given, strategies
+
+        tried = []
 
         @given(strategies.integers(), strategies.integers())
         def test_holds(a, b):
             assert a + b == b + a
 
-        @given(strategies.integers())
+        @given(strategies.integers(min_value=0, max_value=10**9))
         def test_falsified(a):
-            assert a < 1000
+            tried.append(a)
+            assert a < 1000, f"first {tried[0]}"
         """,
-        statuses=(1,),
-        prints=("Failing test case: test_falsified(", "a=1000"),
-        varies=(".hypothesis/examples/**",),
-        caches=(".hypothesis/constants/*", ".hypothesis/unicode_data/*/*", ".hypothesis/.gitignore"),
+        ("", ""),
+        statuses=(1, 1),
+        prints=("Failing test case: test_falsified(", "a=1000", "AssertionError: first 1000"),
+        caches=(".hypothesis/*/*", ".hypothesis/*/*/*", ".hypothesis/.gitignore"),
     ),
     Sample(
         "pytest-metadata",
@@ -468,6 +472,7 @@ SAMPLES = (
         statuses=(1,),
         prints=("report saved to: report.json",),
         varies=("report.json",),
+        note="the file lacks `json_metadata`, output and log of tests",
     ),
     Sample(
         "pytest-repeat",
@@ -859,6 +864,7 @@ SAMPLES = (
         ("--codspeed --codspeed-mode=walltime --codspeed-max-rounds=5",),
         varies=(".codspeed/*",),
         prints=("codspeed: ",),
+        note="its results are of this computer, which runs no test",
     ),
     Sample(
         "pytest-check",
@@ -904,6 +910,7 @@ SAMPLES = (
         statuses=(0, 0),
         prints=("testmon: ", "no tests ran"),
         varies=(".testmondata*",),
+        note="it records in one process what each test executes",
     ),
     Sample(
         "pytest-bdd",
