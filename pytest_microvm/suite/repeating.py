@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 5  # ways to fail, and lines of output, that are shown for one test
 _WIDTH = 100
+_MAX_LINES = 100_000
 _PHASES = ("setup", "call", "teardown")
 
 
@@ -27,14 +28,16 @@ class Runs:
         reason: The first line of its failure; empty if it did not fail.
         seconds: How long each took.
         machines: The machines' ids.
-        printed: The lines that all of them printed.
+        always: The lines that all of them printed.
+        ever: The lines that any of them printed, up to a limit.
     """
 
     outcome: str
     reason: str
     seconds: list[float] = field(default_factory=list)
     machines: list[str] = field(default_factory=list)
-    printed: set[str] | None = None
+    always: set[str] | None = None
+    ever: set[str] = field(default_factory=set)
 
     def add(self, reports: list[pytest.TestReport]) -> None:
         """Add a run."""
@@ -42,7 +45,9 @@ class Runs:
         properties = dict(reports[-1].user_properties)
         self.machines.append(str(properties.get("microvm.id", "")))
         lines = {line for report in reports for _title, text in report.sections for line in text.splitlines()}
-        self.printed = lines if self.printed is None else self.printed & lines
+        self.always = lines if self.always is None else self.always & lines
+        if len(self.ever) < _MAX_LINES:
+            self.ever |= lines
 
 
 class Repeats:
@@ -112,8 +117,8 @@ def _lines(nodeid: str, groups: list[Runs]) -> Iterator[str]:
         middle = statistics.median(runs.seconds)
         about = f": {runs.reason}" if runs.reason else ""
         yield f"  {len(runs.seconds)} {runs.outcome} in {middle:.2f} s (median){about}"
-        others = set().union(*(other.printed or set() for other in groups if other is not runs))
-        for line in sorted((runs.printed or set()) - others)[:_SHOWN]:
+        others = set().union(*(other.ever for other in groups if other.outcome != runs.outcome))
+        for line in sorted((runs.always or set()) - others)[:_SHOWN]:
             yield f"      only these print: {line[:_WIDTH]}"
     if len(groups) > _SHOWN:
         yield f"  ... and {len(groups) - _SHOWN} other ways to end"

@@ -392,10 +392,10 @@ FLAKY = """
     def counted(): return os.getpid()
 
     def test_flaky(counted):
-        number = os.urandom(1)[0] % 4
-        if number == 0:
+        number = os.urandom(1)[0] % 8
+        if number < 2:
             print("the queue is empty")
-        assert number
+        assert number >= 2
 
     def test_fine(): pass
 """
@@ -403,7 +403,7 @@ FLAKY = """
 
 @pytest.mark.parametrize("options", [[], ["-n2"], ["--microvm-fixtures=fork"]])
 def test_repeat_tells_what_differs(project, options):
-    """Of 60 runs with a chance of a quarter, none or all fail with a probability below 1 in 10^7."""
+    """Of 60 runs with a chance of a quarter, none or all fail once in 10^7 times; they fail in two ways."""
     project.write(test_it=FLAKY)
     done = project.microvm("--microvm-repeat=60", "--tb=no", *options)
     text = done.stdout.str()
@@ -412,7 +412,7 @@ def test_repeat_tells_what_differs(project, options):
     assert int(runs[1]) + int(runs[2]) == 60
     done.stdout.fnmatch_lines(
         [
-            f"  {runs[2]} failed in * s (median): assert 0 (line *)",
+            "  * failed in * s (median): assert [01] >= 2 (line *)",
             "      only these print: the queue is empty",
             "microvm: test_it.py::test_fine: 60 runs: 60 passed (100 %)",
             "microvm: 2 tests in 120 machines*",
