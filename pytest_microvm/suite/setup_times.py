@@ -34,7 +34,9 @@ class SetUpTimes:
             ProtocolViolation: It is malformed.
         """
         for pair in checks.array(measured, "list of fixtures' times"):
-            number, seconds = checks.array(pair, "fixture's time", 2)
+            if len(checks.array(pair, "fixture's time", 2)) != 2:  # noqa: PLR2004 - number, seconds
+                raise checks.violation("a fixture's time without its two parts")
+            number, seconds = pair
             number = checks.integer(number, "number of a fixture", 0, len(self._names) - 1)
             self._seconds[number] = checks.seconds(seconds)
 

@@ -43,7 +43,7 @@ FORMAT = 2
 IN_THE_MAKING = {"hostname": "template", "machine_id": "0" * 32}
 """The identity of a machine that becomes a template; each copy gets its own."""
 
-_BOOT_TRIES = 3  # a boot did not come up in CI, with one try left; none of 290 boots since did that
+_BOOT_TRIES = 3  # a boot did not come up in CI once, for an unknown reason
 _LEAST_SLACK = 256 * 1024**2  # more than a machine writes between two checks of its disk
 
 

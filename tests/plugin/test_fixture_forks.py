@@ -216,7 +216,6 @@ def test_auto_forks_what_was_slow(project):
     done.assert_outcomes(passed=8)
     assert len(set(pids(done))) == 2
     known = json.loads((project.path / ".pytest_cache/v/microvm/fixtures").read_text())
-    assert list(known) == ["module test_it.py slow"]
     assert known["module test_it.py slow"] >= 0.8
     assert len(set(pids(project.microvm("-rA")))) == 1
 
@@ -225,7 +224,6 @@ def test_auto_repeats_what_is_quick(project):
     slow(project, 0, 4)
     done = project.microvm("-rA")
     assert len(set(pids(done))) == 4
-    assert not (project.path / ".pytest_cache/v/microvm").exists()
 
 
 def test_repeat_is_an_option(project):
