@@ -136,6 +136,10 @@ class TestRunner:
             ran = self._failed_machine(keeper, item, error, retries)
             self._forks.lose(keeper)
             return None, ran
+        except MicroVMError as error:  # of this computer, such as a full disk
+            self._watcher.told(item.nodeid, f"no checkpoint of its fixtures: {error.brief}")
+            self._forks.lose(keeper)
+            return None, None
         return kept, None if kept.exit is None else Ran(exit=kept.exit, facts=keeper.machine.facts)
 
     def _tear_down(self, ran: Ran, item: Any, nextitem: Any, limits: TestLimits) -> None:
@@ -143,6 +147,8 @@ class TestRunner:
         try:
             self._forks.ran(item, ran.set_up)
             kept = self._forks.tear_down(item, nextitem, limits)
+            told = None if kept is None else kept.report
+            report = None if told is None else rebuild_test_report(item.config, told, item, [])
         except MachineError as error:
             report = error_report(item, "teardown", f"the machine of the fixtures: {error}", [])
             _add_tear_down(ran, report, None)
@@ -153,8 +159,8 @@ class TestRunner:
         ran.warnings += kept.warnings
         ran.printed += kept.printed
         ran.exit = ran.exit or kept.exit
-        if kept.report is not None:
-            _add_tear_down(ran, rebuild_test_report(item.config, kept.report, item, []), kept.report["data"])
+        if report is not None and told is not None:
+            _add_tear_down(ran, report, told["data"])
 
     def release(self) -> None:
         """End the machines in use."""
