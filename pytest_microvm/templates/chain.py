@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pytest_microvm.settings.spec import Limits, Resources
     from pytest_microvm.templates.store import Template, TemplateStore
 
-FORMAT = 2
+FORMAT = 3
 """Part of every key; increase it when existing templates become unusable."""
 
 IN_THE_MAKING = {"hostname": "template", "machine_id": "0" * 32}

@@ -50,7 +50,7 @@ def test_a_boot_under_emulation():
         "-name", "microvm,process=microvm",
         "-machine", "microvm,memory-backend=mem",
         "-accel", "tcg,tb-size=256",
-        "-cpu", "max",
+        "-cpu", "max,erms=off,fsrm=off",
         "-smp", "2",
         "-m", "536870912B",
         "-object", "memory-backend-file,id=mem,size=536870912,mem-path=/proc/self/fd/22,share=on",
@@ -123,7 +123,12 @@ def test_memory_ceiling_covers_guest_ram_and_translations():
 
 @pytest.mark.parametrize(
     ("accelerator", "machine", "cpu"),
-    [("kvm", "microvm", "host"), ("hvf", "q35", "host"), ("whpx", "q35", "host"), ("tcg", "q35", "max")],
+    [
+        ("kvm", "microvm", "host"),
+        ("hvf", "q35", "host"),
+        ("whpx", "q35", "host"),
+        ("tcg", "q35", "max,erms=off,fsrm=off"),
+    ],
 )
 def test_accelerators(accelerator, machine, cpu):
     command = qemu_command("qemu", BOOT, Accelerator(accelerator, "", machine), FDS)

@@ -63,7 +63,7 @@ def qemu_command(
         "-name", f"{launch.name},process={launch.name}",
         "-machine", f"{accelerator.machine},memory-backend=mem",
         "-accel", _accel(accelerator),
-        "-cpu", "max" if accelerator.name == "tcg" else "host",
+        "-cpu", _cpu(launch, accelerator),
         "-smp", str(launch.cpus),
         "-m", f"{launch.memory}B",
         "-object", _memory(launch, fds["ram"], readonly_ram=readonly_ram),
@@ -93,6 +93,17 @@ def qemu_command(
 
 def _accel(accelerator: Accelerator) -> str:
     return f"tcg,tb-size={TRANSLATIONS // 1024**2}" if accelerator.name == "tcg" else accelerator.name
+
+
+def _cpu(launch: Launch, accelerator: Accelerator) -> str:
+    """Return the CPU model.
+
+    An emulated x86 CPU does not promise fast string instructions, with which Linux would clear and copy its
+    pages: TCG runs ``rep movsb`` a byte at a time. See ADR 0038.
+    """
+    if accelerator.name != "tcg":
+        return "host"
+    return "max,erms=off,fsrm=off" if launch.architecture == "x86_64" else "max"
 
 
 def _memory(launch: Launch, fd: int, *, readonly_ram: bool) -> str:
