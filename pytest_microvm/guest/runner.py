@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from pytest_microvm.guest.runner_preload import HeldModules
 
+_ONLY_OURS = ("tarfile",)  # modules that neither Python nor pytest loads at start, but our code does
 _HIGH_FD = 900  # above the range that a test closes when it closes "all" descriptors, below the usual limit
 
 
@@ -46,8 +47,9 @@ def start(runner: Runner, *, preload: bool = False) -> None:
         preload: Whether to import the installed plug-ins' modules before the hello to the host.
     """
     code_folder = sys.path[0]
+    before = set(sys.modules)
     serve, import_ahead = _import_session()
-    _forget_own_code(code_folder)
+    _forget_own_code(code_folder, before)
     if preload:
         runner.held = import_ahead()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
@@ -97,10 +99,16 @@ def _serve_without_pytest(runner: Runner) -> None:
             runner.refuse(request, "NoPytest", "this machine's Python has no pytest")
 
 
-def _forget_own_code(code_folder: str) -> None:
-    """Remove our modules from ``sys.path`` and ``sys.modules``, so that the project cannot import them."""
+def _forget_own_code(code_folder: str, before: set[str]) -> None:
+    """Remove our modules from ``sys.path`` and ``sys.modules``, so that the project cannot import them.
+
+    Args:
+        code_folder: The folder that they are imported from.
+        before: The modules that were loaded before them.
+    """
     sys.path[:] = [entry for entry in sys.path if entry != code_folder]
     own = [name for name in sys.modules if name.partition(".")[0] == "pytest_microvm"]
+    own += [name for name in _ONLY_OURS if name in sys.modules and name not in before]
     _KEPT.extend(sys.modules.pop(name) for name in own)
 
 

@@ -13,6 +13,7 @@ import random
 import sys
 from typing import TYPE_CHECKING, Any
 
+from pytest_microvm.guest import files, replies
 from pytest_microvm.wire.channel import WINDOW, Closed, Data, Message
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ class Runner:
         self._resume = resume
         self._settle = settle
         self._queue: collections.deque[dict[str, Any]] = collections.deque()
+        self._arrived: dict[int, collections.deque[Data | Closed]] = {}  # on the streams that are read
 
     def next_request(self) -> dict[str, Any]:
         """Wait for the host's next request.
@@ -101,17 +103,35 @@ class Runner:
         Raises:
             EOFError: The host has closed the port.
         """
-        closed = False
-        while not closed:
-            for event in self.port.receive():
-                if isinstance(event, Message):
-                    self._queue.append(event.body)
-                elif isinstance(event, Data) and event.stream == stream:
-                    yield event.data
-                    self.port.channel.consumed(stream, len(event.data))
-                elif isinstance(event, Closed) and event.stream == stream:
-                    closed = True
+        arrived = self._arrived.setdefault(stream, collections.deque())
+        while True:
+            while not arrived:
+                self._receive()
+            event = arrived.popleft()
+            if isinstance(event, Closed):
+                del self._arrived[stream]
+                return
+            yield event.data
+            self.port.channel.consumed(stream, len(event.data))
             self.port.flush()
+
+    def unpack(self, request: dict[str, Any]) -> None:
+        """Unpack the tar archive that the host sends with ``request``, then reply."""
+        stream = int(request["stream"])
+        pieces = self.read_stream(stream)
+        failure: Exception | None = None
+        try:
+            files.unpack(files.StreamReader(lambda: next(pieces, b"")), request["path"])
+        except Exception as error:  # noqa: BLE001 - any failure is the reply
+            failure = error
+        for _rest in pieces:
+            pass
+        self.port.channel.close(stream)
+        if failure is None:
+            replies.reply(self.port.channel, request.get("id"), {})
+        else:
+            replies.reply_error(self.port.channel, request.get("id"), failure)
+        self.port.flush()
 
     def answer_resume(self, request: dict[str, Any]) -> None:
         """Give this clone its own kernel entropy, clock, names, random seeds and grants, then reply."""
@@ -139,7 +159,11 @@ class Runner:
     def _receive(self) -> None:
         for event in self.port.receive():
             if isinstance(event, Message):
+                if event.body.get("op") == "unpack":  # the archive follows at once
+                    self._arrived[self.open_stream(event.body)] = collections.deque()
                 self._queue.append(event.body)
+            elif isinstance(event, (Data, Closed)) and event.stream in self._arrived:
+                self._arrived[event.stream].append(event)
         self.port.flush()
 
     def _send(self, body: dict[str, Any]) -> None:

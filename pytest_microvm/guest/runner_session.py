@@ -57,6 +57,8 @@ def serve(runner: Runner) -> None:
         op = request.get("op")
         if op == "resume":
             runner.answer_resume(request)
+        elif op == "unpack":
+            runner.unpack(request)
         elif op == "collect":
             site_paths.catch_up(done)
             _collect(runner, request)

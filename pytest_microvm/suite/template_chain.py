@@ -119,13 +119,12 @@ class SuiteChain:
 
         def work(instance: Instance) -> dict[str, bytes]:
             with self._with_cause(instance):
+                # Under emulation waking the agent as well would cost what a test costs.
+                link = instance.adopt("runner" if started else "agent", IN_THE_MAKING)
                 if workspace is not None:
-                    _send(instance.adopt("agent", IN_THE_MAKING), workspace)
-                link = (
-                    instance.adopt("runner", IN_THE_MAKING)
-                    if started
-                    else self._start_runner(instance, str(plan.directory))
-                )
+                    _send(link, workspace)
+                if not started:
+                    link = self._start_runner(instance, str(plan.directory))
                 return {COLLECTED: RunnerSession(link).collect(replace(plan, environment=()))}
 
         return TemplateStep("collected", tuple(inputs), work, "collecting")
@@ -188,11 +187,12 @@ def _unpack(machine: MicroVM, workspace: Workspace) -> None:
     _send(machine.client.link(), workspace)
 
 
-def _send(agent: Link, workspace: Workspace) -> None:
+def _send(link: Link, workspace: Workspace) -> None:
+    """Send a workspace to the agent or to a runner that has not collected yet."""
     with tempfile.TemporaryFile() as archive:
         workspace.write_tar(archive)
         archive.seek(0)
-        send_file(agent, "unpack", str(workspace.top), archive)
+        send_file(link, "unpack", str(workspace.top), archive)
 
 
 def _chosen(workspace: Workspace, project: Path, wanted: tuple[str, ...]) -> Workspace:

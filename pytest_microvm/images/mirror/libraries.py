@@ -15,11 +15,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elftools.common.exceptions import ELFError
-from elftools.elf.dynamic import DynamicSegment
-from elftools.elf.elffile import ELFFile
-from elftools.elf.segments import InterpSegment
-
 from pytest_microvm.untrusted.nofollow import open_named
 
 if TYPE_CHECKING:
@@ -50,6 +45,12 @@ class Dynamic:
 
 def read_dynamic(path: Path) -> Dynamic | None:
     """Return the dynamic section of an ELF file; ``None`` for other files and damaged ones."""
+    # Imported here: every run looks whether an environment has changed, and few of them read a library.
+    from elftools.common.exceptions import ELFError  # noqa: PLC0415
+    from elftools.elf.dynamic import DynamicSegment  # noqa: PLC0415
+    from elftools.elf.elffile import ELFFile  # noqa: PLC0415
+    from elftools.elf.segments import InterpSegment  # noqa: PLC0415
+
     try:
         with open_named(path) as file:
             if file.read(4) != _MAGIC:
