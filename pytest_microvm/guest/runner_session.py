@@ -239,8 +239,8 @@ class _SessionPlugin:
         """Tell the host which tests need which wide fixtures, unless this is an unknown version of pytest."""
         with contextlib.suppress(AttributeError):
             wide = WideFixtures(session)
-            if wide.keys:
-                lines.append({"k": "wide", "fixtures": wide.keys, "needed": wide.needed})
+            if wide.fixtures:
+                lines.append({"k": "wide", "fixtures": wide.fixtures, "needed": wide.needed})
                 self._config.pluginmanager.register(wide, "microvm_wide")
                 self._wide = wide
 
@@ -343,7 +343,8 @@ class _SessionPlugin:
         item = session.items[request["item"]]
         nextitem = session.items[following] if following is not None else None
         if self._wide is not None:
-            self._wide.begin(request["item"], request["wide"], lambda: self._tell_need(stream))
+            shown = request.get("shown", 0)
+            self._wide.begin(request["item"], request["wide"], lambda: self._tell_need(stream), shown)
         self._work(lambda: self._config.hook.pytest_runtest_protocol(item=item, nextitem=nextitem))
         if request.get("limited") and limits.refused_forks():
             limits.tell_of_refusal()  # before the host learns that the test has ended
@@ -355,8 +356,9 @@ class _SessionPlugin:
     def _prepare(self, wide: WideFixtures, request: dict[str, Any]) -> None:
         """Set up the wide fixtures of a test, for this machine's copies."""
         stream = self._begin_work(request)
-        self._work(lambda: wide.prepare(request["item"], request["count"]))
-        self._end_work(stream, stop=None, standing=wide.standing)
+        stands: list[bool] = []
+        self._work(lambda: stands.append(wide.prepare(request["item"], request["count"])))
+        self._end_work(stream, stop=None, standing=wide.standing, stands=stands == [True])
 
     def _tear_down(self, wide: WideFixtures, request: dict[str, Any]) -> None:
         """Tear down the wide fixtures that the next test does not need."""

@@ -38,15 +38,16 @@ class WideFixtures:
         session: The session, once it has collected.
 
     Attributes:
-        keys: The fixtures' names, each with its scope, the place that it belongs to, and its parameter.
+        fixtures: For each fixture: its key (its name with its scope, the place that it belongs to, and its
+            parameter), its scope, name, the place of its definition, and the names of what it requests.
         needed: For each of the session's items, the numbers of the fixtures that it needs.
     """
 
     def __init__(self, session: pytest.Session) -> None:
         self._session = session
         self._numbers: dict[str, int] = {}
+        self.fixtures: list[tuple[str, str, str, str, list[str]]] = []
         self.needed = [tuple(self._needed(item)) for item in session.items]
-        self.keys = list(self._numbers)
         self._standing: dict[int, None] = {}
         self._seconds: dict[int, float] = {}
         self._begun: tuple[int | None, float] = None, 0.0
@@ -54,20 +55,23 @@ class WideFixtures:
         self._item: Any = None
         self._tell: Callable[[], None] | None = None
         self._own: list[tuple[Any, Any]] = []
-        self._pending: tuple[Any, list[tuple[str, str, str]]] = (None, [])
+        self._complete = False
+        self._printed: list[list[tuple[str, str, str]]] = []  # by the last set-ups for copies
+        self._shown = 0
         self._others = _not_pytests(session.config)
 
     # What the runner asks for
 
-    def begin(self, position: int, way: str, tell: Callable[[], None]) -> None:
+    def begin(self, position: int, way: str, tell: Callable[[], None], shown: int = 0) -> None:
         """Get ready for a test.
 
         Args:
             position: Its position among the session's items.
             way: What to do with wide fixtures: :data:`REPEAT`, :data:`TELL` or :data:`STANDING`.
             tell: Called before the first one is set up, if ``way`` is ``TELL``; does not return.
+            shown: Number of the last set-ups for copies whose output is shown with this test.
         """
-        self._way, self._tell = way, tell
+        self._way, self._tell, self._shown = way, tell, shown
         self._item, self._needs = self._session.items[position], set(self.needed[position])
         self._seconds.clear()
         self._own.clear()
@@ -80,19 +84,24 @@ class WideFixtures:
         """Return the fixtures that took long to set up since :meth:`begin`: numbers and seconds."""
         return [(number, seconds) for number, seconds in self._seconds.items() if seconds >= _CHEAP]
 
-    def prepare(self, position: int, count: int) -> None:
-        """Set up the first ``count`` wide fixtures that a test needs, up to the first that fails."""
+    def prepare(self, position: int, count: int) -> bool:
+        """Set up the first ``count`` wide fixtures that a test needs, up to the first that fails.
+
+        Returns:
+            Whether none failed.
+        """
         item: Any = self._session.items[position]
+        self._complete = False
         self.begin(position, REPEAT, lambda: None)
         if hasattr(item, "_request") and not item._request:
             item._initrequest()
         before = len(item._report_sections)
         with _narrowed(item, lambda: self._fill(item, count)):
             self._within_protocol(item, lambda: self._set_up(item))
-        own = item._report_sections[before:]
+        self._printed = [*self._printed[-1:], item._report_sections[before:]]  # a test is shown two at most
         del item._report_sections[before:]
         item._initrequest()
-        self._pending = item, own
+        return self._complete
 
     def tear_down(self, position: int, following: int | None) -> Any:
         """Tear down what the next test does not need; return a report if there is anything to say."""
@@ -147,9 +156,9 @@ class WideFixtures:
     def pytest_runtest_makereport(self, item: Any, call: Any) -> None:
         """Show the output of wide set-ups as natively: with the test that they were made for."""
         self._stop_clock()
-        waiting, sections = self._pending
-        if item is waiting and call.when == "setup":
-            self._pending = None, []
+        if self._shown and call.when == "setup":
+            sections = [section for printed in self._printed[-self._shown :] for section in printed]
+            self._shown = 0
             item._report_sections[:] = _joined([*sections, *item._report_sections])
 
     # Parts
@@ -167,16 +176,24 @@ class WideFixtures:
                 callspec = getattr(item, "callspec", None)
                 index = None if callspec is None else callspec.indices.get(name)
                 key = _key(item, definition, index)
-                yield self._numbers.setdefault(key, len(self._numbers))
+                if key not in self._numbers:
+                    self._numbers[key] = len(self._numbers)
+                    own = key, definition.scope, definition.argname, _base(definition)
+                    self.fixtures.append((*own, list(definition.argnames)))
+                yield self._numbers[key]
 
     def _set_up(self, item: Any) -> None:
-        CallInfo.from_call(
-            partial(self._hook("pytest_runtest_setup"), item=item),
-            when="setup",
-            reraise=(pytest.exit.Exception, KeyboardInterrupt),
+        state: Any = self._session._setupstate
+
+        def set_up() -> None:
+            state.teardown_exact(item)  # nodes of another test in which nothing stands
+            self._hook("pytest_runtest_setup")(item=item)
+
+        call = CallInfo.from_call(
+            set_up, when="setup", reraise=(pytest.exit.Exception, KeyboardInterrupt)
         )  # a fixture keeps its exception, which the test's copy reports
+        self._complete = call.excinfo is None
         self._stop_clock()
-        state = self._session._setupstate
         if item in state.stack:
             state.teardown_exact(item.parent)
 
@@ -262,12 +279,23 @@ def _is_pytests(plugin: Any, manager: Any) -> bool:
 
 
 def _wide_names(item: Any) -> Iterator[str]:
-    """Yield the names of the wide fixtures that a test needs from its begin, in the order of their set-up."""
+    """Yield the names of the wide fixtures that a test needs from its begin, in the order of their set-up.
+
+    What a fixture requests is set up before it.
+    """
     info = getattr(item, "_fixtureinfo", None)
-    for name in getattr(item, "fixturenames", ()):
+    seen: set[str] = set()
+
+    def visit(name: str) -> Iterator[str]:
         definitions = None if info is None else info.name2fixturedefs.get(name)
-        if definitions and definitions[-1].scope != "function":
+        if definitions and definitions[-1].scope != "function" and name not in seen:
+            seen.add(name)
+            for requested in definitions[-1].argnames:
+                yield from visit(requested)
             yield name
+
+    for name in getattr(item, "fixturenames", ()):
+        yield from visit(name)
 
 
 def _is_users(definition: Any) -> bool:
@@ -292,6 +320,10 @@ def _key(item: Any, definition: Any, index: int | None) -> str:
         node = item.getparent(pytest.Module)
     place = "" if node is None else node.nodeid
     return f"{definition.scope} {place} {definition.argname}" + ("" if index is None else f"[{index}]")
+
+
+def _base(definition: Any) -> str:
+    return str(getattr(definition, "baseid", ""))  # deprecated: pytest 10 may lack it
 
 
 def _joined(sections: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:

@@ -115,7 +115,9 @@ class MachineFacts:
         ready_seconds: Seconds from the request for a machine to its first answer.
         limits: Its quotas.
         environment: Variables that every command gets.
-        fork_of: The machine whose checkpoint it began in; empty: it is no fork.
+        fork_of: The machine whose checkpoint it began in, or the begin of that template's key; empty: it is
+            no fork.
+        restored: The fixtures that stood in that template, if an earlier run has set them up.
     """
 
     id: str
@@ -127,6 +129,7 @@ class MachineFacts:
     limits: Limits
     environment: tuple[tuple[str, str], ...] = ()
     fork_of: str = ""
+    restored: str = ""
 
 
 class Instance:

@@ -45,6 +45,7 @@ class Settings:
         spec: The spec of its machines.
         isolation: The scope that shares one machine under ``--microvm``.
         fixtures: Where fixtures wider than a test are set up: ``auto``, ``fork`` (once), ``repeat``.
+        pure_fixtures: Session fixtures that stand in machines that are kept for later runs, by name.
         repeat: How often each test runs; ``None``: once, and nothing is told about it.
         debug_port: A port on which debuggers listen in machines, for an IDE on this computer.
         pool: Number of machines to keep ready; ``None``: the number of cores, at most 4.
@@ -68,6 +69,7 @@ class Settings:
     spec: MachineSpec = field(default_factory=MachineSpec)
     isolation: str = "test"
     fixtures: str = "auto"
+    pure_fixtures: tuple[str, ...] = ()
     repeat: int | None = None
     debug_port: int | None = None
     pool: int | None = None
@@ -222,6 +224,17 @@ def _patterns(value: object, name: str) -> tuple[str, ...]:
     return patterns
 
 
+def _names(value: object, name: str) -> tuple[str, ...]:
+    names = parse_strings(value, name)
+    for each in names:
+        if not each.isprintable() or " " in each:
+            raise UsageError(
+                f"{name}: invalid name: expected one without spaces, got {each!r}",
+                resolution='write it like "database"',
+            )
+    return names
+
+
 def _parser(option: Option) -> Callable[[object, str], Any]:
     if option.kind == "choice":
         return parse_choice(*option.choices)
@@ -234,6 +247,7 @@ _BY_KIND: dict[Kind, Callable[[object, str], Any]] = {
     "flag": parse_flag,
     "folder": _folder,
     "patterns": _patterns,
+    "names": _names,
     "words": _arguments,
 }
 

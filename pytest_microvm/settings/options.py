@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 Part = Literal["image", "quota", "grant", "run"]
 Kind = Literal[
     "kit", "cpus", "size", "count", "seconds", "rules", "hosts", "credentials", "secrets", "mounts",
-    "choice", "flag", "folder", "patterns", "words",
+    "choice", "flag", "folder", "patterns", "names", "words",
 ]  # fmt: skip
 FrontEnd = Literal["ci", "tox", "gitlab"]
 
@@ -28,6 +28,7 @@ _METAVARS: dict[Kind, str] = {
     "mounts": "SOURCE:/TARGET[:ro][:git|:live]",
     "folder": "DIR",
     "patterns": "PATTERN",
+    "names": "NAME",
     "words": "ARGS",
 }
 
@@ -75,7 +76,7 @@ class Option(NamedTuple):
     @property
     def repeatable(self) -> bool:
         """True if the option may be repeated on a command line."""
-        return self.part == "grant" or self.kind in ("patterns", "words")
+        return self.part == "grant" or self.kind in ("patterns", "names", "words")
 
     @property
     def help(self) -> str:
@@ -98,6 +99,9 @@ OPTIONS: tuple[Option, ...] = (
     Option("fixtures", "run", "choice",
            "set up fixtures wider than a test once and fork their machine for each test, or repeat them; "
            "auto forks those that are slow", default="auto", choices=("auto", "fork", "repeat")),
+    Option("pure_fixtures", "run", "names",
+           "session fixture whose set-up depends on the workspace, arguments and environment alone: the "
+           "machine in which it stands is kept for later runs", "database"),
     Option("repeat", "run", "count", "run each test this often, and tell how its outcomes differ",
            default="once", unit="times", least=1, most=100_000),
     Option("args", "run", "words", "arguments for pytest inside the machine"),

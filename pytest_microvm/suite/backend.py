@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -14,6 +14,7 @@ from pytest_microvm.machine.instance import MachineFacts, Usage
 from pytest_microvm.network.proxy.log import NetworkLog
 from pytest_microvm.settings.configuration import DEFAULT_RETRIES
 from pytest_microvm.settings.spec import DEFAULT_OUTPUT
+from pytest_microvm.suite.collected import WideFixture
 from pytest_microvm.untrusted.redaction import Redactor
 
 Progress = Callable[[str], None]
@@ -80,6 +81,7 @@ class RunOptions:
         network: Rules for the network that tests may reach, as written.
         junit_profile: The consumer of the ``--junitxml`` file; ``None``: as pytest writes it.
         fixtures: Where wide fixtures are set up: ``auto``, ``fork`` (once) or ``repeat`` (for each test).
+        pure_fixtures: Names of session fixtures that stand in machines that are kept for later runs.
         debug_port: A port on which debuggers listen in machines; ``None``: there are none.
         repeat: How often each test runs; ``None``: once.
         write_back: Patterns, as in a .gitignore file, of workspace files that come back from machines.
@@ -98,6 +100,7 @@ class RunOptions:
     junit_profile: str | None = None
     write_back: tuple[str, ...] = ()
     fixtures: str = "auto"
+    pure_fixtures: tuple[str, ...] = ()
     repeat: int | None = None
     debug_port: int | None = None
 
@@ -128,6 +131,19 @@ class CollectPlan:
 
 
 @dataclass(frozen=True)
+class PureSetUp:
+    """The set-up of session fixtures that depends only on the machine in which it begins.
+
+    Args:
+        item: The position of the test for which it is done.
+        fixtures: The first wide fixtures of that test, in the order of their set-up.
+    """
+
+    item: int
+    fixtures: tuple[WideFixture, ...]
+
+
+@dataclass(frozen=True)
 class BackendFacts:
     """A backend's accelerator with the reason for its choice, and its image with the digest.
 
@@ -153,7 +169,22 @@ class MachineCheckpoint(Protocol):
     """The state of a machine at one time, from which forks start."""
 
     def close(self) -> None:
-        """Remove it; its forks run on."""
+        """Remove it, unless it is kept for later runs; its forks run on."""
+
+
+@dataclass(frozen=True)
+class StandingFixtures:
+    """A state of machines in which pure fixtures stand.
+
+    Args:
+        checkpoint: The state.
+        answer: The guest's answer to the last set-up, as it was sent.
+        earlier: Whether an earlier run has set them up.
+    """
+
+    checkpoint: MachineCheckpoint
+    answer: bytes
+    earlier: bool
 
 
 class RunnerMachine(Protocol):
@@ -281,14 +312,33 @@ class Backend(Protocol):
             BootError: It never became ready.
         """
 
-    def keeper(self) -> RunnerMachine | None:
-        """Return a machine like :meth:`lease` that checkpoints can be taken of.
+    def keeper(self, begin: MachineCheckpoint | None) -> RunnerMachine | None:
+        """Return a machine that checkpoints can be taken of, like :meth:`lease` or :meth:`fork`.
 
         ``None``: its memory must not be on a disk, it shares directories with this computer, or there is no
         room for it now. It may be ended when there is no room for another machine.
 
+        Args:
+            begin: The state that it begins in; ``None``: it has collected.
+
         Raises:
             BootError: It never became ready.
+        """
+
+    def standing(
+        self, set_ups: Sequence[PureSetUp], limits: TestLimits, forks: int
+    ) -> StandingFixtures | None:
+        """Return the state after set-ups that were done one after another, from a cache if nothing changed.
+
+        ``None``: as for :meth:`keeper`, except for want of room.
+
+        Args:
+            set_ups: The set-ups.
+            limits: Limits for each of them.
+            forks: About how many forks will be started from the state.
+
+        Raises:
+            MicroVMError: One failed, or used more than its machine: then nothing is kept of it.
         """
 
     def fork(self, checkpoint: MachineCheckpoint) -> RunnerMachine:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import keyword
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +61,25 @@ class CollectOutcome:
 
 
 @dataclass(frozen=True)
+class WideFixture:
+    """A fixture with a scope wider than a test. All texts are as the guest wrote them: not safe to show.
+
+    Args:
+        key: Its name with its scope, the place that it belongs to, and its parameter: unique in a run.
+        scope: ``session``, ``package``, ``module`` or ``class``.
+        name: Its name.
+        base: The place of its definition, such as a folder.
+        requests: The names of the fixtures that it requests by its arguments.
+    """
+
+    key: str
+    scope: str
+    name: str
+    base: str
+    requests: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class GuestWarning:
     """A warning recorded in the guest; ``category`` holds class names, the most specific first."""
 
@@ -104,7 +123,7 @@ class Collected:
         speaking: Plug-ins and conftest files that do something at the end of the session.
         outputs: Whether some of them get the ``workeroutput`` of each machine (pytest-xdist's contract).
         asks_for_worker: Whether a test uses the id of its pytest-xdist worker.
-        wide: Names of the fixtures with a scope wider than a test, as the guest wrote them: not safe to show.
+        wide: The fixtures with a scope wider than a test.
         needed: For each item of ``order``, the numbers of those that it needs.
         sharing: Plug-ins whose tests need one process, each with the isolation that gives them one.
         exit: Set if collection ended early.
@@ -122,10 +141,26 @@ class Collected:
     speaking: tuple[str, ...] = ()
     outputs: bool = False
     asks_for_worker: bool = False
-    wide: tuple[str, ...] = ()
+    wide: tuple[WideFixture, ...] = ()
     needed: tuple[tuple[int, ...], ...] = ()
     sharing: tuple[tuple[str, str], ...] = ()
     exit: GuestExit | None = None
+
+    def pure(self, names: Iterable[str]) -> frozenset[int]:
+        """Return the numbers of the session fixtures called ``names``, and of those that they request."""
+        requests: dict[str, set[str]] = {}
+        for fixture in self.wide:
+            requests.setdefault(fixture.name, set()).update(fixture.requests)
+        found: set[str] = set()
+        new = set(names)
+        while new:
+            found |= new
+            new = set().union(*(requests.get(name, ()) for name in new)) - found
+        return frozenset(
+            number
+            for number, fixture in enumerate(self.wide)
+            if fixture.name in found and fixture.scope == "session"
+        )
 
     @classmethod
     def parse(cls, data: bytes) -> Collected:
@@ -348,16 +383,24 @@ def _ending(draft: _Draft, record: dict[str, Any]) -> None:
 
 
 def _wide(draft: _Draft, record: dict[str, Any]) -> None:
-    names = checks.array(record.get("fixtures"), "list of fixtures")
-    if not all(isinstance(name, str) for name in names):
-        raise checks.violation("a fixture's name that is not text")
-    draft.values["wide"] = tuple(names)
+    fixtures = tuple(map(_fixture, checks.array(record.get("fixtures"), "list of fixtures")))
+    draft.values["wide"] = fixtures
     draft.values["needed"] = tuple(
-        tuple(checks.integer(number, "number of a fixture", 0, len(names) - 1) for number in numbers)
+        tuple(checks.integer(number, "number of a fixture", 0, len(fixtures) - 1) for number in numbers)
         for numbers in (
             checks.array(each, "list of fixtures") for each in checks.array(record.get("needed"), "list")
         )
     )
+
+
+def _fixture(value: object) -> WideFixture:
+    parts = checks.array(value, "fixture", 5)
+    if len(parts) != 5 or not all(isinstance(each, str) for each in parts[:4]):  # noqa: PLR2004 - its fields
+        raise checks.violation("a fixture without its five parts")
+    key, scope, name, base, requests = parts
+    if not all(isinstance(each, str) for each in checks.array(requests, "list of requests")):
+        raise checks.violation("a request that is not text")
+    return WideFixture(key, scope, name, base, tuple(requests))
 
 
 def _sharing(draft: _Draft, record: dict[str, Any]) -> None:

@@ -3,24 +3,29 @@
 The keeper is a machine that runs no test. It sets up the wide fixtures that the next test needs; a checkpoint
 of it is taken, and each test that needs no others runs in a fork of that. Between two tests the keeper tears
 down what the next one does not need, in pytest's own order (see ``guest/runner_wide.py``).
+
+Session fixtures that the user calls pure are set up before there is a keeper, in machines that are kept in
+the template cache; the keeper is then a copy of the last of them (ADR 0036).
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from pytest_microvm.errors import MachineError
-from pytest_microvm.suite.backend import Lease, RunnerMachine
-from pytest_microvm.suite.checks import array, integer, paths, text, violation
+from pytest_microvm.errors import MachineError, MicroVMError
+from pytest_microvm.suite.backend import Lease, PureSetUp, RunnerMachine
+from pytest_microvm.suite.checks import Records, array, integer, paths, text, violation
 from pytest_microvm.suite.collected import GuestExit, GuestWarning, parse_exit, parse_warning
 from pytest_microvm.suite.session import RunnerSession
+from pytest_microvm.untrusted.text import sanitize_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable
 
     from pytest_microvm.network.proxy.log import NetworkRequest
-    from pytest_microvm.suite.backend import Backend, MachineCheckpoint, TestLimits
+    from pytest_microvm.suite.backend import Backend, MachineCheckpoint, StandingFixtures, TestLimits
     from pytest_microvm.suite.collected import Collected
     from pytest_microvm.suite.leases import LeaseObserver, Leases
     from pytest_microvm.suite.session import Wide
@@ -35,7 +40,7 @@ _MAX_RECORDS = 10_000
 
 @dataclass
 class KeptUp:
-    """What the keeper did between two tests.
+    """What was done to wide fixtures between two tests.
 
     Args:
         warnings: Warnings recorded meanwhile.
@@ -43,7 +48,11 @@ class KeptUp:
         exit: Set if it ended the guest's session.
         report: The guest's report of a tear-down, if it has one.
         seconds: Seconds that wide fixtures took to set up.
-        asked: Its network requests.
+        asked: The keeper's network requests.
+        set_ups: How often fixtures were set up for a checkpoint.
+        standing: Numbers of the fixtures that stand now; ``None``: the guest's answer has no end.
+        written: Files of the workspace that changed, relative to it; not safe to show.
+        times: Times of wide fixtures, as the guest sent them.
     """
 
     warnings: list[GuestWarning] = field(default_factory=list)
@@ -52,6 +61,19 @@ class KeptUp:
     report: dict[str, Any] | None = None
     seconds: float = 0.0
     asked: list[NetworkRequest] = field(default_factory=list)
+    set_ups: int = 0
+    standing: frozenset[int] | None = None
+    written: tuple[str, ...] = ()
+    times: object = field(default_factory=list)
+
+    def add(self, later: KeptUp) -> None:
+        """Add what was done after this."""
+        self.warnings += later.warnings
+        self.printed += later.printed
+        self.exit = self.exit or later.exit
+        self.seconds += later.seconds
+        self.asked += later.asked
+        self.set_ups += later.set_ups
 
 
 class FixtureForks:
@@ -62,6 +84,7 @@ class FixtureForks:
         leases: Ends the keeper.
         collected: The tests, with the fixtures that they need.
         mode: ``auto``: once for slow fixtures; ``fork``: once for all; ``repeat``: for each test.
+        pure: Names of fixtures that are kept for later runs, if the mode is not ``repeat``.
         times: Seconds that fixtures take.
         watcher: Notified of the keeper.
         shares: Number of processes among which the tests are divided.
@@ -75,6 +98,7 @@ class FixtureForks:
         collected: Collected,
         *,
         mode: str,
+        pure: Iterable[str],
         times: SetUpTimes,
         watcher: LeaseObserver,
         shares: int,
@@ -83,7 +107,9 @@ class FixtureForks:
         self._backend = backend
         self._leases = leases
         self._needed = collected.needed
+        self._fixtures = collected.wide
         self._mode = mode
+        self._pure = collected.pure(pure)
         self._times = times
         self._watcher = watcher
         self._shares = max(1, shares)
@@ -95,6 +121,11 @@ class FixtureForks:
         self._keeper: Lease | None = None
         self._checkpoint: MachineCheckpoint | None = None
         self._standing: frozenset[int] = frozenset()  # in the keeper, and in the checkpoint if there is one
+        self._pure_state: MachineCheckpoint | None = None  # with pure fixtures only; a keeper begins in it
+        self._pure_standing: frozenset[int] = frozenset()
+        self._set_ups: tuple[PureSetUp, ...] = ()  # that led there
+        self._not_pure: set[tuple[int, ...]] = set()
+        self._written: tuple[str, ...] = ()  # by pure set-ups: the next fork has these files
         self._last: Any = None
 
     def way(self, item: Any, limits: TestLimits) -> Wide:
@@ -102,22 +133,52 @@ class FixtureForks:
 
         ``tell``: it says when it is about to set one up; then :meth:`prepare` is due.
         """
-        wanted = self._wanted(item)
-        if not wanted or limits.network is not None:  # a keeper has the network of all tests
+        if limits.network is not None:  # a keeper has the network of all tests
             return "repeat"
-        if self._checkpoint is not None and self._standing.issuperset(wanted):
+        if self.stand(item) and not self._standing.isdisjoint(self._needed_by(item)):
             return "standing"
-        return "tell"
+        return "tell" if self._wanted(item) else "repeat"
 
-    def start(self, way: Wide) -> RunnerMachine:
-        """Return a fresh machine for a test.
+    def start(self, way: Wide, nodeid: str) -> RunnerMachine:
+        """Return a fresh machine for the test ``nodeid``.
 
         Raises:
             BootError: It never became ready.
         """
-        if way == "standing" and self._checkpoint is not None:
-            return self._backend.fork(self._checkpoint)
-        return self._backend.lease()
+        if way != "standing" or self._checkpoint is None:
+            return self._backend.lease()
+        machine = self._backend.fork(self._checkpoint)
+        written, self._written = self._written, ()
+        if written:
+            self._watcher.wrote(machine, nodeid, written)
+        return machine
+
+    def stand(self, item: Any) -> bool:
+        """Return True if there is a checkpoint with all fixtures that are to stand for a test."""
+        return self._checkpoint is not None and self._standing.issuperset(self._wanted(item))
+
+    def restore(self, item: Any, limits: TestLimits) -> KeptUp | None:
+        """Take a checkpoint with a test's pure fixtures from the template cache, or make it there.
+
+        ``None``: it has none that do not stand, or they can only be set up in a keeper.
+        """
+        pure = self._pure_prefix(item)
+        if self._keeper is not None or self._standing.issuperset(pure) or pure in self._not_pure:
+            return None
+        self._forget_checkpoint()
+        first = next(place for place, needed in enumerate(self._needed) if needed[: len(pure)] == pure)
+        set_ups = (*self._set_ups, PureSetUp(first, tuple(self._fixtures[number] for number in pure)))
+        forks = self._forks_with(self._standing.union(pure), len(pure))
+        try:
+            found = self._backend.standing(set_ups, limits, forks)
+            if found is not None:
+                return self._take(found, set_ups)
+        except MicroVMError as error:
+            names = ", ".join(self._fixtures[number].name for number in pure if number not in self._standing)
+            line = f"{sanitize_line(names)} cannot be kept for later runs: {error.brief}"
+            self._watcher.told(item.nodeid, line)
+        self._not_pure.add(pure)
+        return None
 
     def keeper(self, item: Any) -> Lease | None:
         """Return the keeper, started if there is none; ``None`` if there can be none, now or ever.
@@ -127,10 +188,11 @@ class FixtureForks:
         """
         if self._keeper is not None and not self._keeper.machine.usable:
             self._lose("was ended, as the host budget had no room for it")
+            return None
         if self._keeper is None:
-            machine = self._backend.keeper()
+            machine = self._backend.keeper(self._pure_state)
             if machine is None:
-                self._mode = "repeat"
+                self._give_up()
                 return None
             self._keeper = Lease(machine, nodeid=item.nodeid)
             self._watcher.started(machine, item.nodeid)
@@ -147,9 +209,10 @@ class FixtureForks:
         wanted = self._wanted(item)
         session = RunnerSession(keeper.machine.link)
         done = self._read(keeper, item, session.prepare(item.position, len(wanted), limits))
+        done.set_ups = 1
         if done.exit is None:
-            stand = sum(self._standing.issuperset(needed[: len(wanted)]) for needed in self._needed)
-            self._checkpoint = keeper.machine.checkpoint(stand * self._repeat // self._shares)
+            forks = self._forks_with(self._standing, len(wanted))
+            self._checkpoint = keeper.machine.checkpoint(forks)
         return done
 
     def ran(self, item: Any, measured: object) -> None:
@@ -170,6 +233,8 @@ class FixtureForks:
             MachineError: The keeper failed.
         """
         self._last = item, limits
+        if self._keeper is None and nextitem is None:
+            self._start_for_the_end(item)
         keeper = self._keeper
         if keeper is None or (nextitem is not None and nextitem.parent is item.parent):
             return None
@@ -190,11 +255,12 @@ class FixtureForks:
         """Do without a keeper that has failed, and that the caller has ended."""
         self._keeper = None
         self._forget_checkpoint()
+        self._checkpoint, self._standing = self._pure_state, self._pure_standing
         self._leases.discard(keeper)
 
     def release(self) -> None:
         """Tear down what still stands, because the run ends early; end the keeper."""
-        if self._keeper is None or self._last is None:
+        if self._last is None:
             return
         item, limits = self._last
         try:
@@ -218,50 +284,84 @@ class FixtureForks:
             return ()
         if self._mode == "fork":
             return needed
+        pure = self._pure_prefix(item)
         slow = [place for place, number in enumerate(needed) if self._times.of(number) >= SLOW]
-        saved = sum(self._times.of(needed[place]) * self._again(needed[place]) for place in slow)
+        saved = sum(
+            self._times.of(needed[place]) * self._again(needed[place]) for place in slow if place >= len(pure)
+        )
         if not slow or (saved < _WORTH and self._keeper is None):
+            return pure
+        return needed[: max(slow[-1] + 1, len(pure))]
+
+    def _pure_prefix(self, item: Any) -> tuple[int, ...]:
+        """Return the pure fixtures that a test needs, up to the first that is not: the order stays."""
+        if self._mode == "repeat":
             return ()
-        return needed[: slow[-1] + 1]
+        return tuple(itertools.takewhile(self._pure.__contains__, self._needed_by(item)))
+
+    def _forks_with(self, standing: frozenset[int], count: int) -> int:
+        """Return about how many tests of this process begin in forks in which these fixtures stand.
+
+        Args:
+            standing: The fixtures.
+            count: Number of wide fixtures that are set up once for a test.
+        """
+        begin = sum(standing.issuperset(needed[:count]) for needed in self._needed)
+        return begin * self._repeat // self._shares
 
     def _again(self, number: int) -> int:
         """Return how often this process would set up a fixture again."""
         return self._left[number] // self._shares - 1
 
-    def _read(self, keeper: Lease, item: Any, records: Iterator[dict[str, Any]]) -> KeptUp:
-        done = KeptUp()
+    def _read(self, keeper: Lease, item: Any, records: Iterable[dict[str, Any]]) -> KeptUp:
+        """Read the keeper's answer."""
         machine = keeper.machine
-        before, ended = machine.requests.added, False
-        for count, raw in enumerate(records):
-            record = cast("dict[str, Any]", machine.redactor.tree(raw))
-            kind = record.get("k")
-            if kind == "warning" and count < _MAX_RECORDS:
-                done.warnings.append(parse_warning(record))
-            elif kind == "exit":
-                done.exit = parse_exit(record)
-            elif kind == "report":
-                done.report = record
-            elif kind == "end":
-                ended = True
-                done.printed = text(record.get("printed", ""), "output")
-                self._take(keeper, item, record)
-                done.seconds = sum(self._times.of(pair[0]) for pair in record["wide"])
-            elif kind != "log":
-                raise violation("a record of an unknown kind")
+        before = machine.requests.added
+        done = _parse(cast("dict[str, Any]", machine.redactor.tree(record)) for record in records)
         exceeded = machine.exceeded()
         if exceeded is not None:
             raise exceeded
-        if not ended:
-            raise violation("an answer without an end")
+        self._note(done)
+        self._watcher.wrote(machine, item.nodeid, done.written)
         done.asked = machine.requests.since(before)
         return done
 
-    def _take(self, keeper: Lease, item: Any, record: dict[str, Any]) -> None:
-        """Take the last record of the keeper's answer."""
-        self._times.add(record.get("wide"))
-        numbers = array(record.get("standing"), "list of fixtures")
-        self._standing = frozenset(integer(number, "number of a fixture") for number in numbers)
-        self._watcher.wrote(keeper.machine, item.nodeid, paths(record.get("written", [])))
+    def _take(self, found: StandingFixtures, set_ups: tuple[PureSetUp, ...]) -> KeptUp:
+        """Take a state in which pure fixtures stand, and what their set-up brought."""
+        records = Records()
+        done = _parse(records.read(line) for line in found.answer.splitlines())
+        self._note(done)
+        done.set_ups = 1
+        if found.earlier:
+            done.seconds = 0.0
+        self._set_ups, self._pure_standing = set_ups, self._standing
+        self._pure_state = self._checkpoint = found.checkpoint
+        self._written += done.written
+        return done
+
+    def _note(self, done: KeptUp) -> None:
+        """Note which fixtures stand now, and how long their set-up took."""
+        if done.standing is None:
+            raise violation("an answer without an end")
+        self._times.add(done.times)
+        done.seconds = sum(self._times.of(pair[0]) for pair in cast("list[list[int]]", done.times))
+        self._standing = done.standing
+
+    def _start_for_the_end(self, item: Any) -> None:
+        """Start a machine that tears down the pure fixtures, if they stand: a fork is enough for that.
+
+        Raises:
+            MachineError: There is none.
+        """
+        begin, self._pure_state = self._pure_state, None
+        if begin is None:
+            return
+        try:
+            machine = self._backend.fork(begin)
+        except MicroVMError as error:
+            raise MachineError(f"none to tear them down in: {error.brief}") from error
+        self._keeper = Lease(machine, nodeid=item.nodeid)
+        self._watcher.started(machine, item.nodeid)
 
     def _forget_checkpoint(self) -> None:
         checkpoint, self._checkpoint = self._checkpoint, None
@@ -272,11 +372,44 @@ class FixtureForks:
         keeper = self._keeper
         if keeper is not None:
             self.lose(keeper)
-            self._mode = "repeat"
+            self._give_up()
             self._watcher.told(keeper.nodeid, f"the machine of the fixtures {why}: each test sets up its own")
+
+    def _give_up(self) -> None:
+        """Let each test set up its own fixtures from now on."""
+        self._mode = "repeat"
+        self._pure_state = None
+        self._forget_checkpoint()
 
     def _end(self) -> None:
         keeper, self._keeper = self._keeper, None
+        self._pure_state = None
         self._forget_checkpoint()
         if keeper is not None:
             self._leases.end(keeper)
+
+
+def _parse(records: Iterable[dict[str, Any]]) -> KeptUp:
+    """Return what a guest sent about fixtures that it has set up or torn down.
+
+    Raises:
+        ProtocolViolation: It is malformed.
+    """
+    done = KeptUp()
+    for count, record in enumerate(records):
+        kind = record.get("k")
+        if kind == "warning" and count < _MAX_RECORDS:
+            done.warnings.append(parse_warning(record))
+        elif kind == "exit":
+            done.exit = parse_exit(record)
+        elif kind == "report":
+            done.report = record
+        elif kind == "end":
+            done.printed = text(record.get("printed", ""), "output")
+            numbers = array(record.get("standing"), "list of fixtures")
+            done.standing = frozenset(integer(number, "number of a fixture") for number in numbers)
+            done.written = paths(record.get("written", []))
+            done.times = record.get("wide")
+        elif kind != "log":
+            raise violation("a record of an unknown kind")
+    return done

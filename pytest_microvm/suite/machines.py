@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -23,22 +23,41 @@ from pytest_microvm.settings import trust as project_trust
 from pytest_microvm.settings.configuration import DEFAULT_TIMEOUT, load_settings
 from pytest_microvm.settings.mounts import Mount
 from pytest_microvm.settings.spec import DEFAULT_OUTPUT, MachineSpec
-from pytest_microvm.suite.backend import BackendFacts, CollectPlan, Progress, RemoteSettings, RunOptions
+from pytest_microvm.suite.backend import (
+    BackendFacts,
+    CollectPlan,
+    Progress,
+    RemoteSettings,
+    RunOptions,
+    StandingFixtures,
+)
 from pytest_microvm.suite.plan import artifacts_folder
-from pytest_microvm.suite.template_chain import COLLECTED, DEBUGGER_TERMINAL, PYTHON, SuiteChain
+from pytest_microvm.suite.template_chain import (
+    COLLECTED,
+    DEBUGGER_TERMINAL,
+    FIXTURES,
+    PYTHON,
+    SuiteChain,
+    fixtures_step,
+    names_of,
+)
 from pytest_microvm.suite.workspace import scan
 from pytest_microvm.templates.pool import Pool
+from pytest_microvm.templates.unpublished import UnpublishedTemplate
 from pytest_microvm.untrusted.manifest import file_mode
 from pytest_microvm.untrusted.redaction import Redactor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from pytest_microvm.agent.link import Link
-    from pytest_microvm.suite.backend import MachineCheckpoint, TestLimits
+    from pytest_microvm.suite.backend import MachineCheckpoint, PureSetUp, TestLimits
+    from pytest_microvm.templates.chain import TemplateStep
     from pytest_microvm.templates.store import Template
-    from pytest_microvm.templates.unpublished import UnpublishedTemplate
+
+
+_KEY_SHOWN = 12  # characters, as in `pytest-microvm template list`
 
 
 class RunnerLease:
@@ -170,23 +189,31 @@ class RunnerLease:
 
 
 class KeeperCheckpoint:
-    """A checkpoint of a keeper (a :class:`pytest_microvm.suite.backend.MachineCheckpoint`).
+    """The state of a keeper (a :class:`pytest_microvm.suite.backend.MachineCheckpoint`).
 
     Args:
         host: The host.
-        template: The keeper's state.
+        template: The state; one that is published belongs to the host.
         forks: About how many forks will be started from it.
+        restored: Names of the fixtures that an earlier run has set up.
     """
 
-    def __init__(self, host: Host, template: UnpublishedTemplate, forks: int) -> None:
+    def __init__(self, host: Host, template: Template, forks: int, restored: str = "") -> None:
         self._host = host
         self.template = template
         self.forks = max(1, forks)
+        self.restored = restored
+
+    @property
+    def name(self) -> str:
+        """The machine's id, or the begin of the published template's key."""
+        return self.template.key[:_KEY_SHOWN]
 
     def close(self) -> None:
-        """Remove it, and the forks that wait for a test."""
+        """End the forks that wait for a test; remove the state unless it is published."""
         self._host.close_pool(_pool_key(self.template))
-        self.template.close()
+        if isinstance(self.template, UnpublishedTemplate):
+            self.template.close()
 
 
 def _pool_key(template: Template) -> tuple[str, str]:
@@ -227,6 +254,8 @@ class MachineBackend:
         )
         self._base = self._host.base(self._config.spec)
         self._template: Template | None = None
+        self._steps: list[TemplateStep] = []
+        self._began = time.time()
         self._keeping = self._config.keep == "failed"
         self._pool_size = self._config.pool_size
         if self._config.pool is None and settings.workers:
@@ -255,6 +284,7 @@ class MachineBackend:
             junit_profile=self._config.junit_profile,
             write_back=self._config.write_back,
             fixtures=self._config.fixtures,
+            pure_fixtures=self._config.pure_fixtures,
             repeat=self._config.repeat,
             debug_port=self._config.debug_port,
         )
@@ -274,7 +304,8 @@ class MachineBackend:
                 resolution="give the machine a larger disk (--microvm-disk), or have git ignore some",
             )
         chain = SuiteChain(self._host, self._base, self._config, plan)
-        self._template = self._host.template(self._base, chain.steps(workspace))
+        self._steps = chain.steps(workspace)
+        self._template = self._host.template(self._base, self._steps)
         return self._template.attachment(COLLECTED)
 
     def lease(self) -> RunnerLease:
@@ -291,16 +322,17 @@ class MachineBackend:
             raise
         return lease
 
-    def keeper(self) -> RunnerLease | None:
+    def keeper(self, begin: MachineCheckpoint | None) -> RunnerLease | None:
         """Return a machine that checkpoints can be taken of, or ``None``.
 
         Raises:
             BootError: It did not resume.
         """
-        grants = self._base.grants
-        if self._config.spec.mounts or grants.secrets or grants.credentials:
-            return None  # a fork would share a directory or a placeholder with it, or a secret be on a disk
-        copied = self._host.try_copy(self._collected, self._base, "runner", keepable=True)
+        if not self._forks:
+            return None
+        assert begin is None or isinstance(begin, KeeperCheckpoint)
+        template = self._collected if begin is None else begin.template
+        copied = self._host.try_copy(template, self._base, "runner", keepable=True)
         if copied is None:
             return None
         lease = RunnerLease(self._host, copied)
@@ -308,30 +340,61 @@ class MachineBackend:
         lease.watch()
         return lease
 
+    def standing(
+        self, set_ups: Sequence[PureSetUp], limits: TestLimits, forks: int
+    ) -> StandingFixtures | None:
+        """Return the template in which fixtures stand, made if it is missing.
+
+        Raises:
+            MicroVMError: It could not be made.
+        """
+        if not self._forks:
+            return None
+        steps = [*self._steps, *(fixtures_step(each, limits) for each in set_ups)]
+        template = self._host.cached(self._base, steps)
+        if template is None:
+            # Another worker may be making it, and need the room of machines that wait here.
+            self._host.close_pool(_pool_key(self._collected))
+            template = self._host.template(self._base, steps)
+        earlier = float(template.meta["created"]) < self._began
+        names = names_of(set_ups)
+        checkpoint = KeeperCheckpoint(self._host, template, forks, names if earlier else "")
+        return StandingFixtures(checkpoint, template.attachment(FIXTURES), earlier)
+
     def fork(self, checkpoint: MachineCheckpoint) -> RunnerLease:
-        """Return a fresh copy of a keeper.
+        """Return a fresh copy of a keeper, or of a template in which fixtures stand.
 
         Raises:
             BootError: It did not resume.
         """
         assert isinstance(checkpoint, KeeperCheckpoint)
         pool = self._pool_of(checkpoint.template, min(self._pool_size, checkpoint.forks - 1))
-        return self._taken(checkpoint.template, pool, checkpoint.template.key)
+        lease = self._taken(checkpoint.template, pool)
+        lease.facts = replace(lease.facts, fork_of=checkpoint.name, restored=checkpoint.restored)
+        return lease
 
     def close(self) -> None:
         """End the machines that are ready."""
         self._host.close()
 
-    def _taken(self, template: Template, pool: Pool[RunnerLease], fork_of: str = "") -> RunnerLease:
+    @property
+    def _forks(self) -> bool:
+        """True if machines may be forked.
+
+        Else a fork would share a directory or a placeholder with another, or a secret be on a disk.
+        """
+        grants = self._base.grants
+        return not (self._config.spec.mounts or grants.secrets or grants.credentials)
+
+    def _taken(self, template: Template, pool: Pool[RunnerLease]) -> RunnerLease:
         lease = pool.take()
         if lease is None:
             copied = self._host.copy(template, self._base, "runner", keepable=self._keeping)
             lease = RunnerLease(self._host, copied)
-        lease.facts = replace(lease.facts, fork_of=fork_of)
         lease.watch()
         return lease
 
-    @cached_property
+    @property
     def _pool(self) -> Pool[RunnerLease]:
         return self._pool_of(self._collected, self._pool_size)
 

@@ -6,7 +6,11 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from pytest_microvm.untrusted.text import sanitize_line
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pytest_microvm.suite.backend import BackendFacts
     from pytest_microvm.suite.collected import Collected
 
@@ -53,6 +57,40 @@ def lines_about_sharing(collected: Collected, isolation: str) -> list[str]:
         for plugin, least in collected.sharing
         if order.index(isolation) < order.index(least)
     ]
+
+
+def lines_about_pure_fixtures(collected: Collected, pure: Sequence[str]) -> list[str]:
+    """Return lines about fixtures that are called pure, but are none that can be kept for later runs."""
+    session = {fixture.name for fixture in collected.wide if fixture.scope == "session"}
+    other = {fixture.name for fixture in collected.wide} - session
+    behind = _behind_others(collected, pure)
+    lines = []
+    for name in pure:
+        if name in other:
+            lines.append(f"{name} is not kept: its scope is not session")
+        elif name not in session:
+            lines.append(f"no test needs a session fixture {name}")
+        elif name in behind:
+            lines.append(f"{name} is not kept: {behind[name]} is set up before it, and is not among them")
+    return [sanitize_line(f"microvm: pure_fixtures: {line}") for line in lines]
+
+
+def _behind_others(collected: Collected, pure: Sequence[str]) -> dict[str, str]:
+    """Return the fixtures called pure before which each test sets up another one; with that one."""
+    numbers = collected.pure(pure)
+    behind: dict[str, str] = {}
+    free = set()
+    for needed in collected.needed:
+        first = ""
+        for number in needed:
+            name = collected.wide[number].name
+            if number not in numbers:
+                first = first or name
+            elif first:
+                behind.setdefault(name, first)
+            else:
+                free.add(name)
+    return {name: first for name, first in behind.items() if name not in free}
 
 
 def lines_about_options(option: Any, collected: Collected) -> list[str]:

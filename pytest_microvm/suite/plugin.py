@@ -45,6 +45,7 @@ from pytest_microvm.suite.limits import check_markers
 from pytest_microvm.suite.missing import (
     lines_about_modules,
     lines_about_options,
+    lines_about_pure_fixtures,
     lines_about_sharing,
     with_advice,
 )
@@ -219,6 +220,7 @@ class RemoteSuite:
         return [
             *lines_about_modules(collected, self._backend.facts),
             *lines_about_sharing(collected, self._backend.options.isolation),
+            *lines_about_pure_fixtures(collected, self._backend.options.pure_fixtures),
             *lines_about_options(self._config.option, collected),
         ]
 
@@ -348,12 +350,14 @@ class RemoteSuite:
         options = self._backend.options
         end = MachineEnd(collected.outputs, self._write_back.finishing, self._is_whole())
         leases = Leases(self._backend, options.isolation, self._observer, end)
-        self._times = SetUpTimes(collected.wide, remembered(self._config))
+        names = [fixture.key for fixture in collected.wide]
+        self._times = SetUpTimes(names, remembered(self._config))
         forks = FixtureForks(
             self._backend,
             leases,
             collected,
             mode=self._fixtures_mode(options),
+            pure=options.pure_fixtures,
             times=self._times,
             watcher=self._observer,
             shares=settings_from(self._config, self._launch).workers,

@@ -48,6 +48,8 @@ def properties(
         }
         if facts.fork_of:
             found["microvm.fork_of"] = facts.fork_of
+        if facts.restored:
+            found["microvm.restored"] = facts.restored
     if usage is not None:
         found["microvm.peak_memory_bytes"] = usage.peak_memory_bytes
         found["microvm.cpu_seconds"] = round(usage.cpu_seconds, 3)

@@ -91,14 +91,16 @@ class TestRunner:
         most = self._options.retries
         retry = 0
         kept: KeptUp | None = None
+        shown = 0
         way = self._forks.way(item, limits)
         while True:
             try:
-                lease = self._leases.take(item, partial(self._forks.start, way))
+                lease = self._leases.take(item, partial(self._forks.start, way, item.nodeid))
                 following = nextitem.position if self._leases.next_in_same(lease, nextitem) else None
                 lease.machine.tighten(limits)
                 lease.asked = lease.machine.requests.added
-                records = RunnerSession(lease.machine.link).run(item.position, following, limits, way)
+                session = RunnerSession(lease.machine.link)
+                records = session.run(item.position, following, limits, way, shown)
             except MachineError as error:  # the test never started: another machine may succeed
                 self._leases.release()
                 if retry == most:
@@ -115,18 +117,21 @@ class TestRunner:
                 kept, failed = self._prepare(item, limits, retry)
                 if failed is not None:
                     return failed
-                way = "repeat" if kept is None else "standing"
+                way, shown = ("repeat", 0) if kept is None else ("standing", kept.set_ups)
 
     def _prepare(self, item: Any, limits: TestLimits, retries: int) -> tuple[KeptUp | None, Ran | None]:
         """Set up a test's wide fixtures once; return what was done, or the test's result if that failed.
 
         Neither: they cannot be set up once, so the test's own machine does it.
         """
+        restored = self._forks.restore(item, limits)
+        if restored is not None and self._forks.stand(item):
+            return restored, None
         try:
             keeper = self._forks.keeper(item)
         except MicroVMError as error:
             self._watcher.told(item.nodeid, f"no machine for its fixtures: {error.brief}")
-            return None, None
+            keeper = None
         if keeper is None:
             return None, None
         keeper.asked = keeper.machine.requests.added
@@ -140,7 +145,11 @@ class TestRunner:
             self._watcher.told(item.nodeid, f"no checkpoint of its fixtures: {error.brief}")
             self._forks.lose(keeper)
             return None, None
-        return kept, None if kept.exit is None else Ran(exit=kept.exit, facts=keeper.machine.facts)
+        if kept.exit is not None:
+            return None, Ran(exit=kept.exit, facts=keeper.machine.facts)
+        if restored is not None:
+            restored.add(kept)
+        return restored or kept, None
 
     def _tear_down(self, ran: Ran, item: Any, nextitem: Any, limits: TestLimits) -> None:
         """Tear down wide fixtures that ``nextitem`` does not need; add to ``ran`` what there is to report."""

@@ -84,7 +84,7 @@ class RunnerSession:
         return data
 
     def run(
-        self, item: int, following: int | None, limits: TestLimits, wide: Wide = "repeat"
+        self, item: int, following: int | None, limits: TestLimits, wide: Wide = "repeat", shown: int = 0
     ) -> Iterator[dict[str, Any]]:
         """Start a test in the runner and return an iterator over its records, received while iterating.
 
@@ -95,14 +95,14 @@ class RunnerSession:
             following: The position of the test that this machine runs next, if any.
             limits: Its limits on time, output and number of processes.
             wide: What to do with wide fixtures (see ``guest/runner_wide.py``).
+            shown: Number of the last set-ups of wide fixtures whose output is shown with the test.
 
         Raises:
             QuotaExceeded: While iterating: it took longer, or printed more.
             MachineError: The machine ended, or broke the protocol.
         """
-        return self._begin(
-            "run", limits, item=item, next=following, pids=limits.pids, limited=limits.counted, wide=wide
-        )
+        own = {"pids": limits.pids, "limited": limits.counted, "wide": wide, "shown": shown}
+        return self._begin("run", limits, item=item, next=following, **own)
 
     def prepare(self, item: int, count: int, limits: TestLimits) -> Iterator[dict[str, Any]]:
         """Set up the first ``count`` wide fixtures of a test; return an iterator like :meth:`run`."""

@@ -37,6 +37,7 @@ class Tally:
         self._failed: set[str] = set()
         self.ready: dict[str, float] = {}
         self._forks: set[str] = set()
+        self._restored: dict[str, None] = {}
         self.outcomes: dict[str, int] = {}
 
     def add(self, report: pytest.TestReport) -> None:
@@ -53,6 +54,7 @@ class Tally:
         if "microvm.id" in found:
             if "microvm.fork_of" in found:
                 self._forks.add(str(found["microvm.id"]))
+                self._restored.update(dict.fromkeys(str(found.get("microvm.restored", "")).split()))
             self.ready[str(found["microvm.id"])] = float(str(found["microvm.ready_ms"])) / 1000
 
     @property
@@ -64,7 +66,8 @@ class Tally:
         """Return the summary, such as ``12 tests in 12 machines, ready in 0.11 s (median)``."""
         text = f"{_count(len(self.tests), 'test')} in {_count(len(self.ready), 'machine')}"
         if self._forks:
-            text += f" ({_count(len(self._forks), 'fork')} with fixtures that stood)"
+            restored = f", of an earlier run: {' '.join(self._restored)}" if self._restored else ""
+            text += f" ({_count(len(self._forks), 'fork')} with fixtures that stood{restored})"
         if self.ready:
             text += f", ready in {statistics.median(self.ready.values()):.2f} s (median)"
         trouble = [f"{self.outcomes[name]} {name}" for name in _TROUBLE if name in self.outcomes]

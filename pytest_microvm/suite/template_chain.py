@@ -19,18 +19,22 @@ from pytest_microvm.machine.instance import Instance
 from pytest_microvm.machine.microvm import MicroVM
 from pytest_microvm.settings.configuration import Settings
 from pytest_microvm.settings.spec import MachineSpec
-from pytest_microvm.suite.backend import CollectPlan
+from pytest_microvm.suite.backend import CollectPlan, PureSetUp, TestLimits
 from pytest_microvm.suite.session import RunnerSession, runner_command
 from pytest_microvm.suite.workspace import Workspace, scan
 from pytest_microvm.templates.chain import IN_THE_MAKING, Base, TemplateStep
+from pytest_microvm.untrusted.text import sanitize_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from pytest_microvm.agent.link import Link
 
 COLLECTED = "collected"
 """The name of the last template's attachment: the runner's answer to ``collect``."""
+
+FIXTURES = "fixtures"
+"""The name of a template's attachment: the runner's answer to the set-up of pure fixtures."""
 
 _CODE_FOLDER = "/run/microvm/code"
 DEBUGGER_TERMINAL = f"{_CODE_FOLDER}/pytest_microvm/guest/debugger_terminal.py"
@@ -180,6 +184,37 @@ def workspace_step(workspace: Workspace) -> TemplateStep:
         return {}
 
     return TemplateStep("workspace", (str(workspace.top), workspace.digest()), work, "copying the workspace")
+
+
+def fixtures_step(set_up: PureSetUp, limits: TestLimits) -> TemplateStep:
+    """Return the template-chain step that sets up session fixtures.
+
+    Its machine has no grants: no network, no secrets. It is kept only if all fixtures stand in it.
+    """
+    identities = [[each.key, each.scope, each.name, each.base] for each in set_up.fixtures]
+
+    def work(instance: Instance) -> dict[str, bytes]:
+        link = instance.adopt("runner", IN_THE_MAKING)
+        asked = instance.requests.added
+        try:
+            records = [*RunnerSession(link).prepare(set_up.item, len(set_up.fixtures), limits)]
+        except MachineCrashed as error:
+            raise instance.end_error("template") from error
+        instance.network.settle()
+        requests = instance.requests.since(asked)
+        if requests:
+            raise MachineError(f"the set-up uses the network ({requests[0]})")
+        if not records or records[-1].get("stands") is not True:
+            raise MachineError("the set-up failed")
+        return {FIXTURES: "".join(json.dumps(record) + "\n" for record in records).encode()}
+
+    return TemplateStep("fixtures", (json.dumps(identities),), work, f"setting up {names_of([set_up])}")
+
+
+def names_of(set_ups: Sequence[PureSetUp]) -> str:
+    """Return the names of all fixtures of ``set_ups``, safe to show."""
+    names = dict.fromkeys(fixture.name for each in set_ups for fixture in each.fixtures)
+    return sanitize_line(" ".join(names))
 
 
 def _unpack(machine: MicroVM, workspace: Workspace) -> None:

@@ -123,15 +123,20 @@ def suite(project):
     return project
 
 
+PURE = [f"--microvm-pure-fixtures={name}" for name in ("base", "chosen", "late", "lost")]
+
+
 @pytest.mark.parametrize(
     "arguments", [["-v"], ["-rA"], ["-q", "--tb=short"], ["-k", "late or room or chosen"]]
 )
-def test_shown_as_natively(suite, arguments):
-    suite.assert_same("--microvm-fixtures=fork", *arguments)
+@pytest.mark.parametrize("pure", [[], PURE], ids=["", "pure"])
+def test_shown_as_natively(suite, arguments, pure):
+    suite.assert_same("--microvm-fixtures=fork", *pure, *arguments)
 
 
+@pytest.mark.parametrize("pure", [[], ["--microvm-pure-fixtures=base"]], ids=["", "pure"])
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_set_up_and_torn_down_once_in_order(suite, entry):
+def test_set_up_and_torn_down_once_in_order(suite, entry, pure):
     """What the fixtures of the suite print goes to a file, which is the native one."""
     for name in ("conftest.py", "test_first.py", "sub/test_second.py"):
         path = suite.path / name
@@ -140,7 +145,7 @@ def test_set_up_and_torn_down_once_in_order(suite, entry):
     suite.native()
     native = (suite.path / "log").read_text()
     (suite.path / "log").unlink()
-    suite.microvm("--microvm-fixtures=fork", "--microvm-write-back=log")
+    suite.microvm("--microvm-fixtures=fork", "--microvm-write-back=log", *pure)
     assert (suite.path / "log").read_text() == native
     assert native.count("base up") == native.count("base down") == 1
 

@@ -39,7 +39,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 PACKAGE = REPOSITORY / "pytest_microvm"
 LIMITS = Limits(1, 512 * 1024**2, 2 * 1024**3)
-FACTS = MachineFacts("vm-1a2b3c4d", "python", "0" * 64, "tcg", "no kvm", 0.25, LIMITS, fork_of="vm-0")
+FACTS = MachineFacts(
+    "vm-1a2b3c4d", "python", "0" * 64, "tcg", "no kvm", 0.25, LIMITS, fork_of="vm-0", restored="db"
+)
 NOT_DOCUMENTED = {"hand_over", "started_by"}  # of MicroVM: for this package's own modules; the page says so
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import shlex
 import shutil
@@ -14,12 +15,12 @@ import time
 from pathlib import Path
 
 from pytest_microvm.agent.link import Link
-from pytest_microvm.errors import MachineCrashed
+from pytest_microvm.errors import MachineCrashed, MachineError
 from pytest_microvm.machine.instance import MachineFacts, Usage
 from pytest_microvm.network.proxy.log import NetworkLog
 from pytest_microvm.settings.configuration import load_settings
 from pytest_microvm.settings.spec import DEFAULT_OUTPUT, Limits
-from pytest_microvm.suite.backend import BackendFacts, RunOptions
+from pytest_microvm.suite.backend import BackendFacts, RunOptions, StandingFixtures
 from pytest_microvm.suite.session import RunnerSession
 from pytest_microvm.untrusted.redaction import Redactor
 
@@ -52,12 +53,14 @@ class LocalBackend:
             junit_profile=config.junit_profile,
             write_back=config.write_back,
             fixtures=config.fixtures,
+            pure_fixtures=config.pure_fixtures,
             repeat=config.repeat,
             debug_port=config.debug_port,
         )
         self._template = None
         self._numbers = itertools.count(1)
         self._machines = []
+        self._standing = {}  # checkpoints by the set-ups that led there
         self._name = settings.worker or "main"
 
     def collect(self, plan, progress):
@@ -103,9 +106,23 @@ class LocalBackend:
         """Return a fork of the runner, as a machine."""
         return self._machine(self._control, "")
 
-    def keeper(self):
-        """Return a fork of the runner that forks again at checkpoints."""
-        return self.lease()
+    def keeper(self, begin):
+        """Return a fork of the runner, or of a checkpoint's process, that forks again at checkpoints."""
+        return self.lease() if begin is None else self.fork(begin)
+
+    def standing(self, set_ups, limits, forks):
+        """Return a process in which fixtures stand; it waits until this backend is closed."""
+        machine = self.keeper(self._standing.get(tuple(set_ups[:-1])))
+        last = set_ups[-1]
+        records = [*RunnerSession(machine.link).prepare(last.item, len(last.fixtures), limits)]
+        if not records[-1]["stands"]:
+            machine.kill()
+            raise MachineError("the set-up failed")
+        checkpoint = machine.checkpoint(forks)
+        machine.kill()
+        waiting = self._standing[tuple(set_ups)] = LocalStandingFixtures(checkpoint.control, checkpoint.name)
+        answer = "".join(json.dumps(record) + "\n" for record in records)
+        return StandingFixtures(waiting, answer.encode(), earlier=False)
 
     def fork(self, checkpoint):
         """Return a fork of a checkpoint's process."""
@@ -134,6 +151,8 @@ class LocalBackend:
         """Kill all processes."""
         for machine in self._machines:
             machine.kill()
+        for waiting in self._standing.values():
+            waiting.control.close()
         if self._template is not None:
             self._template.kill()
             self._template.wait()
@@ -151,6 +170,13 @@ class LocalCheckpoint:
     def close(self):
         """Let the process end, which notices that its socket is closed."""
         self.control.close()
+
+
+class LocalStandingFixtures(LocalCheckpoint):
+    """A process that waits, and forks, also for later tests."""
+
+    def close(self):
+        """Let the process wait."""
 
 
 class LocalMachine:
