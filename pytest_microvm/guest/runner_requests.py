@@ -39,6 +39,7 @@ class Runner:
 
     Attributes:
         held: The modules preloaded before the session, if any.
+        has_worked: Whether code of the project has run since :meth:`settle`.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Runner:
         self.port = port
         self.pid = _getpid()
         self.held: HeldModules | None = None
+        self.has_worked = False
         self._resume = resume
         self._settle = settle
         self._queue: collections.deque[dict[str, Any]] = collections.deque()
@@ -138,6 +140,9 @@ class Runner:
         result = self._resume(request)
         os.environ.update(request.get("environment", {}))
         reseed(self._loaded)
+        openssl = self._loaded("_ssl") if self.has_worked else None
+        if openssl is not None:  # its generator may have been used since it was settled
+            openssl.RAND_add(_urandom(32), 32.0)
         self.reply(request, result)
 
     def settle(self) -> None:

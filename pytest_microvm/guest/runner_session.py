@@ -356,6 +356,7 @@ class _SessionPlugin:
     def _prepare(self, wide: WideFixtures, request: dict[str, Any]) -> None:
         """Set up the wide fixtures of a test, for this machine's copies."""
         stream = self._begin_work(request)
+        self._runner.has_worked = True
         stands: list[bool] = []
         self._work(lambda: stands.append(wide.prepare(request["item"], request["count"])))
         self._end_work(stream, stop=None, standing=wide.standing, stands=stands == [True])

@@ -135,6 +135,7 @@ def test_wide_fixtures_of_a_suite_in_machines(tmp_path):
     done = suite(
         tmp_path,
         f"""
+        import ssl
         import subprocess
         import sys
         import threading
@@ -143,6 +144,7 @@ def test_wide_fixtures_of_a_suite_in_machines(tmp_path):
 
         @pytest.fixture(scope="session")
         def server(tmp_path_factory):
+            ssl.RAND_bytes(8)
             folder = tmp_path_factory.mktemp("server")
             (folder / "kept").write_text("kept")
             process = subprocess.Popen([sys.executable, "-c", {SERVER!r}])
@@ -161,6 +163,7 @@ def test_wide_fixtures_of_a_suite_in_machines(tmp_path):
         """
         import random
         import socket
+        import ssl
         import time
         import uuid
         import pytest
@@ -182,6 +185,7 @@ def test_wide_fixtures_of_a_suite_in_machines(tmp_path):
             time.sleep(0.5)
             assert len(ticks) > before
             print("drawn", uuid.uuid4(), random.random())
+            print("drawn by OpenSSL", ssl.RAND_bytes(8).hex())
             print("clock", time.time())
         """,
         "--microvm",
@@ -191,7 +195,7 @@ def test_wide_fixtures_of_a_suite_in_machines(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert len({line for line in lines if line.startswith("drawn")}) == 3
+    assert len({line for line in lines if line.startswith("drawn")}) == 6
     clocks = [float(line.split()[1]) for line in lines if line.startswith("clock")]
     assert clocks == sorted(clocks)
     assert lines.count("ended") == 1

@@ -1,6 +1,8 @@
 """Pure fixtures in real machines: the next run begins in machines in which they stand, processes included."""
 
+import http.server
 import json
+import os
 import re
 import subprocess
 import textwrap
@@ -9,6 +11,7 @@ import pytest
 
 from support import guards
 from support.commands import MICROVM, PYTEST
+from support.local_servers import LocalServer
 
 SERVER = """
     import socket
@@ -23,16 +26,16 @@ SERVER = """
 """
 
 CONFTEST = """
+    import ssl
     import subprocess
     import sys
-    import uuid
     import warnings
     from pathlib import Path
     import pytest
 
     @pytest.fixture(scope="session")
     def server(tmp_path_factory):
-        drawn = uuid.uuid4().hex
+        drawn = ssl.RAND_bytes(16).hex()
         (tmp_path_factory.mktemp("server") / "data").write_text(drawn)
         Path("made.txt").write_text(drawn)
         process = subprocess.Popen([sys.executable, "server.py", drawn], stdout=subprocess.PIPE)
@@ -46,7 +49,7 @@ CONFTEST = """
 
 TEST = """
     import socket
-    import uuid
+    import ssl
     import pytest
 
     @pytest.mark.parametrize("number", range(2))
@@ -56,7 +59,7 @@ TEST = """
             assert connection.recv(99).decode() == drawn
         server.unlink()
         print("found", drawn)
-        print("own", uuid.uuid4())
+        print("own", ssl.RAND_bytes(16).hex())
 """
 
 
@@ -73,12 +76,13 @@ class Suite:
     def write(self, name, text):
         (self.folder / name).write_text(textwrap.dedent(text))
 
-    def run(self, *options, status=0):
+    def run(self, *options, status=0, **variables):
         """Run it in machines with the image's Python; return what was printed."""
         command = [*PYTEST, "--microvm", "--microvm-python=image", "--microvm-pure-fixtures=server", "-rP"]
         done = subprocess.run(
             [*command, *options],
             cwd=self.folder,
+            env={**os.environ, **variables},
             capture_output=True,
             text=True,
             check=False,
@@ -137,3 +141,58 @@ def test_a_selection_begins_there_too(suite):
     selected = suite.run("-k", "test_it and 1")
     assert (words(selected, "found"), words(selected, "torn down")) == ([drawn], ["-9"])
     assert words(selected, "set up") == [drawn]
+
+
+def test_not_in_a_run_with_secrets(suite):
+    """Forks would write the secret to a disk. What the set-up draws shows that each machine does it."""
+    suite.run()
+    secret = suite.run("--microvm-secret=KEY=env:KEY", KEY="correct-horse")
+    assert len({*words(secret, "set up")}) == 2
+    assert "fixtures that stood" not in secret
+
+
+class _Hello(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "5")
+        self.end_headers()
+        self.wfile.write(b"hello")
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_not_if_the_set_up_uses_the_network(suite):
+    """It is set up again in the machine of the run, which has its network: there it succeeds."""
+    suite.write(
+        "conftest.py",
+        """
+        import urllib.request
+        import pytest
+
+        def get():
+            return urllib.request.urlopen("http://one.example/", timeout=60).read()
+
+        @pytest.fixture(scope="session")
+        def remote(): return get()
+
+        @pytest.fixture(scope="session")
+        def local(): print("local is set up")
+        """,
+    )
+    suite.write(
+        "test_it.py",
+        """
+        from conftest import get
+
+        def test_local(local): assert get() == b"hello"
+        def test_remote(remote): assert remote == b"hello"
+        """,
+    )
+    names = ["--microvm-pure-fixtures=remote", "--microvm-pure-fixtures=local"]
+    with LocalServer(_Hello) as server:
+        network = ["--microvm-network=one.example", f"--microvm-host=one.example=127.0.0.1:{server.port}"]
+        outputs = [suite.run(*names, *network) for _ in range(2)]
+    assert ["of an earlier run: local)" in output for output in outputs] == [False, True]
+    for output in outputs:
+        assert "test_remote: remote cannot be kept for later runs: the set-up uses the network" in output

@@ -193,3 +193,57 @@ def test_a_name_with_a_space_is_refused(suite):
     done = suite.microvm("--microvm-pure-fixtures=data base")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     done.stderr.fnmatch_lines("*invalid name: expected one without spaces, got 'data base'*")
+
+
+def test_a_set_up_that_ends_its_machine(suite):
+    suite.write(
+        test_it="""
+            import os
+            import pytest
+
+            @pytest.fixture(scope="session")
+            def fatal(): os._exit(3)
+
+            def test_it(fatal): pass
+            def test_fine(): pass
+        """
+    )
+    done = suite.microvm("-v", "--microvm-pure-fixtures=fatal")
+    done.stdout.fnmatch_lines(
+        ["*fatal cannot be kept for later runs: *", "*CRASHED*", "*::test_fine PASSED*"]
+    )
+
+
+def test_exit_in_a_set_up(suite):
+    suite.write(
+        test_it="""
+            import pytest
+
+            @pytest.fixture(scope="session")
+            def base(): pytest.exit("enough", 7)
+
+            def test_one(base): pass
+        """
+    )
+    done = suite.microvm("--microvm-pure-fixtures=base")
+    assert done.ret == 7
+    done.stdout.fnmatch_lines("*Exit: enough*")
+
+
+def test_a_set_up_that_lies_about_what_stands(suite):
+    suite.write(
+        test_it="""
+            import pytest
+
+            @pytest.fixture(scope="session")
+            def liar(request):
+                wide = request.config.pluginmanager.get_plugin("microvm_wide")
+                type(wide).standing = property(lambda _: ["\\x1b[2J"])
+
+            def test_it(liar): pass
+            def test_fine(): pass
+        """
+    )
+    done = suite.microvm("-v", "--microvm-pure-fixtures=liar")
+    done.stdout.fnmatch_lines(["*liar cannot be kept for later runs: *", "*CRASHED*", "*::test_fine PASSED*"])
+    assert "\x1b" not in done.stdout.str()
