@@ -89,7 +89,7 @@ def test_one_set_up_for_all(suite):
     assert done.outlines.count("database up") == done.outlines.count("database down") == 1
 
 
-def test_not_if_each_test_sets_up_its_own(suite):
+def test_repeat_sets_up_in_each_machine(suite):
     suite.write(
         test_a="def test_a(database): print('value', database.drawn)\ndef test_b(database): test_a(database)"
     )
@@ -108,7 +108,7 @@ def test_a_set_up_that_fails_is_not_kept(suite):
     ]
 
 
-def test_not_behind_one_that_is_not_pure(suite):
+def test_order_of_set_ups_stays(suite):
     """The order of set-ups stays: what is set up before a pure fixture may shape it."""
     suite.write(test_it="def test_it(other, app): print('value', app.drawn)\ndef test_b(database): pass")
     done = suite.microvm("-rP", "--microvm-fixtures=fork", *PURE)
@@ -117,7 +117,7 @@ def test_not_behind_one_that_is_not_pure(suite):
     assert len(databases(done)) == 1
 
 
-def test_behind_one_that_is_not_pure_is_told(suite):
+def test_impure_fixture_in_front_is_reported(suite):
     suite.write(test_it="def test_it(other, app): pass\ndef test_b(other, database): pass")
     done = suite.microvm("--microvm-pure-fixtures=app")
     line = "microvm: pure_fixtures: app is not kept: other is set up before it, and is not among them"
@@ -177,7 +177,7 @@ def test_files_of_the_set_up_come_back(suite):
     assert (suite.path / "schema.txt").read_text() == "tables"
 
 
-def test_names_that_cannot_be_meant_are_told(suite):
+def test_unknown_and_narrow_names_are_reported(suite):
     suite.write(test_it="def test_it(rows, database): pass")
     names = ("rows", "databse", "database")
     done = suite.microvm(*(f"--microvm-pure-fixtures={name}" for name in names))

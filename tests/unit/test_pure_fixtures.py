@@ -65,11 +65,11 @@ BEHIND = collected(
         (["databse"], ["no test needs a session fixture databse"]),
     ],
 )
-def test_what_is_not_kept_is_told(pure, told):
+def test_reason_for_not_keeping_is_reported(pure, told):
     assert lines_about_pure_fixtures(BEHIND, pure) == [f"microvm: pure_fixtures: {line}" for line in told]
 
 
-def test_names_of_a_guest_are_told_safely():
+def test_guest_names_are_made_safe():
     found = collected(fixture("\x1b[2J"), fixture("database"), needed=((0, 1),))
     (line,) = lines_about_pure_fixtures(found, ["database"])
     assert "\x1b" not in line
@@ -106,13 +106,13 @@ def test_limits_do_not_identify_a_link():
         ["key", "session", "database", "", [], ""],
     ],
 )
-def test_what_is_no_fixture_is_refused(told):
+def test_malformed_fixture_is_refused(told):
     record = {"k": "wide", "fixtures": [told], "needed": [[0]]}
     with pytest.raises(ProtocolViolation):
         Collected.parse(lines(*GOOD[:-1], record, GOOD[-1]))
 
 
-def test_fixtures_are_read():
+def test_fixture_is_read():
     told = ["session  database", "session", "database", "sub", ["settings"]]
     record = {"k": "wide", "fixtures": [told], "needed": [[0]]}
     found = Collected.parse(lines(*GOOD[:-1], record, GOOD[-1]))
@@ -120,6 +120,6 @@ def test_fixtures_are_read():
 
 
 @pytest.mark.parametrize("value", ["database", [""], ["data base"], ["a\n"], ["\x1b[2J"], [1]])
-def test_a_list_of_no_names_is_refused(value):
+def test_invalid_names_are_refused(value):
     with pytest.raises(UsageError, match="pure_fixtures: invalid"):
         merged(Settings(), {"pure_fixtures": value}, "pyproject.toml")
