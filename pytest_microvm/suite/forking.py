@@ -285,7 +285,12 @@ class FixtureForks:
         if self._mode == "fork":
             return needed
         pure = self._pure_prefix(item)
-        slow = [place for place, number in enumerate(needed) if self._times.of(number) >= SLOW]
+        standing = frozenset() if self._checkpoint is None else self._standing
+        slow = [
+            place
+            for place, number in enumerate(needed)
+            if self._times.of(number) >= SLOW and number not in standing
+        ]
         saved = sum(
             self._times.of(needed[place]) * self._again(needed[place]) for place in slow if place >= len(pure)
         )

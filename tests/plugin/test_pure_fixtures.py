@@ -89,6 +89,29 @@ def test_one_set_up_for_all(suite):
     assert done.outlines.count("database up") == done.outlines.count("database down") == 1
 
 
+def test_quick_fixture_in_front_is_set_up_in_the_fork(suite):
+    """The slow one behind it stands already: neither has to be set up once for all."""
+    suite.write(
+        test_a="""
+            import time
+            import pytest
+
+            @pytest.fixture(scope="session")
+            def slow(database): time.sleep(0.5)
+
+            @pytest.mark.parametrize("number", range(8))
+            def test_a(slow, database, number): print("value", database.drawn)
+
+            @pytest.mark.parametrize("number", range(8))
+            def test_b(other, slow, database, number): print("value", database.drawn)
+        """
+    )
+    done = suite.microvm("-rP", "--microvm-pure-fixtures=slow")
+    done.stdout.fnmatch_lines("microvm: 16 tests in 16 machines (16 forks with fixtures that stood), *")
+    assert len(databases(done)) == 1
+    assert done.outlines.count("other up") == 8
+
+
 def test_repeat_sets_up_in_each_machine(suite):
     suite.write(
         test_a="def test_a(database): print('value', database.drawn)\ndef test_b(database): test_a(database)"
