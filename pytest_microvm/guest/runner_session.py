@@ -217,8 +217,8 @@ class _SessionPlugin:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None and self._config.getoption("setupshow", False):
             self._config.pluginmanager.register(SetupShow(terminal, self.out), "microvm_setup_show")
-        if self._request["debug"]:
-            self._debugger = Debugger(self._config)
+        if self._request["debug"] is not None:
+            self._debugger = Debugger(self._config, self._request["debug"])
             self._config.pluginmanager.register(self._debugger, "microvm_debugger")
         self._know_wide_fixtures(session, lines)
         self._make_base_folder()

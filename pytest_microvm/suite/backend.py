@@ -114,7 +114,7 @@ class CollectPlan:
         environment: Variables for the runner.
         timeout: Seconds collection may take.
         whole: Whether one machine runs the whole session, so that plug-ins see it as natively.
-        debug: Whether debuggers get this computer's terminal.
+        debug: How pytest writes to this computer's terminal, which debuggers get; ``None``: they do not.
     """
 
     arguments: tuple[str, ...]
@@ -124,7 +124,7 @@ class CollectPlan:
     environment: tuple[tuple[str, str], ...] = ()
     timeout: float = 600.0
     whole: bool = False
-    debug: bool = False
+    debug: Mapping[str, bool] | None = None
 
 
 @dataclass(frozen=True)

@@ -455,8 +455,15 @@ class RemoteSuite:
             environment=guest_environment(self._guest_plugins, config, self._launch),
             timeout=backend.options.collect_timeout,
             whole=self._is_whole(),
-            debug=self._is_told(DEBUGGING),
+            debug=self._look() if self._is_told(DEBUGGING) else None,
         )
+
+    def _look(self) -> dict[str, bool]:
+        """Return how pytest writes to this computer's terminal: with colours, and with those in code."""
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is None:
+            return {}
+        return {name: getattr(terminal._tw, name) for name in ("hasmarkup", "code_highlight")}  # noqa: SLF001
 
     def _is_told(self, options: frozenset[str]) -> bool:
         """Return True if the user, and not only the project, has given one of the options."""
