@@ -172,6 +172,10 @@ class RunnerMachine(Protocol):
         """True while the machine runs."""
 
     @property
+    def given_up(self) -> bool:
+        """True if this computer has ended the machine, because another one needed its room."""
+
+    @property
     def redactor(self) -> Redactor:
         """The redactor that removes its secrets from test reports."""
 

@@ -7,6 +7,7 @@ down what the next one does not need, in pytest's own order (see ``guest/runner_
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,7 +31,7 @@ SLOW = 0.25
 """Seconds that a fixture's set-up takes at least, for ``fixtures = auto`` to set it up once."""
 
 _WORTH = 3.0  # seconds to save; a keeper with its checkpoint costs one or two under emulation
-_MAX_RECORDS = 10_000
+_MAX_RECORDS = 100_000
 
 
 @dataclass
@@ -42,7 +43,7 @@ class KeptUp:
         printed: Output past pytest's capturing.
         exit: Set if it ended the guest's session.
         report: The guest's report of a tear-down, if it has one.
-        seconds: Seconds that wide fixtures took to set up.
+        seconds: Seconds that wide fixtures took to set up, no more than the host has waited.
         asked: Its network requests.
     """
 
@@ -125,7 +126,7 @@ class FixtureForks:
         Raises:
             BootError: It never became ready.
         """
-        if self._keeper is not None and not self._keeper.machine.usable:
+        if self._keeper is not None and self._keeper.machine.given_up:
             self._lose("was ended, as the host budget had no room for it")
         if self._keeper is None:
             machine = self._backend.keeper()
@@ -146,7 +147,11 @@ class FixtureForks:
         self._forget_checkpoint()
         wanted = self._wanted(item)
         session = RunnerSession(keeper.machine.link)
+        started = time.monotonic()
         done = self._read(keeper, item, session.prepare(item.position, len(wanted), limits))
+        done.seconds = min(done.seconds, time.monotonic() - started)
+        if done.report is not None:
+            raise violation("a report of a set-up, which the test's own machine reports")
         if done.exit is None:
             stand = sum(self._standing.issuperset(needed[: len(wanted)]) for needed in self._needed)
             self._checkpoint = keeper.machine.checkpoint(stand * self._repeat // self._shares)
@@ -173,7 +178,7 @@ class FixtureForks:
         keeper = self._keeper
         if keeper is None or (nextitem is not None and nextitem.parent is item.parent):
             return None
-        if not keeper.machine.usable:
+        if keeper.machine.given_up:
             self._lose("was ended, as the host budget had no room for it")
             return None
         before = self._standing
@@ -186,11 +191,12 @@ class FixtureForks:
             self._end()
         return done
 
-    def lose(self, keeper: Lease) -> None:
-        """Do without a keeper that has failed, and that the caller has ended."""
-        self._keeper = None
+    def lose(self) -> None:
+        """End a keeper that has failed; the next test that needs one gets another."""
+        keeper, self._keeper = self._keeper, None
         self._forget_checkpoint()
-        self._leases.discard(keeper)
+        if keeper is not None:
+            self._leases.discard(keeper)
 
     def release(self) -> None:
         """Tear down what still stands, because the run ends early; end the keeper."""
@@ -201,7 +207,7 @@ class FixtureForks:
             done = self.tear_down(item, None, limits)
         except MachineError as error:
             self._watcher.told(item.nodeid, f"the fixtures were not torn down: {error.brief}")
-            self._end()
+            self.lose()
             return
         if done is not None and done.report is not None:
             self._watcher.told(item.nodeid, "fixtures failed to tear down after the run was stopped")
@@ -233,21 +239,23 @@ class FixtureForks:
         machine = keeper.machine
         before, ended = machine.requests.added, False
         for count, raw in enumerate(records):
+            if ended or count >= _MAX_RECORDS:
+                raise violation("a record after the end" if ended else f"more than {_MAX_RECORDS} records")
             record = cast("dict[str, Any]", machine.redactor.tree(raw))
             kind = record.get("k")
-            if kind == "warning" and count < _MAX_RECORDS:
+            if kind == "warning":
                 done.warnings.append(parse_warning(record))
-            elif kind == "exit":
+            elif kind == "exit" and done.exit is None:
                 done.exit = parse_exit(record)
-            elif kind == "report":
+            elif kind == "report" and done.report is None:
                 done.report = record
             elif kind == "end":
                 ended = True
                 done.printed = text(record.get("printed", ""), "output")
                 self._take(keeper, item, record)
-                done.seconds = sum(self._times.of(pair[0]) for pair in record["wide"])
+                done.seconds = sum(map(self._times.of, {number for number, _seconds in record["wide"]}))
             elif kind != "log":
-                raise violation("a record of an unknown kind")
+                raise violation("a record of an unknown kind, or a second one")
         exceeded = machine.exceeded()
         if exceeded is not None:
             raise exceeded
@@ -271,7 +279,7 @@ class FixtureForks:
     def _lose(self, why: str) -> None:
         keeper = self._keeper
         if keeper is not None:
-            self.lose(keeper)
+            self.lose()
             self._mode = "repeat"
             self._watcher.told(keeper.nodeid, f"the machine of the fixtures {why}: each test sets up its own")
 

@@ -162,6 +162,7 @@ class LocalMachine:
         self._pid = pid
 
     redactor = Redactor()
+    given_up = False
 
     @property
     def usable(self):
