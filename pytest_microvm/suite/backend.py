@@ -115,6 +115,7 @@ class CollectPlan:
         timeout: Seconds collection may take.
         whole: Whether one machine runs the whole session, so that plug-ins see it as natively.
         debug: How pytest writes to this computer's terminal, which debuggers get; ``None``: they do not.
+        coverage: The settings with which the machines measure, as JSON; ``None``: they do not.
     """
 
     arguments: tuple[str, ...]
@@ -125,6 +126,7 @@ class CollectPlan:
     timeout: float = 600.0
     whole: bool = False
     debug: Mapping[str, bool] | None = None
+    coverage: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

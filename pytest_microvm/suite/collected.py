@@ -107,6 +107,7 @@ class Collected:
         wide: Names of the fixtures with a scope wider than a test, as the guest wrote them: not safe to show.
         needed: For each item of ``order``, the numbers of those that it needs.
         sharing: Plug-ins whose tests need one process, each with the isolation that gives them one.
+        executed: What was executed meanwhile, as coverage measured it; not checked.
         exit: Set if collection ended early.
     """
 
@@ -125,6 +126,7 @@ class Collected:
     wide: tuple[str, ...] = ()
     needed: tuple[tuple[int, ...], ...] = ()
     sharing: tuple[tuple[str, str], ...] = ()
+    executed: dict[str, Any] | None = None
     exit: GuestExit | None = None
 
     @classmethod
@@ -367,6 +369,10 @@ def _sharing(draft: _Draft, record: dict[str, Any]) -> None:
         draft.values["sharing"] = (*known, (checks.line(record.get("plugin"), "plug-in"), isolation))
 
 
+def _coverage(draft: _Draft, record: dict[str, Any]) -> None:
+    draft.values["executed"] = record
+
+
 def _end(draft: _Draft, _record: dict[str, Any]) -> None:
     draft.complete = True
 
@@ -381,6 +387,7 @@ _READERS = {
     "ending": _ending,
     "wide": _wide,
     "sharing": _sharing,
+    "coverage": _coverage,
     "exit": _exit,
     "end": _end,
 }

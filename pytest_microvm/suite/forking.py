@@ -254,6 +254,8 @@ class FixtureForks:
                 done.printed = text(record.get("printed", ""), "output")
                 self._take(keeper, item, record)
                 done.seconds = sum(map(self._times.of, {number for number, _seconds in record["wide"]}))
+            elif kind == "coverage":
+                self._watcher.executed(record)
             elif kind != "log":
                 raise violation("a record of an unknown kind, or a second one")
         exceeded = machine.exceeded()

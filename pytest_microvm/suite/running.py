@@ -234,13 +234,15 @@ class TestRunner:
         return ran
 
     def _is_for_now(self, lease: Lease, item: Any, record: dict[str, Any]) -> bool:
-        """Show a log message or lend the terminal to a debugger; return False for any other record."""
+        """Show a log message, lend the terminal, or take coverage; return False for any other record."""
         kind = record.get("k")
         if kind == "log":
             self._watcher.logged(item.nodeid, record)
         elif kind == "debug":
             self._watcher.debugging(lease.machine, line(record.get("socket"), "path"))
-        return kind in ("log", "debug")
+        elif kind == "coverage":
+            self._watcher.executed(record)
+        return kind in ("log", "debug", "coverage")
 
     def _failed_machine(self, lease: Lease, item: Any, error: MachineError, retries: int) -> Ran:
         """Return the result of a test whose machine failed before the test ended."""

@@ -113,6 +113,7 @@ ANSWERS = {
     "more({'k': 'debug', 'socket': '/tmp/x'})": TWICE,
     "more({'k': ['x']})": TWICE,
     "more(EXIT, EXIT)": TWICE,
+    "more({'k': 'coverage', 'told': []})": "coverage that nobody asked for",
     "more({**WARNING, 'lineno': 'x'})": "a line number that is not a number in its range",
     "more({**WARNING, 'category': 7})": "a warning category that is not a list",
     "more({'k': 'exit', 'code': 'x', 'reason': 'exit', 'text': ''})": "a exit code that is not a number",
