@@ -29,27 +29,32 @@ def main(arguments: list[str]) -> int:
 
     Args:
         arguments: The arguments after the code folder on the command line: ``--fd N`` for a descriptor
-            instead of the port, ``--preload`` to import the installed plug-ins' modules before the hello.
+            instead of the port, ``--preload`` to import the installed plug-ins' modules before the hello,
+            ``--coverage`` to import coverage.
     """
     fd = int(arguments[arguments.index("--fd") + 1]) if "--fd" in arguments else open_port("runner")
     from pytest_microvm.guest import resume  # noqa: PLC0415 - before the code folder leaves sys.path
 
     runner = Runner(Port(_out_of_the_way(fd), "runner"), resume.apply, resume.outdate_openssl)
-    start(runner, preload="--preload" in arguments)
+    start(runner, preload="--preload" in arguments, coverage="--coverage" in arguments)
     return 0
 
 
-def start(runner: Runner, *, preload: bool = False) -> None:
+def start(runner: Runner, *, preload: bool = False, coverage: bool = False) -> None:
     """Load pytest, remove the code folder (``sys.path[0]``) and serve until the host disconnects.
 
     Args:
         runner: The connection to the host.
         preload: Whether to import the installed plug-ins' modules before the hello to the host.
+        coverage: Whether sessions are measured as by ``coverage run``, which has loaded coverage by then.
     """
     code_folder = sys.path[0]
     before = set(sys.modules)
     serve, import_ahead = _import_session()
     _forget_own_code(code_folder, before)
+    if coverage:
+        with contextlib.suppress(ImportError):  # the session says so
+            import coverage as _coverage  # noqa: F401, PLC0415 - before plug-ins that would load it
     if preload:
         runner.held = import_ahead()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):

@@ -25,6 +25,7 @@ import pytest
 from pytest_microvm.guest import runner_coverage
 from pytest_microvm.guest.runner_coverage import MergedCoverage
 from pytest_microvm.guest.runner_end import EndOfSession, say_nothing_of_interrupts
+from pytest_microvm.guest.runner_measuring import Measurement, start_measuring
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator
@@ -159,12 +160,15 @@ class ControllerProcess:
         return _receive(self._sock)
 
 
-def fork_controller(close: Callable[[], None], arguments: list[str]) -> ControllerProcess:
+def fork_controller(
+    close: Callable[[], None], arguments: list[str], coverage: dict[str, Any] | None
+) -> ControllerProcess:
     """Fork; return the connection in the child, which goes on as the worker. The parent serves, then exits.
 
     Args:
         close: Called in the parent, to close what only the worker uses.
         arguments: pytest's arguments.
+        coverage: The settings with which its session is measured, if it is.
     """
     ours, theirs = socket.socketpair()
     worker = os.fork()
@@ -175,7 +179,7 @@ def fork_controller(close: Callable[[], None], arguments: list[str]) -> Controll
     close()
     signal.signal(signal.SIGCHLD, lambda *_: _leave_with(worker))
     try:
-        _serve(theirs, arguments)
+        _serve(theirs, arguments, coverage)
     finally:
         theirs.close()
         _leave_with(worker, wait=True)
@@ -196,7 +200,7 @@ def _leave_with(worker: int, *, wait: bool = False) -> None:
     os._exit(os.WEXITSTATUS(status))
 
 
-def _serve(sock: socket.socket, arguments: list[str]) -> None:
+def _serve(sock: socket.socket, arguments: list[str], coverage: dict[str, Any] | None) -> None:
     """Run the controller's session once the worker asks for it."""
     while not select.select([sock], [], [], None)[0]:
         pass
@@ -204,7 +208,7 @@ def _serve(sock: socket.socket, arguments: list[str]) -> None:
         _receive(sock)
     except EOFError:
         return
-    session = _ControllerSession(sock)
+    session = _ControllerSession(sock, None if coverage is None else start_measuring(coverage))
     sys.stdout = sys.stderr = session.out
     socket.gethostname = lambda: "localhost"  # not the worker's: its files are not where the controller's are
     try:
@@ -220,9 +224,10 @@ def _serve(sock: socket.socket, arguments: list[str]) -> None:
 class _ControllerSession(EndOfSession):
     """The plug-in that replaces collection and test loop by the run's records."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, measurement: Measurement | None) -> None:
         super().__init__()
         self._sock = sock
+        self._measurement = measurement
         self._configured = False
 
     @pytest.hookimpl(hookwrapper=True, tryfirst=True)
@@ -310,10 +315,11 @@ class _ControllerSession(EndOfSession):
     def ended(self, code: int) -> None:
         """Tell the worker how the session ended."""
         said = self.said()
+        executed = [] if self._measurement is None else [self._measurement.take()]
         if said is not None:
-            _send(self._sock, {"status": code, **said})
+            _send(self._sock, {"status": code, **said, "coverage": executed})
             return
-        answer = failed_end(code, self.out.getvalue())
+        answer = {**failed_end(code, self.out.getvalue()), "coverage": executed}
         try:
             if not self._configured:
                 _send(self._sock, answer)

@@ -3,7 +3,8 @@
 By pytest-xdist's contract, pytest-cov ends its worker's session and sends it a serialized database. With one
 machine per test, a database per test would be written, compressed, sent, loaded and combined. Instead, a
 machine records only what its tests executed, the last machine merges these records, and pytest-cov gets one
-database, as if one worker had run all tests.
+database, as if one worker had run all tests. ``runner_measuring.py`` records in the same way for
+``coverage run``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     import pytest
 
 PLUGIN = "_cov"  # the name under which pytest-cov registers its plug-in
-_MAX_FILE = 16 * 1024**2
+MAX_FILE = 16 * 1024**2
+"""Bytes of a child process's data file; larger ones are left out."""
 
 
 def recorder_of(config: pytest.Config) -> CoverageRecorder | None:
@@ -30,7 +32,9 @@ def recorder_of(config: pytest.Config) -> CoverageRecorder | None:
     collector = getattr(measuring, "_collector", None)
     if not (hasattr(collector, "covdata") and hasattr(collector, "flush_data")):
         return None
-    return CoverageRecorder(measuring, collector)
+    recorder = CoverageRecorder(measuring, collector)
+    recorder.decide_early()
+    return recorder
 
 
 class CoverageRecorder:
@@ -49,26 +53,40 @@ class CoverageRecorder:
         self._found: dict[tuple[str, str, str], set[Any]] = {}
         self._tracers: dict[str, str] = {}
         self._files = set(self._data_files())
+        self._inorout = getattr(measuring, "_inorout", None)
+        self._walked: set[str] = set()
         collector.covdata = self
-        self._decide_early()
 
-    def _decide_early(self) -> None:
+    def decide_early(self) -> list[str]:
         """Decide about all loaded files now whether they are measured; else each machine decides again.
 
         coverage asks the frame that enters a file for its module's name, by which ``--cov=PACKAGE`` chooses.
+
+        Returns:
+            The names of the modules that are measured and that it has not decided about before.
         """
         decisions: Any = getattr(self._collector, "should_trace_cache", {})
-        for module in list(sys.modules.values()):
+        measured = []
+        for name, module in list(sys.modules.items()):
             file = getattr(module, "__file__", None)
             if isinstance(file, str) and file.endswith(".py") and file not in decisions:
                 entering = SimpleNamespace(f_globals=vars(module))
                 decisions[file] = self._collector.should_trace(file, entering)
+                if decisions[file].trace:
+                    measured.append(name)
+        return measured
+
+    def measures(self, name: str, file: str) -> bool:
+        """Return True if a module of that name and file would be measured."""
+        entering = SimpleNamespace(f_globals={"__name__": name, "__file__": file})
+        return bool(self._collector.should_trace(file, entering).trace)
 
     # Called by the collector
 
-    def set_context(self, context: str | None) -> None:
-        """Record under another context from now on."""
-        self._context = context or ""
+    def set_context(self, context: str | None) -> str:
+        """Record under another context from now on; return the one before, as of coverage 7.16."""
+        before, self._context = self._context, context or ""
+        return before
 
     def add_lines(self, executed: Mapping[str, Collection[int]]) -> None:
         """Record executed lines by file."""
@@ -90,15 +108,41 @@ class CoverageRecorder:
 
     def take(self) -> dict[str, Any]:
         """Return as JSON what was executed since the last call, and the data files of child processes."""
+        taken = self.take_own()
+        taken["files"] = [content for path in self.new_files() if (content := _read(path)) is not None]
+        return taken
+
+    def take_own(self) -> dict[str, Any]:
+        """Return as JSON what this process has executed since the last call."""
         self._collector.flush_data()
         found, self._found = self._found, {}
+        return {
+            "found": [[*key, text_of(places)] for key, places in found.items()],
+            "tracers": self._tracers,
+            "touched": dict(self._touched()),
+        }
+
+    def new_files(self) -> list[str]:
+        """Return the paths of data files that child processes have written since the last call."""
         new = [name for name in self._data_files() if name not in self._files]
         self._files.update(new)
-        return {
-            "found": [[*key, _text(places)] for key, places in found.items()],
-            "tracers": self._tracers,
-            "files": [content for name in new if (content := self._read(name)) is not None],
-        }
+        return [os.path.join(self._folder, name) for name in new]
+
+    def unseen(self) -> list[str]:
+        """Return the packages that are to be measured, and that nothing has imported."""
+        unmatched = getattr(self._inorout, "source_pkgs_unmatched", ())
+        return [name for name in unmatched if name not in sys.modules]
+
+    def _touched(self) -> Iterator[tuple[str, str]]:
+        """Yield the files of packages that were imported since the last call, each with its tracer.
+
+        coverage reports a package's files that nothing executed, if the package itself was imported.
+        """
+        packages = {name for name in getattr(self._inorout, "source_pkgs", ()) if name in sys.modules}
+        if not packages <= self._walked:
+            self._walked |= packages
+            for file, tracer in self._inorout.find_possibly_unexecuted_files():  # type: ignore[union-attr]
+                yield self._collector.file_mapper(file), tracer or ""
 
     def _data_files(self) -> list[str]:
         try:
@@ -107,13 +151,14 @@ class CoverageRecorder:
             return []
         return [name for name in names if name.startswith(self._prefix + ".")]
 
-    def _read(self, name: str) -> str | None:
-        try:
-            with open(os.path.join(self._folder, name), "rb") as file:
-                data = file.read(_MAX_FILE + 1)
-        except OSError:
-            return None
-        return base64.b64encode(data).decode() if len(data) <= _MAX_FILE else None
+
+def _read(path: str) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE + 1)
+    except OSError:
+        return None
+    return base64.b64encode(data).decode() if len(data) <= MAX_FILE else None
 
 
 class MergedCoverage:
@@ -122,6 +167,7 @@ class MergedCoverage:
     def __init__(self) -> None:
         self._found: dict[tuple[str, str, str], set[str]] = {}
         self._tracers: dict[str, str] = {}
+        self._touched: dict[str, str] = {}
         self._files: list[bytes] = []
 
     def add(self, taken: dict[str, Any]) -> None:
@@ -129,6 +175,7 @@ class MergedCoverage:
         for context, kind, file, places in taken["found"]:
             self._found.setdefault((context, kind, file), set()).add(places)
         self._tracers.update(taken["tracers"])
+        self._touched.update(taken["touched"])
         self._files += [base64.b64decode(content) for content in taken["files"]]
 
     def as_worker_output(self, controller: Any) -> dict[str, Any]:
@@ -145,6 +192,9 @@ class MergedCoverage:
             numbers = {number for text in texts for number in _numbers(kind, text)}
             (data.add_lines if kind == "lines" else data.add_arcs)({file: numbers})
         data.add_file_tracers(self._tracers)
+        if self._found:  # else it is undecided whether this is data of lines or of branches
+            for file, tracer in self._touched.items():
+                data.touch_file(file, tracer)
         path = os.path.abspath(controller.cov.config.data_file)
         for number, content in enumerate(self._files):
             with open(f"{path}.machines.{number}", "wb") as written:
@@ -156,7 +206,7 @@ class MergedCoverage:
         }
 
 
-def _text(places: set[Any]) -> str:
+def text_of(places: Iterable[Any]) -> str:
     """Return lines or pairs of lines as one text: a record then takes the host few values to check."""
     flat = (n for place in sorted(places) for n in (place if isinstance(place, tuple) else (place,)))
     return " ".join(map(str, flat))

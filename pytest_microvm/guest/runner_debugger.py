@@ -29,14 +29,20 @@ class Debugger:
 
     Args:
         config: pytest's configuration.
+        look: How the host's pytest writes to its terminal: ``hasmarkup`` and ``code_highlight``.
 
     Attributes:
         shown: Whether the debugger has shown the failure of the current test.
     """
 
-    def __init__(self, config: pytest.Config) -> None:
+    def __init__(self, config: pytest.Config, look: dict[str, bool]) -> None:
         self.shown = False
         self._config = config
+        self._terminal: Any = config.pluginmanager.get_plugin("terminalreporter")
+        if (
+            self._terminal is not None
+        ):  # at once: pytest colours the explanation of an assertion when it fails
+            vars(self._terminal._tw).update(look)
         self._ask: Callable[[dict[str, Any]], None] | None = None
         self._lent: socket.socket | None = None
         self._files: dict[str, Any] = {}
@@ -65,14 +71,14 @@ class Debugger:
     @pytest.hookimpl(hookwrapper=True, tryfirst=True)
     def pytest_exception_interact(self) -> Generator[None, Any, None]:
         """Get a terminal before ``--pdb`` shows the failure there."""
-        terminal: Any = self._config.pluginmanager.get_plugin("terminalreporter")
-        if terminal is None or not self._config.getoption("usepdb", False):
+        if self._terminal is None or not self._config.getoption("usepdb", False):
             yield
             return
         self._attach()
-        before, terminal._tw._file = terminal._tw._file, self._files.get("stdout", terminal._tw._file)
+        writer = self._terminal._tw
+        before, writer._file = writer._file, self._files.get("stdout", writer._file)
         yield
-        terminal._tw._file = before
+        writer._file = before
         self.shown = True
 
     def _attach(self) -> None:

@@ -35,7 +35,7 @@ from _pytest.assertion.rewrite import AssertionRewritingHook
 from pytest_microvm.guest.runner_warm_up import run_session
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import ModuleType
 
 _CHILD_TIMEOUT = 60.0  # seconds; plug-ins that take longer to load are loaded in the session
@@ -88,6 +88,9 @@ class HeldModules:
     Groups are released in the order in which they were loaded, each with all before it, since later groups
     may refer to earlier ones. If a group cannot be released, neither are those after it: they are imported
     again, as without this class.
+
+    Attributes:
+        is_measured: Returns whether coverage measures a module of a name and file; it is loaded again then.
     """
 
     def __init__(self, groups: Sequence[_ModuleGroup]) -> None:
@@ -96,6 +99,7 @@ class HeldModules:
         self._released = 0  # number of groups in sys.modules
         self._hook: AssertionRewritingHook | None = None
         self._lock = threading.RLock()
+        self.is_measured: Callable[[str, str], bool] = lambda _name, _file: False
 
     def get(self, name: str) -> ModuleType | None:
         """Return a loaded module, from ``sys.modules`` or held; ``None`` if it is neither."""
@@ -172,6 +176,8 @@ class HeldModules:
         if any(name in sys.modules for name in group.modules):  # a project's own stand-in
             return False
         if any(_stamp(path) != stamp for path, stamp in group.files.items()):
+            return False
+        if any(self.is_measured(name, spec.origin or "") for name, spec in group.specs.items()):
             return False
         tops = (name for name in group.specs if "." not in name)
         return all(_places(self._found(name)) == _places(group.specs[name]) for name in tops)

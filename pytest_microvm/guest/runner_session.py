@@ -31,6 +31,7 @@ from pytest_microvm.guest.runner_coverage import CoverageRecorder, recorder_of
 from pytest_microvm.guest.runner_debugger import Debugger
 from pytest_microvm.guest.runner_end import EndOfSession, say_nothing_of_interrupts
 from pytest_microvm.guest.runner_logging import LogRelay
+from pytest_microvm.guest.runner_measuring import Measurement, start_measuring
 from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
 from pytest_microvm.guest.runner_setup_show import SetupShow
 from pytest_microvm.guest.runner_sharing import asks_for_worker, sharing_plugins
@@ -79,9 +80,10 @@ def _collect(runner: Runner, request: dict[str, Any]) -> None:
     sys.argv = [os.path.join(os.path.dirname(pytest.__file__), "__main__.py"), *arguments]
     if runner.held is not None:
         runner.held.install()
-    controller = fork_controller(runner.close, arguments)
+    controller = fork_controller(runner.close, arguments, request["coverage"])
     runner.pid = os.getpid()
-    session = _SessionPlugin(runner, request, runner.open_stream(request), controller)
+    measurement = _measurement(runner, request["coverage"])
+    session = _SessionPlugin(runner, request, runner.open_stream(request), controller, measurement)
     sys.stdout, sys.stderr = session.out, session.err
     code: object
     try:
@@ -96,11 +98,25 @@ def _collect(runner: Runner, request: dict[str, Any]) -> None:
     session.ended(int(code))
 
 
+def _measurement(runner: Runner, settings: dict[str, Any] | None) -> Measurement | None:
+    if settings is None:
+        return None
+    measurement = start_measuring(settings)
+    if runner.held is not None:
+        runner.held.is_measured = measurement.measures
+    return measurement
+
+
 class _SessionPlugin:
     """The plug-in that watches collection and takes over the test loop."""
 
     def __init__(
-        self, runner: Runner, request: dict[str, Any], stream: int, controller: ControllerProcess
+        self,
+        runner: Runner,
+        request: dict[str, Any],
+        stream: int,
+        controller: ControllerProcess,
+        measurement: Measurement | None,
     ) -> None:
         self.out = io.StringIO()  # output of the project's code outside of capturing
         self.err = io.StringIO()
@@ -109,7 +125,8 @@ class _SessionPlugin:
         self._controller = controller
         self.end = EndOfSession() if request["whole"] else None  # this session is all there is
         self._exchanging = False
-        self._coverage: CoverageRecorder | None = None
+        self._measurement = measurement  # of this process, as of the host's
+        self._coverage: CoverageRecorder | None = None  # pytest-cov's
         self._coverage_of_collection: dict[str, Any] | None = None
         self._naming = False
         self._request: dict[str, Any] | None = request
@@ -217,10 +234,12 @@ class _SessionPlugin:
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None and self._config.getoption("setupshow", False):
             self._config.pluginmanager.register(SetupShow(terminal, self.out), "microvm_setup_show")
-        if self._request["debug"]:
-            self._debugger = Debugger(self._config)
+        if self._request["debug"] is not None:
+            self._debugger = Debugger(self._config, self._request["debug"])
             self._config.pluginmanager.register(self._debugger, "microvm_debugger")
         self._know_wide_fixtures(session, lines)
+        if self._measurement is not None:
+            self._measurement.settle()
         self._make_base_folder()
         self._start_watching(self._request["top"])
         self._runner.settle()
@@ -278,7 +297,11 @@ class _SessionPlugin:
         """Return the records of the collection so far; nodes come before the records that refer to them."""
         versions = {"k": "guest", "python": sys.version.split()[0], "pytest": pytest.__version__}
         nodes = [] if self._nodes is None else self._nodes.records
-        return [{**versions, "header": self._header}, *nodes, *self._records]
+        return [{**versions, "header": self._header}, *nodes, *self._records, *self._executed()]
+
+    def _executed(self) -> list[dict[str, Any]]:
+        """Return a record of what was executed since the last one, if this process is measured."""
+        return [] if self._measurement is None else [self._measurement.take()]
 
     def _loop(self, session: pytest.Session) -> None:
         runner = self._runner
@@ -414,7 +437,7 @@ class _SessionPlugin:
                 record["debugged"] = True
         cost = [] if self._wide is None else self._wide.cost()
         end = {"k": "end", "printed": self._printed(), "written": self._written(), "wide": cost, **end}
-        self._runner.send_lines(stream, [*records, end])
+        self._runner.send_lines(stream, [*records, *self._executed(), end])
 
     def _begin_telling(self, tell: Callable[[dict[str, Any]], None]) -> None:
         """Tell the host what it has to know while a test runs."""
@@ -493,6 +516,7 @@ class _SessionPlugin:
             if said is not None:
                 said["finish"] += self._printed()  # by what kept the streams of the session's begin
             ended = failed_end(code, self.end.out.getvalue()) if said is None else {"status": code, **said}
+            ended["coverage"] = self._executed()
             self._runner.send_lines(self._stream, [{"k": "ended", **ended, "written": self._written()}])
             self._linger()
         elif self._finish is not None:

@@ -117,7 +117,8 @@ class CollectPlan:
         environment: Variables for the runner.
         timeout: Seconds collection may take.
         whole: Whether one machine runs the whole session, so that plug-ins see it as natively.
-        debug: Whether debuggers get this computer's terminal.
+        debug: How pytest writes to this computer's terminal, which debuggers get; ``None``: they do not.
+        coverage: The settings with which the machines measure, as JSON; ``None``: they do not.
     """
 
     arguments: tuple[str, ...]
@@ -127,7 +128,8 @@ class CollectPlan:
     environment: tuple[tuple[str, str], ...] = ()
     timeout: float = 600.0
     whole: bool = False
-    debug: bool = False
+    debug: Mapping[str, bool] | None = None
+    coverage: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,10 @@ class RunnerMachine(Protocol):
     @property
     def usable(self) -> bool:
         """True while the machine runs."""
+
+    @property
+    def given_up(self) -> bool:
+        """True if this computer has ended the machine, because another one needed its room."""
 
     @property
     def redactor(self) -> Redactor:

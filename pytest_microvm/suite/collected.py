@@ -126,6 +126,7 @@ class Collected:
         wide: The fixtures with a scope wider than a test.
         needed: For each item of ``order``, the numbers of those that it needs.
         sharing: Plug-ins whose tests need one process, each with the isolation that gives them one.
+        executed: What was executed meanwhile, as coverage measured it; not checked.
         exit: Set if collection ended early.
     """
 
@@ -144,6 +145,7 @@ class Collected:
     wide: tuple[WideFixture, ...] = ()
     needed: tuple[tuple[int, ...], ...] = ()
     sharing: tuple[tuple[str, str], ...] = ()
+    executed: dict[str, Any] | None = None
     exit: GuestExit | None = None
 
     def pure(self, names: Iterable[str]) -> frozenset[int]:
@@ -410,6 +412,10 @@ def _sharing(draft: _Draft, record: dict[str, Any]) -> None:
         draft.values["sharing"] = (*known, (checks.line(record.get("plugin"), "plug-in"), isolation))
 
 
+def _coverage(draft: _Draft, record: dict[str, Any]) -> None:
+    draft.values["executed"] = record
+
+
 def _end(draft: _Draft, _record: dict[str, Any]) -> None:
     draft.complete = True
 
@@ -424,6 +430,7 @@ _READERS = {
     "ending": _ending,
     "wide": _wide,
     "sharing": _sharing,
+    "coverage": _coverage,
     "exit": _exit,
     "end": _end,
 }

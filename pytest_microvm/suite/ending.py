@@ -16,6 +16,7 @@ import pytest
 from pytest_microvm.errors import MachineError, MicroVMError
 from pytest_microvm.suite import checks
 from pytest_microvm.suite.backend import RunnerMachine
+from pytest_microvm.suite.machine_coverage import MachineCoverage
 from pytest_microvm.suite.running import Ran
 from pytest_microvm.suite.session import RunnerSession
 from pytest_microvm.suite.write_back import WriteBack
@@ -36,6 +37,7 @@ class Ended:
         finish: What they wrote when the session finished.
         summary: What they wrote in the summary.
         written: Files that they wrote, relative to the workspace; not safe to show.
+        executed: What the last machine executed, as coverage measured it; not checked.
     """
 
     status: int
@@ -43,6 +45,7 @@ class Ended:
     finish: str
     summary: str
     written: tuple[str, ...]
+    executed: tuple[dict[str, Any], ...] = ()
 
 
 class RunRecords:
@@ -130,6 +133,9 @@ def _ended(record: dict[str, Any]) -> Ended:
         checks.text(record.get("finish"), "output"),
         checks.text(record.get("summary"), "summary"),
         checks.paths(record.get("written")),
+        tuple(
+            checks.mapping(each, "coverage") for each in checks.array(record.get("coverage", []), "list", 1)
+        ),
     )
 
 
@@ -149,6 +155,7 @@ class Ending:
         last: Returns the last machine, as a context manager that ends it.
         whole: Whether that machine has run all tests, and needs no records of them.
         write_back: Brings back the reports that the last machine writes.
+        coverage: Takes what the last machine executes; ``None`` if coverage does not measure this process.
     """
 
     def __init__(
@@ -159,8 +166,10 @@ class Ending:
         write_back: WriteBack,
         *,
         whole: bool,
+        coverage: MachineCoverage | None = None,
     ) -> None:
         self._whole = whole
+        self._coverage = coverage
         self._write_back = write_back
         self._config = config
         self._tests = tests
@@ -254,6 +263,9 @@ class Ending:
             self._write_back.give(machine, last=True)
             self._ended = end_run(machine, files, width=width, tests=self._tests, interrupted=interrupted)
             self._write_back.take(machine, self._ended.written, last=True)
+        if self._coverage is not None:
+            for record in self._ended.executed:
+                self._coverage.add(record)
 
     def _show(self, text: str, **markup: bool) -> None:
         """Write to pytest's terminal, or to stdout if its plug-in is switched off."""

@@ -11,6 +11,7 @@ the template cache; the keeper is then a copy of the last of them (ADR 0036).
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,7 +36,7 @@ SLOW = 0.25
 """Seconds that a fixture's set-up takes at least, for ``fixtures = auto`` to set it up once."""
 
 _WORTH = 3.0  # seconds to save; a keeper with its checkpoint costs one or two under emulation
-_MAX_RECORDS = 10_000
+_MAX_RECORDS = 100_000
 
 
 @dataclass
@@ -47,12 +48,13 @@ class KeptUp:
         printed: Output past pytest's capturing.
         exit: Set if it ended the guest's session.
         report: The guest's report of a tear-down, if it has one.
-        seconds: Seconds that wide fixtures took to set up.
+        seconds: Seconds that wide fixtures took to set up, no more than the host has waited.
         asked: The keeper's network requests.
         set_ups: How often fixtures were set up for a checkpoint.
         standing: Numbers of the fixtures that stand now; ``None``: the guest's answer has no end.
         written: Files of the workspace that changed, relative to it; not safe to show.
         times: Times of wide fixtures, as the guest sent them.
+        executed: What was executed, for a coverage of this process, as the guest sent it.
     """
 
     warnings: list[GuestWarning] = field(default_factory=list)
@@ -65,6 +67,7 @@ class KeptUp:
     standing: frozenset[int] | None = None
     written: tuple[str, ...] = ()
     times: object = field(default_factory=list)
+    executed: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, later: KeptUp) -> None:
         """Add what was done after this."""
@@ -186,7 +189,7 @@ class FixtureForks:
         Raises:
             BootError: It never became ready.
         """
-        if self._keeper is not None and not self._keeper.machine.usable:
+        if self._keeper is not None and self._keeper.machine.given_up:
             self._lose("was ended, as the host budget had no room for it")
             return None
         if self._keeper is None:
@@ -208,8 +211,12 @@ class FixtureForks:
         self._forget_checkpoint()
         wanted = self._wanted(item)
         session = RunnerSession(keeper.machine.link)
+        started = time.monotonic()
         done = self._read(keeper, item, session.prepare(item.position, len(wanted), limits))
         done.set_ups = 1
+        done.seconds = min(done.seconds, time.monotonic() - started)
+        if done.report is not None:
+            raise violation("a report of a set-up, which the test's own machine reports")
         if done.exit is None:
             forks = self._forks_with(self._standing, len(wanted))
             self._checkpoint = keeper.machine.checkpoint(forks)
@@ -238,7 +245,7 @@ class FixtureForks:
         keeper = self._keeper
         if keeper is None or (nextitem is not None and nextitem.parent is item.parent):
             return None
-        if not keeper.machine.usable:
+        if keeper.machine.given_up:
             self._lose("was ended, as the host budget had no room for it")
             return None
         before = self._standing
@@ -251,12 +258,13 @@ class FixtureForks:
             self._end()
         return done
 
-    def lose(self, keeper: Lease) -> None:
-        """Do without a keeper that has failed, and that the caller has ended."""
-        self._keeper = None
+    def lose(self) -> None:
+        """End a keeper that has failed; the next test that needs one gets another."""
+        keeper, self._keeper = self._keeper, None
         self._forget_checkpoint()
         self._checkpoint, self._standing = self._pure_state, self._pure_standing
-        self._leases.discard(keeper)
+        if keeper is not None:
+            self._leases.discard(keeper)
 
     def release(self) -> None:
         """Tear down what still stands, because the run ends early; end the keeper."""
@@ -267,7 +275,7 @@ class FixtureForks:
             done = self.tear_down(item, None, limits)
         except MachineError as error:
             self._watcher.told(item.nodeid, f"the fixtures were not torn down: {error.brief}")
-            self._end()
+            self.lose()
             return
         if done is not None and done.report is not None:
             self._watcher.told(item.nodeid, "fixtures failed to tear down after the run was stopped")
@@ -349,8 +357,11 @@ class FixtureForks:
         if done.standing is None:
             raise violation("an answer without an end")
         self._times.add(done.times)
-        done.seconds = sum(self._times.of(pair[0]) for pair in cast("list[list[int]]", done.times))
+        numbers = {pair[0] for pair in cast("list[list[int]]", done.times)}
+        done.seconds = sum(map(self._times.of, numbers))
         self._standing = done.standing
+        for record in done.executed:
+            self._watcher.executed(record)
 
     def _start_for_the_end(self, item: Any) -> None:
         """Start a machine that tears down the pure fixtures, if they stand: a fork is enough for that.
@@ -376,7 +387,7 @@ class FixtureForks:
     def _lose(self, why: str) -> None:
         keeper = self._keeper
         if keeper is not None:
-            self.lose(keeper)
+            self.lose()
             self._give_up()
             self._watcher.told(keeper.nodeid, f"the machine of the fixtures {why}: each test sets up its own")
 
@@ -402,12 +413,15 @@ def _parse(records: Iterable[dict[str, Any]]) -> KeptUp:
     """
     done = KeptUp()
     for count, record in enumerate(records):
+        if done.standing is not None or count >= _MAX_RECORDS:
+            why = f"more than {_MAX_RECORDS} records" if done.standing is None else "a record after the end"
+            raise violation(why)
         kind = record.get("k")
-        if kind == "warning" and count < _MAX_RECORDS:
+        if kind == "warning":
             done.warnings.append(parse_warning(record))
-        elif kind == "exit":
+        elif kind == "exit" and done.exit is None:
             done.exit = parse_exit(record)
-        elif kind == "report":
+        elif kind == "report" and done.report is None:
             done.report = record
         elif kind == "end":
             done.printed = text(record.get("printed", ""), "output")
@@ -415,6 +429,8 @@ def _parse(records: Iterable[dict[str, Any]]) -> KeptUp:
             done.standing = frozenset(integer(number, "number of a fixture") for number in numbers)
             done.written = paths(record.get("written", []))
             done.times = record.get("wide")
+        elif kind == "coverage":
+            done.executed.append(record)
         elif kind != "log":
-            raise violation("a record of an unknown kind")
+            raise violation("a record of an unknown kind, or a second one")
     return done

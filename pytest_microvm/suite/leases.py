@@ -72,6 +72,13 @@ class LeaseObserver(Protocol):
             socket: The path in it at which the debugger waits.
         """
 
+    def executed(self, record: dict[str, Any]) -> None:
+        """Take what a machine has executed, for the coverage of this process, as the guest sent it.
+
+        Raises:
+            ProtocolViolation: It is malformed, or nobody asked for it.
+        """
+
     def wrote(self, machine: RunnerMachine, nodeid: str, paths: Sequence[str]) -> None:
         """Notice files of the workspace that changed in a machine, which still runs."""
 

@@ -68,6 +68,7 @@ class RunnerLease:
         self._copied = copied
         self._instance = copied.instance
         self._ended = False
+        self.given_up = False
         self._machine = MicroVM(copied.instance, copied.facts)  # for operations through the agent
         self.facts = copied.facts
         self.link: Link = copied.instance.link("runner")
@@ -163,6 +164,11 @@ class RunnerLease:
             on_terminal(self._machine, command)
         else:
             plainly(self._machine, command, raw=False)
+
+    def give_up(self) -> None:
+        """End the machine, because another one needs its room."""
+        self.given_up = True
+        self.kill()
 
     def kill(self) -> None:
         """End the machine; a second call does nothing."""
@@ -336,7 +342,7 @@ class MachineBackend:
         if copied is None:
             return None
         lease = RunnerLease(self._host, copied)
-        self._host.spare(copied, lease.kill)
+        self._host.spare(copied, lease.give_up)
         lease.watch()
         return lease
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
-import sys
 from typing import TYPE_CHECKING, Any
 
+from pytest_microvm.suite.measuring import measures_workers, measuring_coverage
 from pytest_microvm.untrusted.text import sanitize_line
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _MODULE = re.compile(r"ModuleNotFoundError: No module named '([A-Za-z_]\w{0,99})")
 _UNKNOWN_OPTION = "unrecognized arguments"
 _MOST_NAMED = 5
+_PATCH = "add `patch = subprocess` to section [run] of its configuration"
 
 
 def lines_about_modules(collected: Collected, facts: BackendFacts) -> list[str]:
@@ -93,26 +95,30 @@ def _behind_others(collected: Collected, pure: Sequence[str]) -> dict[str, str]:
     return {name: first for name, first in behind.items() if name not in free}
 
 
-def lines_about_options(option: Any, collected: Collected) -> list[str]:
+def lines_about_options(option: Any, collected: Collected, *, launched: bool) -> list[str]:
     """Return lines about options of plug-ins that do less than natively.
 
     Args:
         option: The host's options.
         collected: The tests.
+        launched: Whether `pytest-microvm test` has started this process.
     """
     lines = []
-    coverage = sys.modules.get("coverage")
-    if coverage is not None and coverage.Coverage.current() is not None:
+    workers = getattr(option, "numprocesses", None) or getattr(option, "tx", None)
+    measuring = measuring_coverage()
+    if measuring is not None and workers and not measures_workers(measuring):
         lines.append(
-            "microvm: coverage measures this process, in which no test runs: use --cov instead of "
-            "`coverage run`"
+            "microvm: coverage measures this process and not pytest-xdist's workers, which run the tests: "
+            + _PATCH
         )
+    if measuring is None and launched and os.environ.get("COVERAGE_RUN"):
+        lines.append(f"microvm: coverage measures `pytest-microvm test`, but not what it starts: {_PATCH}")
     if getattr(option, "json_report", False):
         lines.append(
             "microvm: pytest-json-report writes its file on this computer, without the tests' json_metadata, "
             "output and log"
         )
-    if collected.asks_for_worker and (getattr(option, "numprocesses", None) or getattr(option, "tx", None)):
+    if collected.asks_for_worker and workers:
         lines.append(
             "microvm: fixture worker_id of pytest-xdist: each test has a machine of its own, in which it is "
             "'master'"

@@ -15,6 +15,7 @@ from pytest_microvm.suite import checks
 from pytest_microvm.suite.backend import RunnerMachine
 from pytest_microvm.suite.ending import Ending
 from pytest_microvm.suite.live_logs import LiveLogs
+from pytest_microvm.suite.machine_coverage import MachineCoverage
 from pytest_microvm.suite.progress import TerminalProgress
 from pytest_microvm.suite.write_back import WriteBack
 
@@ -27,6 +28,7 @@ class SuiteObserver:
         progress: Shows a message at once.
         ending: Keeps what machines output; ``None`` if nothing happens at the end of the run.
         write_back: Brings files back.
+        coverage: Takes what machines execute; ``None`` if coverage does not measure this process.
 
     Attributes:
         lends_terminal: Whether debuggers get this computer's terminal.
@@ -39,8 +41,10 @@ class SuiteObserver:
         progress: TerminalProgress,
         ending: Ending | None,
         write_back: WriteBack,
+        coverage: MachineCoverage | None,
     ) -> None:
         self._config = config
+        self._coverage = coverage
         self._write_back = write_back
         self._progress = progress
         self._ending = ending
@@ -92,6 +96,16 @@ class SuiteObserver:
         finally:
             if capture is not None:
                 capture.resume()
+
+    def executed(self, record: dict[str, Any]) -> None:
+        """Add what a machine has executed to the coverage of this process.
+
+        Raises:
+            ProtocolViolation: It is malformed, or nobody asked for it.
+        """
+        if self._coverage is None:
+            raise checks.violation("coverage that nobody asked for")
+        self._coverage.add(record)
 
     def explain(self, report: pytest.TestReport) -> None:
         """Tell in a report why the debugger of its test had no terminal."""

@@ -42,6 +42,7 @@ from pytest_microvm.suite.forking import SLOW, FixtureForks
 from pytest_microvm.suite.launch import launch_of
 from pytest_microvm.suite.leases import Leases, MachineEnd
 from pytest_microvm.suite.limits import check_markers
+from pytest_microvm.suite.machine_coverage import MachineCoverage, machine_coverage
 from pytest_microvm.suite.missing import (
     lines_about_modules,
     lines_about_options,
@@ -98,6 +99,7 @@ class RemoteSuite:
         self._ending: Ending | None = None
         self._observer: SuiteObserver | None = None
         self._write_back: WriteBack | None = None
+        self._coverage: MachineCoverage | None = None
         self._words: tuple[tuple[str, ...], tuple[str, ...], dict[str, str]] = ((), (), {})
         self._has_shown = False
         self._tally = Tally()
@@ -188,6 +190,7 @@ class RemoteSuite:
             )
             assert backend is not None
             self._backend = backend
+            self._coverage = self._make_coverage(settings)
             self._plan = self._make_plan(backend)
             self._repeat(backend.options)
             self._check_debug_port(backend.options)
@@ -221,7 +224,7 @@ class RemoteSuite:
             *lines_about_modules(collected, self._backend.facts),
             *lines_about_sharing(collected, self._backend.options.isolation),
             *lines_about_pure_fixtures(collected, self._backend.options.pure_fixtures),
-            *lines_about_options(self._config.option, collected),
+            *lines_about_options(self._config.option, collected, launched=self._launch is not None),
         ]
 
     @pytest.hookimpl(optionalhook=True)
@@ -237,6 +240,9 @@ class RemoteSuite:
     def pytest_collection(self, session: pytest.Session) -> bool:
         """Collect in the guest and replay its collection on the host."""
         self._collected = collected = self._collect()
+        if self._coverage is not None and collected.executed is not None:
+            with _as_pytest_errors():
+                self._coverage.add(collected.executed)
         ended = collected.exit
         if ended is not None and ended.shown and self._is_told(SHOWING_ALONE):
             session.items, self._has_shown = [], True
@@ -344,7 +350,9 @@ class RemoteSuite:
     def _make_runner(self, collected: Collected) -> TestRunner:
         assert self._backend is not None
         assert self._write_back is not None
-        self._observer = SuiteObserver(self._config, self._progress, self._ending, self._write_back)
+        self._observer = SuiteObserver(
+            self._config, self._progress, self._ending, self._write_back, self._coverage
+        )
         self._observer.lends_terminal = self._is_told(DEBUGGING)
         self._observer.debug_port = self._backend.options.debug_port
         options = self._backend.options
@@ -406,6 +414,14 @@ class RemoteSuite:
         wanted = wanted_files(backend.options.write_back, users, projects, arity, place)
         return WriteBack(self._config, top, wanted)
 
+    def _make_coverage(self, settings: RemoteSettings) -> MachineCoverage | None:
+        config = self._config
+        controls = bool(settings.workers) and not settings.worker
+        coverage = machine_coverage(config, workspace_of(config), workers=controls)
+        if coverage is not None:
+            config.pluginmanager.register(coverage, "microvm_coverage")
+        return coverage
+
     def _prepare(self, collected: Collected) -> None:
         """Prepare the tests' machines, and the last one if there is something to say at the end."""
         if collected.speaking and not self._config.option.collectonly:
@@ -416,6 +432,7 @@ class RemoteSuite:
                 self._last_machine,
                 self._write_back,
                 whole=self._is_whole(),
+                coverage=self._coverage,
             )
             self._config.pluginmanager.register(self._ending, "microvm_ending")
         assert self._write_back is not None
@@ -459,8 +476,16 @@ class RemoteSuite:
             environment=guest_environment(self._guest_plugins, config, self._launch),
             timeout=backend.options.collect_timeout,
             whole=self._is_whole(),
-            debug=self._is_told(DEBUGGING),
+            debug=self._look() if self._is_told(DEBUGGING) else None,
+            coverage=None if self._coverage is None else self._coverage.settings,
         )
+
+    def _look(self) -> dict[str, bool]:
+        """Return how pytest writes to this computer's terminal: with colours, and with those in code."""
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is None:
+            return {}
+        return {name: getattr(terminal._tw, name) for name in ("hasmarkup", "code_highlight")}  # noqa: SLF001
 
     def _is_told(self, options: frozenset[str]) -> bool:
         """Return True if the user, and not only the project, has given one of the options."""

@@ -10,7 +10,13 @@ from typing import Any, cast
 
 import pytest
 
-from pytest_microvm.errors import MachineCrashed, MachineError, MicroVMError, QuotaExceeded
+from pytest_microvm.errors import (
+    MachineCrashed,
+    MachineError,
+    MicroVMError,
+    ProtocolViolation,
+    QuotaExceeded,
+)
 from pytest_microvm.machine.evidence import saved
 from pytest_microvm.machine.instance import MachineFacts, Usage
 from pytest_microvm.network.proxy.log import NetworkRequest
@@ -127,43 +133,65 @@ class TestRunner:
         restored = self._forks.restore(item, limits)
         if restored is not None and self._forks.stand(item):
             return restored, None
-        try:
-            keeper = self._forks.keeper(item)
-        except MicroVMError as error:
-            self._watcher.told(item.nodeid, f"no machine for its fixtures: {error.brief}")
-            keeper = None
+        keeper = self._keeper(item)
         if keeper is None:
             return None, None
+        kept, failed = self._prepare_in(keeper, item, limits, retries)
+        if kept is not None and restored is not None:
+            restored.add(kept)
+            kept = restored
+        return kept, failed
+
+    def _prepare_in(
+        self, keeper: Lease, item: Any, limits: TestLimits, retries: int
+    ) -> tuple[KeptUp | None, Ran | None]:
         keeper.asked = keeper.machine.requests.added
         try:
             kept = self._forks.prepare(keeper, item, limits)
         except MachineError as error:
             ran = self._failed_machine(keeper, item, error, retries)
-            self._forks.lose(keeper)
+            self._forks.lose()
             return None, ran
         except MicroVMError as error:  # of this computer, such as a full disk
             self._watcher.told(item.nodeid, f"no checkpoint of its fixtures: {error.brief}")
-            self._forks.lose(keeper)
+            self._forks.lose()
             return None, None
-        if kept.exit is not None:
-            return None, Ran(exit=kept.exit, facts=keeper.machine.facts)
-        if restored is not None:
-            restored.add(kept)
-        return restored or kept, None
+        if kept.exit is None:
+            return kept, None
+        if _is_internal(kept.exit):
+            self._forks.lose()
+            reports = _failed(item, "setup", _internal_error(kept.exit), [])
+            return None, Ran(reports, facts=keeper.machine.facts, outcome="failed")
+        return kept, Ran(exit=kept.exit, facts=keeper.machine.facts)
+
+    def _keeper(self, item: Any) -> Lease | None:
+        """Return the machine for wide fixtures; tell the user if it cannot start."""
+        try:
+            return self._forks.keeper(item)
+        except MicroVMError as error:
+            self._watcher.told(item.nodeid, f"no machine for its fixtures: {error.brief}")
+            return None
 
     def _tear_down(self, ran: Ran, item: Any, nextitem: Any, limits: TestLimits) -> None:
         """Tear down wide fixtures that ``nextitem`` does not need; add to ``ran`` what there is to report."""
         try:
             self._forks.ran(item, ran.set_up)
+        except ProtocolViolation as error:
+            _add_tear_down(ran, error_report(item, "teardown", f"crashed: {error}", []), None)
+        try:
             kept = self._forks.tear_down(item, nextitem, limits)
             told = None if kept is None else kept.report
-            report = None if told is None else rebuild_test_report(item.config, told, item, [])
+            report = None if told is None else _report_of_tear_down(told, item)
         except MachineError as error:
+            self._forks.lose()
             report = error_report(item, "teardown", f"the machine of the fixtures: {error}", [])
             _add_tear_down(ran, report, None)
-            self._forks.release()
             return
         if kept is None:
+            return
+        if kept.exit is not None and _is_internal(kept.exit):
+            self._forks.lose()
+            _add_tear_down(ran, error_report(item, "teardown", _internal_error(kept.exit), []), None)
             return
         ran.warnings += kept.warnings
         ran.printed += kept.printed
@@ -220,13 +248,15 @@ class TestRunner:
         return ran
 
     def _is_for_now(self, lease: Lease, item: Any, record: dict[str, Any]) -> bool:
-        """Show a log message or lend the terminal to a debugger; return False for any other record."""
+        """Show a log message, lend the terminal, or take coverage; return False for any other record."""
         kind = record.get("k")
         if kind == "log":
             self._watcher.logged(item.nodeid, record)
         elif kind == "debug":
             self._watcher.debugging(lease.machine, line(record.get("socket"), "path"))
-        return kind in ("log", "debug")
+        elif kind == "coverage":
+            self._watcher.executed(record)
+        return kind in ("log", "debug", "coverage")
 
     def _failed_machine(self, lease: Lease, item: Any, error: MachineError, retries: int) -> Ran:
         """Return the result of a test whose machine failed before the test ended."""
@@ -312,11 +342,32 @@ def _read(
         and not item.config.getoption("setuponly", False)
     ):
         raise violation("nothing about the test")  # it would be silently missing from the results
-    if ran.exit is not None and ran.exit.reason == "internal":
-        ran.reports += _failed(item, "call", f"INTERNALERROR in the guest's pytest\n{ran.exit.text}", ours)
+    if ran.exit is not None and _is_internal(ran.exit):
+        ran.reports += _failed(item, "call", _internal_error(ran.exit), ours)
         ran.exit = None
         ran.sent.clear()
     return ran
+
+
+def _is_internal(ended: GuestExit) -> bool:
+    """Return True if a hook of the project failed, which pytest calls an internal error."""
+    return ended.reason == "internal"
+
+
+def _internal_error(ended: GuestExit) -> str:
+    return f"INTERNALERROR in the guest's pytest\n{ended.text}"
+
+
+def _report_of_tear_down(record: dict[str, Any], item: Any) -> pytest.TestReport:
+    """Return the keeper's report of a test's tear-down.
+
+    Raises:
+        ProtocolViolation: It is malformed, or about another test or phase.
+    """
+    report = rebuild_test_report(item.config, record, item, [])
+    if report.when != "teardown":
+        raise violation("a report about another phase than the tear-down")
+    return report
 
 
 def _with_set_up(ran: Ran, item: Any, kept: KeptUp, options: RunOptions) -> Ran:

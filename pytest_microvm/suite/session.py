@@ -27,7 +27,7 @@ BOOTSTRAP = (
 
 
 def runner_command(
-    python: str, code_folder: str, fd: int | None = None, *, preload: bool = False
+    python: str, code_folder: str, fd: int | None = None, *, preload: bool = False, coverage: bool = False
 ) -> list[str]:
     """Return the command that starts a runner.
 
@@ -36,10 +36,13 @@ def runner_command(
         code_folder: The guest's folder that contains ``pytest_microvm`` (guest and wire).
         fd: The descriptor to serve on instead of the port called ``runner``.
         preload: Whether it imports the installed plug-ins' modules before its hello.
+        coverage: Whether it imports coverage before that.
     """
     options = [] if fd is None else ["--fd", str(fd)]
     if preload:
         options.append("--preload")
+    if coverage:
+        options.append("--coverage")
     return [python, "-c", BOOTSTRAP, code_folder, *options]
 
 
@@ -70,6 +73,7 @@ class RunnerSession:
             top=str(plan.workspace),
             whole=plan.whole,
             debug=plan.debug,
+            coverage=plan.coverage,
             env=dict(plan.environment),
         )
         try:

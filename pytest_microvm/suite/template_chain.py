@@ -106,7 +106,8 @@ class SuiteChain:
                 self._start_runner(instance, "/", preload=True)
             return {}
 
-        return TemplateStep("started", (json.dumps(self.plan.environment),), work, "starting pytest")
+        inputs = (json.dumps([self.plan.environment, self.plan.coverage is not None]),)
+        return TemplateStep("started", inputs, work, "starting pytest")
 
     def _collected_step(self, workspace: Workspace | None, *, started: bool) -> TemplateStep:
         """Return the chain step that collects the tests.
@@ -117,7 +118,7 @@ class SuiteChain:
         """
         plan = self.plan
         inputs = [json.dumps(plan.arguments), str(plan.directory), json.dumps(plan.environment)]
-        inputs.append(json.dumps([str(plan.workspace), plan.whole, plan.debug]))
+        inputs.append(json.dumps([str(plan.workspace), plan.whole, plan.debug, plan.coverage]))
         if workspace is not None:
             inputs += [str(workspace.top), workspace.digest()]
 
@@ -137,7 +138,8 @@ class SuiteChain:
         """Start the runner in ``folder`` and wait for its hello, which it sends once pytest is loaded."""
         machine = machine_in_the_making(self.base, instance)
         machine.path(folder).mkdir(parents=True, exist_ok=True)
-        runner = shlex.join(runner_command(PYTHON, _CODE_FOLDER, preload=preload))
+        coverage = self.plan.coverage is not None
+        runner = shlex.join(runner_command(PYTHON, _CODE_FOLDER, preload=preload, coverage=coverage))
         machine.client.link().call(  # noqa: S604 - in the guest, and quoted
             "exec",
             timeout=_HELLO_TIMEOUT,

@@ -189,3 +189,32 @@ def test_coverage_of_machines_is_the_native_one(project):
     assert found["totals"] == expected["totals"]
     (message,) = [line for line in native.splitlines() if line.startswith("ERROR: Coverage failure")]
     assert message in told.splitlines()
+
+
+def test_coverage_run_with_machines_is_the_native_one(project):
+    """Its modules, contexts and a child process; pytest-cov is installed and loads coverage early, too."""
+    project("part.py", "def half(number):\n    if number % 2:\n        return None\n    return number // 2\n")
+    project("conftest.py", "import part\ndef pytest_sessionfinish(): part.half(6)\n")
+    project(
+        "test_part.py",
+        "import subprocess, sys\nimport part\n\n"
+        "def test_half(): assert part.half(4) == 2\n\n"
+        "def test_child():\n    code = 'import part; part.half(3)'\n"
+        "    subprocess.run([sys.executable, '-c', code], check=True)\n",
+    )
+    folder = project(
+        ".coveragerc",
+        "[run]\nbranch = true\nsource = .\npatch = subprocess\ndynamic_context = test_function\n"
+        "[json]\nshow_contexts = true\n",
+    )
+    found = []
+    for options in ([], ["--microvm"]):
+        told = run(folder, [sys.executable, "-m", "coverage", "run", *PYTEST[1:], *options])
+        assert "microvm: coverage" not in told
+        run(folder, [sys.executable, "-m", "coverage", "combine", "-q"])
+        run(folder, [sys.executable, "-m", "coverage", "json", "-q"])
+        report = json.loads((folder / "coverage.json").read_text())
+        found.append((report["files"], report["totals"]))
+        (folder / ".coverage").unlink()
+    assert found[0] == found[1]
+    assert found[1][0]["part.py"]["executed_lines"] == [1, 2, 3, 4]

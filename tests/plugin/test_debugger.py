@@ -32,6 +32,18 @@ def test_end_of_input_quits(suite):
         result.stdout.fnmatch_lines(["*PDB post_mortem*", "*Exit: Quitting debugger*"])
 
 
+@pytest.mark.parametrize("colour", ["yes", "no"])
+def test_failure_has_the_native_colours(suite, colour):
+    shown = []
+    for run in (suite.native, suite.microvm):
+        lines = run("--pdb", "-k", "fails", f"--color={colour}").outlines
+        begin = next(number for number, line in enumerate(lines) if ">> traceback >>" in line)
+        end = next(number for number, line in enumerate(lines) if ">> entering PDB >>" in line)
+        shown.append(lines[begin : end + 1])
+    assert shown[0] == shown[1]
+    assert ("\x1b[" in "".join(shown[0])) == (colour == "yes")
+
+
 def test_trace_stops_at_the_first_line(suite):
     for run in (suite.native, suite.microvm):
         result = run("--trace", "-k", "fails")

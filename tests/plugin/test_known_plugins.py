@@ -1,7 +1,5 @@
 """What the run says of plug-ins that do less in machines, and how others are made to work."""
 
-import sys
-
 import pytest
 
 
@@ -103,16 +101,6 @@ def test_forked_is_left_to_machines(project):
     done = project.microvm("--forked")
     assert done.ret == pytest.ExitCode.USAGE_ERROR
     done.stderr.fnmatch_lines("*unrecognized arguments: --forked")
-
-
-def test_coverage_of_the_process_on_the_host(project):
-    """``coverage run`` measures that process, and says nothing of the tests."""
-    project.write(test_it="def test_it(): pass")
-    command = [sys.executable, "-m", "coverage", "run", "-m", "pytest", "--microvm"]
-    done = project.run(*command, "-p", "support.local.backend", "-p", "no:hypothesispytest")
-    done.assert_outcomes(passed=1)
-    done.stdout.fnmatch_lines("microvm: coverage measures this process, in which no test runs: use --cov*")
-    project.microvm("--cov=test_it").stdout.no_fnmatch_line("microvm: coverage measures this process*")
 
 
 def test_the_guard_stays_on_the_host(project, monkeypatch):

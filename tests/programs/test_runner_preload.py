@@ -216,6 +216,12 @@ def test_module_that_changed_meanwhile_is_imported_anew(world):
     assert found["runs"] == [*AHEAD, "configure", "lazy"]  # plug itself is as it was
 
 
+def test_module_that_coverage_measures_is_imported_anew(world):
+    lazy = world.plugins / "plug_lazy.py"
+    found = world.run(between=f"held.is_measured = lambda *it: it == ('plug_lazy', {str(lazy)!r})")
+    assert found["runs"] == [*AHEAD, "configure", "lazy"]
+
+
 def test_deleted_module_is_imported_anew(world):
     world.write(
         "test_it.py", "import sys, plug_lazy\n\ndel sys.modules['plug_lazy']\nimport plug_lazy\n" + TEST

@@ -143,6 +143,9 @@ def run_ended_by(tmp_path):
         {"summary": None},
         {"written": "a"},
         {"written": [1]},
+        {"coverage": 1},
+        {"coverage": [1]},
+        {"coverage": [{}, {}]},
     ],
 )
 def test_malformed_answer_of_the_last_machine_ends_it(run_ended_by, change):

@@ -18,7 +18,7 @@ from support import guards
 
 @pytest.fixture
 def link():
-    """The host's link to a runner that unpacks what it gets and answers all other requests with their text."""
+    """The host's link to a runner that unpacks what it gets, and answers other requests with their text."""
     here, there = socket.socketpair()
     runner = Runner(Port(there.detach(), "runner"), resume=lambda message: message)
 

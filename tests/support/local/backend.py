@@ -71,6 +71,8 @@ class LocalBackend:
         environment = {**os.environ, GUEST_VARIABLE: "1"}
         for name in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTHONPATH", "PYTEST_XDIST_WORKER"):
             environment.pop(name, None)
+        for name in [name for name in environment if name.startswith("COVERAGE_")]:
+            del environment[name]
         with guest:
             python = shlex.split(os.environ.get(PYTHON_VARIABLE) or sys.executable)
             command = [*python, HERE / "runner.py", folder, str(guest.fileno())]
@@ -188,6 +190,7 @@ class LocalMachine:
         self._pid = pid
 
     redactor = Redactor()
+    given_up = False
 
     @property
     def usable(self):
