@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from support.comparison import LAUNCHER, only_locally
+from support.tiers import thorough_but
 
 SOURCE = """
     def sign(number):
@@ -76,9 +77,12 @@ DYNAMIC = "dynamic_context = test_function\n"
 @pytest.fixture
 def measured(project):
     project.write(
-        package____init__="", package__core=SOURCE, package__unused="def f():\n    return 1\n",
-        conftest=CONFTEST, test_it=TESTS,
-    )  # fmt: skip
+        package__core=SOURCE,
+        package__unused="def f():\n    return 1\n",
+        conftest=CONFTEST,
+        test_it=TESTS,
+    )
+    (project.path / "package/__init__.py").write_text("VALUE = 1\n")
     return project
 
 
@@ -127,20 +131,20 @@ def assert_same(project, *options, pytest_options=(), status=0):
     return reports[0], results[1]
 
 
-@pytest.mark.parametrize(
-    ("config", "options"),
-    [
-        ("", ["--source=."]),
-        ("[run]\nbranch = true\nsource = package\n", []),
-        ("[run]\nomit =\n    */unused.py\n    conftest.py\n", ["--source=.", "--branch"]),
-        (f"{SHOWN}[run]\n{DYNAMIC}source = .\n", []),
-        (f"{SHOWN}[run]\n{DYNAMIC}branch = true\nrelative_files = true\n", ["--source=."]),
-        (SHOWN, ["--context=static", "--include=package/*,test_it.py"]),
-        ("[run]\nsource_pkgs = package\n", []),
-    ],
-    ids=["lines", "branches", "omit", "contexts", "relative", "static", "packages"],
-)  # fmt: skip
-def test_numbers_are_the_native_ones(measured, config, options):
+CONFIGURED = {
+    "lines": ("", ["--source=."]),
+    "branches": ("[run]\nbranch = true\nsource = package\n", []),
+    "omit": ("[run]\nomit =\n    */unused.py\n    conftest.py\n", ["--source=.", "--branch"]),
+    "contexts": (f"{SHOWN}[run]\n{DYNAMIC}source = .\n", []),
+    "relative": (f"{SHOWN}[run]\n{DYNAMIC}branch = true\nrelative_files = true\n", ["--source=."]),
+    "static": (SHOWN, ["--context=static", "--include=package/*,test_it.py"]),
+    "packages": ("[run]\nsource_pkgs = package\n", []),
+}
+
+
+@pytest.mark.parametrize("case", thorough_but(CONFIGURED, "branches", "relative", "static", "packages"))
+def test_numbers_are_the_native_ones(measured, case):
+    config, options = CONFIGURED[case]
     measured.write(__DOT__coveragerc=config)
     (files, totals), result = assert_same(measured, *options)
     assert totals
@@ -154,19 +158,15 @@ def test_without_source_the_projects_files_are_measured(measured):
     assert {"conftest.py", "test_it.py", "package/core.py"} <= set(files)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--microvm-isolation=module"],
-        ["--microvm-isolation=session"],
-        ["--microvm-fixtures=fork"],
-    ],
-)
-def test_numbers_do_not_depend_on_isolation(measured, options):
+WAYS = ["--microvm-isolation=module", "--microvm-isolation=session", "--microvm-fixtures=fork"]
+
+
+@pytest.mark.parametrize("option", thorough_but(WAYS, *WAYS[1:]))
+def test_numbers_do_not_depend_on_isolation(measured, option):
     native, remote = runs(measured, "--source=.", "--branch")
     assert native().ret == 0
     expected = reported(measured)
-    assert remote(*options).ret == 0
+    assert remote(option).ret == 0
     assert reported(measured) == expected
 
 
@@ -391,7 +391,7 @@ def test_hostile_records(measured):
     done.assert_outcomes(passed=2, failed=14)
     assert text.count(" CRASHED") == 14
     files, _ = reported(measured)
-    assert set(files) == {"package/core.py", "package/unused.py"}
+    assert set(files) == {"package/__init__.py", "package/core.py", "package/unused.py"}
 
 
 def test_hostile_names(measured, tmp_path_factory):

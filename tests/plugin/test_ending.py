@@ -82,6 +82,22 @@ def test_coverage_of_a_package_that_pytest_itself_has_loaded(project):
     assert covered(project) == expected
 
 
+def test_coverage_of_files_that_nothing_imports(project):
+    """The package is found by its name: it is in no folder of that name here."""
+    project.write(
+        pytest__DOT__ini="[pytest]\npythonpath = src",
+        src__package__unused="def never():\n    return 1",
+        test_it="def test_it():\n    import package\n    assert package.VALUE",
+    )
+    (project.path / "src/package/__init__.py").write_text("VALUE = 1\n")
+    options = ["--cov=package", "--cov-report=json"]
+    project.native(*options)
+    expected = covered(project)
+    assert "src/package/unused.py" in expected[0]
+    project.microvm(*options)
+    assert covered(project) == expected
+
+
 def test_coverage_is_appended(measured):
     measured.write(test_negative="import package\ndef test_it(): assert package.sign(-1) == -1")
     expected = None
