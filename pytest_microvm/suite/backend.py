@@ -14,6 +14,7 @@ from pytest_microvm.machine.instance import MachineFacts, Usage
 from pytest_microvm.network.proxy.log import NetworkLog
 from pytest_microvm.settings.configuration import DEFAULT_RETRIES
 from pytest_microvm.settings.spec import DEFAULT_OUTPUT
+from pytest_microvm.untrusted.extraction import ExtractionLimits
 from pytest_microvm.untrusted.redaction import Redactor
 
 Progress = Callable[[str], None]
@@ -83,6 +84,8 @@ class RunOptions:
         debug_port: A port on which debuggers listen in machines; ``None``: there are none.
         repeat: How often each test runs; ``None``: once.
         write_back: Patterns, as in a .gitignore file, of workspace files that come back from machines.
+        keep_tmp: Whether the temporary folders of failed tests come back from machines.
+        mounted: Targets of mounts.
     """
 
     isolation: str = "test"
@@ -97,6 +100,8 @@ class RunOptions:
     network: tuple[str, ...] = ()
     junit_profile: str | None = None
     write_back: tuple[str, ...] = ()
+    keep_tmp: bool = False
+    mounted: tuple[PurePosixPath, ...] = ()
     fixtures: str = "auto"
     repeat: int | None = None
     debug_port: int | None = None
@@ -115,6 +120,8 @@ class CollectPlan:
         timeout: Seconds collection may take.
         whole: Whether one machine runs the whole session, so that plug-ins see it as natively.
         debug: Whether debuggers get this computer's terminal.
+        folders: Folders that the user's options need to exist.
+        outside: Paths outside the workspace whose changes are told, each with whether it is a folder.
     """
 
     arguments: tuple[str, ...]
@@ -125,6 +132,8 @@ class CollectPlan:
     timeout: float = 600.0
     whole: bool = False
     debug: bool = False
+    folders: tuple[Path, ...] = ()
+    outside: tuple[tuple[Path, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -203,6 +212,15 @@ class RunnerMachine(Protocol):
         Raises:
             FileNotFoundError: The machine has no such file.
             TransferError: It is not a file, or too large.
+            MachineError: The machine failed.
+        """
+
+    def pull_folder(self, source: PurePosixPath, target: Path, limits: ExtractionLimits) -> None:
+        """Copy what a folder of the machine holds into a folder of this computer, as ``limits`` allow.
+
+        Raises:
+            OSError: The machine has no such folder.
+            TransferError: What it sent was refused, or cannot be written.
             MachineError: The machine failed.
         """
 

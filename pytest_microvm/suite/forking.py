@@ -14,6 +14,7 @@ from pytest_microvm.errors import MachineError
 from pytest_microvm.suite.backend import Lease, RunnerMachine
 from pytest_microvm.suite.checks import array, integer, paths, text, violation
 from pytest_microvm.suite.collected import GuestExit, GuestWarning, parse_exit, parse_warning
+from pytest_microvm.suite.kept_folders import parse_folders
 from pytest_microvm.suite.session import RunnerSession
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class FixtureForks:
         watcher: Notified of the keeper.
         shares: Number of processes among which the tests are divided.
         repeat: How often each test runs.
+        keep_tmp: Whether temporary folders come back if a tear-down fails.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class FixtureForks:
         watcher: LeaseObserver,
         shares: int,
         repeat: int,
+        keep_tmp: bool,
     ) -> None:
         self._backend = backend
         self._leases = leases
@@ -88,6 +91,7 @@ class FixtureForks:
         self._watcher = watcher
         self._shares = max(1, shares)
         self._repeat = repeat
+        self._keep_tmp = keep_tmp
         self._left: dict[int, int] = {}  # tests that still need a fixture, by its number
         for needed in self._needed:
             for number in needed:
@@ -145,7 +149,7 @@ class FixtureForks:
         """
         self._forget_checkpoint()
         wanted = self._wanted(item)
-        session = RunnerSession(keeper.machine.link)
+        session = self._session(keeper)
         done = self._read(keeper, item, session.prepare(item.position, len(wanted), limits))
         if done.exit is None:
             stand = sum(self._standing.issuperset(needed[: len(wanted)]) for needed in self._needed)
@@ -178,7 +182,7 @@ class FixtureForks:
             return None
         before = self._standing
         following = None if nextitem is None else nextitem.position
-        session = RunnerSession(keeper.machine.link)
+        session = self._session(keeper)
         done = self._read(keeper, item, session.tear_down(item.position, following, limits))
         if self._standing != before:
             self._forget_checkpoint()
@@ -207,6 +211,9 @@ class FixtureForks:
             self._watcher.told(item.nodeid, "fixtures failed to tear down after the run was stopped")
 
     # Parts
+
+    def _session(self, keeper: Lease) -> RunnerSession:
+        return RunnerSession(keeper.machine.link, temporary=self._keep_tmp)
 
     def _needed_by(self, item: Any) -> tuple[int, ...]:
         return self._needed[item.position] if self._needed else ()
@@ -245,6 +252,9 @@ class FixtureForks:
                 ended = True
                 done.printed = text(record.get("printed", ""), "output")
                 self._take(keeper, item, record)
+                if done.report is not None and _has_failed(done.report):
+                    folders = parse_folders(record.get("temporary"))
+                    self._watcher.failed(machine, item.nodeid, folders)
                 done.seconds = sum(self._times.of(pair[0]) for pair in record["wide"])
             elif kind != "log":
                 raise violation("a record of an unknown kind")
@@ -280,3 +290,8 @@ class FixtureForks:
         self._forget_checkpoint()
         if keeper is not None:
             self._leases.end(keeper)
+
+
+def _has_failed(record: dict[str, Any]) -> bool:
+    data = record.get("data")
+    return isinstance(data, dict) and data.get("outcome") == "failed"

@@ -55,14 +55,20 @@ def lines_about_sharing(collected: Collected, isolation: str) -> list[str]:
     ]
 
 
-def lines_about_options(option: Any, collected: Collected) -> list[str]:
-    """Return lines about options of plug-ins that do less than natively.
+def lines_about_options(option: Any, collected: Collected, *, keeps_tmp: bool) -> list[str]:
+    """Return lines about options that do less than natively.
 
     Args:
         option: The host's options.
         collected: The tests.
+        keeps_tmp: Whether temporary folders of failed tests come back.
     """
     lines = []
+    if getattr(option, "basetemp", None) and not keeps_tmp:
+        lines.append(
+            "microvm: --basetemp: temporary folders stay in the machines; --microvm-keep-tmp brings those of "
+            "failed tests back"
+        )
     coverage = sys.modules.get("coverage")
     if coverage is not None and coverage.Coverage.current() is not None:
         lines.append(
