@@ -973,6 +973,24 @@ SAMPLES = (
         note="the snapshots need `--microvm-write-back='snapshots/'`",
     ),
     Sample(
+        "inline-snapshot",
+        "`--inline-snapshot=create,fix`, then a comparison with the snapshots",
+        ("inline_snapshot",),
+        """
+        from inline_snapshot import snapshot
+
+        def test_wrong():
+            assert 1 + 1 == snapshot(3)
+
+        def test_missing():
+            assert {"a": [1, 2]} == snapshot()
+        """,
+        ("--inline-snapshot=create,fix", ""),
+        statuses=(1, 0),
+        prints=("2 passed",),
+        note="rewrites the source; needs `--microvm-isolation=session`",
+    ),
+    Sample(
         "pytest-dependency",
         "marker `dependency`",
         ("dependency",),

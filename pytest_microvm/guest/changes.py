@@ -22,7 +22,7 @@ _HEAD = struct.Struct("iIII")  # watch, events, cookie, length of the name
 _PIECE = 256 * 1024
 _HIGH_FD = 900  # above the numbers that tests close or reuse, below the usual limit
 # A test may replace or remove the functions of modules.
-_read, _getpid, _dup_above = os.read, os.getpid, fcntl.fcntl
+_read, _getpid, _stat, _dup_above = os.read, os.getpid, os.stat, fcntl.fcntl
 _CLOCK_STEP = 20_000_000  # nanoseconds; time stamps of files lag behind the clock by up to a tick
 _UNWATCHED = frozenset([".git", "__pycache__", ".pytest_cache"])
 
@@ -128,3 +128,45 @@ class FolderWatch:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
         return result
+
+
+class Watch:
+    """A watch on the workspace, and on paths outside it.
+
+    Args:
+        top: The workspace.
+        outside: Absolute paths, each with whether it is a folder, which is made if it does not exist.
+
+    Raises:
+        OSError: The kernel cannot watch at all, or a folder cannot be made.
+    """
+
+    def __init__(self, top: str, outside: list[tuple[str, bool]]) -> None:
+        self._top = FolderWatch(top)
+        self._files = {path: _signature(path) for path, is_folder in outside if not is_folder}
+        self._folders: dict[str, FolderWatch] = {}
+        for path, is_folder in outside:
+            if is_folder:
+                os.makedirs(path, exist_ok=True)
+                self._folders[path] = FolderWatch(path)
+
+    def told(self) -> list[str]:
+        """Return the files that changed, as :meth:`FolderWatch.told`; those outside with absolute paths."""
+        found = self._top.told()
+        for folder, watch in self._folders.items():
+            found += [os.path.join(folder, path) for path in watch.told()]
+        for path, before in self._files.items():
+            now = _signature(path)
+            if now != before:
+                self._files[path] = now
+                found.append(path if now else path + "\0")
+        return found
+
+
+def _signature(path: str) -> tuple[int, ...]:
+    """Return what changes when a file is written; empty if it is not there."""
+    try:
+        status = _stat(path)
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -24,7 +24,7 @@ import pytest
 
 from pytest_microvm.guest import runner_coverage
 from pytest_microvm.guest.runner_coverage import MergedCoverage
-from pytest_microvm.guest.runner_end import EndOfSession, say_nothing_of_interrupts
+from pytest_microvm.guest.runner_end import EndOfSession, stop_as_told, until_stopped
 from pytest_microvm.guest.runner_measuring import Measurement, start_measuring
 
 if TYPE_CHECKING:
@@ -264,16 +264,12 @@ class _ControllerSession(EndOfSession):
         if self._terminal is not None:
             self._terminal._tw.fullwidth = int(request["width"])
         session.testscollected = int(request["tests"])
-        for data in json.loads(request["collected"]):
+        for data in until_stopped(json.loads(request["collected"]), request["errors"]):
             report = self._config.hook.pytest_report_from_serializable(config=self._config, data=data)
             self._config.hook.pytest_collectreport(report=report)
         self._replay(request.get("coverage"))
         self.begin(self._terminal)
-        if request["interrupted"]:
-            say_nothing_of_interrupts(self._terminal)
-            raise session.Interrupted("errors during collection")
-        if session.shouldfail:
-            raise session.Failed(session.shouldfail)
+        stop_as_told(session, self._terminal, request)
         return True
 
     def _replay(self, collected: dict[str, Any] | None) -> None:

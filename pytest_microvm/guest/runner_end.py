@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 _SILENT = (
     "summary_errors", "summary_failures", "summary_warnings", "summary_passes", "summary_xfailures",
@@ -59,7 +62,55 @@ def _nothing(*_args: object, **_options: object) -> None:
     """Print nothing: the host's terminal has printed it."""
 
 
-def say_nothing_of_interrupts(terminal: Any) -> None:
-    """Keep pytest's plug-in for the terminal from saying that the session was interrupted: the host does."""
+def stop_as_told(session: Any, terminal: Any, request: dict[str, Any]) -> None:
+    """Let the session stop as the host's did, which says so itself.
+
+    Args:
+        session: The session.
+        terminal: pytest's plug-in for the terminal; ``None`` if it is switched off.
+        request: How the run has gone: the host's request to end it.
+
+    Raises:
+        pytest.Session.Interrupted: The run was interrupted.
+        pytest.Session.Failed: A limit of failures stopped it, or a hook of the project.
+    """
+    if request["stopped"]:
+        session.shouldfail = request["stopped"]
+        _write_no_line_of(terminal, request["stopped"])
+    if request["interrupted"]:
+        if terminal is not None:
+            terminal._report_keyboardinterrupt = lambda: None
+        raise session.Interrupted("errors during collection")
+    if session.shouldfail:
+        raise session.Failed(session.shouldfail)
+
+
+def forget_later_errors(session: Any, terminal: Any, request: dict[str, Any]) -> None:
+    """Forget errors of a collection that went on after the host's had stopped."""
+    if request["errors"] is None:
+        return
+    session.testscollected, session.testsfailed = request["tests"], request["errors"]
     if terminal is not None:
-        terminal._report_keyboardinterrupt = lambda: None
+        del terminal.stats.get("error", [])[request["errors"] :]
+
+
+def until_stopped(reports: Iterable[Any], errors: int | None) -> Iterator[Any]:
+    """Yield serialized collect reports, up to the last error that the host has reported."""
+    for report in reports:
+        if errors is not None and errors <= 0:
+            return
+        yield report
+        if errors is not None and report["outcome"] == "failed":
+            errors -= 1
+
+
+def _write_no_line_of(terminal: Any, unwanted: str) -> None:
+    if terminal is None:
+        return
+    write = terminal.write_sep
+
+    def write_others(sep: str, title: str | None = None, *options: Any, **markup: Any) -> None:
+        if title != unwanted:
+            write(sep, title, *options, **markup)
+
+    terminal.write_sep = write_others

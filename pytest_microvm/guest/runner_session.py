@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_microvm.guest import limits, site_paths
-from pytest_microvm.guest.changes import FolderWatch
+from pytest_microvm.guest.changes import Watch
 from pytest_microvm.guest.runner_controller import (
     ControllerProcess,
     encoded,
@@ -29,12 +29,13 @@ from pytest_microvm.guest.runner_controller import (
 )
 from pytest_microvm.guest.runner_coverage import CoverageRecorder, recorder_of
 from pytest_microvm.guest.runner_debugger import Debugger
-from pytest_microvm.guest.runner_end import EndOfSession, say_nothing_of_interrupts
+from pytest_microvm.guest.runner_end import EndOfSession, forget_later_errors, stop_as_told
 from pytest_microvm.guest.runner_logging import LogRelay
 from pytest_microvm.guest.runner_measuring import Measurement, start_measuring
 from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
 from pytest_microvm.guest.runner_setup_show import SetupShow
 from pytest_microvm.guest.runner_sharing import asks_for_worker, sharing_plugins
+from pytest_microvm.guest.runner_tmp import TemporaryFolders
 from pytest_microvm.guest.runner_wide import WideFixtures
 
 if TYPE_CHECKING:
@@ -72,7 +73,9 @@ def _collect(runner: Runner, request: dict[str, Any]) -> None:
     """Act as ``python -m pytest`` in the invocation directory, up to and including the test loop."""
     arguments = [str(argument) for argument in request["args"]]
     os.environ.update(request.get("env") or {})
-    os.makedirs(request["cwd"], exist_ok=True)
+    for folder in (request["cwd"], *request["folders"]):
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, exist_ok=True)
     os.chdir(request["cwd"])
     os.environ["PWD"] = os.getcwd()
     sys.path.insert(0, os.getcwd())
@@ -136,11 +139,12 @@ class _SessionPlugin:
         self._told_of_collection: list[Any] = []
         self._header: list[str] = []
         self._nodes: NodeTable | None = None
-        self._watch: FolderWatch | None = None
+        self._watch: Watch | None = None
         self._logs: LogRelay | None = None
         self._debugger: Debugger | None = None
         self._finish: dict[str, Any] | None = None
         self._wide: WideFixtures | None = None
+        self._folders: TemporaryFolders | None = None
 
     # Collection
 
@@ -241,7 +245,7 @@ class _SessionPlugin:
         if self._measurement is not None:
             self._measurement.settle()
         self._make_base_folder()
-        self._start_watching(self._request["top"])
+        self._start_watching(self._request)
         self._runner.settle()
         gc.collect()
         gc.freeze()  # a clone shares these pages; a collection must not touch them
@@ -249,9 +253,9 @@ class _SessionPlugin:
         self._runner.send_lines(self._stream, [*lines, {"k": "end"}])
         self._runner.reply(request, {})
         self._loop(session)
-        if self._finish is not None and self._finish.get("interrupted"):
-            say_nothing_of_interrupts(terminal)
-            raise session.Interrupted("errors during collection")
+        if self._finish is not None and self._finish["op"] == "end":
+            forget_later_errors(session, terminal, self._finish)
+            stop_as_told(session, terminal, self._finish)
         return True
 
     def _know_wide_fixtures(self, session: pytest.Session, lines: list[dict[str, Any]]) -> None:
@@ -282,10 +286,19 @@ class _SessionPlugin:
         if factory is not None and not self._config.getoption("basetemp", None):
             factory.getbasetemp()
 
-    def _start_watching(self, top: str) -> None:
-        """Watch the workspace for files that tests write."""
+    def _know_folders(self, request: dict[str, Any]) -> None:
+        """Know which temporary folders are those of the test that begins, if the host asks for them."""
+        factory = getattr(self._config, "_tmp_path_factory", None)
+        if self._folders is None and request.get("temporary") and factory is not None:
+            self._folders = TemporaryFolders(factory)
+            self._config.pluginmanager.register(self._folders, "microvm_temporary_folders")
+        if self._folders is not None:
+            self._folders.begin()
+
+    def _start_watching(self, request: dict[str, Any]) -> None:
+        """Watch the workspace, and paths outside that the user has named, for files that tests write."""
         with contextlib.suppress(OSError):
-            self._watch = FolderWatch(top)
+            self._watch = Watch(request["top"], request["outside"])
 
     def _written(self) -> list[str]:
         try:
@@ -354,7 +367,7 @@ class _SessionPlugin:
             "width": request["width"],
             "tests": request["tests"],
             "coverage": self._coverage_of_collection,
-            "interrupted": request["interrupted"],
+            **{name: request[name] for name in ("interrupted", "stopped", "errors")},
             "collected": json.dumps(self._told_of_collection),
         }
         ended = self._controller.end(asked, runner.read_stream(stream))
@@ -408,6 +421,7 @@ class _SessionPlugin:
         if request.get("pids") is not None:
             limits.limit_processes(int(request["pids"]))
         stream = self._runner.open_stream(request)
+        self._know_folders(request)
         self._written()  # what the host has put there does not count
         self._runner.reply(request, {})  # from here on any failure is caused by the project's code
         self._begin_telling(lambda record: self._runner.write_lines(stream, [record]))
@@ -436,7 +450,15 @@ class _SessionPlugin:
             for record in records:
                 record["debugged"] = True
         cost = [] if self._wide is None else self._wide.cost()
-        end = {"k": "end", "printed": self._printed(), "written": self._written(), "wide": cost, **end}
+        temporary = None if self._folders is None else self._folders.found()
+        end = {
+            "k": "end",
+            "printed": self._printed(),
+            "written": self._written(),
+            "wide": cost,
+            "temporary": temporary,
+            **end,
+        }
         self._runner.send_lines(stream, [*records, *self._executed(), end])
 
     def _begin_telling(self, tell: Callable[[dict[str, Any]], None]) -> None:

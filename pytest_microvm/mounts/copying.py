@@ -124,7 +124,7 @@ class Copy:
                 left_out[path] = _LEADS_OUT_BY_ANOTHER
             for path in after:
                 if is_git(path) and not is_git(path.rpartition("/")[0]):
-                    _remove(staging / "content" / path)  # else it would be moved along with its directory
+                    remove(staging / "content" / path)  # else it would be moved along with its directory
             work = TakeOver(root, content, spare, f".microvm-{self._machine.client.id}")
             result = work.run(before, after, left_out)
         finally:
@@ -270,7 +270,8 @@ def _leading_out(content: Path, before: Manifest, after: Manifest) -> list[str]:
     ]
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with everything in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

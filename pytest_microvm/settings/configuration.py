@@ -58,6 +58,7 @@ class Settings:
         retries: Times that a test is retried if its machine failed before the test started (``infra``).
         artifacts: The folder for records of machines that crashed or exceeded a quota.
         write_back: Patterns, as in a .gitignore file, of workspace files that come back from machines.
+        keep_tmp: Whether the temporary folders of failed tests come back from machines.
         require_accel: The only acceptable accelerator.
         junit_profile: The consumer of the ``--junitxml`` file; ``None``: as pytest writes it.
         named: The keys that the configuration file has.
@@ -82,6 +83,7 @@ class Settings:
     retries: int = DEFAULT_RETRIES
     artifacts: Path | None = None
     write_back: tuple[str, ...] = ()
+    keep_tmp: bool = False
     require_accel: str | None = None
     junit_profile: str | None = None
     named: frozenset[str] = frozenset()

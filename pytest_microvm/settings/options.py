@@ -155,6 +155,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("write_back", "run", "patterns",
            "files of the workspace that tests write and that come back, as in a .gitignore file",
            "docs/*.png"),
+    Option("keep_tmp", "run", "flag", "bring the tmp_path of failed tests back to this computer",
+           default="off"),
     Option("debug_port", "run", "count",
            "port of this computer that leads to the same port of the machine of the present test, for an IDE",
            "5678", unit="as a port", least=1, most=65535),

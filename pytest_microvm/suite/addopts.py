@@ -37,7 +37,7 @@ _WRITING = frozenset(["--basetemp", "--log-file"])  # given by the user, both si
 
 _HOST_PLUGINS_OFF = frozenset(["no:cacheprovider"])
 _OURS = "--microvm"
-_ASKING = ("image", "write_back", "debug_port")  # besides the grants
+_ASKING = ("image", "write_back", "keep_tmp", "debug_port")  # besides the grants
 _GRANTING = frozenset(f"--microvm-{option.word}" for option in (*map(BY_NAME.__getitem__, _ASKING), *GRANTS))
 _NAMING_FOLDERS = frozenset(["--microvm-artifacts"])
 _INTERNAL = frozenset(["--microvm-launched"])
@@ -54,9 +54,10 @@ SHOWN_KEYS: Mapping[str, Callable[[str], bool]] = {
     "verbosity_test_cases": str.isalnum,
     "verbosity_subtests": str.isalnum,
     "max_warnings": str.isdecimal,
+    "tmp_path_retention_policy": frozenset(["all", "failed", "none"]).__contains__,
     "testpaths": lambda text: all(_stays_below(path) for path in shlex.split(text)),
 }
-"""Keys of pytest's configuration that format the host's results, each with a check of its value."""
+"""Keys of pytest's configuration that the host obeys, each with a check of its value: most format results."""
 
 
 @dataclass(frozen=True)

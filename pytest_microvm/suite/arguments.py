@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import pytest
 
@@ -47,21 +48,32 @@ ACTING = frozenset(
 )
 """Host-only options that start a program, write a file, or send data away."""
 
+INLINE_SNAPSHOT = "--inline-snapshot"
+"""The option of inline-snapshot that says what the plug-in does with wrong snapshots."""
+
+OF_THE_MACHINE = dict.fromkeys(
+    ["--alluredir", "--benchmark-json", "--benchmark-storage", "--cov-report", INLINE_SNAPSHOT], "1"
+)
+"""The arity of options whose plug-ins are never loaded on the host."""
+
 ARITY_ELSEWHERE = {
+    **OF_THE_MACHINE,
     **dict.fromkeys((*_WORKERS_WITH_VALUE, *_ACTING_WITH_VALUE), "1"),
     **dict.fromkeys(("-d", "-f", "--looponfail"), "0"),
 }
 """The arity of plug-ins' options, for a pytest that has not loaded the plug-ins."""
 
 HOST_ONLY = SELECTING_AND_SHOWING | WORKERS | REPORT_FILES | ACTING | {"--forked"}
-# Options that would act, on the host, on modules that only the guest has.
-# Nor does the guest get --forked: a test has a machine of its own, and pytest-forked cannot name all phases.
-IMPOSSIBLE = {"--testmon": "pytest-testmon records in one process what each test executes"}
-"""Options of plug-ins that cannot work, each with the reason."""
+# The guest does not get --forked: a test has a machine of its own, and pytest-forked cannot name all phases.
+_TESTMON = (
+    "pytest-testmon records in one process what each test executes; leave it out, or select tests with --lf"
+)
+_ASKING = "inline-snapshot asks at a terminal, which machines do not have; use report, create or fix"
 
 SHOWING_ALONE = frozenset(["--fixtures", "--funcargs", "--fixtures-per-test", "--markers"])
 """Options with which pytest only shows something of the project, and runs no test."""
-GUEST_ONLY = SHOWING_ALONE | {"-W", "--pythonwarnings"}
+# Options that would act, on the host, on modules that only the guest has.
+GUEST_ONLY = SHOWING_ALONE | {"-W", "--pythonwarnings", *OF_THE_MACHINE}
 DEBUGGING = frozenset(["--pdb", "--trace"])
 """Options with which a user lends the terminal to a debugger in the machine."""
 
@@ -81,6 +93,13 @@ class Token:
     option: str = ""
     value: str | None = None
     known: bool = True
+
+
+def why_impossible(token: Token) -> str | None:
+    """Return why an option of a plug-in cannot work with machines, and what to do; ``None`` if it can."""
+    if token.option == INLINE_SNAPSHOT and "review" in (token.value or "").split(","):
+        return _ASKING
+    return _TESTMON if token.option == "--testmon" else None
 
 
 @dataclass(frozen=True)
@@ -132,6 +151,19 @@ def tokens(arguments: Sequence[str], arity: Mapping[str, str]) -> Iterator[Token
             yield Token((word,), name, value if equals else None, known=name in arity)
         else:
             yield from _short(word, arity, rest)
+
+
+def with_values(arguments: Sequence[str], arity: Mapping[str, str]) -> Iterator[Token]:
+    """Yield :func:`tokens`; an unknown option without ``=`` has the file argument behind it as its value.
+
+    Only the machine's pytest knows whether that is the value or a file.
+    """
+    found = list(tokens(arguments, arity))
+    for token, following in zip_longest(found, found[1:]):
+        if token.option and not token.known and token.value is None and following and not following.option:
+            yield replace(token, value=following.words[0])
+        else:
+            yield token
 
 
 def _with_value(word: str, arity: str, rest: list[str]) -> Token:

@@ -15,6 +15,7 @@ from pytest_microvm.network.proxy.log import NetworkLog
 from pytest_microvm.settings.configuration import DEFAULT_RETRIES
 from pytest_microvm.settings.spec import DEFAULT_OUTPUT
 from pytest_microvm.suite.collected import WideFixture
+from pytest_microvm.untrusted.extraction import ExtractionLimits
 from pytest_microvm.untrusted.redaction import Redactor
 
 Progress = Callable[[str], None]
@@ -85,6 +86,8 @@ class RunOptions:
         debug_port: A port on which debuggers listen in machines; ``None``: there are none.
         repeat: How often each test runs; ``None``: once.
         write_back: Patterns, as in a .gitignore file, of workspace files that come back from machines.
+        keep_tmp: Whether the temporary folders of failed tests come back from machines.
+        mounted: Targets of mounts.
     """
 
     isolation: str = "test"
@@ -99,6 +102,8 @@ class RunOptions:
     network: tuple[str, ...] = ()
     junit_profile: str | None = None
     write_back: tuple[str, ...] = ()
+    keep_tmp: bool = False
+    mounted: tuple[PurePosixPath, ...] = ()
     fixtures: str = "auto"
     pure_fixtures: tuple[str, ...] = ()
     repeat: int | None = None
@@ -119,6 +124,8 @@ class CollectPlan:
         whole: Whether one machine runs the whole session, so that plug-ins see it as natively.
         debug: How pytest writes to this computer's terminal, which debuggers get; ``None``: they do not.
         coverage: The settings with which the machines measure, as JSON; ``None``: they do not.
+        folders: Folders that the user's options need to exist.
+        outside: Paths outside the workspace whose changes are told, each with whether it is a folder.
     """
 
     arguments: tuple[str, ...]
@@ -130,6 +137,8 @@ class CollectPlan:
     whole: bool = False
     debug: Mapping[str, bool] | None = None
     coverage: Mapping[str, Any] | None = None
+    folders: tuple[Path, ...] = ()
+    outside: tuple[tuple[Path, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -240,6 +249,15 @@ class RunnerMachine(Protocol):
         Raises:
             FileNotFoundError: The machine has no such file.
             TransferError: It is not a file, or too large.
+            MachineError: The machine failed.
+        """
+
+    def pull_folder(self, source: PurePosixPath, target: Path, limits: ExtractionLimits) -> None:
+        """Copy what a folder of the machine holds into a folder of this computer, as ``limits`` allow.
+
+        Raises:
+            OSError: The machine has no such folder.
+            TransferError: What it sent was refused, or cannot be written.
             MachineError: The machine failed.
         """
 

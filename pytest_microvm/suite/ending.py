@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,6 +46,23 @@ class Ended:
     summary: str
     written: tuple[str, ...]
     executed: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a run has gone, as far as the reports of tests do not say it.
+
+    Args:
+        tests: Number of tests that were collected.
+        interrupted: Whether pytest interrupted it, such as for errors in the collection.
+        stopped: pytest's text if a limit of failures (``-x``, ``--maxfail``) stopped it.
+        errors: Errors in the collection that were reported before it stopped; ``None``: all.
+    """
+
+    tests: int
+    interrupted: bool = False
+    stopped: str = ""
+    errors: int | None = None
 
 
 class RunRecords:
@@ -104,22 +121,21 @@ class RunRecords:
         self._file.write(json.dumps(record, default=str).encode() + b"\n")
 
 
-def end_run(machine: RunnerMachine, files: list[Path], *, width: int, tests: int, interrupted: bool) -> Ended:
+def end_run(machine: RunnerMachine, files: list[Path], course: Course, *, width: int) -> Ended:
     """Give the last machine the records in ``files``; return what it said.
 
     Args:
         machine: The machine.
         files: The records.
+        course: How the run has gone.
         width: Columns of the terminal.
-        tests: Number of tests that were collected.
-        interrupted: Whether errors in the collection kept them from running.
 
     Raises:
         MachineError: The machine failed.
     """
     try:
         session = RunnerSession(machine.link)
-        data = session.end_run(_pieces(files), _TIMEOUT, width=width, tests=tests, interrupted=interrupted)
+        data = session.end_run(_pieces(files), _TIMEOUT, width=width, **asdict(course))
         said = machine.redactor.tree(checks.Records().read(data.strip()))
         return _ended(checks.mapping(said, "answer"))
     except TimeoutError:
@@ -151,7 +167,6 @@ class Ending:
 
     Args:
         config: pytest's configuration.
-        tests: The number of tests that were collected.
         last: Returns the last machine, as a context manager that ends it.
         whole: Whether that machine has run all tests, and needs no records of them.
         write_back: Brings back the reports that the last machine writes.
@@ -161,7 +176,6 @@ class Ending:
     def __init__(
         self,
         config: pytest.Config,
-        tests: int,
         last: Callable[[], AbstractContextManager[RunnerMachine]],
         write_back: WriteBack,
         *,
@@ -172,7 +186,6 @@ class Ending:
         self._coverage = coverage
         self._write_back = write_back
         self._config = config
-        self._tests = tests
         self._last = last
         self._is_worker = hasattr(config, "workerinput")  # of pytest-xdist: its controller ends the run
         workerinput = getattr(config, "workerinput", {})
@@ -180,6 +193,7 @@ class Ending:
         self._own = None if given else tempfile.TemporaryDirectory(prefix="pytest-microvm-run-")
         self._folder = Path(given or (self._own.name if self._own else ""))
         self.records = RunRecords(self._folder / f"records-{workerinput.get('workerid', '')}")
+        self._errors = 0
         self._ended: Ended | None = None
 
     def add_test(self, item: Any, ran: Ran) -> None:
@@ -199,10 +213,18 @@ class Ending:
             return (yield)
         finally:
             error = sys.exc_info()[1]
-            stopped = isinstance(error, (KeyboardInterrupt, pytest.exit.Exception))
-            interrupted = isinstance(error, session.Interrupted)  # by pytest: errors in the collection
-            if (interrupted or not stopped) and not self._is_worker:
-                self._end_run(session, interrupted=interrupted)
+            by_user = type(error) is KeyboardInterrupt  # pytest and pytest-xdist raise subclasses of it
+            if not by_user and not isinstance(error, pytest.exit.Exception):
+                self._end_run(session, interrupted=isinstance(error, KeyboardInterrupt))
+
+    @pytest.hookimpl
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Count the errors in the collection."""
+        self._errors += report.failed
+
+    def end_stopped(self, session: pytest.Session) -> None:
+        """End a run whose collection was stopped by ``-x`` or ``--maxfail``: there is no test loop."""
+        self._end_run(session, errors=self._errors)
 
     @pytest.hookimpl
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
@@ -228,9 +250,14 @@ class Ending:
         if self._own is not None:
             self._own.cleanup()
 
-    def _end_run(self, session: pytest.Session, *, interrupted: bool) -> None:
+    def _end_run(
+        self, session: pytest.Session, *, interrupted: bool = False, errors: int | None = None
+    ) -> None:
+        if self._is_worker:
+            return
+        stopped = str(session.shouldfail or "")
         try:
-            self.finish(interrupted=interrupted)
+            self.finish(Course(session.testscollected, interrupted, stopped, errors))
         except MicroVMError as error:
             session.testsfailed += 1  # what a plug-in checks at the end has not been checked
             self._show(
@@ -240,11 +267,11 @@ class Ending:
         assert self._ended is not None
         self._show(self._ended.loop)
 
-    def finish(self, *, interrupted: bool = False) -> None:
+    def finish(self, course: Course) -> None:
         """Give the last machine everything, and keep what it says and the reports that it writes.
 
         Args:
-            interrupted: Whether errors in the collection kept the tests from running.
+            course: How the run has gone.
 
         Raises:
             HostError: A report cannot be written.
@@ -261,7 +288,7 @@ class Ending:
         width = _WIDTH if terminal is None else terminal._tw.fullwidth  # noqa: SLF001 - pytest has no other way
         with self._last() as machine:
             self._write_back.give(machine, last=True)
-            self._ended = end_run(machine, files, width=width, tests=self._tests, interrupted=interrupted)
+            self._ended = end_run(machine, files, course, width=width)
             self._write_back.take(machine, self._ended.written, last=True)
         if self._coverage is not None:
             for record in self._ended.executed:

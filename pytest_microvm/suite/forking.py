@@ -19,6 +19,7 @@ from pytest_microvm.errors import MachineError, MicroVMError
 from pytest_microvm.suite.backend import Lease, PureSetUp, RunnerMachine
 from pytest_microvm.suite.checks import Records, array, integer, paths, text, violation
 from pytest_microvm.suite.collected import GuestExit, GuestWarning, parse_exit, parse_warning
+from pytest_microvm.suite.kept_folders import parse_folders
 from pytest_microvm.suite.session import RunnerSession
 from pytest_microvm.untrusted.text import sanitize_line
 
@@ -55,6 +56,7 @@ class KeptUp:
         written: Files of the workspace that changed, relative to it; not safe to show.
         times: Times of wide fixtures, as the guest sent them.
         executed: What was executed, for a coverage of this process, as the guest sent it.
+        temporary: The temporary folders of the test, as the guest sent them.
     """
 
     warnings: list[GuestWarning] = field(default_factory=list)
@@ -68,6 +70,7 @@ class KeptUp:
     written: tuple[str, ...] = ()
     times: object = field(default_factory=list)
     executed: list[dict[str, Any]] = field(default_factory=list)
+    temporary: object = None
 
     def add(self, later: KeptUp) -> None:
         """Add what was done after this."""
@@ -92,6 +95,7 @@ class FixtureForks:
         watcher: Notified of the keeper.
         shares: Number of processes among which the tests are divided.
         repeat: How often each test runs.
+        keep_tmp: Whether temporary folders come back if a tear-down fails.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class FixtureForks:
         watcher: LeaseObserver,
         shares: int,
         repeat: int,
+        keep_tmp: bool,
     ) -> None:
         self._backend = backend
         self._leases = leases
@@ -117,6 +122,7 @@ class FixtureForks:
         self._watcher = watcher
         self._shares = max(1, shares)
         self._repeat = repeat
+        self._keep_tmp = keep_tmp
         self._left: dict[int, int] = {}  # tests that still need a fixture, by its number
         for needed in self._needed:
             for number in needed:
@@ -210,7 +216,7 @@ class FixtureForks:
         """
         self._forget_checkpoint()
         wanted = self._wanted(item)
-        session = RunnerSession(keeper.machine.link)
+        session = self._session(keeper)
         started = time.monotonic()
         done = self._read(keeper, item, session.prepare(item.position, len(wanted), limits))
         done.set_ups = 1
@@ -250,7 +256,7 @@ class FixtureForks:
             return None
         before = self._standing
         following = None if nextitem is None else nextitem.position
-        session = RunnerSession(keeper.machine.link)
+        session = self._session(keeper)
         done = self._read(keeper, item, session.tear_down(item.position, following, limits))
         if self._standing != before:
             self._forget_checkpoint()
@@ -281,6 +287,9 @@ class FixtureForks:
             self._watcher.told(item.nodeid, "fixtures failed to tear down after the run was stopped")
 
     # Parts
+
+    def _session(self, keeper: Lease) -> RunnerSession:
+        return RunnerSession(keeper.machine.link, temporary=self._keep_tmp)
 
     def _needed_by(self, item: Any) -> tuple[int, ...]:
         return self._needed[item.position] if self._needed else ()
@@ -336,6 +345,8 @@ class FixtureForks:
             raise exceeded
         self._note(done)
         self._watcher.wrote(machine, item.nodeid, done.written)
+        if done.report is not None and _has_failed(done.report):
+            self._watcher.failed(machine, item.nodeid, parse_folders(done.temporary))
         done.asked = machine.requests.since(before)
         return done
 
@@ -429,8 +440,14 @@ def _parse(records: Iterable[dict[str, Any]]) -> KeptUp:
             done.standing = frozenset(integer(number, "number of a fixture") for number in numbers)
             done.written = paths(record.get("written", []))
             done.times = record.get("wide")
+            done.temporary = record.get("temporary")
         elif kind == "coverage":
             done.executed.append(record)
         elif kind != "log":
             raise violation("a record of an unknown kind, or a second one")
     return done
+
+
+def _has_failed(record: dict[str, Any]) -> bool:
+    data = record.get("data")
+    return isinstance(data, dict) and data.get("outcome") == "failed"

@@ -13,6 +13,7 @@ from pytest_microvm.errors import MachineError
 from pytest_microvm.machine.instance import MachineFacts, Usage
 from pytest_microvm.suite import checks
 from pytest_microvm.suite.backend import Backend, Kept, Lease, RunnerMachine
+from pytest_microvm.suite.kept_folders import GuestFolders
 from pytest_microvm.suite.session import RunnerSession
 
 
@@ -81,6 +82,13 @@ class LeaseObserver(Protocol):
 
     def wrote(self, machine: RunnerMachine, nodeid: str, paths: Sequence[str]) -> None:
         """Notice files of the workspace that changed in a machine, which still runs."""
+
+    def failed(self, machine: RunnerMachine, nodeid: str, folders: GuestFolders | None) -> list[str]:
+        """Bring the temporary folders of a failed test back from a machine, which still runs.
+
+        Returns:
+            Their places on this computer, safe to show; none unless that was asked for.
+        """
 
     def finished(self, facts: MachineFacts, output: dict[str, Any] | None) -> None:
         """Handle the record of what a machine's plug-ins output; ``None``: it ended without."""

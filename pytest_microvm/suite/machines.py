@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from pytest_microvm.agent.transfer import receive_tree
 from pytest_microvm.errors import MachineError, MicroVMError, QuotaExceeded, TransferError, UsageError
 from pytest_microvm.host.host import Host
 from pytest_microvm.host.kept import KeptMachine
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from pytest_microvm.suite.backend import MachineCheckpoint, PureSetUp, TestLimits
     from pytest_microvm.templates.chain import TemplateStep
     from pytest_microvm.templates.store import Template
+    from pytest_microvm.untrusted.extraction import ExtractionLimits
 
 
 _KEY_SHOWN = 12  # characters, as in `pytest-microvm template list`
@@ -147,6 +149,11 @@ class RunnerLease:
             raise TransferError(f"{source} is not a file in the machine")
         receive(self._machine, path, target)
         target.chmod(file_mode(path.stat()["mode"]))
+
+    def pull_folder(self, source: PurePosixPath, target: Path, limits: ExtractionLimits) -> None:
+        """Copy what a folder of the machine holds into a folder of this computer, as ``limits`` allow."""
+        with self._machine.client.explained():
+            receive_tree(self._machine.client.link(), source, target, limits)
 
     def push(self, source: Path, target: PurePosixPath) -> None:
         """Copy a file into the machine, with the folders above it."""
@@ -289,6 +296,8 @@ class MachineBackend:
             network=self._config.spec.network or self._base.image.network,
             junit_profile=self._config.junit_profile,
             write_back=self._config.write_back,
+            keep_tmp=self._config.keep_tmp,
+            mounted=tuple(mount.target for mount in self._config.spec.mounts),
             fixtures=self._config.fixtures,
             pure_fixtures=self._config.pure_fixtures,
             repeat=self._config.repeat,

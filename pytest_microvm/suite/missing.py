@@ -95,15 +95,21 @@ def _behind_others(collected: Collected, pure: Sequence[str]) -> dict[str, str]:
     return {name: first for name, first in behind.items() if name not in free}
 
 
-def lines_about_options(option: Any, collected: Collected, *, launched: bool) -> list[str]:
-    """Return lines about options of plug-ins that do less than natively.
+def lines_about_options(option: Any, collected: Collected, *, keeps_tmp: bool, launched: bool) -> list[str]:
+    """Return lines about options that do less than natively.
 
     Args:
         option: The host's options.
         collected: The tests.
+        keeps_tmp: Whether temporary folders of failed tests come back.
         launched: Whether `pytest-microvm test` has started this process.
     """
     lines = []
+    if getattr(option, "basetemp", None) and not keeps_tmp:
+        lines.append(
+            "microvm: --basetemp: temporary folders stay in the machines; --microvm-keep-tmp brings those of "
+            "failed tests back"
+        )
     workers = getattr(option, "numprocesses", None) or getattr(option, "tx", None)
     measuring = measuring_coverage()
     if measuring is not None and workers and not measures_workers(measuring):

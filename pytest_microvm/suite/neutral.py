@@ -31,7 +31,7 @@ _NEUTRAL: dict[str, Any] = {
 # Plug-ins that act on the process the tests run in, or import the project; the guest still loads them.
 _ACTING = (
     *("timeout", "pytest_timeout", "pytest_cov", "django", "pytest_django"),
-    *("benchmark", "pytest_benchmark", "allure_pytest"),
+    *("benchmark", "pytest_benchmark", "allure_pytest", "inline_snapshot"),
 )
 
 _CACHE = ("README.md", ".gitignore", "CACHEDIR.TAG", "v", "v/cache", "v/cache/lastfailed", "v/cache/nodeids",

@@ -14,6 +14,7 @@ from pytest_microvm.machine.instance import MachineFacts, Usage
 from pytest_microvm.suite import checks
 from pytest_microvm.suite.backend import RunnerMachine
 from pytest_microvm.suite.ending import Ending
+from pytest_microvm.suite.kept_folders import GuestFolders, KeptFolders
 from pytest_microvm.suite.live_logs import LiveLogs
 from pytest_microvm.suite.machine_coverage import MachineCoverage
 from pytest_microvm.suite.progress import TerminalProgress
@@ -29,6 +30,7 @@ class SuiteObserver:
         ending: Keeps what machines output; ``None`` if nothing happens at the end of the run.
         write_back: Brings files back.
         coverage: Takes what machines execute; ``None`` if coverage does not measure this process.
+        kept: Brings temporary folders of failed tests back; ``None``: they go with their machines.
 
     Attributes:
         lends_terminal: Whether debuggers get this computer's terminal.
@@ -41,11 +43,14 @@ class SuiteObserver:
         progress: TerminalProgress,
         ending: Ending | None,
         write_back: WriteBack,
+        *,
         coverage: MachineCoverage | None,
+        kept: KeptFolders | None,
     ) -> None:
         self._config = config
         self._coverage = coverage
         self._write_back = write_back
+        self._kept = kept
         self._progress = progress
         self._ending = ending
         self._logs = LiveLogs(config)
@@ -123,6 +128,10 @@ class SuiteObserver:
             self._write_back.take(machine, paths)
         except MicroVMError as error:
             self.told(nodeid, str(error))
+
+    def failed(self, machine: RunnerMachine, nodeid: str, folders: GuestFolders | None) -> list[str]:
+        """Bring the temporary folders of a failed test back, if that was requested; return their places."""
+        return [] if self._kept is None else self._kept.take(machine, nodeid, folders)
 
     def stopped(self, facts: MachineFacts, usage: Usage) -> None:
         """Call ``pytest_microvm_stopped``."""

@@ -19,12 +19,14 @@ from pytest_microvm.suite import neutral
 from pytest_microvm.suite.addopts import refuse_acting, refuse_granting
 from pytest_microvm.suite.arguments import (
     DEBUGGING,
-    IMPOSSIBLE,
+    OF_THE_MACHINE,
     SHOWING_ALONE,
     Split,
     parser_arity,
     split_arguments,
     tokens,
+    why_impossible,
+    with_values,
 )
 from pytest_microvm.suite.backend import (
     Backend,
@@ -39,6 +41,7 @@ from pytest_microvm.suite.collection import Replay, raise_exit
 from pytest_microvm.suite.ending import Ending
 from pytest_microvm.suite.foreign_warnings import warning_message
 from pytest_microvm.suite.forking import SLOW, FixtureForks
+from pytest_microvm.suite.kept_folders import KeptFolders
 from pytest_microvm.suite.launch import launch_of
 from pytest_microvm.suite.leases import Leases, MachineEnd
 from pytest_microvm.suite.limits import check_markers
@@ -65,7 +68,13 @@ from pytest_microvm.suite.summary import (
     machine_outcome,
 )
 from pytest_microvm.suite.write_back import WriteBack
-from pytest_microvm.suite.written_options import wanted_files, workspace_place
+from pytest_microvm.suite.written_options import (
+    Places,
+    WantedFiles,
+    folders_of,
+    rewriting_option,
+    wanted_files,
+)
 from pytest_microvm.terminal.termination import interrupt_on_sigterm
 from pytest_microvm.untrusted.nofollow import refuse_links
 from pytest_microvm.untrusted.text import sanitize
@@ -100,6 +109,8 @@ class RemoteSuite:
         self._observer: SuiteObserver | None = None
         self._write_back: WriteBack | None = None
         self._coverage: MachineCoverage | None = None
+        self._kept: KeptFolders | None = None
+        self._wanted = WantedFiles((), (), while_running=False)
         self._words: tuple[tuple[str, ...], tuple[str, ...], dict[str, str]] = ((), (), {})
         self._has_shown = False
         self._tally = Tally()
@@ -118,14 +129,11 @@ class RemoteSuite:
         if self._guest_plugins is not None:
             os.environ["PYTEST_PLUGINS"] = self._guest_plugins  # for the workers of pytest-xdist
         neutral.forget_failed_filters(self._config)
-        arity = parser_arity(parser)
+        arity = {**OF_THE_MACHINE, **parser_arity(parser)}
         self._options_that_write(args, arity)
-        for token in tokens(args, arity):
-            if token.option in IMPOSSIBLE:
-                raise pytest.UsageError(
-                    f"{token.option} cannot work with --microvm: {IMPOSSIBLE[token.option]}; leave it out, "
-                    "or select tests with --lf"
-                )
+        for token in with_values(args, arity):
+            if (why := why_impossible(token)) is not None:
+                raise pytest.UsageError(f"{token.option} cannot work with --microvm: {why}")
         with _as_pytest_errors():
             neutral.refuse_project_plugins(self._config, _named_plugins(args, arity))
             if self._launch is None:
@@ -185,17 +193,23 @@ class RemoteSuite:
             settings = settings_from(session.config, self._launch)
             self._refuse_linked(session.config.getoption("xmlpath", None))
             self._refuse_linked(settings.values.get("artifacts"))
+            self._refuse_linked(session.config.getoption("basetemp", None))
             backend = session.config.hook.pytest_microvm_backend(
                 config=session.config, settings=settings, progress=progress
             )
             assert backend is not None
             self._backend = backend
             self._coverage = self._make_coverage(settings)
-            self._plan = self._make_plan(backend)
             self._repeat(backend.options)
             self._check_debug_port(backend.options)
-            self._write_back = self._make_write_back(backend)
+            self._check_rewriting(backend.options)
+            self._wanted = self._wanted_files(backend.options)
+            self._plan = self._make_plan(backend, self._wanted)
+            self._write_back = WriteBack(session.config, workspace_of(session.config), self._wanted)
             session.config.pluginmanager.register(self._write_back, "microvm_write_back")
+            if backend.options.keep_tmp:
+                self._kept = KeptFolders(session.config)
+                session.config.pluginmanager.register(self._kept, "microvm_kept_folders")
             add_suite_properties(session.config, backend.facts, backend.options.isolation)
             if backend.options.junit_profile is not None:
                 from pytest_microvm.suite.junit_profile import shape_junit  # noqa: PLC0415 - only if requested
@@ -224,7 +238,13 @@ class RemoteSuite:
             *lines_about_modules(collected, self._backend.facts),
             *lines_about_sharing(collected, self._backend.options.isolation),
             *lines_about_pure_fixtures(collected, self._backend.options.pure_fixtures),
-            *lines_about_options(self._config.option, collected, launched=self._launch is not None),
+            *lines_about_options(
+                self._config.option,
+                collected,
+                keeps_tmp=self._kept is not None,
+                launched=self._launch is not None,
+            ),
+            *self._wanted.lines,
         ]
 
     @pytest.hookimpl(optionalhook=True)
@@ -257,6 +277,10 @@ class RemoteSuite:
             except pytest.UsageError as error:
                 assert self._backend is not None  # it has collected
                 raise pytest.UsageError(with_advice(str(error), self._backend.facts)) from error
+            except session.Failed:
+                if self._ending is not None:
+                    self._ending.end_stopped(session)
+                raise
             for item in session.items:
                 check_markers(item)
         return True
@@ -351,7 +375,12 @@ class RemoteSuite:
         assert self._backend is not None
         assert self._write_back is not None
         self._observer = SuiteObserver(
-            self._config, self._progress, self._ending, self._write_back, self._coverage
+            self._config,
+            self._progress,
+            self._ending,
+            self._write_back,
+            coverage=self._coverage,
+            kept=self._kept,
         )
         self._observer.lends_terminal = self._is_told(DEBUGGING)
         self._observer.debug_port = self._backend.options.debug_port
@@ -370,6 +399,7 @@ class RemoteSuite:
             watcher=self._observer,
             shares=settings_from(self._config, self._launch).workers,
             repeat=options.repeat or 1,
+            keep_tmp=options.keep_tmp,
         )
         return TestRunner(options, leases, forks, self._observer, whole=self._is_whole())
 
@@ -407,12 +437,30 @@ class RemoteSuite:
                 "the debug port leads to one machine, but -n runs several at once", resolution="leave out -n"
             )
 
-    def _make_write_back(self, backend: Backend) -> WriteBack:
-        users, projects, arity = self._words
-        top = workspace_of(self._config)
-        place = workspace_place(top, self._config.invocation_params.dir)
-        wanted = wanted_files(backend.options.write_back, users, projects, arity, place)
-        return WriteBack(self._config, top, wanted)
+    def _check_rewriting(self, options: RunOptions) -> None:
+        """Check that one process sees all tests if a plug-in is to rewrite their source.
+
+        Raises:
+            UsageError: There are several.
+        """
+        option = rewriting_option(self._words[0], self._words[2])
+        if option is None or self._is_whole():
+            return
+        divided = options.isolation == "session"
+        raise UsageError(
+            f"{option} rewrites the tests' source when their process ends, but "
+            + ("-n divides them among several" if divided else f"isolation is {options.isolation}"),
+            resolution="leave out -n" if divided else "add --microvm-isolation=session",
+        )
+
+    def _wanted_files(self, options: RunOptions) -> WantedFiles:
+        basetemp = self._config.getoption("basetemp", None) if options.keep_tmp else None
+        places = self._places(options)
+        return wanted_files(options.write_back, *self._words, places, basetemp=basetemp)
+
+    def _places(self, options: RunOptions) -> Places:
+        mounted = tuple(Path(target) for target in options.mounted)
+        return Places(workspace_of(self._config), self._config.invocation_params.dir, mounted)
 
     def _make_coverage(self, settings: RemoteSettings) -> MachineCoverage | None:
         config = self._config
@@ -428,7 +476,6 @@ class RemoteSuite:
             assert self._write_back is not None
             self._ending = Ending(
                 self._config,
-                len(collected.order),
                 self._last_machine,
                 self._write_back,
                 whole=self._is_whole(),
@@ -439,6 +486,9 @@ class RemoteSuite:
         self._write_back.has_examples = any(
             "is_hypothesis_test" in node.attributes for node in collected.nodes
         )
+        if self._kept is not None and not self._config.option.collectonly:
+            with _as_pytest_errors():
+                self._kept.begin()
         self._runner = self._make_runner(collected)
 
     def _last_machine(self) -> AbstractContextManager[RunnerMachine]:
@@ -457,7 +507,7 @@ class RemoteSuite:
         if self._runner is not None:
             self._runner.release()
 
-    def _make_plan(self, backend: Backend) -> CollectPlan:
+    def _make_plan(self, backend: Backend, wanted: WantedFiles) -> CollectPlan:
         config, option = self._config, self._config.option
         arguments = ["-o", "addopts=", f"--rootdir={config.rootpath}", "--capture=fd"]
         verbose = getattr(option, "verbose", 0)  # without the terminal's plug-in there is no such option
@@ -478,6 +528,8 @@ class RemoteSuite:
             whole=self._is_whole(),
             debug=self._look() if self._is_told(DEBUGGING) else None,
             coverage=None if self._coverage is None else self._coverage.settings,
+            folders=folders_of(self._words[0], self._words[2], self._places(backend.options)),
+            outside=tuple((place.path, place.is_folder) for place in wanted.outside),
         )
 
     def _look(self) -> dict[str, bool]:

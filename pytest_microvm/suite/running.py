@@ -24,6 +24,7 @@ from pytest_microvm.suite.backend import Lease, RunnerMachine, RunOptions, TestL
 from pytest_microvm.suite.checks import line, paths, text, violation
 from pytest_microvm.suite.collected import GuestExit, GuestWarning, parse_exit, parse_warning
 from pytest_microvm.suite.forking import FixtureForks, KeptUp
+from pytest_microvm.suite.kept_folders import GuestFolders, parse_folders
 from pytest_microvm.suite.leases import LeaseObserver, Leases
 from pytest_microvm.suite.limits import limits_of
 from pytest_microvm.suite.properties import properties
@@ -49,6 +50,7 @@ class Ran:
         output: What the machine's plug-ins output, if this was its last test and it sent that already.
         written: Files of the workspace that changed in the machine, relative to it; not safe to show.
         set_up: Times of the wide fixtures that were set up in the machine, as the guest sent them.
+        folders: The test's temporary folders in the machine, if the host asked for them.
     """
 
     reports: list[pytest.TestReport] = field(default_factory=list)
@@ -62,6 +64,7 @@ class Ran:
     output: dict[str, Any] | None = None
     written: tuple[str, ...] = ()
     set_up: object = field(default_factory=list)
+    folders: GuestFolders | None = None
 
 
 class TestRunner:
@@ -105,7 +108,7 @@ class TestRunner:
                 following = nextitem.position if self._leases.next_in_same(lease, nextitem) else None
                 lease.machine.tighten(limits)
                 lease.asked = lease.machine.requests.added
-                session = RunnerSession(lease.machine.link)
+                session = RunnerSession(lease.machine.link, temporary=self._options.keep_tmp)
                 records = session.run(item.position, following, limits, way, shown)
             except MachineError as error:  # the test never started: another machine may succeed
                 self._leases.release()
@@ -242,6 +245,7 @@ class TestRunner:
             self._leases.discard(lease)
             raise
         if any(report.failed for report in ran.reports):
+            self._keep_folders(lease, item, ran)
             self._keep(lease, item, ran.reports)
         if self._options.isolation == "test" or not (lease.again or self._whole):
             self._leases.release()
@@ -281,6 +285,13 @@ class TestRunner:
         sections = (("Machine artifacts", where),) if where else ()
         reports = _failed(item, "call", f"{outcome}: {error}", ours, sections)
         return Ran(reports, facts=machine.facts, outcome=outcome)
+
+    def _keep_folders(self, lease: Lease, item: Any, ran: Ran) -> None:
+        """Bring the temporary folders of a failed test back, if requested, and report their places."""
+        places = self._watcher.failed(lease.machine, item.nodeid, ran.folders)
+        for report in ran.reports:
+            if report.failed and places:
+                report.sections.append(("Kept tmp_path", "\n".join(places)))
 
     def _keep(self, lease: Lease, item: Any, reports: list[pytest.TestReport]) -> None:
         """Keep the machine of a failed test, if that was requested, and add the command to enter it."""
@@ -332,6 +343,7 @@ def _read(
             ran.printed = text(record.get("printed", ""), "output")
             ran.written = paths(record.get("written", []))
             ran.set_up = record.get("wide", [])
+            ran.folders = parse_folders(record.get("temporary"))
             stop = record.get("stop")
             ran.stop = None if stop is None else line(stop, "reason to stop")
         else:

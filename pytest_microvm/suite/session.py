@@ -51,10 +51,12 @@ class RunnerSession:
 
     Args:
         link: The connection to the runner.
+        temporary: Whether the runner reports the temporary folders of each test.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link, *, temporary: bool = False) -> None:
         self._link = link
+        self._temporary = temporary
 
     def collect(self, plan: CollectPlan) -> bytes:
         """Make the runner collect, and return its records as it sent them.
@@ -74,6 +76,8 @@ class RunnerSession:
             whole=plan.whole,
             debug=plan.debug,
             coverage=plan.coverage,
+            folders=[str(folder) for folder in plan.folders],
+            outside=[[str(path), is_folder] for path, is_folder in plan.outside],
             env=dict(plan.environment),
         )
         try:
@@ -120,7 +124,12 @@ class RunnerSession:
         stream = self._link.open_stream()
         try:
             self._link.call(
-                what, timeout=_BEGIN_TIMEOUT, stream=stream.number, output=limits.output, **request
+                what,
+                timeout=_BEGIN_TIMEOUT,
+                stream=stream.number,
+                output=limits.output,
+                temporary=self._temporary,
+                **request,
             )
         except GuestError as error:
             raise _refused(error) from None
@@ -159,7 +168,7 @@ class RunnerSession:
         Args:
             records: JSON lines, see ``guest/runner_controller.py``.
             timeout: Seconds that it may take.
-            request: ``width`` of the terminal in columns; ``tests`` collected; ``interrupted``.
+            request: ``width`` of the terminal in columns, and how the run has gone (see ``suite/ending.py``).
 
         Raises:
             TimeoutError: It did not end in time.

@@ -119,6 +119,7 @@ class SuiteChain:
         plan = self.plan
         inputs = [json.dumps(plan.arguments), str(plan.directory), json.dumps(plan.environment)]
         inputs.append(json.dumps([str(plan.workspace), plan.whole, plan.debug, plan.coverage]))
+        inputs.append(json.dumps([plan.folders, plan.outside], default=str))
         if workspace is not None:
             inputs += [str(workspace.top), workspace.digest()]
 

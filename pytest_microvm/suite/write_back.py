@@ -1,12 +1,8 @@
-"""Files that tests write in the workspace: the wanted ones come back, the others are counted and named."""
+"""Files that tests write: the wanted ones come back, the others in the workspace are counted and named."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import re
-import tempfile
-import time
 from collections.abc import Generator, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -14,12 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_microvm.errors import HostError, TransferError
-from pytest_microvm.mounts.merging import TakeOver, is_below
 from pytest_microvm.suite.backend import RunnerMachine
+from pytest_microvm.suite.merged_files import EXAMPLE, EXAMPLES, MergedFiles, is_usable
 from pytest_microvm.suite.written_options import WantedFiles
-from pytest_microvm.untrusted.manifest import Entry, Manifest, is_git, look
-from pytest_microvm.untrusted.nofollow import folder_below, open_folder, refuse_links
 from pytest_microvm.untrusted.text import sanitize_line
 
 if TYPE_CHECKING:
@@ -28,10 +21,6 @@ if TYPE_CHECKING:
 REPORTS_AT_THE_END = ("/.coverage", "/coverage.xml", "/coverage.json", "/coverage.lcov", "/htmlcov/")
 """Patterns of the reports of coverage that come back from the last machine."""
 
-EXAMPLES = ".hypothesis/examples"
-"""The folder of hypothesis's database, as of its version 6."""
-
-_EXAMPLE = re.compile(r"\.hypothesis/examples/[0-9a-f]{1,96}/[0-9a-f]{1,96}")
 _UNMENTIONED = (".coverage*", "*.pyc", ".hypothesis/", ".mypy_cache/", ".ruff_cache/")
 _DATA = frozenset(
     [
@@ -53,19 +42,15 @@ _DATA = frozenset(
     ]
 )
 _MAX_PATHS = 100_000
-_MAX_FILES = 10_000  # from one machine at once
-_MAX_TOLD = 1000
-_MAX_PATH = 4096
 _SHOWN = 5
-_CHANGED_MEANWHILE = Entry("other")  # what nothing on the host equals: a conflict
 _KEY = "microvm_write_back"
 
 
 class WriteBack:
     """The plug-in that brings files back from machines, each as soon as its machine's tests have ended.
 
-    A file that comes back is also given to the machines after it, so that tests that update the same file
-    one after another find it as natively.
+    A file of the workspace that comes back is also given to the machines after it, so that tests that update
+    the same file one after another find it as natively.
 
     Args:
         config: pytest's configuration.
@@ -81,10 +66,12 @@ class WriteBack:
         self._config = config
         self._top = top
         self._wanted = wanted
-        self._started = time.time_ns()
-        self._known: dict[str, Entry | None] = {}  # what machines get and have changed, by path
-        self._kept: dict[str, None] = {}
+        self._files = MergedFiles(top)
+        self._outside = [
+            (place, MergedFiles(place.folder, f"{place.folder}/", make=True)) for place in wanted.outside
+        ]
         self._gone: dict[str, None] = {}
+        self._kept: dict[str, None] = {}  # by other processes
         self._told: list[str] = []
 
     @property
@@ -106,130 +93,50 @@ class WriteBack:
             HostError: A file cannot be read any more.
         """
         if self.has_examples and (self._top / EXAMPLES).is_dir():
-            self._push(machine, EXAMPLES)
-        for path, entry in self._known.items():
-            if self.has_examples and entry is not None and _EXAMPLE.fullmatch(path):
+            self._files.push(machine, EXAMPLES)
+        for path, entry in self._files.known.items():
+            if self.has_examples and entry is not None and EXAMPLE.fullmatch(path):
                 continue
             if entry is None:
                 machine.remove(PurePosixPath(self._top / path))
             else:
-                self._push(machine, path)
+                self._files.push(machine, path)
         for path in self._wanted.appended if last else ():
             if (self._top / path).exists():
-                self._push(machine, path)
-
-    def _push(self, machine: RunnerMachine, path: str) -> None:
-        refuse_links(self._top, self._top / path)
-        try:
-            machine.push(self._top / path, PurePosixPath(self._top / path))
-        except OSError as error:
-            raise HostError(f"{self._top / path} cannot be read: {error.strerror or error}") from error
+                self._files.push(machine, path)
 
     def take(self, machine: RunnerMachine, changed: Sequence[str], *, last: bool = False) -> None:
         """Bring back the wanted files among those that changed in a machine; note the others.
 
         Args:
             machine: The machine; it still runs.
-            changed: Paths relative to the workspace, as the machine says; NUL ends one that was removed.
+            changed: Paths as the machine says, relative to the workspace, or absolute outside it; NUL ends
+                one that was removed.
             last: Whether it is the last machine, which writes the reports.
 
         Raises:
             MachineError: A file cannot be transferred.
-            HostError: The workspace cannot be written to.
+            HostError: A folder cannot be written to.
         """
-        wanted = []
+        wanted, outside = [], []
         for told in changed[:_MAX_PATHS]:
             path = told.removesuffix("\0")
-            if _is_usable(path) and self._is_wanted(path, last=last):
+            if any(place.holds(path) for place, _ in self._outside):
+                outside.append(path)
+            elif is_usable(path) and self._is_wanted(path, last=last):
                 wanted.append(path)
             elif path == told and len(self._gone) < _MAX_PATHS and not self._unmentioned.match_file(path):
                 self._gone[sanitize_line(path)] = None
-        for path in wanted[_MAX_FILES:]:
-            self._tell(f"{path}: more than {_MAX_FILES} files from one machine")
-        if wanted:
-            self._bring_back(machine, wanted[:_MAX_FILES])
-
-    def _bring_back(self, machine: RunnerMachine, paths: list[str]) -> None:
-        try:
-            with tempfile.TemporaryDirectory(dir=self._staging_parent(), prefix=".microvm-") as name:
-                staging = Path(name).resolve()
-                content, spare = staging / "content", staging / "spare"
-                content.mkdir()
-                spare.mkdir()
-                received = [path for path in paths if self._receive(machine, path, content)]
-                self._merge(content, spare, received, f".microvm-{machine.facts.id}")
-        except OSError as error:
-            raise HostError(
-                f"files of the tests cannot be written to {self._top}: {error.strerror or error}",
-                resolution="make room, or allow this user to write there",
-            ) from error
-
-    def _staging_parent(self) -> Path:
-        """Return a folder on the workspace's file system, if possible not the workspace itself."""
-        parent = self._top.resolve().parent
-        same = parent.stat().st_dev == self._top.stat().st_dev and os.access(parent, os.W_OK | os.X_OK)
-        return parent if same else self._top
-
-    def _receive(self, machine: RunnerMachine, path: str, content: Path) -> bool:
-        """Receive a file into staging; return False if the machine has something else there."""
-        target = content / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            machine.pull(PurePosixPath(self._top / path), target)
-        except FileNotFoundError:  # it was removed
-            return True
-        except TransferError as error:
-            self._tell(f"{path}: {error.brief}")
-            return False
-        return True
-
-    def _tell(self, line: str) -> None:
-        if len(self._told) < _MAX_TOLD:
-            self._told.append(sanitize_line(line))
-
-    def _merge(self, content: Path, spare: Path, paths: list[str], suffix: str) -> None:
-        root, staged, empty = (open_folder(folder) for folder in (self._top.resolve(), content, spare))
-        try:
-            before, after = self._before(root, paths), _entries(staged, paths)
-            result = TakeOver(root, staged, empty, suffix).run(before, after, {})
-            if any(_EXAMPLE.fullmatch(path) for path in result.created):
-                _hide_examples(root)
-        finally:
-            for folder in (root, staged, empty):
-                os.close(folder)
-        missed = {conflict.path for conflict in result.conflicts}
-        for conflict in result.conflicts:
-            saved = "" if conflict.saved is None else f"; the machine's version: {conflict.saved}"
-            self._tell(f"{conflict.path}: {conflict.why}{saved}")
-        for path in paths:
-            if not is_below(path, missed):
-                self._known[path] = after.get(path)
-        for path in [*result.created, *result.changed, *result.deleted]:
-            if path in self._known:
-                self._kept[path] = None
-
-    def _before(self, root: int, paths: list[str]) -> Manifest:
-        """Return the entries that the machine has changed, as far as the host had them when the run began."""
-        before = _entries(root, paths)
-        for path in paths:
-            if path in self._known:
-                known = self._known[path]
-                before.pop(path, None)
-                if known is not None:
-                    before[path] = known
-            elif path in before and self._is_new(root, path):
-                before[path] = _CHANGED_MEANWHILE
-        return before
-
-    def _is_new(self, root: int, path: str) -> bool:
-        *above, name = path.split("/")
-        with folder_below(root, above) as folder:
-            if folder is None:
-                return False
-            return os.stat(name, dir_fd=folder, follow_symlinks=False).st_ctime_ns > self._started
+        self._files.bring_back(machine, wanted)
+        for place, files in self._outside:
+            if place.early or last:
+                names = [path.removeprefix(f"{place.folder}/") for path in outside if place.holds(path)]
+                files.bring_back(machine, [name for name in names if is_usable(name)])
 
     def _is_wanted(self, path: str, *, last: bool) -> bool:
-        if self.has_examples and _EXAMPLE.fullmatch(path):
+        if self._temporary.match_file(path):
+            return False
+        if self.has_examples and EXAMPLE.fullmatch(path):
             return True
         if self._by_user.match_file(path) or (last and self._at_the_end.match_file(path)):
             return True
@@ -248,8 +155,12 @@ class WriteBack:
         return _spec(REPORTS_AT_THE_END)
 
     @cached_property
+    def _temporary(self) -> GitIgnoreSpec:
+        return _spec(self._wanted.temporary)
+
+    @cached_property
     def _unmentioned(self) -> GitIgnoreSpec:
-        return _spec(_UNMENTIONED)
+        return _spec([*_UNMENTIONED, *self._wanted.temporary])
 
     # Hooks of pytest: workers tell their controller
 
@@ -260,8 +171,9 @@ class WriteBack:
             return (yield)
         finally:
             if hasattr(self._config, "workeroutput"):
-                known = [path for path, entry in self._known.items() if entry is not None]
-                said = {"known": known, "kept": [*self._kept], "gone": [*self._gone], "told": self._told}
+                known = [path for path, entry in self._files.known.items() if entry is not None]
+                kept, told = self._came()
+                said = {"known": known, "kept": kept, "gone": [*self._gone], "told": told}
                 self._config.workeroutput[_KEY] = said
 
     @pytest.hookimpl(optionalhook=True)
@@ -270,74 +182,39 @@ class WriteBack:
         said = getattr(node, "workeroutput", {}).get(_KEY)
         if said is None:
             return
-        root = open_folder(self._top.resolve())
-        try:
-            self._known.update(_entries(root, said["known"]))
-        finally:
-            os.close(root)
+        self._files.learn(said["known"])
         self._kept.update(dict.fromkeys(said["kept"]))
         self._gone.update(dict.fromkeys(said["gone"]))
         self._told += said["told"]
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Show which files came back, which did not, and which are gone."""
-        shown = [path for path in self._kept if not _EXAMPLE.fullmatch(path)]
-        kept = [path for path in shown if os.path.lexists(self._top / path)]
-        if kept:
-            terminalreporter.write_line(f"microvm: written by tests: {_names(kept)}")
-        for line in self._told:
+        kept, told = self._came()
+        shown = [path for path in kept if not EXAMPLE.fullmatch(path) and os.path.lexists(self._top / path)]
+        if shown:
+            terminalreporter.write_line(f"microvm: written by tests: {_names(shown)}")
+        for line in told:
             terminalreporter.write_line(f"microvm: not written: {line}", yellow=True)
-        gone = [path for path in self._gone if path not in self._kept]
+        gone = [path for path in self._gone if path not in kept]
         if gone:
             terminalreporter.write_line(
                 f"microvm: written by tests and gone with their machines: {_names(gone)}; "
                 "--microvm-write-back=PATTERN keeps them"
             )
 
-
-def _hide_examples(root: int) -> None:
-    """Let git ignore the folder of hypothesis, as hypothesis does when it makes it."""
-    with folder_below(root, [EXAMPLES.partition("/")[0]]) as folder, contextlib.suppress(FileExistsError):
-        if folder is not None:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-            file = os.open(".gitignore", flags, 0o644, dir_fd=folder)
-            try:
-                os.write(file, b"*\n")
-            finally:
-                os.close(file)
+    def _came(self) -> tuple[list[str], list[str]]:
+        """Return the files that came, and lines about those that did not."""
+        kept, told = dict(self._kept), list(self._told)
+        for files in (self._files, *(files for _, files in self._outside)):
+            kept.update(files.kept)
+            told += files.told
+        return [*kept], told
 
 
 def _spec(patterns: Iterable[str]) -> GitIgnoreSpec:
     from pathspec import GitIgnoreSpec  # noqa: PLC0415 - only if tests write files
 
     return GitIgnoreSpec.from_lines(patterns)
-
-
-def _entries(root: int, paths: Iterable[str]) -> Manifest:
-    """Return the entries of ``paths`` and of the folders above them, as far as they exist below ``root``."""
-    found: Manifest = {}
-    for path in paths:
-        *above, name = path.split("/")
-        for depth in range(len(above)):
-            with folder_below(root, above[:depth]) as parent:
-                entry = None if parent is None else look(parent, above[depth])
-            if entry is not None and entry.kind == "folder":
-                found["/".join(above[: depth + 1])] = entry
-        with folder_below(root, above) as parent:
-            entry = None if parent is None else look(parent, name)
-        if entry is not None:
-            found[path] = entry
-    return found
-
-
-def _is_usable(path: str) -> bool:
-    """Return True if a machine's path is one below the workspace, and none of git's own."""
-    return (
-        path.isprintable()
-        and len(path) <= _MAX_PATH
-        and {"", ".", ".."}.isdisjoint(path.split("/"))
-        and not is_git(path)
-    )
 
 
 def _is_data(path: str) -> bool:

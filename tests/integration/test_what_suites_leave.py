@@ -172,3 +172,84 @@ def test_a_debug_port_leads_to_one_machine(project):
     done = run(project(test_it="def test_it(): pass"), "--microvm-debug-port=5678", "-n2")
     assert done.returncode == 4
     assert "the debug port leads to one machine, but -n runs several at once" in done.stderr
+
+
+def test_temporary_folders_of_failed_tests_come_back(project, tmp_path):
+    """Of forks with a fixture that stands, by their machines' archives."""
+    folder = project(
+        conftest="""
+            import pytest
+
+            @pytest.fixture(scope="session")
+            def data(tmp_path_factory):
+                folder = tmp_path_factory.mktemp("data")
+                (folder / "data.txt").write_text("set up once")
+                return folder
+        """,
+        test_it="""
+            import os
+
+            def test_passes(tmp_path, data):
+                (tmp_path / "a.txt").write_text("passed")
+
+            def test_fails(tmp_path, data):
+                (tmp_path / "sub").mkdir()
+                (tmp_path / "sub" / "a.txt").write_text("failed")
+                (tmp_path / "a.txt").symlink_to("sub/a.txt")
+                (tmp_path / "out").symlink_to("/etc/passwd")
+                os.mkfifo(tmp_path / "pipe")
+                (data / "own.txt").write_text("of this fork")
+                assert not list(data.parent.glob("test_passes*"))
+                assert 0
+        """,
+    )
+    base = tmp_path / "kept"
+    (base / "old").mkdir(parents=True)
+    done = run(folder, "--microvm-keep-tmp", f"--basetemp={base}", "--microvm-fixtures=fork")
+    assert done.returncode == 1
+    assert f"microvm: kept tmp_path of 1 failed test in {base}\n" in done.stdout, done.stdout + done.stderr
+    assert "test_fails0/out: a link that may lead out; test_fails0/pipe: neither a file" in done.stdout
+    assert "written by tests" not in done.stdout
+    found = {str(path.relative_to(base)): path.read_text() for path in base.rglob("*.txt")}
+    assert found == {
+        "data0/data.txt": "set up once",
+        "data0/own.txt": "of this fork",
+        "test_fails0/a.txt": "failed",
+        "test_fails0/sub/a.txt": "failed",
+    }
+
+
+def test_files_come_back_to_the_places_outside_that_the_user_names(project, tmp_path):
+    """As those of a plug-in that writes them while tests run, and of one that does at the end."""
+    folder = project(
+        conftest="""
+            from pathlib import Path
+            import pytest
+
+            def pytest_addoption(parser):
+                parser.addoption("--alluredir")
+                parser.addoption("--benchmark-json", type=lambda path: open(path, "w"))
+
+            @pytest.fixture(autouse=True)
+            def result(request):
+                yield
+                Path(request.config.option.alluredir, f"{request.node.name}.json").write_text("{}")
+
+            def pytest_sessionfinish(session):
+                if not hasattr(session.config, "workerinput"):
+                    session.config.option.benchmark_json.write("[]")
+                    session.config.option.benchmark_json.close()
+                Path(session.config.option.alluredir, "../beside.json").write_text("{}")
+        """,
+        test_it="""
+            def test_one(): pass
+            def test_two(): pass
+        """,
+    )
+    reports = tmp_path.parent / f"{tmp_path.name}-reports"
+    reports.mkdir()
+    (reports / "b.json").write_text("old")
+    done = run(folder, f"--alluredir=../{reports.name}/allure", f"--benchmark-json={reports}/b.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {str(path.relative_to(reports)): path.read_text() for path in reports.rglob("*.json")}
+    assert found == {"allure/test_one.json": "{}", "allure/test_two.json": "{}", "b.json": "[]"}

@@ -322,3 +322,69 @@ def test_hooks_at_the_end_see_errors_of_a_collection_that_went_on(project):
         done = run("--continue-on-collection-errors")
         assert done.ret == 1
         done.stdout.fnmatch_lines("FINISH 1 1 1")
+
+
+HOOKS_THAT_SEE_THE_COURSE = """
+    def pytest_sessionfinish(session, exitstatus):
+        print("\\nFINISH", int(exitstatus), session.testscollected, session.testsfailed, session.shouldfail)
+
+    def pytest_terminal_summary(terminalreporter, exitstatus):
+        counts = {name: len(found) for name, found in terminalreporter.stats.items() if name}
+        terminalreporter.write_line(f"SUMMARY {int(exitstatus)} {counts}")
+"""
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--cov=lib"], ["--microvm-isolation=session"]], ids=["test", "coverage", "session"]
+)
+@pytest.mark.parametrize("limit", ["-x", "--maxfail=2", "--maxfail=3"])
+def test_hooks_at_the_end_of_a_collection_that_was_stopped(project, limit, more):
+    """The third error is the last file's: pytest interrupts the run instead."""
+    project.write(
+        conftest=HOOKS_THAT_SEE_THE_COURSE,
+        lib="VALUE = 1",
+        test_a="import no_such_module",
+        test_b="def test_it(): pass",
+        test_c="import no_such_module",
+        test_d="import no_such_module",
+    )
+    result = project.assert_same(limit, *more)
+    result.stdout.fnmatch_lines(["FINISH *", "SUMMARY *"])
+
+
+@pytest.mark.parametrize("more", [[], ["--microvm-isolation=session"]], ids=["test", "session"])
+def test_hooks_at_the_end_of_tests_that_were_stopped(project, more):
+    project.write(
+        conftest=HOOKS_THAT_SEE_THE_COURSE,
+        test_it="def test_a(): assert 0\ndef test_b(): pass",
+    )
+    for result in (project.native("-x"), project.microvm("-x", *more)):
+        assert result.ret == 1
+        result.stdout.fnmatch_lines(["FINISH 1 2 1 stopping after 1 failures", "SUMMARY 1 {'failed': 1}"])
+        assert result.stdout.str().count("!! stopping after 1 failures !!") == 1
+
+
+@pytest.mark.parametrize("options", [["-x"], []], ids=["stopped", "whole"])
+@pytest.mark.parametrize("broken", ["import no_such_module", "def test_a(): assert 0"], ids=["file", "test"])
+def test_hooks_at_the_end_of_a_run_of_workers(project, broken, options):
+    project.write(conftest=HOOKS_THAT_SEE_THE_COURSE, test_a=broken, test_b="def test_b(): pass")
+    seen = []
+    for run in (project.native, project.microvm):
+        result = run("-n1", *options)
+        lines = [line for line in result.outlines if line.startswith(("FINISH", "SUMMARY"))]
+        seen.append((result.ret, lines, result.stdout.str().count("stopping after 1 failures")))
+    assert seen[0] == seen[1]
+
+
+def test_section_of_a_hook_after_a_stop(project):
+    """The host says that the run was stopped; other lines of the kind are the hook's."""
+    project.write(
+        conftest="""
+            def pytest_terminal_summary(terminalreporter):
+                terminalreporter.write_sep("!", title="mine", red=True)
+                terminalreporter.write_sep("=", "also mine")
+        """,
+        test_a="import no_such_module",
+        test_b="def test_it(): pass",
+    )
+    project.assert_same("-x")

@@ -89,6 +89,49 @@ def test_testmon_is_refused(project):
     done.stderr.fnmatch_lines("*--testmon cannot work with --microvm: pytest-testmon records in one process*")
 
 
+SNAPSHOT = """
+    def pytest_addoption(parser):
+        parser.addoption("--inline-snapshot")
+
+    def pytest_sessionfinish(session):
+        if session.config.option.inline_snapshot:
+            session.items[0].path.write_text("rewritten")
+"""
+
+
+@pytest.mark.parametrize("words", [["--inline-snapshot=create,fix"], ["--inline-snapshot", "fix"]])
+def test_rewriting_of_source_needs_one_process(project, words):
+    project.write(test_it="def test_it(): pass", conftest=SNAPSHOT)
+    done = project.microvm(*words)
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines(
+        [
+            "ERROR: --inline-snapshot=*fix rewrites *, but isolation is test",
+            "next step: add --microvm-isolation=session",
+        ]
+    )
+    done = project.microvm(*words, "--microvm-isolation=session", "-n1")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines(["ERROR: *-n divides them among several", "next step: leave out -n"])
+
+
+def test_rewritten_source_comes_back(project):
+    project.write(test_it="def test_it(): pass", conftest=SNAPSHOT)
+    done = project.microvm("--inline-snapshot=fix", "--microvm-isolation=session")
+    assert done.ret == 0
+    assert (project.path / "test_it.py").read_text() == "rewritten"
+    done.stdout.no_fnmatch_line("*gone with their machines*test_it.py*")
+
+
+def test_review_of_snapshots_is_refused(project):
+    project.write(test_it="def test_it(): pass", conftest=SNAPSHOT)
+    done = project.microvm("--inline-snapshot=create,review")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines(
+        "*--inline-snapshot cannot work with --microvm: inline-snapshot asks at a terminal*"
+    )
+
+
 def test_forked_is_left_to_machines(project):
     """The option is known to the host's pytest alone, if at all: the machine's gets it in no case."""
     project.write(

@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 
 import pytest
@@ -124,6 +125,66 @@ def test_snapshots(with_plugins):
         result = run()
         assert result.ret == 1
         assert "1 snapshot failed. 1 snapshot passed." in result.outlines
+
+
+INLINE_SNAPSHOTS = """
+    from inline_snapshot import snapshot
+
+    def test_wrong():
+        assert 1 + 1 == snapshot(3)
+
+    def test_missing():
+        assert {"a": [1, 2]} == snapshot()
+"""
+
+
+def test_inline_snapshots_are_rewritten_as_natively(with_plugins):
+    file = with_plugins.path / "test_i.py"
+    options = ["--inline-snapshot=create,fix"]
+    seen = []
+    for run, more in ((with_plugins.native, []), (with_plugins.microvm, ["--microvm-isolation=session"])):
+        with_plugins.write(test_i=INLINE_SNAPSHOTS)
+        first, second = run(*options, *more), run(*more)
+        seen.append((first.ret, first.parseoutcomes(), second.ret, file.read_text()))
+    assert seen[0] == seen[1]
+    assert "snapshot(2)" in seen[0][3]
+    assert "snapshot({'a': [1, 2]})" in seen[0][3].replace('"', "'")
+
+
+def test_inline_snapshots_without_one_process_are_announced(with_plugins):
+    with_plugins.write(test_i=INLINE_SNAPSHOTS)
+    result = with_plugins.microvm()
+    result.stdout.fnmatch_lines(["microvm: inline-snapshot *use --microvm-isolation=session"])
+
+
+@pytest.mark.parametrize("how", ["absolute", "relative"])
+def test_reports_outside_the_project(with_plugins, tmp_path_factory, how):
+    """Natively and in machines they are where the command line says."""
+    with_plugins.write(test_reports=REPORTS)
+    above = tmp_path_factory.mktemp("reports")
+    (with_plugins.path / "cov").mkdir()
+    seen = []
+    for name, run, options in (
+        ("native", with_plugins.native, []),
+        ("machines", with_plugins.microvm, ["--microvm-isolation=session"]),
+    ):
+        folder = above / name
+        folder.mkdir()
+        shown = folder if how == "absolute" else os.path.relpath(folder, with_plugins.path)
+        run(
+            *(f"--html={shown}/html/report.html", f"--alluredir={shown}/allure", "--cov=test_reports"),
+            *(f"--benchmark-json={shown}/benchmark.json", f"--cov-report=xml:{shown}/cov.xml"),
+            *("--cov-report", f"html:{shown}/htmlcov", f"--junitxml={shown}/junit.xml", *options),
+        )
+        assert allure_results(folder / "allure")
+        html_extras(folder / "html" / "report.html")
+        json.loads((folder / "benchmark.json").read_text())
+        names = {path.name for path in folder.iterdir()} | {
+            path.name for path in (folder / "htmlcov").iterdir() if path.suffix == ".html"
+        }
+        seen.append(names)
+    assert seen[0] == seen[1]
+    assert len(seen[0]) > 6
 
 
 def test_dependent_tests(with_plugins):

@@ -9,7 +9,7 @@ import pytest
 from pytest_microvm.errors import MachineError, ProtocolViolation
 from pytest_microvm.guest.runner_controller import decoded, encoded
 from pytest_microvm.suite import ending
-from pytest_microvm.suite.ending import RunRecords, end_run
+from pytest_microvm.suite.ending import Course, RunRecords, end_run
 from pytest_microvm.suite.running import Ran
 from pytest_microvm.suite.write_back import WriteBack
 from pytest_microvm.suite.written_options import WantedFiles
@@ -111,7 +111,7 @@ SAID = {
 def test_what_the_last_machine_says_is_made_safe(tmp_path):
     (tmp_path / "records").write_bytes(b"{}\n")
     machine = LastMachine(SAID)
-    ended = end_run(machine, [tmp_path / "records"], width=80, tests=1, interrupted=False)
+    ended = end_run(machine, [tmp_path / "records"], Course(tests=1), width=80)
     assert machine.link.sent == b"{}\n"
     assert (ended.status, ended.loop) == (1, "x ***\n")
     assert "\x1b" not in ended.summary
@@ -128,7 +128,7 @@ def run_ended_by(tmp_path):
         workerinput = {"microvm_records": str(folder), "workerid": "gw0"}
         config = types.SimpleNamespace(workerinput=workerinput, pluginmanager=pytest.PytestPluginManager())
         files = WriteBack(config, tmp_path, WantedFiles((), (), while_running=False))
-        return ending.Ending(config, 1, lambda: contextlib.closing(machine), files, whole=False)
+        return ending.Ending(config, lambda: contextlib.closing(machine), files, whole=False)
 
     return make
 
@@ -151,7 +151,7 @@ def run_ended_by(tmp_path):
 def test_malformed_answer_of_the_last_machine_ends_it(run_ended_by, change):
     machine = LastMachine({**SAID, **change})
     with pytest.raises(ProtocolViolation):
-        run_ended_by(machine).finish()
+        run_ended_by(machine).finish(Course(tests=1))
     assert machine.killed
 
 
@@ -162,5 +162,5 @@ def test_records_of_a_run_are_limited(run_ended_by, tmp_path, monkeypatch):
         run.records.add_output("vm-1", None)
         run.records._write_outputs()
     with pytest.raises(MachineError, match="the reports of this run take more than"):
-        run.finish()
+        run.finish(Course(tests=1))
     assert (tmp_path / "records" / "records-gw0").read_text().count("\n") == 1

@@ -8,9 +8,15 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from pytest_microvm.errors import HostError, TransferError, UsageError
-from pytest_microvm.suite import write_back as module
+from pytest_microvm.suite import merged_files, write_back
 from pytest_microvm.suite.write_back import WriteBack
-from pytest_microvm.suite.written_options import WantedFiles, wanted_files, workspace_place
+from pytest_microvm.suite.written_options import (
+    OutsidePath,
+    Places,
+    WantedFiles,
+    folders_of,
+    wanted_files,
+)
 
 
 class FolderMachine:
@@ -69,8 +75,8 @@ def machines(tmp_path, top):
     return lambda: FolderMachine(tmp_path / f"machine{next(numbers)}", top)
 
 
-def write_back(top, *patterns, projects=()):
-    wanted = WantedFiles(patterns, projects, while_running=True)
+def written(top, *patterns, projects=(), **other):
+    wanted = WantedFiles(patterns, projects, while_running=True, **other)
     return WriteBack(types.SimpleNamespace(), top, wanted)
 
 
@@ -87,7 +93,7 @@ def files_of(folder):
 
 
 def test_wanted_files_come_back_and_others_are_named(top, machines):
-    plugin, machine = write_back(top, "*.txt"), machines()
+    plugin, machine = written(top, "*.txt"), machines()
     plugin.take(
         machine,
         [
@@ -105,7 +111,7 @@ def test_wanted_files_come_back_and_others_are_named(top, machines):
 
 
 def test_removed_file_is_removed(top, machines):
-    plugin, machine = write_back(top, "*.txt"), machines()
+    plugin, machine = written(top, "*.txt"), machines()
     (machine.top / "old.txt").unlink()
     plugin.take(machine, ["old.txt\0", "never-there.txt\0", "removed.py\0"])
     assert files_of(top) == {}
@@ -113,7 +119,7 @@ def test_removed_file_is_removed(top, machines):
 
 
 def test_next_machine_gets_what_came_back(top, machines):
-    plugin, first, second = write_back(top, "*.txt"), machines(), machines()
+    plugin, first, second = written(top, "*.txt"), machines(), machines()
     plugin.take(first, [first.write("sum.txt", "1\n"), first.write("gone.txt", "")])
     (first.top / "gone.txt").unlink()
     plugin.take(first, ["gone.txt"])
@@ -127,7 +133,7 @@ def test_next_machine_gets_what_came_back(top, machines):
 
 @pytest.mark.parametrize("path", ["old.txt", "new.txt"])
 def test_file_that_changed_on_the_host_is_left_alone(top, machines, path):
-    plugin, machine = write_back(top, "*.txt"), machines()
+    plugin, machine = written(top, "*.txt"), machines()
     (top / path).write_text("mine")
     plugin.take(machine, [machine.write(path, "the machine's")])
     assert files_of(top) == {"old.txt": "old", path: "mine", f"{path}.microvm-vm-1": "the machine's"}
@@ -143,13 +149,13 @@ def test_nothing_is_written_through_a_link(top, machines, tmp_path):
     machine = machines()
     (top / "folder").symlink_to(elsewhere)
     (top / "link.txt").symlink_to(elsewhere / "a.txt")
-    plugin = write_back(top, "*.txt")
+    plugin = written(top, "*.txt")
     plugin.take(machine, [machine.write("folder/a.txt", "x"), machine.write("link.txt", "x")])
     assert files_of(elsewhere) == {"a.txt": "mine"}
 
 
 def test_no_machine_gets_a_file_through_a_link(top, machines, tmp_path):
-    plugin, machine = write_back(top, "*.txt"), machines()
+    plugin, machine = written(top, "*.txt"), machines()
     plugin.take(machine, [machine.write("a.txt", "x")])
     secret = tmp_path / "secret"
     secret.write_text("secret")
@@ -161,7 +167,7 @@ def test_no_machine_gets_a_file_through_a_link(top, machines, tmp_path):
 
 @pytest.mark.parametrize("what", ["link", "folder"])
 def test_only_files_come_back(top, machines, what):
-    plugin, machine = write_back(top, "*.txt"), machines()
+    plugin, machine = written(top, "*.txt"), machines()
     place = machine.top / "new.txt"
     if what == "link":
         place.symlink_to("old.txt")
@@ -173,10 +179,10 @@ def test_only_files_come_back(top, machines, what):
 
 
 def test_what_a_machine_can_make_the_host_keep_is_limited(top, machines, monkeypatch):
-    monkeypatch.setattr(module, "_MAX_FILES", 2)
-    monkeypatch.setattr(module, "_MAX_TOLD", 1)
-    monkeypatch.setattr(module, "_MAX_PATHS", 5)
-    plugin, machine = write_back(top, "*.txt"), machines()
+    monkeypatch.setattr(merged_files, "_MAX_FILES", 2)
+    monkeypatch.setattr(merged_files, "_MAX_TOLD", 1)
+    monkeypatch.setattr(write_back, "_MAX_PATHS", 5)
+    plugin, machine = written(top, "*.txt"), machines()
     plugin.take(machine, [machine.write(f"{number}.txt", "x") for number in range(5)])
     assert set(files_of(top)) == {"old.txt", "0.txt", "1.txt"}
     for _ in range(3):
@@ -202,7 +208,7 @@ def test_what_a_machine_can_make_the_host_keep_is_limited(top, machines, monkeyp
     ],
 )
 def test_paths_that_are_none_of_the_workspace(top, machines, tmp_path, path):
-    plugin = write_back(top, "*", "**/*.txt")
+    plugin = written(top, "*", "**/*.txt")
     before = sorted(tmp_path.rglob("*"))
     plugin.take(types.SimpleNamespace(facts=FolderMachine.facts), [path])
     assert sorted(tmp_path.rglob("*")) == before
@@ -213,13 +219,13 @@ def test_paths_that_are_none_of_the_workspace(top, machines, tmp_path, path):
     "path", ["setup.py", ".envrc", ".vscode/tasks.json", ".github/x.json", "Makefile", ".json"]
 )
 def test_options_of_the_project_bring_back_only_data(top, machines, path):
-    plugin, machine = write_back(top, projects=("*",)), machines()
+    plugin, machine = written(top, projects=("*",)), machines()
     plugin.take(machine, [machine.write(path, "x"), machine.write("report.json", "{}")])
     assert files_of(top) == {"old.txt": "old", "report.json": "{}"}
 
 
 def test_reports_of_coverage_come_back_from_the_last_machine_alone(top, machines):
-    plugin, machine = write_back(top), machines()
+    plugin, machine = written(top), machines()
     paths = [
         machine.write(path, "x")
         for path in (".coverage", "coverage.xml", "htmlcov/a/b.html", "sub/.coverage")
@@ -232,7 +238,7 @@ def test_reports_of_coverage_come_back_from_the_last_machine_alone(top, machines
 
 @pytest.mark.parametrize(("path", "taken"), [("a.txt", "a.txt/x"), ("a/b.txt", "a")])
 def test_place_that_is_taken(top, machines, path, taken):
-    plugin, machine = write_back(top, "*.txt"), machines()
+    plugin, machine = written(top, "*.txt"), machines()
     (top / taken).parent.mkdir(exist_ok=True)
     (top / taken).write_text("mine")
     plugin.take(machine, [machine.write(path, "x")])
@@ -241,7 +247,7 @@ def test_place_that_is_taken(top, machines, path, taken):
 
 
 def test_workspace_that_is_gone(top, machines):
-    plugin, machine = write_back(top, "*.txt"), machines()
+    plugin, machine = written(top, "*.txt"), machines()
     path = machine.write("a.txt", "x")
     shutil.rmtree(top)
     with pytest.raises(HostError, match="cannot be written"):
@@ -249,14 +255,14 @@ def test_workspace_that_is_gone(top, machines):
 
 
 def test_worker_tells_its_controller(top, machines):
-    worker, machine = write_back(top, "*.txt"), machines()
+    worker, machine = written(top, "*.txt"), machines()
     worker._config.workeroutput = {}
     worker.take(machine, [machine.write("a.txt", "x"), machine.write("b.py", "")])
     finishing = worker.pytest_sessionfinish()
     next(finishing)
     with pytest.raises(StopIteration):
         next(finishing)
-    controller, last = write_back(top, "*.txt"), machines()
+    controller, last = written(top, "*.txt"), machines()
     controller.pytest_testnodedown(types.SimpleNamespace(workeroutput=worker._config.workeroutput))
     controller.pytest_testnodedown(types.SimpleNamespace())
     assert shown(controller) == shown(worker)
@@ -266,7 +272,7 @@ def test_worker_tells_its_controller(top, machines):
 
 
 def test_last_machine_gets_what_it_adds_to(top, machines):
-    wanted = wanted_files((), ["--cov-append"], (), {}, workspace_place(top, top))
+    wanted = wanted_files((), ["--cov-append"], (), {}, Places(top, top))
     plugin, machine = WriteBack(types.SimpleNamespace(), top, wanted), machines()
     plugin.give(machine, last=True)
     assert not (machine.top / ".coverage").exists()
@@ -284,18 +290,176 @@ def test_last_machine_gets_what_it_adds_to(top, machines):
         (["--snapshot-update"], ("__snapshots__/", "!**/__snapshots__/**/*.lock"), True),
         (["--alluredir=al"], ("/sub/al/",), True),
         (["--alluredir", "al", "tests"], ("/sub/al/",), True),
-        (["--alluredir=../../elsewhere"], (), False),
         (["--alluredir=.."], (), False),
+        (["--benchmark-storage=file://./b"], ("/sub/b/",), True),
         (["--benchmark-json=a b[1].json"], ("/sub/a\\ b\\[1\\].json",), False),
         (["--cov-report=xml:out/c.xml"], ("/sub/out/c.xml",), False),
         (["--cov-report", "html:out"], ("/sub/out/",), False),
         (["--cov-report=term"], (), False),
         (["-k", "--snapshot-update"], (), False),
+        (["--inline-snapshot=report"], (), False),
+        (["--inline-snapshot=report,fix"], ("*.py", "/.inline-snapshot/", "__inline_snapshot__/"), True),
+        (["--inline-snapshot", "create"], ("*.py", "/.inline-snapshot/", "__inline_snapshot__/"), True),
     ],
 )
 def test_options_imply_their_files(words, patterns, early):
-    place = workspace_place(Path("/top"), Path("/top/sub"))
-    by_user = wanted_files((), words, (), {"-k": "1"}, place)
+    places = Places(Path("/top"), Path("/top/sub"))
+    by_user = wanted_files((), words, (), {"-k": "1"}, places)
     assert (by_user.by_user, by_user.by_project, by_user.while_running) == (patterns, (), early)
-    by_project = wanted_files(("*.x",), (), words, {"-k": "1"}, place)
+    by_project = wanted_files(("*.x",), (), words, {"-k": "1"}, places)
     assert (by_project.by_user, by_project.by_project) == (("*.x",), patterns)
+
+
+# Outside the workspace
+
+
+@pytest.fixture
+def places(top):
+    return Places(top, top, mounted=(Path("/out"),))
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--alluredir=../al"], OutsidePath(Path("/al"), is_folder=True, early=True)),
+        (["--alluredir", "../al"], OutsidePath(Path("/al"), is_folder=True, early=True)),
+        (["--benchmark-storage=file:///b/c"], OutsidePath(Path("/b/c"), is_folder=True, early=True)),
+        (["--benchmark-json=/b.json"], OutsidePath(Path("/b.json"), is_folder=False, early=False)),
+        (["--cov-report=xml:/c.xml"], OutsidePath(Path("/c.xml"), is_folder=False, early=False)),
+        (["--cov-report=html:../h"], OutsidePath(Path("/h"), is_folder=True, early=False)),
+        (["--cov-report=xml:/out/c.xml"], None),
+        (["--cov-report=xml"], None),
+        (["--alluredir=al"], None),
+        (["--html=/report.html"], None),
+    ],
+)
+def test_paths_outside_that_the_user_names(words, found):
+    places = Places(Path("/top"), Path("/top"), mounted=(Path("/out"),))
+    wanted = wanted_files((), words, (), {}, places)
+    assert wanted.outside == (() if found is None else (found,))
+    assert wanted.while_running == (found is not None and found.early) or words == ["--alluredir=al"]
+    assert wanted.lines == ()
+
+
+def test_paths_outside_that_a_project_names_stay_in_machines(places):
+    wanted = wanted_files((), (), ["--alluredir=/al", "--cov-report=xml:/out/c.xml"], {}, places)
+    assert wanted.outside == ()
+    (line,) = wanted.lines
+    assert line.startswith("microvm: --alluredir in the project's addopts names /al, outside the project: ")
+
+
+@pytest.mark.parametrize("where", ["..", ".", "/", "~"])
+def test_folders_that_hold_more_than_reports_are_refused(places, monkeypatch, tmp_path, where):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = str(tmp_path / "home") if where == "~" else where
+    wanted = wanted_files((), [f"--alluredir={path}"], (), {}, places)
+    assert wanted.outside == ()
+    (line,) = wanted.lines
+    assert line.startswith(f"microvm: --alluredir={path} holds ")
+
+
+def test_path_outside_by_a_link_of_the_project_is_refused(places, top, tmp_path):
+    (top / "link").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match="link of the project"):
+        wanted_files((), ["--alluredir=link/../../al"], (), {}, places)
+
+
+def test_cleaning_of_results_is_announced(places):
+    wanted = wanted_files((), ["--clean-alluredir"], (), {}, places)
+    assert wanted.lines[0].startswith("microvm: --clean-alluredir ")
+
+
+def test_folders_of_the_user_s_paths_exist_in_machines(places, top, tmp_path):
+    (top / "build").mkdir()
+    words = [
+        *("--a=build/a.json", "--cov-report=xml:build/c.xml", f"--b={tmp_path}/b.json"),
+        *("--c=none/c.json", "-k", "x/y", "tests/test_it.py", "--d=d.json"),
+    ]
+    assert folders_of(words, {"-k": "1"}, places) == (top / "build", tmp_path)
+
+
+@pytest.fixture
+def outside(top, tmp_path):
+    """A plug-in that brings back one folder and one file outside the workspace."""
+    folder, file = tmp_path / "reports" / "allure", tmp_path / "report.json"
+    return written(
+        top,
+        outside=(OutsidePath(folder, True, True), OutsidePath(file, False, False)),
+    )
+
+
+def make(machine, path, content="x"):
+    place = machine._place(PurePosixPath(path))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(content)
+    return str(path)
+
+
+def test_files_come_back_outside(outside, machines, tmp_path):
+    machine = machines()
+    folder, file = tmp_path / "reports" / "allure", tmp_path / "report.json"
+    paths = [make(machine, folder / "a" / "r.json"), make(machine, file)]
+    outside.take(machine, paths)
+    assert files_of(folder) == {"a/r.json": "x"}
+    assert not file.exists()  # plug-ins write it in the last machine
+    outside.take(machine, paths, last=True)
+    assert file.read_text() == "x"
+    assert shown(outside) == [f"microvm: written by tests: 2 files ({folder}/a/r.json, {file})"]
+
+
+def test_files_of_an_earlier_run_are_replaced_outside(outside, machines, tmp_path):
+    file = tmp_path / "report.json"
+    file.write_text("old")
+    os.utime(file, (0, 0))
+    outside._outside[1][1]._started = file.stat().st_ctime_ns
+    machine = machines()
+    outside.take(machine, [make(machine, file, "new")], last=True)
+    assert file.read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/elsewhere/x",
+        "{folder}-more/x",
+        "{folder}/../x",
+        "{folder}/.git/config",
+        "{folder}",
+        "{file}/x",
+        "{file}.txt",
+    ],
+)
+def test_no_other_path_outside_comes_back(outside, machines, tmp_path, path):
+    path = path.format(folder=tmp_path / "reports" / "allure", file=tmp_path / "report.json")
+    before = sorted(tmp_path.rglob("*"))
+    outside.take(types.SimpleNamespace(facts=FolderMachine.facts), [path], last=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nothing_is_written_through_a_link_outside(outside, machines, tmp_path):
+    folder, elsewhere = tmp_path / "reports" / "allure", tmp_path / "elsewhere"
+    for each in (folder, elsewhere):
+        each.mkdir(parents=True)
+    (folder / "sub").symlink_to(elsewhere)
+    machine = machines()
+    outside.take(machine, [make(machine, folder / "sub" / "x.json")])
+    assert files_of(elsewhere) == {}
+    assert shown(outside)[-1].startswith(f"microvm: not written: {folder}/sub")
+
+
+def test_worker_tells_its_controller_of_files_outside(outside, top, machines, tmp_path):
+    machine = machines()
+    outside._config.workeroutput = {}
+    outside.take(machine, [make(machine, tmp_path / "reports" / "allure" / "r.json")])
+    assert [*outside.pytest_sessionfinish()] == [None]
+    controller = written(top)
+    controller.pytest_testnodedown(types.SimpleNamespace(workeroutput=outside._config.workeroutput))
+    assert shown(controller) == shown(outside)
+
+
+def test_temporary_folders_are_no_written_files(top, machines):
+    wanted = wanted_files(("*.txt",), (), (), {}, Places(top, top), basetemp="tmp")
+    plugin, machine = WriteBack(types.SimpleNamespace(), top, wanted), machines()
+    plugin.take(machine, [machine.write("tmp/test_it0/a.txt", "x"), machine.write("tmp/b.py", "x")])
+    assert files_of(top) == {"old.txt": "old"}
+    assert shown(plugin) == []

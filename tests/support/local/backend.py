@@ -16,12 +16,14 @@ from pathlib import Path
 
 from pytest_microvm.agent.link import Link
 from pytest_microvm.errors import MachineCrashed, MachineError
+from pytest_microvm.guest.files import StreamWriter, pack
 from pytest_microvm.machine.instance import MachineFacts, Usage
 from pytest_microvm.network.proxy.log import NetworkLog
 from pytest_microvm.settings.configuration import load_settings
 from pytest_microvm.settings.spec import DEFAULT_OUTPUT, Limits
 from pytest_microvm.suite.backend import BackendFacts, RunOptions, StandingFixtures
 from pytest_microvm.suite.session import RunnerSession
+from pytest_microvm.untrusted.extraction import extract
 from pytest_microvm.untrusted.redaction import Redactor
 
 microvm_host_only = True
@@ -52,6 +54,7 @@ class LocalBackend:
             artifacts=config.artifacts,
             junit_profile=config.junit_profile,
             write_back=config.write_back,
+            keep_tmp=config.keep_tmp,
             fixtures=config.fixtures,
             pure_fixtures=config.pure_fixtures,
             repeat=config.repeat,
@@ -228,6 +231,13 @@ class LocalMachine:
     def pull(self, source, target):
         """Copy a file of this computer."""
         shutil.copy(source, target)
+
+    def pull_folder(self, source, target, limits):
+        """Copy a folder of this computer, by the archive that a machine would send."""
+        with tempfile.TemporaryFile() as archive:
+            pack(str(source), StreamWriter(archive.write))
+            archive.seek(0)
+            extract(archive, target, limits)
 
     def push(self, source, target):
         """Copy nothing: the machine has this computer's files."""
