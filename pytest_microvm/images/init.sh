@@ -23,18 +23,21 @@ while read -r module; do
 	/bin/busybox insmod "/mods/$module" || fail "cannot load the kernel module $module"
 done </mods/order
 
-# root, layer and runtime are read-only; the scratch disk is the machine's disk quota, formatted by the host
+# root, layers and runtime are read-only; the scratch disk is the machine's disk quota, formatted by the host
 /bin/busybox mount -t squashfs -o ro /dev/vda /mnt/root || fail "cannot mount the root file system (/dev/vda)"
 if [ -e /dev/vdc ]; then
 	/bin/busybox mount -t ext4 -o rw,noatime /dev/vdc /mnt/scratch || fail "cannot mount the scratch disk (/dev/vdc)"
 else
 	/bin/busybox mount -t tmpfs -o mode=0755 scratch /mnt/scratch || fail "cannot mount a scratch tmpfs"
 fi
+# short paths: mount(2) takes a page of options, and an image may have a hundred layers
 lower=/mnt/root
-if [ -e /dev/vdd ]; then
-	/bin/busybox mount -t squashfs -o ro,nosuid,nodev /dev/vdd /mnt/layer || fail "cannot mount the layer (/dev/vdd)"
-	lower=/mnt/layer:/mnt/root
-fi
+for letter in d e f g h i j k l m n o p q r s t u v w x y z; do
+	[ -e /dev/vd$letter ] || break
+	/bin/busybox mkdir /l/$letter && /bin/busybox mount -t squashfs -o ro /dev/vd$letter /l/$letter ||
+		fail "cannot mount a layer (/dev/vd$letter)"
+	lower=/l/$letter:$lower
+done
 /bin/busybox mkdir -p /mnt/scratch/upper /mnt/scratch/work || fail "cannot write to the scratch disk"
 # redirect_dir: folders of the image can be renamed, as on any other file system
 layers=lowerdir=$lower,upperdir=/mnt/scratch/upper,workdir=/mnt/scratch/work,redirect_dir=on

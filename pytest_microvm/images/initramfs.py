@@ -22,7 +22,7 @@ BOOT_MODULES = (
 )  # fmt: skip
 
 _FOLDERS = (
-    "bin", "dev", "mnt", "mnt/layer", "mnt/root", "mnt/scratch", "mods", "newroot", "proc", "sys",
+    "bin", "dev", "l", "mnt", "mnt/root", "mnt/scratch", "mods", "newroot", "proc", "sys",
     "devices", "devices/pts",  # copied to the machine's /dev
     "run", "run/microvm", "run/microvm/code", "run/microvm/runtime",  # copied to its /run
 )  # fmt: skip

@@ -48,7 +48,7 @@ BUILDER_VERSION = 2
 _EPOCH = 1735689600  # 2025-01-01: the newest time stamp in an image, unless SOURCE_DATE_EPOCH says otherwise
 _BUILD_SPACE = 512 * 1024**2  # bytes; packages unpacked, beside what is made of them
 _FILES = ("kernel", "initramfs", "runtime", "rootfs")
-_LAYER = "layer"
+_LAYER = "layer"  # the role of a mirrored environment in its artifact, and in manifests of earlier versions
 _KEPT_LAYERS = 3
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
@@ -165,11 +165,12 @@ class ImageStore:
                 require_program(program)
             size = f"{selection.size / 1e6:.0f} MB"
             tell(f"mirroring {environment.describe()}: {len(selection.entries)} files, {size}")
-            layer, libraries = build_layer(folder, environment, selection, image.rootfs)
-            return Built({"layer": layer}, {"libraries": libraries, "python": environment.describe()})
+            layer, libraries = build_layer(folder, environment, selection, image.file_systems)
+            return Built({_LAYER: layer}, {"libraries": libraries, "python": environment.describe()})
 
         confined = {"confined": True} if environment.confined else {}
-        key = _key({"files": selection.digest, "rootfs": image.rootfs.name, **confined})
+        below = {"layers": [path.name for path in image.layers]} if image.layers else {}
+        key = _key({"files": selection.digest, "rootfs": image.rootfs.name, **below, **confined})
         made = self._artifacts.get(name, key, build, tell)
         if not libraries_unchanged(made.facts["libraries"]):
             made = self._artifacts.get(name, key, build, tell, force=True)
@@ -180,7 +181,7 @@ class ImageStore:
         manifest["environment"] |= {"PATH": search}
         if environment.prefix != environment.base:
             manifest["environment"] |= {"VIRTUAL_ENV": str(environment.prefix)}
-        manifest["files"] |= made.files
+        manifest["layers"] = [*manifest.get("layers", []), made.files[_LAYER]]
         manifest["python"] = made.facts["python"]
         entry = {"name": name, "key": key, "kit": "", "project": "", "mirrors": str(environment.prefix)}
         found = self._publish_manifest(manifest, entry)
@@ -399,7 +400,7 @@ class ImageStore:
                 self._drop_unnamed()
 
     def _image(self, name: str, digest: str, manifest: dict[str, Any]) -> Image:
-        paths = {role: self._artifacts.blobs.path(digest) for role, digest in manifest["files"].items()}
+        paths = {role: self._artifacts.blobs.path(manifest["files"][role]) for role in _FILES}
         return Image(
             name=name,
             digest=digest,
@@ -407,6 +408,7 @@ class ImageStore:
             environment=tuple(sorted(manifest["environment"].items())),
             resources=manifest["resources"],
             network=tuple(manifest.get("network", ())),
+            layers=tuple(self._artifacts.blobs.path(layer) for layer in _layers(manifest)),
             python=manifest.get("python", ""),
             **paths,
         )
@@ -435,8 +437,14 @@ class ImageStore:
             if manifest is None:
                 path.unlink()
             else:
-                needed |= set(manifest["files"].values())
+                needed |= {*manifest["files"].values(), *_layers(manifest)}
         return self._artifacts.drop_all_but(needed)
+
+
+def _layers(manifest: dict[str, Any]) -> list[str]:
+    """Return the digests of a manifest's layers, the lowest first; earlier versions had one, as a role."""
+    one = manifest["files"].get(_LAYER)
+    return [*([] if one is None else [one]), *manifest.get("layers", [])]
 
 
 def _absent(digest: str) -> ImageError:
@@ -454,9 +462,9 @@ def _files_of(manifest: bytes) -> list[str]:
     """
     try:
         data = json.loads(manifest) if len(manifest) <= _MAX_MANIFEST else {}
-        roles = [role for role in (*_FILES, _LAYER) if role != _LAYER or role in data["files"]]
-        files = list(dict.fromkeys(str(data["files"][role]) for role in roles))
-        sound = len(roles) == len(data["files"])
+        sound = data["files"].keys() - {_LAYER} == set(_FILES) and isinstance(data.get("layers", []), list)
+        found = [*(data["files"][role] for role in _FILES), *_layers(data)]
+        files = list(dict.fromkeys(map(str, found)))
         sound = sound and data["format"] == BUILDER_VERSION and canonical_json(data) == manifest
         sound = sound and all(re.fullmatch(r"[0-9a-f]{64}", file) for file in files)
     except (ValueError, KeyError, TypeError):

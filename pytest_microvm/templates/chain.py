@@ -352,7 +352,7 @@ class Chain:
                 Disk(base.image.rootfs, readonly=True),
                 Disk(base.image.runtime, readonly=True),
                 scratch or Disk(folder / "scratch"),
-                *([Disk(base.image.layer, readonly=True)] if base.image.layer else []),
+                *(Disk(layer, readonly=True) for layer in base.image.layers),
             ),
             state=state,
             name=name,

@@ -20,7 +20,7 @@ from pytest_microvm.images.squashfs import squash_stream
 from pytest_microvm.untrusted.nofollow import OpenTree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from pytest_microvm.images.mirror.environment import PythonEnvironment
     from pytest_microvm.images.mirror.selection import MirroredFile
@@ -33,7 +33,7 @@ _MANY_BYTES = 1 << 20
 
 
 def build_layer(
-    folder: Path, environment: PythonEnvironment, selection: MirroredFiles, rootfs: Path
+    folder: Path, environment: PythonEnvironment, selection: MirroredFiles, file_systems: Sequence[Path]
 ) -> tuple[Path, str]:
     """Pack an environment for machines of one image.
 
@@ -41,8 +41,8 @@ def build_layer(
         folder: The empty folder for the result and everything temporary.
         environment: The environment.
         selection: Its files.
-        rootfs: The image's root file system: if its C library is newer than this computer's, its libraries
-            are used where it has them.
+        file_systems: The layers of the image's root file system, the lowest first: if its C library is newer
+            than this computer's, its libraries are used where it has them.
 
     Returns:
         The layer, and a description of the shared libraries outside the environment that it contains, for
@@ -54,7 +54,7 @@ def build_layer(
     confined = environment.prefix if environment.confined else None
     base = [environment.base / "lib", environment.base / "lib64"]
     found = LibrarySearch(confined=confined, base=base).closure(candidates(selection.entries))
-    libraries = _for_image(found, _libraries_of(rootfs))
+    libraries = _for_image(found, _libraries_of(file_systems))
     described = json.dumps({str(path): _stamp(path) for path in libraries.values()}, sort_keys=True)
     packed = MirroredFiles(dict(selection.entries))
     for path in libraries.values():
@@ -94,14 +94,17 @@ def _for_image(found: dict[str, Path], image: dict[str, int]) -> dict[str, Path]
     return {name: path for name, path in found.items() if name not in image}
 
 
-def _libraries_of(rootfs: Path) -> dict[str, int]:
+def _libraries_of(file_systems: Sequence[Path]) -> dict[str, int]:
     """Return the names of an image's shared libraries; the value of ``libc.so.6`` is its minor version."""
     folder = f"usr/lib/{_multiarch()}"
-    listed = _unsquashfs("-l", str(rootfs), folder)
-    names = (line.rpartition("/")[2] for line in listed.decode(errors="replace").splitlines())
-    found = {name: 0 for name in names if re.search(r"\.so(\.|$)", name)}
-    if _C_LIBRARY in found:
-        found[_C_LIBRARY] = glibc_version(_unsquashfs("-cat", str(rootfs), f"{folder}/{_C_LIBRARY}"))
+    found: dict[str, int] = {}
+    for layer in map(str, file_systems):
+        listed = _unsquashfs("-l", layer, folder)
+        names = (line.rpartition("/")[2] for line in listed.decode(errors="replace").splitlines())
+        here = {name: 0 for name in names if re.search(r"\.so(\.|$)", name)}
+        if _C_LIBRARY in here:
+            here[_C_LIBRARY] = glibc_version(_unsquashfs("-cat", layer, f"{folder}/{_C_LIBRARY}"))
+        found |= here
     return found
 
 
