@@ -187,6 +187,8 @@ def _written(arguments: argparse.Namespace, settings: Settings) -> tuple[tuple[s
         return settings.prepare_network, "prepare_network"
     if settings.spec.network is not None:
         return settings.spec.network, "network"
+    if ImageStore(cache_root()).is_container(settings.spec.image):
+        return (), f"image {settings.spec.image}"
     kit = load_kit(settings.spec.image, project=settings.project)
     return kit.network, f"kit {kit.name}"
 

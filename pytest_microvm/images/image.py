@@ -11,11 +11,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class StartDefaults:
+    """What a container image says about its command; images of kits say nothing.
+
+    Args:
+        entrypoint: The beginning of the command line.
+        arguments: The rest of it, unless the user gives another one.
+        workdir: The working directory; empty: ``/``.
+        user: ``USER`` or ``USER:GROUP``, names or numbers; empty: root.
+    """
+
+    entrypoint: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    workdir: str = ""
+    user: str = ""
+
+
+@dataclass(frozen=True)
 class Image:
     """Everything a machine boots from; images with the same digest are identical.
 
     Args:
-        name: Name of the kit it was built from.
+        name: Name of the kit it was built from; of a container image its reference, or its name after
+            ``image pull --as``.
         digest: SHA-256 of its manifest, which lists the SHA-256 of every file.
         architecture: ``x86_64`` or ``aarch64``.
         kernel: Linux kernel.
@@ -29,6 +47,7 @@ class Image:
         layers: File systems laid over ``rootfs``, the lowest first, as squashfs. A mirrored Python
             environment is the last one.
         python: Description of that environment.
+        start: The command of a container image.
     """
 
     name: str
@@ -43,6 +62,7 @@ class Image:
     network: tuple[str, ...] = ()
     layers: tuple[Path, ...] = ()
     python: str = ""
+    start: StartDefaults = field(default=StartDefaults())
 
     @property
     def file_systems(self) -> tuple[Path, ...]:
