@@ -1,10 +1,11 @@
-"""Machines from container images of every kind: their files, users, commands and layers are as with `docker run`."""
+"""Machines from container images of every kind: files, users, commands and layers as with `docker run`."""
 
 from __future__ import annotations
 
 import io
 import json
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -57,21 +58,44 @@ def run(image, *words):
 # Eight images
 
 
-def test_debian_tree(layout, tmp_path):
-    """The tree of the base kit, as an image of one layer: packages, users, set-user-id programs."""
-    rootfs = ImageStore(cache_root()).get("base", progress=print).rootfs
-    subprocess.run(
-        ["unsquashfs", "-q", "-n", "-d", tmp_path / "tree", rootfs], check=False, stdout=subprocess.DEVNULL
-    )
+@pytest.fixture(scope="module")
+def debian(layout, tmp_path_factory):
+    """The tree of the python kit, as an image of one layer."""
+    rootfs = ImageStore(cache_root()).get("python", progress=print).rootfs
+    tree = tmp_path_factory.mktemp("debian") / "tree"
+    command = ["unsquashfs", "-q", "-n", "-d", tree, rootfs]
+    subprocess.run(command, check=False, stdout=subprocess.DEVNULL)  # not root: it complains about owners
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", errors="surrogateescape") as tar:
-        tar.add(tmp_path / "tree", ".", filter=_as_root)
-    image = layout.publish(layout.image(buffer.getvalue(), config={"Cmd": ["bash"]}), "debian")
-    out = run(image, "--", "sh", "-c", "dpkg -s dpkg | grep Status; id nobody; stat -c %A /usr/bin/passwd")
-    assert out.splitlines() == [
+        tar.add(tree, ".", filter=_as_root)
+    config = {"Cmd": ["bash"], "Env": ["GREETING=hello"]}
+    return layout.publish(layout.image(buffer.getvalue(), config=config), "debian")
+
+
+def test_debian_tree(debian):
+    """Packages, users and set-user-id programs are as in the kit's own image."""
+    script = "dpkg -s dpkg | grep Status; id nobody; stat -c %A /usr/bin/passwd"
+    assert run(debian, "--", "sh", "-c", script).splitlines() == [
         "Status: install ok installed", "uid=65534(nobody) gid=65534(nogroup) groups=65534(nogroup)",
         "-rwsr-xr-x",
     ]  # fmt: skip
+
+
+def test_suite_runs_in_the_python_of_the_image(debian, tmp_path):
+    tests = "import os, sys\ndef test_a():\n    assert sys.prefix + os.environ['GREETING'] == '/usrhello'\n"
+    assert "1 passed" in suite(tmp_path, debian, tests)
+
+
+def suite(place, image, tests, *options, status=0):
+    """Run a suite in machines of an image; return what pytest printed."""
+    (place / "pytest.ini").write_text("[pytest]\n")
+    (place / "test_it.py").write_text(tests)
+    command = [*PYTEST, "--microvm", f"--microvm-image={image}", *options, "-q", str(place)]
+    done = subprocess.run(
+        command, cwd=place, capture_output=True, text=True, timeout=guards.SUITE, check=False
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def _as_root(info):
@@ -104,7 +128,7 @@ def test_musl_and_busybox(musl):
 
 
 def test_no_shell(layout):
-    """A dynamic program with its libraries, and nothing else: a command line for a shell is refused with a reason."""
+    """A dynamic program with its libraries, and nothing else: without a shell, errors say so."""
     cat = Path("/usr/bin/cat")
     libraries = LibrarySearch().closure([cat])
     files = [program(str(path), path.resolve()) for path in {cat, *libraries.values()}]
@@ -135,45 +159,36 @@ def test_one_static_program_and_nothing_else(layout):
 
 
 def test_many_layers_with_whiteouts_and_hard_links(layout):
-    """Forty layers, more than there are virtio-blk devices: each adds, replaces and hides files of those below."""
-    layers = [busybox_layer(*SHELL, more=[folder("d"), *(member(f"d/old{n}", "old") for n in range(40))])]
-    for number in range(1, 40):
-        layers.append(
-            archive([
-                member(f"d/.wh.old{number}"), member(f"d/new{number}", str(number)),
-                hard_link(f"d/link{number}", f"d/new{number}"), member("d/last", str(number)),
-            ])
-        )  # fmt: skip
-    layers.append(
-        archive([folder("opaque", mode=0o711), member("opaque/.wh..wh..opq"), member("opaque/x", "x")])
-    )
-    layers.insert(
-        1, archive([folder("opaque"), member("opaque/hidden", "h"), member("gone/x", "x"), member("f", "f")])
-    )
-    layers.append(archive([member(".wh.gone"), folder("f"), member("f/.wh.x"), member("f/y", "y")]))
+    """Forty layers, more than virtio-blk devices: each adds, replaces and hides files of those below."""
+    files = [folder("d"), *(member(f"d/old{number}", "old") for number in range(40))]
+    layers = [
+        busybox_layer(*SHELL, "head", "wc", more=files),
+        archive([folder("opaque"), member("opaque/hidden", "h"), member("gone/x", "x"), member("f", "f")]),
+        *(archive(changes(number)) for number in range(1, 40)),
+        archive([folder("opaque", mode=0o711), member("opaque/.wh..wh..opq"), member("opaque/x", "x")]),
+        archive([member(".wh.gone"), folder("f"), member("f/.wh.x"), member("f/y", "y")]),
+    ]
     image = layout.publish(layout.image(*layers), "deep")
     script = (
         "ls /d | sort | head -n 3; ls /d | wc -l; cat /d/last; echo; stat -c %h /d/link7; cat /d/link7; echo;"
         "ls /opaque; stat -c %a /opaque; test -e /gone || echo gone; ls /f; test -d /f && echo folder"
     )
-    layers[0] = busybox_layer(*SHELL, "head", "wc")
-    out = run(
-        image,
-        "--",
-        "/bin/busybox",
-        "sh",
-        "-c",
-        script.replace("head", "busybox head").replace("wc", "busybox wc"),
-    )
+    out = run(image, "--", "sh", "-c", script)
     assert out.split() == [
         "last", "link1", "link10", "80", "39", "2", "7", "x", "711", "gone", "y", "folder",
     ]  # fmt: skip
 
 
-def test_user_and_working_directory(layout, musl):
+def changes(number):
+    """Return the members of one of many layers."""
+    return [
+        member(f"d/.wh.old{number}"), member(f"d/new{number}", str(number)),
+        hard_link(f"d/link{number}", f"d/new{number}"), member("d/last", str(number)),
+    ]  # fmt: skip
+
+
+def test_user_and_working_directory(layout):
     files = [folder("srv/data", uid=1000), member("srv/data/mine", "m", mode=0o600, uid=1000, gid=1000)]
-    base = layout.entries[-1]  # the musl image
-    del base
     layer = busybox_layer(
         *SHELL,
         more=[
@@ -214,8 +229,8 @@ def test_entry_point(layout):
 
 def test_names_that_are_odd_but_possible(layout):
     odd = [
-        b"caf\xe9", b"new\nline", b"\x1b]0;title\x07", b"-rf", b" ", b"*", b"$(id)", "\u202eright".encode(), b"n" * 255,
-        b"::error::x", b"..." , b"a\\b",
+        b"caf\xe9", b"new\nline", b"\x1b]0;title\x07", b"-rf", b" ", b"*", b"$(id)", b"n" * 255,
+        b"::error::x", "\u202eright".encode(), b"...", b"a\\b",
     ]  # fmt: skip
     names = [name.decode("utf-8", "surrogateescape") for name in odd]
     layer = busybox_layer(*SHELL, more=[member(f"odd/{name}", str(n)) for n, name in enumerate(names)])
@@ -224,3 +239,32 @@ def test_names_that_are_odd_but_possible(layout):
         found = machine.run(["find", "/odd", "-type", "f", "-print0"], text=False).stdout.split(b"\0")[:-1]
         assert {path.partition(b"/odd/")[2] for path in found} == set(odd)
         assert machine.run(["sh", "-c", "cat /odd/*"]).stdout
+
+
+# With the environment of this computer on top
+
+
+SUITE = """
+import os, subprocess, sys
+import hypothesis
+
+def test_python_is_the_hosts():
+    assert sys.prefix == {prefix!r}
+    assert os.environ["GREETING"] == "hello"
+
+def test_programs_are_the_images():
+    assert os.readlink("/bin/sh") == "busybox"
+    assert "musl libc" in subprocess.run(["/lib/{loader}"], capture_output=True, text=True).stderr
+    assert subprocess.check_output("cat /etc/group", shell=True, text=True).endswith("staff:x:50:app\\n")
+"""
+
+
+def test_suite_runs_in_the_hosts_environment_on_another_c_library(musl, tmp_path):
+    """glibc's Python on an image with musl and a folder /lib of its own: neither hides the other's loader."""
+    tests = SUITE.format(prefix=sys.prefix, loader=MUSL.name)
+    assert "2 passed" in suite(tmp_path, musl, tests, "--microvm-python=host")
+
+
+def test_image_without_python_says_what_to_do(musl, tmp_path):
+    shown = suite(tmp_path, musl, "def test_a(): pass\n", status=pytest.ExitCode.USAGE_ERROR)
+    assert "does the image have Python and pytest?" in shown

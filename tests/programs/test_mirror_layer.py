@@ -106,6 +106,19 @@ def test_newer_c_library_serves_both(tmp_path, prefix, minor):
     assert libraries_unchanged(described)
 
 
+def test_folders_of_the_image_are_not_hidden(tmp_path, prefix):
+    """As of an image with musl: /lib has its loader. The layer's programs find theirs all the same."""
+    for name in ("lib", "lib64", "usr/lib64"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+    (tmp_path / "root" / "sbin").symlink_to("usr/sbin")
+    path, _libraries = layer(tmp_path, prefix, {})
+    found = listed(path)
+    assert "lib" not in found or found["lib"][0].startswith("d")
+    assert found[f"lib/{MULTIARCH}/libc.so.6"][0].startswith("l")
+    loaders = [name for name in found if name.startswith("lib64/ld-linux")]
+    assert [found[name][0][0] for name in loaders] == ["l"]
+
+
 def test_changed_library_is_noticed(tmp_path):
     library = tmp_path / "libown.so.1"
     library.write_bytes(b"first")

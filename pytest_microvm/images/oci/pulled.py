@@ -114,7 +114,6 @@ class PulledImages:
     ) -> Image | None:
         """Pull an image and publish it; return ``None`` if a concurrent prune removed a part of it."""
         stored = read_json(self._records.name_path(_entry(reference, platform))) or {}
-        base = self._platform(platform, tell)
 
         def known(resolved: str) -> bool:
             return stored.get("resolved") == resolved and self._stored(stored, tell) is not None
@@ -127,7 +126,8 @@ class PulledImages:
             "resolved": pulled.resolved,
             "manifest": pulled.manifest,
         }
-        image = self._records.publish(self._manifest(pulled, platform, base), entry)
+        manifest = self._manifest(pulled, platform, self._platform(platform, tell))
+        image = self._records.publish(manifest, entry)
         return image if self._records.intact(image) else None
 
     def _manifest(self, pulled: Pulled, platform: Platform, base: Artifact) -> Mapping[str, Any]:

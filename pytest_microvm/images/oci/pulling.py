@@ -25,7 +25,7 @@ from pytest_microvm.images.oci.documents import (
 from pytest_microvm.images.oci.layer import CONVERTER, DamagedBlob, convert, is_for
 from pytest_microvm.images.oci.references import Platform, Reference
 from pytest_microvm.images.oci.skopeo import Skopeo
-from pytest_microvm.images.oci.sources import FolderSource, RegistrySource, ImageSource, copied
+from pytest_microvm.images.oci.sources import FolderSource, ImageSource, RegistrySource, copied
 from pytest_microvm.images.process import Progress, build_environment
 from pytest_microvm.programs.needed import require_program
 
@@ -110,7 +110,7 @@ class Puller:
     def _source(self, reference: Reference, platform: Platform, folder: Path) -> ImageSource:
         if reference.transport == "oci":
             return FolderSource(reference, platform)
-        skopeo = Skopeo(folder, platform, self._timeout)
+        skopeo = Skopeo(reference, folder, platform, self._timeout)
         if reference.transport == "docker":
             downloads = self._root / "downloads"
             return RegistrySource(

@@ -55,6 +55,7 @@ _REASONS: tuple[tuple[str, str, str, str], ...] = (
     ("manifest unknown", "absent", "its registry has no such image", _NAME),
     ("name unknown", "absent", "its registry has no such image", _NAME),
     ("blob unknown", "refused", "its registry has lost a part of it", "push it again"),
+    ("toomanyrequests", "unreachable", "its registry limits how often it is asked", "wait, or log in"),
     ("no such host", "unreachable", "there is no such registry", _REACH),
     ("connection refused", "unreachable", "its registry does not answer", _REACH),
     ("network is unreachable", "unreachable", "its registry cannot be reached", _REACH),
@@ -73,6 +74,7 @@ class Skopeo:
     """skopeo, as this user runs it.
 
     Args:
+        wanted: The reference that the user wrote, for errors.
         folder: For temporary files.
         platform: The platform whose image is chosen where there are several.
         timeout: Seconds without a sign of progress after which a registry counts as hanging.
@@ -81,8 +83,9 @@ class Skopeo:
         HostError: skopeo is not installed.
     """
 
-    def __init__(self, folder: Path, platform: Platform, timeout: float) -> None:
+    def __init__(self, wanted: Reference, folder: Path, platform: Platform, timeout: float) -> None:
         require("pulls")
+        self._wanted = wanted
         self._folder = folder
         self._platform = platform
         self._timeout = timeout
@@ -99,7 +102,7 @@ class Skopeo:
         """
         words = ["inspect", "--retry-times", _RETRIES, *(["--config"] if configuration else []), "--raw"]
         with tempfile.TemporaryFile(dir=self._folder) as output:
-            self._run([*words, reference.source], reference, output, lambda: 0)
+            self._run([*words, reference.source], output, lambda: 0)
             output.seek(0)
             data = output.read(MAX_DOCUMENT + 1)
         if len(data) > MAX_DOCUMENT:
@@ -120,12 +123,12 @@ class Skopeo:
             HostError: The disk is full.
         """
         words = ["copy", "--quiet", "--retry-times", _RETRIES, "--dest-oci-accept-uncompressed-layers"]
-        words += ["--dest-shared-blob-dir", str(blobs), reference.source, f"oci:{layout}:image"]
-        self._run(words, reference, None, arrived)
+        words += ["--dest-shared-blob-dir", str(blobs)]
+        if reference.transport == "docker-daemon" and "DOCKER_HOST" in self._environment:
+            words += ["--src-daemon-host", self._environment["DOCKER_HOST"]]  # it does not look there itself
+        self._run([*words, reference.source, f"oci:{layout}:image"], None, arrived)
 
-    def _run(
-        self, words: Sequence[str], reference: Reference, output: IO[bytes] | None, arrived: Callable[[], int]
-    ) -> None:
+    def _run(self, words: Sequence[str], output: IO[bytes] | None, arrived: Callable[[], int]) -> None:
         """Run skopeo to its end, or until nothing has arrived for the time limit."""
         command = ["skopeo", *self._policy(), "--tmpdir", str(self._folder), "--override-os", "linux"]
         command += ["--override-arch", self._platform.architecture, *words]
@@ -140,10 +143,10 @@ class Skopeo:
                     if now != last:
                         last, since = now, time.monotonic()
                     elif time.monotonic() - since > self._timeout:
-                        raise _hangs(reference, self._timeout)
+                        raise _hangs(self._wanted, self._timeout)
             if status != 0:
                 messages.seek(0)
-                raise _explained(reference, status, messages.read(_MESSAGES).decode(errors="replace"))
+                raise _explained(self._wanted, status, messages.read(_MESSAGES).decode(errors="replace"))
 
     def _policy(self) -> list[str]:
         """Return the option that does without a signature policy, which skopeo demands, if there is none."""
