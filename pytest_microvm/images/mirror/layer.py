@@ -32,7 +32,7 @@ _OPAQUE = {"SCHILY.xattr.trusted.overlay.opaque": "y"}
 _USR_MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 # A line of `unsquashfs -ll` about a top folder, or a link in its place.
 _TOP_LINE = re.compile(rf"(\S)\S{{9}} \S+ +\d+ \S+ \S+ squashfs-root/({'|'.join(_USR_MERGED)})(?: -> .*)?")
-_MANY_BYTES = 1 << 20
+_BUFFER = 1 << 16  # bytes; tarfile copies what is in its buffer with each header that it adds
 
 
 def build_layer(
@@ -206,7 +206,7 @@ def _write_tar(
         opaque: Folders that hide the image's folders of the same path.
         links: The targets of more links, by their paths.
     """
-    with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, bufsize=_MANY_BYTES) as archive:
+    with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, bufsize=_BUFFER) as archive:
         for path in sorted({*entries, *_parents(entries)}):
             entry = entries.get(path)
             if entry is not None and path.endswith(".pyc") and not compiled_is_valid(path, entries):
