@@ -38,6 +38,7 @@ Raises:
 _DEFAULT = Attributes(0o755, 0, 0, 0)  # of a folder that no layer has
 _OVERLAY_OPAQUE = ("SCHILY.xattr.trusted.overlay.opaque", "y")  # Linux: filesystems/overlayfs
 _PIECE = 1 << 20
+_BUFFER = 1 << 16  # tarfile copies what is in its buffer with each header that it adds
 
 
 def convert(
@@ -153,8 +154,8 @@ def _write(
         fileobj=stream,
         mode="w|",
         format=tarfile.PAX_FORMAT,
-        bufsize=_PIECE,
-        copybufsize=_PIECE,
+        bufsize=_BUFFER,
+        copybufsize=_BUFFER,
         encoding="utf-8",
         errors="surrogateescape",
     ) as out:  # type: ignore[call-overload]  # copybufsize is not in the stubs
