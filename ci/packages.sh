@@ -14,13 +14,14 @@ fail() {
 
 # Print the names of missing packages for building images and running machines: rows of needed.txt.
 missing_packages() {
-    local architecture package where programs variable
+    local architecture package where purpose programs variable
     architecture=$(uname -m)
     case $architecture in
         x86_64 | aarch64) ;;
         *) fail "machines of the kind $architecture are not supported" "use x86-64 or aarch64" ;;
     esac
-    while read -r package where _ programs; do
+    while read -r package where purpose programs; do
+        [ "$purpose" != pulls ] || continue # few computers pull container images
         variable=${where%%=*}
         case $where in
             all | "$architecture") ;;

@@ -23,6 +23,12 @@ missing_here() {
     missing_packages
     command -v bwrap >/dev/null || echo bubblewrap # machines can do without, their test cannot
     command -v cpio >/dev/null || echo cpio # a test has it unpack what we pack
+    # tests pull container images from a registry of their own, with musl's loader in one of them
+    command -v skopeo >/dev/null || echo skopeo
+    command -v zstd >/dev/null || echo zstd
+    command -v docker-registry >/dev/null || echo docker-registry
+    [ -e /bin/busybox ] || echo busybox-static
+    compgen -G '/lib/ld-musl-*.so.1' >/dev/null || echo musl
     "$python" -c 'import ensurepip, venv' 2>/dev/null || echo python3-venv
 }
 

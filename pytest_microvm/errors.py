@@ -7,7 +7,8 @@ MicroVMError
 │   ├── HypervisorMissing
 │   └── BudgetExhausted     the host budget can never hold the requested machine
 ├── ImageError              an image that cannot be found, built or trusted
-│   └── BuildError          a build step failed
+│   ├── BuildError          a build step failed
+│   └── PullError           a container image could not be fetched, or was refused
 └── MachineError            a machine did not do what was asked
     ├── BootError           no hello in time (the machine never became ready): outcome ``infra``
     ├── MachineCrashed      the machine ended while it was in use: outcome ``crashed``
@@ -18,6 +19,8 @@ MicroVMError
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 
 class MicroVMError(Exception):
@@ -70,6 +73,26 @@ class ImageError(MicroVMError):
 
 class BuildError(ImageError):
     """A step of an image build failed."""
+
+
+PullFailure = Literal["absent", "denied", "unreachable", "refused"]
+"""The kind of a :class:`PullError`."""
+
+
+class PullError(ImageError):
+    """A container image could not be fetched, or its content was refused.
+
+    Args:
+        brief: What happened, in one line.
+        reason: ``absent``: there is no such image; ``denied``: this user may not have it; ``unreachable``:
+            the registry does not answer; ``refused``: the content is damaged, hostile or not supported.
+        details: Why, with evidence.
+        resolution: What to do next.
+    """
+
+    def __init__(self, brief: str, *, reason: PullFailure, details: str = "", resolution: str = "") -> None:
+        super().__init__(brief, details=details, resolution=resolution)
+        self.reason = reason
 
 
 class MachineError(MicroVMError):

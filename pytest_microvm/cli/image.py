@@ -1,17 +1,22 @@
-"""``pytest-microvm image``: build, list, inspect, remove and prune images."""
+"""``pytest-microvm image``: build, pull, list, inspect, remove and prune images."""
 
 from __future__ import annotations
 
-import json
+import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_microvm.errors import PullError, PullFailure
 from pytest_microvm.images.debian import MODES
+from pytest_microvm.images.image import Image
+from pytest_microvm.images.oci.pulling import TIMEOUT
 from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.settings.options import QUOTAS
-from pytest_microvm.settings.spec import format_size
+from pytest_microvm.settings.spec import format_size, parse_seconds
 from pytest_microvm.terminal.progress import Progress
+from pytest_microvm.untrusted.text import safe_json, sanitize, sanitize_line
 
 if TYPE_CHECKING:
     import argparse
@@ -23,6 +28,7 @@ _SHORT = 12
 _EXAMPLES = """examples:
   pytest-microvm image build python           build the default image (once; a minute or two)
   pytest-microvm image build microvm/kits/db  build a kit of this project by its path
+  pytest-microvm image pull docker://registry.example/team/app:1.2   a container image
   pytest-microvm image list                   what is in the cache
   pytest-microvm image prune                  give disk space back
 """
@@ -35,6 +41,26 @@ examples:
   pytest-microvm image build python --force          again, with the newest packages
   pytest-microvm image build ./kits/web --mode=unshare   without root, in a user namespace
 """
+
+
+_PULL_EXAMPLES = """REF is a reference to a container image, as skopeo(1) writes it:
+  docker://REGISTRY/NAME[:TAG][@sha256:DIGEST]   on a registry
+  oci:FOLDER[:TAG], oci-archive:FILE[:TAG]       a folder or an archive in the OCI image layout
+  docker-daemon:NAME:TAG                         in Docker's daemon
+
+A tag is looked up each time you pull. Machines use what was pulled last, without a look at the registry; a
+machine with an image that was never pulled pulls it first. Layers are stored once, for all images. Logins,
+mirrors, certificates and registries without TLS: skopeo's configuration, such as ~/.config/containers.
+
+exit status: 4 bad input; 66 no such image; 77 no permission; 75 the registry does not answer; 1 other errors
+
+examples:
+  pytest-microvm image pull docker://registry.example/team/app:1.2 --as app
+  pytest-microvm run --image app -- /usr/bin/app --version
+  pytest-microvm image pull oci:build/image
+"""
+_STATUS: dict[PullFailure, int] = {"absent": 66, "denied": 77, "unreachable": 75, "refused": 1}
+"""Exit statuses of failed pulls: EX_NOINPUT, EX_NOPERM and EX_TEMPFAIL of sysexits.h."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -60,26 +86,49 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     build.set_defaults(run=_build)
 
+    pull = verbs.add_parser(
+        "pull", help="pull a container image", epilog=_PULL_EXAMPLES, formatter_class=Raw,
+        description="Fetch a container image and convert its layers; stored ones are not fetched again.",
+    )  # fmt: skip
+    pull.add_argument(
+        "reference", metavar="REF", help="docker://..., oci:..., oci-archive:... or docker-daemon:..."
+    )
+    pull.add_argument(
+        "--as", dest="name", default="", metavar="NAME", help="a name for it, to use like a kit's"
+    )
+    pull.add_argument(
+        "--platform",
+        default="",
+        metavar="OS/ARCH",
+        help="linux/amd64 or linux/arm64 (default: this computer's)",
+    )
+    pull.add_argument(
+        "--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
+        help=f"time without a byte after which the registry counts as hanging (default: {TIMEOUT:g})",
+    )  # fmt: skip
+    pull.set_defaults(run=_pull)
+
     listing = verbs.add_parser("list", help="list the images in the cache")
     _add_json(listing)
     listing.set_defaults(run=_list)
 
     inspect = verbs.add_parser("inspect", help="show everything about one image")
     inspect.add_argument(
-        "image", metavar="NAME|DIGEST", help="a kit's name, or a digest (its beginning is enough)"
+        "image", metavar="NAME|DIGEST", help="a name, a reference, or a digest (its beginning is enough)"
     )
     _add_json(inspect)
     inspect.set_defaults(run=_inspect)
 
     remove = verbs.add_parser("remove", help="remove an image and the files only it needs")
     remove.add_argument(
-        "image", metavar="NAME|DIGEST", help="a kit's name, or a digest (its beginning is enough)"
+        "image", metavar="NAME|DIGEST", help="a name, a reference, or a digest (its beginning is enough)"
     )
     remove.set_defaults(run=_remove)
 
     prune = verbs.add_parser(
         "prune", help="remove what no kit needs any more",
-        description="Remove images whose kit changed or is gone, unused files and broken-off builds.",
+        description="Remove images whose kit changed or is gone, unused files, broken-off builds and "
+        "downloads. Pulled images stay.",
     )  # fmt: skip
     _add_json(prune)
     prune.set_defaults(run=_prune)
@@ -97,6 +146,25 @@ def _build(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _pull(arguments: argparse.Namespace) -> int:
+    store = ImageStore(cache_root())
+    try:
+        with Progress(sys.stderr, terminal=sys.stderr.isatty()) as progress:
+            image = store.pull(
+                arguments.reference,
+                base=Path.cwd(),
+                platform=arguments.platform,
+                name=arguments.name,
+                timeout=parse_seconds(arguments.timeout, "--timeout"),
+                progress=progress,
+            )
+    except PullError as error:
+        print(f"pytest-microvm: {sanitize(str(error))}", file=sys.stderr)
+        return _STATUS[error.reason]
+    print(f"{arguments.name or sanitize_line(image.name)} {image.digest}")
+    return 0
+
+
 def _list(arguments: argparse.Namespace) -> int:
     stored = ImageStore(cache_root()).list()
     if arguments.json:
@@ -105,13 +173,12 @@ def _list(arguments: argparse.Namespace) -> int:
     if not stored:
         print("no images yet; build one: pytest-microvm image build python", file=sys.stderr)
         return 0
-    rows = [("NAME", "DIGEST", "ARCHITECTURE", "SIZE", "KIT")]
+    rows = [("NAME", "DIGEST", "ARCHITECTURE", "SIZE", "ORIGIN")]
     for entry in stored:
-        kit = str(entry.kit) if entry.current else f"{entry.kit} (changed since)"
         image = entry.image
-        rows.append(
-            (image.name, image.digest[:_SHORT], image.architecture, _megabytes(entry.size_bytes), kit)
-        )
+        size = _megabytes(entry.size_bytes)
+        name, origin = sanitize_line(image.name), sanitize_line(entry.origin)
+        rows.append((name, image.digest[:_SHORT], image.architecture, size, origin))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
     for row in rows:
         print("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]))
@@ -124,10 +191,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
         _print_json(_as_json(entry))
         return 0
     image = entry.image
-    print(f"name          {image.name}")
+    print(f"name          {sanitize_line(image.name)}")
     print(f"digest        {image.digest}")
     print(f"architecture  {image.architecture}")
-    print(f"kit           {entry.kit}{'' if entry.current else ' (changed since)'}")
+    print(f"{'reference' if entry.reference else 'kit':<13} {sanitize_line(entry.origin)}")
+    if entry.manifest:
+        print(f"manifest      {entry.manifest}")
     print(f"size          {_megabytes(entry.size_bytes)}")
     for quota in (quota for quota in QUOTAS if quota.name in image.resources):
         amount = image.resources[quota.name]
@@ -135,13 +204,15 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for role, path in image.files().items():
         print(f"{role:<13} {path}")
     for name, value in image.environment:
-        print(f"environment   {name}={value}")
+        print(f"environment   {name}={sanitize_line(value)}")
+    for name, text in _start(image).items():
+        print(f"{name:<13} {sanitize_line(text if isinstance(text, str) else shlex.join(text))}")
     return 0
 
 
 def _remove(arguments: argparse.Namespace) -> int:
     freed = ImageStore(cache_root()).remove(arguments.image)
-    print(f"removed {arguments.image}, freed {_megabytes(freed)}")
+    print(f"removed {sanitize_line(arguments.image)}, freed {_megabytes(freed)}")
     return 0
 
 
@@ -160,17 +231,25 @@ def _as_json(entry: StoredImage) -> dict[str, Any]:
         "name": image.name,
         "digest": image.digest,
         "architecture": image.architecture,
-        "kit": str(entry.kit),
+        "kit": "" if entry.reference else str(entry.kit),
+        "reference": entry.reference,
+        "manifest": entry.manifest,
         "current": entry.current,
         "size_bytes": entry.size_bytes,
         "resources": dict(image.resources),
         "environment": dict(image.environment),
+        "start": _start(image),
         "files": {role: str(path) for role, path in image.files().items()},
     }
 
 
+def _start(image: Image) -> dict[str, Any]:
+    """Return what a container image says about its command."""
+    return {name: value for name, value in asdict(image.start).items() if value}
+
+
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
+    print(safe_json(value, indent=2))
 
 
 def _megabytes(size: int) -> str:

@@ -8,6 +8,7 @@ import sys
 import time
 from typing import Any
 
+from pytest_microvm.cli.run import start_errors
 from pytest_microvm.errors import UsageError
 from pytest_microvm.host.host import Host
 from pytest_microvm.machine.relay import on_terminal, plainly, shell_status
@@ -74,10 +75,13 @@ def _shell(arguments: argparse.Namespace) -> int:
     try:
         with host.enter(arguments.id) as machine:
             command = arguments.command or ["/bin/sh", "-c", "exec $(command -v bash || echo sh) -l"]
-            if not sys.stdin.isatty():
-                return shell_status(plainly(machine, command, raw=True))
-            print(f"in a copy of {arguments.id}; leave with exit or Ctrl-D", file=sys.stderr)
-            return shell_status(on_terminal(machine, command))
+            with start_errors() as status:
+                if not sys.stdin.isatty():
+                    status.code = shell_status(plainly(machine, command, raw=True))
+                else:
+                    print(f"in a copy of {arguments.id}; leave with exit or Ctrl-D", file=sys.stderr)
+                    status.code = shell_status(on_terminal(machine, command))
+            return status.code
     finally:
         host.close()
 

@@ -102,7 +102,7 @@ class _Rules:
         where: The setting that has them.
         policy: The parsed rules, with presets expanded.
         project: The project's folder.
-        rootfs: The image's root file system, if there is one.
+        file_systems: The layers of the image's root file system, if it is built.
         hosts: The addresses that the user's ``hosts`` assigns to names.
         credentials: The hosts that get a credential, with the port if it is not 443.
     """
@@ -111,7 +111,7 @@ class _Rules:
     where: str
     policy: Policy
     project: Path
-    rootfs: Path | None
+    file_systems: tuple[Path, ...]
     hosts: Mapping[str, tuple[str, int | None]]
     credentials: tuple[tuple[str, int | None], ...] = ()
 
@@ -148,7 +148,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _rules(arguments: argparse.Namespace) -> int:
     rules = _asked_about(arguments)
-    presets = [read_preset(name, rules.project, rules.rootfs) for name in named_presets(rules.texts)]
+    presets = [read_preset(name, rules.project, rules.file_systems) for name in named_presets(rules.texts)]
     environment = {name: value for preset in presets for name, value in preset.environment}
     hints = [hint for preset in presets for hint in preset.hints]
     listed = [{"rule": str(rule), "preset": rule.preset} for rule in rules.policy.rules]
@@ -170,14 +170,14 @@ def _asked_about(arguments: argparse.Namespace) -> _Rules:
     project = Path(arguments.project).absolute()
     settings = load_settings(project, {})
     texts, where = _written(arguments, settings)
-    rootfs = None
+    file_systems: tuple[Path, ...] = ()
     with suppress(ImageError):  # not built yet: this computer's apt sources are used instead
-        rootfs = ImageStore(cache_root()).inspect(settings.spec.image).image.rootfs
-    policy = parse_rules(texts, where, preset_rules(project, rootfs))
+        file_systems = ImageStore(cache_root()).inspect(settings.spec.image).image.file_systems
+    policy = parse_rules(texts, where, preset_rules(project, file_systems))
     # Steps of `prepare` get no credentials.
     credentials = () if arguments.prepare else tuple(map(credential_host, settings.spec.credentials))
     hosts = by_canonical_host(settings.spec.hosts)
-    return _Rules(texts, where, policy, project, rootfs, hosts, credentials)
+    return _Rules(texts, where, policy, project, file_systems, hosts, credentials)
 
 
 def _written(arguments: argparse.Namespace, settings: Settings) -> tuple[tuple[str, ...], str]:
@@ -187,6 +187,8 @@ def _written(arguments: argparse.Namespace, settings: Settings) -> tuple[tuple[s
         return settings.prepare_network, "prepare_network"
     if settings.spec.network is not None:
         return settings.spec.network, "network"
+    if ImageStore(cache_root()).is_container(settings.spec.image):
+        return (), f"image {settings.spec.image}"
     kit = load_kit(settings.spec.image, project=settings.project)
     return kit.network, f"kit {kit.name}"
 

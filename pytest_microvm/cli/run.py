@@ -13,6 +13,7 @@ from pytest_microvm.cli.machine_options import add_machine_options, machine_spec
 from pytest_microvm.errors import (
     BootError,
     HostError,
+    ImageError,
     MachineCrashed,
     MicroVMError,
     QuotaExceeded,
@@ -28,6 +29,7 @@ from pytest_microvm.untrusted.text import sanitize
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from pytest_microvm.images import Image
     from pytest_microvm.machine.microvm import MicroVM
 
 EXIT_INFRA = 75
@@ -54,6 +56,7 @@ exit status:
 
 examples:
   pytest-microvm run -- python3 -c 'print("hello")'
+  pytest-microvm run --image docker://registry.example/team/app:1.2 -- --version   its entry point
   pytest-microvm run --network pip --mount out:/out -- sh -c 'pip download six -d /out'
   pytest-microvm run --image agent --mount .:/code:git --workdir /code \\
       --network api.example.com --credential host=api.example.com,env=API_KEY,variable=API_KEY -- my-agent
@@ -70,7 +73,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "command", nargs="+", metavar="COMMAND", help="the command and its arguments, after --"
+        "command",
+        nargs="*",
+        metavar="COMMAND",
+        help="the command and its arguments, after --; with a container image's entry point, its arguments "
+        "(default: the image's command)",
     )
     add_machine_options(parser)
     parser.add_argument(
@@ -94,8 +101,17 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         metavar="NAME[=VALUE]",
         help="a variable; without a value, the one of this environment",
     )
-    parser.add_argument("--workdir", metavar="PATH", help="its working directory (default: /)")
-    parser.add_argument("--user", metavar="NAME", help="user that runs it (default: root)")
+    parser.add_argument(
+        "--entrypoint", metavar="PROGRAM", help="program to run in place of a container image's entry point"
+    )
+    parser.add_argument(
+        "--workdir", metavar="PATH", help="its working directory (default: a container image's, else /)"
+    )
+    parser.add_argument(
+        "--user",
+        metavar="NAME",
+        help="user that runs it: a name or a number, and :GROUP (default: a container image's, else root)",
+    )
     parser.add_argument(
         "--record", metavar="DIR", type=Path, help="save its events, requests, console and usage"
     )
@@ -121,8 +137,13 @@ def _run(arguments: argparse.Namespace) -> int:
     host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line))
     try:
         with exit_statuses() as status:
+            if not (arguments.command or arguments.entrypoint or host.images.is_container(spec.image)):
+                raise _no_command(spec.image)
+            folder = _complete(arguments, host.base(spec).image)
             machine = host.start(spec, keepable=arguments.keep)
             try:
+                if folder:
+                    machine.path(folder).mkdir(parents=True, exist_ok=True)
                 for source, target in pushes:
                     machine.path(target).parent.mkdir(parents=True, exist_ok=True)
                     machine.push(source, target)
@@ -149,15 +170,43 @@ def _spec(arguments: argparse.Namespace) -> MachineSpec:
     return machine_spec(arguments, "pytest-microvm run")
 
 
+def _complete(arguments: argparse.Namespace, image: Image) -> str:
+    """Complete the options by what a container image says about its command, as `docker run` does.
+
+    Returns:
+        The image's working directory, which need not exist yet; empty: it has none, or the user names
+        another one.
+
+    Raises:
+        UsageError: Neither the user nor the image names a command.
+    """
+    start = image.start
+    entrypoint = (arguments.entrypoint,) if arguments.entrypoint else start.entrypoint
+    own = () if arguments.entrypoint else start.arguments
+    arguments.command = [*entrypoint, *(arguments.command or own)]
+    if not arguments.command:
+        raise _no_command(image.name)
+    arguments.user = arguments.user or start.user or None
+    folder = "" if arguments.workdir else start.workdir
+    arguments.workdir = arguments.workdir or start.workdir or None
+    return folder
+
+
+def _no_command(image: str) -> UsageError:
+    return UsageError(
+        f"no command: expected one after --, as image {image} names none",
+        resolution="write it like -- sh -c 'id'",
+    )
+
+
 def _command(machine: MicroVM, arguments: argparse.Namespace, environment: dict[str, str]) -> int:
     options = {"env": environment, "cwd": arguments.workdir, "user": arguments.user}
-    try:
+    with start_errors() as status:
         if arguments.tty and sys.stdin.isatty() and sys.stdout.isatty():
-            return shell_status(on_terminal(machine, arguments.command, **options))
-        return shell_status(plainly(machine, arguments.command, raw=arguments.raw, **options))
-    except (FileNotFoundError, PermissionError) as error:
-        print(f"pytest-microvm: {sanitize(str(error))}", file=sys.stderr)
-        return EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_NOT_EXECUTABLE
+            status.code = shell_status(on_terminal(machine, arguments.command, **options))
+        else:
+            status.code = shell_status(plainly(machine, arguments.command, raw=arguments.raw, **options))
+    return status.code
 
 
 def _after(
@@ -217,6 +266,17 @@ class ExitStatus:
 
 
 @contextmanager
+def start_errors() -> Iterator[ExitStatus]:
+    """Report a command that cannot be started, with the exit status that shells use."""
+    status = ExitStatus()
+    try:
+        yield status
+    except (FileNotFoundError, PermissionError) as error:
+        print(f"pytest-microvm: {sanitize(str(error))}", file=sys.stderr)
+        status.code = EXIT_NOT_FOUND if isinstance(error, FileNotFoundError) else EXIT_NOT_EXECUTABLE
+
+
+@contextmanager
 def exit_statuses() -> Iterator[ExitStatus]:
     """Map each kind of machine failure to its exit status; usage errors pass through."""
     status = ExitStatus()
@@ -232,7 +292,7 @@ def exit_statuses() -> Iterator[ExitStatus]:
         kinds = (
             (QuotaExceeded, EXIT_QUOTA),
             (MachineCrashed, EXIT_CRASHED),
-            ((BootError, HostError), EXIT_INFRA),
+            ((BootError, HostError, ImageError), EXIT_INFRA),
         )
         status.code = next((code for kind, code in kinds if isinstance(error, kind)), EXIT_CRASHED)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import grp
 import os
 import pty
 import pwd
@@ -12,13 +13,15 @@ import struct
 import subprocess
 import sys
 import termios
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 READ_SIZE = 65536
+_SHELL = "/bin/sh"
+_MAX_ID = 2**32 - 2
 
 
 class Child:
@@ -79,12 +82,12 @@ class Child:
             os.killpg(self.pid, number)
 
     def _start(self, request: dict[str, Any]) -> int:
-        argv = request.get("argv") or ["/bin/sh", "-c", request["shell"]]
+        argv = request.get("argv") or [_shell(), "-c", request["shell"]]
         user = _user(request.get("user"))
         environment = {
             "PATH": DEFAULT_PATH,
-            "HOME": user.pw_dir if user else "/root",
-            "USER": user.pw_name if user else "root",
+            "HOME": user.home if user else "/root",
+            "USER": user.name if user else "root",
             "LANG": "C.UTF-8",
             **request.get("env", {}),
         }
@@ -93,14 +96,16 @@ class Child:
         demote = _demotion(user)
         if request.get("pty"):
             options: dict[str, Any] = {"cwd": cwd, "env": environment, "close_fds": True}
-            return self._start_on_terminal(argv, executable, request, options, demote)
+            with _missing_loader(executable):
+                return self._start_on_terminal(argv, executable, request, options, demote)
         theirs = self._make_pipes(request)
         try:
-            self._process = subprocess.Popen(
-                argv, executable=executable, cwd=cwd, env=environment, start_new_session=True,
-                stdin=theirs[0], stdout=theirs[1], stderr=theirs[2],
-                preexec_fn=demote,  # noqa: PLW1509 - the child only makes system calls
-            )  # fmt: skip
+            with _missing_loader(executable):
+                self._process = subprocess.Popen(
+                    argv, executable=executable, cwd=cwd, env=environment, start_new_session=True,
+                    stdin=theirs[0], stdout=theirs[1], stderr=theirs[2],
+                    preexec_fn=demote,  # noqa: PLW1509 - the child only makes system calls
+                )  # fmt: skip
         except BaseException:
             self._close_ours()
             raise
@@ -201,25 +206,82 @@ def reap() -> list[tuple[int, int, Any]]:
         ended.append((pid, status, usage))
 
 
-def _user(name: str | int | None) -> pwd.struct_passwd | None:
-    if name is None or name in ("root", 0):
+class _User(NamedTuple):
+    """The user of a command: its name, numbers, supplementary groups and home folder."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: list[int]
+    home: str
+
+
+def _user(wanted: str | int | None) -> _User | None:
+    """Return the user that ``USER`` or ``USER:GROUP`` names, each a name or a number; ``None`` for root.
+
+    A number needs no entry in /etc/passwd, as in containers: such a user has no other groups, and its home is
+    ``/``.
+    """
+    if wanted is None or wanted in ("", "root", 0):
         return None
+    name, _colon, group = str(wanted).partition(":")
     try:
-        return pwd.getpwuid(name) if isinstance(name, int) else pwd.getpwnam(name)
+        entry = pwd.getpwnam(name)
     except KeyError:
-        raise LookupError(f"the machine has no user {name!r}") from None
+        uid = _number(name, "user", wanted)
+        try:
+            entry = pwd.getpwuid(uid)
+        except KeyError:
+            gid = _group(group, wanted) if group else 0
+            return _User(name, uid, gid, [gid], "/")
+    gid = _group(group, wanted) if group else entry.pw_gid
+    groups = [gid] if group else os.getgrouplist(entry.pw_name, gid)
+    return _User(entry.pw_name, entry.pw_uid, gid, groups, entry.pw_dir)
 
 
-def _demotion(user: pwd.struct_passwd | None) -> Callable[[], None] | None:
+def _group(name: str, wanted: str | int) -> int:
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return _number(name, "group", wanted)
+
+
+def _number(text: str, what: str, wanted: str | int) -> int:
+    if not (text.isascii() and text.isdigit()) or int(text[:11]) > _MAX_ID:
+        raise LookupError(f"the machine has no {what} {text!r} ({wanted!r})") from None
+    return int(text)
+
+
+def _demotion(user: _User | None) -> Callable[[], None] | None:
     if user is None:
         return None
 
     def demote() -> None:
-        os.initgroups(user.pw_name, user.pw_gid)
-        os.setgid(user.pw_gid)
-        os.setuid(user.pw_uid)
+        os.setgroups(user.groups)
+        os.setgid(user.gid)
+        os.setuid(user.uid)
 
     return demote
+
+
+def _shell() -> str:
+    if not os.path.exists(_SHELL):
+        raise FileNotFoundError(
+            2, "the machine has no shell: give a program and a list of its arguments", _SHELL
+        )
+    return _SHELL
+
+
+@contextlib.contextmanager
+def _missing_loader(executable: str) -> Iterator[None]:
+    """Name the cause when a program that exists is "not found": what the kernel starts it with is missing."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        if error.filename == executable and os.path.exists(executable):
+            why = "its interpreter, or the loader of its C library, is not in the machine"
+            raise FileNotFoundError(2, why, executable) from error
+        raise
 
 
 def _which(program: str, path: str, cwd: str) -> str:

@@ -189,7 +189,13 @@ class Host:
         where = f"kit {image.name}: network" if kits else "network"
         project = self._project or Path.cwd()
         return resolve(
-            spec, rules, where, project=project, own=self._checkout, rootfs=image.rootfs, say=self._tell
+            spec,
+            rules,
+            where,
+            project=project,
+            own=self._checkout,
+            file_systems=image.file_systems,
+            say=self._tell,
         )
 
     def policy(self, rules: Sequence[str], image: Image) -> Policy:
@@ -200,7 +206,7 @@ class Host:
         """
         from pytest_microvm.network.policy.presets import preset_rules  # noqa: PLC0415 - asks the tools: seconds
 
-        return parse_rules(rules, "network", preset_rules(self._project or Path.cwd(), image.rootfs))
+        return parse_rules(rules, "network", preset_rules(self._project or Path.cwd(), image.file_systems))
 
     def template(self, base: Base, steps: Sequence[TemplateStep] = ()) -> Template:
         """Return the template that ``steps`` lead to, made if missing; held open until the host is closed."""

@@ -1,4 +1,4 @@
-"""Requests of a project's configuration that need its user's trust, including its own kits."""
+"""Requests of a project's configuration that need its user's trust, including its own kits and images."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typing import Any
 
 from pytest_microvm.errors import KitError
 from pytest_microvm.images.kits import find_kit, load_kit, shipped_kits
+from pytest_microvm.images.oci.references import is_reference
+from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.settings.configuration import Settings
 from pytest_microvm.settings.mounts import absolute
 from pytest_microvm.settings.secret_commands import NotStarted, prepared
@@ -24,9 +26,11 @@ from pytest_microvm.settings.spec import MachineSpec
 def asked_by(settings: Settings) -> dict[str, Any]:
     """Return a project's requests by key: its grants, and its own kit with a digest of its recipe.
 
-    A kit's commands run on this computer when its image is built; a shipped kit is not a request. Options of
-    the command line are not the project's. ``behind`` lists the link targets of paths in the other requests
-    that name the project's own files: another branch may have other files there, under the same names.
+    A kit's commands run on this computer when its image is built, and this computer fetches a container image
+    from wherever its reference leads. A shipped kit, and an image that the user pulled under a name, are no
+    requests. Options of the command line are not the project's. ``behind`` lists the link targets of paths in
+    the other requests that name the project's own files: another branch may have other files there, under the
+    same names.
 
     Args:
         settings: The project's settings.
@@ -38,7 +42,7 @@ def asked_by(settings: Settings) -> dict[str, Any]:
     found = {key: value for key, value in settings.asked.items() if key != "image" and value}
     sources = _sources(settings.spec)
     check_commands((source for key in found for source in sources.get(key, ())), settings.project)
-    own = own_kit(settings.spec.image, settings.project)
+    own = own_image(settings.spec.image, settings.project)
     if own is not None:
         shown, network = own
         if "image" in settings.asked:
@@ -71,7 +75,7 @@ def started_here(spec: MachineSpec, project: Path) -> list[str]:
 def built_here(image: str, project: Path) -> list[str]:
     """Return the commands that build an image whose kit is the project's own."""
     with suppress(KitError):
-        if own_kit(image, project) is not None:
+        if own_image(image, project) is not None:
             return list(load_kit(image, project=project).setup)
     return []
 
@@ -83,12 +87,18 @@ def _command_line(source: SecretSource, project: Path) -> str:
         return source.where
 
 
-def own_kit(image: str, project: Path) -> tuple[str, Sequence[str]] | None:
-    """Return the project's own kit with a digest of its recipe, and its network rules; ``None`` if it ships.
+def own_image(image: str, project: Path) -> tuple[str, Sequence[str]] | None:
+    """Return a project's image, for display, and its network rules; ``None`` if it needs no trust.
+
+    The project's own kit is shown with a digest of its recipe. A container image is shown by its reference.
 
     Raises:
         KitError: There is no such kit, or it cannot be used.
     """
+    if is_reference(image):
+        return image, ()
+    if ImageStore(cache_root()).is_pulled(image):
+        return None
     if shipped_kits() in find_kit(image, project=project).parents:
         return None
     kit = load_kit(image, project=project)

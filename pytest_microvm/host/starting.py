@@ -6,7 +6,7 @@ import secrets
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -314,7 +314,8 @@ def machine_facts(base: Base, name: str, ready_seconds: float) -> MachineFacts:
 def _warm(machine: MicroVM) -> None:
     """Run a command in a waiting machine, so that code is translated now, not when the machine is needed."""
     try:
-        machine.run(["true"], timeout=BOOT_TIMEOUT)
+        with suppress(FileNotFoundError):  # a container image may have no programs
+            machine.run(["true"], timeout=BOOT_TIMEOUT)
     except BaseException as error:
         machine.close()
         if isinstance(error, subprocess.TimeoutExpired):

@@ -53,7 +53,7 @@ class Launch:
         memory: Bytes of RAM.
         ram: The file that backs the guest's RAM.
         share: Whether writes to RAM reach ``ram`` (a machine to checkpoint) or stay private (a clone).
-        disks: In the guest's order: root, runtime, scratch.
+        disks: In the guest's order: root, runtime, scratch, then the layers over root, the lowest first.
         words: Additional parameters for the kernel's command line.
         state: Device state to continue from instead of booting.
         name: Process name, as shown in process lists.

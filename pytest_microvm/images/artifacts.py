@@ -75,7 +75,7 @@ class Artifacts:
         Raises:
             HostError: The disk is full, or the cache cannot be written.
         """
-        path = self._root / "artifacts" / f"{name}-{key[:32]}.json"
+        path = self._path(name, key)
         if not force and (found := self._intact(path)):
             return found
         seen = _version(path)
@@ -90,6 +90,10 @@ class Artifacts:
                 entry: dict[str, Any] = {"files": files, "facts": built.facts}
                 write_atomically(path, canonical_json({**entry, "seal": _seal(entry)}))
             return Artifact(files, built.facts)
+
+    def find(self, name: str, key: str) -> Artifact | None:
+        """Return an artifact with intact files; ``None`` if it is missing or damaged."""
+        return self._intact(self._path(name, key))
 
     def drop_all_but(self, needed: set[str]) -> int:
         """Delete all blobs that are not needed, and the artifacts that refer to them.
@@ -167,6 +171,9 @@ class Artifacts:
                 shutil.rmtree(folder, ignore_errors=True)
         finally:
             lock.release()
+
+    def _path(self, name: str, key: str) -> Path:
+        return self._root / "artifacts" / f"{name}-{key[:32]}.json"
 
     def _lock(self, name: str) -> FileLock:
         folder = self._root / "locks"

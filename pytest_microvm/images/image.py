@@ -11,23 +11,43 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class StartDefaults:
+    """What a container image says about its command; images of kits say nothing.
+
+    Args:
+        entrypoint: The beginning of the command line.
+        arguments: The rest of it, unless the user gives another one.
+        workdir: The working directory; empty: ``/``.
+        user: ``USER`` or ``USER:GROUP``, names or numbers; empty: root.
+    """
+
+    entrypoint: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    workdir: str = ""
+    user: str = ""
+
+
+@dataclass(frozen=True)
 class Image:
     """Everything a machine boots from; images with the same digest are identical.
 
     Args:
-        name: Name of the kit it was built from.
+        name: Name of the kit it was built from; of a container image its reference, or its name after
+            ``image pull --as``.
         digest: SHA-256 of its manifest, which lists the SHA-256 of every file.
         architecture: ``x86_64`` or ``aarch64``.
         kernel: Linux kernel.
         initramfs: First segment of the initramfs; the agent's code is appended to it at boot time.
         runtime: The agent's own Python, as squashfs.
-        rootfs: Root file system, as squashfs.
+        rootfs: Lowest layer of the root file system, as squashfs.
         environment: Variables that every command in a machine gets.
         resources: Default limits of its machines, by the names of
             :class:`pytest_microvm.settings.spec.Limits`: at least ``cpus``, ``memory`` and ``disk``.
         network: Default network rules of its machines.
-        layer: A file system laid over ``rootfs``, as squashfs: a mirrored Python environment.
+        layers: File systems laid over ``rootfs``, the lowest first, as squashfs. A mirrored Python
+            environment is the last one.
         python: Description of that environment.
+        start: The command of a container image.
     """
 
     name: str
@@ -40,15 +60,21 @@ class Image:
     environment: tuple[tuple[str, str], ...]
     resources: Mapping[str, float] = field(hash=False)
     network: tuple[str, ...] = ()
-    layer: Path | None = None
+    layers: tuple[Path, ...] = ()
     python: str = ""
+    start: StartDefaults = field(default=StartDefaults())
+
+    @property
+    def file_systems(self) -> tuple[Path, ...]:
+        """All layers of the root file system, the lowest first."""
+        return (self.rootfs, *self.layers)
 
     def files(self) -> dict[str, Path]:
         """Return the files by role."""
-        files = {
+        return {
             "kernel": self.kernel,
             "initramfs": self.initramfs,
             "runtime": self.runtime,
             "rootfs": self.rootfs,
+            **{f"layer{number}": path for number, path in enumerate(self.layers, 1)},
         }
-        return files if self.layer is None else {**files, "layer": self.layer}

@@ -23,18 +23,41 @@ while read -r module; do
 	/bin/busybox insmod "/mods/$module" || fail "cannot load the kernel module $module"
 done </mods/order
 
-# root, layer and runtime are read-only; the scratch disk is the machine's disk quota, formatted by the host
+# root, layers and runtime are read-only; the scratch disk is the machine's disk quota, formatted by the host
 /bin/busybox mount -t squashfs -o ro /dev/vda /mnt/root || fail "cannot mount the root file system (/dev/vda)"
 if [ -e /dev/vdc ]; then
 	/bin/busybox mount -t ext4 -o rw,noatime /dev/vdc /mnt/scratch || fail "cannot mount the scratch disk (/dev/vdc)"
 else
 	/bin/busybox mount -t tmpfs -o mode=0755 scratch /mnt/scratch || fail "cannot mount a scratch tmpfs"
 fi
+# short paths: mount(2) takes a page of options, and an image may have a hundred layers
 lower=/mnt/root
-if [ -e /dev/vdd ]; then
-	/bin/busybox mount -t squashfs -o ro,nosuid,nodev /dev/vdd /mnt/layer || fail "cannot mount the layer (/dev/vdd)"
-	lower=/mnt/layer:/mnt/root
-fi
+count=0
+add_layer() {
+	count=$((count + 1))
+	/bin/busybox mkdir /l/$count
+	/bin/busybox mount -t squashfs -o ro "$1" /l/$count || fail "cannot mount a layer ($1)"
+	lower=/l/$count:$lower
+}
+for letter in d e f g h i j k l m n o p q r s t u v w x y z; do
+	[ -e /dev/vd$letter ] || break
+	add_layer /dev/vd$letter
+done
+# the layers that the hypervisor has no virtio-blk slot for are the units of a SCSI controller
+for word in $words; do
+	[ "${word%%=*}" = microvm.scsi ] || continue
+	while read -r module; do
+		/bin/busybox insmod "/mods/$module" || fail "cannot load the kernel module $module"
+	done </mods/scsi
+	unit=0
+	while [ $unit -lt "${word#*=}" ]; do
+		for device in /sys/bus/scsi/devices/0:0:0:"$unit"/block/*; do
+			[ -e "$device" ] || fail "cannot find SCSI disk $unit"
+			add_layer "/dev/${device##*/}"
+		done
+		unit=$((unit + 1))
+	done
+done
 /bin/busybox mkdir -p /mnt/scratch/upper /mnt/scratch/work || fail "cannot write to the scratch disk"
 # redirect_dir: folders of the image can be renamed, as on any other file system
 layers=lowerdir=$lower,upperdir=/mnt/scratch/upper,workdir=/mnt/scratch/work,redirect_dir=on
@@ -43,10 +66,17 @@ layers=lowerdir=$lower,upperdir=/mnt/scratch/upper,workdir=/mnt/scratch/work,red
 
 cd /newroot || fail "cannot enter the new root"
 set --
-for folder in proc sys dev run tmp lib; do
+for folder in proc sys dev run; do
+	[ ! -L $folder ] || /bin/busybox rm $folder # it would lead to a folder of the initramfs
 	[ -d $folder ] || set -- "$@" $folder
 done
-[ $# = 0 ] || /bin/busybox mkdir -p "$@" || fail "cannot make the root's own folders"
+for folder in lib etc; do
+	[ -e $folder ] || [ -L $folder ] || set -- "$@" $folder
+done
+[ $# = 0 ] || /bin/busybox mkdir "$@" || fail "cannot make the root's own folders"
+[ -e tmp ] || [ -L tmp ] || /bin/busybox mkdir -m 1777 tmp || fail "cannot make /tmp"
+# container images have an empty one, or none: their runtimes write it
+[ -s etc/hosts ] || [ -L etc/hosts ] || printf '127.0.0.1\tlocalhost\n::1\tlocalhost\n' >etc/hosts
 /bin/busybox mount -t tmpfs -o mode=0755,nosuid,nodev run run || fail "cannot mount /run"
 /bin/busybox cp -a /run/. run || fail "cannot write to /run"
 /bin/busybox mount -t squashfs -o ro /dev/vdb run/microvm/runtime || fail "cannot mount the runtime (/dev/vdb)"

@@ -21,8 +21,12 @@ BOOT_MODULES = (
     "virtio_mmio", "virtio_pci", "virtio_console", "virtio_blk", "squashfs", "overlay", "ext4", "tun", "fuse"
 )  # fmt: skip
 
+# For disks on a SCSI controller: loaded only if there are some, and the last one after the disks were found,
+# since loading it then waits until each has its block device.
+SCSI_MODULES = ("virtio_scsi", "sd_mod")
+
 _FOLDERS = (
-    "bin", "dev", "mnt", "mnt/layer", "mnt/root", "mnt/scratch", "mods", "newroot", "proc", "sys",
+    "bin", "dev", "l", "mnt", "mnt/root", "mnt/scratch", "mods", "newroot", "proc", "sys",
     "devices", "devices/pts",  # copied to the machine's /dev
     "run", "run/microvm", "run/microvm/code", "run/microvm/runtime",  # copied to its /run
 )  # fmt: skip
@@ -48,6 +52,7 @@ def initramfs_archive(busybox: Path, modules: Path) -> bytes:
         BuildError: The kernel lacks a module that machines need.
     """
     order = loading_order(modules, BOOT_MODULES)
+    scsi = [one for one in loading_order(modules, SCSI_MODULES) if one not in order]
     return cpio_archive(
         [
             *(CpioEntry.directory(name) for name in _FOLDERS),
@@ -55,8 +60,9 @@ def initramfs_archive(busybox: Path, modules: Path) -> bytes:
             *(CpioEntry.symlink(f"devices/{name}", target) for name, target in _DEVICE_LINKS.items()),
             CpioEntry.character_device("dev/console", 5, 1),
             CpioEntry.file("bin/busybox", busybox.read_bytes(), 0o755),
-            *(CpioEntry.file(f"mods/{name}.ko", _module_bytes(path)) for name, path in order),
+            *(CpioEntry.file(f"mods/{name}.ko", _module_bytes(path)) for name, path in (*order, *scsi)),
             CpioEntry.file("mods/order", "".join(f"{name}.ko\n" for name, _path in order).encode()),
+            CpioEntry.file("mods/scsi", "".join(f"{name}.ko\n" for name, _path in scsi).encode()),
             CpioEntry.file("init", INIT.read_bytes(), 0o755),
         ]
     )

@@ -26,8 +26,11 @@ _KIT_FILE = "kit.toml"
 _MAX_KIT = 1024 * 1024  # bytes of a kit.toml
 _MAX_FILE = 256 * 1024 * 1024  # bytes of a kit's file, which is held in memory
 _PROJECT_KITS = Path("microvm") / "kits"
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-_DEFAULT_RESOURCES = {"cpus": 1, "memory": 512 * 1024**2, "disk": 2 * 1024**3}
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+"""Names of kits, and of pulled images."""
+
+DEFAULT_RESOURCES = {"cpus": 1, "memory": 512 * 1024**2, "disk": 2 * 1024**3}
+"""Resources of machines whose image sets none."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Kit:
     files: tuple[KitFile, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
     setup: tuple[str, ...] = ()
-    resources: Mapping[str, float] = field(default_factory=lambda: dict(_DEFAULT_RESOURCES), hash=False)
+    resources: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_RESOURCES), hash=False)
     network: tuple[str, ...] = ()
 
     @property
@@ -218,6 +221,15 @@ def shipped_kits() -> Path:
     return inside if inside.is_dir() else package.parent / "images"
 
 
+def kit_names(project: Path | None) -> set[str]:
+    """Return the names of the kits that ship, and of the project's own.
+
+    Raises:
+        KitError: A kit of the project has the name of a shipped one.
+    """
+    return set(_kits(project))
+
+
 def _kits(project: Path | None) -> dict[str, Path]:
     """Return the kits that can be referred to by name: the project's and the shipped ones.
 
@@ -263,7 +275,7 @@ def _read(path: Path) -> _Layer:
             f"{path}: cannot be read", details=str(error), resolution="correct the file"
         ) from error
     name = path.parent.name
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise KitError(
             f"{path}: invalid name of a kit: expected small letters, digits, dots, dashes and underscores, "
             f"got {name!r}",
@@ -294,7 +306,7 @@ def _merge(layers: list[_Layer]) -> Kit:
     root, last = layers[0], layers[-1]
     environment: dict[str, str] = {}
     files: dict[str, KitFile] = {}
-    resources: dict[str, float] = dict(_DEFAULT_RESOURCES)
+    resources: dict[str, float] = dict(DEFAULT_RESOURCES)
     for layer in layers:
         environment |= layer.values.get("environment", {})
         files |= {file.target: file for file in layer.files}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pytest_microvm.errors import BuildError
 from pytest_microvm.images import runtime
 from pytest_microvm.images.debian import apt_options, mirror_lines, mmdebstrap_command
-from pytest_microvm.images.initramfs import BOOT_MODULES, INIT, initramfs_archive
+from pytest_microvm.images.initramfs import BOOT_MODULES, INIT, SCSI_MODULES, initramfs_archive
 from pytest_microvm.images.kit_keys import ARCHITECTURES
 from pytest_microvm.images.squashfs import run_mmdebstrap, squash_folder
 
@@ -48,7 +48,7 @@ def platform_recipe(suite: str, architecture: str, mirror: str) -> dict[str, obj
         "architecture": architecture,
         "mirror": mirror,
         "packages": _packages(architecture),
-        "modules": BOOT_MODULES,
+        "modules": (*BOOT_MODULES, *SCSI_MODULES),
         "init": INIT.read_text(encoding="utf-8"),
     }
 

@@ -1,16 +1,11 @@
 """Image store: builds missing images, verifies the existing ones, removes unused ones.
 
-Beside the files of :mod:`pytest_microvm.images.artifacts`, the cache folder's ``images/`` holds
-
-``manifests/<digest>.json``  one image: its files' digests, environment and default resources
-``names/<name>-<key>.json``  the image that a kit, as it was written then, stands for
-
-each renamed into place once everything that it refers to exists.
+The cache folder's ``images/`` holds the files of :mod:`pytest_microvm.images.artifacts` and the records of
+:mod:`pytest_microvm.images.records`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -23,15 +18,25 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from pytest_microvm.cache.disk import explained
-from pytest_microvm.errors import ImageError, KitError
+from pytest_microvm.errors import ImageError, KitError, UsageError
 from pytest_microvm.images.artifacts import Artifact, Artifacts, Built
-from pytest_microvm.images.blobs import canonical_json, read_json, sha256_file, write_atomically
+from pytest_microvm.images.blobs import canonical_json, sha256_file, write_atomically
 from pytest_microvm.images.debian import default_mode
 from pytest_microvm.images.image import Image
-from pytest_microvm.images.kits import Kit, load_kit
+from pytest_microvm.images.kits import Kit, find_kit, host_architecture, kit_names, load_kit
 from pytest_microvm.images.mirror.layer import build_layer, libraries_unchanged
 from pytest_microvm.images.mirror.selection import select
+from pytest_microvm.images.oci.pulled import PulledImages
+from pytest_microvm.images.oci.pulling import TIMEOUT, drop_downloads
+from pytest_microvm.images.oci.references import (
+    Platform,
+    is_reference,
+    parse_platform,
+    parse_reference,
+    platform_of,
+)
 from pytest_microvm.images.platform import build_platform, platform_recipe
+from pytest_microvm.images.records import LAYER, ROLES, ImageRecords, absent, file_name, layers_of
 from pytest_microvm.images.rootfs import build_rootfs
 from pytest_microvm.programs.needed import require, require_program
 
@@ -47,14 +52,10 @@ BUILDER_VERSION = 2
 
 _EPOCH = 1735689600  # 2025-01-01: the newest time stamp in an image, unless SOURCE_DATE_EPOCH says otherwise
 _BUILD_SPACE = 512 * 1024**2  # bytes; packages unpacked, beside what is made of them
-_FILES = ("kernel", "initramfs", "runtime", "rootfs")
-_LAYER = "layer"
-_KEPT_LAYERS = 3
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MAX_MANIFEST = 1024**2
-_NAME_KEYS = {"name", "key", "digest", "kit", "project"}
 _LEAST_DIGEST_PREFIX = 6
 
 
@@ -74,12 +75,21 @@ class StoredImage:
         kit: The ``kit.toml`` it was built from.
         current: Whether the kit is unchanged since then.
         size_bytes: Bytes of its files, shared ones included.
+        reference: The reference that it was pulled by; empty for a kit's image.
+        manifest: The digest of its manifest at the place it was pulled from.
     """
 
     image: Image
     kit: Path
     current: bool
     size_bytes: int
+    reference: str = ""
+    manifest: str = ""
+
+    @property
+    def origin(self) -> str:
+        """What it was made from, for display."""
+        return self.reference or (str(self.kit) if self.current else f"{self.kit} (changed since)")
 
 
 class ImageStore:
@@ -94,6 +104,10 @@ class ImageStore:
         self._root = root / "images"
         self._mode = mode
         self._artifacts = Artifacts(self._root, space=_BUILD_SPACE)
+        self._records = ImageRecords(self._root, self._artifacts)
+        self._pulled = PulledImages(
+            self._root, self._records, self._artifacts, self._platform_for, BUILDER_VERSION
+        )
 
     def get(
         self,
@@ -103,23 +117,28 @@ class ImageStore:
         progress: Progress | None = None,
         force: bool = False,
     ) -> Image:
-        """Return a kit's image; build its missing or damaged parts.
+        """Return a kit's image, its missing or damaged parts built; or a container image, pulled if missing.
 
         Args:
-            name_or_path: A kit's name, its folder, or its ``kit.toml``; or ``sha256:DIGEST`` of a stored
-                image, which is not built.
+            name_or_path: A kit's name, its folder, or its ``kit.toml``; a container image's reference, or the
+                name that it was pulled as; or ``sha256:DIGEST`` of a stored image, which is not built.
             project: Root of the user's project, which may hold kits of its own.
             progress: Called with each stage as a line of text.
             force: Build everything again.
 
         Raises:
             KitError: There is no such kit, or it cannot be used.
-            ImageError: An image requested by its digest is not in the store.
+            ImageError: An image requested by its digest is not in the store, or a container image cannot be
+                pulled.
             HostError: This computer lacks a program that builds images, or disk space.
             BuildError: A step of the build failed; nothing of it is left.
         """
         if by_digest := _DIGEST.fullmatch(str(name_or_path)):
-            return self._by_digest(by_digest[1])
+            return self._records.by_digest(by_digest[1])
+        if is_reference(str(name_or_path)):
+            return self._referred(str(name_or_path), project, progress)
+        if isinstance(name_or_path, str) and self._pulled.has(name_or_path):
+            return self._named(name_or_path, project, progress)
         kit = load_kit(name_or_path, project=project)
         tell = _with_time(f"image {kit.name}", progress)
         while True:
@@ -130,6 +149,61 @@ class ImageStore:
                 return image
             # A concurrent prune: while the second artifact was built, no name referred to the first.
             force = False
+
+    def pull(
+        self,
+        reference: str,
+        *,
+        base: Path,
+        platform: str = "",
+        name: str = "",
+        timeout: float = TIMEOUT,
+        progress: Progress | None = None,
+    ) -> Image:
+        """Pull a container image again, or for the first time.
+
+        Args:
+            reference: Its reference.
+            base: The folder that relative paths are relative to.
+            platform: Its platform, such as ``linux/arm64``; this computer's if empty.
+            name: A name for it, besides its reference.
+            timeout: Seconds without a byte after which a registry counts as hanging.
+            progress: Called with each stage as a line of text.
+
+        Raises:
+            UsageError: The reference, the platform or the name is invalid.
+            PullError: The image cannot be had, or is refused.
+            HostError: A program is missing, or the disk is full.
+        """
+        parsed = parse_reference(reference, base)
+        wanted = parse_platform(platform) if platform else platform_of(host_architecture())
+        if name and name in kit_names(base):
+            raise UsageError(
+                f"a kit is called {name!r}, too", resolution="give the pulled image another name (--as)"
+            )
+        return self._pulled.pull(
+            parsed, wanted, _with_time(str(parsed), progress), name=name, timeout=timeout
+        )
+
+    def is_pulled(self, name: str) -> bool:
+        """Return True if the user has pulled an image as ``name``."""
+        return self._pulled.has(name)
+
+    def check(self, name: str, project: Path) -> None:
+        """Check that an image's kit exists, or that its reference is valid.
+
+        Raises:
+            KitError: There is no such kit, and no pulled image of that name.
+            UsageError: The reference is invalid.
+        """
+        if is_reference(name):
+            parse_reference(name, project)
+        elif not self.is_pulled(name):
+            find_kit(name, project=project)
+
+    def is_container(self, name: str) -> bool:
+        """Return True if an image's text is no kit's: a reference, a pulled image's name, or a digest."""
+        return is_reference(name) or self.is_pulled(name) or _DIGEST.fullmatch(name) is not None
 
     def mirrored(
         self,
@@ -158,33 +232,36 @@ class ImageStore:
         selection = select(environment, without=without)
         for folder in selection.editable:
             tell(f"editable sources outside the workspace are mirrored, too: {folder}")
-        name = f"layer-{image.name}-{hashlib.sha256(os.fsencode(environment.prefix)).hexdigest()[:8]}"
+        name = (
+            f"layer-{file_name(image.name)}-{hashlib.sha256(os.fsencode(environment.prefix)).hexdigest()[:8]}"
+        )
 
         def build(folder: Path) -> Built:
             for program in ("mksquashfs", "unsquashfs"):
                 require_program(program)
             size = f"{selection.size / 1e6:.0f} MB"
             tell(f"mirroring {environment.describe()}: {len(selection.entries)} files, {size}")
-            layer, libraries = build_layer(folder, environment, selection, image.rootfs)
-            return Built({"layer": layer}, {"libraries": libraries, "python": environment.describe()})
+            layer, libraries = build_layer(folder, environment, selection, image.file_systems)
+            return Built({LAYER: layer}, {"libraries": libraries, "python": environment.describe()})
 
         confined = {"confined": True} if environment.confined else {}
-        key = _key({"files": selection.digest, "rootfs": image.rootfs.name, **confined})
+        below = {"layers": [path.name for path in image.layers]} if image.layers else {}
+        key = _key({"files": selection.digest, "rootfs": image.rootfs.name, **below, **confined})
         made = self._artifacts.get(name, key, build, tell)
         if not libraries_unchanged(made.facts["libraries"]):
             made = self._artifacts.get(name, key, build, tell, force=True)
-        manifest = self._manifest(image.digest)
+        manifest = self._records.manifest(image.digest)
         if manifest is None:
-            raise _absent(image.digest)
+            raise absent(image.digest)
         search = f"{environment.prefix}/bin:{manifest['environment'].get('PATH', _PATH)}"
         manifest["environment"] |= {"PATH": search}
         if environment.prefix != environment.base:
             manifest["environment"] |= {"VIRTUAL_ENV": str(environment.prefix)}
-        manifest["files"] |= made.files
+        manifest["layers"] = [*manifest.get("layers", []), made.files[LAYER]]
         manifest["python"] = made.facts["python"]
         entry = {"name": name, "key": key, "kit": "", "project": "", "mirrors": str(environment.prefix)}
-        found = self._publish_manifest(manifest, entry)
-        self._forget_older(name)
+        found = self._records.publish(manifest, entry)
+        self._records.forget_older(name)
         return replace(found, name=image.name)
 
     def manifest(self, image: Image) -> bytes:
@@ -193,9 +270,9 @@ class ImageStore:
         Raises:
             ImageError: The image is not in the store.
         """
-        if self._manifest(image.digest) is None:
-            raise _absent(image.digest)
-        return self._manifest_path(image.digest).read_bytes()
+        if self._records.manifest(image.digest) is None:
+            raise absent(image.digest)
+        return self._records.manifest_path(image.digest).read_bytes()
 
     def adopt(
         self,
@@ -219,7 +296,7 @@ class ImageStore:
             HostError: The disk is full, or the cache cannot be written.
         """
         files = _files_of(manifest)
-        if not _NAME.fullmatch(name):
+        if not (_NAME.fullmatch(name) or is_reference(name)):
             raise ImageError(
                 f"invalid image name: expected a kit's name, got {name!r}", resolution="name its kit"
             )
@@ -240,43 +317,38 @@ class ImageStore:
             with self._artifacts.publishing():
                 for file in missing:
                     blobs.add(folder / file)
-                write_atomically(self._manifest_path(digest), manifest)
-                write_atomically(self._root / "names" / f"{name}-{digest[:32]}.json", canonical_json(entry))
-        return self._by_digest(digest)
-
-    def _by_digest(self, digest: str) -> Image:
-        manifest = self._manifest(digest)
-        if manifest is None:
-            raise _absent(digest)
-        names = [entry["name"] for _path, entry in self._names() if entry["digest"] == digest]
-        image = self._image(names[0] if names else "image", digest, manifest)
-        if not self.intact(image):
-            raise _absent(digest)
-        return image
+                write_atomically(self._records.manifest_path(digest), manifest)
+                write_atomically(self._records.name_path(entry), canonical_json(entry))
+        return self._records.by_digest(digest)
 
     def intact(self, image: Image) -> bool:
         """Return True if an image's files still match its digest; costs a stat each, mostly."""
-        return all(self._artifacts.blobs.intact(path.name) for path in image.files().values())
+        return self._records.intact(image)
 
     def list(self) -> builtins.list[StoredImage]:
         """Return the named images, sorted by name."""
         found = []
-        for _path, entry in self._names():
-            manifest = self._manifest(entry["digest"])
+        for _path, entry in self._records.names():
+            manifest = self._records.manifest(entry["digest"])
             if manifest is None:
                 continue
-            image = self._image(entry["name"], entry["digest"], manifest)
+            image = self._records.image(entry["name"], entry["digest"], manifest)
             size = sum(path.stat().st_size for path in image.files().values() if path.is_file())
-            found.append(StoredImage(image, Path(entry["kit"]), _is_current(entry), size))
+            pulled = (entry.get("reference", ""), entry.get("manifest", ""))
+            found.append(StoredImage(image, Path(entry["kit"]), _is_current(entry), size, *pulled))
         return sorted(found, key=lambda stored: (stored.image.name, stored.image.digest))
 
     def inspect(self, name_or_digest: str) -> StoredImage:
-        """Return an image by its kit's name or by its digest (six characters are enough if unique).
+        """Return an image by its kit's name, its reference, the name that it was pulled as, or its digest.
+
+        Six characters of a digest are enough if unique.
 
         Raises:
             ImageError: There is none, or more than one.
         """
         stored = self.list()
+        if is_reference(name_or_digest):
+            name_or_digest = str(parse_reference(name_or_digest, Path.cwd()))
         matches = [entry for entry in stored if entry.image.name == name_or_digest]
         matches = [entry for entry in matches if entry.current] or matches
         if not matches and len(name_or_digest) >= _LEAST_DIGEST_PREFIX:
@@ -284,7 +356,7 @@ class ImageStore:
         if len({entry.image.digest for entry in matches}) == 1:
             return matches[0]
         if matches:
-            lines = [f"{entry.image.digest[:12]}  {entry.image.name}  {entry.kit}" for entry in matches]
+            lines = [f"{entry.image.digest[:12]}  {entry.image.name}  {entry.origin}" for entry in matches]
             raise ImageError(
                 f"{name_or_digest!r} stands for more than one image",
                 details="\n".join(lines),
@@ -307,10 +379,10 @@ class ImageStore:
         """
         digest = self.inspect(name_or_digest).image.digest
         with explained(self._root), self._artifacts.publishing():
-            for path, entry in self._names():
+            for path, entry in self._records.names():
                 if entry["digest"] == digest:
                     path.unlink()
-            return self._drop_unnamed()
+            return self._records.drop_unnamed()
 
     def prune(self) -> int:
         """Remove images whose kit changed or is gone, files that no image needs, and broken-off builds.
@@ -319,11 +391,34 @@ class ImageStore:
             Bytes freed.
         """
         with explained(self._root), self._artifacts.publishing():
-            current = {path for path, entry in self._names() if _is_current(entry)}
+            current = {path for path, entry in self._records.names() if _is_current(entry)}
             for path in set((self._root / "names").glob("*.json")) - current:
                 path.unlink()
-            freed = self._drop_unnamed()
-        return freed + self._artifacts.drop_broken_off_builds()
+            freed = self._records.drop_unnamed()
+        return freed + self._artifacts.drop_broken_off_builds() + drop_downloads(self._artifacts, self._root)
+
+    def _referred(self, text: str, project: Path | None, progress: Progress | None) -> Image:
+        """Return the container image that was pulled last by a reference; pull it if there is none."""
+        reference, platform = parse_reference(text, project or Path.cwd()), platform_of(host_architecture())
+        tell = _with_time(text, progress)
+        return self._pulled.find(reference, platform, tell) or self._pulled.pull(reference, platform, tell)
+
+    def _named(self, name: str, project: Path | None, progress: Progress | None) -> Image:
+        """Return the container image that was pulled under a name.
+
+        Raises:
+            KitError: A kit has the name, too. A branch must not redefine a name that its user chose.
+        """
+        if name in kit_names(project):
+            raise KitError(
+                f"{name!r} is the name of a kit, and of a pulled image",
+                resolution=f"name the kit by its path, or `pytest-microvm image remove {name}`",
+            )
+        return self._pulled.named(name, _with_time(f"image {name}", progress))
+
+    def _platform_for(self, platform: Platform, tell: Progress) -> Artifact:
+        """Return kernel, initramfs and runtime for machines of container images: those of the base kit."""
+        return self._platform(replace(load_kit("base"), architecture=platform.machine), tell, force=False)
 
     def _platform(self, kit: Kit, tell: Progress, *, force: bool) -> Artifact:
         def build(folder: Path) -> Built:
@@ -370,80 +465,7 @@ class ImageStore:
         }
         entry = {"name": kit.name, "key": kit_key(kit), "kit": str(kit.path)}
         entry["project"] = str(project.resolve()) if project else ""
-        return self._publish_manifest(manifest, entry)
-
-    def _publish_manifest(self, manifest: dict[str, Any], entry: dict[str, str]) -> Image:
-        """Store a manifest and the entry that names it; return the image."""
-        data = canonical_json(manifest)
-        digest = hashlib.sha256(data).hexdigest()
-        entry = {**entry, "digest": digest}
-        name_path = self._root / "names" / f"{entry['name']}-{entry['key'][:32]}.json"
-        if self._manifest(digest) is None or read_json(name_path) != entry:
-            # Names serve only lists and prunes: if the cache cannot be written, the image does without one.
-            with contextlib.suppress(OSError), self._artifacts.publishing():
-                write_atomically(self._manifest_path(digest), data)
-                write_atomically(name_path, canonical_json(entry))
-        return self._image(entry["name"], digest, manifest)
-
-    def _forget_older(self, name: str) -> None:
-        """Remove all but the newest images of a mirrored environment, which grows a layer with every change.
-
-        Some older ones stay for runs that started before, and for kept machines.
-        """
-        paths = [path for path, entry in self._names() if entry["name"] == name]
-        paths.sort(key=lambda path: path.stat().st_mtime_ns)
-        if len(paths) > _KEPT_LAYERS:
-            with contextlib.suppress(OSError), self._artifacts.publishing():
-                for path in paths[:-_KEPT_LAYERS]:
-                    path.unlink(missing_ok=True)
-                self._drop_unnamed()
-
-    def _image(self, name: str, digest: str, manifest: dict[str, Any]) -> Image:
-        paths = {role: self._artifacts.blobs.path(digest) for role, digest in manifest["files"].items()}
-        return Image(
-            name=name,
-            digest=digest,
-            architecture=manifest["architecture"],
-            environment=tuple(sorted(manifest["environment"].items())),
-            resources=manifest["resources"],
-            network=tuple(manifest.get("network", ())),
-            python=manifest.get("python", ""),
-            **paths,
-        )
-
-    def _manifest_path(self, digest: str) -> Path:
-        return self._root / "manifests" / f"{digest}.json"
-
-    def _manifest(self, digest: str) -> dict[str, Any] | None:
-        """Return the manifest with this digest; ``None`` if it is missing or damaged."""
-        try:
-            data = self._manifest_path(digest).read_bytes()
-        except FileNotFoundError:
-            return None
-        return dict(json.loads(data)) if hashlib.sha256(data).hexdigest() == digest else None
-
-    def _names(self) -> builtins.list[tuple[Path, dict[str, str]]]:
-        paths = sorted((self._root / "names").glob("*.json"))
-        return [(path, entry) for path in paths if (entry := read_json(path)) and entry.keys() >= _NAME_KEYS]
-
-    def _drop_unnamed(self) -> int:
-        """Delete all manifests and artifacts without a name. The caller holds the publish lock."""
-        digests = {entry["digest"] for _path, entry in self._names()}
-        needed: set[str] = set()
-        for path in (self._root / "manifests").glob("*.json"):
-            manifest = self._manifest(path.stem) if path.stem in digests else None
-            if manifest is None:
-                path.unlink()
-            else:
-                needed |= set(manifest["files"].values())
-        return self._artifacts.drop_all_but(needed)
-
-
-def _absent(digest: str) -> ImageError:
-    return ImageError(
-        f"image sha256:{digest[:12]}... is not in the cache, or is damaged",
-        resolution="run again: it is fetched again, or built",
-    )
+        return self._records.publish(manifest, entry)
 
 
 def _files_of(manifest: bytes) -> list[str]:
@@ -454,9 +476,9 @@ def _files_of(manifest: bytes) -> list[str]:
     """
     try:
         data = json.loads(manifest) if len(manifest) <= _MAX_MANIFEST else {}
-        roles = [role for role in (*_FILES, _LAYER) if role != _LAYER or role in data["files"]]
-        files = list(dict.fromkeys(str(data["files"][role]) for role in roles))
-        sound = len(roles) == len(data["files"])
+        sound = data["files"].keys() - {LAYER} == set(ROLES) and isinstance(data.get("layers", []), list)
+        found = [*(data["files"][role] for role in ROLES), *layers_of(data)]
+        files = list(dict.fromkeys(map(str, found)))
         sound = sound and data["format"] == BUILDER_VERSION and canonical_json(data) == manifest
         sound = sound and all(re.fullmatch(r"[0-9a-f]{64}", file) for file in files)
     except (ValueError, KeyError, TypeError):
@@ -493,7 +515,12 @@ def kit_key(kit: Kit) -> str:
 
 
 def _is_current(entry: dict[str, str]) -> bool:
-    """Return True if a name's kit is unchanged since it was written, or its mirrored environment exists."""
+    """Return True if a name's kit is unchanged since it was written, or its mirrored environment exists.
+
+    A pulled image is current as long as it has a name.
+    """
+    if entry.get("reference"):
+        return True
     if mirrored := entry.get("mirrors"):
         return Path(mirrored).is_dir()
     project = Path(entry["project"]) if entry.get("project") else None

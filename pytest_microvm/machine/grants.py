@@ -163,7 +163,7 @@ def resolve(
     *,
     project: Path,
     own: Path | None = None,
-    rootfs: Path | None = None,
+    file_systems: tuple[Path, ...] = (),
     say: Callable[[str], None] = lambda _line: None,
 ) -> Grants:
     """Resolve the grants for machines of ``spec``, reading its secrets and credentials once.
@@ -174,7 +174,7 @@ def resolve(
         where: The place that the rules come from, for errors.
         project: The user's project, whose git remotes the preset ``git`` allows.
         own: The folder whose files commands that print secrets must not use; ``None``: there is none.
-        rootfs: The image's root file system, whose apt sources the preset ``apt`` allows.
+        file_systems: The layers of the image's root file system, whose apt sources the preset ``apt`` allows.
         say: Called with hints for the user.
 
     Raises:
@@ -186,7 +186,7 @@ def resolve(
     def preset(name: str) -> Sequence[Rule]:
         from pytest_microvm.network.policy import presets  # noqa: PLC0415 - runs the tools, which takes seconds
 
-        found = presets.read_preset(name, project, rootfs)
+        found = presets.read_preset(name, project, file_systems)
         if name in presets.named_presets(rules):  # not if it is only forbidden
             environment.update(found.environment)
             for hint in found.hints:

@@ -1,4 +1,4 @@
-"""Find the programs that machines and image builds need, and report all missing ones in one error."""
+"""Find the programs that machines, image builds and pulls need, and report all missing ones in one error."""
 
 from __future__ import annotations
 
@@ -8,20 +8,28 @@ import shutil
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pytest_microvm.errors import HostError, HypervisorMissing
 from pytest_microvm.untrusted.program_path import absolute_path
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 INSTALL = "pytest-microvm setup"
 """The command that installs missing programs."""
 
-Purpose = Literal["machines", "images"]
+Purpose = Literal["machines", "images", "pulls"]
 
 _TABLE = Path(__file__).with_name("needed.txt")
 _SYSTEM_FOLDERS = "/usr/local/sbin:/usr/sbin:/sbin"  # Debian's PATH of ordinary users lacks them
-_CANNOT = {"machines": "machines cannot run", "images": "images cannot be built"}
-_ACTIVITY = {"machines": "to run machines", "images": "to build images"}
+_CANNOT = {
+    "machines": "machines cannot run",
+    "images": "images cannot be built",
+    "pulls": "container images cannot be pulled",
+}
+_ACTIVITY = {"machines": "to run machines", "images": "to build images", "pulls": "to pull container images"}
+_USUAL: tuple[Purpose, ...] = ("machines", "images")
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class DebianPackage:
     Args:
         name: The package's name.
         where: The computers that need it.
-        purpose: ``machines`` or ``images``.
+        purpose: ``machines``, ``images`` or ``pulls``.
         programs: Names of programs, and absolute paths of files (globs).
     """
 
@@ -68,26 +76,31 @@ def find_program(name: str) -> str | None:
     return shutil.which(name, path=f"{absolute_path()}:{_SYSTEM_FOLDERS}")
 
 
-def missing_packages() -> list[DebianPackage]:
-    """Return the packages that this computer needs and lacks."""
-    return [package for package in _packages() if package.needed_here() and package.missing()]
+def missing_packages(purposes: Sequence[Purpose] = _USUAL) -> list[DebianPackage]:
+    """Return the packages that this computer needs and lacks.
+
+    Args:
+        purposes: What it needs them for. By default not for pulls: few computers pull container images.
+    """
+    wanted = [package for package in _packages() if package.purpose in purposes]
+    return [package for package in wanted if package.needed_here() and package.missing()]
 
 
 def require(purpose: Purpose) -> None:
-    """Check that all programs for running machines, or for building images, are installed.
+    """Check that all programs for a purpose are installed.
 
     Raises:
         HypervisorMissing: QEMU is missing; the error names all missing programs.
         HostError: Other programs are missing.
     """
-    packages = [package for package in missing_packages() if package.purpose == purpose]
+    packages = missing_packages((purpose,))
     missing = [name for package in packages for name in package.missing()]
     if missing:
         raise _not_found(purpose, missing)
 
 
-def require_program(name: str) -> str:
-    """Return the path of a program that running machines needs.
+def require_program(name: str, purpose: Purpose = "machines") -> str:
+    """Return the path of a program that is needed for a purpose.
 
     Raises:
         HypervisorMissing: It is QEMU, and is missing; the error names all missing programs.
@@ -95,7 +108,7 @@ def require_program(name: str) -> str:
     """
     path = find_program(name)
     if path is None:
-        raise _not_found("machines", [name])
+        raise _not_found(purpose, [name])
     return path
 
 

@@ -352,7 +352,7 @@ class Chain:
                 Disk(base.image.rootfs, readonly=True),
                 Disk(base.image.runtime, readonly=True),
                 scratch or Disk(folder / "scratch"),
-                *([Disk(base.image.layer, readonly=True)] if base.image.layer else []),
+                *(Disk(layer, readonly=True) for layer in base.image.layers),
             ),
             state=state,
             name=name,
@@ -420,10 +420,12 @@ def _warm_up(instance: Instance) -> None:
     link = instance.link("agent")
     for _ in range(2):
         request = command_arguments(["true"], {}, None, None)
-        with GuestProcess(
-            UnlimitedClient(link), ["true"], request, stdin=False, text=False, pty=None
-        ) as process:
-            process.communicate(timeout=BOOT_TIMEOUT)
+        with contextlib.suppress(FileNotFoundError):  # a container image may have no programs
+            process = GuestProcess(
+                UnlimitedClient(link), ["true"], request, stdin=False, text=False, pty=None
+            )
+            with process:
+                process.communicate(timeout=BOOT_TIMEOUT)
 
 
 def _title(base: Base, steps: Sequence[TemplateStep]) -> str:

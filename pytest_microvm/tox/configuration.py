@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import KitError, UsageError
 from pytest_microvm.git.checkout import CheckedOutRef, checked_out
-from pytest_microvm.host.project_grants import own_kit
+from pytest_microvm.host.project_grants import own_image
 from pytest_microvm.settings.trust import VARIABLE, is_trusted
 
 if sys.version_info >= (3, 11):
@@ -132,12 +132,12 @@ def find(folder: Path) -> ToxFile | None:
 
 
 def asked_by_image(image: str, project: Path) -> dict[str, Any]:
-    """Return the request of an image whose kit is the project's own: a digest of its whole content.
+    """Return the request of an image: of the project's own kit a digest of its whole content, or a reference.
 
     Raises:
         KitError: The kit does not exist, or is invalid.
     """
-    own = own_kit(image, project)
+    own = own_image(image, project)
     return {} if own is None else {f"{KEY}.image.{image}": own[0]}
 
 

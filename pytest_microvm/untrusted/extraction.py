@@ -20,6 +20,7 @@ from typing import IO
 
 from pytest_microvm.errors import TransferError
 from pytest_microvm.untrusted.nofollow import FOLDER_FLAGS, MAX_DEPTH
+from pytest_microvm.untrusted.tar_headers import CheckedHeader, RefusedHeader
 
 MAX_ENTRIES = 1_000_000
 MAX_BYTES = 64 * 1024**3
@@ -27,61 +28,16 @@ MAX_BYTES = 64 * 1024**3
 
 _MAX_LEFT_OUT = 1000  # members: each costs memory
 _LONG_NAME = 512  # bytes of a name that count as one more entry, since names are kept in memory
-_MAX_HEADER = 64 * 1024  # bytes of a long name or of extended attributes, which are read into memory
 LEADS_OUT = "a link that may lead out"
 """Why a symbolic link is refused, or left out."""
 
 _MAX_NAME = 4096
-_MAX_HEADERS = 8  # consecutive headers that extend the next one: attributes, a long name, a long link
 _PIECE = 256 * 1024
 _PADDING = 64 * 1024  # bytes; tar pads its last record with zeros
 _LATEST = 2**33 - 1  # seconds since 1970: the maximum of tar's own field
 _FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _IN_THE_WAY = frozenset([errno.ENOTDIR, errno.ELOOP, errno.ENOENT])  # a file or a link, or nothing
 _NO_NAME = frozenset([errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL])  # for example vfat, for a colon
-_HEADERS = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
-
-
-class _Header(tarfile.TarInfo):
-    """A header block, validated before tarfile reads the data that it announces."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
-        """Parse and validate the header in ``buf``."""
-        header = super().frombuf(buf, encoding, errors)
-        if header.size < 0:
-            raise _refused(header, "a negative size")
-        if header.type in _HEADERS and header.size > _MAX_HEADER:
-            raise _refused(header, "a name or attributes that are too long")
-        if header.type == tarfile.GNUTYPE_SPARSE:
-            raise _refused(header, "a sparse file")
-        if header.type == tarfile.XGLTYPE:  # tarfile keeps them all, and copies them for every member
-            raise _refused(header, "attributes of all that follows")
-        return header
-
-    @classmethod
-    def fromtarfile(cls, tarfile: tarfile.TarFile) -> _Header:
-        """Return the next member; limit the number of headers that extend it."""
-        depth = getattr(tarfile, "headers_in_a_row", 0)
-        if depth > _MAX_HEADERS:
-            raise TransferError("the machine sent a tar member with too many headers")
-        tarfile.headers_in_a_row = depth + 1  # type: ignore[attr-defined]  # this archive's alone
-        try:
-            return super().fromtarfile(tarfile)
-        finally:
-            tarfile.headers_in_a_row = depth  # type: ignore[attr-defined]
-
-    def _refuse_sparse(self, _next: tarfile.TarInfo, *_headers: object) -> None:
-        raise _refused(self, "a sparse file")
-
-    # tarfile reads a sparse map of any length into memory before a caller can see the member's type.
-    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
 
 @dataclass(frozen=True)
@@ -114,7 +70,7 @@ def extract(source: IO[bytes], folder: Path, terms: ExtractionLimits | None = No
     root = os.open(folder, FOLDER_FLAGS)
     total = entries = 0
     try:
-        with tarfile.open(fileobj=source, mode="r|", bufsize=65536, tarinfo=_Header) as archive:
+        with tarfile.open(fileobj=source, mode="r|", bufsize=65536, tarinfo=CheckedHeader) as archive:
             for member in archive:
                 total += max(0, member.size)
                 entries += 1 + len(member.name) // _LONG_NAME
@@ -133,6 +89,8 @@ def extract(source: IO[bytes], folder: Path, terms: ExtractionLimits | None = No
                     _check_amount(member, entries, total, terms)
                 archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
         source.read(_PADDING)  # else the sender fails to write its last bytes
+    except RefusedHeader as error:
+        raise _refusal(error.name, error.why) from None
     except (tarfile.TarError, EOFError, ValueError, OverflowError, RecursionError) as error:
         raise TransferError(f"the machine sent a damaged archive: {error}") from error
     except TimeoutError as error:
@@ -335,7 +293,11 @@ def _mode(parent: int, name: str) -> int:
 
 
 def _refused(member: tarfile.TarInfo, why: str) -> TransferError:
+    return _refusal(member.name, why)
+
+
+def _refusal(name: str, why: str) -> TransferError:
     return TransferError(
-        f"the machine sent {member.name[:200]!r}, which is refused: {why}",
+        f"the machine sent {name[:200]!r}, which is refused: {why}",
         resolution="pull only the files that are wanted",
     )

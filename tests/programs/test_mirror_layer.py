@@ -49,7 +49,7 @@ def rootfs(folder, libraries):
 def layer(folder, prefix, libraries):
     environment = environment_at(prefix)
     (folder / "out").mkdir()
-    return build_layer(folder / "out", environment, select(environment), rootfs(folder, libraries))
+    return build_layer(folder / "out", environment, select(environment), [rootfs(folder, libraries)])
 
 
 def listed(path):
@@ -106,6 +106,19 @@ def test_newer_c_library_serves_both(tmp_path, prefix, minor):
     assert libraries_unchanged(described)
 
 
+def test_folders_of_the_image_are_not_hidden(tmp_path, prefix):
+    """As of an image with musl: /lib has its loader. The layer's programs find theirs all the same."""
+    for name in ("lib", "lib64", "usr/lib64"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+    (tmp_path / "root" / "sbin").symlink_to("usr/sbin")
+    path, _libraries = layer(tmp_path, prefix, {})
+    found = listed(path)
+    assert "lib" not in found or found["lib"][0].startswith("d")
+    assert found[f"lib/{MULTIARCH}/libc.so.6"][0].startswith("l")
+    loaders = [name for name in found if name.startswith("lib64/ld-linux")]
+    assert [found[name][0][0] for name in loaders] == ["l"]
+
+
 def test_changed_library_is_noticed(tmp_path):
     library = tmp_path / "libown.so.1"
     library.write_bytes(b"first")
@@ -125,14 +138,14 @@ def test_file_that_goes_away_meanwhile_is_an_error_with_its_name(tmp_path, prefi
     chosen.add(str(gone))
     gone.unlink()
     with pytest.raises(BuildError, match=rf"{gone} changed while it was copied"):
-        build_layer(tmp_path, environment, chosen, rootfs(tmp_path, {}))
+        build_layer(tmp_path, environment, chosen, [rootfs(tmp_path, {})])
 
 
 def test_damaged_image_is_an_error(tmp_path, prefix):
     environment = environment_at(prefix)
     (tmp_path / "rootfs").write_bytes(b"no squashfs")
     with pytest.raises(BuildError, match="unsquashfs failed"):
-        build_layer(tmp_path, environment, select(environment), tmp_path / "rootfs")
+        build_layer(tmp_path, environment, select(environment), [tmp_path / "rootfs"])
 
 
 @pytest.fixture
@@ -165,15 +178,16 @@ def image(store, tmp_path):
 def test_environment_is_laid_over_an_image(store, image, prefix):
     told = []
     found = store.mirrored(image, environment_at(prefix), progress=told.append)
-    assert found.layer is not None
-    assert found.files() == {**image.files(), "layer": found.layer}
+    (layer,) = found.layers
+    assert found.files() == {**image.files(), "layer1": layer}
+    assert found.file_systems == (image.rootfs, layer)
     assert dict(found.environment) == {"PATH": f"{prefix}/bin:/usr/bin:/bin", "VIRTUAL_ENV": str(prefix)}
     assert re.fullmatch(r"env \(CPython 3\.\d+\.\d+, 0 packages\)", found.python)
     assert any(re.search(r"mirroring env .*: \d+ files, \d+ MB", line) for line in told)
     told.clear()
     assert store.mirrored(image, environment_at(prefix), progress=told.append) == found
     assert told == []  # found again, not packed again
-    assert store.get(f"sha256:{found.digest}").layer == found.layer
+    assert store.get(f"sha256:{found.digest}").layers == found.layers
 
 
 def test_changed_environment_makes_a_new_image_and_old_ones_go(store, image, prefix):
@@ -186,7 +200,7 @@ def test_changed_environment_makes_a_new_image_and_old_ones_go(store, image, pre
     assert len(set(digests)) == 5
     stored = {entry.image.digest for entry in store.list()}
     assert stored == {image.digest, *digests[2:]}
-    assert store.mirrored(image, environment_at(prefix)).layer is not None
+    assert len(store.mirrored(image, environment_at(prefix)).layers) == 1
 
 
 def test_image_of_an_environment_that_is_gone_is_pruned(store, image, prefix, tmp_path):

@@ -447,7 +447,7 @@ def test_apt_in_the_guest_uses_the_sources_of_its_image(apt_uses, tmp_path):
     subprocess.run(
         ["mksquashfs", str(tmp_path / "root"), str(rootfs), "-quiet"], check=True, capture_output=True
     )
-    assert sorted(texts(read_preset("apt", tmp_path, rootfs))) == [
+    assert sorted(texts(read_preset("apt", tmp_path, (rootfs,)))) == [
         "http://one.example",
         "https://two.example",
     ]

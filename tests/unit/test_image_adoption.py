@@ -71,6 +71,24 @@ def test_an_adopted_image_is_the_same_and_found_by_its_digest(origin, here):
     assert [(one.image.name, one.current) for one in here.list()] == [("base", False)]
 
 
+@pytest.mark.parametrize("written", ["layers", "role"])
+def test_layers_go_with_an_image(origin, here, written):
+    """Earlier versions wrote the only layer as one more role of the files."""
+    store, image = origin
+    files = {role: path.name for role, path in image.files().items()}
+    one, two = files["kernel"], files["runtime"]  # any files do
+    if written == "layers":
+        adopted = here.adopt("base", make_manifest(files, layers=[one, two]), from_(store))
+        expected = [one, two]
+    else:
+        adopted = here.adopt("base", make_manifest({**files, "layer": one}), from_(store))
+        expected = [one]
+    assert [path.name for path in adopted.layers] == expected
+    assert adopted.file_systems == (adopted.rootfs, *adopted.layers)
+    here.prune()
+    assert not adopted.layers[0].exists()
+
+
 def test_only_what_is_missing_is_fetched(origin, here):
     store, image = origin
     here.adopt("base", store.manifest(image), from_(store))
@@ -106,6 +124,8 @@ def test_blob_with_a_wrong_digest_is_refused_and_leaves_no_files(origin, here, t
         b"{}",
         make_manifest(dict.fromkeys(ROLES, "../../../etc/passwd")),
         make_manifest({"kernel": "a" * 64}),
+        make_manifest(dict.fromkeys(ROLES, "a" * 64), layers="a" * 64),
+        make_manifest(dict.fromkeys(ROLES, "a" * 64), layers=["../x"]),
         make_manifest(dict.fromkeys(ROLES, "a" * 64), format=99),
         json.dumps(json.loads(make_manifest(dict.fromkeys(ROLES, "a" * 64)))).encode(),
     ],

@@ -11,7 +11,7 @@ import pytest
 from pytest_microvm.ci.running.run import check_trust
 from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.cli import main
-from pytest_microvm.errors import UsageError
+from pytest_microvm.errors import KitError, UsageError
 from pytest_microvm.git.checkout import CheckedOutRef, checked_out
 from pytest_microvm.host.project_grants import asked_by
 from pytest_microvm.settings import trust as project_trust
@@ -443,3 +443,52 @@ def test_addopts_of_the_configuration_grants_nothing(word):
 
 def test_other_addopts_stay():
     refuse_granting(["-q", "--microvm", "--microvm-network-bytes=1M", "--microvm-memory=1G", "-k", "a"])
+
+
+# Container images
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "docker://registry.example/team/app:1",
+        "docker://127.0.0.1:5000/a",
+        "oci:build/image",
+        "docker-daemon:a:1",
+    ],
+)
+def test_container_image_of_the_configuration_is_asked_about(tmp_path, image):
+    """This computer would fetch it, from a network that only it may reach, or from the user's files."""
+    (tmp_path / "pyproject.toml").write_text(f'[tool.pytest-microvm]\nimage = "{image}"\n')
+    asked = asked_by(load_settings(tmp_path, {}))
+    assert asked == {"image": image}
+    with pytest.raises(UsageError, match="asks for more than its own files"):
+        project_trust.check(tmp_path, asked)
+    allow(tmp_path, asked)
+    project_trust.check(tmp_path, asked)
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest-microvm]\nimage = "docker://other.example/app"\n')
+    with pytest.raises(UsageError):
+        project_trust.check(tmp_path, asked_by(load_settings(tmp_path, {})))
+    assert asked_by(load_settings(tmp_path, {"image": image})) == {}  # the command line is the user's
+
+
+def test_image_that_the_user_pulled_under_a_name_is_not_asked_about(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTEST_MICROVM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest-microvm]\nimage = "app"\n')
+    with pytest.raises(KitError, match="there is no kit 'app'"):
+        asked_by(load_settings(tmp_path, {}))
+    names = tmp_path / "cache" / "images" / "names"
+    names.mkdir(parents=True)
+    (names / "app-alias.json").write_text("{}")
+    assert asked_by(load_settings(tmp_path, {})) == {}
+
+
+def test_container_images_of_jobs_are_asked_about(clone):
+    (clone / "microvm.toml").write_text('[ci.jobs.test]\nimage = "docker://r.example/a"\nsteps = ["true"]\n')
+    git(clone, "add", ".")
+    git(clone, "commit", "-q", "-m", "jobs")
+    code = CodeRepository(clone)
+    definition = read_definition(code)
+    assert definition.asked == {"ci.image.docker://r.example/a": "docker://r.example/a"}
+    with pytest.raises(UsageError, match="nobody has allowed that for branch main"):
+        check_trust(code, definition)

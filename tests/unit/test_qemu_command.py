@@ -189,3 +189,38 @@ def test_nothing_reaches_out(launch, machine):
 def test_more_words_come_last():
     command = qemu_command("qemu", replace(BOOT, words=("microvm.probe=1",)), TCG, FDS)
     assert value_of(command, "-append")[0].endswith(" tsc_early_khz=2100000 microvm.probe=1")
+
+
+# Layers
+
+
+def with_layers(count):
+    layers = tuple(Disk(Path(f"/i/layer{number}"), readonly=True) for number in range(count))
+    fds = {**FDS, **{f"disk{number}": 30 + number for number in range(3, 3 + count)}}
+    return replace(BOOT, disks=(*BOOT.disks, *layers)), fds
+
+
+def devices_of(command):
+    """The devices of the disks, in the order of their plugs."""
+    return [value.split(",")[0] for value in value_of(command, "-device") if "drive=" in value]
+
+
+@pytest.mark.parametrize("count", [1, 19])
+def test_layers_have_a_device_each_as_long_as_they_fit(count):
+    launch, fds = with_layers(count)
+    command = qemu_command("qemu", launch, TCG, fds)
+    assert devices_of(command) == ["virtio-blk-device"] * (3 + count)
+    assert not any("scsi" in word for word in command)
+
+
+@pytest.mark.parametrize("machine", ["microvm", "q35", "virt"])
+def test_more_layers_are_units_of_a_controller(machine):
+    launch, fds = with_layers(40)
+    command = qemu_command("qemu", launch, Accelerator("tcg", "", machine), fds)
+    bus = "pci" if machine == "q35" else "device"
+    assert value_of(command, "-device").count(f"virtio-scsi-{bus},id=scsi") == 1
+    plugs = [value for value in value_of(command, "-device") if "drive=" in value]
+    assert sum(value.startswith(f"virtio-blk-{bus},") for value in plugs) == 21
+    for unit in range(22):
+        assert f"scsi-hd,bus=scsi.0,channel=0,scsi-id=0,lun={unit},drive=disk{21 + unit}" in plugs
+    assert "microvm.scsi=22" in value_of(command, "-append")[0].split()

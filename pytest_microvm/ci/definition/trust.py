@@ -1,4 +1,4 @@
-"""Find the jobs' images that need trust: the project's own kits, whose commands run on this computer."""
+"""Find the jobs' images that need trust: the project's own kits, and container images by reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from pytest_microvm.ci.definition.job import Job
 from pytest_microvm.errors import KitError
-from pytest_microvm.host.project_grants import own_kit
+from pytest_microvm.host.project_grants import own_image
 from pytest_microvm.images.kits import shipped_kits
 
 KITS = "microvm/kits"
@@ -24,6 +24,8 @@ def own_images(jobs: Iterable[Job]) -> set[str]:
 def asked_by_kits(jobs: Iterable[Job], project: Path) -> dict[str, Any]:
     """Return the requests of a project's own kits: for each a digest of its content, and its network rules.
 
+    A container image is requested by its reference.
+
     A missing or unusable kit requests nothing: no machine will be made from it.
 
     Args:
@@ -34,7 +36,7 @@ def asked_by_kits(jobs: Iterable[Job], project: Path) -> dict[str, Any]:
     asked: dict[str, Any] = {}
     for image in sorted(own_images(jobs)):
         try:
-            own = own_kit(image, project)
+            own = own_image(image, project)
         except KitError:
             continue
         if own is None:

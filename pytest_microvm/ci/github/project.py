@@ -16,6 +16,7 @@ from pytest_microvm.ci.sources.tree import Tree
 from pytest_microvm.errors import KitError, UsageError
 from pytest_microvm.host.project_grants import asked_by
 from pytest_microvm.images.kits import Kit, load_kit, shipped_kits
+from pytest_microvm.images.oci.references import is_reference
 from pytest_microvm.images.store import kit_key
 from pytest_microvm.settings import trust as project_trust
 from pytest_microvm.settings.configuration import Settings, load_settings
@@ -29,12 +30,13 @@ class Needs:
 
     Args:
         kits: The ``kit.toml`` of every image that can be built before the run; not those of jobs that use the
-            project's own kits, which the run takes from the jobs' definition.
-        keys: For every image, a digest of its inputs.
+            project's own kits, which the run takes from the jobs' definition. Of a container image, its
+            reference.
+        keys: For every image, a digest of its inputs; for a container image, its reference.
         prepared: A digest of everything prepared in the run's machines before the tests are copied in.
     """
 
-    kits: tuple[Path, ...]
+    kits: tuple[Path | str, ...]
     keys: tuple[str, ...]
     prepared: str
 
@@ -53,8 +55,10 @@ def _needs_of_suite(inputs: Inputs) -> Needs:
     settings = load_settings(inputs.project, {"image": inputs.image or None})
     if not inputs.trust:
         project_trust.check(settings.project, asked_by(settings))
-    kit = load_kit(settings.spec.image, project=inputs.project)
     prepared = [_shape(settings.spec), settings.prepare, _suite_inputs(settings)]
+    if is_reference(settings.spec.image):
+        return Needs((settings.spec.image,), (settings.spec.image,), _digest(prepared))
+    kit = load_kit(settings.spec.image, project=inputs.project)
     return Needs((kit.path,), (kit_key(kit),), _digest(prepared))
 
 
@@ -80,9 +84,11 @@ def _needs_of_jobs(inputs: Inputs) -> Needs:
     tree = repository.tree(repository.ref("HEAD"))
     prepared = [_prepared(job, tree) for job in definition.jobs]
     with trusted_project(repository, inputs.definition_from or None) as (project, _bundles):
-        kits = [_kit(image, project) for image in sorted({job.spec.image for job in definition.jobs})]
+        images = sorted({job.spec.image for job in definition.jobs})
+        pulled = tuple(image for image in images if is_reference(image))
+        kits = [_kit(image, project) for image in images if image not in pulled]
         shipped = tuple(kit.path for kit in kits if shipped_kits() in kit.path.parents)
-        return Needs(shipped, tuple(map(kit_key, kits)), _digest(prepared))
+        return Needs((*shipped, *pulled), (*map(kit_key, kits), *pulled), _digest(prepared))
 
 
 def _check_default_branch(repository: CodeRepository, expected: str) -> None:

@@ -26,6 +26,7 @@ from pytest_microvm.ci.github.run import junit_path, run_command, run_guarded
 from pytest_microvm.ci.github.upload import make_uploadable
 from pytest_microvm.errors import UsageError
 from pytest_microvm.host.host import Host
+from pytest_microvm.images import Image
 from pytest_microvm.images.store import cache_root
 
 _GROUND = "ground.json"
@@ -61,7 +62,7 @@ def ready(folder: Path) -> None:
     inputs = saved_inputs(folder)
     needs = needs_of(inputs)
     host = _host(inputs)
-    images = [host.images.get(kit, project=inputs.project, progress=_say) for kit in needs.kits]
+    images = [_image(host, kit, inputs.project) for kit in needs.kits]
     if not images:
         raise UsageError("no job names an image that ships", resolution='let one of them say image = "base"')
     accelerator = host.accelerator(images[0])
@@ -117,6 +118,13 @@ def report(folder: Path) -> None:
             "failures": str(counts.failed + counts.errors),
         }
     )
+
+
+def _image(host: Host, kit: Path | str, project: Path) -> Image:
+    """Return a kit's image, built if missing; pull a container image, whose tag may lead elsewhere today."""
+    if isinstance(kit, str):
+        return host.images.pull(kit, base=project, progress=_say)
+    return host.images.get(kit, project=project, progress=_say)
 
 
 def _host(inputs: Inputs) -> Host:

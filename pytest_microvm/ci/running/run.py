@@ -30,7 +30,7 @@ from pytest_microvm.ci.sources.tree import Tree
 from pytest_microvm.errors import HostError, UsageError
 from pytest_microvm.git.checkout import CheckedOutRef, checked_out
 from pytest_microvm.host.project_grants import check_commands
-from pytest_microvm.images.kits import find_kit
+from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.settings import trust as project_trust
 
 _log = logging.getLogger("pytest_microvm")
@@ -271,7 +271,7 @@ def ready(plan: Plan, repository: CodeRepository, sources: Sources, project: Pat
         KitError: An image does not exist.
     """
     for image in sorted({task.job.spec.image for task in plan.tasks}):
-        find_kit(image, project=project)
+        ImageStore(cache_root()).check(image, project)
     default = repository.ref(repository.default_branch)
     tasks = (with_owner(task, sources, default) if task.job.prepare else task for task in plan.tasks)
     return replace(plan, tasks=tuple(tasks))

@@ -25,6 +25,12 @@ _OVERHEAD = 192 * 1024**2
 
 Measured: see ADR 0008."""
 
+_BLOCK_DISKS = 21
+"""Disks with a virtio-blk device each if there are more than fit: the rest share a SCSI controller.
+
+Of QEMU's machine type ``microvm``, 23 virtio devices work, one of them for the ports: with a 24th the guest's
+kernel hangs, and there is no bus for a 25th (tried with QEMU 7.2)."""
+
 # auto-read-only=off: by default QEMU opens a file read-only and reopens it when a device needs to write,
 # which fails with a descriptor that was opened for both.
 # werror=report: a full disk is an error that the guest sees; by default QEMU stops the guest, and tests hang.
@@ -79,16 +85,27 @@ def qemu_command(
     for port in launch.ports:
         command += ["-chardev", f"socket,id={port},fd={fds[port]}"]
         command += ["-device", f"virtserialport,chardev={port},name={port}"]
+    scsi = _scsi_disks(launch)
+    if scsi:
+        command += ["-device", f"virtio-scsi-{bus},id=scsi"]
     for number, disk in _plug_order(launch.disks, accelerator):
         for name in (f"disk{number}", f"overlay{number}"):
             if name in fds:
                 command += ["-add-fd", f"fd={fds[name]},set={fds[name]}"]
-        command += ["-drive", _drive(number, disk, fds), "-device", f"virtio-blk-{bus},drive=disk{number}"]
+        unit = number - len(launch.disks) + scsi
+        device = f"virtio-blk-{bus}" if unit < 0 else f"scsi-hd,bus=scsi.0,channel=0,scsi-id=0,lun={unit}"
+        command += ["-drive", _drive(number, disk, fds), "-device", f"{device},drive=disk{number}"]
     command += ["-kernel", _again(fds["kernel"]), "-initrd", _again(fds["initramfs"])]
     command += ["-append", " ".join(_words(launch, accelerator))]
     if launch.state is not None:
         command += ["-incoming", "defer"]
     return command
+
+
+def _scsi_disks(launch: Launch) -> int:
+    """Return the number of disks, the last ones, that are units of a SCSI controller."""
+    count = len(launch.disks)
+    return count - _BLOCK_DISKS if count > _BLOCK_DISKS + 1 else 0
 
 
 def _accel(accelerator: Accelerator) -> str:
@@ -150,4 +167,6 @@ def _words(launch: Launch, accelerator: Accelerator) -> tuple[str, ...]:
         words += ("reboot=t",)
     if accelerator.tsc_khz is not None:
         words += (f"tsc_early_khz={accelerator.tsc_khz}",)
+    if scsi := _scsi_disks(launch):
+        words += (f"microvm.scsi={scsi}",)
     return words + launch.words

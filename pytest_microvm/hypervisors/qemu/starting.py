@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
     from pytest_microvm.hypervisors import Accelerator, Launch
 
-_FILES = 256  # descriptors
+_FILES = 256  # descriptors, without those of disks
+_FILES_OF_DISK = 3  # inherited, in its set of descriptors, and as QEMU opens it again
 _THREADS = 160  # QEMU keeps at most 64 for its disks, and one for each vCPU
 _STACKS = 1024**3  # bytes of private memory that threads reserve and hardly touch (8 MiB each)
 _ADDRESSES = 16 * 1024**3  # bytes of address space for libraries, arenas and stacks
@@ -149,7 +150,7 @@ def _ruleset(
 def _rlimits(launch: Launch, limits: CgroupLimits, *, own_user: bool) -> Rlimits:
     """Return resource limits for QEMU, set far above its normal use."""
     return Rlimits(
-        files=_FILES,
+        files=_FILES + _FILES_OF_DISK * len(launch.disks),
         file_bytes=largest_file(launch),
         address_bytes=limits.memory + _ADDRESSES,
         data_bytes=limits.memory + _STACKS,

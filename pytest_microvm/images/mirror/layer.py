@@ -20,20 +20,23 @@ from pytest_microvm.images.squashfs import squash_stream
 from pytest_microvm.untrusted.nofollow import OpenTree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from pytest_microvm.images.mirror.environment import PythonEnvironment
     from pytest_microvm.images.mirror.selection import MirroredFile
 
 _C_LIBRARY = "libc.so.6"
+_LOADER = "ld-linux"
 # An overlay file system does not merge such a folder with the one below it (Linux: filesystems/overlayfs).
 _OPAQUE = {"SCHILY.xattr.trusted.overlay.opaque": "y"}
 _USR_MERGED = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
-_MANY_BYTES = 1 << 20
+# A line of `unsquashfs -ll` about a top folder, or a link in its place.
+_TOP_LINE = re.compile(rf"(\S)\S{{9}} \S+ +\d+ \S+ \S+ squashfs-root/({'|'.join(_USR_MERGED)})(?: -> .*)?")
+_BUFFER = 1 << 16  # bytes; tarfile copies what is in its buffer with each header that it adds
 
 
 def build_layer(
-    folder: Path, environment: PythonEnvironment, selection: MirroredFiles, rootfs: Path
+    folder: Path, environment: PythonEnvironment, selection: MirroredFiles, file_systems: Sequence[Path]
 ) -> tuple[Path, str]:
     """Pack an environment for machines of one image.
 
@@ -41,8 +44,8 @@ def build_layer(
         folder: The empty folder for the result and everything temporary.
         environment: The environment.
         selection: Its files.
-        rootfs: The image's root file system: if its C library is newer than this computer's, its libraries
-            are used where it has them.
+        file_systems: The layers of the image's root file system, the lowest first: if its C library is newer
+            than this computer's, its libraries are used where it has them.
 
     Returns:
         The layer, and a description of the shared libraries outside the environment that it contains, for
@@ -54,7 +57,7 @@ def build_layer(
     confined = environment.prefix if environment.confined else None
     base = [environment.base / "lib", environment.base / "lib64"]
     found = LibrarySearch(confined=confined, base=base).closure(candidates(selection.entries))
-    libraries = _for_image(found, _libraries_of(rootfs))
+    libraries = _for_image(found, _libraries_of(file_systems))
     described = json.dumps({str(path): _stamp(path) for path in libraries.values()}, sort_keys=True)
     packed = MirroredFiles(dict(selection.entries))
     for path in libraries.values():
@@ -62,7 +65,10 @@ def build_layer(
         while real is not None and (target := packed.entries[real].target):
             real = packed.add(os.path.join(os.path.dirname(real), target))
     opaque = {os.path.realpath(path) for path in (*environment.standard_libraries, *environment.sites)}
-    links = {name: path for name, path in libraries.items() if not _is_default(path.parent)}
+    own = _own_folders(file_systems)
+    for name in own:  # this computer's link in its place would hide it
+        packed.entries.pop(f"/{name}", None)
+    links = _links(libraries, own)
     layer = folder / "layer.squashfs"
     with _Files(environment.prefix) as files:
         squash_stream(lambda stream: _write_tar(stream, files, packed.entries, opaque, links), layer)
@@ -94,14 +100,43 @@ def _for_image(found: dict[str, Path], image: dict[str, int]) -> dict[str, Path]
     return {name: path for name, path in found.items() if name not in image}
 
 
-def _libraries_of(rootfs: Path) -> dict[str, int]:
+def _libraries_of(file_systems: Sequence[Path]) -> dict[str, int]:
     """Return the names of an image's shared libraries; the value of ``libc.so.6`` is its minor version."""
-    folder = f"usr/lib/{_multiarch()}"
-    listed = _unsquashfs("-l", str(rootfs), folder)
-    names = (line.rpartition("/")[2] for line in listed.decode(errors="replace").splitlines())
-    found = {name: 0 for name in names if re.search(r"\.so(\.|$)", name)}
-    if _C_LIBRARY in found:
-        found[_C_LIBRARY] = glibc_version(_unsquashfs("-cat", str(rootfs), f"{folder}/{_C_LIBRARY}"))
+    folders = [f"usr/lib/{_multiarch()}", f"lib/{_multiarch()}", "usr/lib64", "lib64"]
+    found: dict[str, int] = {}
+    for layer in map(str, file_systems):
+        listed = _unsquashfs("-l", layer, *folders).decode(errors="replace").splitlines()
+        paths = [line.partition("/")[2] for line in listed if re.search(r"\.so(\.[^/]*)?$", line)]
+        found |= {path.rpartition("/")[2]: 0 for path in paths if path.rpartition("/")[0] in folders}
+        for path in paths:
+            if path in [f"{folder}/{_C_LIBRARY}" for folder in folders]:
+                found[_C_LIBRARY] = glibc_version(_unsquashfs("-cat", layer, path))
+    return found
+
+
+def _own_folders(file_systems: Sequence[Path]) -> set[str]:
+    """Return the top folders that an image has itself, and does not have in /usr with a link to there."""
+    found: dict[str, str] = {}
+    for layer in map(str, file_systems):
+        for line in _unsquashfs("-ll", layer, *_USR_MERGED).decode(errors="replace").splitlines():
+            if match := _TOP_LINE.fullmatch(line):
+                found[match[2]] = match[1]
+    return {name for name, kind in found.items() if kind == "d"}
+
+
+def _links(libraries: dict[str, Path], own: set[str]) -> dict[str, str]:
+    """Return links by their paths: to the layer's libraries, where the image's programs look for theirs.
+
+    Args:
+        libraries: The libraries that the layer contains, by name.
+        own: The image's own top folders. The kernel looks for the loader of programs in one of them.
+    """
+    place = f"usr/lib/{_multiarch()}"
+    found = {f"{place}/{name}": str(path) for name, path in libraries.items() if not _is_default(path.parent)}
+    if "lib" in own:
+        found |= {f"lib/{_multiarch()}/{name}": f"/{place}/{name}" for name in libraries}
+    if "lib64" in own:
+        found |= {f"lib64/{name}": f"/{place}/{name}" for name in libraries if name.startswith(_LOADER)}
     return found
 
 
@@ -160,7 +195,7 @@ def _write_tar(
     files: _Files,
     entries: dict[str, MirroredFile],
     opaque: set[str],
-    links: dict[str, Path],
+    links: dict[str, str],
 ) -> None:
     """Write the archive: owner root, no set-user-id bits, time stamps as they are.
 
@@ -169,17 +204,17 @@ def _write_tar(
         files: Opens the files.
         entries: The files by absolute path.
         opaque: Folders that hide the image's folders of the same path.
-        links: Libraries in folders where the image's loader does not look: it gets links to them.
+        links: The targets of more links, by their paths.
     """
-    with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, bufsize=_MANY_BYTES) as archive:
+    with tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT, bufsize=_BUFFER) as archive:
         for path in sorted({*entries, *_parents(entries)}):
             entry = entries.get(path)
             if entry is not None and path.endswith(".pyc") and not compiled_is_valid(path, entries):
                 continue
             _add(archive, files, path, above=entry is None, opaque=path in opaque)
-        for name, library in sorted(links.items()):
-            info = tarfile.TarInfo(f"usr/lib/{_multiarch()}/{name}")
-            info.type, info.linkname = tarfile.SYMTYPE, str(library)
+        for path, target in sorted(links.items()):
+            info = tarfile.TarInfo(path)
+            info.type, info.linkname = tarfile.SYMTYPE, target
             archive.addfile(info)
 
 

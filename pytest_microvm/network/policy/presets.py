@@ -49,13 +49,14 @@ class Preset:
     hints: tuple[str, ...] = ()
 
 
-def read_preset(name: str, project: Path, rootfs: Path | None = None) -> Preset:
+def read_preset(name: str, project: Path, file_systems: tuple[Path, ...] = ()) -> Preset:
     """Return a preset's rules and settings, determined once per process.
 
     Args:
         name: One of ``PRESETS``.
         project: The project's folder, for the remotes of its repository.
-        rootfs: The image's root file system (squashfs), whose sources apt in the guest uses.
+        file_systems: The layers of the image's root file system (squashfs), whose sources apt in the guest
+            uses.
 
     Raises:
         UsageError: The tool is not installed, or has no reachable host configured.
@@ -63,12 +64,12 @@ def read_preset(name: str, project: Path, rootfs: Path | None = None) -> Preset:
     """
     if name not in PRESETS:
         raise UsageError(f"{name!r} is no preset", resolution=f"presets are {', '.join(PRESETS)}")
-    return _read(name, project.absolute() if name == "git" else None, rootfs if name == "apt" else None)
+    return _read(name, project.absolute() if name == "git" else None, file_systems if name == "apt" else ())
 
 
-def preset_rules(project: Path, rootfs: Path | None = None) -> Callable[[str], Sequence[Rule]]:
+def preset_rules(project: Path, file_systems: tuple[Path, ...] = ()) -> Callable[[str], Sequence[Rule]]:
     """Return a function from preset name to rules, for ``parse_rules``."""
-    return lambda name: read_preset(name, project, rootfs).rules
+    return lambda name: read_preset(name, project, file_systems).rules
 
 
 def named_presets(texts: Iterable[str]) -> list[str]:
@@ -78,13 +79,13 @@ def named_presets(texts: Iterable[str]) -> list[str]:
 
 
 @lru_cache(maxsize=64)
-def _read(name: str, project: Path | None, rootfs: Path | None) -> Preset:
+def _read(name: str, project: Path | None, file_systems: tuple[Path, ...]) -> Preset:
     if name == "pip":
         return _pip()
     if name == "npm":
         return _npm()
     if name == "apt":
-        return _apt(rootfs)
+        return _apt(file_systems)
     assert project is not None
     return _git(project)
 
@@ -146,15 +147,15 @@ def _npm() -> Preset:
 # apt
 
 
-def _apt(rootfs: Path | None) -> Preset:
-    if rootfs is None and shutil.which("apt-get") is None:
+def _apt(file_systems: tuple[Path, ...]) -> Preset:
+    if not file_systems and shutil.which("apt-get") is None:
         _installed("apt-get", "apt")
     found: list[str] = []
     if shutil.which("apt-get"):
         told, _said = answer(["apt-get", "--print-uris", "update"], what="preset apt")
         found += (source for uri in _APT_URI.findall(told) if (source := _web(uri)))
-    if rootfs is not None:
-        found += _sources_in(rootfs)
+    for layer in file_systems:
+        found += _sources_in(layer)
     if not found:
         raise UsageError(
             "preset apt: neither this computer's apt nor the image has a source reached over http or https",
@@ -163,11 +164,11 @@ def _apt(rootfs: Path | None) -> Preset:
     return _preset("apt", found)
 
 
-def _sources_in(rootfs: Path) -> list[str]:
-    """Return the source URLs that apt uses in an image."""
+def _sources_in(layer: Path) -> list[str]:
+    """Return the source URLs of apt in a layer of an image."""
     wanted = ["etc/apt/sources.list", "etc/apt/sources.list.d/*"]
     told, _said = answer(
-        [_installed("unsquashfs", "apt"), "-cat", str(rootfs.absolute()), *wanted],
+        [_installed("unsquashfs", "apt"), "-cat", str(layer.absolute()), *wanted],
         what="preset apt", statuses=(0, 2),  # 2: one of them is missing
     )  # fmt: skip
     lines = [line for line in told.splitlines() if not line.lstrip().startswith("#")]

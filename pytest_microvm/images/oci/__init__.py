@@ -1,0 +1,1 @@
+"""Make images of machines from container images (OCI): of registries, archives, folders, Docker's daemon."""
