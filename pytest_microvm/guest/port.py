@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from os import read, readv, write  # bound here: a test in the runner's process may replace them in os
 from select import POLLIN, POLLOUT, poll
@@ -21,6 +22,7 @@ PORTS = "/sys/class/virtio-ports"
 # drivers/char/virtio_console.c). readv(2) on a non-blocking port returns all available pages at once.
 _PAGE = 4096
 _PAGES = 16
+_HIGH_FD = 900  # above the range that a test closes when it closes "all" descriptors, below the usual limit
 
 
 def open_port(name: str) -> int:
@@ -34,6 +36,17 @@ def open_port(name: str) -> int:
             if file.read().strip() == name:
                 return os.open(f"/dev/{device}", os.O_RDWR | os.O_CLOEXEC)
     raise FileNotFoundError(f"no virtio-serial port is called {name!r}")
+
+
+def out_of_the_way(fd: int) -> int:
+    """Move ``fd`` above the numbers that tests close or reuse; no child process inherits it."""
+    try:
+        high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD)
+    except OSError:  # the descriptor limit is lower than usual
+        os.set_inheritable(fd, False)
+        return fd
+    os.close(fd)
+    return high
 
 
 class PortReader:
@@ -94,6 +107,21 @@ class Port:
             self.channel = Channel(self._role)
             self.generation += 1
         return self.channel.receive(data)
+
+    def move(self, fd: int) -> None:
+        """Continue on ``fd``, the socket of a process that forwards this end's frames."""
+        self.fd = fd
+        self._reader = PortReader(fd)
+        os.set_blocking(fd, False)
+
+    def write_frame(self, frame: bytes) -> None:
+        """Write a frame that is not the channel's, after the channel's outgoing data."""
+        self.flush()
+        while frame:
+            try:
+                frame = frame[write(self.fd, frame) :]
+            except BlockingIOError:
+                self._wait(POLLOUT)
 
     def flush(self) -> None:
         """Write the channel's outgoing data."""

@@ -107,6 +107,7 @@ class Collected:
         wide: Names of the fixtures with a scope wider than a test, as the guest wrote them: not safe to show.
         needed: For each item of ``order``, the numbers of those that it needs.
         sharing: Plug-ins whose tests need one process, each with the isolation that gives them one.
+        printed: Output outside of pytest's capturing, each with the number of files collected before it.
         exit: Set if collection ended early.
     """
 
@@ -125,6 +126,7 @@ class Collected:
     wide: tuple[str, ...] = ()
     needed: tuple[tuple[int, ...], ...] = ()
     sharing: tuple[tuple[str, str], ...] = ()
+    printed: tuple[tuple[int, str], ...] = ()
     exit: GuestExit | None = None
 
     @classmethod
@@ -156,6 +158,7 @@ class _Draft:
     reports: list[CollectOutcome] = field(default_factory=list)
     deselected: list[int] = field(default_factory=list)
     warnings: list[GuestWarning] = field(default_factory=list)
+    printed: list[tuple[int, str]] = field(default_factory=list)
     class_names: set[str] = field(default_factory=set)
     complete: bool = False
 
@@ -177,6 +180,7 @@ class _Draft:
             reports=tuple(self.reports),
             deselected=tuple(self.deselected),
             warnings=tuple(self.warnings),
+            printed=tuple(self.printed),
             **self.values,
         )
 
@@ -360,6 +364,11 @@ def _wide(draft: _Draft, record: dict[str, Any]) -> None:
     )
 
 
+def _printed(draft: _Draft, record: dict[str, Any]) -> None:
+    files = checks.integer(record.get("files"), "number of files")
+    draft.printed.append((files, checks.text(record.get("text"), "output")))
+
+
 def _sharing(draft: _Draft, record: dict[str, Any]) -> None:
     isolation = checks.choice(record.get("isolation"), _SHARED, "isolation")
     known = draft.values.get("sharing", ())
@@ -381,6 +390,7 @@ _READERS = {
     "ending": _ending,
     "wide": _wide,
     "sharing": _sharing,
+    "printed": _printed,
     "exit": _exit,
     "end": _end,
 }

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_microvm.suite.backend import Backend, MachineCheckpoint, TestLimits
     from pytest_microvm.suite.collected import Collected
     from pytest_microvm.suite.leases import LeaseObserver, Leases
+    from pytest_microvm.suite.live_display import LiveDisplay
     from pytest_microvm.suite.session import Wide
     from pytest_microvm.suite.setup_times import SetUpTimes
 
@@ -64,6 +65,7 @@ class FixtureForks:
         mode: ``auto``: once for slow fixtures; ``fork``: once for all; ``repeat``: for each test.
         times: Seconds that fixtures take.
         watcher: Notified of the keeper.
+        display: Shows what fixtures print and log while they are set up.
         shares: Number of processes among which the tests are divided.
         repeat: How often each test runs.
     """
@@ -77,6 +79,7 @@ class FixtureForks:
         mode: str,
         times: SetUpTimes,
         watcher: LeaseObserver,
+        display: LiveDisplay,
         shares: int,
         repeat: int,
     ) -> None:
@@ -86,6 +89,7 @@ class FixtureForks:
         self._mode = mode
         self._times = times
         self._watcher = watcher
+        self._display = display
         self._shares = max(1, shares)
         self._repeat = repeat
         self._left: dict[int, int] = {}  # tests that still need a fixture, by its number
@@ -145,7 +149,7 @@ class FixtureForks:
         """
         self._forget_checkpoint()
         wanted = self._wanted(item)
-        session = RunnerSession(keeper.machine.link)
+        session = RunnerSession(keeper.machine.link, self._display.capture)
         done = self._read(keeper, item, session.prepare(item.position, len(wanted), limits))
         if done.exit is None:
             stand = sum(self._standing.issuperset(needed[: len(wanted)]) for needed in self._needed)
@@ -178,7 +182,7 @@ class FixtureForks:
             return None
         before = self._standing
         following = None if nextitem is None else nextitem.position
-        session = RunnerSession(keeper.machine.link)
+        session = RunnerSession(keeper.machine.link, self._display.capture)
         done = self._read(keeper, item, session.tear_down(item.position, following, limits))
         if self._standing != before:
             self._forget_checkpoint()
@@ -232,7 +236,7 @@ class FixtureForks:
         done = KeptUp()
         machine = keeper.machine
         before, ended = machine.requests.added, False
-        for count, raw in enumerate(records):
+        for count, raw in enumerate(self._display.of(machine.redactor).others(records)):
             record = cast("dict[str, Any]", machine.redactor.tree(raw))
             kind = record.get("k")
             if kind == "warning" and count < _MAX_RECORDS:
@@ -246,7 +250,7 @@ class FixtureForks:
                 done.printed = text(record.get("printed", ""), "output")
                 self._take(keeper, item, record)
                 done.seconds = sum(self._times.of(pair[0]) for pair in record["wide"])
-            elif kind != "log":
+            else:
                 raise violation("a record of an unknown kind")
         exceeded = machine.exceeded()
         if exceeded is not None:

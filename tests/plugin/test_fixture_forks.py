@@ -124,7 +124,8 @@ def suite(project):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["-v"], ["-rA"], ["-q", "--tb=short"], ["-k", "late or room or chosen"]]
+    "arguments",
+    [["-v"], ["-rA"], ["-q", "--tb=short"], ["-k", "late or room or chosen"], ["-s", "-v"]],
 )
 def test_shown_as_natively(suite, arguments):
     suite.assert_same("--microvm-fixtures=fork", *arguments)
