@@ -34,7 +34,7 @@ _CREDIT_SIZE = MAX_PAYLOAD[Kind.CREDIT]
 
 
 class OutputRelay:
-    """The relay of one runner.
+    """The relay of one runner; the runner itself uses the port until it begins the first live stream.
 
     Args:
         port: The descriptor of the port to the host.
@@ -54,12 +54,12 @@ class OutputRelay:
         self._records = bytearray()  # for the present one
         self._closing = False
         self._early = b""  # what was written while no test ran, for the next one
-        self._runner_ended = False
+        self._runner_ended = self._has_port = False
         self._read_at = 0.0
 
     def serve(self) -> None:
         """Forward until the host closes the port, or the runner has ended and its data is forwarded."""
-        while not (self._runner_ended and not self._records and not self._to_host):
+        while not self._runner_ended or self._records or self._to_host:
             for descriptor, events in self._wait():
                 if events & POLLOUT:
                     self._send(descriptor)
@@ -74,6 +74,9 @@ class OutputRelay:
     def _wait(self) -> list[tuple[int, int]]:
         """Wait until there is anything to do; what is full is not read."""
         waiting = poll()
+        if not self._has_port:
+            waiting.register(self._runner, POLLIN)
+            return waiting.poll()
         waiting.register(self._port, self._events(self._to_host, reads=len(self._to_runner) < _FULL))
         if not self._runner_ended:
             has_room = len(self._to_host) < _FULL and len(self._records) < _FULL
@@ -136,6 +139,7 @@ class OutputRelay:
         return True
 
     def _begin(self, stream: int) -> None:
+        self._has_port = True
         self._streams.add(stream)
         self._stream, self._credit, self._closing = stream, WINDOW, False
         early, self._early = self._early, b""

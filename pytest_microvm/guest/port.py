@@ -9,7 +9,7 @@ from select import POLLIN, POLLOUT, poll
 from typing import TYPE_CHECKING
 
 from pytest_microvm.wire.channel import Channel
-from pytest_microvm.wire.frames import Kind
+from pytest_microvm.wire.frames import HEADER, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -82,7 +82,8 @@ class Port:
     """A channel on a descriptor; :meth:`receive` and :meth:`flush` block.
 
     A clone's host end is new while this end is as old as its template, so a hello from the host
-    restarts the channel. Templates are only made while no stream is open and no data is in transit.
+    restarts the channel. Templates are only made while no stream is open; what the template's host has sent
+    last, such as the end of a stream, may still be in transit, and is dropped.
     """
 
     def __init__(self, fd: int, role: str) -> None:
@@ -103,9 +104,12 @@ class Port:
         data = self._read()
         if not data:
             raise EOFError("the host closed the port")
-        if data[0] == Kind.HELLO and self.channel.peer is not None and not self.channel.pending:
-            self.channel = Channel(self._role)
-            self.generation += 1
+        if self.channel.peer is not None and not self.channel.pending:
+            hello = _last_hello(data)
+            if hello is not None:
+                self.channel = Channel(self._role)
+                self.generation += 1
+                data = data[hello:]
         return self.channel.receive(data)
 
     def move(self, fd: int) -> None:
@@ -139,3 +143,14 @@ class Port:
         waiting = poll()
         waiting.register(self.fd, events)
         waiting.poll()
+
+
+def _last_hello(frames: bytes) -> int | None:
+    """Return where the last hello among ``frames`` begins; ``None`` if there is none."""
+    found, position = None, 0
+    while position + HEADER.size <= len(frames):
+        kind, _stream, length = HEADER.unpack_from(frames, position)
+        if kind == Kind.HELLO:
+            found = position
+        position += HEADER.size + length
+    return found

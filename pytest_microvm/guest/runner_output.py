@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 import warnings
 from os import _exit, dup2, fork, getpid, read  # bound here: a test may replace them in os
 from typing import TYPE_CHECKING, Any
@@ -47,21 +48,50 @@ class OutsideOutput(io.StringIO):
             self.leads_to.flush()
 
 
+class RelayProcess:
+    """A process with an :class:`OutputRelay`, which waits until it is used.
+
+    Args:
+        port: The descriptor of the port to the host.
+
+    Attributes:
+        pid: The process that has started it.
+        socket: The descriptor of a socket to the relay.
+        pipe: The descriptor of the pipe that it reads.
+        answers: The descriptor of the pipe that it answers on.
+    """
+
+    def __init__(self, port: int) -> None:
+        output, pipe = os.pipe()
+        answered, answers = os.pipe()
+        ours, relays = socket.socketpair()
+        with relays:
+            _fork_orphan(lambda: _relay(port, relays.fileno(), output, answers))
+        os.close(output)
+        os.close(answers)
+        self.pid = getpid()
+        self.socket = out_of_the_way(ours.detach())
+        self.pipe, self.answers = out_of_the_way(pipe), out_of_the_way(answered)
+
+
 class LiveOutput:
     """The output of this process, and of those that it starts, on its way to the host.
 
     Args:
         runner: The connection to the host.
+        relay: The relay of that.
         config: pytest's configuration.
         outside: What stands for stdout and for stderr while pytest does not capture.
     """
 
-    def __init__(self, runner: Runner, config: Any, outside: tuple[OutsideOutput, OutsideOutput]) -> None:
+    def __init__(
+        self, runner: Runner, relay: RelayProcess, config: Any, outside: tuple[OutsideOutput, OutsideOutput]
+    ) -> None:
         self._runner = runner
+        self._relay = relay
         self._config = config
         self._outside = outside
         self._pid = 0
-        self._pipe = self._answers = -1
         self._unanswered = 0
         self._mode = ""
         self._captured: list[Any] = []  # pytest's files until then; modules may have kept them
@@ -74,8 +104,8 @@ class LiveOutput:
             stream: The host's stream for it.
             mode: pytest's ``--capture``: ``no`` or ``tee-sys``.
         """
-        if self._pid != getpid():  # a fork of a process, not of a machine, has the relay of the other one
-            self._start_relay()
+        if self._pid != getpid():
+            self._take_relay()
         if not self._mode:
             self._mode = mode
             self._change_capturing(mode)
@@ -104,9 +134,9 @@ class LiveOutput:
     def lead(self) -> None:
         """Lead stdout and stderr to the host, and what pytest has put in their place until now."""
         for descriptor in (1, 2):
-            dup2(self._pipe, descriptor)
+            dup2(self._relay.pipe, descriptor)
         for file in self._captured:
-            dup2(self._pipe, file.fileno(), inheritable=False)
+            dup2(self._relay.pipe, file.fileno(), inheritable=False)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         self._files = [file for file in (sys.stdout, sys.stderr) if file is not None]
         for outside, file in zip(self._outside, self._files):  # noqa: B905 - Python 3.8
@@ -121,10 +151,23 @@ class LiveOutput:
         self._runner.port.write_frame(encode(kind, RELAY, payload))
         self._unanswered += 1
         while self._unanswered:
-            answers = read(self._answers, self._unanswered)
+            answers = read(self._relay.answers, self._unanswered)
             if not answers:
                 raise EOFError("the relay has ended")
             self._unanswered -= len(answers)
+
+    def _take_relay(self) -> None:
+        """Let the relay have the port."""
+        port = self._runner.port
+        port.flush()
+        if self._relay.pid != getpid():  # a fork of a process, not of a machine: the relay is the other one's
+            self._relay = RelayProcess(port.fd)
+            self._unanswered = 0
+            if self._pid:
+                self.lead()
+        os.close(port.fd)
+        port.move(self._relay.socket)
+        self._pid = getpid()
 
     def _change_capturing(self, mode: str) -> None:
         """Make pytest capture as with ``mode`` from its start."""
@@ -146,24 +189,6 @@ class LiveOutput:
         manager.start_global_capturing()
         manager.suspend_global_capture()
 
-    def _start_relay(self) -> None:
-        """Start the relay; from now on the runner's port is a socket to it."""
-        port = self._runner.port
-        port.flush()
-        output, pipe = os.pipe()
-        answered, answers = os.pipe()
-        ours, relays = socket.socketpair()
-        with relays:
-            _fork_orphan(lambda: _relay(port.fd, relays.fileno(), output, answers))
-        for descriptor in (output, answers, port.fd):
-            os.close(descriptor)
-        port.move(out_of_the_way(ours.detach()))
-        self._pipe, self._answers = out_of_the_way(pipe), out_of_the_way(answered)
-        self._unanswered = 0
-        if self._pid:
-            self.lead()
-        self._pid = getpid()
-
 
 def _has_descriptor(file: Any) -> bool:
     try:
@@ -181,6 +206,8 @@ def _fork_orphan(work: Any) -> None:
             try:
                 if fork() == 0:
                     work()
+            except BaseException:  # noqa: BLE001 - the last place to tell of it
+                traceback.print_exc(file=sys.__stderr__)
             finally:
                 _exit(0)
     with contextlib.suppress(ChildProcessError):  # the project's own handler may have reaped it
@@ -197,12 +224,11 @@ def _relay(port: int, runner: int, output: int, answers: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     nothing = os.open(os.devnull, os.O_RDWR)
     for descriptor in map(int, os.listdir("/proc/self/fd")):
-        if descriptor not in (port, runner, output, answers, nothing):
+        if descriptor not in (2, port, runner, output, answers, nothing):
             with contextlib.suppress(OSError):  # the folder's own
                 os.close(descriptor)
-    for descriptor in (0, 1, 2):
+    for descriptor in (0, 1):
         dup2(nothing, descriptor)
     for descriptor in (port, runner, output):
         os.set_blocking(descriptor, False)
-    with contextlib.suppress(OSError):  # the host has closed the port
-        OutputRelay(port, runner, output, answers).serve()
+    OutputRelay(port, runner, output, answers).serve()

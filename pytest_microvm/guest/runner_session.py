@@ -33,7 +33,7 @@ from pytest_microvm.guest.runner_coverage import CoverageRecorder, recorder_of
 from pytest_microvm.guest.runner_debugger import Debugger
 from pytest_microvm.guest.runner_end import EndOfSession, say_nothing_of_interrupts
 from pytest_microvm.guest.runner_logging import LogRelay
-from pytest_microvm.guest.runner_output import LiveOutput, OutsideOutput
+from pytest_microvm.guest.runner_output import LiveOutput, OutsideOutput, RelayProcess
 from pytest_microvm.guest.runner_records import NodeTable, cut, report_record, warning_record
 from pytest_microvm.guest.runner_setup_show import SetupShow
 from pytest_microvm.guest.runner_sharing import asks_for_worker, sharing_plugins
@@ -83,7 +83,8 @@ def _collect(runner: Runner, request: dict[str, Any]) -> None:
         runner.held.install()
     controller = fork_controller(runner.close, arguments)
     runner.pid = os.getpid()
-    session = _SessionPlugin(runner, request, runner.open_stream(request), controller)
+    relay = RelayProcess(runner.port.fd)  # like the controller, it is forked while this process is small
+    session = _SessionPlugin(runner, request, runner.open_stream(request), controller, relay)
     sys.stdout, sys.stderr = session.out, session.err
     code: object
     try:
@@ -102,13 +103,19 @@ class _SessionPlugin:
     """The plug-in that watches collection and takes over the test loop."""
 
     def __init__(
-        self, runner: Runner, request: dict[str, Any], stream: int, controller: ControllerProcess
+        self,
+        runner: Runner,
+        request: dict[str, Any],
+        stream: int,
+        controller: ControllerProcess,
+        relay: RelayProcess,
     ) -> None:
         self.out = OutsideOutput()
         self.err = OutsideOutput()
         self.reason = ""
         self._runner = runner
         self._controller = controller
+        self._relay = relay
         self.end = EndOfSession() if request["whole"] else None  # this session is all there is
         self._exchanging = False
         self._coverage: CoverageRecorder | None = None
@@ -417,7 +424,7 @@ class _SessionPlugin:
     def _begin_live(self, stream: int, capture: str) -> None:
         """Let the host have what the project's code writes, as it writes it."""
         if self._live is None:
-            self._live = LiveOutput(self._runner, self._config, (self.out, self.err))
+            self._live = LiveOutput(self._runner, self._relay, self._config, (self.out, self.err))
         elif self._debugger is not None:
             self._live.lead()  # it had a terminal in this place
         self._live.begin(stream, capture)

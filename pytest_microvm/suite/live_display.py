@@ -67,6 +67,11 @@ class LiveDisplay:
         self._sent += 1
         self._waits = True
 
+    def ran(self) -> None:
+        """Let what comes from now on wait for an outcome: it is the tear-down of wider fixtures."""
+        self._sent = max(self._sent, 1)
+        self._waits = True
+
     def show(self, what: str | LogMessage) -> None:
         """Show output or a message, unless it has to wait; too much of it is cut then."""
         if not self._waits:

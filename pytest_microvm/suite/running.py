@@ -94,6 +94,7 @@ class TestRunner:
         """Run ``item``, retrying machine failures; all other failures become its outcome."""
         limits = limits_of(item, self._options)
         ran = self._run(item, nextitem, limits)
+        self._display.ran()
         self._tear_down(ran, item, nextitem, limits)
         return ran
 

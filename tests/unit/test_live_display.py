@@ -80,6 +80,19 @@ def test_what_waits_for_a_report_that_never_came_is_shown_at_the_end(shown):
     assert shown() == "late"
 
 
+def test_tear_down_of_wider_fixtures_waits_for_the_outcome_of_a_crash(shown):
+    shows = display()
+    shows.begin()
+    take(shows, out(b"last words "))
+    shows.ran()
+    take(shows, out(b"down"))
+    shows.reported()
+    shows.reported(SETUP)
+    assert shown() == "last words "
+    shows.reported(error_report(ITEM, "call", "crashed", []))
+    assert shown() == "down"
+
+
 def test_a_test_that_begins_again_shows_nothing_twice(shown):
     shows = display()
     shows.begin()

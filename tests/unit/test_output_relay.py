@@ -25,6 +25,7 @@ class Ends:
         runner, self.runner = socket.socketpair()
         output, self.pipe = os.pipe()
         self.answered, answers = os.pipe()
+        self.port = port
         self._ours = [port, runner]
         self._descriptors = [output, self.pipe, self.answered, answers]
         for sock in (self.host, self.runner):
@@ -67,10 +68,19 @@ class Ends:
 
 
 @pytest.fixture
-def ends():
+def unused():
     made = Ends()
     yield made
     made.close()
+
+
+@pytest.fixture
+def ends(unused):
+    """The same after a first live stream, since when the relay has the port."""
+    unused.tell(Kind.MESSAGE, b"1000")
+    unused.tell(Kind.CLOSE)
+    unused.frames(unused.host, Kind.CLOSE)
+    return unused
 
 
 def records(frames, stream):
@@ -89,6 +99,13 @@ def joined(found):
         else:
             made.append(record)
     return made
+
+
+def test_before_its_first_stream_it_leaves_the_port_to_the_runner(unused):
+    unused.host.sendall(encode(Kind.HELLO, 0, b"{}"))
+    unused.runner.close()
+    assert unused.ended()
+    assert unused.port.recv(100) == encode(Kind.HELLO, 0, b"{}")
 
 
 def test_frames_pass_unchanged_in_both_directions(ends):
