@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from os import read, readv, write  # bound here: a test in the runner's process may replace them in os
 from select import POLLIN, POLLOUT, poll
 from typing import TYPE_CHECKING
 
 from pytest_microvm.wire.channel import Channel
-from pytest_microvm.wire.frames import Kind
+from pytest_microvm.wire.frames import HEADER, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +22,7 @@ PORTS = "/sys/class/virtio-ports"
 # drivers/char/virtio_console.c). readv(2) on a non-blocking port returns all available pages at once.
 _PAGE = 4096
 _PAGES = 16
+_HIGH_FD = 900  # above the range that a test closes when it closes "all" descriptors, below the usual limit
 
 
 def open_port(name: str) -> int:
@@ -34,6 +36,17 @@ def open_port(name: str) -> int:
             if file.read().strip() == name:
                 return os.open(f"/dev/{device}", os.O_RDWR | os.O_CLOEXEC)
     raise FileNotFoundError(f"no virtio-serial port is called {name!r}")
+
+
+def out_of_the_way(fd: int) -> int:
+    """Move ``fd`` above the numbers that tests close or reuse; no child process inherits it."""
+    try:
+        high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD)
+    except OSError:  # the descriptor limit is lower than usual
+        os.set_inheritable(fd, False)
+        return fd
+    os.close(fd)
+    return high
 
 
 class PortReader:
@@ -69,7 +82,8 @@ class Port:
     """A channel on a descriptor; :meth:`receive` and :meth:`flush` block.
 
     A clone's host end is new while this end is as old as its template, so a hello from the host
-    restarts the channel. Templates are only made while no stream is open and no data is in transit.
+    restarts the channel. Templates are only made while no stream is open; what the template's host has sent
+    last, such as the end of a stream, may still be in transit, and is dropped.
     """
 
     def __init__(self, fd: int, role: str) -> None:
@@ -90,10 +104,28 @@ class Port:
         data = self._read()
         if not data:
             raise EOFError("the host closed the port")
-        if data[0] == Kind.HELLO and self.channel.peer is not None and not self.channel.pending:
-            self.channel = Channel(self._role)
-            self.generation += 1
+        if self.channel.peer is not None and not self.channel.pending:
+            hello = _last_hello(data)
+            if hello is not None:
+                self.channel = Channel(self._role)
+                self.generation += 1
+                data = data[hello:]
         return self.channel.receive(data)
+
+    def move(self, fd: int) -> None:
+        """Continue on ``fd``, the socket of a process that forwards this end's frames."""
+        self.fd = fd
+        self._reader = PortReader(fd)
+        os.set_blocking(fd, False)
+
+    def write_frame(self, frame: bytes) -> None:
+        """Write a frame that is not the channel's, after the channel's outgoing data."""
+        self.flush()
+        while frame:
+            try:
+                frame = frame[write(self.fd, frame) :]
+            except BlockingIOError:
+                self._wait(POLLOUT)
 
     def flush(self) -> None:
         """Write the channel's outgoing data."""
@@ -111,3 +143,14 @@ class Port:
         waiting = poll()
         waiting.register(self.fd, events)
         waiting.poll()
+
+
+def _last_hello(frames: bytes) -> int | None:
+    """Return where the last hello among ``frames`` begins; ``None`` if there is none."""
+    found, position = None, 0
+    while position + HEADER.size <= len(frames):
+        kind, _stream, length = HEADER.unpack_from(frames, position)
+        if kind == Kind.HELLO:
+            found = position
+        position += HEADER.size + length
+    return found

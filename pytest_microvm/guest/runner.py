@@ -7,12 +7,10 @@ answers ``resume``, ``run`` and ``finish``; a clone of the machine continues in 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import sys
 from typing import TYPE_CHECKING
 
-from pytest_microvm.guest.port import Port, open_port
+from pytest_microvm.guest.port import Port, open_port, out_of_the_way
 from pytest_microvm.guest.runner_requests import Runner
 
 if TYPE_CHECKING:
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
     from pytest_microvm.guest.runner_preload import HeldModules
 
 _ONLY_OURS = ("tarfile",)  # modules that neither Python nor pytest loads at start, but our code does
-_HIGH_FD = 900  # above the range that a test closes when it closes "all" descriptors, below the usual limit
 
 
 def main(arguments: list[str]) -> int:
@@ -35,7 +32,7 @@ def main(arguments: list[str]) -> int:
     fd = int(arguments[arguments.index("--fd") + 1]) if "--fd" in arguments else open_port("runner")
     from pytest_microvm.guest import resume  # noqa: PLC0415 - before the code folder leaves sys.path
 
-    runner = Runner(Port(_out_of_the_way(fd), "runner"), resume.apply, resume.outdate_openssl)
+    runner = Runner(Port(out_of_the_way(fd), "runner"), resume.apply, resume.outdate_openssl)
     start(runner, preload="--preload" in arguments, coverage="--coverage" in arguments)
     return 0
 
@@ -59,17 +56,6 @@ def start(runner: Runner, *, preload: bool = False, coverage: bool = False) -> N
         runner.held = import_ahead()
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         serve(runner)
-
-
-def _out_of_the_way(fd: int) -> int:
-    """Move ``fd`` above the numbers that tests close or reuse; no child process inherits it."""
-    try:
-        high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH_FD)
-    except OSError:  # the descriptor limit is lower than usual
-        os.set_inheritable(fd, False)
-        return fd
-    os.close(fd)
-    return high
 
 
 def _import_session() -> tuple[Callable[[Runner], None], Callable[[], HeldModules | None]]:

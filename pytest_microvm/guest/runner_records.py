@@ -104,13 +104,13 @@ def report_record(config: Any, report: Any) -> dict[str, Any]:
     """Return a test report as pytest's own hooks serialize it."""
     data = config.hook.pytest_report_to_serializable(config=config, report=report)
     if isinstance(data, dict) and report.sections:
-        data["sections"] = [(title, _cut(content)) for title, content in report.sections]
+        data["sections"] = [(title, cut(content)) for title, content in report.sections]
     text = isinstance(data, dict) and isinstance(data.get("longrepr"), str)
     shown = text and hasattr(report.longrepr, "toterminal")
     return {"k": "report", "data": data, "shown": shown}
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
     """Truncate a test's output to the length that the host shows."""
     if len(text) <= _MAX_OUTPUT:
         return text

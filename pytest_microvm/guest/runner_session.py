@@ -9,6 +9,8 @@ import json
 import os
 import sys
 import traceback
+from functools import partial
+from threading import Lock  # bound here: libraries replace it
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -32,7 +34,8 @@ from pytest_microvm.guest.runner_debugger import Debugger
 from pytest_microvm.guest.runner_end import EndOfSession, forget_later_errors, stop_as_told
 from pytest_microvm.guest.runner_logging import LogRelay
 from pytest_microvm.guest.runner_measuring import Measurement, start_measuring
-from pytest_microvm.guest.runner_records import NodeTable, report_record, warning_record
+from pytest_microvm.guest.runner_output import LiveOutput, OutsideOutput, RelayProcess
+from pytest_microvm.guest.runner_records import NodeTable, cut, report_record, warning_record
 from pytest_microvm.guest.runner_setup_show import SetupShow
 from pytest_microvm.guest.runner_sharing import asks_for_worker, sharing_plugins
 from pytest_microvm.guest.runner_tmp import TemporaryFolders
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 
     from pytest_microvm.guest.runner_requests import Runner
 
+_getpid = os.getpid  # a test may replace it
 _REASONS = {0: "shown", 2: "interrupt", 4: "usage"}
 _MARKER = "microvm(**limits): what this test may use (timeout, output, pids, cpu_seconds, lifetime, network)"
 
@@ -85,8 +89,11 @@ def _collect(runner: Runner, request: dict[str, Any]) -> None:
         runner.held.install()
     controller = fork_controller(runner.close, arguments, request["coverage"])
     runner.pid = os.getpid()
+    relay = RelayProcess(runner.port.fd)  # like the controller, it is forked while this process is small
     measurement = _measurement(runner, request["coverage"])
-    session = _SessionPlugin(runner, request, runner.open_stream(request), controller, measurement)
+    session = _SessionPlugin(
+        runner, request, runner.open_stream(request), controller, relay=relay, measurement=measurement
+    )
     sys.stdout, sys.stderr = session.out, session.err
     code: object
     try:
@@ -119,13 +126,16 @@ class _SessionPlugin:
         request: dict[str, Any],
         stream: int,
         controller: ControllerProcess,
+        *,
+        relay: RelayProcess,
         measurement: Measurement | None,
     ) -> None:
-        self.out = io.StringIO()  # output of the project's code outside of capturing
-        self.err = io.StringIO()
+        self.out = OutsideOutput()
+        self.err = OutsideOutput()
         self.reason = ""
         self._runner = runner
         self._controller = controller
+        self._relay = relay
         self.end = EndOfSession() if request["whole"] else None  # this session is all there is
         self._exchanging = False
         self._measurement = measurement  # of this process, as of the host's
@@ -136,12 +146,15 @@ class _SessionPlugin:
         self._stream = stream
         self._records: list[dict[str, Any]] = []
         self._reported: list[tuple[Any, Any]] = []
+        self._printed_before: list[tuple[int, int]] = []  # characters of the two outputs, for each file
         self._told_of_collection: list[Any] = []
         self._header: list[str] = []
         self._nodes: NodeTable | None = None
         self._watch: Watch | None = None
         self._logs: LogRelay | None = None
         self._debugger: Debugger | None = None
+        self._live: LiveOutput | None = None
+        self._tell: Callable[[dict[str, Any]], None] | None = None
         self._finish: dict[str, Any] | None = None
         self._wide: WideFixtures | None = None
         self._folders: TemporaryFolders | None = None
@@ -187,6 +200,8 @@ class _SessionPlugin:
 
     @pytest.hookimpl(hookwrapper=True, tryfirst=True)
     def pytest_make_collect_report(self, collector: Any) -> Generator[None, Any, None]:
+        if isinstance(collector, pytest.File):
+            self._printed_before.append((self.out.tell(), self.err.tell()))
         outcome = yield
         if outcome.excinfo is None:
             self._reported.append((outcome.get_result(), collector))
@@ -214,6 +229,7 @@ class _SessionPlugin:
         assert self._nodes is not None
         assert self._request is not None
         order = [self._nodes.number(item) for item in session.items]
+        self._record_printed()
         lines = self._collected()
         self._naming = bool(status_plugins(self._config))
         if speaking := speaking_plugins(self._config):
@@ -232,7 +248,6 @@ class _SessionPlugin:
         lines.append({"k": "items", "order": order, "markers": markers, "worker": worker})
         self._reported.clear()
         self._told_of_collection = [record["data"] for record in self._records if "data" in record]
-        self._printed()
         self._limit_output(self._config)
         self._logs = LogRelay(self._config)
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
@@ -257,6 +272,18 @@ class _SessionPlugin:
             forget_later_errors(session, terminal, self._finish)
             stop_as_told(session, terminal, self._finish)
         return True
+
+    def _record_printed(self) -> None:
+        """Record what was printed outside of capturing, with the number of files collected before."""
+        texts = self.out.getvalue(), self.err.getvalue()
+        starts = (0, 0)
+        for files, ends in enumerate([*self._printed_before, (len(texts[0]), len(texts[1]))]):
+            printed = "".join(text[slice(*part)] for text, *part in zip(texts, starts, ends))  # noqa: B905
+            if printed:
+                self._records.append({"k": "printed", "files": files, "text": cut(printed)})
+            starts = ends
+        self._printed_before.clear()
+        self._printed()
 
     def _know_wide_fixtures(self, session: pytest.Session, lines: list[dict[str, Any]]) -> None:
         """Tell the host which tests need which wide fixtures, unless this is an unknown version of pytest."""
@@ -349,6 +376,8 @@ class _SessionPlugin:
         self._stream = self._runner.open_stream(request)
         self._runner.reply(request, {})
         self._printed()
+        if self._live is not None:
+            self._live.stop()
         sys.stdout = sys.stderr = end.out
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None:
@@ -411,6 +440,7 @@ class _SessionPlugin:
 
     def _tell_need(self, stream: int) -> None:
         """Tell the host that the test is about to set up a wide fixture; wait for the end of this machine."""
+        self._end_telling()
         self._runner.send_lines(stream, [{"k": "needs"}])
         self._linger()
 
@@ -418,14 +448,27 @@ class _SessionPlugin:
         """Get ready for a request that runs the project's code; return the stream for its records."""
         self._records = []
         self._output_limit, self._output = int(request.get("output", 0)), 0
+        if request.get("live") is not None:
+            self._begin_live(int(request["live"]), str(request["capture"]))
         if request.get("pids") is not None:
             limits.limit_processes(int(request["pids"]))
         stream = self._runner.open_stream(request)
         self._know_folders(request)
         self._written()  # what the host has put there does not count
         self._runner.reply(request, {})  # from here on any failure is caused by the project's code
-        self._begin_telling(lambda record: self._runner.write_lines(stream, [record]))
+        self._begin_telling(partial(self._write, stream) if self._live is None else self._live.tell)
         return stream
+
+    def _write(self, stream: int, record: dict[str, Any]) -> None:
+        self._runner.write_lines(stream, [record])
+
+    def _begin_live(self, stream: int, capture: str) -> None:
+        """Let the host have what the project's code writes, as it writes it."""
+        if self._live is None:
+            self._live = LiveOutput(self._runner, self._relay, self._config, (self.out, self.err))
+        elif self._debugger is not None:
+            self._live.lead()  # it had a terminal in this place
+        self._live.begin(stream, capture)
 
     def _work(self, work: Callable[[], object]) -> None:
         """Run the project's code; record how it ended the session, if it did."""
@@ -461,9 +504,18 @@ class _SessionPlugin:
         }
         self._runner.send_lines(stream, [*records, *self._executed(), end])
 
-    def _begin_telling(self, tell: Callable[[dict[str, Any]], None]) -> None:
-        """Tell the host what it has to know while a test runs."""
-        if self._logs is not None and (self._logs.shows or self._logs.writes):
+    def _begin_telling(self, write: Callable[[dict[str, Any]], None]) -> None:
+        """Tell the host what it has to know while a test runs; ``write`` sends a record."""
+        lock = Lock()
+
+        def tell(record: dict[str, Any]) -> None:
+            if _getpid() == self._runner.pid:  # else a test's own fork, which must not write into the port
+                with lock:
+                    write(record)
+
+        shows = self._logs is not None and self._logs.shows
+        self._tell = tell if shows or self._live is not None else None
+        if self._logs is not None and (shows or self._logs.writes):
             self._logs.begin(tell)
         if self._debugger is not None:
             self._debugger.begin(tell)
@@ -473,6 +525,9 @@ class _SessionPlugin:
             self._debugger.end()
         if self._logs is not None:
             self._logs.end()
+        if self._live is not None:
+            self._live.end()
+        self._tell = None
 
     def _limit_output(self, config: pytest.Config) -> None:
         """Measure the output of each test phase before pytest reads it into memory.
@@ -506,6 +561,10 @@ class _SessionPlugin:
         if self._naming:
             record["status"] = self._config.hook.pytest_report_teststatus(report=report, config=self._config)
         self._records.append(record)
+        if self._tell is not None and (
+            not report.passed or report.when == "call"
+        ):  # of others, nothing is shown
+            self._tell({"k": "reported"})
 
     def _printed(self) -> str:
         text = self.out.getvalue() + self.err.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from typing import Any
@@ -114,6 +115,16 @@ def seconds(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return 0.0
     return float(value) if 0 <= value < 2**53 else 0.0
+
+
+def data(value: object, what: str) -> bytes:
+    """Return the bytes that ``value`` encodes in base64."""
+    if not isinstance(value, str):
+        raise violation(f"{what} that is not text")
+    try:
+        return base64.b64decode(value, validate=True)
+    except ValueError:
+        raise violation(f"{what} that is not base64") from None
 
 
 def array(value: object, what: str, limit: int = MAX_LIST) -> list[Any]:

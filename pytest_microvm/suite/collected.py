@@ -127,6 +127,7 @@ class Collected:
         needed: For each item of ``order``, the numbers of those that it needs.
         sharing: Plug-ins whose tests need one process, each with the isolation that gives them one.
         executed: What was executed meanwhile, as coverage measured it; not checked.
+        printed: Output outside of pytest's capturing, each with the number of files collected before it.
         exit: Set if collection ended early.
     """
 
@@ -146,6 +147,7 @@ class Collected:
     needed: tuple[tuple[int, ...], ...] = ()
     sharing: tuple[tuple[str, str], ...] = ()
     executed: dict[str, Any] | None = None
+    printed: tuple[tuple[int, str], ...] = ()
     exit: GuestExit | None = None
 
     def pure(self, names: Iterable[str]) -> frozenset[int]:
@@ -193,6 +195,7 @@ class _Draft:
     reports: list[CollectOutcome] = field(default_factory=list)
     deselected: list[int] = field(default_factory=list)
     warnings: list[GuestWarning] = field(default_factory=list)
+    printed: list[tuple[int, str]] = field(default_factory=list)
     class_names: set[str] = field(default_factory=set)
     complete: bool = False
 
@@ -214,6 +217,7 @@ class _Draft:
             reports=tuple(self.reports),
             deselected=tuple(self.deselected),
             warnings=tuple(self.warnings),
+            printed=tuple(self.printed),
             **self.values,
         )
 
@@ -405,6 +409,11 @@ def _fixture(value: object) -> WideFixture:
     return WideFixture(key, scope, name, base, tuple(requests))
 
 
+def _printed(draft: _Draft, record: dict[str, Any]) -> None:
+    files = checks.integer(record.get("files"), "number of files")
+    draft.printed.append((files, checks.text(record.get("text"), "output")))
+
+
 def _sharing(draft: _Draft, record: dict[str, Any]) -> None:
     isolation = checks.choice(record.get("isolation"), _SHARED, "isolation")
     known = draft.values.get("sharing", ())
@@ -431,6 +440,7 @@ _READERS = {
     "wide": _wide,
     "sharing": _sharing,
     "coverage": _coverage,
+    "printed": _printed,
     "exit": _exit,
     "end": _end,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +13,12 @@ from _pytest.runner import collect_one_node
 from pytest_microvm.suite import checks
 from pytest_microvm.suite.collected import Collected, CollectOutcome, GuestExit
 from pytest_microvm.suite.foreign_warnings import warning_message
+from pytest_microvm.suite.live_display import LiveDisplay
 from pytest_microvm.suite.proxies import build_proxies
 from pytest_microvm.suite.replay import rebuild_collect_report
+from pytest_microvm.untrusted.text import sanitize_part
 
+_OUTPUT = ("Captured stdout", "Captured stderr")
 _MAX_DEPTH = 200  # nested collectors; Python's recursion limit is not much higher
 _SPARE_VISITS = 100_000  # for files that are named more than once
 
@@ -25,12 +29,16 @@ class Replay:
     Args:
         session: The host's session.
         collected: The guest's collection.
+        display: Shows what was printed meanwhile, if the user wants to see that.
     """
 
-    def __init__(self, session: pytest.Session, collected: Collected) -> None:
+    def __init__(self, session: pytest.Session, collected: Collected, display: LiveDisplay) -> None:
         self._session = session
         self._config = session.config
         self._collected = collected
+        self._display = display
+        self._printed = deque(collected.printed if display.capture else ())
+        self._files = 0
         self._proxies = build_proxies(collected, session)
         self._reports: dict[int, deque[CollectOutcome]] = defaultdict(deque)
         for report in collected.reports:
@@ -50,6 +58,7 @@ class Replay:
         self._warn()
         try:
             found = list(self._items())
+            self._show_printed()
             session.items = self._ordered(found)
             gone = [self._proxies[number] for number in self._collected.deselected]
             known = {item.number for item in found}
@@ -111,16 +120,35 @@ class Replay:
         elif isinstance(node, pytest.File) or node.number not in self._told:
             # Only files are reported again if they are named twice.
             self._told.add(node.number)
-            report = collect_one_node(node)
+            report = self._collect(node)
             if report.passed:
                 for child in report.result:
                     yield from self._below(child, (*active, node.number))
             node.ihook.pytest_collectreport(report=report)
 
     def _tell(self, node: Any) -> pytest.CollectReport:
-        report = collect_one_node(node)
+        report = self._collect(node)
         node.ihook.pytest_collectreport(report=report)
         return report
+
+    def _collect(self, node: Any) -> pytest.CollectReport:
+        """Return the report on a collector; what was printed is shown where it was natively."""
+        if isinstance(node, pytest.File):
+            self._show_printed(self._files)
+            self._files += 1
+        report = collect_one_node(node)
+        if self._display.capture:
+            for title, text in report.sections:
+                if title.startswith(_OUTPUT):
+                    self._display.write(sanitize_part(text))
+        if self._display.capture == "no":
+            report.sections = [section for section in report.sections if not section[0].startswith(_OUTPUT)]
+        return report
+
+    def _show_printed(self, files: float = math.inf) -> None:
+        """Show what was printed outside of capturing before file number ``files`` was collected."""
+        while self._printed and self._printed[0][0] <= files:
+            self._display.write(sanitize_part(self._printed.popleft()[1]))
 
     def _ordered(self, found: list[Any]) -> list[Any]:
         """Return the items of ``found`` in the order set by the project's hooks."""

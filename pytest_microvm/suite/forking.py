@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pytest_microvm.suite.backend import Backend, MachineCheckpoint, StandingFixtures, TestLimits
     from pytest_microvm.suite.collected import Collected
     from pytest_microvm.suite.leases import LeaseObserver, Leases
+    from pytest_microvm.suite.live_display import LiveDisplay
     from pytest_microvm.suite.session import Wide
     from pytest_microvm.suite.setup_times import SetUpTimes
 
@@ -38,6 +39,7 @@ SLOW = 0.25
 
 _WORTH = 3.0  # seconds to save; a keeper with its checkpoint costs one or two under emulation
 _MAX_RECORDS = 100_000
+_OF_THE_DISPLAY = frozenset(["log", "reported"])  # of earlier runs, which have shown them
 
 
 @dataclass
@@ -93,6 +95,7 @@ class FixtureForks:
         pure: Names of fixtures that are kept for later runs, if the mode is not ``repeat``.
         times: Seconds that fixtures take.
         watcher: Notified of the keeper.
+        display: Shows what fixtures print and log while they are set up.
         shares: Number of processes among which the tests are divided.
         repeat: How often each test runs.
         keep_tmp: Whether temporary folders come back if a tear-down fails.
@@ -108,6 +111,7 @@ class FixtureForks:
         pure: Iterable[str],
         times: SetUpTimes,
         watcher: LeaseObserver,
+        display: LiveDisplay,
         shares: int,
         repeat: int,
         keep_tmp: bool,
@@ -120,6 +124,7 @@ class FixtureForks:
         self._pure = collected.pure(pure)
         self._times = times
         self._watcher = watcher
+        self._display = display
         self._shares = max(1, shares)
         self._repeat = repeat
         self._keep_tmp = keep_tmp
@@ -289,7 +294,7 @@ class FixtureForks:
     # Parts
 
     def _session(self, keeper: Lease) -> RunnerSession:
-        return RunnerSession(keeper.machine.link, temporary=self._keep_tmp)
+        return RunnerSession(keeper.machine.link, self._display.capture, temporary=self._keep_tmp)
 
     def _needed_by(self, item: Any) -> tuple[int, ...]:
         return self._needed[item.position] if self._needed else ()
@@ -339,7 +344,8 @@ class FixtureForks:
         """Read the keeper's answer."""
         machine = keeper.machine
         before = machine.requests.added
-        done = _parse(cast("dict[str, Any]", machine.redactor.tree(record)) for record in records)
+        others = self._display.of(machine.redactor).others(records)
+        done = _parse(cast("dict[str, Any]", machine.redactor.tree(record)) for record in others)
         exceeded = machine.exceeded()
         if exceeded is not None:
             raise exceeded
@@ -443,7 +449,7 @@ def _parse(records: Iterable[dict[str, Any]]) -> KeptUp:
             done.temporary = record.get("temporary")
         elif kind == "coverage":
             done.executed.append(record)
-        elif kind != "log":
+        elif kind not in _OF_THE_DISPLAY:
             raise violation("a record of an unknown kind, or a second one")
     return done
 

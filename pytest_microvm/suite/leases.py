@@ -62,9 +62,6 @@ class LeaseObserver(Protocol):
     def told(self, nodeid: str, line: str) -> None:
         """Handle a message about changes copied back from the machine of the test ``nodeid``."""
 
-    def logged(self, nodeid: str, record: dict[str, Any]) -> None:
-        """Notice a log message of a test that runs, as the guest sent it."""
-
     def debugging(self, machine: RunnerMachine, socket: str) -> None:
         """Lend the terminal to a debugger in a machine.
 

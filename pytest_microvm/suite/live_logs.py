@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,8 +12,36 @@ from pytest_microvm.suite import checks
 
 _OURS = "microvm_guest"
 _PHASES = frozenset(["start", "setup", "call", "teardown", "finish", "logreport"])
-_AFTER_THE_TEST = frozenset(["teardown", "finish"])
 _PLACES = frozenset(["shown", "file"])
+
+
+@dataclass(frozen=True)
+class LogMessage:
+    """A message of a test.
+
+    Args:
+        place: ``shown`` or ``file``.
+        phase: The phase of the test, if known.
+        text: The message as the machine has formatted it, safe to show.
+    """
+
+    place: str
+    phase: str | None
+    text: str
+
+    @classmethod
+    def parse(cls, record: dict[str, Any]) -> LogMessage:
+        """Return the message in a guest's record.
+
+        Raises:
+            ProtocolViolation: It is malformed.
+        """
+        phase = record.get("when")
+        return cls(
+            checks.choice(record.get("where"), _PLACES, "place"),
+            None if phase is None else checks.choice(phase, _PHASES, "phase"),
+            checks.text(record.get("text"), "log message"),
+        )
 
 
 class LiveLogs:
@@ -30,42 +59,20 @@ class LiveLogs:
         for handler in self._handlers.values():
             handler.setFormatter(logging.Formatter("%(message)s"))  # the machine has formatted it
             handler.addFilter(lambda record: hasattr(record, _OURS))
-        self._phase: tuple[str, str] = ("", "")
-        self._held: list[tuple[str, str | None, str]] = []
+        self._phase: str | None = None
 
-    def show(self, nodeid: str, record: dict[str, Any]) -> None:
-        """Show or write one message; a teardown's are shown by :meth:`show_held`.
-
-        Args:
-            nodeid: The test that runs.
-            record: The guest's record.
-
-        Raises:
-            ProtocolViolation: It is malformed.
-        """
-        where = checks.choice(record.get("where"), _PLACES, "place")
-        message = checks.text(record.get("text"), "log message")
-        phase = record.get("when")
-        if phase is not None:
-            phase = checks.choice(phase, _PHASES, "phase")
-        if where == "shown" and phase in _AFTER_THE_TEST:
-            self._held.append((nodeid, phase, message))
-        else:
-            self._emit(where, nodeid, phase, message)
-
-    def show_held(self) -> None:
-        """Show messages of a test's teardown: its outcome has been shown."""
-        held, self._held = self._held, []
-        for nodeid, phase, message in held:
-            self._emit("shown", nodeid, phase, message)
-
-    def _emit(self, where: str, nodeid: str, phase: str | None, message: str) -> None:
-        handler = self._handlers.get(where)
+    def show(self, message: LogMessage) -> None:
+        """Show or write a message."""
+        handler = self._handlers.get(message.place)
         if handler is None:
             return
-        if where == "shown" and phase is not None and (nodeid, phase) != self._phase:
-            self._phase = (nodeid, phase)
-            handler.set_when(phase)
-        made = logging.LogRecord("", logging.INFO, "", 0, "%s", (message,), None)
+        if message.place == "shown" and message.phase not in (None, self._phase):
+            self._phase = message.phase
+            handler.set_when(message.phase)
+        made = logging.LogRecord("", logging.INFO, "", 0, "%s", (message.text,), None)
         setattr(made, _OURS, True)
         handler.handle(made)
+
+    def interrupted(self) -> None:
+        """Notice that pytest has shown something else: the next message begins a section."""
+        self._phase = None

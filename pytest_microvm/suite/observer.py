@@ -1,4 +1,4 @@
-"""The observer of a suite's machines: what is done and shown when they start, write, log and end."""
+"""The observer of a suite's machines: what is done and shown when they start, write and end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pytest_microvm.suite import checks
 from pytest_microvm.suite.backend import RunnerMachine
 from pytest_microvm.suite.ending import Ending
 from pytest_microvm.suite.kept_folders import GuestFolders, KeptFolders
-from pytest_microvm.suite.live_logs import LiveLogs
 from pytest_microvm.suite.machine_coverage import MachineCoverage
 from pytest_microvm.suite.progress import TerminalProgress
 from pytest_microvm.suite.write_back import WriteBack
@@ -53,7 +52,6 @@ class SuiteObserver:
         self._kept = kept
         self._progress = progress
         self._ending = ending
-        self._logs = LiveLogs(config)
         self.lends_terminal = False
         self.debug_port: int | None = None
         self._forwarding = ExitStack()
@@ -79,10 +77,6 @@ class SuiteObserver:
                 f"port {port} of this computer cannot lead to machines: {error.strerror or error}",
                 resolution="choose another one with --microvm-debug-port",
             ) from error
-
-    def logged(self, nodeid: str, record: dict[str, Any]) -> None:
-        """Show a log message."""
-        self._logs.show(nodeid, record)
 
     def debugging(self, machine: RunnerMachine, socket: str) -> None:
         """Lend the terminal to a debugger in a machine: pytest lets go of it as for its own debugger.
@@ -116,11 +110,6 @@ class SuiteObserver:
         """Tell in a report why the debugger of its test had no terminal."""
         if report.failed and not self.lends_terminal and "bdb.BdbQuit" in report.longreprtext:
             report.sections.append(("Debugger", "to debug in this terminal: pytest --microvm --pdb"))
-
-    def reported(self, report: pytest.TestReport) -> None:
-        """Show log messages of the teardown once the test's outcome has been shown."""
-        if report.when == "call" or not report.passed:
-            self._logs.show_held()
 
     def wrote(self, machine: RunnerMachine, nodeid: str, paths: Sequence[str]) -> None:
         """Bring files back; tell the user if that fails."""

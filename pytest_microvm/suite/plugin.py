@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -45,6 +44,7 @@ from pytest_microvm.suite.kept_folders import KeptFolders
 from pytest_microvm.suite.launch import launch_of
 from pytest_microvm.suite.leases import Leases, MachineEnd
 from pytest_microvm.suite.limits import check_markers
+from pytest_microvm.suite.live_display import LiveDisplay
 from pytest_microvm.suite.machine_coverage import MachineCoverage, machine_coverage
 from pytest_microvm.suite.missing import (
     lines_about_modules,
@@ -57,7 +57,7 @@ from pytest_microvm.suite.observer import SuiteObserver
 from pytest_microvm.suite.plan import addopts_of, guest_environment, settings_from, workspace_of
 from pytest_microvm.suite.progress import TerminalProgress
 from pytest_microvm.suite.repeating import Repeats
-from pytest_microvm.suite.running import Ran, TestRunner
+from pytest_microvm.suite.running import TestRunner
 from pytest_microvm.suite.setup_times import SetUpTimes, remember, remembered
 from pytest_microvm.suite.summary import (
     EXIT_INFRA,
@@ -77,7 +77,7 @@ from pytest_microvm.suite.written_options import (
 )
 from pytest_microvm.terminal.termination import interrupt_on_sigterm
 from pytest_microvm.untrusted.nofollow import refuse_links
-from pytest_microvm.untrusted.text import sanitize
+from pytest_microvm.untrusted.text import sanitize, sanitize_part
 
 _HOST_PLUGINS = frozenset(
     [
@@ -85,9 +85,6 @@ _HOST_PLUGINS = frozenset(
         *("xdist", "xdist.plugin", "xdist.looponfail"),
     ]
 )
-
-
-_OUTPUT = ("Captured stdout", "Captured stderr")
 
 
 class RemoteSuite:
@@ -266,12 +263,12 @@ class RemoteSuite:
         ended = collected.exit
         if ended is not None and ended.shown and self._is_told(SHOWING_ALONE):
             session.items, self._has_shown = [], True
-            self._write(ended.text)
+            self._display.write(ended.text)
             return True
         self._prepare(collected)
         session._initialpaths = frozenset(self._named_paths())  # noqa: SLF001 - used by --lf
         with _as_pytest_errors():
-            self._replay = Replay(session, collected)
+            self._replay = Replay(session, collected, self._display)
             try:
                 self._replay.perform()
             except pytest.UsageError as error:
@@ -298,14 +295,18 @@ class RemoteSuite:
         assert self._observer is not None
         hook = item.ihook
         hook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+        display = self._display
+        display.begin()
         ran = self._runner.run(item, nextitem)
-        self._print(ran)
+        display.write(sanitize_part(ran.printed))
+        display.reported()
         if self._ending is not None:
             self._ending.add_test(item, ran)
         for report in ran.reports:
             self._observer.explain(report)
             hook.pytest_runtest_logreport(report=report)
-            self._observer.reported(report)
+            display.reported(report)
+        display.end()
         hook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         if ran.facts is not None:
             self._config.hook.pytest_microvm_outcome(
@@ -397,11 +398,12 @@ class RemoteSuite:
             pure=options.pure_fixtures,
             times=self._times,
             watcher=self._observer,
+            display=self._display,
             shares=settings_from(self._config, self._launch).workers,
             repeat=options.repeat or 1,
             keep_tmp=options.keep_tmp,
         )
-        return TestRunner(options, leases, forks, self._observer, whole=self._is_whole())
+        return TestRunner(options, leases, forks, self._observer, self._display, whole=self._is_whole())
 
     def _fixtures_mode(self, options: RunOptions) -> str:
         """Return the mode of wide fixtures: a debugger or a plan of set-ups needs them in each machine."""
@@ -553,28 +555,12 @@ class RemoteSuite:
         return [directory / word.partition("::")[0] for word in self._config.args]
 
     @cached_property
+    def _display(self) -> LiveDisplay:
+        return LiveDisplay(self._config)
+
+    @cached_property
     def _progress(self) -> TerminalProgress:
         return TerminalProgress(self._config)
-
-    def _print(self, ran: Ran) -> None:
-        """Print the test's output; under ``-s`` at once, and not again with a failure."""
-        shown = [ran.printed]
-        capture = self._config.option.capture
-        if capture in {"no", "tee-sys"} and ran.reports:
-            shown += [text for title, text in ran.reports[-1].sections if title.startswith(_OUTPUT)]
-        if capture == "no":
-            for report in ran.reports:
-                report.sections = [
-                    section for section in report.sections if not section[0].startswith(_OUTPUT)
-                ]
-        self._write("".join(shown))
-
-    @staticmethod
-    def _write(text: str) -> None:
-        if text:
-            encoding = sys.stdout.encoding or "utf-8"
-            sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            sys.stdout.flush()
 
 
 def _named_plugins(args: list[str], arity: Mapping[str, str]) -> list[str]:

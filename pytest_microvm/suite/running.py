@@ -27,6 +27,7 @@ from pytest_microvm.suite.forking import FixtureForks, KeptUp
 from pytest_microvm.suite.kept_folders import GuestFolders, parse_folders
 from pytest_microvm.suite.leases import LeaseObserver, Leases
 from pytest_microvm.suite.limits import limits_of
+from pytest_microvm.suite.live_display import LiveDisplay
 from pytest_microvm.suite.properties import properties
 from pytest_microvm.suite.replay import error_report, passed_report, rebuild_test_report
 from pytest_microvm.suite.session import RunnerSession
@@ -75,24 +76,34 @@ class TestRunner:
         leases: Machines for tests.
         forks: The wide fixtures that are set up once.
         watcher: Notified of machines that start and end.
+        display: Shows what tests print and log while they run.
         whole: Whether one machine runs the whole session.
     """
 
     __test__ = False
 
     def __init__(
-        self, options: RunOptions, leases: Leases, forks: FixtureForks, watcher: LeaseObserver, *, whole: bool
+        self,
+        options: RunOptions,
+        leases: Leases,
+        forks: FixtureForks,
+        watcher: LeaseObserver,
+        display: LiveDisplay,
+        *,
+        whole: bool,
     ) -> None:
         self._options = options
         self._leases = leases
         self._forks = forks
         self._watcher = watcher
+        self._display = display
         self._whole = whole
 
     def run(self, item: Any, nextitem: Any) -> Ran:
         """Run ``item``, retrying machine failures; all other failures become its outcome."""
         limits = limits_of(item, self._options)
         ran = self._run(item, nextitem, limits)
+        self._display.ran()
         self._tear_down(ran, item, nextitem, limits)
         return ran
 
@@ -108,7 +119,9 @@ class TestRunner:
                 following = nextitem.position if self._leases.next_in_same(lease, nextitem) else None
                 lease.machine.tighten(limits)
                 lease.asked = lease.machine.requests.added
-                session = RunnerSession(lease.machine.link, temporary=self._options.keep_tmp)
+                session = RunnerSession(
+                    lease.machine.link, self._display.capture, temporary=self._options.keep_tmp
+                )
                 records = session.run(item.position, following, limits, way, shown)
             except MachineError as error:  # the test never started: another machine may succeed
                 self._leases.release()
@@ -217,15 +230,18 @@ class TestRunner:
         """Return a test's result; ``None`` if its machine told that it needs wide fixtures."""
         facts = lease.machine.facts
         lease.tests += 1
+        if tells:
+            self._display.wait()
         try:
             redactor = lease.machine.redactor
-            safe = (cast("dict[str, Any]", redactor.tree(record)) for record in _bounded(records))
-            received = [record for record in safe if not self._is_for_now(lease, item, record)]
+            kept = _bounded(self._not_for_now(lease, records))
+            received = [cast("dict[str, Any]", redactor.tree(record)) for record in kept]
             exceeded = lease.machine.exceeded()
             if exceeded is not None:
                 raise exceeded  # noqa: TRY301 - handled like an excess during the test
             if tells and received and received[-1].get("k") == "needs":
                 lease.finished = True  # it has done nothing that anybody needs to know
+                self._display.forget()
                 self._leases.discard(lease)
                 return None
             asked = lease.machine.requests.since(lease.asked)
@@ -251,16 +267,15 @@ class TestRunner:
             self._leases.release()
         return ran
 
-    def _is_for_now(self, lease: Lease, item: Any, record: dict[str, Any]) -> bool:
-        """Show a log message, lend the terminal, or take coverage; return False for any other record."""
-        kind = record.get("k")
-        if kind == "log":
-            self._watcher.logged(item.nodeid, record)
-        elif kind == "debug":
-            self._watcher.debugging(lease.machine, line(record.get("socket"), "path"))
-        elif kind == "coverage":
-            self._watcher.executed(record)
-        return kind in ("log", "debug", "coverage")
+    def _not_for_now(self, lease: Lease, records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """Show output and messages, lend the terminal, or take coverage; yield all other records."""
+        for record in self._display.of(lease.machine.redactor).others(records):
+            if record.get("k") == "debug":
+                self._watcher.debugging(lease.machine, line(record.get("socket"), "path"))
+            elif record.get("k") == "coverage":
+                self._watcher.executed(record)
+            else:
+                yield record
 
     def _failed_machine(self, lease: Lease, item: Any, error: MachineError, retries: int) -> Ran:
         """Return the result of a test whose machine failed before the test ended."""

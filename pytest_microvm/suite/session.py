@@ -15,6 +15,7 @@ from pytest_microvm.suite.backend import CollectPlan, TestLimits
 MAX_COLLECTION = 256 * 1024 * 1024
 _REPORT_OVERHEAD = 64 * 1024 * 1024  # bytes that a test's reports may have besides its output
 _FINISH_TIMEOUT = 30.0
+_NOT_OF_THE_TEST = frozenset(["debug", "out"])  # records with which a person, or this terminal, takes time
 _BEGIN_TIMEOUT = 60.0  # seconds for a runner to acknowledge a test; about 0.01 under emulation
 
 Wide = Literal["repeat", "tell", "standing"]
@@ -51,11 +52,13 @@ class RunnerSession:
 
     Args:
         link: The connection to the runner.
+        capture: pytest's ``--capture`` (``no``, ``tee-sys``), if it sends output while a test runs.
         temporary: Whether the runner reports the temporary folders of each test.
     """
 
-    def __init__(self, link: Link, *, temporary: bool = False) -> None:
+    def __init__(self, link: Link, capture: str | None = None, *, temporary: bool = False) -> None:
         self._link = link
+        self._capture = capture
         self._temporary = temporary
 
     def collect(self, plan: CollectPlan) -> bytes:
@@ -121,12 +124,15 @@ class RunnerSession:
         return self._begin("tear down", limits, item=item, next=following)
 
     def _begin(self, what: str, limits: TestLimits, **request: Any) -> Iterator[dict[str, Any]]:
-        stream = self._link.open_stream()
+        streams = [self._link.open_stream()]
+        if self._capture is not None:
+            streams.insert(0, self._link.open_stream())
+            request.update(live=streams[0].number, capture=self._capture)
         try:
             self._link.call(
                 what,
                 timeout=_BEGIN_TIMEOUT,
-                stream=stream.number,
+                stream=streams[-1].number,
                 output=limits.output,
                 temporary=self._temporary,
                 **request,
@@ -135,7 +141,7 @@ class RunnerSession:
             raise _refused(error) from None
         except TimeoutError:
             raise MachineError(f"the machine did not begin the test within {_BEGIN_TIMEOUT:.0f} s") from None
-        return _records(stream, limits.timeout, limits.output)
+        return _records(streams, limits.timeout, limits.output)
 
     def resume(self, message: dict[str, Any], timeout: float) -> dict[str, Any]:
         """Send a clone its new identity (see ``guest/resume.py``).
@@ -183,18 +189,27 @@ class RunnerSession:
         return stream.read_all(checks.MAX_LINE, _left(started, timeout))
 
 
-def _records(stream: Stream, timeout: float | None, output: int) -> Iterator[dict[str, Any]]:
-    clock = _TestClock(timeout)
-    records = checks.Records()
+def _records(streams: list[Stream], timeout: float | None, output: int) -> Iterator[dict[str, Any]]:
+    """Yield the records of streams of which each begins when the one before has ended."""
+    clock, printed = _TestClock(timeout), 0
     try:
-        for line in _lines(stream, clock, output):
-            record = records.read(line)
-            if record.get("k") == "excess":  # the runner measured output that it did not send
-                raise QuotaExceeded("output", output, checks.integer(record.get("printed"), "output", output))
-            before = time.monotonic()
-            yield record
-            if record.get("k") == "debug":  # a person's time is not the test's
-                clock.pause(time.monotonic() - before)
+        for stream in streams:
+            records = checks.Records()
+            most = output if stream is streams[-1] else 2 * output  # in live records it is a third longer
+            for line in _lines(stream, clock, output, most + _REPORT_OVERHEAD):
+                record = records.read(line)
+                if record.get("k") == "excess":  # the runner measured output that it did not send
+                    excess = checks.integer(record.get("printed"), "output", output)
+                    raise QuotaExceeded("output", output, excess)
+                if record.get("k") == "out":
+                    record["data"] = checks.data(record.get("data"), "output")
+                    printed += len(record["data"])
+                    if printed > output:
+                        raise QuotaExceeded("output", output, printed)
+                before = time.monotonic()
+                yield record
+                if record.get("k") in _NOT_OF_THE_TEST:
+                    clock.pause(time.monotonic() - before)
     except TimeoutError:
         observed = clock.spent
         raise QuotaExceeded("timeout", timeout or observed, observed) from None
@@ -223,7 +238,7 @@ def _left(started: float, timeout: float | None) -> float | None:
     return None if timeout is None else max(0.001, started + timeout - time.monotonic())
 
 
-def _lines(stream: Stream, clock: _TestClock, output: int) -> Iterator[bytes]:
+def _lines(stream: Stream, clock: _TestClock, output: int, most: int) -> Iterator[bytes]:
     buffer = bytearray()
     total = 0
     while True:
@@ -231,7 +246,7 @@ def _lines(stream: Stream, clock: _TestClock, output: int) -> Iterator[bytes]:
         if not data:
             break
         total += len(data)
-        if total > output + _REPORT_OVERHEAD:
+        if total > most:
             raise QuotaExceeded("output", output, total, details="counted in the reports about the test")
         buffer += data
         if b"\n" in data:  # otherwise every piece of a long line would cause another search of all of it

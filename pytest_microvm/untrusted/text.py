@@ -30,6 +30,13 @@ _BEGUN = re.compile(
     re.MULTILINE,
 )
 
+# The first part of a line end or of a colour at the end of a text.
+_CUT = re.compile(r"(?:\r|\x1b|\x1b\[[0-9;]{0,30})\Z")
+COLOUR = re.compile(_COLOUR)
+"""A colour, or another display attribute of text (SGR)."""
+BLANK = re.compile(rf"(?:[^\S\n]|{_COLOUR})*")
+"""A part of a line that shows nothing: a CI command may follow it."""
+
 
 def sanitize(text: str, limit: int = MAX_TEXT) -> str:
     r"""Return ``text`` with control characters made visible and cut to ``limit`` characters.
@@ -51,6 +58,14 @@ def sanitize_part(text: str) -> str:
     """
     safe = sanitize(text)
     return f"{safe}\\" if _BEGUN.search(safe) else safe
+
+
+def unfinished(text: str) -> int:
+    """Return how many characters at the end of ``text`` could begin a line end, a colour or a command."""
+    cut = _CUT.search(text)
+    end = cut.start() if cut else len(text)
+    begun = _BEGUN.search(text, 0, end)
+    return len(text) - (begun.start() if begun else end)
 
 
 def sanitize_line(text: str, limit: int = 4096) -> str:

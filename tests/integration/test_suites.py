@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -145,6 +146,61 @@ def test_every_way_a_machine_can_end(project):
     }
     assert "panic" in cases["test_panics_the_kernel"][2]
     assert "timeout: limit 20 s" in cases["test_hangs"][2]
+
+
+def test_output_is_shown_while_a_test_runs(project):
+    """The last one never ends: what it has printed is shown nevertheless."""
+    project.write(
+        "test_live.py",
+        r"""
+        import os, subprocess, time
+        import pytest
+
+        @pytest.fixture(scope="session")
+        def once():
+            print("set up")
+            yield
+
+        def test_first(once):
+            subprocess.run(["echo", "of a child"], check=True)
+            print("\x1b[2J::error::safe")
+
+        def test_second(once): print("in a fork")
+
+        def test_crashes():
+            print("last words", flush=True)
+            os.abort()
+
+        def test_waits():
+            os.write(2, b"waiting")
+            time.sleep(3600)
+        """,
+    )
+    command = [*PYTEST, "--microvm", "-s", "-v", "--microvm-fixtures=fork"]
+    with subprocess.Popen(
+        command, cwd=project.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as run:
+        shown = b""
+        while b"waiting" not in shown:
+            shown += run.stdout.read1()
+            assert run.poll() is None, shown
+        run.send_signal(signal.SIGINT)
+        run.communicate(timeout=guards.SUITE)
+    assert run.returncode == pytest.ExitCode.INTERRUPTED
+    lines = [
+        line for line in shown.decode().splitlines() if line.strip() and not line.startswith("microvm: ")
+    ]
+    assert lines[lines.index("test_live.py::test_first set up") :] == [
+        "test_live.py::test_first set up",
+        "of a child",
+        "\\x1b[2J::error::safe",
+        "PASSED",
+        "test_live.py::test_second in a fork",
+        "PASSED",
+        "test_live.py::test_crashes last words",
+        "CRASHED",
+        "test_live.py::test_waits waiting",
+    ]
 
 
 def test_prepare_runs_once_and_again_when_its_inputs_change(project):

@@ -127,7 +127,8 @@ PURE = [f"--microvm-pure-fixtures={name}" for name in ("base", "chosen", "late",
 
 
 @pytest.mark.parametrize(
-    "arguments", [["-v"], ["-rA"], ["-q", "--tb=short"], ["-k", "late or room or chosen"]]
+    "arguments",
+    [["-v"], ["-rA"], ["-q", "--tb=short"], ["-k", "late or room or chosen"], ["-s", "-v"]],
 )
 @pytest.mark.parametrize("pure", [[], PURE], ids=["", "pure"])
 def test_shown_as_natively(suite, arguments, pure):

@@ -260,24 +260,6 @@ def test_hooks_of_the_project_order_and_deselect(project):
     remote.stdout.fnmatch_lines(["collected 3 items / 1 deselected / 2 selected", "*2 passed, 1 deselected*"])
 
 
-def test_output_is_shown_under_s(project):
-    project.write(
-        test_prints="""
-            import os, sys
-            def test_one():
-                print("to stdout")
-                os.write(2, b"to stderr\\n")
-            def test_two(capsys):
-                with capsys.disabled():
-                    print("past capturing")
-                assert 0
-        """
-    )
-    result = project.microvm("-s")
-    result.stdout.fnmatch_lines(["*to stdout", "to stderr", "*past capturing*", "*1 failed, 1 passed*"])
-    result.stdout.no_fnmatch_line("*Captured std*")
-
-
 @pytest.fixture
 def logging_suite(project):
     project.write(

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from pytest_microvm.errors import ProtocolViolation
 from pytest_microvm.suite.collected import Collected
 from pytest_microvm.suite.collection import Replay
+from pytest_microvm.suite.live_display import LiveDisplay
 from pytest_microvm.suite.replay import passed_report, rebuild_test_report
 
 SUITE = """
@@ -214,7 +215,7 @@ class _Collection:
 
     def pytest_collection(self, session):
         try:
-            self._replay = Replay(session, Collected.parse(self._data))
+            self._replay = Replay(session, Collected.parse(self._data), LiveDisplay(session.config))
             self._replay.perform()
         except ProtocolViolation as error:
             self._shown.refused.append(str(error))

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from pytest_microvm.errors import ProtocolViolation
-from pytest_microvm.suite.live_logs import LiveLogs
+from pytest_microvm.suite.live_logs import LiveLogs, LogMessage
 
 
 class Handler(logging.Handler):
@@ -38,19 +38,16 @@ def record(text, when="call", where="shown"):
     return {"k": "log", "where": where, "when": when, "text": text}
 
 
-def test_phases_are_told_once_and_the_teardown_comes_last(logs, handlers):
-    for text, when in [("a", "setup"), ("b", "call"), ("c", "teardown"), ("d", "call")]:
-        logs.show("test_a", record(text, when))
-    logs.show_held()
-    logs.show("test_b", record("e", "call"))
-    assert handlers.log_cli_handler.shown == [
-        *("setup", "a", "call", "b", "d"),
-        *("teardown", "c", "call", "e"),
-    ]
+def test_a_section_begins_with_each_phase_and_after_what_pytest_shows(logs, handlers):
+    for text, when in [("a", "setup"), ("b", "call"), ("c", "call")]:
+        logs.show(LogMessage.parse(record(text, when)))
+    logs.interrupted()
+    logs.show(LogMessage.parse(record("d", "call")))
+    assert handlers.log_cli_handler.shown == ["setup", "a", "call", "b", "c", "call", "d"]
 
 
 def test_messages_are_made_safe(logs, handlers):
-    logs.show("test_a", record("%s {} \x1b]0;x\x07\n::error::x", where="file", when=None))
+    logs.show(LogMessage.parse(record("%s {} \x1b]0;x\x07\n::error::x", where="file", when=None)))
     (text,) = handlers.log_file_handler.shown
     assert text.startswith("%s {} ")
     assert "\x1b" not in text
@@ -66,11 +63,11 @@ def test_messages_of_this_computer_are_not_shown(logs, handlers):
 @pytest.mark.parametrize(
     "change", [{"where": "/etc/passwd"}, {"when": "x"}, {"when": 1}, {"text": 1}, {"text": None}]
 )
-def test_malformed_messages(logs, change):
+def test_malformed_messages(change):
     with pytest.raises(ProtocolViolation):
-        logs.show("test_a", {**record("x"), **change})
+        LogMessage.parse({**record("x"), **change})
 
 
 def test_without_the_plugin_nothing_is_shown():
     manager = types.SimpleNamespace(get_plugin=lambda _name: None)
-    LiveLogs(types.SimpleNamespace(pluginmanager=manager)).show("test_a", record("x"))
+    LiveLogs(types.SimpleNamespace(pluginmanager=manager)).show(LogMessage.parse(record("x")))

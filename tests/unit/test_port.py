@@ -36,6 +36,22 @@ def test_hello_of_a_new_host_end_restarts_the_channel(ends):
         assert list(channel.receive(host.recv(4096))) == [Hello(VERSION, "agent")]
 
 
+def test_what_the_host_before_has_sent_last_is_dropped(ends):
+    host, port = ends
+    channel = Channel("host")
+    channel.open(1)
+    host.sendall(channel.take())
+    list(port.receive())
+    port.channel.open(1)
+    channel.close(1)
+    old, new = channel.take(), Channel("host")
+    new.send({"id": 1})
+    host.sendall(old + new.take())
+    assert list(port.receive()) == [Hello(VERSION, "host"), Message({"id": 1})]
+    assert port.generation == 1
+    assert not port.channel.is_open(1)
+
+
 def test_a_request_and_its_stream_in_one_piece(ends):
     host, port = ends
     channel = Channel("host")

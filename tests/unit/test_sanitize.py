@@ -1,13 +1,15 @@
 """Text from a guest: what stays, what becomes visible."""
 
+import itertools
 import json
 import re
 from xml.etree import ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pytest_microvm.untrusted.output import LiveText
 from pytest_microvm.untrusted.text import safe_json, sanitize, sanitize_line, sanitize_part
 
 
@@ -124,3 +126,53 @@ def test_json_has_no_command_and_says_the_same():
     assert json.loads(text) == value
     assert "##" not in text
     assert sanitize(text) == text
+
+
+def fed(*pieces):
+    """Return what is shown of output that comes in pieces."""
+    live = LiveText()
+    return "".join([*map(live.feed, pieces), live.end()])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        ([b"a", b"b"], ["a", "b", ""]),
+        ([b"\xe2\x82", b"\xac"], ["", "\N{EURO SIGN}", ""]),
+        ([b"a\r", b"\nb"], ["a", "\nb", ""]),
+        ([b"a\x1b[3", b"1mb"], ["a", "\x1b[31mb", "\x1b[0m"]),
+        ([b"\x1b[31ma", b"\x1b[mb"], ["\x1b[31ma", "\x1b[mb", ""]),
+        ([b"## ", b"a##", b"[x]"], ["## ", "a", r"#\#[x]", ""]),
+        ([b"a ", b"::error::"], ["a ", "::error::", ""]),
+        ([b"a\n ", b":", b":error::"], ["a\n ", "", r":\:error::", ""]),
+        ([b"50 #"], ["50 ", "#\\"]),
+        ([b"100 %", b"\n"], ["100 %", "\n", ""]),
+    ],
+)
+def test_live_text_waits_only_for_what_may_act(pieces, shown):
+    live = LiveText()
+    assert [*map(live.feed, pieces), live.end()] == shown
+
+
+@given(st.binary(), st.lists(st.integers(0, 100)))
+@example(b"a\n\x1b[m:\x1b[1m:x\n###[a]\r\n#\x1b[3;1m#vso[x]\xe2\x82\xac", list(range(40)))
+def test_live_text_is_the_same_for_any_pieces(data, cuts):
+    places = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    shown = fed(*(data[a:b] for a, b in itertools.pairwise(places)))
+    assert shown == fed(data)
+    without_colour = re.sub(r"\x1b\[[0-9;]*m", "", shown)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", without_colour)
+    assert not re.search(r"^\s*::|##(?:|vso|teamcity)\[", without_colour, re.MULTILINE)
+
+
+@given(st.text(st.sampled_from("#:[vso \n\r\x1bm1;x")), st.lists(st.integers(0, 40)))
+def test_live_text_has_no_command_for_any_pieces(text, cuts):
+    test_live_text_is_the_same_for_any_pieces.hypothesis.inner_test(text.encode(), cuts)
+
+
+@pytest.mark.parametrize("piece", ["\n", " ", "\x1b[", "\x1b[0m", "#", ":", "#\x1b[m", "\n:\x1b[m", "##vs"])
+def test_live_text_holds_little_and_takes_linear_time(piece):
+    live = LiveText()
+    data = piece.encode() * 1000
+    shown = sum(len(live.feed(data)) for _ in range(200))
+    assert shown >= 199 * len(data) - 10_000

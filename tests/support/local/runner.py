@@ -11,7 +11,7 @@ import sys
 sys.path[0] = sys.argv[1]
 
 from pytest_microvm.guest import runner as guest  # noqa: E402 - the code folder comes first
-from pytest_microvm.guest.port import Port  # noqa: E402
+from pytest_microvm.guest.port import Port, out_of_the_way  # noqa: E402
 from pytest_microvm.guest.runner_requests import Runner, reseed  # noqa: E402
 
 first_control = socket.socket(fileno=int(sys.argv[2]))
@@ -22,7 +22,7 @@ def next_descriptor(control):
     message, fds, _flags, _address = socket.recv_fds(control, 1, 1)
     if not message:
         os._exit(0)
-    return guest._out_of_the_way(fds[0])
+    return out_of_the_way(fds[0])
 
 
 class ForkingRunner(Runner):
