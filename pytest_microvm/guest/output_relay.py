@@ -52,23 +52,25 @@ class OutputRelay:
         self._stream = 0  # the present one; 0: no test runs
         self._credit = 0
         self._records = bytearray()  # for the present one
+        self._in_record = False  # whether the last of these is not complete
         self._closing = False
         self._early = b""  # what was written while no test ran, for the next one
-        self._runner_ended = self._has_port = False
+        self._host_ended = self._runner_ended = self._has_port = False
         self._read_at = 0.0
+        self._readers = {
+            port: self._take_from_host,
+            runner: self._take_from_runner,
+            output: self._take_output,
+        }
 
     def serve(self) -> None:
         """Forward until the host closes the port, or the runner has ended and its data is forwarded."""
-        while not self._runner_ended or self._records or self._to_host:
+        while not self._host_ended and (not self._runner_ended or self._records or self._to_host):
             for descriptor, events in self._wait():
                 if events & POLLOUT:
                     self._send(descriptor)
-                if not events & ~POLLOUT:
-                    continue
-                if descriptor == self._output:
-                    self._take_output()
-                elif not (self._take_from_host() if descriptor == self._port else self._take_from_runner()):
-                    return
+                if events & ~POLLOUT:
+                    self._readers[descriptor]()
             self._fill_stream()
 
     def _wait(self) -> list[tuple[int, int]]:
@@ -82,7 +84,7 @@ class OutputRelay:
             has_room = len(self._to_host) < _FULL and len(self._records) < _FULL
             waiting.register(self._runner, self._events(self._to_runner, reads=has_room))
         timeout = None
-        if len(self._records) < _FULL and not self._runner_ended:
+        if len(self._records) < _FULL and not (self._runner_ended or self._in_record):
             left = self._read_at + _GATHER - monotonic()
             if left > 0:
                 timeout = left * 1000
@@ -102,25 +104,23 @@ class OutputRelay:
             return
         del outgoing[:size]
 
-    def _take_from_host(self) -> bool:
-        """Pass on what the host sends to the runner; return False once it has closed the port."""
+    def _take_from_host(self) -> None:
+        """Pass on what the host sends to the runner."""
         data = _available(self._read_port.read)
-        if data == b"":
-            return False
+        self._host_ended = data == b""
         for frame in self._from_host.feed(data or b""):
-            if frame.kind is Kind.HELLO:  # this machine is a copy: the streams belong to the host of another
+            if frame.kind is Kind.HELLO:  # this machine is a copy: what there is belongs to another one
                 self._streams.clear()
-                self._stream, self._early = 0, b""
+                self._early = b""
             if frame.stream not in self._streams:
                 self._to_runner += encode(frame.kind, frame.stream, frame.payload)
             elif frame.kind is Kind.CLOSE:
                 self._streams.remove(frame.stream)
             elif frame.stream == self._stream and len(frame.payload) == _CREDIT_SIZE:
                 self._credit += int.from_bytes(frame.payload, "big")
-        return True
 
-    def _take_from_runner(self) -> bool:
-        """Pass on what the runner sends to the host; return True."""
+    def _take_from_runner(self) -> None:
+        """Pass on what the runner sends to the host, and its live records after what was written before."""
         data = _available(lambda: read(self._runner, 65536))
         if data == b"":
             self._take_output()
@@ -132,11 +132,12 @@ class OutputRelay:
             if frame.kind is Kind.MESSAGE:
                 self._begin(int(frame.payload))
             else:
-                self._take_output()
+                if not self._in_record:
+                    self._take_output()
                 self._records += frame.payload
+                self._in_record = frame.kind is Kind.DATA and not frame.payload.endswith(b"\n")
                 self._closing = frame.kind is Kind.CLOSE
             write(self._answers, b"x")
-        return True
 
     def _begin(self, stream: int) -> None:
         self._has_port = True

@@ -43,6 +43,7 @@ from pytest_microvm.suite.collected import Collected, parse_warning
 from pytest_microvm.suite.foreign_warnings import warning_message
 from pytest_microvm.suite.replay import rebuild_test_report
 from pytest_microvm.untrusted.extraction import extract
+from pytest_microvm.untrusted.output import LiveText
 from pytest_microvm.untrusted.text import sanitize, sanitize_line
 from pytest_microvm.wire.channel import WINDOW, Channel, Data
 from pytest_microvm.wire.frames import HEADER, MAX_PAYLOAD, FrameReader, WireError
@@ -243,6 +244,18 @@ def text(data):
     _is_safe(sanitize_line(shown))
     assert "\n" not in sanitize_line(shown)
     assert len(sanitize_line(shown)) < 50_000
+    if len(data) < 50_000:
+        live = {"".join(_live_text(data, size)) for size in (1, 7, len(data) or 1)}
+        assert len(live) == 1
+        _is_safe(live.pop())
+
+
+def _live_text(data, size):
+    """Yield what is shown of output that comes in pieces."""
+    reader = LiveText()
+    for start in range(0, len(data), size):
+        yield reader.feed(data[start : start + size])
+    yield reader.end()
 
 
 def junit(data):

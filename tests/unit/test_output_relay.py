@@ -127,6 +127,17 @@ def test_output_and_records_come_in_the_order_in_which_they_were_made(ends):
     assert found == [*expected, b"last"]
 
 
+def test_output_is_not_put_into_a_record_that_comes_in_parts(ends):
+    ends.tell(Kind.MESSAGE, b"5")
+    os.write(ends.pipe, b"before ")
+    ends.tell(Kind.DATA, b'{"k":"a')
+    os.write(ends.pipe, b"after ")
+    ends.tell(Kind.DATA, b' long one"}\n')
+    ends.tell(Kind.CLOSE)
+    found = joined(records(ends.frames(ends.host, Kind.CLOSE), 5))
+    assert found == [b"before ", "a long one", b"after "]
+
+
 def test_output_between_two_tests_belongs_to_the_next(ends):
     ends.tell(Kind.MESSAGE, b"5")
     ends.tell(Kind.CLOSE)
