@@ -184,7 +184,7 @@ def attributes_of(member: tarfile.TarInfo) -> Attributes:
 def refused_member(name: str, why: str) -> PullError:
     """Return the error for a member of a layer's archive that is refused."""
     return PullError(
-        f"a layer of the image is refused: {sanitize_line(repr(name[:200]))}: {why}",
+        f"a layer of the image is refused: {sanitize_line(f'{name[:200]!r}: {why}', 1000)}",
         reason="refused",
         resolution="build the image again, or pull another one",
     )
