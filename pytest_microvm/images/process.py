@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -104,15 +105,23 @@ def run(command: list[str], *, what: str, environment: Mapping[str, str]) -> Non
     """Run a program to its end.
 
     Raises:
-        BuildError: It failed; the error holds its last lines.
+        BuildError: It failed, and the error holds its last lines; or it is for another architecture.
     """
-    with started(
-        command, environment=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
-        assert process.stdout is not None
-        tail = follow(process.stdout, lambda _line: None)
-        if process.wait() != 0:
-            raise build_error(what, process.returncode, tail)
+    try:
+        with started(
+            command, environment=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
+            assert process.stdout is not None
+            tail = follow(process.stdout, lambda _line: None)
+            if process.wait() != 0:
+                raise build_error(what, process.returncode, tail)
+    except OSError as error:
+        if error.errno != errno.ENOEXEC:
+            raise
+        raise BuildError(
+            f"{what} failed: this computer does not run programs of that architecture",
+            resolution="use a computer that does, or install qemu-user-static, which runs them here",
+        ) from error
 
 
 def build_error(what: str, returncode: int, tail: deque[str]) -> BuildError:

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from pytest_microvm.mounts.live.messages import Op
 from pytest_microvm.wire.channel import Channel
 from pytest_microvm.wire.frames import Kind, encode
+from support import oci
 from support.network import client_hello, in_records, request
 from support.replayed_reports import real_reports
 
@@ -114,6 +115,27 @@ def fuse():
     return b"".join(looking), b"".join(making)
 
 
+def hiding():
+    """What a layer that hides something has."""
+    attribute = {"SCHILY.xattr.security.capability": "c"}
+    return [
+        oci.member("d/.wh.old"), oci.member("e/.wh..wh..opq"), oci.member("e/f/x", "x", pax_headers=attribute),
+        oci.member("g", "g"), oci.hard_link("h", "g"), oci.member("p", type=tarfile.FIFOTYPE),
+    ]  # fmt: skip
+
+
+def documents():
+    """What an image's manifest and configuration have, and an index."""
+    one = {"mediaType": oci.LAYER, "digest": "sha256:" + "a" * 64, "size": 7}
+    config = {"Env": ["A=b"], "Entrypoint": ["/a"], "Cmd": ["b"], "WorkingDir": "/", "User": "1:2"}
+    roots = {"type": "layers", "diff_ids": [one["digest"]]}
+    return {
+        "manifest": {"schemaVersion": 2, "config": {**one, "mediaType": oci.CONFIGURATION}, "layers": [one]},
+        "configuration": {"os": "linux", "architecture": "amd64", "config": config, "rootfs": roots},
+        "index": {"manifests": [{**one, "platform": {"os": "linux", "architecture": "arm64"}}]},
+    }
+
+
 CONSOLE = b"""[    1.0] Out of memory: Killed process 77 (py\x1b[2Jthon) anon-rss:900kB, shmem-rss:8kB
 Kernel panic - not syncing: Attempted to kill init! exitcode=0x00000009
 BUG: unable to handle page fault\r
@@ -134,6 +156,10 @@ def main():
     write("link/conversation", conversation(hello=False))
     write("tar/pax", archive(tarfile.PAX_FORMAT))
     write("tar/gnu", archive(tarfile.GNU_FORMAT))
+    write("layer/pax", archive(tarfile.PAX_FORMAT))
+    write("layer/whiteouts", oci.archive(hiding()))
+    for name, document in documents().items():
+        write(f"image/{name}", json.dumps(document).encode())
     write("collection/good.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in collection()))
     write("console/lines", CONSOLE)
     write("client_hello/named", client_hello("a.example"))

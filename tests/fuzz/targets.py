@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+import tarfile
 import tempfile
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -23,7 +24,21 @@ from _pytest.junitxml import LogXML
 from pytest_microvm.agent.answers import Answer
 from pytest_microvm.agent.link import GuestError, Link
 from pytest_microvm.agent.transfer import as_os_error
-from pytest_microvm.errors import MachineCrashed, MachineError, ProtocolViolation, TransferError
+from pytest_microvm.errors import (
+    MachineCrashed,
+    MachineError,
+    ProtocolViolation,
+    PullError,
+    TransferError,
+)
+from pytest_microvm.images.oci.contents import inspect
+from pytest_microvm.images.oci.documents import (
+    parse_configuration,
+    parse_document,
+    parse_index,
+    parse_manifest,
+)
+from pytest_microvm.images.oci.layer import rewrite
 from pytest_microvm.machine.console import ConsoleReader
 from pytest_microvm.mounts.live.folder import Folder, Growth
 from pytest_microvm.mounts.live.messages import LENGTH, BadRequest
@@ -285,6 +300,39 @@ def console(data):
     assert len(reader._line) <= 1024
 
 
+def layer(data):
+    """A layer's archive is refused, or rewritten as one whose paths stay in the image."""
+    source, out = io.BytesIO(data), io.BytesIO()
+    try:
+        contents = inspect(source)
+        rewrite(out, source, contents, {})
+    except PullError as error:
+        _is_safe(str(error))
+        return
+    paths = set()
+    with tarfile.open(fileobj=io.BytesIO(out.getvalue()), errors="surrogateescape") as clean:
+        for member in clean:
+            assert not {"", ".", ".."} & set(member.name.split("/")), member.name
+            assert not member.islnk() or member.linkname in paths
+            assert set(member.pax_headers) <= _KEPT or member.pax_headers.keys() & {"hdrcharset"}
+            paths.add(member.name)
+    assert len(paths) == contents.entries
+
+
+_KEPT = {"path", "linkpath", "uid", "gid", "size", "mtime", "SCHILY.xattr.trusted.overlay.opaque"}
+
+
+def image(data):
+    """Documents of a container image are refused, or have what they must have."""
+    with contextlib.suppress(PullError):
+        document = parse_document(data, "the document")
+        for parse in (parse_index, parse_manifest, lambda value: parse_configuration(value, 1)):
+            try:
+                parse(document)
+            except PullError as error:
+                _is_safe(str(error))
+
+
 def _is_safe(shown):
     shown.encode()
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
@@ -385,5 +433,7 @@ TARGETS = {
         client_hello,
         proxy,
         fuse,
+        layer,
+        image,
     )
 }

@@ -206,6 +206,14 @@ def test_a_program_and_its_children_end_when_the_block_is_left():
         assert end.read() == b""
 
 
+def test_program_of_another_architecture_is_named_as_the_cause(tmp_path):
+    program = tmp_path / "program"
+    program.write_bytes(b"\x7fELF\x02\x01\x01" + b"\0" * 9 + b"\x02\x00\xff\xff" + b"\0" * 44)
+    program.chmod(0o755)
+    with pytest.raises(BuildError, match="starting it failed: this computer does not run programs of that"):
+        process.run([str(program)], what="starting it", environment=process.build_environment())
+
+
 def test_builds_see_little_of_the_users_environment(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "t")
     monkeypatch.setenv("http_proxy", "http://proxy.example:3128")

@@ -53,7 +53,13 @@ def test_folder_that_replaces_a_hidden_one_is_not_merged_with_it(order):
 
 
 def test_whiteout_of_everything():
-    assert seen(member(".wh..wh..opq"), member("x", "x")).opaque == {""}
+    found = seen(member(".wh..wh..opq"), member("x", "x"), member("d/.wh.y"))
+    assert (found.opaque, found.whiteouts) == ({""}, set())
+
+
+def test_nothing_is_hidden_in_folders_that_hide_everything():
+    found = seen(member("a/.wh..wh..opq"), member("a/b/.wh.x"), member("a/.wh.y"), member("c/.wh.z"))
+    assert (found.opaque, found.whiteouts) == ({"a"}, {"c/z"})
 
 
 def test_records_of_aufs_are_skipped():

@@ -184,7 +184,7 @@ def attributes_of(member: tarfile.TarInfo) -> Attributes:
 def refused_member(name: str, why: str) -> PullError:
     """Return the error for a member of a layer's archive that is refused."""
     return PullError(
-        f"a layer of the image is refused: {sanitize_line(repr(name[:200]))}: {why}",
+        f"a layer of the image is refused: {sanitize_line(f'{name[:200]!r}: {why}', 1000)}",
         reason="refused",
         resolution="build the image again, or pull another one",
     )
@@ -235,6 +235,8 @@ class _Inspection:
                 contents.opaque.add(path)
             elif path not in self._owners:
                 contents.whiteouts.add(path)
+        # Nothing below shows through an opaque folder: there, whiteouts would be listed as files.
+        contents.whiteouts = {path for path in contents.whiteouts if not _is_in(path, contents.opaque)}
         return contents
 
     def _reach(self, folder: str, member: tarfile.TarInfo) -> None:
@@ -308,6 +310,15 @@ def _parts(member: tarfile.TarInfo, path: str) -> list[str]:
     if len(parts) > MAX_DEPTH:
         raise refused_member(member.name, f"more than {MAX_DEPTH} folders inside each other")
     return parts
+
+
+def _is_in(path: str, folders: set[str]) -> bool:
+    """Return True if a path is in one of the folders, at any depth."""
+    while folders and path:
+        path = path.rpartition("/")[0]
+        if path in folders:
+            return True
+    return False
 
 
 def _fits(path: str, parts: list[str]) -> bool:

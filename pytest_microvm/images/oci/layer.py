@@ -76,7 +76,7 @@ def convert(
         if lowest:
             contents.whiteouts.clear()
             contents.opaque.clear()
-        squash_stream(lambda stream: _write(stream, archive, contents, implied), target)
+        squash_stream(lambda stream: rewrite(stream, archive, contents, implied), target)
     return Built({"layer": target}, facts)
 
 
@@ -146,10 +146,20 @@ def is_for(facts: Mapping[str, str], *, lowest: bool, lower: Lower) -> bool:
     return implied_fact({path: found.get(path, _DEFAULT) for path in paths}) == facts["implied"]
 
 
-def _write(
+def rewrite(
     stream: IO[bytes], source: IO[bytes], contents: LayerContents, implied: Mapping[str, Attributes]
 ) -> None:
-    """Write the archive for mksquashfs: folders, then what the layer hides, then the files in their order."""
+    """Write the archive for mksquashfs: folders, then what the layer hides, then the files in their order.
+
+    Args:
+        stream: Takes the archive.
+        source: The layer's own archive.
+        contents: What is in it.
+        implied: The attributes of folders that it does not have itself.
+
+    Raises:
+        PullError: The layer's archive is damaged.
+    """
     with tarfile.open(
         fileobj=stream,
         mode="w|",
