@@ -119,8 +119,9 @@ def hiding():
     """What a layer that hides something has."""
     attribute = {"SCHILY.xattr.security.capability": "c"}
     return [
-        oci.member("d/.wh.old"), oci.member("e/.wh..wh..opq"), oci.member("e/f/x", "x", pax_headers=attribute),
-        oci.member("g", "g"), oci.hard_link("h", "g"), oci.member("p", type=tarfile.FIFOTYPE),
+        oci.member("d/.wh.old"), oci.member("e/.wh..wh..opq"),
+        oci.member("e/f/x", "x", pax_headers=attribute), oci.member("g", "g"),
+        oci.hard_link("h", "g"), oci.member("p", type=tarfile.FIFOTYPE),
     ]  # fmt: skip
 
 

@@ -314,12 +314,22 @@ def layer(data):
         for member in clean:
             assert not {"", ".", ".."} & set(member.name.split("/")), member.name
             assert not member.islnk() or member.linkname in paths
-            assert set(member.pax_headers) <= _KEPT or member.pax_headers.keys() & {"hdrcharset"}
+            assert all(key in _HEADERS or _ATTRIBUTE.fullmatch(key) for key in member.pax_headers)
             paths.add(member.name)
     assert len(paths) == contents.entries
 
 
-_KEPT = {"path", "linkpath", "uid", "gid", "size", "mtime", "SCHILY.xattr.trusted.overlay.opaque"}
+_HEADERS = {
+    "path",
+    "linkpath",
+    "uid",
+    "gid",
+    "size",
+    "mtime",
+    "hdrcharset",
+    "SCHILY.xattr.trusted.overlay.opaque",
+}
+_ATTRIBUTE = re.compile(r"SCHILY\.xattr\.(security\.capability|user\.(?!overlay\.).+)", re.DOTALL)
 
 
 def image(data):
