@@ -125,6 +125,10 @@ class LiveOutput:
         self.flush()
         self._send(Kind.CLOSE, b"")
 
+    def write(self, text: str) -> None:
+        """Show what has been captured before."""
+        os.write(self._relay.pipe, text.encode(errors="replace"))
+
     def flush(self) -> None:
         """Flush Python's buffers for stdout and stderr."""
         for file in self._files:

@@ -410,6 +410,8 @@ class _SessionPlugin:
         if self._wide is not None:
             shown = request.get("shown", 0)
             self._wide.begin(request["item"], request["wide"], lambda: self._tell_need(stream), shown)
+            if self._live is not None:  # a set-up of an earlier run has been captured
+                self._live.write(self._wide.output(keep=request["capture"] != "no"))
         self._work(lambda: self._config.hook.pytest_runtest_protocol(item=item, nextitem=nextitem))
         if request.get("limited") and limits.refused_forks():
             limits.tell_of_refusal()  # before the host learns that the test has ended

@@ -27,6 +27,7 @@ TELL = "tell"
 STANDING = "standing"
 """This machine is a copy of the keeper: leave the fixtures that stand."""
 
+_OUTPUT = ("stdout", "stderr")
 _CHEAP = 0.01  # seconds; a faster set-up is not worth being told
 _OWN = ("_pytest.python", "_pytest.unittest")  # where pytest wraps set-up functions of the user
 
@@ -79,6 +80,19 @@ class WideFixtures:
             state: Any = self._session._setupstate
             type(state).teardown_exact(state, self._item)  # nodes of another test in which nothing stands
             state.teardown_exact = self._tear_down_own
+
+    def output(self, *, keep: bool) -> str:
+        """Return what the set-ups that are shown with this test printed while they were captured.
+
+        Args:
+            keep: Whether the test's report has it, too.
+        """
+        shown = self._printed[-self._shown :] if self._shown else []
+        text = "".join(text for sections in shown for _when, key, text in sections if key in _OUTPUT)
+        if not keep:
+            for sections in shown:
+                sections[:] = [section for section in sections if section[1] not in _OUTPUT]
+        return text
 
     def cost(self) -> list[tuple[int, float]]:
         """Return the fixtures that took long to set up since :meth:`begin`: numbers and seconds."""
