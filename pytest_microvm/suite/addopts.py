@@ -127,7 +127,7 @@ def refuse_acting(addopts: Sequence[str], users: Sequence[str], arity: Mapping[s
     named = REPORT_FILES if _names(users, REPORT_FILES, arity) else frozenset()
     for token in tokens(addopts, arity):
         acts = token.option in _NEVER_OF_A_PROJECT - named
-        if acts or _is_ours_switched_off(token) or _overridden(token) in {"cache_dir", "log_file"}:
+        if acts or _is_ours_switched_off(token) or overridden_key(token) in {"cache_dir", "log_file"}:
             raise UsageError(
                 f"{_ADDOPTS} has {_shown(token)}, which acts on this computer, outside any machine",
                 resolution=_NEXT,
@@ -198,7 +198,7 @@ def _for_host(token: Token) -> list[str]:
         return _joined(option, value)
     if option == _PLUGIN and (value or "").strip() in _HOST_PLUGINS_OFF:
         return [f"-p{(value or '').strip()}"]
-    key = _overridden(token)
+    key = overridden_key(token)
     if key in SHOWN_KEYS and _allows(SHOWN_KEYS[key], (value or "").partition("=")[2]):
         return [f"--override-ini={value}"]
     return []
@@ -222,8 +222,8 @@ def _joined(option: str, value: str | None) -> list[str]:
     return [f"{option}{value}"] if value else []  # an empty -k, -m or -r has no effect
 
 
-def _overridden(token: Token) -> str:
-    """Return the key that ``-o`` sets; "" for any other option."""
+def overridden_key(token: Token) -> str:
+    """Return the key of pytest's configuration that ``-o`` sets; "" for any other option."""
     return (token.value or "").partition("=")[0].strip() if token.option in _OVERRIDE else ""
 
 

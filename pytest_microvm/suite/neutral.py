@@ -60,6 +60,11 @@ def neutralise(config: pytest.Config) -> None:
     forget_failed_filters(config)
 
 
+def write_log_file(config: pytest.Config, path: str) -> None:
+    """Let the host's pytest write a log file that the user has named with ``-o log_file=PATH``."""
+    config._inicache["log_file"] = path  # noqa: SLF001 - see neutralise
+
+
 def keep_from_acting_early(config: pytest.Config, plugin: object) -> None:
     """Remove a plug-in's ``pytest_load_initial_conftests`` hooks, which act on the project's files.
 

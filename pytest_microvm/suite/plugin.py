@@ -15,7 +15,7 @@ from _pytest.config import builtin_plugins
 from pytest_microvm.errors import MicroVMError, UsageError
 from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.suite import neutral
-from pytest_microvm.suite.addopts import refuse_acting, refuse_granting
+from pytest_microvm.suite.addopts import overridden_key, refuse_acting, refuse_granting
 from pytest_microvm.suite.arguments import (
     DEBUGGING,
     OF_THE_MACHINE,
@@ -153,6 +153,9 @@ class RemoteSuite:
         count = len(addopts_of(self._config, args)) if self._launch is None else self._launch.words
         projects = args[:count] if self._launch is None else [*self._launch.guest]
         self._words = (tuple(args[count:]), tuple(projects), dict(arity))
+        for token in tokens(self._words[0], arity):
+            if overridden_key(token) == "log_file":
+                neutral.write_log_file(self._config, (token.value or "").partition("=")[2])
 
     def _is_host_plugin(self, name: str) -> bool:
         if self._launch is not None and not name.startswith("no:") and name not in builtin_plugins:

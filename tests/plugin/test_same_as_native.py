@@ -298,10 +298,11 @@ def test_live_logs(logging_suite):
     assert any("live log teardown" in line for line in result.outlines)
 
 
-def test_log_file(logging_suite):
+@pytest.mark.parametrize("option", ["--log-file={}", "-o log_file={}"])
+def test_log_file(logging_suite, option):
     content = {}
     for name, run in (("native", logging_suite.native), ("machines", logging_suite.microvm)):
-        run(f"--log-file={name}.log", "--log-file-level=INFO", "--log-cli-level=ERROR")
+        run(*option.format(f"{name}.log").split(), "--log-file-level=INFO", "--log-cli-level=ERROR")
         content[name] = (logging_suite.path / f"{name}.log").read_text()
     assert content["machines"] == content["native"]
     assert "in a thread" in content["native"]
