@@ -30,6 +30,7 @@ from pytest_microvm.images.oci.pulled import PulledImages
 from pytest_microvm.images.oci.pulling import TIMEOUT, drop_downloads
 from pytest_microvm.images.oci.references import (
     Platform,
+    Reference,
     is_reference,
     parse_platform,
     parse_reference,
@@ -39,6 +40,7 @@ from pytest_microvm.images.platform import build_platform, platform_recipe
 from pytest_microvm.images.records import LAYER, ROLES, ImageRecords, absent, file_name, layers_of
 from pytest_microvm.images.rootfs import build_rootfs
 from pytest_microvm.programs.needed import require, require_program
+from pytest_microvm.untrusted.nofollow import refuse_links
 
 if TYPE_CHECKING:
     import builtins
@@ -171,11 +173,11 @@ class ImageStore:
             progress: Called with each stage as a line of text.
 
         Raises:
-            UsageError: The reference, the platform or the name is invalid.
+            UsageError: The reference, the platform or the name is invalid, or its folder is behind a link.
             PullError: The image cannot be had, or is refused.
             HostError: A program is missing, or the disk is full.
         """
-        parsed = parse_reference(reference, base)
+        parsed = _reference(reference, base)
         wanted = parse_platform(platform) if platform else platform_of(host_architecture())
         if name and name in kit_names(base):
             raise UsageError(
@@ -399,7 +401,7 @@ class ImageStore:
 
     def _referred(self, text: str, project: Path | None, progress: Progress | None) -> Image:
         """Return the container image that was pulled last by a reference; pull it if there is none."""
-        reference, platform = parse_reference(text, project or Path.cwd()), platform_of(host_architecture())
+        reference, platform = _reference(text, project or Path.cwd()), platform_of(host_architecture())
         tell = _with_time(text, progress)
         return self._pulled.find(reference, platform, tell) or self._pulled.pull(reference, platform, tell)
 
@@ -488,6 +490,18 @@ def _files_of(manifest: bytes) -> list[str]:
             "what was sent is no image of this version", resolution="install the same version on both sides"
         )
     return files
+
+
+def _reference(text: str, base: Path) -> Reference:
+    """Parse a reference; its path must not go through a link below ``base``, which a stranger may have made.
+
+    Raises:
+        UsageError: It is invalid, or does.
+    """
+    reference = parse_reference(text, base)
+    if reference.transport in ("oci", "oci-archive"):
+        refuse_links(base, Path(reference.name))
+    return reference
 
 
 def platform_name_and_key(kit: Kit) -> tuple[str, str]:

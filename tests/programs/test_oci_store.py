@@ -135,6 +135,17 @@ def test_removed_image_is_gone_with_its_layers(store, layout, reference, tmp_pat
         store.get("app")
 
 
+def test_folder_behind_a_link_of_the_project_is_refused(store, reference, tmp_path):
+    (tmp_path / "link").symlink_to("oci")
+    for pulls in (
+        lambda: store.pull("oci:link:v1", base=tmp_path),
+        lambda: store.get("oci:link:v1", project=tmp_path),
+    ):
+        with pytest.raises(UsageError, match="is a link of the project"):
+            pulls()
+    assert store.get(reference)
+
+
 @pytest.mark.parametrize("name", ["App", "../x", "a b", "x" * 100, "docker://x"])
 def test_impossible_names_are_refused(store, reference, tmp_path, name):
     with pytest.raises(UsageError, match="invalid name of an image"):
