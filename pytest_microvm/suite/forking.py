@@ -449,7 +449,7 @@ def _parse(records: Iterable[dict[str, Any]]) -> KeptUp:
             done.temporary = record.get("temporary")
         elif kind == "coverage":
             done.executed.append(record)
-        elif kind not in _OF_THE_DISPLAY:
+        elif not isinstance(kind, str) or kind not in _OF_THE_DISPLAY:
             raise violation("a record of an unknown kind, or a second one")
     return done
 

@@ -198,17 +198,19 @@ def _records(streams: list[Stream], timeout: float | None, output: int) -> Itera
             most = output if stream is streams[-1] else 2 * output  # in live records it is a third longer
             for line in _lines(stream, clock, output, most + _REPORT_OVERHEAD):
                 record = records.read(line)
-                if record.get("k") == "excess":  # the runner measured output that it did not send
+                if not isinstance(record.get("k"), str):
+                    raise checks.violation("a record of an unknown kind")
+                if record["k"] == "excess":  # the runner measured output that it did not send
                     excess = checks.integer(record.get("printed"), "output", output)
                     raise QuotaExceeded("output", output, excess)
-                if record.get("k") == "out":
+                if record["k"] == "out":
                     record["data"] = checks.data(record.get("data"), "output")
                     printed += len(record["data"])
                     if printed > output:
                         raise QuotaExceeded("output", output, printed)
                 before = time.monotonic()
                 yield record
-                if record.get("k") in _NOT_OF_THE_TEST:
+                if record["k"] in _NOT_OF_THE_TEST:
                     clock.pause(time.monotonic() - before)
     except TimeoutError:
         observed = clock.spent

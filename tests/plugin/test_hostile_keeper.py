@@ -111,7 +111,9 @@ ANSWERS = {
     "more({'k': 'output', 'output': None})": TWICE,
     "more({'k': 'needs'})": TWICE,
     "more({'k': 'debug', 'socket': '/tmp/x'})": TWICE,
-    "more({'k': ['x']})": TWICE,
+    "more({'k': ['x']})": "a record of an unknown kind",
+    "more({'k': 'out', 'data': 7})": "output",
+    "more({'k': 'log'})": "an unknown place",
     "more(EXIT, EXIT)": TWICE,
     "more({'k': 'coverage', 'told': []})": "coverage that nobody asked for",
     "more({**WARNING, 'lineno': 'x'})": "a line number that is not a number in its range",
@@ -141,6 +143,7 @@ TEAR_DOWNS = {
     "report(sections=[['one']])": "a section without its two parts",
     "report(longrepr={'reprcrash': 1})": "a place that is not an object",
     "more(report_of(), report_of())": TWICE,
+    "lambda records: end(temporary=7)(report(outcome='failed', longrepr='x')(records))": "temporary folders",
     "more({'k': 'report', 'data': []})": "a test report that is not an object",
 }
 

@@ -48,6 +48,8 @@ ATTACKS = r"""
         change_reports(lambda record: record["data"].update(outcome="rerun"))
     def test_strange_values():
         change_reports(lambda record: record["data"].update(sections=[[1, 2]]))
+    def test_strange_kind():
+        change_reports(lambda record: record.update(k=["x"]))
     def test_strange_text(record_property):
         record_property("microvm.outcome", "passed")
         record_property("\ufffe\ud800\x1b[2J", "\ufffe\ud800\x1b[2J")
@@ -58,7 +60,8 @@ ATTACKS = r"""
 """
 
 CRASHED = ["test_garbage", "test_answer_nobody_asked_for", "test_more_than_was_granted", "test_deep_message",
-           "test_about_another", "test_without_reports", "test_strange_values"]  # fmt: skip
+           "test_about_another", "test_without_reports", "test_strange_values",
+           "test_strange_kind"]  # fmt: skip
 
 
 def test_attacks_on_the_host(project):
