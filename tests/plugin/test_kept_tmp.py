@@ -120,6 +120,14 @@ def test_folders_come_from_the_machines_of_workers(project, root):
     assert (count, files) == (1, {f"popen-gw0/{path}": text for path, text in OF_ONE.items()})
 
 
+def test_launcher_keeps_them_as_the_projects_policy_says(project, root):
+    project.write(test_it=ONE)
+    assert kept(project.launched("--microvm-keep-tmp")) == (1, OF_ONE)
+    project.write(pytest__DOT__ini="[pytest]\ntmp_path_retention_policy = none")
+    result = project.launched("--microvm-keep-tmp")
+    result.stdout.fnmatch_lines("microvm: no tmp_path was kept: tmp_path_retention_policy is none")
+
+
 def test_nothing_is_kept_without_the_option(project, root):
     project.write(test_it=ONE)
     result = project.command()
