@@ -420,12 +420,15 @@ def _warm_up(instance: Instance) -> None:
     link = instance.link("agent")
     for _ in range(2):
         request = command_arguments(["true"], {}, None, None)
-        with contextlib.suppress(FileNotFoundError):  # a container image may have no programs
+        try:
             process = GuestProcess(
                 UnlimitedClient(link), ["true"], request, stdin=False, text=False, pty=None
             )
-            with process:
-                process.communicate(timeout=BOOT_TIMEOUT)
+        except FileNotFoundError:  # a container image may have no programs
+            link.call("path", timeout=BOOT_TIMEOUT, do="stat", path="/")
+            continue
+        with process:
+            process.communicate(timeout=BOOT_TIMEOUT)
 
 
 def _title(base: Base, steps: Sequence[TemplateStep]) -> str:
