@@ -117,7 +117,7 @@ def test_no_network(vm):
 def test_the_kernels_limits(host, vm):
     found = limits(vm.instance.vmm.pid)
     assert found["Max core file size"] == 0
-    assert found["Max open files"] <= 256
+    assert found["Max open files"] <= 256 + 3 * 4  # three for each disk
     assert vm.facts.limits.disk < found["Max file size"] < 4 * vm.facts.limits.disk
     base = host.base(SPEC)
     assert found["Max data size"] < base.resources.memory + 2 * 1024 * MIB

@@ -10,6 +10,17 @@ import pytest
 from support.comparison import only_locally
 
 pytestmark = only_locally
+CI_VARIABLES = (
+    "CI",
+    "bamboo.buildKey",
+    "BUILD_ID",
+    "BUILD_NUMBER",
+    "BUILDKITE",
+    "CIRCLECI",
+    "CONTINUOUS_INTEGRATION",
+    "GITHUB_ACTIONS",
+    "TRAVIS",
+)
 QUIET = ("-p", "no:hypothesispytest", "-p", "no:cacheprovider", "-p", "no:randomly")
 REPORTS = """
     def test_html_extra(extras):
@@ -55,6 +66,8 @@ def with_plugins(project, plugin_python, monkeypatch):
     monkeypatch.setenv("LOCAL_PYTHON", str(plugin_python))
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
         monkeypatch.delenv(name, raising=False)  # of these tests' own workers
+    for name in CI_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     return WithPlugins(project, plugin_python)
 
 
@@ -155,6 +168,15 @@ def test_inline_snapshots_without_one_process_are_announced(with_plugins):
     with_plugins.write(test_i=INLINE_SNAPSHOTS)
     result = with_plugins.microvm()
     result.stdout.fnmatch_lines(["microvm: inline-snapshot *use --microvm-isolation=session"])
+
+
+def test_inline_snapshots_in_a_ci_system_are_only_compared(with_plugins, monkeypatch):
+    """inline-snapshot turns itself off there, and then nothing of it is lost in machines."""
+    monkeypatch.setenv("CI", "true")
+    with_plugins.write(test_i=INLINE_SNAPSHOTS)
+    native, machines = with_plugins.native(), with_plugins.microvm()
+    assert (machines.ret, machines.parseoutcomes()) == (native.ret, native.parseoutcomes())
+    machines.stdout.no_fnmatch_line("*use --microvm-isolation=session*")
 
 
 @pytest.mark.parametrize("how", ["absolute", "relative"])
