@@ -52,6 +52,19 @@ else:
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md")), REPOSITORY / "CONTRIBUTING.md"]
+OF_THEIR_OWN = {
+    "how-to/ci-without-kvm.md": "test_github_action.py",
+    "how-to/coverage.md": "test_mirrored_python.py",
+    "how-to/package-index.md": "test_network_tools.py",
+    "how-to/prepare.md": "test_suites.py",
+    "how-to/real-suites.md": "test_ci_published.py",
+    "how-to/tox.md": "test_tox.py",
+    "how-to/untrusted-plugin.md": "test_attacks.py",
+    "how-to/written-files.md": "test_what_suites_leave.py",
+    "how-to/xdist.md": "test_xdist_tx.py",
+    "reference/quotas.md": "test_machines.py",
+}
+"""Pages that take long and are about what a file of tests shows as well: `make test-all` runs them."""
 NOT_RUN = {
     r"make (setup|demo|test|test-all|unit|lint|bench)": "set-up and the whole check, which runs this test",
     r"git clone \S+( \S+)?|cd pytest-microvm": "this is the clone",
@@ -267,7 +280,14 @@ def run_page(page, name, project):
     assert tests_not_run is None, f"{tests_not_run}: no command below runs these tests"
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def pages():
+    """Return the pages as parameters; those with tests of their own are for `make test-all`."""
+    long = {REPOSITORY / "docs" / name for name in OF_THEIR_OWN}
+    assert long <= set(PAGES)
+    return [pytest.param(path, marks=[pytest.mark.thorough] if path in long else []) for path in PAGES]
+
+
+@pytest.mark.parametrize("path", pages(), ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_page(path, tmp_path):
     project = tmp_path / f"project-{secrets.token_hex(4)}"  # a new place: no template of an earlier run fits
     project.mkdir()

@@ -134,6 +134,7 @@ def _package_lists():
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*") if path.is_file()}
 
 
+@pytest.mark.thorough
 def test_two_processes_at_once_build_one_image(command, cache, project):
     lists = _package_lists()
     processes = [command("image", "build", "tiny") for _ in range(2)]
