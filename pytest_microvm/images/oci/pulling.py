@@ -9,10 +9,13 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pytest_microvm.cache.disk import explained, need_space
 from pytest_microvm.errors import BuildError
 from pytest_microvm.images.artifacts import Artifact, Artifacts, Built
+from pytest_microvm.images.oci.built import is_built, parse_artifact, parse_image
+from pytest_microvm.images.oci.built_files import store_files
 from pytest_microvm.images.oci.contents import Attributes, refused_member
 from pytest_microvm.images.oci.documents import (
     ImageConfiguration,
@@ -54,6 +57,21 @@ class Pulled:
     layers: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class PulledBuilt:
+    """A pulled image that was built on another computer; its files are stored.
+
+    Args:
+        resolved: The digest of the document that the reference led to: an index or a manifest.
+        manifest: The digest of the artifact's manifest.
+        image: The image's own manifest, checked.
+    """
+
+    resolved: str
+    manifest: str
+    image: Mapping[str, Any]
+
+
 class Puller:
     """Pulls images into the cache.
 
@@ -62,15 +80,26 @@ class Puller:
         root: The folder of the image store.
         tell: Called with messages about the progress.
         timeout: Seconds without a byte after which a registry counts as hanging.
+        image_format: The format of built images that this version reads.
     """
 
-    def __init__(self, artifacts: Artifacts, root: Path, tell: Progress, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self,
+        artifacts: Artifacts,
+        root: Path,
+        tell: Progress,
+        timeout: float = TIMEOUT,
+        image_format: int = 0,
+    ) -> None:
         self._artifacts = artifacts
         self._root = root
         self._tell = tell
         self._timeout = timeout
+        self._format = image_format
 
-    def pull(self, reference: Reference, platform: Platform, known: Callable[[str], bool]) -> Pulled | None:
+    def pull(
+        self, reference: Reference, platform: Platform, known: Callable[[str], bool]
+    ) -> Pulled | PulledBuilt | None:
         """Pull an image; one pull runs at a time.
 
         Args:
@@ -91,7 +120,21 @@ class Puller:
                 source.done()
                 return None
             data = source.manifest()
-            manifest = parse_manifest(parse_document(data, "the manifest"))
+            digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+            found = parse_document(data, "the manifest")
+            if is_built(found):
+                artifact = parse_artifact(found)
+                image = parse_image(
+                    source.configuration(artifact),
+                    artifact,
+                    image_format=self._format,
+                    platform=platform,
+                    shown=str(reference),
+                )
+                store_files(self._artifacts, artifact, source, folder, self._tell)
+                source.done()
+                return PulledBuilt(source.resolved, digest, image)
+            manifest = parse_manifest(found)
             document = parse_document(source.configuration(manifest), "the configuration")
             configuration = parse_configuration(document, len(manifest.layers))
             if configuration.platform != str(platform):
@@ -105,7 +148,6 @@ class Puller:
                 source.fetch(manifest, stored)
             layers = stack.convert(stored, lambda: source.fetch(manifest, stored))
             source.done()
-            digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
             return Pulled(source.resolved, digest, configuration, layers)
 
     def _source(self, reference: Reference, platform: Platform, folder: Path) -> ImageSource:

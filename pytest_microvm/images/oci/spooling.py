@@ -124,14 +124,14 @@ def spool(
     """
     archive = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - the caller's, unless this fails
     try:
-        _unpack(_CheckedBlob(blob, layer, stopped or Event()), layer.size, diff_id, archive, folder)
+        _unpack(CheckedBlob(blob, layer, stopped), layer.size, diff_id, archive, folder)
     except BaseException:
         archive.close()
         raise
     return archive
 
 
-def _unpack(blob: _CheckedBlob, size: int, diff_id: str, archive: IO[bytes], folder: Path) -> None:
+def _unpack(blob: CheckedBlob, size: int, diff_id: str, archive: IO[bytes], folder: Path) -> None:
     try:
         found = unpack(blob.pieces, size, archive, folder)
     finally:
@@ -140,8 +140,13 @@ def _unpack(blob: _CheckedBlob, size: int, diff_id: str, archive: IO[bytes], fol
         raise refused("a layer", f"its archive has the digest {found}, and the configuration says {diff_id}")
 
 
-class _CheckedBlob:
+class CheckedBlob:
     """A blob that is hashed while it is read.
+
+    Args:
+        blob: The blob.
+        layer: Its size and digest.
+        stopped: Set to end the work.
 
     Attributes:
         pieces: Yields the blob in pieces, each once.
@@ -150,14 +155,14 @@ class _CheckedBlob:
         DamagedBlob: It has another size than the manifest says.
     """
 
-    def __init__(self, blob: IO[bytes], layer: Descriptor, stopped: Event) -> None:
+    def __init__(self, blob: IO[bytes], layer: Descriptor, stopped: Event | None = None) -> None:
         size = blob.seek(0, os.SEEK_END)
         if size != layer.size:
             raise DamagedBlob(layer, f"it has {size} bytes, and the manifest says {layer.size}")
         blob.seek(0)
         self._blob = blob
         self._layer = layer
-        self._stopped = stopped
+        self._stopped = stopped or Event()
         self._digest = hashlib.sha256()
         self.pieces = self._read()
 
