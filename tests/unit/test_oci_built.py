@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pytest_microvm.errors import PullError, UsageError
 from pytest_microvm.images.blobs import canonical_json
@@ -221,3 +223,32 @@ def test_kinds_of_files_are_told_apart():
     ]
     assert kinds == [f"{role}.v1" for role in (*ROLES, "layer", "layer")]
     assert (artifact()["artifactType"], artifact()["mediaType"]) == (ARTIFACT, MANIFEST)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+)
+
+
+def outcome(check):
+    """Return the error of a check, or its result."""
+    try:
+        return None, check()
+    except PullError as error:
+        return error, None
+
+
+@given(st.sampled_from([*FULL, "network", "x"]), JSON)
+def test_any_value_of_a_manifest_is_accepted_or_refused(key, value):
+    image = {**FULL, key: value}
+    error, found = outcome(lambda: parsed(image, artifact(FULL)))
+    assert "\x1b" not in str(error)
+    assert error or canonical_json(found) == canonical_json(image)
+
+
+@given(st.sampled_from(["schemaVersion", "mediaType", "artifactType", "config", "layers", "x"]), JSON)
+def test_any_value_of_an_artifact_is_accepted_or_refused(key, value):
+    error, _found = outcome(lambda: parsed(document={**artifact(), key: value}))
+    assert error.reason == "refused" if error else key in ("x", "mediaType", "schemaVersion")
