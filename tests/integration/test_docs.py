@@ -44,6 +44,7 @@ import yaml
 
 from pytest_microvm.ci.definition.parsing import parse_definition
 from pytest_microvm.errors import UsageError
+from pytest_microvm.images.store import cache_root
 from pytest_microvm.settings.configuration import Settings, merged
 from support import guards
 from support.registry import registry
@@ -272,7 +273,7 @@ def run_page(page, name, project):
 
 @contextmanager
 def registry_of(page, folder, monkeypatch):
-    """Run the registry that a page asks for; skopeo is told that it speaks no TLS."""
+    """Run the registry that a page asks for, with a home whose skopeo knows that it speaks no TLS."""
     wanted = re.search(r"<!-- *registry: *(\w+) *-->", page)
     if not wanted:
         yield
@@ -280,8 +281,8 @@ def registry_of(page, folder, monkeypatch):
     folder.mkdir()
     with registry(folder) as running:
         monkeypatch.setenv(wanted[1], running.address)
-        settings = running.home / ".config/containers/registries.conf"
-        monkeypatch.setenv("CONTAINERS_REGISTRIES_CONF", str(settings))
+        monkeypatch.setenv("PYTEST_MICROVM_CACHE", str(cache_root()))
+        monkeypatch.setenv("HOME", str(running.home))
         yield
 
 
