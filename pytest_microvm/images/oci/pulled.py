@@ -140,21 +140,16 @@ class PulledImages:
         pulled = puller.pull(reference, platform, known)
         if pulled is None:
             return self._stored(stored, tell)
-        if isinstance(pulled, PulledBuilt):
-            return self._built(pulled, _entry(reference, platform))
         entry = {
             **_entry(reference, platform),
             "resolved": pulled.resolved,
             "manifest": pulled.manifest,
         }
-        manifest = self._manifest(pulled, platform, self._platform(platform, tell))
+        if isinstance(pulled, PulledBuilt):
+            manifest, entry = pulled.image, {**entry, "built": "yes"}
+        else:
+            manifest = self._manifest(pulled, platform, self._platform(platform, tell))
         image = self._records.publish(manifest, entry)
-        return image if self._records.intact(image) else None
-
-    def _built(self, pulled: PulledBuilt, entry: Mapping[str, str]) -> Image | None:
-        """Publish an image that was built on another computer; its digest is the same here."""
-        found = {"resolved": pulled.resolved, "manifest": pulled.manifest, "built": "yes"}
-        image = self._records.publish(pulled.image, {**entry, **found})
         return image if self._records.intact(image) else None
 
     def _manifest(self, pulled: Pulled, platform: Platform, base: Artifact) -> Mapping[str, Any]:
