@@ -1,4 +1,4 @@
-"""``pytest-microvm image``: build, pull, list, inspect, remove and prune images."""
+"""``pytest-microvm image``: build, pull, push, list, inspect, remove and prune images."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ _EXAMPLES = """examples:
   pytest-microvm image build python           build the default image (once; a minute or two)
   pytest-microvm image build microvm/kits/db  build a kit of this project by its path
   pytest-microvm image pull docker://registry.example/team/app:1.2   a container image
+  pytest-microvm image push python registry.example/team/python:1   for other computers
   pytest-microvm image list                   what is in the cache
   pytest-microvm image prune                  give disk space back
 """
@@ -59,8 +60,22 @@ examples:
   pytest-microvm run --image app -- /usr/bin/app --version
   pytest-microvm image pull oci:build/image
 """
+_PUSH_EXAMPLES = """KIT is a kit's name or path, built first if it is missing; also the name, reference or
+digest of a stored image. Kernel, initramfs, the agent's Python and the root file system are pushed as one OCI
+artifact, which `image pull` stores as it is: nothing is built or converted there, and the image's digest is
+the same. The printed reference names exactly this image. A kit with `network` cannot be pushed.
+
+Logins, certificates and registries without TLS: skopeo's configuration, as for `image pull`.
+
+exit status: 4 bad input; 77 no permission; 75 the registry does not answer; 1 other errors
+
+examples:
+  skopeo login registry.example
+  pytest-microvm image push microvm/kits/db registry.example/team/db:1.2
+  pytest-microvm image pull docker://registry.example/team/db:1.2 --as db     on another computer
+"""
 _STATUS: dict[PullFailure, int] = {"absent": 66, "denied": 77, "unreachable": 75, "refused": 1}
-"""Exit statuses of failed pulls: EX_NOINPUT, EX_NOPERM and EX_TEMPFAIL of sysexits.h."""
+"""Exit statuses of failed pulls and pushes: EX_NOINPUT, EX_NOPERM and EX_TEMPFAIL of sysexits.h."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -102,11 +117,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="OS/ARCH",
         help="linux/amd64 or linux/arm64 (default: this computer's)",
     )
-    pull.add_argument(
-        "--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
-        help=f"time without a byte after which the registry counts as hanging (default: {TIMEOUT:g})",
-    )  # fmt: skip
+    _add_timeout(pull)
     pull.set_defaults(run=_pull)
+
+    push = verbs.add_parser(
+        "push", help="push a built image to a registry", epilog=_PUSH_EXAMPLES, formatter_class=Raw,
+        description="Push a kit's image to a registry; files that the registry has are not sent again.",
+    )  # fmt: skip
+    push.add_argument("kit", metavar="KIT", help="a kit's name or path, or a stored image")
+    push.add_argument("target", metavar="REGISTRY/NAME[:TAG]", help="its name there")
+    _add_timeout(push)
+    push.set_defaults(run=_push)
 
     listing = verbs.add_parser("list", help="list the images in the cache")
     _add_json(listing)
@@ -132,6 +153,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )  # fmt: skip
     _add_json(prune)
     prune.set_defaults(run=_prune)
+
+
+def _add_timeout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
+        help=f"time without a byte after which the registry counts as hanging (default: {TIMEOUT:g})",
+    )  # fmt: skip
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +190,20 @@ def _pull(arguments: argparse.Namespace) -> int:
         print(f"pytest-microvm: {sanitize(str(error))}", file=sys.stderr)
         return _STATUS[error.reason]
     print(f"{arguments.name or sanitize_line(image.name)} {image.digest}")
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    store = ImageStore(cache_root())
+    try:
+        with Progress(sys.stderr, terminal=sys.stderr.isatty()) as progress:
+            timeout = parse_seconds(arguments.timeout, "--timeout")
+            image = store.get(arguments.kit, project=Path.cwd(), progress=progress)
+            reference = store.push(image, arguments.target, timeout=timeout, progress=progress)
+    except PullError as error:
+        print(f"pytest-microvm: {sanitize(str(error))}", file=sys.stderr)
+        return _STATUS[error.reason]
+    print(f"{reference} {image.digest}")
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import tempfile
@@ -23,6 +25,8 @@ _OPTIONS = [*_FAST, "-Xhc"]
 
 # mksquashfs does not take the root folder itself from a tar archive; its mode would be 0777.
 _TAR_ROOT = ["-root-mode", "0755"]
+
+_PIPE = 1 << 20  # bytes in the pipe to mksquashfs; Linux lets every user have that many
 
 _STAGES = {
     "I: running apt-get update": "fetching package lists",
@@ -90,6 +94,8 @@ def squash_stream(write: Callable[[IO[bytes]], None], target: Path) -> None:
         )  # fmt: skip
         with packer as packing:
             assert packing.stdin is not None
+            with contextlib.suppress(OSError):  # a limit of this user's; a smaller pipe is slower
+                fcntl.fcntl(packing.stdin, fcntl.F_SETPIPE_SZ, _PIPE)
             try:
                 write(packing.stdin)
                 packing.stdin.close()

@@ -34,6 +34,7 @@ from pytest_microvm.images.oci.references import (
     is_reference,
     parse_platform,
     parse_reference,
+    parse_target,
     platform_of,
 )
 from pytest_microvm.images.platform import build_platform, platform_recipe
@@ -186,6 +187,34 @@ class ImageStore:
         return self._pulled.pull(
             parsed, wanted, _with_time(str(parsed), progress), name=name, timeout=timeout
         )
+
+    def push(
+        self,
+        image: Image,
+        target: str,
+        *,
+        timeout: float = TIMEOUT,
+        progress: Progress | None = None,
+    ) -> Reference:
+        """Push an image to a registry, for :meth:`pull` on other computers; its digest is the same there.
+
+        Args:
+            image: The image.
+            target: The name that it gets, ``REGISTRY/NAME[:TAG]``.
+            timeout: Seconds without a sign of progress after which a registry counts as hanging.
+            progress: Called with each stage as a line of text.
+
+        Returns:
+            The reference to it by its digest.
+
+        Raises:
+            UsageError: The name is invalid, or the image cannot be pushed.
+            ImageError: It is damaged.
+            PullError: The registry does not take it, or cannot be reached.
+            HostError: A program is missing, or the disk is full.
+        """
+        parsed = parse_target(target)
+        return self._pulled.push(image, parsed, _with_time(str(parsed), progress), timeout=timeout)
 
     def is_pulled(self, name: str) -> bool:
         """Return True if the user has pulled an image as ``name``."""

@@ -3,6 +3,7 @@
 A page has a project folder of its own, empty at first; comments before a block say more:
 
     <!-- project: examples -->   anywhere in the page: the folder starts as a copy of that one
+    <!-- registry: REGISTRY -->  anywhere in the page: a registry runs, with its address in that variable
     <!-- file: tests/test_a.py -->   the block below is the content of that file of the project
     <!-- exit: 1 -->             the last command of the block below ends with this status, not 0
 
@@ -34,6 +35,7 @@ import subprocess
 import sys
 import textwrap
 import xml.dom.minidom
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,8 +44,10 @@ import yaml
 
 from pytest_microvm.ci.definition.parsing import parse_definition
 from pytest_microvm.errors import UsageError
+from pytest_microvm.images.store import cache_root
 from pytest_microvm.settings.configuration import Settings, merged
 from support import guards
+from support.registry import registry
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -287,11 +291,28 @@ def pages():
     return [pytest.param(path, marks=[pytest.mark.thorough] if path in long else []) for path in PAGES]
 
 
+@contextmanager
+def registry_of(page, folder, monkeypatch):
+    """Run the registry that a page asks for, with a home whose skopeo knows that it speaks no TLS."""
+    wanted = re.search(r"<!-- *registry: *(\w+) *-->", page)
+    if not wanted:
+        yield
+        return
+    folder.mkdir()
+    with registry(folder) as running:
+        monkeypatch.setenv(wanted[1], running.address)
+        monkeypatch.setenv("PYTEST_MICROVM_CACHE", str(cache_root()))
+        monkeypatch.setenv("HOME", str(running.home))
+        yield
+
+
 @pytest.mark.parametrize("path", pages(), ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_page(path, tmp_path):
+def test_page(path, tmp_path, monkeypatch):
     project = tmp_path / f"project-{secrets.token_hex(4)}"  # a new place: no template of an earlier run fits
     project.mkdir()
-    run_page(path.read_text(), path.relative_to(REPOSITORY), project)
+    page = path.read_text()
+    with registry_of(page, tmp_path / "registry", monkeypatch):
+        run_page(page, path.relative_to(REPOSITORY), project)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))

@@ -1,4 +1,4 @@
-"""Container images in the image store: found by their reference or by the user's name for them."""
+"""Images of registries in the image store: found by their reference or by the user's name for them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from pytest_microvm.cache.disk import explained
-from pytest_microvm.errors import ImageError, UsageError
+from pytest_microvm.errors import ImageError, PullError, UsageError
 from pytest_microvm.images.artifacts import Artifact, Artifacts
 from pytest_microvm.images.blobs import canonical_json, read_json, write_atomically
 from pytest_microvm.images.image import Image
 from pytest_microvm.images.kits import DEFAULT_RESOURCES, NAME
-from pytest_microvm.images.oci.pulling import TIMEOUT, Pulled, Puller
-from pytest_microvm.images.oci.references import Platform, Reference, parse_platform
+from pytest_microvm.images.oci.built import check_image
+from pytest_microvm.images.oci.pulling import TIMEOUT, Pulled, PulledBuilt, Puller
+from pytest_microvm.images.oci.pushing import push
+from pytest_microvm.images.oci.references import Platform, Reference, parse_platform, platform_of
+from pytest_microvm.images.oci.skopeo import Skopeo
 from pytest_microvm.images.process import Progress
-from pytest_microvm.images.records import ImageRecords
+from pytest_microvm.images.records import ImageRecords, absent
 
 _PATH = (
     "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of an image that sets none; as Docker
@@ -109,6 +112,21 @@ class PulledImages:
                 write_atomically(self._records.name_path(entry), canonical_json(entry))
         return image
 
+    def push(self, image: Image, target: Reference, tell: Progress, *, timeout: float = TIMEOUT) -> Reference:
+        """Push an image to a registry; see :meth:`pytest_microvm.images.store.ImageStore.push`."""
+        if not self._records.intact(image):
+            raise absent(image.digest)
+        manifest = self._records.manifest_path(image.digest).read_bytes()
+        try:
+            check_image(manifest)
+        except PullError as error:
+            raise UsageError(
+                f"the image {image.name} cannot be pushed", details=error.brief, resolution=error.resolution
+            ) from None
+        with explained(self._root), self._artifacts.only_builder(f"push-{image.digest[:32]}", tell) as folder:
+            skopeo = Skopeo(target, folder, platform_of(image.architecture), timeout, "pushed")
+            return push(manifest, set(image.files().values()), target, skopeo, folder=folder, tell=tell)
+
     def _pulled(
         self, reference: Reference, platform: Platform, tell: Progress, timeout: float
     ) -> Image | None:
@@ -118,7 +136,8 @@ class PulledImages:
         def known(resolved: str) -> bool:
             return stored.get("resolved") == resolved and self._stored(stored, tell) is not None
 
-        pulled = Puller(self._artifacts, self._root, tell, timeout).pull(reference, platform, known)
+        puller = Puller(self._artifacts, self._root, tell, timeout, self._format)
+        pulled = puller.pull(reference, platform, known)
         if pulled is None:
             return self._stored(stored, tell)
         entry = {
@@ -126,7 +145,10 @@ class PulledImages:
             "resolved": pulled.resolved,
             "manifest": pulled.manifest,
         }
-        manifest = self._manifest(pulled, platform, self._platform(platform, tell))
+        if isinstance(pulled, PulledBuilt):
+            manifest, entry = pulled.image, {**entry, "built": "yes"}
+        else:
+            manifest = self._manifest(pulled, platform, self._platform(platform, tell))
         image = self._records.publish(manifest, entry)
         return image if self._records.intact(image) else None
 
@@ -150,10 +172,16 @@ class PulledImages:
         }
 
     def _stored(self, entry: Mapping[str, Any] | None, tell: Progress) -> Image | None:
-        """Return the image of an entry if it is stored whole, with the kernel and runtime of this version."""
+        """Return the image of an entry if it is stored whole.
+
+        A container image gets the kernel and runtime of this version; a built image has its own.
+        """
         manifest = self._records.manifest(entry["digest"]) if entry else None
         if manifest is None or entry is None:
             return None
+        if "built" in entry:
+            image = self._records.image(entry["name"], entry["digest"], manifest)
+            return image if self._records.intact(image) else None
         base = self._platform(parse_platform(entry["platform"]), tell)
         files = {**base.files, "rootfs": manifest["files"]["rootfs"]}
         if files == manifest["files"]:

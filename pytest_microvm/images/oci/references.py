@@ -123,6 +123,24 @@ def parse_reference(text: str, base: Path) -> Reference:
     return Reference(transport, found["name"], found["tag"] or "", found["digest"] or "")
 
 
+def parse_target(text: str) -> Reference:
+    """Parse the name that a pushed image gets, ``REGISTRY/NAME[:TAG]``; ``docker://`` may be before it.
+
+    Raises:
+        UsageError: It is invalid, or names no registry.
+    """
+    text = text.removeprefix("docker://")
+    found = _NAMED.fullmatch(text) if len(text) <= _MOST else None
+    host, slash, _rest = text.partition("/")
+    # As in docker's references: what has no dot and no port is part of a name on docker's own registry.
+    if not found or found["digest"] or not slash or not (host == "localhost" or {".", ":"} & set(host)):
+        raise UsageError(
+            f"invalid name of a pushed image: expected REGISTRY/NAME[:TAG], got {text[:200]!r}",
+            resolution="write it like registry.example/team/kit:1.2",
+        )
+    return Reference("docker", found["name"], found["tag"] or "")
+
+
 def parse_platform(text: str) -> Platform:
     """Parse a platform such as ``linux/amd64``.
 
