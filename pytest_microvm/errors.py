@@ -2,7 +2,8 @@
 
 MicroVMError
 ├── UsageError              bad input: an option, a key, a path, a value
-│   └── KitError            a kit file that cannot be used
+│   ├── KitError            a kit file that cannot be used
+│   └── LockError           an image that is not the one that ``microvm.lock`` pins
 ├── HostError               this computer lacks something: a program, a permission, memory, disk
 │   ├── HypervisorMissing
 │   └── BudgetExhausted     the host budget can never hold the requested machine
@@ -53,6 +54,10 @@ class UsageError(MicroVMError):
 
 class KitError(UsageError):
     """A kit file that cannot be used."""
+
+
+class LockError(UsageError):
+    """An image that is not the one that ``microvm.lock`` pins, or that it does not pin."""
 
 
 class HostError(MicroVMError):

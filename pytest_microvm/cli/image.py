@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_microvm.errors import PullError, PullFailure
 from pytest_microvm.images.debian import MODES
 from pytest_microvm.images.image import Image
+from pytest_microvm.images.locked import LockedImages
 from pytest_microvm.images.oci.pulling import TIMEOUT
 from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.settings.options import QUOTAS
@@ -106,6 +107,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
         help=f"time without a byte after which the registry counts as hanging (default: {TIMEOUT:g})",
     )  # fmt: skip
+    pull.add_argument("--locked", action="store_true", help="pull exactly what microvm.lock pins, or fail")
     pull.set_defaults(run=_pull)
 
     listing = verbs.add_parser("list", help="list the images in the cache")
@@ -150,9 +152,9 @@ def _pull(arguments: argparse.Namespace) -> int:
     store = ImageStore(cache_root())
     try:
         with Progress(sys.stderr, terminal=sys.stderr.isatty()) as progress:
-            image = store.pull(
+            locked = LockedImages(store, Path.cwd(), "require" if arguments.locked else "ignore")
+            image = locked.pull(
                 arguments.reference,
-                base=Path.cwd(),
                 platform=arguments.platform,
                 name=arguments.name,
                 timeout=parse_seconds(arguments.timeout, "--timeout"),

@@ -27,6 +27,8 @@ from pytest_microvm.ci.github.upload import make_uploadable
 from pytest_microvm.errors import UsageError
 from pytest_microvm.host.host import Host
 from pytest_microvm.images import Image
+from pytest_microvm.images.locked import LockUse
+from pytest_microvm.images.oci.pulling import TIMEOUT
 from pytest_microvm.images.store import cache_root
 
 _GROUND = "ground.json"
@@ -121,14 +123,19 @@ def report(folder: Path) -> None:
 
 
 def _image(host: Host, kit: Path | str, project: Path) -> Image:
-    """Return a kit's image, built if missing; pull a container image, whose tag may lead elsewhere today."""
+    """Return a kit's image, built if missing; pull a container image, whose tag may lead elsewhere today.
+
+    One that the project's lock pins is pulled at the locked digest.
+    """
     if isinstance(kit, str):
-        return host.images.pull(kit, base=project, progress=_say)
+        return host.locked.pull(kit, timeout=TIMEOUT, progress=_say)
     return host.images.get(kit, project=project, progress=_say)
 
 
 def _host(inputs: Inputs) -> Host:
-    return Host(project=inputs.project, require_accel=inputs.require_accel or None, say=_say)
+    # The jobs of `ci` are those of the default branch, and the lock here is that of the commit checked out.
+    lock: LockUse = "ignore" if inputs.mode == "ci" else "follow"
+    return Host(project=inputs.project, require_accel=inputs.require_accel or None, lock=lock, say=_say)
 
 
 def _workspace(environ: Mapping[str, str]) -> Path:

@@ -13,6 +13,7 @@ from pytest_microvm.images.artifacts import Artifact, Artifacts
 from pytest_microvm.images.blobs import canonical_json, read_json, write_atomically
 from pytest_microvm.images.image import Image
 from pytest_microvm.images.kits import DEFAULT_RESOURCES, NAME
+from pytest_microvm.images.oci.layer import CONVERTER
 from pytest_microvm.images.oci.pulling import TIMEOUT, Pulled, Puller
 from pytest_microvm.images.oci.references import Platform, Reference, parse_platform
 from pytest_microvm.images.process import Progress
@@ -50,7 +51,15 @@ class PulledImages:
 
     def find(self, reference: Reference, platform: Platform, tell: Progress) -> Image | None:
         """Return the image that was last pulled by a reference, if it is stored whole."""
-        return self._stored(read_json(self._records.name_path(_entry(reference, platform))), tell)
+        return self._stored(self.record(reference, platform), tell)
+
+    def record(self, reference: Reference, platform: Platform) -> dict[str, str] | None:
+        """Return the record of the last pull by a reference; ``None`` if there is none."""
+        return read_json(self._records.name_path(_entry(reference, platform)))
+
+    def record_of(self, name: str) -> dict[str, str] | None:
+        """Return the record of the pull that gave an image its name; ``None`` if there is none."""
+        return read_json(self._records.name_path(_alias(name))) if self.has(name) else None
 
     def has(self, name: str) -> bool:
         """Return True if the user has pulled an image as ``name``."""
@@ -78,6 +87,7 @@ class PulledImages:
         *,
         name: str = "",
         timeout: float = TIMEOUT,
+        at: str = "",
     ) -> Image:
         """Pull an image; if the same one is stored, nothing of it is fetched.
 
@@ -87,6 +97,7 @@ class PulledImages:
             tell: Called with messages about the progress.
             name: A name for it, besides its reference.
             timeout: Seconds without a byte after which a registry counts as hanging.
+            at: The digest to pull in place of what the reference leads to now, which a registry must have.
 
         Raises:
             UsageError: The name is invalid.
@@ -99,32 +110,38 @@ class PulledImages:
                 f"got {name[:100]!r}",
                 resolution="write it like my-image",
             )
-        image = self.find(reference, platform, tell) if reference.digest else None
+        record = self.record(reference, platform) or {}
+        pinned = at or reference.digest
+        image = self._stored(record, tell) if pinned and _leads_to(record, pinned) else None
         while image is None:
-            image = self._pulled(reference, platform, tell, timeout)
+            image = self._pulled(reference, platform, tell, timeout, at)
         if name:
-            entry = read_json(self._records.name_path(_entry(reference, platform))) or {}
+            entry = self.record(reference, platform) or {}
             entry = {**entry, **_alias(name)}
             with explained(self._root), self._artifacts.publishing():
                 write_atomically(self._records.name_path(entry), canonical_json(entry))
         return image
 
     def _pulled(
-        self, reference: Reference, platform: Platform, tell: Progress, timeout: float
+        self, reference: Reference, platform: Platform, tell: Progress, timeout: float, at: str
     ) -> Image | None:
         """Pull an image and publish it; return ``None`` if a concurrent prune removed a part of it."""
-        stored = read_json(self._records.name_path(_entry(reference, platform))) or {}
+        stored = self.record(reference, platform) or {}
 
         def known(resolved: str) -> bool:
-            return stored.get("resolved") == resolved and self._stored(stored, tell) is not None
+            return _leads_to(stored, resolved) and self._stored(stored, tell) is not None
 
-        pulled = Puller(self._artifacts, self._root, tell, timeout).pull(reference, platform, known)
+        puller = Puller(self._artifacts, self._root, tell, timeout)
+        pulled = puller.pull(reference.at(at) if at else reference, platform, known)
         if pulled is None:
             return self._stored(stored, tell)
         entry = {
             **_entry(reference, platform),
             "resolved": pulled.resolved,
             "manifest": pulled.manifest,
+            "configuration": pulled.configuration_digest,
+            "diff_ids": " ".join(pulled.configuration.diff_ids),
+            "converter": str(CONVERTER),
         }
         manifest = self._manifest(pulled, platform, self._platform(platform, tell))
         image = self._records.publish(manifest, entry)
@@ -170,6 +187,11 @@ def _entry(reference: Reference, platform: Platform) -> dict[str, str]:
         "name": str(reference), "key": key, "kit": "", "project": "",
         "reference": str(reference), "platform": str(platform),
     }  # fmt: skip
+
+
+def _leads_to(record: Mapping[str, str], resolved: str) -> bool:
+    """Return True if a pull's record is of a digest, and whole: earlier versions recorded less."""
+    return record.get("resolved") == resolved and "diff_ids" in record
 
 
 def _alias(name: str) -> dict[str, str]:

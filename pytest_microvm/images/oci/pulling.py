@@ -46,12 +46,14 @@ class Pulled:
         manifest: The digest of the image's manifest.
         configuration: Its configuration.
         layers: The digests of its file systems, the lowest first.
+        configuration_digest: The digest of its configuration.
     """
 
     resolved: str
     manifest: str
     configuration: ImageConfiguration
     layers: tuple[str, ...]
+    configuration_digest: str
 
 
 class Puller:
@@ -105,7 +107,7 @@ class Puller:
             layers = stack.convert(lambda: source.fetch(manifest, stored))
             source.done()
             digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-            return Pulled(source.resolved, digest, configuration, layers)
+            return Pulled(source.resolved, digest, configuration, layers, manifest.configuration.digest)
 
     def _source(self, reference: Reference, platform: Platform, folder: Path) -> ImageSource:
         if reference.transport == "oci":
