@@ -80,7 +80,7 @@ class BuildError(ImageError):
     """A step of an image build failed."""
 
 
-PullFailure = Literal["absent", "denied", "unreachable", "refused"]
+PullFailure = Literal["absent", "denied", "unreachable", "refused", "unverified"]
 """The kind of a :class:`PullError`."""
 
 
@@ -90,7 +90,8 @@ class PullError(ImageError):
     Args:
         brief: What happened, in one line.
         reason: ``absent``: there is no such image; ``denied``: this user may not have it; ``unreachable``:
-            the registry does not answer; ``refused``: the content is damaged, hostile or not supported.
+            the registry does not answer; ``refused``: the content is damaged, hostile or not supported;
+            ``unverified``: it lacks a signature that the user demands.
         details: Why, with evidence.
         resolution: What to do next.
     """

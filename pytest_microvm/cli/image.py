@@ -52,16 +52,24 @@ _PULL_EXAMPLES = """REF is a reference to a container image, as skopeo(1) writes
 A tag is looked up each time you pull. Machines use what was pulled last, without a look at the registry; a
 machine with an image that was never pulled pulls it first. Layers are stored once, for all images. Logins,
 mirrors, certificates and registries without TLS: skopeo's configuration, such as ~/.config/containers.
+Images that need a signature: [signatures] of your config.toml; see the guide for container images.
 
-exit status: 4 bad input; 66 no such image; 77 no permission; 75 the registry does not answer; 1 other errors
+exit status: 4 bad input; 65 no accepted signature; 66 no such image; 75 the registry does not answer;
+             77 no permission; 1 other errors
 
 examples:
   pytest-microvm image pull docker://registry.example/team/app:1.2 --as app
   pytest-microvm run --image app -- /usr/bin/app --version
   pytest-microvm image pull oci:build/image
 """
-_STATUS: dict[PullFailure, int] = {"absent": 66, "denied": 77, "unreachable": 75, "refused": 1}
-"""Exit statuses of failed pulls: EX_NOINPUT, EX_NOPERM and EX_TEMPFAIL of sysexits.h."""
+_STATUS: dict[PullFailure, int] = {
+    "absent": 66,
+    "denied": 77,
+    "unreachable": 75,
+    "refused": 1,
+    "unverified": 65,
+}
+"""Exit statuses of failed pulls: EX_NOINPUT, EX_NOPERM, EX_TEMPFAIL and EX_DATAERR of sysexits.h."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from pytest_microvm.images.image import Image
 from pytest_microvm.images.kits import DEFAULT_RESOURCES, NAME
 from pytest_microvm.images.oci.layer import CONVERTER
 from pytest_microvm.images.oci.pulling import TIMEOUT, Pulled, Puller
-from pytest_microvm.images.oci.references import Platform, Reference, parse_platform
+from pytest_microvm.images.oci.references import Platform, Reference, parse_platform, parse_reference
+from pytest_microvm.images.oci.signature_rules import SignatureRules, user_rules
+from pytest_microvm.images.oci.signatures import verify
+from pytest_microvm.images.oci.skopeo import Skopeo
 from pytest_microvm.images.process import Progress
 from pytest_microvm.images.records import ImageRecords
 
@@ -49,6 +54,10 @@ class PulledImages:
         self._platform = platform
         self._format = format
 
+    @cached_property
+    def _rules(self) -> SignatureRules:
+        return user_rules()
+
     def find(self, reference: Reference, platform: Platform, tell: Progress) -> Image | None:
         """Return the image that was last pulled by a reference, if it is stored whole."""
         return self._stored(self.record(reference, platform), tell)
@@ -69,9 +78,15 @@ class PulledImages:
         """Return the image that the user pulled as ``name``.
 
         Raises:
-            ImageError: It is damaged, or a part of it was removed.
+            ImageError: It is damaged, a part of it was removed, or it lacks a signature.
         """
-        found = self._stored(read_json(self._records.name_path(_alias(name))), tell)
+        record = self.record_of(name)
+        if record is not None and not self._accepted(record):
+            raise ImageError(
+                f"the pulled image {name!r} is refused: no signature of it that you demand has been verified",
+                resolution=f"pull it again: pytest-microvm image pull REF --as {name}",
+            )
+        found = self._stored(record, tell)
         if found is None:
             raise ImageError(
                 f"the pulled image {name!r} is damaged, or a part of it was removed",
@@ -127,8 +142,11 @@ class PulledImages:
     ) -> Image | None:
         """Pull an image and publish it; return ``None`` if a concurrent prune removed a part of it."""
         stored = self.record(reference, platform) or {}
+        signed_by = ""
 
-        def known(resolved: str) -> bool:
+        def known(resolved: str) -> bool:  # called before anything of the image is fetched
+            nonlocal signed_by
+            signed_by = self._verified(reference, platform, resolved, timeout)
             return _leads_to(stored, resolved) and self._stored(stored, tell) is not None
 
         puller = Puller(self._artifacts, self._root, tell, timeout)
@@ -142,10 +160,31 @@ class PulledImages:
             "configuration": pulled.configuration_digest,
             "diff_ids": " ".join(pulled.configuration.diff_ids),
             "converter": str(CONVERTER),
+            "signed_by": signed_by,
         }
         manifest = self._manifest(pulled, platform, self._platform(platform, tell))
         image = self._records.publish(manifest, entry)
         return image if self._records.intact(image) else None
+
+    def _verified(self, reference: Reference, platform: Platform, resolved: str, timeout: float) -> str:
+        """Verify the signature that the user demands of an image.
+
+        Returns:
+            The key's fingerprint; empty if no signature is needed.
+
+        Raises:
+            PullError: There is no such signature.
+        """
+        keys = self._rules.required(reference)
+        if keys is None:
+            return ""
+        with tempfile.TemporaryDirectory(prefix="pytest-microvm-") as folder:
+            skopeo = Skopeo(reference, Path(folder), platform, timeout)
+            return verify(skopeo, reference, resolved, keys).fingerprint
+
+    def _accepted(self, record: Mapping[str, str]) -> bool:
+        reference = parse_reference(record["reference"], Path("/"))
+        return self._rules.accepts(reference, record.get("signed_by", ""))
 
     def _manifest(self, pulled: Pulled, platform: Platform, base: Artifact) -> Mapping[str, Any]:
         rootfs, *layers = pulled.layers
@@ -167,7 +206,12 @@ class PulledImages:
         }
 
     def _stored(self, entry: Mapping[str, Any] | None, tell: Progress) -> Image | None:
-        """Return the image of an entry if it is stored whole, with the kernel and runtime of this version."""
+        """Return the image of an entry if it is stored whole, with the kernel and runtime of this version.
+
+        One without the signature that the user demands does not count.
+        """
+        if entry and not self._accepted(entry):
+            return None
         manifest = self._records.manifest(entry["digest"]) if entry else None
         if manifest is None or entry is None:
             return None
@@ -190,8 +234,8 @@ def _entry(reference: Reference, platform: Platform) -> dict[str, str]:
 
 
 def _leads_to(record: Mapping[str, str], resolved: str) -> bool:
-    """Return True if a pull's record is of a digest, and whole: earlier versions recorded less."""
-    return record.get("resolved") == resolved and "diff_ids" in record
+    """Return True if a pull's record is of a digest, and says what this version's converter made of it."""
+    return record.get("resolved") == resolved and record.get("converter") == str(CONVERTER)
 
 
 def _alias(name: str) -> dict[str, str]:
