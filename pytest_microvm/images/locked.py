@@ -32,12 +32,21 @@ class LockedImages:
         store: The store.
         project: The project's folder; ``None``: there is no project, and no lock.
         use: What its lock is for.
+        lock_folder: The folder that has the lock, if it is not the project's.
     """
 
-    def __init__(self, store: ImageStore, project: Path | None, use: LockUse = "follow") -> None:
+    def __init__(
+        self,
+        store: ImageStore,
+        project: Path | None,
+        use: LockUse = "follow",
+        *,
+        lock_folder: Path | None = None,
+    ) -> None:
         self._store = store
         self._project = project
         self._use = use
+        self._lock_folder = lock_folder or project
 
     @cached_property
     def lock(self) -> ImageLock | None:
@@ -46,9 +55,9 @@ class LockedImages:
         Raises:
             UsageError: The file is invalid.
         """
-        if self._project is None or self._use == "ignore":
+        if self._lock_folder is None or self._use == "ignore":
             return None
-        return read_lock(self._project)
+        return read_lock(self._lock_folder)
 
     def get(self, name: str, *, progress: Progress | None = None) -> Image:
         """Return an image, built or pulled if it is missing; see :meth:`ImageStore.get`.
@@ -139,7 +148,9 @@ class LockedImages:
         """
         if pins is not None:
             return pins
-        where = f"{self._folder / FILE}" + ("" if self.lock else ", which does not exist")
+        where = f"{(self._lock_folder or self._folder) / FILE}" + (
+            "" if self.lock else ", which does not exist"
+        )
         raise LockError(
             f"image {sanitize_line(name)} for {architecture} is not locked in {where}",
             resolution="lock it: pytest-microvm lock IMAGE; or do without --locked",

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pytest_microvm.ci.github.inputs import Inputs
+from pytest_microvm.ci.github.steps import _images
 from pytest_microvm.cli import main
-from pytest_microvm.errors import LockError, PullError
+from pytest_microvm.errors import LockError, PullError, UsageError
+from pytest_microvm.host.host import Host
 from pytest_microvm.images.artifacts import Built
 from pytest_microvm.images.kits import host_architecture, load_kit
 from pytest_microvm.images.lock_file import FILE
@@ -188,6 +192,20 @@ def test_missing_image_is_pulled_at_the_locked_digest(project, pushed, tmp_path,
         assert LockedImages(other, project, use).get(reference).digest == digest
     other = new_cache(tmp_path / "no-lock", monkeypatch)
     assert LockedImages(other, project, "ignore").get(reference).digest != digest
+
+
+def test_root_folder_of_a_layer_has_its_newest_time(project, tmp_path):
+    """Not the time of the conversion: the same layer must become the same file everywhere."""
+    layout = LayoutBuilder(tmp_path / "times")
+    layer = archive([member("a", "a", mtime=1_000_000_000), member("b", "b", mtime=900_000_000)])
+    image = store().get(layout.publish(layout.image(layer), "1"), project=project)
+    listed = subprocess.run(
+        ["unsquashfs", "-lln", image.rootfs], env={**os.environ, "TZ": "UTC"}, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    times = {line.split()[-1]: line.split()[3:5] for line in listed.stdout.splitlines()}
+    assert times["squashfs-root"] == times["squashfs-root/a"] == ["2001-09-09", "01:46"]
+    assert times["squashfs-root/b"] == ["1998-07-09", "16:00"]
 
 
 def test_lock_again_accepts_what_was_pulled(project, pushed):
@@ -437,3 +455,25 @@ def test_run_without_locked_ignores_the_lock(project, pushed, capsys):
     assert main(["image", "pull", reference]) == 0
     assert main(["image", "pull", reference, "--locked"]) == 4
     assert "invalid lock file" in capsys.readouterr().err
+
+
+def test_github_action_pulls_what_the_defining_branch_locks(project, pushed, tmp_path, monkeypatch):
+    reference = pushed("one")
+    configure(project, reference)
+    assert main(["lock"]) == 0
+    locked = read(project)["images"][reference][HERE]["digest"]
+    git(project, "init", "-q", "-b", "main", "--template=")
+    commit(project, {"microvm.toml": f'[ci.jobs.test]\nimage = "{reference}"\nsteps = ["true"]\n'})
+    git(project, "checkout", "-qb", "other")
+    (project / FILE).write_text("a branch's own")
+    pushed("two")
+    new_cache(tmp_path / "other", monkeypatch)
+    inputs = Inputs("ci", (), "", project, project, "generic", (), "", "", False, "", "main")
+    host = Host(project=project)
+    try:
+        (image,) = _images(host, [reference], inputs)
+        assert f"sha256:{image.digest}" == locked
+        with pytest.raises(UsageError, match="invalid lock file"):
+            _images(host, [reference], replace(inputs, mode="pytest"))
+    finally:
+        host.close()

@@ -13,6 +13,7 @@ from pytest_microvm.errors import ImageError, PullError
 from pytest_microvm.images.artifacts import Built
 from pytest_microvm.images.kits import load_kit
 from pytest_microvm.images.locked import LockedImages
+from pytest_microvm.images.oci.signatures import _arrived
 from pytest_microvm.images.store import ImageStore, platform_name_and_key
 from pytest_microvm.settings import trust as project_trust
 from support.oci import ARCHITECTURE, INDEX, OTHER_ARCHITECTURE, LayoutBuilder, archive, member
@@ -250,10 +251,28 @@ def test_other_claims_are_refused(user, image, signer, claims):
 
 
 def test_huge_payload_is_refused(user, image, signer):
-    data = payload(image.digest, image.identity) + b" " * 100_000
+    data = payload(image.digest, image.identity) + b" " * 300_000
     image.attach((data, signer.sign(data)))
     demand(user, image.server.address, signer.public)
-    refusal(image.reference)
+    assert "too many, or too large ones" in refusal(image.reference).details
+
+
+@pytest.mark.thorough
+def test_hundreds_of_signatures_are_refused(user, image, signer):
+    payloads = [payload(image.digest, f"{image.identity}:{number}") for number in range(101)]
+    image.attach(*((data, signer.sign(data)) for data in payloads))
+    demand(user, image.server.address, signer.public)
+    assert "too many, or too large ones" in refusal(image.reference).details
+
+
+def test_registry_that_sends_more_than_announced_is_stopped(tmp_path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "a").write_bytes(b"x" * 1000)
+    assert _arrived(tmp_path) == 1000
+    with (tmp_path / "blobs" / "b").open("wb") as file:
+        file.truncate(100 * 1024**2)
+    with pytest.raises(PullError, match="sends more than it announces"):
+        _arrived(tmp_path)
 
 
 def test_signed_tag_that_moved_is_refused(user, image, signer):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import PullError, UsageError
-from pytest_microvm.images.oci.documents import parse_document
+from pytest_microvm.images.oci.documents import parse_document, refused
 from pytest_microvm.images.oci.references import Reference, repository_of
 from pytest_microvm.untrusted.text import sanitize_line
 
@@ -29,7 +30,7 @@ _PAYLOAD = "application/vnd.dev.cosign.simplesigning.v1+json"
 _SIGNATURE = "dev.cosignproject.cosign/signature"
 _TYPE = "cosign container image signature"
 _MOST_SIGNATURES = 100  # of one image
-_MAX_PAYLOAD = 64 * 1024  # bytes; cosign's have 250
+_MAX_PAYLOAD = 256 * 1024  # bytes; cosign's have 250, and the configuration of 100 signatures 20,000
 _MAX_KEY = 64 * 1024  # bytes of a key's file
 _SHOWN = 5  # signatures of which an error says what is wrong
 
@@ -111,14 +112,17 @@ def verify(skopeo: Skopeo, reference: Reference, digest: str, keys: Sequence[Sig
         if error.reason != "absent":
             raise
         raise _unverified(reference, digest, keys, ["it has none"]) from None
-    entries = _entries(parse_document(data, "the signature"))
+    parts = _parts(parse_document(data, "the signature"))
+    if parts is None:
+        raise _unverified(reference, digest, keys, ["there are too many, or too large ones"])
+    entries = _entries(parts)
     reasons = []
     with tempfile.TemporaryDirectory(prefix="pytest-microvm-") as folder:
         blobs = Path(folder, "blobs")
         blobs.mkdir()
         if entries:
             document = f"sha256:{hashlib.sha256(data).hexdigest()}"
-            skopeo.copy(reference.at(document), Path(folder, "layout"), blobs, lambda: 0)
+            skopeo.copy(reference.at(document), Path(folder, "layout"), blobs, lambda: _arrived(Path(folder)))
         for payload_digest, signature in entries:
             payload = _payload(blobs, payload_digest)
             key = next((key for key in keys if key.signed(payload, signature)), None)
@@ -130,12 +134,37 @@ def verify(skopeo: Skopeo, reference: Reference, digest: str, keys: Sequence[Sig
     raise _unverified(reference, digest, keys, reasons or ["it has none"])
 
 
-def _entries(document: Mapping[str, Any]) -> list[tuple[str, bytes]]:
+def _parts(document: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """Return the entries of the payloads in a manifest; ``None`` if fetching them would take long."""
+    layers, configuration = document.get("layers"), document.get("config")
+    if not isinstance(layers, list) or len(layers) > _MOST_SIGNATURES:
+        return None
+    parts = [*layers, configuration]
+    sizes = [part.get("size") if isinstance(part, dict) else None for part in parts]
+    small = all(isinstance(size, int) and 0 <= size <= _MAX_PAYLOAD for size in sizes)
+    return layers if small else None
+
+
+def _arrived(folder: Path) -> int:
+    """Return the bytes in a folder.
+
+    Raises:
+        PullError: There are more than the manifest announced.
+    """
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+            total += 0 if path.is_dir() else path.lstat().st_size
+    if total > 2 * (_MOST_SIGNATURES + 1) * _MAX_PAYLOAD:
+        raise refused("a signature", "its registry sends more than it announces")
+    return total
+
+
+def _entries(layers: list[dict[str, Any]]) -> list[tuple[str, bytes]]:
     """Return the signatures in a manifest: each payload's digest, and its signature."""
     found = []
-    layers = document.get("layers")
-    for entry in layers[:_MOST_SIGNATURES] if isinstance(layers, list) else []:
-        if not isinstance(entry, dict) or entry.get("mediaType") != _PAYLOAD:
+    for entry in layers:
+        if entry.get("mediaType") != _PAYLOAD:
             continue
         notes = entry.get("annotations")
         text = notes.get(_SIGNATURE) if isinstance(notes, dict) else None
