@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ MAX_SIZE = 8 * 1024**2
 _FORMAT = 1
 _MOST_IMAGES = 1000
 _MOST_NAME = 2048  # characters; as of a reference
+_DEPTH = 4  # of tables and lists in a recipe
 _SHOWN = 200  # characters of a value
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -54,7 +55,7 @@ class PinDifference:
     found: object
 
     def __str__(self) -> str:
-        return f"{sanitize_line(self.field)}: locked {_shown(self.locked)}, now {_shown(self.found)}"
+        return f"{sanitize_line(self.field, _SHOWN)}: locked {_shown(self.locked)}, now {_shown(self.found)}"
 
 
 @dataclass(frozen=True)
@@ -235,14 +236,20 @@ def _table_of(check: _Check) -> _Check:
 
 
 def _recipe(value: object) -> str:
-    checks = dict.fromkeys(("suite", "mirror"), _text)
-    lists = {key: _list_of(_text) for key in ("packages", "wheels", "setup", "network")}
-    tables = {key: _table_of(_text) for key in ("files", "environment")}
-    fields: dict[str, _Check] = {**checks, **lists, **tables, "resources": _table_of(_number)}
-    if not isinstance(value, dict) or value.keys() != fields.keys():
-        return f"an object with the keys {', '.join(sorted(fields))}"
-    wrong = ((key, check(value[key])) for key, check in fields.items())
-    return next((f"in {key} {expected}" for key, expected in wrong if expected), "")
+    """Check for a kit's recipe, whose keys are those of kits: texts, numbers, lists and tables of them."""
+    return "" if isinstance(value, dict) and _is_plain(value, _DEPTH) else "an object of texts and numbers"
+
+
+def _is_plain(value: object, depth: int) -> bool:
+    if isinstance(value, dict):
+        return depth > 0 and not any(map(_text, value)) and _all_plain(value.values(), depth)
+    if isinstance(value, list):
+        return depth > 0 and _all_plain(value, depth)
+    return not _text(value) or not _number(value)
+
+
+def _all_plain(values: Iterable[object], depth: int) -> bool:
+    return all(_is_plain(value, depth - 1) for value in values)
 
 
 _FILES: dict[str, _Check] = {
@@ -269,6 +276,7 @@ _FIELDS: dict[str, dict[str, _Check]] = {
         "kind": _text,
         "recipe": _recipe,
         "builder": _integer,
+        "key": _digest,
         "installed": _table_of(_text),
         **_FILES,
     },

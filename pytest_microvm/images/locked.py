@@ -11,9 +11,9 @@ from pytest_microvm.errors import LockError
 from pytest_microvm.images.image import Image
 from pytest_microvm.images.kits import Kit, host_architecture, load_kit
 from pytest_microvm.images.lock_file import FILE, ImageLock, PinDifference, Pins, differences, read_lock
+from pytest_microvm.images.lock_pins import container_pins, kit_pins, recipe_pins
 from pytest_microvm.images.oci.references import is_reference, parse_platform, parse_reference
-from pytest_microvm.images.pins import container_pins, kit_pins, recipe_pins
-from pytest_microvm.images.store import BUILDER_VERSION, ImageStore
+from pytest_microvm.images.store import BUILDER_VERSION, ImageStore, kit_key
 from pytest_microvm.untrusted.text import sanitize_line
 
 if TYPE_CHECKING:
@@ -68,6 +68,8 @@ class LockedImages:
             LockError: The lock is required, and this is not the image that it pins.
             UsageError: The lock is invalid.
         """
+        if self._use != "require" and self.lock is None:
+            return self._store.get(name, project=self._project, progress=progress)
         architecture = self._architecture(name)
         pins = self.lock.pins(name, architecture) if self.lock else None
         if self._use == "require":
@@ -120,7 +122,8 @@ class LockedImages:
         """
         if self._store.is_container(name):
             return self._pulled_pins(name, "", image)
-        return kit_pins(load_kit(name, project=self._project), BUILDER_VERSION, image)
+        kit = load_kit(name, project=self._project)
+        return kit_pins(kit, BUILDER_VERSION, kit_key(kit), image)
 
     @property
     def _folder(self) -> Path:
@@ -181,7 +184,8 @@ class LockedImages:
         Raises:
             LockError: The kit is another one, or a stored file of the image is damaged.
         """
-        known = {"kind": "container"} if kit is None else recipe_pins(kit, BUILDER_VERSION)
+        container = {"kind": "container"}
+        known = container if kit is None else recipe_pins(kit, BUILDER_VERSION, kit_key(kit))
         _check(name, differences({key: pins.get(key) for key in known}, known))
         _check(name, list(self._damaged(pins)), "let it be repaired: use the image once without --locked")
 

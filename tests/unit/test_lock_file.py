@@ -18,7 +18,7 @@ from pytest_microvm.images.lock_file import (
     read_lock,
     write_lock,
 )
-from pytest_microvm.images.pins import _parsed, container_pins, recipe_pins
+from pytest_microvm.images.lock_pins import _parsed, container_pins, recipe_pins
 from support.locks import changed, leaves
 
 DIGEST = "sha256:" + "1a" * 32
@@ -36,7 +36,7 @@ RECIPE = {
     "files": {"/etc/motd": f"0644 {DIGEST}"}, "environment": {"LANG": "C.UTF-8"}, "setup": ["true"],
     "resources": {"cpus": 1, "memory": 1024}, "network": ["pip"],
 }  # fmt: skip
-KIT = {"kind": "kit", "builder": 2, "recipe": RECIPE, "installed": {"git": "1:2.39"}, **FILES}
+KIT = {"kind": "kit", "builder": 2, "key": DIGEST, "recipe": RECIPE, "installed": {"git": "1:2.39"}, **FILES}
 LEAVES = [("container", field) for field in leaves(CONTAINER)] + [("kit", field) for field in leaves(KIT)]
 PINS = {"container": CONTAINER, "kit": KIT}
 
@@ -72,8 +72,10 @@ def test_code_pins_all_fields(tmp_path):
     files = [tmp_path / ("1a" * 32)] * 4
     image = Image("app", "1a" * 32, "x86_64", *files, (), {}, layers=(files[0],))
     assert container_pins(record(CONTAINER["reference"]), image, tmp_path) == {**CONTAINER, "index": ""}
-    pins = recipe_pins(load_kit("base"), 2)
-    assert set(pins) == {"kind", "builder", "recipe"}
+    kit = load_kit("base")
+    pins = recipe_pins(kit, 2, "1a" * 32)
+    assert set(pins) == {"kind", "builder", "recipe", "key"}
+    assert set(pins["recipe"]) == {*kit.recipe(), "resources", "network"} - {"architecture"}
     assert set(pins["recipe"]) == set(RECIPE)
 
 
@@ -179,8 +181,10 @@ def test_too_many_images_are_refused(tmp_path):
         ("kit", "builder", 1.5),
         ("kit", "installed", {"git": 1}),
         ("kit", "recipe", []),
-        ("kit", "recipe", {**RECIPE, "more": 1}),
-        ("kit", "recipe", {**RECIPE, "packages": [1]}),
+        ("kit", "recipe", {**RECIPE, "more": None}),
+        ("kit", "recipe", {**RECIPE, "packages": [[[[[1]]]]]}),
+        ("kit", "recipe", {**RECIPE, "packages": ["\ud800"]}),
+        ("kit", "key", "1a" * 32),
         ("kit", "more", 1),
     ],
 )

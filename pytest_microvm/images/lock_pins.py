@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -43,38 +44,29 @@ def container_pins(record: Mapping[str, str], image: Image, project: Path) -> Pi
     }
 
 
-def kit_pins(kit: Kit, builder: int, image: Image) -> Pins:
+def kit_pins(kit: Kit, builder: int, key: str, image: Image) -> Pins:
     """Return the pins of a kit's image.
 
     Args:
         kit: The kit.
         builder: The version of the builder.
+        key: The digest of all its inputs.
         image: Its image.
 
     Raises:
         HostError: This computer lacks the program that reads the image's list of packages.
     """
-    return {**recipe_pins(kit, builder), "installed": installed_packages(image), **_files(image)}
+    return {**recipe_pins(kit, builder, key), "installed": installed_packages(image), **_files(image)}
 
 
-def recipe_pins(kit: Kit, builder: int) -> Pins:
+def recipe_pins(kit: Kit, builder: int, key: str) -> Pins:
     """Return those pins of a kit's image that are known before it is built."""
-    recipe = kit.recipe()
-    return {
-        "kind": "kit",
-        "builder": builder,
-        "recipe": {
-            "suite": recipe["suite"],
-            "mirror": recipe["mirror"],
-            "packages": list(recipe["packages"]),
-            "wheels": list(recipe["wheels"]),
-            "files": {target: f"{mode:04o} sha256:{sha256}" for target, mode, sha256 in recipe["files"]},
-            "environment": dict(recipe["environment"]),
-            "setup": list(recipe["setup"]),
-            "resources": dict(kit.resources),
-            "network": list(kit.network),
-        },
-    }
+    recipe = {name: value for name, value in kit.recipe().items() if name != "architecture"}
+    files = {target: f"{mode:04o} sha256:{sha256}" for target, mode, sha256 in recipe["files"]}
+    recipe |= {"files": files, "environment": dict(recipe["environment"])}
+    recipe |= {"resources": dict(kit.resources), "network": kit.network}
+    plain = json.loads(json.dumps(recipe))  # tuples become lists
+    return {"kind": "kit", "builder": builder, "recipe": plain, "key": f"sha256:{key}"}
 
 
 def installed_packages(image: Image) -> dict[str, str]:
