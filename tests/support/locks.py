@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -19,10 +19,19 @@ def leaves(value: Any, field: str = "") -> list[str]:
 
 def changed(pins: Any, field: str) -> Any:
     """Return a copy of pins in which one byte, or one number, at one place is another one."""
+    return _mapped(pins, field, _another)
+
+
+def replaced(pins: Any, field: str, value: Any) -> Any:
+    """Return a copy of pins with another value at one place."""
+    return _mapped(pins, field, lambda _before: value)
+
+
+def _mapped(pins: Any, field: str, change: Callable[[Any], Any]) -> Any:
     other = copy.deepcopy(pins)
     for holder, key, place in _places(other, ""):
         if place == field:
-            holder[key] = _another(holder[key])
+            holder[key] = change(holder[key])
             return other
     raise KeyError(field)
 

@@ -2,8 +2,11 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pytest_microvm.errors import UsageError
 from pytest_microvm.images.image import Image
@@ -19,7 +22,7 @@ from pytest_microvm.images.lock_file import (
     write_lock,
 )
 from pytest_microvm.images.lock_pins import _parsed, container_pins, recipe_pins
-from support.locks import changed, leaves
+from support.locks import changed, leaves, replaced
 
 DIGEST = "sha256:" + "1a" * 32
 FILES = {
@@ -39,6 +42,11 @@ RECIPE = {
 KIT = {"kind": "kit", "builder": 2, "key": DIGEST, "recipe": RECIPE, "installed": {"git": "1:2.39"}, **FILES}
 LEAVES = [("container", field) for field in leaves(CONTAINER)] + [("kit", field) for field in leaves(KIT)]
 PINS = {"container": CONTAINER, "kit": KIT}
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.just(DIGEST),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 def record(reference):
@@ -200,6 +208,20 @@ def test_missing_field_is_refused_by_name(tmp_path, kind):
     for field in _FIELDS[kind]:
         pins = {key: value for key, value in PINS[kind].items() if key != field}
         assert field in refusal(content(pins), tmp_path)
+
+
+@given(leaf=st.sampled_from(LEAVES), value=ANY_JSON)
+def test_any_value_is_accepted_or_refused(leaf, value):
+    kind, field = leaf
+    other = replaced(PINS[kind], field, value)
+    said, found = "", []
+    try:
+        lock = parse(content(other), Path("/project"))
+        found = [one.field for one in differences(PINS[kind], lock.pins("app", "x86_64"))]
+    except UsageError as error:
+        said = error.brief
+    assert len(said) < 1000
+    assert all(one.startswith(field) for one in found)
 
 
 def test_hostile_values_are_shown_safely():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,22 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pytest_microvm.errors import UsageError
 from pytest_microvm.images.oci.references import parse_reference, repository_of
 from pytest_microvm.images.oci.signature_rules import FILE, read_rules
-from pytest_microvm.images.oci.signatures import _is_for, read_key
+from pytest_microvm.images.oci.signatures import _entries, _is_for, _parts, _wrong, read_key
 from pytest_microvm.suite.user_file import UserFile, read_user_file
 from support import guards
-from support.signatures import Signer
+from support.signatures import PAYLOAD, SIGNATURE, Signer
+
+ANY_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
 
 
 def rules(folder, text):
@@ -187,3 +196,22 @@ def test_signature_is_for_a_name(identity, reference, same):
 def test_names_have_one_form():
     assert repository_of("app") == repository_of("index.docker.io/library/app") == "docker.io/library/app"
     assert repository_of("Registry.example:443/team/app") == "registry.example/team/app"
+
+
+@given(value=ANY_JSON, place=st.sampled_from(["", "critical", "image", "identity", "type"]))
+def test_any_payload_is_answered(value, place):
+    claims = {"image": {"docker-manifest-digest": "x"}, "identity": {"docker-reference": "y"}, "type": "z"}
+    document = {"critical": {**claims, **({place: value} if place in claims else {})}}
+    document = value if not place else {"critical": value} if place == "critical" else document
+    reference = parse_reference("docker://registry.example/app", Path("/"))
+    assert _wrong(json.dumps(document).encode(), reference, "sha256:" + "0" * 64)
+
+
+@given(value=ANY_JSON, place=st.sampled_from(["layers", "config", "layer", "size", "annotations"]))
+def test_any_manifest_of_signatures_is_answered(value, place):
+    layer = {"mediaType": PAYLOAD, "digest": "x", "size": 1, "annotations": {SIGNATURE: "AAAA"}}
+    document = {"config": {"size": 1}, "layers": [{**layer, place: value} if place in layer else layer]}
+    document = {**document, place: value} if place in document else document
+    document = {**document, "layers": [value]} if place == "layer" else document
+    parts = _parts(document)
+    assert parts is None or all(isinstance(signature, bytes) for _digest, signature in _entries(parts))
