@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_microvm.errors import PullError, PullFailure
 from pytest_microvm.images.debian import MODES
 from pytest_microvm.images.image import Image
+from pytest_microvm.images.locked import LockedImages
 from pytest_microvm.images.oci.pulling import TIMEOUT
 from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.settings.options import QUOTAS
@@ -52,8 +53,10 @@ _PULL_EXAMPLES = """REF is a reference to a container image, as skopeo(1) writes
 A tag is looked up each time you pull. Machines use what was pulled last, without a look at the registry; a
 machine with an image that was never pulled pulls it first. Layers are stored once, for all images. Logins,
 mirrors, certificates and registries without TLS: skopeo's configuration, such as ~/.config/containers.
+Images that need a signature: [signatures] of your config.toml; see the guide for container images.
 
-exit status: 4 bad input; 66 no such image; 77 no permission; 75 the registry does not answer; 1 other errors
+exit status: 4 bad input; 65 no accepted signature; 66 no such image; 75 the registry does not answer;
+             77 no permission; 1 other errors
 
 examples:
   pytest-microvm image pull docker://registry.example/team/app:1.2 --as app
@@ -74,8 +77,14 @@ examples:
   pytest-microvm image push microvm/kits/db registry.example/team/db:1.2
   pytest-microvm image pull docker://registry.example/team/db:1.2 --as db     on another computer
 """
-_STATUS: dict[PullFailure, int] = {"absent": 66, "denied": 77, "unreachable": 75, "refused": 1}
-"""Exit statuses of failed pulls and pushes: EX_NOINPUT, EX_NOPERM and EX_TEMPFAIL of sysexits.h."""
+_STATUS: dict[PullFailure, int] = {
+    "absent": 66,
+    "denied": 77,
+    "unreachable": 75,
+    "refused": 1,
+    "unverified": 65,
+}
+"""Exit statuses of failed pulls and pushes, of sysexits.h: EX_NOINPUT, EX_NOPERM, EX_TEMPFAIL, EX_DATAERR."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -118,6 +127,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="linux/amd64 or linux/arm64 (default: this computer's)",
     )
     _add_timeout(pull)
+    pull.add_argument("--locked", action="store_true", help="pull exactly what microvm.lock pins, or fail")
     pull.set_defaults(run=_pull)
 
     push = verbs.add_parser(
@@ -178,9 +188,9 @@ def _pull(arguments: argparse.Namespace) -> int:
     store = ImageStore(cache_root())
     try:
         with Progress(sys.stderr, terminal=sys.stderr.isatty()) as progress:
-            image = store.pull(
+            locked = LockedImages(store, Path.cwd(), "require" if arguments.locked else "ignore")
+            image = locked.pull(
                 arguments.reference,
-                base=Path.cwd(),
                 platform=arguments.platform,
                 name=arguments.name,
                 timeout=parse_seconds(arguments.timeout, "--timeout"),

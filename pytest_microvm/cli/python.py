@@ -84,7 +84,7 @@ def _run(arguments: argparse.Namespace) -> int:
         refuse_links(Path.cwd(), workspace)
     environment = ENVIRONMENT if arguments.xdist else {}
     environment = {**environment, **dict(variable(text) for text in arguments.env)}
-    host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line))
+    host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line), lock="ignore")
 
     def steps(base: Base) -> Sequence[TemplateStep]:
         made = [worker_step(base)] if arguments.xdist else []

@@ -20,8 +20,10 @@ from pytest_microvm.errors import (
     UsageError,
 )
 from pytest_microvm.host.host import Host
+from pytest_microvm.images.locked import LockUse
 from pytest_microvm.machine import evidence
 from pytest_microvm.machine.relay import on_terminal, plainly, shell_status
+from pytest_microvm.settings.options import BY_NAME
 from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.untrusted.nofollow import refuse_links
 from pytest_microvm.untrusted.text import sanitize
@@ -115,6 +117,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument(
         "--record", metavar="DIR", type=Path, help="save its events, requests, console and usage"
     )
+    parser.add_argument("--locked", **BY_NAME["locked"].arguments())
     parser.add_argument("--fail-on-denied", action="store_true", help="exit with 77 if anything was denied")
     parser.add_argument(
         "--raw", action="store_true", help="print its output byte by byte instead of as safe text"
@@ -134,7 +137,9 @@ def _run(arguments: argparse.Namespace) -> int:
     pushes, pulls = [_push(text) for text in arguments.push], [_pull(text) for text in arguments.pull]
     _refuse_links(arguments, [*(source for source, _ in pushes), *(target for _, target in pulls)])
     environment = dict(variable(text) for text in arguments.env)
-    host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line))
+    # Without --locked, no settings of the folder apply, and so its lock does not either.
+    lock: LockUse = "require" if arguments.locked else "ignore"
+    host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line), lock=lock)
     try:
         with exit_statuses() as status:
             if not (arguments.command or arguments.entrypoint or host.images.is_container(spec.image)):

@@ -17,6 +17,7 @@ from pytest_microvm.host.kept import KeptMachine, kept_machines, open_kept
 from pytest_microvm.host.starting import MachineStarter, StartedCopy
 from pytest_microvm.hypervisors import Accelerator, Launch
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
+from pytest_microvm.images.locked import LockedImages, LockUse
 from pytest_microvm.images.mirror.environment import running_environment
 from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.machine.grants import Grants, resolve
@@ -63,6 +64,7 @@ class Host:
         say: Called with a line about work that takes long.
         environment: Returns the environment that machines with ``python = "host"`` mirror; default: the one
             that runs this process.
+        lock: What the project's ``microvm.lock`` is for.
         elsewhere: Fetches a missing template into the store if possible; returns whether it did.
     """
 
@@ -77,11 +79,13 @@ class Host:
         retries: int = _RETRIES,
         say: Callable[[str], None] = _silent,
         environment: Callable[[], PythonEnvironment] = running_environment,
+        lock: LockUse = "follow",
         elsewhere: Callable[[str, TemplateStore], bool] = lambda _key, _store: False,
     ) -> None:
         self.cache = cache or cache_root()
         self.say = say
         self._environment = environment
+        self._lock_use: LockUse = lock
         self._elsewhere = elsewhere
         self._project = project
         self._checkout = checkout or project
@@ -107,6 +111,11 @@ class Host:
     def images(self) -> ImageStore:
         """The image store."""
         return ImageStore(self.cache)
+
+    @cached_property
+    def locked(self) -> LockedImages:
+        """The images, as the project's lock pins them."""
+        return LockedImages(self.images, self._project, self._lock_use)
 
     @cached_property
     def templates(self) -> TemplateStore:
@@ -165,10 +174,11 @@ class Host:
 
         Raises:
             KitError: There is no such image.
-            UsageError: The environment cannot be mirrored.
+            LockError: It is not the one that the project's lock pins.
+            UsageError: The environment cannot be mirrored, or the lock is invalid.
             HostError: This computer lacks something.
         """
-        image = self.images.get(spec.image, project=self._project, progress=self.say)
+        image = self.locked.get(spec.image, progress=self.say)
         if spec.python != "host":
             return image
         environment = self._environment()
@@ -373,7 +383,7 @@ class Host:
     def _build_again(self, base: Base) -> None:
         """Rebuild the image of ``base``, whose files are damaged or missing."""
         name = next((spec.image for spec, known in self._bases.items() if known == base), base.image.name)
-        image = self.images.get(name, project=self._project, progress=self.say)
+        image = self.locked.get(name, progress=self.say)
         if image.digest != base.image.digest:
             raise ImageError(
                 f"image {image.name} was damaged or removed, and is another one since it was built again",

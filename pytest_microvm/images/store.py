@@ -119,6 +119,7 @@ class ImageStore:
         project: Path | None = None,
         progress: Progress | None = None,
         force: bool = False,
+        at: str = "",
     ) -> Image:
         """Return a kit's image, its missing or damaged parts built; or a container image, pulled if missing.
 
@@ -128,6 +129,7 @@ class ImageStore:
             project: Root of the user's project, which may hold kits of its own.
             progress: Called with each stage as a line of text.
             force: Build everything again.
+            at: The digest to pull a missing container image at, which its registry must have.
 
         Raises:
             KitError: There is no such kit, or it cannot be used.
@@ -139,7 +141,7 @@ class ImageStore:
         if by_digest := _DIGEST.fullmatch(str(name_or_path)):
             return self._records.by_digest(by_digest[1])
         if is_reference(str(name_or_path)):
-            return self._referred(str(name_or_path), project, progress)
+            return self._referred(str(name_or_path), project, progress, at)
         if isinstance(name_or_path, str) and self._pulled.has(name_or_path):
             return self._named(name_or_path, project, progress)
         kit = load_kit(name_or_path, project=project)
@@ -162,6 +164,7 @@ class ImageStore:
         name: str = "",
         timeout: float = TIMEOUT,
         progress: Progress | None = None,
+        at: str = "",
     ) -> Image:
         """Pull a container image again, or for the first time.
 
@@ -172,6 +175,7 @@ class ImageStore:
             name: A name for it, besides its reference.
             timeout: Seconds without a byte after which a registry counts as hanging.
             progress: Called with each stage as a line of text.
+            at: The digest to pull in place of what the reference leads to now, which its registry must have.
 
         Raises:
             UsageError: The reference, the platform or the name is invalid, or its folder is behind a link.
@@ -185,7 +189,7 @@ class ImageStore:
                 f"a kit is called {name!r}, too", resolution="give the pulled image another name (--as)"
             )
         return self._pulled.pull(
-            parsed, wanted, _with_time(str(parsed), progress), name=name, timeout=timeout
+            parsed, wanted, _with_time(str(parsed), progress), name=name, timeout=timeout, at=at
         )
 
     def push(
@@ -215,6 +219,24 @@ class ImageStore:
         """
         parsed = parse_target(target)
         return self._pulled.push(image, parsed, _with_time(str(parsed), progress), timeout=timeout)
+
+    def pull_record(self, name: str, base: Path, platform: str = "") -> dict[str, str] | None:
+        """Return the record of a container image's last pull; ``None`` if there is none.
+
+        Args:
+            name: Its reference, or the name that it was pulled as.
+            base: The folder that relative paths are relative to.
+            platform: Its platform; this computer's if empty.
+        """
+        if not is_reference(name):
+            return self._pulled.record_of(name)
+        wanted = parse_platform(platform) if platform else platform_of(host_architecture())
+        return self._pulled.record(_reference(name, base), wanted)
+
+    def damaged(self, digest: str) -> str:
+        """Return the SHA-256 that a stored file has in place of its own; empty: it is intact, or missing."""
+        path = self._artifacts.blobs.path(digest)
+        return sha256_file(path) if path.is_file() and not self._artifacts.blobs.intact(digest) else ""
 
     def is_pulled(self, name: str) -> bool:
         """Return True if the user has pulled an image as ``name``."""
@@ -428,11 +450,13 @@ class ImageStore:
             freed = self._records.drop_unnamed()
         return freed + self._artifacts.drop_broken_off_builds() + drop_downloads(self._artifacts, self._root)
 
-    def _referred(self, text: str, project: Path | None, progress: Progress | None) -> Image:
+    def _referred(self, text: str, project: Path | None, progress: Progress | None, at: str) -> Image:
         """Return the container image that was pulled last by a reference; pull it if there is none."""
         reference, platform = _reference(text, project or Path.cwd()), platform_of(host_architecture())
         tell = _with_time(text, progress)
-        return self._pulled.find(reference, platform, tell) or self._pulled.pull(reference, platform, tell)
+        return self._pulled.find(reference, platform, tell) or self._pulled.pull(
+            reference, platform, tell, at=at
+        )
 
     def _named(self, name: str, project: Path | None, progress: Progress | None) -> Image:
         """Return the container image that was pulled under a name.

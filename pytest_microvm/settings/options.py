@@ -107,6 +107,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("args", "run", "words", "arguments for pytest inside the machine"),
     Option("image", "image", "kit", "the image: a kit's name or path, or a container image's reference",
            default="python", absent=("gitlab",)),
+    Option("locked", "run", "flag", "fail unless images are exactly those that microvm.lock pins",
+           default="off"),
     Option("python", "image", "choice",
            "Python of the machine: host mirrors this environment, image is the image's own",
            default="host if neither an image nor prepare is set, else image", choices=("host", "image"),

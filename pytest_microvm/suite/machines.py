@@ -261,6 +261,7 @@ class MachineBackend:
         self._host = Host(
             project=settings.rootdir,
             require_accel=self._config.require_accel,
+            lock="require" if self._config.locked else "follow",
             timeout=DEFAULT_TIMEOUT,
             retries=0,  # the suite itself retries, and reports that with the test
             say=progress,

@@ -88,6 +88,7 @@ class LayerContents:
         names: The paths of each of these: several are hard links.
         whiteouts: The paths that it hides in lower layers, and does not have itself.
         opaque: The folders whose content in lower layers it hides; ``""`` is the root.
+        newest: The newest time stamp of a member.
     """
 
     folders: dict[str, Attributes | None] = field(default_factory=dict)
@@ -95,6 +96,7 @@ class LayerContents:
     names: dict[int, list[str]] = field(default_factory=dict)
     whiteouts: set[str] = field(default_factory=set)
     opaque: set[str] = field(default_factory=set)
+    newest: int = 0
 
     @property
     def entries(self) -> int:
@@ -315,6 +317,7 @@ class _Inspection:
     def _attributes(self, member: tarfile.TarInfo) -> Attributes:
         found = attributes_of(member)
         self._ids |= {found.uid, found.gid}
+        self._contents.newest = max(self._contents.newest, found.mtime)
         if len(self._ids) > _MAX_IDS:
             raise refused("a layer", f"it has more than {_MAX_IDS} different owners")
         return found

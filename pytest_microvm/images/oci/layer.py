@@ -13,7 +13,7 @@ from pytest_microvm.images.oci.contents import Attributes, LayerContents, Stored
 from pytest_microvm.images.oci.documents import refused
 from pytest_microvm.images.squashfs import squash_stream
 
-CONVERTER = 1
+CONVERTER = 2
 """Part of every layer's key; increase it when a change of this package changes what it makes of layers."""
 
 Lower = Callable[[Sequence[str]], Mapping[str, Attributes]]
@@ -51,7 +51,8 @@ def convert(folder: Path, archive: IO[bytes], *, lowest: bool, lower: Lower) -> 
     if lowest:
         contents.whiteouts.clear()
         contents.opaque.clear()
-    squash_stream(lambda stream: rewrite(stream, archive, contents, implied), target)
+    newest = max([contents.newest, *(each.mtime for each in implied.values())])
+    squash_stream(lambda stream: rewrite(stream, archive, contents, implied), target, newest=newest)
     return Built({"layer": target}, facts)
 
 

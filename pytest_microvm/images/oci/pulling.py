@@ -49,12 +49,14 @@ class Pulled:
         manifest: The digest of the image's manifest.
         configuration: Its configuration.
         layers: The digests of its file systems, the lowest first.
+        configuration_digest: The digest of its configuration.
     """
 
     resolved: str
     manifest: str
     configuration: ImageConfiguration
     layers: tuple[str, ...]
+    configuration_digest: str
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class PulledBuilt:
     resolved: str
     manifest: str
     image: Mapping[str, Any]
+    configuration_digest: str
 
 
 class Puller:
@@ -133,7 +136,7 @@ class Puller:
                 )
                 store_files(self._artifacts, artifact, source, folder, self._tell)
                 source.done()
-                return PulledBuilt(source.resolved, digest, image)
+                return PulledBuilt(source.resolved, digest, image, artifact.configuration.digest)
             manifest = parse_manifest(found)
             document = parse_document(source.configuration(manifest), "the configuration")
             configuration = parse_configuration(document, len(manifest.layers))
@@ -148,7 +151,7 @@ class Puller:
                 source.fetch(manifest, stored)
             layers = stack.convert(stored, lambda: source.fetch(manifest, stored))
             source.done()
-            return Pulled(source.resolved, digest, configuration, layers)
+            return Pulled(source.resolved, digest, configuration, layers, manifest.configuration.digest)
 
     def _source(self, reference: Reference, platform: Platform, folder: Path) -> ImageSource:
         if reference.transport == "oci":
