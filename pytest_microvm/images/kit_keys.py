@@ -9,6 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import KitError, UsageError
+from pytest_microvm.images.oci.references import parse_reference
 from pytest_microvm.network.policy.rules import parse_rules
 from pytest_microvm.settings.options import QUOTAS
 from pytest_microvm.settings.reach import parse_network
@@ -137,17 +138,28 @@ def _check_resources(path: Path, key: str, value: object) -> None:
     parse_resources(path, key, value)
 
 
+def _reference(path: Path, key: str, value: object) -> None:
+    _text(path, key, value)
+    try:
+        parse_reference(str(value), path.parent)
+    except UsageError as error:
+        raise KitError(f"{path}: {key}: {error.brief}", resolution=error.resolution) from error
+
+
 CHECKS: dict[str, Callable[[Path, str, object], None]] = {
     "description": _text,
     "parent": _text,
+    "from": _reference,
     "suite": _matching(_SUITE, "a Debian suite such as bookworm"),
     "mirror": _text,
     "architecture": _architecture,
     "packages": _each(_matching(_PACKAGE, "the name of a Debian package")),
     "wheels": _each(_matching(_WHEEL, "a pinned requirement such as pytest==9.2.0")),
+    "sdists": _each(_matching(_WHEEL, "a pinned requirement such as pytest==9.2.0")),
     "files": _file_table,
     "environment": _environment,
     "setup": _each(_command),
+    "setup_network": _check_network,
     "resources": _check_resources,
     "network": _check_network,
 }

@@ -77,16 +77,25 @@ def squash_mmdebstrap(command: list[str], target: Path, *, epoch: int, progress:
                 raise build_error("mksquashfs", packing.returncode, deque(lines[-30:]))
 
 
-def squash_stream(write: Callable[[IO[bytes]], None], target: Path) -> None:
+def squash_stream(write: Callable[[IO[bytes]], None], target: Path, *, epoch: int | None = None) -> None:
     """Pack the tar archive that ``write`` writes into ``target``.
+
+    Args:
+        write: Writes the archive.
+        target: The file system.
+        epoch: Newest time stamp of any file, in seconds; ``None``: the archive's time stamps are kept.
 
     Raises:
         BuildError: mksquashfs failed.
     """
+    # mksquashfs accepts only one of -mkfs-time and SOURCE_DATE_EPOCH
+    options = [*_FAST, "-mkfs-time", "0"] if epoch is None else _OPTIONS
+    clamped = {} if epoch is None else {"SOURCE_DATE_EPOCH": str(epoch)}
     with tempfile.TemporaryFile() as messages:
         packer = started(
-            [*_as_root(), "mksquashfs", "-", str(target), "-tar", *_FAST, *_TAR_ROOT, "-mkfs-time", "0"],
-            environment=build_environment(), stdin=subprocess.PIPE, stdout=messages, stderr=messages,
+            [*_as_root(), "mksquashfs", "-", str(target), "-tar", *options, *_TAR_ROOT],
+            environment=build_environment(**clamped),
+            stdin=subprocess.PIPE, stdout=messages, stderr=messages,
         )  # fmt: skip
         with packer as packing:
             assert packing.stdin is not None

@@ -292,7 +292,7 @@ def test_trust_command_shows_requests_and_branches_granted(clone, monkeypatch, c
     assert asked[2:] == [
         '  secrets = {"K": {"command": "echo a \'b c\'"}}',
         f"  started on this computer, in /: {shutil.which('echo')} a 'b c'",
-        "  run while the image is built: touch /built",
+        "  run in a machine while the image is built: touch /built",
         "not allowed for branch main",
     ]
     assert said_by(capsys)[-1] == "allowed for branch main"

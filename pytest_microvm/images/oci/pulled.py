@@ -11,8 +11,7 @@ from pytest_microvm.cache.disk import explained
 from pytest_microvm.errors import ImageError, UsageError
 from pytest_microvm.images.artifacts import Artifact, Artifacts
 from pytest_microvm.images.blobs import canonical_json, read_json, write_atomically
-from pytest_microvm.images.image import Image
-from pytest_microvm.images.kits import DEFAULT_RESOURCES, NAME
+from pytest_microvm.images.image import DEFAULT_RESOURCES, NAME, Image
 from pytest_microvm.images.oci.pulling import TIMEOUT, Pulled, Puller
 from pytest_microvm.images.oci.references import Platform, Reference, parse_platform
 from pytest_microvm.images.process import Progress
