@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import subprocess
 from collections.abc import Callable
@@ -93,6 +94,8 @@ def run_set_up(machine: MicroVM, set_up: SetUp, archive: IO[bytes], tell: Callab
         machine.instance.take_away()
         receive_root_changes(machine.client.link(), archive, 2 * machine.facts.limits.disk)
     except (MachineError, OSError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
+            raise  # the host's own disk is full: errors of the machine's files name one
         reason = error.brief if isinstance(error, MachineError) else str(error)
         details = error.details if isinstance(error, MachineError) else ""
         raise BuildError(
