@@ -216,6 +216,22 @@ def receive_file(link: Link, source: PurePosixPath, file: IO[bytes], limit: int)
         _receive_file(stream, file, limit)
 
 
+def receive_root_changes(link: Link, file: IO[bytes], limit: int) -> None:
+    """Copy the archive of a machine's changes to its root file system, in the form of an OCI layer.
+
+    Args:
+        link: The machine's agent.
+        file: Takes the archive, which is untrusted.
+        limit: Bytes of the archive.
+
+    Raises:
+        OSError: The machine could not read its scratch disk.
+        TransferError: The archive is longer than ``limit``.
+    """
+    with _receiving(link, "root_changes", "/") as stream:
+        _receive_file(stream, file, limit)
+
+
 def _receive_file(stream: Stream, file: IO[bytes], limit: int = MAX_BYTES) -> None:
     total = 0
     while data := stream.read(_PIECE, TIMEOUT):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from dataclasses import asdict
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import PullError, PullFailure
+from pytest_microvm.host.host import Host
 from pytest_microvm.images.debian import MODES
 from pytest_microvm.images.image import Image
 from pytest_microvm.images.locked import LockedImages
@@ -177,9 +179,11 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    store = ImageStore(cache_root(), mode=arguments.mode)
-    with Progress(sys.stderr, terminal=sys.stderr.isatty()) as progress:
-        image = store.get(arguments.kit, project=Path.cwd(), progress=progress, force=arguments.force)
+    with (
+        Progress(sys.stderr, terminal=sys.stderr.isatty()) as progress,
+        contextlib.closing(Host(project=Path.cwd(), say=progress, mode=arguments.mode)) as host,
+    ):
+        image = host.images.get(arguments.kit, project=Path.cwd(), progress=progress, force=arguments.force)
     print(f"{image.name} {image.digest}")
     return 0
 

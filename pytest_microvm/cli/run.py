@@ -142,7 +142,8 @@ def _run(arguments: argparse.Namespace) -> int:
     host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line), lock=lock)
     try:
         with exit_statuses() as status:
-            if not (arguments.command or arguments.entrypoint or host.images.is_container(spec.image)):
+            named = arguments.command or arguments.entrypoint
+            if not (named or host.images.names_command(spec.image, Path.cwd())):
                 raise _no_command(spec.image)
             folder = _complete(arguments, host.base(spec).image)
             machine = host.start(spec, keepable=arguments.keep)

@@ -49,6 +49,7 @@ class Agent:
             "read": self._transfers.read,
             "resize": self._children.resize,
             "resume": resume.apply,
+            "root_changes": self._transfers.root_changes,
             "signal": self._children.signal,
             "unpack": self._transfers.unpack,
             "wait": self._children.wait,

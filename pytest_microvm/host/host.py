@@ -8,12 +8,13 @@ import os
 import threading
 from functools import cache, cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pytest_microvm.errors import ImageError
 from pytest_microvm.git.repository import find_checkout
 from pytest_microvm.host.held_templates import HeldTemplates
 from pytest_microvm.host.kept import KeptMachine, kept_machines, open_kept
+from pytest_microvm.host.set_up import run_set_up, set_up_base, set_up_grants
 from pytest_microvm.host.starting import MachineStarter, StartedCopy
 from pytest_microvm.hypervisors import Accelerator, Launch
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from pytest_microvm.images import Image
     from pytest_microvm.images.mirror.environment import PythonEnvironment
+    from pytest_microvm.images.set_up import SetUp
     from pytest_microvm.templates.unpublished import UnpublishedTemplate
 
 CACHE_SIZE_VARIABLE = "PYTEST_MICROVM_CACHE_SIZE"
@@ -66,6 +68,7 @@ class Host:
             that runs this process.
         lock: What the project's ``microvm.lock`` is for.
         elsewhere: Fetches a missing template into the store if possible; returns whether it did.
+        mode: mmdebstrap's mode when images are built; ``None``: the one available to this user.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Host:
         environment: Callable[[], PythonEnvironment] = running_environment,
         lock: LockUse = "follow",
         elsewhere: Callable[[str, TemplateStore], bool] = lambda _key, _store: False,
+        mode: str | None = None,
     ) -> None:
         self.cache = cache or cache_root()
         self.say = say
@@ -91,6 +95,7 @@ class Host:
         self._checkout = checkout or project
         self._require_accel = require_accel
         self._timeout = timeout
+        self._mode = mode
         self._told: set[str] = set()
         self._hypervisors: dict[str, Qemu] = {}
         self._bases: dict[MachineSpec, Base] = {}
@@ -110,7 +115,7 @@ class Host:
     @cached_property
     def images(self) -> ImageStore:
         """The image store."""
-        return ImageStore(self.cache)
+        return ImageStore(self.cache, mode=self._mode, set_up=self._set_up)
 
     @cached_property
     def locked(self) -> LockedImages:
@@ -400,6 +405,15 @@ class Host:
             self._told.update(new)
         for line in new:
             (_log.warning if self.say == _log.info else self.say)(line)
+
+    def _set_up(self, set_up: SetUp, archive: IO[bytes], tell: Callable[[str], None]) -> None:
+        """Run the set-up of a kit in a machine; see :data:`pytest_microvm.images.set_up.RunSetUp`."""
+        require("machines")
+        grants = set_up_grants(set_up, self._project or Path.cwd(), self._tell)
+        base = set_up_base(set_up, self.accelerator(set_up.image), grants)
+        with self._starter.machine(self.template(base), base) as machine:
+            machine.instance.watch(base.limits)
+            run_set_up(machine, set_up, archive, tell)
 
     def _chain(self, base: Base) -> Chain:
         hypervisor = self.hypervisor(base.image.architecture)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pytest_microvm.errors import LockError
+from pytest_microvm.images.build_keys import BUILDER_VERSION, kit_key
 from pytest_microvm.images.image import Image
 from pytest_microvm.images.kits import Kit, host_architecture, load_kit
 from pytest_microvm.images.lock_file import FILE, ImageLock, PinDifference, Pins, differences, read_lock
 from pytest_microvm.images.lock_pins import container_pins, kit_pins, recipe_pins
 from pytest_microvm.images.oci.references import is_reference, parse_platform, parse_reference
-from pytest_microvm.images.store import BUILDER_VERSION, ImageStore, kit_key
+from pytest_microvm.images.store import ImageStore
 from pytest_microvm.untrusted.text import sanitize_line
 
 if TYPE_CHECKING:

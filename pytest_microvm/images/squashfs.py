@@ -81,25 +81,27 @@ def squash_mmdebstrap(command: list[str], target: Path, *, epoch: int, progress:
                 raise build_error("mksquashfs", packing.returncode, deque(lines[-30:]))
 
 
-def squash_stream(write: Callable[[IO[bytes]], None], target: Path, *, newest: int | None = None) -> None:
+def squash_stream(write: Callable[[IO[bytes]], None], target: Path, *, epoch: int | None = None) -> None:
     """Pack the tar archive that ``write`` writes into ``target``.
 
     Args:
         write: Writes the archive.
         target: The file.
-        newest: The newest time stamp in the archive, in seconds. The root folder gets it as well, so that the
-            same archive always gives the same file: mksquashfs 4.5 ignores -root-time for archives.
-            ``None``: the root folder gets the current time.
+        epoch: Newest time stamp of any file, in seconds. The root folder gets it as well, so that the same
+            archive always gives the same file: mksquashfs 4.5 ignores -root-time for archives. ``None``: the
+            archive's time stamps are kept, and the root folder gets the current time.
 
     Raises:
         BuildError: mksquashfs failed.
     """
-    times = ["-mkfs-time", "0"] if newest is None else []
-    epoch = {} if newest is None else {"SOURCE_DATE_EPOCH": str(newest)}
+    # mksquashfs accepts only one of -mkfs-time and SOURCE_DATE_EPOCH
+    times = ["-mkfs-time", "0"] if epoch is None else []
+    clamped = {} if epoch is None else {"SOURCE_DATE_EPOCH": str(epoch)}
     with tempfile.TemporaryFile() as messages:
         packer = started(
             [*_as_root(), "mksquashfs", "-", str(target), "-tar", *_FAST, *_TAR_ROOT, *times],
-            environment=build_environment(**epoch), stdin=subprocess.PIPE, stdout=messages, stderr=messages,
+            environment=build_environment(**clamped),
+            stdin=subprocess.PIPE, stdout=messages, stderr=messages,
         )  # fmt: skip
         with packer as packing:
             assert packing.stdin is not None

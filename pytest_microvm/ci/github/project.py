@@ -16,9 +16,9 @@ from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.ci.sources.tree import Tree
 from pytest_microvm.errors import KitError, UsageError
 from pytest_microvm.host.project_grants import asked_by
+from pytest_microvm.images.build_keys import kit_key
 from pytest_microvm.images.kits import Kit, load_kit, shipped_kits
 from pytest_microvm.images.oci.references import is_reference
-from pytest_microvm.images.store import kit_key
 from pytest_microvm.settings import trust as project_trust
 from pytest_microvm.settings.configuration import Settings, load_settings
 from pytest_microvm.settings.spec import MachineSpec

@@ -14,7 +14,6 @@ from typing import Any
 
 from pytest_microvm.errors import KitError
 from pytest_microvm.images.blobs import canonical_json
-from pytest_microvm.images.kit_keys import parse_resources
 from pytest_microvm.images.oci.documents import (
     MAX_LAYERS,
     Descriptor,
@@ -29,6 +28,7 @@ from pytest_microvm.images.oci.documents import (
 )
 from pytest_microvm.images.oci.references import Platform, platform_of
 from pytest_microvm.images.records import ROLES
+from pytest_microvm.images.resources import parse_resources
 from pytest_microvm.untrusted.text import sanitize_line
 
 ARTIFACT = "application/vnd.pytest-microvm.image.v1"

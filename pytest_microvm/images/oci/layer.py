@@ -52,7 +52,7 @@ def convert(folder: Path, archive: IO[bytes], *, lowest: bool, lower: Lower) -> 
         contents.whiteouts.clear()
         contents.opaque.clear()
     newest = max([contents.newest, *(each.mtime for each in implied.values())])
-    squash_stream(lambda stream: rewrite(stream, archive, contents, implied), target, newest=newest)
+    squash_stream(lambda stream: rewrite(stream, archive, contents, implied), target, epoch=newest)
     return Built({"layer": target}, facts)
 
 

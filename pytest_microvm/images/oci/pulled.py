@@ -13,8 +13,7 @@ from pytest_microvm.cache.disk import explained
 from pytest_microvm.errors import ImageError, PullError, UsageError
 from pytest_microvm.images.artifacts import Artifact, Artifacts
 from pytest_microvm.images.blobs import canonical_json, read_json, write_atomically
-from pytest_microvm.images.image import Image
-from pytest_microvm.images.kits import DEFAULT_RESOURCES, NAME
+from pytest_microvm.images.image import DEFAULT_RESOURCES, NAME, Image
 from pytest_microvm.images.oci.built import check_image
 from pytest_microvm.images.oci.layer import CONVERTER
 from pytest_microvm.images.oci.pulling import TIMEOUT, Pulled, PulledBuilt, Puller
