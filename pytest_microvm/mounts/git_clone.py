@@ -19,6 +19,7 @@ from pytest_microvm.agent.users import GuestUser, give
 from pytest_microvm.errors import TransferError, UsageError
 from pytest_microvm.git.bundle import BadBundle, borrowing, import_commits
 from pytest_microvm.git.commands import GitError, git
+from pytest_microvm.git.heads import head_branch, head_commit, set_head
 from pytest_microvm.git.repository import (
     Repository,
     checkout_at,
@@ -138,12 +139,7 @@ class Clone:
             "--git-dir", made.directory, "fetch", "--quiet", "--no-tags", "--no-write-fetch-head", *shallow,
             lender.directory, f"{_LENT}:refs/handed/over", local=True,
         )  # fmt: skip
-        branch = _branch(self._repository)
-        if branch:
-            made.git("update-ref", branch, self._base)
-            made.git("symbolic-ref", "HEAD", branch)
-        else:
-            made.git("update-ref", "--no-deref", "HEAD", self._base)
+        set_head(made, head_branch(self._repository), self._base)
         made.git("update-ref", "-d", "refs/handed/over")
         made.git("config", "user.name", f"microvm {self._machine.client.id}")
         made.git("config", "user.email", f"{self._machine.client.id}@microvm.invalid")
@@ -263,16 +259,8 @@ def _head(source: Path, repository: Repository) -> str:
         UsageError: The repository has no commit.
     """
     try:
-        return repository.git("rev-parse", "--verify", "HEAD^{commit}").strip()
+        return head_commit(repository)
     except GitError as error:
         raise UsageError(
             f"{source} has no commit yet", details=error.details, resolution="commit something first"
         ) from error
-
-
-def _branch(repository: Repository) -> str | None:
-    """Return the branch that is checked out, such as ``refs/heads/main``; ``None`` if HEAD is detached."""
-    try:
-        return repository.git("symbolic-ref", "--quiet", "HEAD").strip() or None
-    except GitError:
-        return None

@@ -311,7 +311,7 @@ class MachineBackend:
             MicroVMError: No machine could be prepared.
         """
         progress("reading the workspace")
-        workspace = scan(plan.workspace)
+        workspace = scan(plan.workspace, git=self._config.git)
         if workspace.size > self._base.resources.disk:
             raise UsageError(
                 f"the workspace {plan.workspace} is larger than the machine's disk",

@@ -130,8 +130,8 @@ def test_live_mount_belongs_to_its_user(vm, place, source):
     (source / "closed").mkdir(mode=0o700)
     with vm.mount(source, place, kind="live", owner=USER):
         said = vm.run(
-            f"cd {place}; cat private; git log --format=%s; stat -c %U:%G . a closed; mkdir new; echo n > new/n; "
-            "echo c > closed/c; chown $(id -u):$(id -g) a; echo A > a; chmod 4777 a; "
+            f"cd {place}; cat private; git log --format=%s; stat -c %U:%G . a closed; mkdir new; "
+            "echo n > new/n; echo c > closed/c; chown $(id -u):$(id -g) a; echo A > a; chmod 4777 a; "
             "stat -c %U:%G new/n; chown 0 a; ln -s /etc out; true",
             user=USER,
         )
