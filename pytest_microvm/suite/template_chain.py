@@ -110,8 +110,10 @@ class SuiteChain:
                 self._start_runner(instance, "/", preload=True)
             return {}
 
-        inputs = (json.dumps([self.plan.environment, self.plan.coverage is not None]),)
-        return TemplateStep("started", inputs, work, "starting pytest")
+        inputs = [json.dumps([self.plan.environment, self.plan.coverage is not None])]
+        if self.settings.git:
+            inputs.append("git")
+        return TemplateStep("started", tuple(inputs), work, "starting pytest")
 
     def _collected_step(self, workspace: Workspace | None, *, started: bool) -> TemplateStep:
         """Return the chain step that collects the tests.
@@ -142,6 +144,8 @@ class SuiteChain:
     def _start_runner(self, instance: Instance, folder: str, *, preload: bool = False) -> Link:
         """Start the runner in ``folder`` and wait for its hello, which it sends once pytest is loaded."""
         machine = machine_in_the_making(self.base, instance)
+        if self.settings.git:
+            self._check_git(machine)
         machine.path(folder).mkdir(parents=True, exist_ok=True)
         coverage = self.plan.coverage is not None
         runner = shlex.join(runner_command(PYTHON, _CODE_FOLDER, preload=preload, coverage=coverage))
@@ -157,6 +161,20 @@ class SuiteChain:
         link = instance.link("runner")
         link.wait_hello(_HELLO_TIMEOUT)
         return link
+
+    def _check_git(self, machine: MicroVM) -> None:
+        """Check that tests can ask git.
+
+        Raises:
+            UsageError: The machine has no git.
+        """
+        try:
+            machine.run(["git", "--version"], timeout=_HELLO_TIMEOUT)
+        except FileNotFoundError:
+            raise UsageError(
+                f"image {self.base.image.name} has no git, which --microvm-git is for",
+                resolution="take the image agent, a kit with the package git, or install it in prepare",
+            ) from None
 
     @contextlib.contextmanager
     def _with_cause(self, instance: Instance) -> Iterator[None]:
