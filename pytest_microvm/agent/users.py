@@ -46,6 +46,9 @@ class GuestUser:
         return f"{sanitize_line(self.name, 40)} (uid {self.uid}, home {sanitize_line(self.home, 200)})"
 
 
+ROOT = GuestUser(0, 0, "root", "/root")
+
+
 def guest_user(client: AgentClient, wanted: str | int, *, create: bool = False) -> GuestUser:
     """Return a user of a machine.
 

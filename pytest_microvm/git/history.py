@@ -42,7 +42,7 @@ _SETTINGS = (("core.checkStat", "minimal"), ("core.trustctime", "false"))
 
 
 @dataclass(frozen=True)
-class History:
+class CheckoutHistory:
     """The history of a checkout, as it was when it was read.
 
     Args:
@@ -208,7 +208,7 @@ class History:
             os.utime(made.directory / "index", ns=(written, written))
 
 
-def read_history(checkout: Checkout) -> History:
+def read_history(checkout: Checkout) -> CheckoutHistory:
     """Read what is checked out, its tags and its index.
 
     Raises:
@@ -239,7 +239,7 @@ def read_history(checkout: Checkout) -> History:
             resolution="see `git fsck`; or run without --microvm-git",
         ) from error
     state.update(read_below(repository.directory, "info/exclude", _MAX_EXCLUDES) or b"")
-    return History(checkout, commit, branch, frozenset(tracked), size, state.digest())
+    return CheckoutHistory(checkout, commit, branch, frozenset(tracked), size, state.digest())
 
 
 def _index(checkout: Checkout) -> Iterator[tuple[bytes, bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -181,12 +182,26 @@ def _own(path: str, request: dict[str, Any]) -> dict[str, Any]:
     another name of root's own files.
     """
     uid, gid = request["uid"], request["gid"]
-    for _folder, folders, files, descriptor in os.fwalk(path, topdown=False):
+    if os.path.islink(path) or not os.path.isdir(path):
+        _own_file(path, uid, gid)
+        return {}
+    for folder, folders, files, descriptor in os.fwalk(path, topdown=False):
         if os.fstat(descriptor).st_uid == os.geteuid():
             for name in (*folders, *files):
                 os.chown(name, uid, gid, dir_fd=descriptor, follow_symlinks=False)
-    os.chown(path, uid, gid, follow_symlinks=False)
+        if folder == path:
+            os.fchown(descriptor, uid, gid)
     return {}
+
+
+def _own_file(path: str, uid: int, gid: int) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if os.fstat(file).st_nlink > 1:
+            raise PermissionError(errno.EPERM, "the file has other names", path)
+        os.fchown(file, uid, gid)
+    finally:
+        os.close(file)
 
 
 def _freeze(path: str, _request: dict[str, Any]) -> dict[str, Any]:

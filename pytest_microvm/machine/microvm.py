@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from pytest_microvm.agent.path import GuestPath
 from pytest_microvm.agent.process import GuestProcess, command_arguments
 from pytest_microvm.agent.transfer import pull, push
-from pytest_microvm.agent.users import GuestUser, give, guest_user
+from pytest_microvm.agent.users import GuestUser, guest_user
 from pytest_microvm.errors import MachineError, MicroVMError, UsageError
 from pytest_microvm.events import Event
 from pytest_microvm.machine.client import MachineClient
@@ -290,9 +290,8 @@ class MicroVM:
         self._asked("push", f"push {source} {target}")
         whose = None if owner is None else self.user(owner)
         with self.client.operation("push"):
-            push(self.client.link(), Path(source), PurePosixPath(target), owners=whose is None)
-            if whose is not None:
-                give(self.client, PurePosixPath(target), whose)
+            numbers = None if whose is None else (whose.uid, whose.gid)
+            push(self.client.link(), Path(source), PurePosixPath(target), numbers)
 
     def pull(self, source: str | PurePosixPath, target: str | os.PathLike[str]) -> Path:
         """Copy a file or a folder from the machine to the host.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from pytest_microvm.agent.transfer import TIMEOUT
-from pytest_microvm.agent.users import GuestUser, guest_user
+from pytest_microvm.agent.users import ROOT, GuestUser, give, guest_user
 from pytest_microvm.errors import MachineError, MountConflict, TransferError, UsageError
 from pytest_microvm.mounts.copying import Copy
 from pytest_microvm.mounts.git_clone import Clone
@@ -145,6 +145,8 @@ def mount(machine: Machine, what: Mount) -> Mounted:
     with machine.client.operation(f"mount {what.target}"):
         try:
             with _as_transfer_error(what.source):
+                if owner is not None and what.kind != "live" and not handed.single:
+                    _take(machine, what)
                 handed.hand_over(owner)
         except MachineError:
             if what.kind != "live" and machine.alive:
@@ -177,6 +179,12 @@ def copy_all_back(mounted: Sequence[Mounted]) -> list[Changes]:
     if failed:
         raise failed[0]
     return done
+
+
+def _take(machine: Machine, what: Mount) -> None:
+    """Let an empty target belong to root until all is in it: its user must not work beside root there."""
+    machine.path(what.target).mkdir(parents=True, exist_ok=True)
+    give(machine.client, what.target, ROOT)
 
 
 def _remove(path: GuestPath, *, single: bool) -> None:

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git.commands import GitError
-from pytest_microvm.git.history import History, read_history
+from pytest_microvm.git.history import CheckoutHistory, read_history
 from pytest_microvm.git.repository import Checkout, checkout_at, find_checkout
 from pytest_microvm.settings.spec import format_size
 from pytest_microvm.untrusted.manifest import is_git
@@ -59,7 +59,7 @@ class Workspace:
 
     top: Path
     entries: tuple[WorkspaceEntry, ...]
-    history: History | None = None
+    history: CheckoutHistory | None = None
 
     @property
     def size(self) -> int:
@@ -103,7 +103,7 @@ class Workspace:
         else:
             add_file(archive, info, tree, entry.path)
 
-    def _add_history(self, archive: tarfile.TarFile, history: History) -> None:
+    def _add_history(self, archive: tarfile.TarFile, history: CheckoutHistory) -> None:
         with tempfile.TemporaryDirectory(prefix="microvm-history-") as folder:
             made = history.make(Path(folder).resolve())
             archive.add(made, ".git", filter=_of_root)
@@ -116,7 +116,9 @@ class Workspace:
         )
 
 
-def _for(history: History | None, top: Path, entries: tuple[WorkspaceEntry, ...]) -> History | None:
+def _for(
+    history: CheckoutHistory | None, top: Path, entries: tuple[WorkspaceEntry, ...]
+) -> CheckoutHistory | None:
     """Return a history in which tracked paths that are not copied, such as caches, are not deleted."""
     if history is None:
         return None
@@ -187,7 +189,7 @@ def scan(top: Path, *, limit: int = DEFAULT_LIMIT, git: bool = False) -> Workspa
     return workspace
 
 
-def _history(top: Path) -> History | None:
+def _history(top: Path) -> CheckoutHistory | None:
     checkout = checkout_at(top)
     return None if checkout is None else read_history(checkout)
 

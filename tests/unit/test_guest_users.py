@@ -94,6 +94,17 @@ def test_own_leaves_what_a_user_has_put_there(tmp_path):
     assert secret.stat().st_uid == 0
 
 
+def test_own_refuses_file_that_has_another_name(tmp_path):
+    (tmp_path / "secret").touch()
+    (tmp_path / "hard").hardlink_to(tmp_path / "secret")
+    with pytest.raises(PermissionError, match="other names"):
+        files.path_operation({"do": "own", "path": str(tmp_path / "hard"), "uid": 7, "gid": 7})
+    (tmp_path / "soft").symlink_to(tmp_path / "secret")
+    with pytest.raises(OSError, match="symbolic links"):
+        files.path_operation({"do": "own", "path": str(tmp_path / "soft"), "uid": 7, "gid": 7})
+    assert (tmp_path / "secret").stat().st_uid == os.geteuid()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root changes owners")
 def test_new_folders_belong_to_owner_of_the_one_above(tmp_path):
     os.chown(tmp_path, 7, 8)
