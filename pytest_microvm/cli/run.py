@@ -141,7 +141,7 @@ def _run(arguments: argparse.Namespace) -> int:
         with exit_statuses() as status:
             if not (arguments.command or arguments.entrypoint or host.images.is_container(spec.image)):
                 raise _no_command(spec.image)
-            named = arguments.user is not None
+            named = bool(arguments.user)
             folder = _complete(arguments, host.base(spec).image)
             run_as = RunAs(arguments.user, lambda line: _say(arguments, line), create=named)
             machine = host.start(spec, keepable=arguments.keep, owner=run_as)

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from pytest_microvm.errors import MountConflict, UsageError
+from pytest_microvm.errors import MountConflict, TransferError, UsageError
 from pytest_microvm.settings.mounts import Changes
 from support import guards
 from support.commands import MICROVM
@@ -103,7 +103,8 @@ def test_unknown_owner_is_refused(vm, place, source):
 
 def test_copy_belongs_to_its_user_and_comes_back_as_the_hosts(vm, place, source):
     with vm.mount(source, place, owner=USER) as mounted:
-        assert as_user(vm, f"cd {place}; cat private; git status --porcelain; stat -c %U . a sub sub/b") == (
+        script = f"cd {place}; cat private; git status --porcelain; stat -c %U . a sub sub/b"
+        assert as_user(vm, script, env={"GIT_OPTIONAL_LOCKS": "0"}) == (
             f"private\n?? private\n{USER}\n{USER}\n{USER}\n{USER}\n"
         )
         as_user(vm, f"cd {place}; echo A > a; echo c > sub/c; rm sub/b; ln -s a link; chmod 6777 a")
@@ -180,7 +181,10 @@ def test_repository_of_a_user_runs_nothing_as_root(vm, place, source, tmp_path):
     mounted = vm.mount(source, place, kind="git", owner=USER)
     as_user(vm, HOSTILE.format(place=shlex.quote(place), name=tmp_path.name))
     shadow = vm.path("/etc/shadow").read_bytes()
-    mounted.copy_back()
+    with pytest.raises(TransferError, match=r"microvm\.bundle"):
+        mounted.copy_back()
+    vm.run(["rm", f"{place}/.git/microvm.bundle"], check=True)
+    assert mounted.copy_back().commits == 1
     assert set(vm.path(f"/tmp/{tmp_path.name}").read_text().split()) == {str(vm.user(USER).uid)}
     assert vm.path("/etc/shadow").read_bytes() == shadow
     mounted.close()
