@@ -145,7 +145,7 @@ class SuiteChain:
         """Start the runner in ``folder`` and wait for its hello, which it sends once pytest is loaded."""
         machine = machine_in_the_making(self.base, instance)
         if self.settings.git:
-            self._check_git(machine)
+            check_git(machine, self.base.image.name)
         machine.path(folder).mkdir(parents=True, exist_ok=True)
         coverage = self.plan.coverage is not None
         runner = shlex.join(runner_command(PYTHON, _CODE_FOLDER, preload=preload, coverage=coverage))
@@ -161,20 +161,6 @@ class SuiteChain:
         link = instance.link("runner")
         link.wait_hello(_HELLO_TIMEOUT)
         return link
-
-    def _check_git(self, machine: MicroVM) -> None:
-        """Check that tests can ask git.
-
-        Raises:
-            UsageError: The machine has no git.
-        """
-        try:
-            machine.run(["git", "--version"], timeout=_HELLO_TIMEOUT)
-        except FileNotFoundError:
-            raise UsageError(
-                f"image {self.base.image.name} has no git, which --microvm-git is for",
-                resolution="take the image agent, a kit with the package git, or install it in prepare",
-            ) from None
 
     @contextlib.contextmanager
     def _with_cause(self, instance: Instance) -> Iterator[None]:
@@ -199,6 +185,25 @@ class SuiteChain:
             details=details,
             resolution=f"does the image have Python and pytest? (image: {self.base.image.name})",
         )
+
+
+def check_git(machine: MicroVM, image: str) -> None:
+    """Check that the programs in a machine can ask git.
+
+    Args:
+        machine: The machine.
+        image: Its image's name.
+
+    Raises:
+        UsageError: It has no git.
+    """
+    try:
+        machine.run(["git", "--version"], timeout=_HELLO_TIMEOUT)
+    except FileNotFoundError:
+        raise UsageError(
+            f"image {image} has no git, which --microvm-git is for",
+            resolution="take the image agent, a kit with the package git, or install it in prepare",
+        ) from None
 
 
 def workspace_step(workspace: Workspace) -> TemplateStep:
