@@ -94,7 +94,7 @@ class CheckoutHistory:
         made.git("pack-refs", "--all")
         self._configure(made)
         self._copy_index(made.directory)
-        self._mark_missing(made)
+        self._clean_index(made)
         size = sum(path.lstat().st_size for path in made.directory.rglob("*"))
         if size > LIMIT:
             raise self._too_large(size)
@@ -197,15 +197,24 @@ class CheckoutHistory:
                     (directory / name).write_bytes(content)
                     os.utime(directory / name, ns=(status.st_mtime_ns, status.st_mtime_ns))
 
-    def _mark_missing(self, made: Repository) -> None:
-        if self.missing:
-            written = (made.directory / "index").stat().st_mtime_ns
-            with _words(self.missing) as paths:
-                git(
-                    "--git-dir", made.directory, "--work-tree", self.checkout.top, "update-index",
-                    "--skip-worktree", "-z", "--stdin", stdin=paths,
-                )  # fmt: skip
-            os.utime(made.directory / "index", ns=(written, written))
+    def _clean_index(self, made: Repository) -> None:
+        """Rewrite the index without names of untracked folders (git's caches), and with the missing paths.
+
+        git compares nothing anew, so the index keeps its time.
+        """
+        index = made.directory / "index"
+        if not index.exists():
+            return
+        written = index.stat().st_mtime_ns
+        with _words(self.missing) as paths:
+            git(
+                "--git-dir", made.directory, "--work-tree", self.checkout.top, "update-index",
+                "--no-split-index", "--no-untracked-cache", "--no-fsmonitor", "--force-write-index",
+                "--skip-worktree", "-z", "--stdin", stdin=paths,
+            )  # fmt: skip
+        os.utime(index, ns=(written, written))
+        for shared in made.directory.glob("sharedindex.*"):
+            shared.unlink()
 
 
 def read_history(checkout: Checkout) -> CheckoutHistory:

@@ -73,7 +73,7 @@ def _create(wanted: str) -> bool:
     Programs such as useradd(8) are not used: not every image has them. The user has no password.
     """
     name, _colon, group = wanted.partition(":")
-    if _entry(name) is not None:
+    if name in ("", "root", "0") or _entry(name) is not None:
         return False
     users = pwd.getpwall()
     if name.isascii() and name.isdigit():

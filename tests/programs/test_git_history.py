@@ -307,6 +307,21 @@ def test_nothing_else_of_the_repository_is_there(project, tmp_path):
     assert "core.filemode=false" in config
 
 
+def test_names_of_untracked_folders_stay_behind(project, tmp_path):
+    """git's cache in the index lists them, and where the work tree is."""
+    (project / "hunter2").mkdir()
+    (project / "hunter2" / "x.log").touch()
+    git(project, "update-index", "--untracked-cache")
+    git(project, "status")
+    git(project, "update-index", "--split-index")
+    assert any(b"hunter2" in path.read_bytes() for path in (project / ".git").glob("*index*"))
+    made = copy(project, tmp_path / "machine")
+    assert [path.name for path in (made / ".git").glob("*index*")] == ["index"]
+    assert b"hunter2" not in (made / ".git" / "index").read_bytes()
+    assert str(project).encode() not in (made / ".git" / "index").read_bytes()
+    assert answers(made) == answers(project)
+
+
 # Attacks
 
 

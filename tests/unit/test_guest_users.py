@@ -69,6 +69,13 @@ def test_user_and_group_that_are_made(written):
     assert not users._create("nobody")
 
 
+@pytest.mark.parametrize("root", ["", "root", "0", "root:7", "0:0"])
+def test_root_is_never_made(written, monkeypatch, root):
+    monkeypatch.setattr(users, "_entry", lambda _name: None)  # as in an image without /etc/passwd
+    assert not users._create(root)
+    assert written == {}
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root changes owners")
 def test_own_gives_away_whole_tree_without_following_links(tmp_path):
     outside = tmp_path / "outside"
