@@ -18,6 +18,7 @@ def ask(*words):
 def test_version(request):
     expected = request.config.getini("expected")
     assert ask("describe", "--tags", "--dirty", "--long", "--match", "*[0-9]*") == expected
+    assert Path("/opt/version").read_text() == expected + "\\n"
     assert ask("status", "--porcelain") == ""
     assert ask("diff-index", "HEAD") == ""
     assert not Path(".git/hooks").exists()
@@ -31,6 +32,12 @@ def test_work_tree():
     assert ask("log", "--format=%s").splitlines()[0] == "in a machine"
 """
 
+PREPARE = """
+[tool.pytest-microvm]
+prepare = ["git describe --tags --long > /opt/version", 'test -z "$(git status --porcelain)"']
+prepare_inputs = [".git"]
+"""
+
 
 @pytest.fixture
 def project(tmp_path):
@@ -41,6 +48,7 @@ def project(tmp_path):
         {
             "test_it.py": SUITE,
             "conftest.py": "def pytest_addoption(parser):\n    parser.addini('expected', '')\n",
+            "pyproject.toml": PREPARE,
             "pytest.ini": "[pytest]\n",
             ".gitignore": "__pycache__\n.pytest_cache\n",
         },
@@ -69,6 +77,7 @@ def test_suite_asks_git_and_new_commit_is_a_new_version(project):
 
 
 def test_image_without_git_is_told(project):
+    (project / "pyproject.toml").unlink()
     done = run(project, "--microvm-git", "--microvm-image=python")
     assert done.returncode == 4
     assert "image python has no git" in done.stdout + done.stderr

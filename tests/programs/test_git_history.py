@@ -393,3 +393,17 @@ def test_folder_without_repository_has_no_history(tmp_path):
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "a").touch()
     assert scan(tmp_path / "project", git=True).history is None
+
+
+def test_part_of_a_workspace_has_no_deleted_files(project, tmp_path):
+    whole = scan(project, git=True)
+    part = whole.part([entry for entry in whole.entries if entry.path == "a"], history=True)
+    assert part.history.missing == (".gitignore", "b", "c", "side", "sub/run")
+    assert part.digest() != whole.digest()
+    with tempfile.TemporaryFile() as archive:
+        part.write_tar(archive)
+        archive.seek(0)
+        unpack(StreamReader(lambda: archive.read(65536)), str(tmp_path / "machine"))
+    assert sorted(path.name for path in (tmp_path / "machine").iterdir()) == [".git", "a"]
+    assert git(tmp_path / "machine", "status", "--porcelain") == ""
+    assert whole.part(whole.entries, history=False).history is None
