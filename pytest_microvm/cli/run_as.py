@@ -1,4 +1,4 @@
-"""``--user`` of the verbs that run a command: the user that runs it, and to whom its files belong."""
+"""The option ``--user``: the user that runs a command and owns the files that are copied into the machine."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ class RunAs:
 
     @property
     def numbers(self) -> str | None:
-        """The owner of what is copied into the machine."""
+        """The owner of files that are copied into the machine, as numbers."""
         return None if self.user is None else self.user.numbers

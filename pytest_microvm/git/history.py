@@ -64,7 +64,7 @@ class CheckoutHistory:
     missing: tuple[str, ...] = ()
 
     def digest(self) -> str:
-        """Return a SHA-256 of what :meth:`make` makes; a commit, a tag or ``git add`` changes it."""
+        """Return the SHA-256 of the inputs of :meth:`make`; a commit, a tag or ``git add`` changes it."""
         total = hashlib.sha256(_FORM + self.state)
         for path in self.missing:
             total.update(os.fsencode(path) + b"\0")
@@ -142,7 +142,7 @@ class CheckoutHistory:
         return options
 
     def _staged(self, lender: Repository) -> str:
-        """Return a tree with what is staged, which git needs to show it; empty: nothing is."""
+        """Return a tree that holds all staged content; empty if the index is empty."""
         if not self.tracked:
             return ""
         self._copy_index(lender.directory)
@@ -156,7 +156,7 @@ class CheckoutHistory:
             return lender.git("mktree", "-z", stdin=tree).strip()
 
     def _check_size(self, repository: Repository, cuts: Sequence[str]) -> None:
-        """Check the size of what is fetched before it fills this computer's disk."""
+        """Check the size of the history before it is fetched and fills this computer's disk."""
         counted = ("rev-list", "--objects", "--disk-usage")
         size = int(repository.git(*counted, self.commit, *(f"^{cut}" for cut in cuts)))
         if cuts:

@@ -97,6 +97,6 @@ class CollectionRecorder:
         return [{**versions, "header": self._header}, *nodes, *self.records]
 
     def end(self) -> list[Any]:
-        """Forget the collected reports; return what the host is told in them."""
+        """Drop the collected reports; return their serialised data."""
         self._reported.clear()
         return [record["data"] for record in self.records if "data" in record]

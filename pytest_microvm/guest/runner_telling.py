@@ -1,4 +1,4 @@
-"""What the host gets while a test runs: output, log messages, outcomes, and what the debugger needs."""
+"""Records for the host while a test runs: output, log messages, outcomes, requests of the debugger."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class TestRelay:
         self.live.begin(stream, capture)
 
     def begin(self, stream: int) -> None:
-        """Tell the host what it has to know while a test runs; without live output on ``stream``."""
+        """Start to send records while a test runs; without live output they are sent on ``stream``."""
 
         def write(record: dict[str, Any]) -> None:
             self._runner.write_lines(stream, [record])
@@ -93,7 +93,7 @@ class TestRelay:
             self._debugger.begin(tell)
 
     def end(self) -> None:
-        """Stop telling: the test has ended."""
+        """Stop sending records: the test has ended."""
         if self._debugger is not None:
             self._debugger.end()
         if self._logs is not None:
@@ -103,6 +103,6 @@ class TestRelay:
         self._tell = None
 
     def reported(self, report: Any) -> None:
-        """Tell that the outcome of a phase is known, if the host shows it."""
+        """Send a notice that the outcome of a phase is known, if the host shows it."""
         if self._tell is not None and (not report.passed or report.when == "call"):
             self._tell({"k": "reported"})

@@ -76,7 +76,7 @@ def test_suite_asks_git_and_new_commit_is_a_new_version(project):
     assert git(project, "log", "--format=%s", "--all").splitlines()[0] == "nothing changed"
 
 
-def test_image_without_git_is_told(project):
+def test_image_without_git_is_an_error(project):
     (project / "pyproject.toml").unlink()
     done = run(project, "--microvm-git", "--microvm-image=python")
     assert done.returncode == 4

@@ -237,7 +237,7 @@ def test_digest_follows_what_git_says(project):
     assert scan(project).digest() == without
 
 
-def test_copied_caches_and_converted_files_do_not_count_as_changes(project, tmp_path):
+def test_caches_and_converted_files_are_not_changes(project, tmp_path):
     for name, value in {"clean": "tr a-z A-Z", "smudge": "cat", "required": "true"}.items():
         git(project, "config", f"filter.upper.{name}", value)
     git(project, "config", "core.autocrlf", "true")
@@ -365,7 +365,7 @@ def test_links_in_a_repository_are_refused(project, tmp_path, name):
         copy(project, tmp_path / "machine")
 
 
-def test_partial_clone_is_told_and_fetches_nothing(project, tmp_path):
+def test_partial_clone_is_refused_and_fetches_nothing(project, tmp_path):
     git(project, "config", "uploadpack.allowFilter", "true")
     git(tmp_path, "clone", "-q", "--filter=blob:none", "--no-checkout", f"file://{project}", "partial")
     mark = tmp_path / "mark"
