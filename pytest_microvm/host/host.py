@@ -6,10 +6,12 @@ import atexit
 import logging
 import os
 import threading
+from dataclasses import replace
 from functools import cache, cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
+from pytest_microvm.agent.users import GuestUser, give
 from pytest_microvm.errors import ImageError
 from pytest_microvm.git.repository import find_checkout
 from pytest_microvm.host.held_templates import HeldTemplates
@@ -26,6 +28,7 @@ from pytest_microvm.machine.microvm import MicroVM
 from pytest_microvm.network.policy.rules import Policy, parse_rules
 from pytest_microvm.programs.needed import require
 from pytest_microvm.settings.options import QUOTAS
+from pytest_microvm.settings.secret_values import FOLDER as SECRETS
 from pytest_microvm.settings.spec import Limits, MachineSpec, Resources, parse_size
 from pytest_microvm.templates.budget import HostBudget, default_limits
 from pytest_microvm.templates.chain import Base, Chain, TemplateStep, guest_code_archive
@@ -321,6 +324,7 @@ class Host:
         keepable: bool = False,
         checkpoints: bool = False,
         steps: Callable[[Base], Sequence[TemplateStep]] = lambda _base: (),
+        owner: Callable[[MicroVM], GuestUser | None] = lambda _machine: None,
         **changes: Any,
     ) -> MicroVM:
         """Start a machine; see :meth:`pytest_microvm.machine.microvm.MicroVM.start`.
@@ -331,6 +335,8 @@ class Host:
             keepable: Whether to allow :meth:`MicroVM.keep`, which makes the start slower.
             checkpoints: Whether to allow :meth:`MicroVM.checkpoint`, likewise.
             steps: Returns the steps that run once, in the template that the machine is a copy of.
+            owner: Called with the machine before it gets its mounts; returns the user to whom they and the
+                files of secrets belong, ``None``: root.
             **changes: Fields of the spec, in the form that users write.
         """
         spec = (spec or MachineSpec()).with_changes(changes, "MicroVM.start()")
@@ -342,8 +348,11 @@ class Host:
             machine = self._starter.machine(template, base, keepable=own)
         machine.instance.watch(base.limits)
         try:
+            whose = owner(machine)
+            if whose is not None and machine.instance.given.files:
+                give(machine.client, PurePosixPath(SECRETS), whose)
             for mount in spec.mounts:
-                machine.hand_over(mount)
+                machine.hand_over(mount if whose is None else replace(mount, owner=whose.numbers))
         except BaseException:
             machine.mounts.clear()  # nothing is to be copied back
             machine.close()

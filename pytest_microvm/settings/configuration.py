@@ -59,6 +59,7 @@ class Settings:
         artifacts: The folder for records of machines that crashed or exceeded a quota.
         write_back: Patterns, as in a .gitignore file, of workspace files that come back from machines.
         keep_tmp: Whether the temporary folders of failed tests come back from machines.
+        git: Whether machines get the history of the project.
         require_accel: The only acceptable accelerator.
         locked: Whether images must be those that ``microvm.lock`` pins.
         junit_profile: The consumer of the ``--junitxml`` file; ``None``: as pytest writes it.
@@ -85,6 +86,7 @@ class Settings:
     artifacts: Path | None = None
     write_back: tuple[str, ...] = ()
     keep_tmp: bool = False
+    git: bool = False
     require_accel: str | None = None
     locked: bool = False
     junit_profile: str | None = None

@@ -54,8 +54,10 @@ def test_what_was_allowed_is_allowed_until_it_changes(tmp_path):
             project_trust.check(tmp_path, changed)
 
 
-@pytest.mark.parametrize(("key", "value"), [("keep_tmp", "true"), ("write_back", '["*.txt"]')])
-def test_files_that_come_back_need_trust(tmp_path, key, value):
+@pytest.mark.parametrize(
+    ("key", "value"), [("keep_tmp", "true"), ("git", "true"), ("write_back", '["*.txt"]')]
+)
+def test_files_that_come_back_and_history_need_trust(tmp_path, key, value):
     (tmp_path / "pyproject.toml").write_text(f"[tool.pytest-microvm]\n{key} = {value}\n")
     assert set(asked_by(load_settings(tmp_path, {}))) == {key}
     assert asked_by(load_settings(tmp_path, {key: ["*.md"] if key == "write_back" else True})) == {}
