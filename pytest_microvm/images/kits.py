@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_microvm.errors import KitError, UsageError
+from pytest_microvm.images.image import Service
 from pytest_microvm.images.kit_keys import ARCHITECTURES, CHECKS, bad_value, parse_resources, unknown_key
 from pytest_microvm.programs.needed import architecture
 from pytest_microvm.untrusted.nofollow import OpenTree, read_below
@@ -82,6 +83,7 @@ class Kit:
         resources: Default limits of a machine, by the names of
             :class:`pytest_microvm.settings.spec.Limits`.
         network: Default network rules of a machine.
+        services: Servers that run in every machine, in the order in which they start.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Kit:
     setup: tuple[str, ...] = ()
     resources: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_RESOURCES), hash=False)
     network: tuple[str, ...] = ()
+    services: tuple[Service, ...] = ()
 
     @property
     def debian_architecture(self) -> str:
@@ -307,10 +310,12 @@ def _merge(layers: list[_Layer]) -> Kit:
     environment: dict[str, str] = {}
     files: dict[str, KitFile] = {}
     resources: dict[str, float] = dict(DEFAULT_RESOURCES)
+    services: dict[str, Service] = {}
     for layer in layers:
         environment |= layer.values.get("environment", {})
         files |= {file.target: file for file in layer.files}
         resources |= parse_resources(layer.path, "resources", layer.values.get("resources", {}))
+        services |= {name: Service(name, **one) for name, one in layer.values.get("services", {}).items()}
 
     def joined(key: str) -> tuple[str, ...]:
         return tuple(item for layer in layers for item in layer.values.get(key, []))
@@ -331,6 +336,7 @@ def _merge(layers: list[_Layer]) -> Kit:
         network=next(
             (tuple(layer.values["network"]) for layer in layers[::-1] if "network" in layer.values), ()
         ),
+        services=tuple(services.values()),
     )
 
 

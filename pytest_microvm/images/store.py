@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -464,6 +464,7 @@ class ImageStore:
             "files": files,
             "resources": dict(kit.resources),
             **({"network": list(kit.network)} if kit.network else {}),
+            **_services(kit),
         }
         entry = {"name": kit.name, "key": kit_key(kit), "kit": str(kit.path)}
         entry["project"] = str(project.resolve()) if project else ""
@@ -524,8 +525,19 @@ def kit_key(kit: Kit) -> str:
     """Return a digest of all inputs of a kit's image, including platform and builder."""
     platform = platform_recipe(kit.suite, kit.architecture, kit.mirror)
     return _key(
-        {"kit": kit.recipe(), "resources": dict(kit.resources), "network": kit.network, "platform": platform}
+        {
+            "kit": kit.recipe(),
+            "resources": dict(kit.resources),
+            "network": kit.network,
+            "platform": platform,
+            **_services(kit),
+        }
     )
+
+
+def _services(kit: Kit) -> dict[str, Any]:
+    """Return a kit's services for a manifest or a key; nothing if it has none."""
+    return {"services": [asdict(service) for service in kit.services]} if kit.services else {}
 
 
 def _is_current(entry: dict[str, str]) -> bool:
