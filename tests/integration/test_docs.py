@@ -52,6 +52,8 @@ else:
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md")), REPOSITORY / "CONTRIBUTING.md"]
+THOROUGH = {"docs/how-to/docker.md"}
+"""Pages whose images take minutes to build: only `make test-all` runs them."""
 NOT_RUN = {
     r"make (setup|demo|test|test-all|unit|lint|bench)": "set-up and the whole check, which runs this test",
     r"git clone \S+( \S+)?|cd pytest-microvm": "this is the clone",
@@ -60,6 +62,10 @@ SET_UP = (
     r"(sudo )?apt-get (update|install) .*|sudo chmod \S+ /dev/kvm"
     r"|python3? -m (venv|pip install) .*|\. .venv/bin/activate|git clone .*|make setup"
 )
+
+
+def title(path):
+    return str(path.relative_to(REPOSITORY))
 
 
 def check_toml(text):
@@ -267,7 +273,11 @@ def run_page(page, name, project):
     assert tests_not_run is None, f"{tests_not_run}: no command below runs these tests"
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.thorough] * (title(path) in THOROUGH)) for path in PAGES],
+    ids=title,
+)
 def test_page(path, tmp_path):
     project = tmp_path / f"project-{secrets.token_hex(4)}"  # a new place: no template of an earlier run fits
     project.mkdir()
