@@ -272,7 +272,7 @@ def test_services_are_inherited_and_replaced_in_order(project):
     )
 
 
-def test_services_change_the_key_of_the_image_and_nothing_of_its_files(project):
+def test_services_change_the_images_key_but_not_its_files(project):
     text = 'suite = "bookworm"\n[services.web]\nstart = "nginx"\nready = "true"\n'
     path = project("web", text)
     kit = load_kit(path)
