@@ -261,6 +261,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(f"{role:<13} {path}")
     for name, value in image.environment:
         print(f"environment   {name}={sanitize_line(value)}")
+    for service in image.services:
+        print(f"service       {service.name}")
     for name, text in _start(image).items():
         print(f"{name:<13} {sanitize_line(text if isinstance(text, str) else shlex.join(text))}")
     return 0
@@ -294,6 +296,7 @@ def _as_json(entry: StoredImage) -> dict[str, Any]:
         "size_bytes": entry.size_bytes,
         "resources": dict(image.resources),
         "environment": dict(image.environment),
+        "services": [service.name for service in image.services],
         "start": _start(image),
         "files": {role: str(path) for role, path in image.files().items()},
     }

@@ -16,6 +16,7 @@ from pytest_microvm.errors import ImageError
 from pytest_microvm.git.repository import find_checkout
 from pytest_microvm.host.held_templates import HeldTemplates
 from pytest_microvm.host.kept import KeptMachine, kept_machines, open_kept
+from pytest_microvm.host.services import with_services
 from pytest_microvm.host.set_up import run_set_up, set_up_base, set_up_grants
 from pytest_microvm.host.starting import MachineStarter, StartedCopy
 from pytest_microvm.hypervisors import Accelerator, Launch
@@ -228,11 +229,11 @@ class Host:
 
     def template(self, base: Base, steps: Sequence[TemplateStep] = ()) -> Template:
         """Return the template that ``steps`` lead to, made if missing; held open until the host is closed."""
-        return self._held.make(base, steps)
+        return self._held.make(base, with_services(base, steps))
 
     def cached(self, base: Base, steps: Sequence[TemplateStep] = ()) -> Template | None:
         """Return the template that ``steps`` lead to, if available; held open until the host is closed."""
-        return self._held.find(base, steps)
+        return self._held.find(base, with_services(base, steps))
 
     def try_machine(self, template: Template, base: Base) -> MicroVM | None:
         """Start a copy of ``template`` with its limits, or return ``None`` if there is no room for it now."""

@@ -8,11 +8,11 @@ from pathlib import PurePosixPath
 
 from pytest_microvm.errors import MachineError
 from pytest_microvm.host.host import Host
-from pytest_microvm.host.starting import machine_facts
-from pytest_microvm.machine.grants import NOTHING, Given, Grants
+from pytest_microvm.host.starting import machine_in_the_making
+from pytest_microvm.machine.grants import Grants
 from pytest_microvm.machine.instance import Instance
 from pytest_microvm.machine.microvm import MicroVM
-from pytest_microvm.templates.chain import IN_THE_MAKING, Base, TemplateStep
+from pytest_microvm.templates.chain import Base, TemplateStep
 
 _TIMEOUT = 3600.0
 _OUTPUT_SHOWN = 30  # lines of a command that failed
@@ -63,13 +63,6 @@ def prepared_step(
 
     shaping = (json.dumps(list(commands)), str(folder), *inputs)
     return TemplateStep("prepared", shaping, work, f"preparing ({len(commands)} commands)")
-
-
-def machine_in_the_making(base: Base, instance: Instance, given: Given = NOTHING) -> MicroVM:
-    """Return a :class:`MicroVM` for a machine that becomes a template; the template's maker owns it."""
-    instance.give(given)
-    instance.adopt("agent", IN_THE_MAKING, given.message())
-    return MicroVM(instance, machine_facts(base, "template", 0.0))
 
 
 def _run(folder: PurePosixPath) -> Run:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import BootError
 from pytest_microvm.host.kept import KeptMachine
+from pytest_microvm.machine.grants import NOTHING, Given
 from pytest_microvm.machine.instance import BOOT_TIMEOUT, Instance, MachineFacts
 from pytest_microvm.machine.microvm import Checkpoint, MicroVM
+from pytest_microvm.templates.chain import IN_THE_MAKING
 from pytest_microvm.templates.pool import Pool
 
 if TYPE_CHECKING:
@@ -321,3 +323,10 @@ def _warm(machine: MicroVM) -> None:
         if isinstance(error, subprocess.TimeoutExpired):
             raise BootError(f"machine {machine.id} did not run its first command") from error
         raise
+
+
+def machine_in_the_making(base: Base, instance: Instance, given: Given = NOTHING) -> MicroVM:
+    """Return a :class:`MicroVM` for a machine that becomes a template; the template's maker owns it."""
+    instance.give(given)
+    instance.adopt("agent", IN_THE_MAKING, given.message())
+    return MicroVM(instance, machine_facts(base, "template", 0.0))

@@ -33,7 +33,13 @@ def kit_key(kit: Kit) -> str:
     """Return a digest of all inputs of a kit's image, including platform and builder."""
     platform = platform_recipe(kit.suite, kit.architecture, kit.mirror)
     return build_key(
-        {"kit": kit.recipe(), "resources": dict(kit.resources), "network": kit.network, "platform": platform}
+        {
+            "kit": kit.recipe(),
+            "resources": dict(kit.resources),
+            "network": kit.network,
+            "platform": platform,
+            **kit.services_recipe(),
+        }
     )
 
 

@@ -35,6 +35,21 @@ class StartDefaults:
 
 
 @dataclass(frozen=True)
+class Service:
+    """A server that is started in the template of a kit's machines, so that it runs in each of them.
+
+    Args:
+        name: Its name, also of its log.
+        start: Shell command that starts it, as root; the server may stay in the foreground or not.
+        ready: Shell command that succeeds once it serves.
+    """
+
+    name: str
+    start: str
+    ready: str
+
+
+@dataclass(frozen=True)
 class Image:
     """Everything a machine boots from; images with the same digest are identical.
 
@@ -55,6 +70,7 @@ class Image:
             environment is the last one.
         python: Description of that environment.
         start: The command of a container image.
+        services: Servers that run in every machine, in the order in which they start.
     """
 
     name: str
@@ -70,6 +86,7 @@ class Image:
     layers: tuple[Path, ...] = ()
     python: str = ""
     start: StartDefaults = field(default=StartDefaults())
+    services: tuple[Service, ...] = ()
 
     @property
     def file_systems(self) -> tuple[Path, ...]:

@@ -139,6 +139,7 @@ class KitImages:
             manifest["layers"] = layers
         if start := {key: value for key, value in asdict(below.start).items() if value}:
             manifest["start"] = start
+        manifest |= kit.services_recipe()  # not of the machine in which the set-up runs
         entry = {"name": kit.name, "key": kit_key(kit), "kit": str(kit.path)}
         entry["project"] = str(project.resolve()) if project else ""
         return self._records.publish(manifest, entry)

@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import KitError, UsageError
-from pytest_microvm.images.kit_errors import bad_value
+from pytest_microvm.images.kit_errors import bad_value, unknown_key
 from pytest_microvm.images.oci.references import parse_reference
 from pytest_microvm.images.resources import parse_resources
 from pytest_microvm.network.policy.rules import parse_rules
@@ -25,6 +25,8 @@ _SUITE = re.compile(r"[a-z][a-z0-9-]*")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(:[a-z0-9]+)?(=[A-Za-z0-9.+~:-]+)?")
 _WHEEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(\[[A-Za-z0-9._,-]+\])?==[A-Za-z0-9.!+_-]+")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SERVICE = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+_SERVICE_KEYS = ("start", "ready")
 _MODE = re.compile(r"0?[0-7]{3,4}")
 
 
@@ -71,6 +73,22 @@ def _environment(path: Path, key: str, value: object) -> None:
             )
         if not isinstance(text, str) or "\0" in text:
             raise bad_value(path, f"{key}.{name}", "text", text, f'write {name} = "..."')
+
+
+def _services(path: Path, key: str, value: object) -> None:
+    if not isinstance(value, dict):
+        raise bad_value(path, key, "a table", value, f"write [{key}.NAME] with start and ready")
+    for name, service in value.items():
+        where = f"{key}.{name}"
+        if not _SERVICE.fullmatch(name):
+            raise bad_value(path, where, "a service's name", name, "use small letters, digits and dashes")
+        if not isinstance(service, dict):
+            raise bad_value(path, where, "a table", service, f"write [{where}] with start and ready")
+        for part in service:
+            if part not in _SERVICE_KEYS:
+                raise unknown_key(path, f"{where}.{part}", _SERVICE_KEYS)
+        for part in _SERVICE_KEYS:
+            _command(path, f"{where}.{part}", service.get(part))
 
 
 def _file_table(path: Path, key: str, value: object) -> None:
@@ -127,6 +145,7 @@ CHECKS: dict[str, Callable[[Path, str, object], None]] = {
     "environment": _environment,
     "setup": _each(_command),
     "setup_network": _check_network,
+    "services": _services,
     "resources": _check_resources,
     "network": _check_network,
 }

@@ -7,12 +7,12 @@ import os
 import stat
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pytest_microvm.errors import KitError, UsageError
-from pytest_microvm.images.image import DEFAULT_RESOURCES, NAME
+from pytest_microvm.images.image import DEFAULT_RESOURCES, NAME, Service
 from pytest_microvm.images.kit_errors import bad_value, unknown_key
 from pytest_microvm.images.kit_keys import ARCHITECTURES, CHECKS
 from pytest_microvm.images.pins import debian_package, merge_pins, requirement
@@ -84,6 +84,7 @@ class Kit:
         resources: Default limits of a machine, by the names of
             :class:`pytest_microvm.settings.spec.Limits`.
         network: Default network rules of a machine.
+        services: Servers that run in every machine, in the order in which they start.
         replaced: Lines about its parents' pins that are replaced.
         ground: What the root file system is made from, without set-up commands: the kit itself, or the
             ancestor with the same packages and wheels. ``None``: the kit has no set-up, or a ``source``.
@@ -106,6 +107,7 @@ class Kit:
     setup_network: tuple[str, ...] = ()
     resources: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_RESOURCES), hash=False)
     network: tuple[str, ...] = ()
+    services: tuple[Service, ...] = ()
     ground: Kit | None = None
     replaced: tuple[str, ...] = ()
 
@@ -125,6 +127,10 @@ class Kit:
         if self.source:
             return self.files
         return tuple(file for file in self.files if file not in (self.ground or self).files)
+
+    def services_recipe(self) -> dict[str, Any]:
+        """Return the services as JSON, for a manifest or a key; nothing if there are none."""
+        return {"services": [asdict(service) for service in self.services]} if self.services else {}
 
     def recipe(self) -> dict[str, Any]:
         """Return all inputs of the root file system and of the set-up, for the build key."""
@@ -360,10 +366,12 @@ def _flat(layers: list[_Layer]) -> Kit:
     environment: dict[str, str] = {}
     files: dict[str, KitFile] = {}
     resources: dict[str, float] = dict(DEFAULT_RESOURCES)
+    services: dict[str, Service] = {}
     for layer in layers:
         environment |= layer.values.get("environment", {})
         files |= {file.target: file for file in layer.files}
         resources |= parse_resources(layer.path, "resources", layer.values.get("resources", {}))
+        services |= {name: Service(name, **one) for name, one in layer.values.get("services", {}).items()}
 
     def joined(key: str) -> tuple[str, ...]:
         return tuple(item for layer in layers for item in layer.values.get(key, []))
@@ -397,6 +405,7 @@ def _flat(layers: list[_Layer]) -> Kit:
         network=next(
             (tuple(layer.values["network"]) for layer in layers[::-1] if "network" in layer.values), ()
         ),
+        services=tuple(services.values()),
     )
 
 

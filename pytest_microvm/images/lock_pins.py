@@ -64,7 +64,7 @@ def recipe_pins(kit: Kit, builder: int, key: str) -> Pins:
     recipe = {name: value for name, value in kit.recipe().items() if name != "architecture"}
     files = {target: f"{mode:04o} sha256:{sha256}" for target, mode, sha256 in recipe["files"]}
     recipe |= {"files": files, "environment": dict(recipe["environment"])}
-    recipe |= {"resources": dict(kit.resources), "network": kit.network}
+    recipe |= {"resources": dict(kit.resources), "network": kit.network, **kit.services_recipe()}
     plain = json.loads(json.dumps(recipe))  # tuples become lists
     return {"kind": "kit", "builder": builder, "recipe": plain, "key": f"sha256:{key}"}
 

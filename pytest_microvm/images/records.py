@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import ImageError
 from pytest_microvm.images.blobs import canonical_json, read_json, write_atomically
-from pytest_microvm.images.image import Image, StartDefaults
+from pytest_microvm.images.image import Image, Service, StartDefaults
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,6 +73,7 @@ class ImageRecords:
             layers=tuple(path(layer) for layer in layers_of(manifest)),
             python=manifest.get("python", ""),
             start=_start(manifest.get("start", {})),
+            services=tuple(Service(**service) for service in manifest.get("services", ())),
             **{role: path(manifest["files"][role]) for role in ROLES},
         )
 

@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 _LAST_COMMANDS = 20
 _LAST_PORT = 65535
+_MOST_PORTS = 256
 _LONGEST_PATH = 107  # unix(7)
+_DOCKER_SOCKET = "/run/docker.sock"
 _log = logging.getLogger("pytest_microvm")
 
 
@@ -74,6 +76,8 @@ class MicroVM:
         self.client = MachineClient(instance, facts)
         self.last_commands: deque[str] = deque(maxlen=_LAST_COMMANDS)
         self.mounts: list[Mounted] = []
+        self._docker: Any = None
+        self._while_open = contextlib.ExitStack()
         self._on_close = on_close
         self._on_keep = on_keep
         self._on_checkpoint = on_checkpoint
@@ -362,7 +366,7 @@ class MicroVM:
         return self.instance.network
 
     def forward(
-        self, target: int | str | PurePosixPath, *, unix: bool = False
+        self, target: int | str | PurePosixPath, *, unix: bool | None = None
     ) -> AbstractContextManager[Address]:
         """Forward connections from this computer to a server in the machine, inside a ``with`` block.
 
@@ -374,7 +378,7 @@ class MicroVM:
             target: The TCP port of a server in the machine, on its loopback or on all addresses; or the path
                 of a Unix socket in the machine.
             unix: Whether to offer a Unix socket, which only this user can connect to, instead of a TCP port,
-                which any user of this computer can.
+                which any user of this computer can. If omitted, the same kind as ``target``.
 
         Returns:
             The address to connect to: ``host`` and ``port``, or ``path``; and ``url``.
@@ -383,7 +387,41 @@ class MicroVM:
             UsageError: The machine has been closed, or ``target`` is not valid.
             MachineCrashed: The machine has ended.
         """
-        return self._forwarded(target, unix=unix)
+        return self._forwarded(target, unix=not isinstance(target, int) if unix is None else unix)
+
+    def forward_ports(self, targets: Iterable[int]) -> AbstractContextManager[str]:
+        """Forward several TCP ports of the machine under their own numbers, inside a ``with`` block.
+
+        Use it for clients that learn a port's number from the machine, as Docker's clients do. Any user of
+        this computer can connect.
+
+        Args:
+            targets: TCP ports, of which 256 at most; as for :meth:`forward`, no server need listen yet.
+
+        Returns:
+            The address to connect to, one of this computer's loopback that other machines do not share.
+
+        Raises:
+            UsageError: The machine has been closed, or a port is not valid.
+            MachineCrashed: The machine has ended.
+            OSError: Other programs listen on one of the ports, at all addresses.
+        """
+        return self._forwarded_ports(targets)
+
+    @property
+    def docker(self) -> Any:
+        """A ``requests_unixsocket.Session`` for the machine's Docker daemon: ``vm.docker.get("/version")``.
+
+        It connects to nothing else, and is closed with the machine.
+
+        Raises:
+            UsageError: The extra ``docker`` is not installed, or the machine has been closed.
+            MachineCrashed: The machine has ended.
+        """
+        self.client.check_open()
+        if self._docker is None:
+            self._docker = self._while_open.enter_context(self._docker_session())
+        return self._docker
 
     def wait_for_port(self, target: int | str | PurePosixPath, *, timeout: float) -> None:
         """Wait until a server in the machine listens on a TCP port or Unix socket; it sees one connection.
@@ -432,7 +470,7 @@ class MicroVM:
         try:
             self.give_back()
         finally:
-            self.client.closed = True
+            self._end_use()
             self._on_keep(about)
         return True
 
@@ -472,9 +510,14 @@ class MicroVM:
             try:
                 self.give_back()
             finally:
-                self.client.closed = True
+                self._end_use()
                 self.instance.close()
                 self._on_close()
+
+    def _end_use(self) -> None:
+        """Refuse further requests, and release what the user got for as long as the machine is open."""
+        self.client.closed = True
+        self._while_open.close()
 
     def give_back(self) -> list[Changes]:
         """Copy changes in mounts back for the last time: :meth:`close` will not repeat it."""
@@ -493,6 +536,33 @@ class MicroVM:
             with self.client.explained():
                 address = stack.enter_context(self._open_network().forward(_served(target), unix=unix))
             yield address
+
+    @contextlib.contextmanager
+    def _forwarded_ports(self, targets: Iterable[int]) -> Iterator[str]:
+        ports = list(targets)
+        if len(ports) > _MOST_PORTS:
+            raise UsageError(
+                f"{len(ports)} ports cannot be forwarded at once", resolution=f"name {_MOST_PORTS} at most"
+            )
+        for one in ports:
+            _served(one)
+        self._asked("forward", f"forward {len(ports)} ports")
+        with contextlib.ExitStack() as stack:
+            with self.client.explained():
+                host = stack.enter_context(self._open_network().forward_ports(ports))
+            yield host
+
+    @contextlib.contextmanager
+    def _docker_session(self) -> Iterator[Any]:
+        try:
+            from pytest_microvm.machine.docker import DockerSession  # noqa: PLC0415 - an extra
+        except ModuleNotFoundError as error:
+            raise UsageError(
+                f"microvm.docker needs the Python package {error.name}, which is not installed",
+                resolution="pip install 'pytest-microvm[docker]'",
+            ) from error
+        with self.forward(_DOCKER_SOCKET) as address, DockerSession(address.url) as session:
+            yield session
 
     def _open_network(self) -> MachineNetwork:
         self.client.check_open()

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from pytest_microvm.agent.transfer import send_file
 from pytest_microvm.errors import MachineCrashed, MachineError, QuotaExceeded, UsageError
 from pytest_microvm.host.host import Host
-from pytest_microvm.host.preparing import machine_in_the_making, prepared_step
+from pytest_microvm.host.preparing import prepared_step
+from pytest_microvm.host.starting import machine_in_the_making
 from pytest_microvm.machine.grants import Grants
 from pytest_microvm.machine.instance import Instance
 from pytest_microvm.machine.microvm import MicroVM

@@ -52,7 +52,7 @@ class TemplateStep:
     """One link after the boot.
 
     Args:
-        kind: Its name in lists: ``prepared``, ``started``, ``workspace``, ``collected``.
+        kind: Its name in lists: ``services``, ``prepared``, ``started``, ``workspace``, ``collected``.
         inputs: Everything it depends on besides its parent.
         work: Runs the step in a machine; returns the attachments to store with the template, by name.
         title: Progress message while it is made.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pytest_microvm.agent.transfer import send_file
 from pytest_microvm.errors import BudgetExhausted, MachineError, UsageError
 from pytest_microvm.host.host import Host
-from pytest_microvm.host.preparing import machine_in_the_making
+from pytest_microvm.host.starting import machine_in_the_making
 from pytest_microvm.settings.configuration import DEFAULT_TIMEOUT
 from pytest_microvm.suite.template_chain import check_git
 from pytest_microvm.suite.workspace import Workspace, scan

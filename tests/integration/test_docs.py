@@ -59,6 +59,7 @@ PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md")), REP
 OF_THEIR_OWN = {
     "how-to/ci-without-kvm.md": "test_github_action.py",
     "how-to/coverage.md": "test_mirrored_python.py",
+    "how-to/docker.md": "test_docker_kit.py",
     "how-to/package-index.md": "test_network_tools.py",
     "how-to/prepare.md": "test_suites.py",
     "how-to/real-suites.md": "test_ci_published.py",
@@ -77,6 +78,10 @@ SET_UP = (
     r"(sudo )?apt-get (update|install) .*|sudo chmod \S+ /dev/kvm"
     r"|python3? -m (venv|pip install) .*|\. .venv/bin/activate|git clone .*|make setup"
 )
+
+
+def title(path):
+    return str(path.relative_to(REPOSITORY))
 
 
 def check_toml(text):
@@ -306,7 +311,7 @@ def registry_of(page, folder, monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("path", pages(), ids=lambda path: str(path.relative_to(REPOSITORY)))
+@pytest.mark.parametrize("path", pages(), ids=title)
 def test_page(path, tmp_path, monkeypatch):
     project = tmp_path / f"project-{secrets.token_hex(4)}"  # a new place: no template of an earlier run fits
     project.mkdir()

@@ -151,7 +151,7 @@ def test_large_bodies_need_no_memory_of_this_computer(served):
 
 
 def test_a_daemon_on_a_unix_socket(vm):
-    with vm.popen(["python3", "-c", UNIX_SERVER]), vm.forward("/run/daemon.sock", unix=True) as address:
+    with vm.popen(["python3", "-c", UNIX_SERVER]), vm.forward("/run/daemon.sock") as address:
         vm.wait_for_port("/run/daemon.sock", timeout=guards.MACHINE)
         with requests_unixsocket.Session() as session:
             session.trust_env = False
@@ -160,7 +160,7 @@ def test_a_daemon_on_a_unix_socket(vm):
             answer = session.post(f"{address.url}/", data=b"body", timeout=guards.MACHINE)
             assert (answer.status_code, answer.content) == (201, b"ydob")
     other = vm.popen(["python3", "-c", UNIX_SERVER.replace("daemon", "other")])
-    with other, vm.forward("/run/other.sock") as address:  # a Unix socket there, a port here
+    with other, vm.forward("/run/other.sock", unix=False) as address:  # a Unix socket there, a port here
         vm.wait_for_port("/run/other.sock", timeout=guards.MACHINE)
         assert fetch(f"{address.url}/x") == b"/x"
 

@@ -20,6 +20,7 @@ from pytest_microvm.errors import MachineCrashed, MachineError
 from pytest_microvm.guest.network import NetworkProcess
 from pytest_microvm.network.port import service as service_module
 from pytest_microvm.network.port import streams as port_module
+from pytest_microvm.network.port.forwarding import Address
 from pytest_microvm.network.port.service import MachineNetwork
 from pytest_microvm.network.proxy.log import NetworkLog
 from pytest_microvm.wire.channel import Channel, Message
@@ -382,6 +383,26 @@ def test_clients_beyond_the_limit_wait(guest, monkeypatch):
             client.close()
         for client in waiting:
             assert client.recv(1) == b"x"
+
+
+def test_forwarded_ports_keep_their_numbers_at_one_address(guest):
+    with server(echo) as one, server(echo) as two, guest.network.forward_ports([one, two, one]) as host:
+        assert host.startswith("127.")
+        assert host != "127.0.0.1"  # where the servers themselves listen
+        for port in (one, two):
+            with connect(Address(host, port)) as client:
+                client.sendall(b"hello")
+                client.shutdown(socket.SHUT_WR)
+                assert read_all(client) == b"hello"
+    with pytest.raises(ConnectionRefusedError):
+        connect(Address(host, one))
+
+
+def test_forwarded_ports_that_are_taken_at_all_addresses_are_an_error(guest):
+    with socket.create_server(("", 0)) as other:
+        taken = other.getsockname()[1]
+        with pytest.raises(OSError, match="Address already in use"), guest.network.forward_ports([taken]):
+            pass
 
 
 def test_unix_sockets_on_both_sides(guest, tmp_path):

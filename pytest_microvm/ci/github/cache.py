@@ -22,7 +22,11 @@ from pytest_microvm.images import Image
 from pytest_microvm.images.kits import host_architecture
 from pytest_microvm.templates.chain import FORMAT
 
-_KINDS = ("boot", "prepared")  # most other kinds change with every commit, and `started` is quick to make
+_KINDS = (
+    "boot",
+    "services",
+    "prepared",
+)  # most other kinds change with every commit, and `started` is quick to make
 
 
 def images_key(needs: Needs, more: str) -> str:

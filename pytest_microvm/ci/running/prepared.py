@@ -20,7 +20,8 @@ from pytest_microvm.ci.running.executor import Sources, Work
 from pytest_microvm.ci.sources.tree import Tree
 from pytest_microvm.errors import UsageError
 from pytest_microvm.host.host import Host
-from pytest_microvm.host.preparing import machine_in_the_making, prepared_step
+from pytest_microvm.host.preparing import prepared_step
+from pytest_microvm.host.starting import machine_in_the_making
 from pytest_microvm.machine.instance import Instance
 from pytest_microvm.machine.microvm import MicroVM
 from pytest_microvm.settings.spec import MachineSpec

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import socket
 import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +20,11 @@ from pytest_microvm.network.port.loop import run
 if TYPE_CHECKING:
     from pytest_microvm.network.port.streams import NetworkPort
 
+LOOPBACK = "127.0.0.1"
 _BACKLOG = 512
 _PIECE = 64 * 1024
 _RESET = struct.pack("ii", 1, 0)  # struct linger
+_ADDRESS_TRIES = 4
 _PATIENCE = 10.0  # seconds for cancelled tasks to end
 
 
@@ -30,7 +33,7 @@ class Address:
     """The address of a forwarded port on this computer.
 
     Args:
-        host: ``127.0.0.1``; empty for a Unix socket.
+        host: An address of the loopback; empty for a Unix socket.
         port: The TCP port; 0 for a Unix socket.
         path: The Unix socket; ``None`` for a TCP port.
     """
@@ -41,7 +44,7 @@ class Address:
 
     @property
     def url(self) -> str:
-        """``http://127.0.0.1:PORT``, or ``http+unix://PATH`` for a Unix socket, as in requests-unixsocket."""
+        """``http://HOST:PORT``, or ``http+unix://PATH`` for a Unix socket, as in requests-unixsocket."""
         if self.path is not None:
             return f"http+unix://{quote(str(self.path), safe='')}"
         return f"http://{self.host}:{self.port}"
@@ -51,7 +54,9 @@ class Address:
 
 
 @contextlib.contextmanager
-def forwarded(port: NetworkPort, target: int | str, *, unix: bool, at: int = 0) -> Iterator[Address]:
+def forwarded(
+    port: NetworkPort, target: int | str, *, unix: bool, at: int = 0, host: str = LOOPBACK
+) -> Iterator[Address]:
     """Forward clients of this computer to ``target`` in the guest until the block or the machine ends.
 
     Args:
@@ -59,6 +64,7 @@ def forwarded(port: NetworkPort, target: int | str, *, unix: bool, at: int = 0) 
         target: A TCP port of the guest's loopback, or the path of a Unix socket.
         unix: Whether to listen on a Unix socket that only this user can reach, instead of a TCP port.
         at: The TCP port on this computer; 0: any free one.
+        host: The address to listen at, of this computer's loopback.
 
     Raises:
         OSError: Another program listens there.
@@ -70,12 +76,41 @@ def forwarded(port: NetworkPort, target: int | str, *, unix: bool, at: int = 0) 
             listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             listener.bind(str(address.path))
         else:
-            listener = stack.enter_context(socket.create_server(("127.0.0.1", at)))
-            address = Address("127.0.0.1", listener.getsockname()[1])
+            listener = stack.enter_context(socket.create_server((host, at)))
+            address = Address(host, listener.getsockname()[1])
         listener.listen(_BACKLOG)
         forwarding = run(_forward(port, target, listener))
         stack.callback(lambda: run(forwarding.close(), _PATIENCE))
         yield address
+
+
+@contextlib.contextmanager
+def forwarded_ports(port: NetworkPort, targets: Iterable[int]) -> Iterator[str]:
+    """Forward clients to several TCP ports of the guest, each under its own number.
+
+    They listen at one address of this computer's loopback (127.0.0.0/8), at which all these ports are free.
+
+    Args:
+        port: The guest's port.
+        targets: TCP ports of the guest's loopback.
+
+    Raises:
+        OSError: Other programs listen on one of the ports, at all addresses.
+    """
+    ports = sorted(set(targets))
+    with contextlib.ExitStack() as stack:
+        for tries_left in reversed(range(_ADDRESS_TRIES)):
+            host = f"127.{1 + secrets.randbelow(254)}.{secrets.randbelow(256)}.{1 + secrets.randbelow(254)}"
+            try:
+                with contextlib.ExitStack() as listening:
+                    for one in ports:
+                        listening.enter_context(forwarded(port, one, unix=False, at=one, host=host))
+                    stack.push(listening.pop_all())
+                    break
+            except OSError:
+                if not tries_left:
+                    raise
+        yield host
 
 
 async def _forward(port: NetworkPort, target: int | str, listener: socket.socket) -> Listener:

@@ -7,7 +7,7 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Protocol
 
 from pytest_microvm.agent.link import GuestError
@@ -111,6 +111,19 @@ class MachineNetwork:
 
         with forwarded(self._open(), target, unix=unix, at=at) as address:
             yield address
+
+    @contextlib.contextmanager
+    def forward_ports(self, targets: Iterable[int]) -> Iterator[str]:
+        """Forward TCP ports of the guest under their own numbers; see :func:`forwarded_ports`.
+
+        Raises:
+            MachineCrashed: The machine has ended.
+            OSError: Other programs listen there.
+        """
+        from pytest_microvm.network.port.forwarding import forwarded_ports  # noqa: PLC0415 - asyncio, once needed
+
+        with forwarded_ports(self._open(), targets) as host:
+            yield host
 
     def share(self, path: str, serve: Served, *, read_only: bool) -> int:
         """Mount a directory of this computer in the guest; see :meth:`NetworkPort.share`.
