@@ -16,11 +16,12 @@ from pytest_microvm.cli import main
 from pytest_microvm.errors import LockError, PullError, UsageError
 from pytest_microvm.host.host import Host
 from pytest_microvm.images.artifacts import Built
+from pytest_microvm.images.build_keys import build_key, platform_name_and_key
 from pytest_microvm.images.kits import host_architecture, load_kit
 from pytest_microvm.images.lock_file import FILE
 from pytest_microvm.images.locked import LockedImages
 from pytest_microvm.images.oci.layer import CONVERTER
-from pytest_microvm.images.store import ImageStore, _key, platform_name_and_key
+from pytest_microvm.images.store import ImageStore
 from pytest_microvm.settings import trust as project_trust
 from support.locks import changed, leaves
 from support.oci import ARCHITECTURE, INDEX, OTHER_ARCHITECTURE, LayoutBuilder, archive, member
@@ -285,6 +286,26 @@ def test_changed_folder_is_named(project, tmp_path, capsys):
     assert "manifest: locked" in capsys.readouterr().err
 
 
+# Built images from a registry
+
+
+def test_one_byte_of_any_field_of_a_pushed_image_is_named(project, kit, server, capsys, monkeypatch):
+    (kit / "kit.toml").write_text((kit / "kit.toml").read_text().replace('network = ["pip"]\n', ""))
+    give_rootfs(project, git="1", curl="2")
+    pushed = store().push(store().get("web", project=project), f"{server.address}/team/web:1")
+    reference = str(pushed).partition("@")[0] + ":1"
+    configure(project, reference)
+    new_cache(project.parent / "other", monkeypatch)
+    assert main(["lock"]) == 0
+    pins = read(project)["images"][reference][HERE]
+    assert (pins["manifest"], pins["index"], pins["diff_ids"]) == (pushed.digest, "", [])
+    assert main(["lock", "--check"]) == 0
+    for field in each_leaf(project, reference):
+        assert field.partition("[")[0] in named(capsys), field
+    other = new_cache(project.parent / "third", monkeypatch)
+    assert LockedImages(other, project, "require").get(reference).digest == pins["digest"].partition(":")[2]
+
+
 # Kits
 
 
@@ -295,7 +316,7 @@ def kit(project):
     folder.mkdir(parents=True)
     (folder / "motd").write_text("hello\n")
     (folder / "kit.toml").write_text(
-        'suite = "bookworm"\npackages = ["git", "curl"]\nwheels = ["six==1.16.0"]\nsetup = ["true"]\n'
+        'suite = "bookworm"\npackages = ["git", "curl"]\nwheels = ["six==1.16.0"]\n'
         'mirror = "deb https://debian.example/debian bookworm main"\nnetwork = ["pip"]\n'
         '[files]\n"/etc/motd" = "motd"\n[environment]\nLANG = "C.UTF-8"\n[resources]\ncpus = 1\n'
     )
@@ -321,7 +342,7 @@ def give_rootfs(project, **versions):
 
     artifacts = store()._artifacts
     artifacts.get(*platform_name_and_key(kit), platform, print)
-    artifacts.get("rootfs-web", _key(kit.recipe()), rootfs, print, force=True)
+    artifacts.get("rootfs-web", build_key(kit.recipe()), rootfs, print, force=True)
 
 
 def test_one_byte_of_any_field_of_a_kit_is_named(project, kit, capsys):

@@ -11,10 +11,11 @@ import pytest
 from pytest_microvm.cli import main
 from pytest_microvm.errors import ImageError, PullError
 from pytest_microvm.images.artifacts import Built
+from pytest_microvm.images.build_keys import build_key, platform_name_and_key
 from pytest_microvm.images.kits import load_kit
 from pytest_microvm.images.locked import LockedImages
 from pytest_microvm.images.oci.signatures import _arrived
-from pytest_microvm.images.store import ImageStore, platform_name_and_key
+from pytest_microvm.images.store import ImageStore
 from pytest_microvm.settings import trust as project_trust
 from support.oci import ARCHITECTURE, INDEX, OTHER_ARCHITECTURE, LayoutBuilder, archive, member
 from support.registry import registry
@@ -52,12 +53,13 @@ def user(server, tmp_path, monkeypatch):
 
 
 def give_platform():
-    def build(made):
-        for role in ("kernel", "initramfs", "runtime"):
-            (made / role).write_text(role)
-        return Built({path.name: path for path in made.iterdir()}, {"python": "3.11"})
+    store()._artifacts.get(*platform_name_and_key(load_kit("base")), platform_files, print)
 
-    store()._artifacts.get(*platform_name_and_key(load_kit("base")), build, print)
+
+def platform_files(made):
+    for role in ("kernel", "initramfs", "runtime"):
+        (made / role).write_text(role)
+    return Built({path.name: path for path in made.iterdir()}, {"python": "3.11"})
 
 
 def store():
@@ -168,6 +170,25 @@ def test_image_that_no_rule_is_about_needs_no_signature(user, image, signer):
     folder = layout.publish(layout.image(archive([member("b", "b")])), "1")
     demand(user, "*")
     assert store().get(folder)  # signatures are on registries alone
+
+
+def test_built_image_needs_a_signature_too(user, server, signer, tmp_path):
+    def build(made):
+        (made / "rootfs").write_text("rootfs")
+        return Built({"rootfs": made / "rootfs"}, {})
+
+    here = ImageStore(tmp_path / "here")
+    here._artifacts.get(*platform_name_and_key(load_kit("base")), platform_files, print)
+    here._artifacts.get("rootfs-base", build_key(load_kit("base").recipe()), build, print)
+    pushed = here.push(here.get("base"), f"{server.address}/team/base:1")
+    reference = str(pushed).partition("@")[0] + ":1"
+    demand(user, server.address, signer.public)
+    refusal(reference)
+    identity = f"{server.address}/team/base"
+    attach(server, tmp_path / "sig", "team/base", pushed.digest, [signed(signer, pushed.digest, identity)])
+    digest = store().get(reference).digest
+    assert store().get(reference).digest == digest
+    assert store().pull_record(reference, Path.cwd())["signed_by"] != ""
 
 
 # What is refused
