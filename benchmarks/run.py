@@ -22,6 +22,7 @@ NAMES = (
     "ci",
     "autoload",
     "redaction",
+    "pull",
 )
 
 

@@ -2,7 +2,8 @@
 
 MicroVMError
 ├── UsageError              bad input: an option, a key, a path, a value
-│   └── KitError            a kit file that cannot be used
+│   ├── KitError            a kit file that cannot be used
+│   └── LockError           an image that is not the one that ``microvm.lock`` pins
 ├── HostError               this computer lacks something: a program, a permission, memory, disk
 │   ├── HypervisorMissing
 │   └── BudgetExhausted     the host budget can never hold the requested machine
@@ -55,6 +56,10 @@ class KitError(UsageError):
     """A kit file that cannot be used."""
 
 
+class LockError(UsageError):
+    """An image that is not the one that ``microvm.lock`` pins, or that it does not pin."""
+
+
 class HostError(MicroVMError):
     """This computer lacks something: a program, a permission, memory or disk."""
 
@@ -75,7 +80,7 @@ class BuildError(ImageError):
     """A step of an image build failed."""
 
 
-PullFailure = Literal["absent", "denied", "unreachable", "refused"]
+PullFailure = Literal["absent", "denied", "unreachable", "refused", "unverified"]
 """The kind of a :class:`PullError`."""
 
 
@@ -85,7 +90,8 @@ class PullError(ImageError):
     Args:
         brief: What happened, in one line.
         reason: ``absent``: there is no such image; ``denied``: this user may not have it; ``unreachable``:
-            the registry does not answer; ``refused``: the content is damaged, hostile or not supported.
+            the registry does not answer; ``refused``: the content is damaged, hostile or not supported;
+            ``unverified``: it lacks a signature that the user demands.
         details: Why, with evidence.
         resolution: What to do next.
     """

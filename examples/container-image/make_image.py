@@ -20,14 +20,13 @@ FILES = {
     "srv/greet": (b'#!/bin/sh\necho "$GREETING, ${1:-world}, from $(id -un) in $(pwd)"\n', 0o755),
 }
 CONFIG = {
-    "Env": ["GREETING=hello"],
     "Entrypoint": ["/srv/greet"],
     "User": "app",
     "WorkingDir": "/srv",
 }
 
 
-def main(folder):
+def main(folder, greeting):
     """Write the image."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
@@ -49,7 +48,8 @@ def main(folder):
         return {"mediaType": f"{OCI}.{kind}", "digest": f"sha256:{digest}", "size": len(data), **more}
 
     roots = {"type": "layers", "diff_ids": [f"sha256:{hashlib.sha256(layer).hexdigest()}"]}
-    about = {"architecture": ARCHITECTURE, "os": "linux", "config": CONFIG, "rootfs": roots}
+    config = {**CONFIG, "Env": [f"GREETING={greeting}"]}
+    about = {"architecture": ARCHITECTURE, "os": "linux", "config": config, "rootfs": roots}
     manifest = {
         "schemaVersion": 2,
         "config": blob(json.dumps(about).encode(), "config.v1+json"),
@@ -63,4 +63,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), greeting=sys.argv[2] if len(sys.argv) > 2 else "hello")

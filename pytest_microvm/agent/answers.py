@@ -50,6 +50,17 @@ class Answer:
             raise self._violation(name, "is no number")  # includes nan: every comparison with it is false
         return value
 
+    def flag(self, name: str) -> bool:
+        """Return a boolean field.
+
+        Raises:
+            ProtocolViolation: The field is no boolean.
+        """
+        value = self._fields.get(name)
+        if not isinstance(value, bool):
+            raise self._violation(name, "is neither true nor false")
+        return value
+
     def choice(self, name: str, allowed: Collection[str]) -> str:
         """Return a string field that is one of ``allowed``.
 

@@ -66,8 +66,16 @@ class _Reader(io.RawIOBase):
         return len(data)
 
 
-def push(link: Link, source: Path, target: PurePosixPath) -> None:
-    """Copy ``source`` on the host to ``target`` in the machine (see :meth:`MicroVM.push`)."""
+def push(link: Link, source: Path, target: PurePosixPath, owner: tuple[int, int] | None = None) -> None:
+    """Copy ``source`` on the host to ``target`` in the machine (see :meth:`MicroVM.push`).
+
+    Args:
+        link: The link to the machine's agent.
+        source: A file or folder.
+        target: Its path in the machine.
+        owner: The numbers of the user and group to whom all of it belongs there; ``None``: a file belongs to
+            root, and a folder's files keep the numbers that they have here.
+    """
     if not source.exists():
         raise UsageError(
             f"{source} does not exist", resolution="check the path; it is relative to the current folder"
@@ -75,7 +83,7 @@ def push(link: Link, source: Path, target: PurePosixPath) -> None:
     if source.is_dir():
         root = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            send_tar(link, target, lambda archive: _fill(archive, root))
+            send_tar(link, target, lambda archive: _fill(archive, root, owner))
         finally:
             os.close(root)
         return
@@ -85,14 +93,17 @@ def push(link: Link, source: Path, target: PurePosixPath) -> None:
         mode = os.fstat(file.fileno()).st_mode & 0o7777
         _send(link, "write", str(target), lambda stream: shutil.copyfileobj(file, _Writer(stream), _PIECE))
     link.call("path", timeout=TIMEOUT, do="chmod", path=str(target), mode=mode)
+    if owner is not None:
+        uid, gid = owner
+        link.call("path", timeout=TIMEOUT, do="own", path=str(target), uid=uid, gid=gid)
 
 
-def _fill(archive: tarfile.TarFile, root: int) -> None:
+def _fill(archive: tarfile.TarFile, root: int, owner: tuple[int, int] | None) -> None:
     """Write a folder into an archive; do not follow links, and skip devices, pipes and sockets."""
     known: dict[tuple[int, int], str] = {}
-    archive.addfile(_member(".", os.fstat(root)))
+    archive.addfile(_member(".", os.fstat(root), owner))
     for found in walk(root):
-        member = _member(found.path, found.status)
+        member = _member(found.path, found.status, owner)
         first = known.setdefault((found.status.st_dev, found.status.st_ino), found.path)
         mode = found.status.st_mode
         with contextlib.suppress(FileNotFoundError):  # removed since the walk listed it
@@ -111,10 +122,10 @@ def _fill(archive: tarfile.TarFile, root: int) -> None:
         archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep every member
 
 
-def _member(name: str, status: os.stat_result) -> tarfile.TarInfo:
+def _member(name: str, status: os.stat_result, owner: tuple[int, int] | None) -> tarfile.TarInfo:
     member = tarfile.TarInfo(name)
     member.mode, member.mtime = stat.S_IMODE(status.st_mode), status.st_mtime_ns // 10**9
-    member.uid, member.gid = status.st_uid, status.st_gid
+    member.uid, member.gid = owner or (status.st_uid, status.st_gid)
     member.type = tarfile.DIRTYPE if stat.S_ISDIR(status.st_mode) else tarfile.REGTYPE
     return member
 
@@ -213,6 +224,22 @@ def receive_file(link: Link, source: PurePosixPath, file: IO[bytes], limit: int)
         TransferError: The file is longer than ``limit``.
     """
     with _receiving(link, "read", str(source)) as stream:
+        _receive_file(stream, file, limit)
+
+
+def receive_root_changes(link: Link, file: IO[bytes], limit: int) -> None:
+    """Copy the archive of a machine's changes to its root file system, in the form of an OCI layer.
+
+    Args:
+        link: The machine's agent.
+        file: Takes the archive, which is untrusted.
+        limit: Bytes of the archive.
+
+    Raises:
+        OSError: The machine could not read its scratch disk.
+        TransferError: The archive is longer than ``limit``.
+    """
+    with _receiving(link, "root_changes", "/") as stream:
         _receive_file(stream, file, limit)
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _MODULES = (
     *("test", "run", "ci", "report", "python", "setup", "doctor", "image", "template", "machines", "top"),
-    *("network", "trust", "github", "gitlab"),
+    *("lock", "network", "trust", "github", "gitlab"),
 )
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130

@@ -85,6 +85,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     how.add_argument("--fail-fast", action="store_true", help="end the run with the first failure")
     how.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     how.add_argument("--require-accel", **BY_NAME["require_accel"].arguments())
+    how.add_argument("--locked", **BY_NAME["locked"].arguments())
     how.add_argument(
         "--output", type=Path, default=_OUTPUT, metavar="DIR",
         help="where the results go (default: microvm-ci); an earlier run's are replaced",
@@ -148,9 +149,12 @@ def _run(arguments: argparse.Namespace) -> int:
                 project=project,
                 checkout=repository.folder,
                 require_accel=arguments.require_accel,
+                lock="require" if arguments.locked else "follow",
                 retries=0,  # the schedule retries, and reports it
                 say=lambda line: console.print(sanitize_line(line), markup=False, highlight=False),
             )
+            if arguments.locked:
+                running.check_locked(plan, host)
             executor = _executor(arguments, host, work, slots, project)
             try:
                 run = running.run_plan(

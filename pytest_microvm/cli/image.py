@@ -1,7 +1,8 @@
-"""``pytest-microvm image``: build, pull, list, inspect, remove and prune images."""
+"""``pytest-microvm image``: build, pull, push, list, inspect, remove and prune images."""
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
 from dataclasses import asdict
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.errors import PullError, PullFailure
+from pytest_microvm.host.host import Host
 from pytest_microvm.images.debian import MODES
 from pytest_microvm.images.image import Image
+from pytest_microvm.images.locked import LockedImages
 from pytest_microvm.images.oci.pulling import TIMEOUT
 from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.settings.options import QUOTAS
@@ -29,6 +32,7 @@ _EXAMPLES = """examples:
   pytest-microvm image build python           build the default image (once; a minute or two)
   pytest-microvm image build microvm/kits/db  build a kit of this project by its path
   pytest-microvm image pull docker://registry.example/team/app:1.2   a container image
+  pytest-microvm image push python registry.example/team/python:1   for other computers
   pytest-microvm image list                   what is in the cache
   pytest-microvm image prune                  give disk space back
 """
@@ -51,16 +55,38 @@ _PULL_EXAMPLES = """REF is a reference to a container image, as skopeo(1) writes
 A tag is looked up each time you pull. Machines use what was pulled last, without a look at the registry; a
 machine with an image that was never pulled pulls it first. Layers are stored once, for all images. Logins,
 mirrors, certificates and registries without TLS: skopeo's configuration, such as ~/.config/containers.
+Images that need a signature: [signatures] of your config.toml; see the guide for container images.
 
-exit status: 4 bad input; 66 no such image; 77 no permission; 75 the registry does not answer; 1 other errors
+exit status: 4 bad input; 65 no accepted signature; 66 no such image; 75 the registry does not answer;
+             77 no permission; 1 other errors
 
 examples:
   pytest-microvm image pull docker://registry.example/team/app:1.2 --as app
   pytest-microvm run --image app -- /usr/bin/app --version
   pytest-microvm image pull oci:build/image
 """
-_STATUS: dict[PullFailure, int] = {"absent": 66, "denied": 77, "unreachable": 75, "refused": 1}
-"""Exit statuses of failed pulls: EX_NOINPUT, EX_NOPERM and EX_TEMPFAIL of sysexits.h."""
+_PUSH_EXAMPLES = """KIT is a kit's name or path, built first if it is missing; also the name, reference or
+digest of a stored image. Kernel, initramfs, the agent's Python and the root file system are pushed as one OCI
+artifact, which `image pull` stores as it is: nothing is built or converted there, and the image's digest is
+the same. The printed reference names exactly this image. A kit with `network` cannot be pushed.
+
+Logins, certificates and registries without TLS: skopeo's configuration, as for `image pull`.
+
+exit status: 4 bad input; 77 no permission; 75 the registry does not answer; 1 other errors
+
+examples:
+  skopeo login registry.example
+  pytest-microvm image push microvm/kits/db registry.example/team/db:1.2
+  pytest-microvm image pull docker://registry.example/team/db:1.2 --as db     on another computer
+"""
+_STATUS: dict[PullFailure, int] = {
+    "absent": 66,
+    "denied": 77,
+    "unreachable": 75,
+    "refused": 1,
+    "unverified": 65,
+}
+"""Exit statuses of failed pulls and pushes, of sysexits.h: EX_NOINPUT, EX_NOPERM, EX_TEMPFAIL, EX_DATAERR."""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -102,11 +128,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="OS/ARCH",
         help="linux/amd64 or linux/arm64 (default: this computer's)",
     )
-    pull.add_argument(
-        "--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
-        help=f"time without a byte after which the registry counts as hanging (default: {TIMEOUT:g})",
-    )  # fmt: skip
+    _add_timeout(pull)
+    pull.add_argument("--locked", action="store_true", help="pull exactly what microvm.lock pins, or fail")
     pull.set_defaults(run=_pull)
+
+    push = verbs.add_parser(
+        "push", help="push a built image to a registry", epilog=_PUSH_EXAMPLES, formatter_class=Raw,
+        description="Push a kit's image to a registry; files that the registry has are not sent again.",
+    )  # fmt: skip
+    push.add_argument("kit", metavar="KIT", help="a kit's name or path, or a stored image")
+    push.add_argument("target", metavar="REGISTRY/NAME[:TAG]", help="its name there")
+    _add_timeout(push)
+    push.set_defaults(run=_push)
 
     listing = verbs.add_parser("list", help="list the images in the cache")
     _add_json(listing)
@@ -134,14 +167,23 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     prune.set_defaults(run=_prune)
 
 
+def _add_timeout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timeout", type=float, default=TIMEOUT, metavar="SECONDS",
+        help=f"time without a byte after which the registry counts as hanging (default: {TIMEOUT:g})",
+    )  # fmt: skip
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for scripts")
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    store = ImageStore(cache_root(), mode=arguments.mode)
-    with Progress(sys.stderr, terminal=sys.stderr.isatty()) as progress:
-        image = store.get(arguments.kit, project=Path.cwd(), progress=progress, force=arguments.force)
+    with (
+        Progress(sys.stderr, terminal=sys.stderr.isatty()) as progress,
+        contextlib.closing(Host(project=Path.cwd(), say=progress, mode=arguments.mode)) as host,
+    ):
+        image = host.images.get(arguments.kit, project=Path.cwd(), progress=progress, force=arguments.force)
     print(f"{image.name} {image.digest}")
     return 0
 
@@ -150,9 +192,9 @@ def _pull(arguments: argparse.Namespace) -> int:
     store = ImageStore(cache_root())
     try:
         with Progress(sys.stderr, terminal=sys.stderr.isatty()) as progress:
-            image = store.pull(
+            locked = LockedImages(store, Path.cwd(), "require" if arguments.locked else "ignore")
+            image = locked.pull(
                 arguments.reference,
-                base=Path.cwd(),
                 platform=arguments.platform,
                 name=arguments.name,
                 timeout=parse_seconds(arguments.timeout, "--timeout"),
@@ -162,6 +204,20 @@ def _pull(arguments: argparse.Namespace) -> int:
         print(f"pytest-microvm: {sanitize(str(error))}", file=sys.stderr)
         return _STATUS[error.reason]
     print(f"{arguments.name or sanitize_line(image.name)} {image.digest}")
+    return 0
+
+
+def _push(arguments: argparse.Namespace) -> int:
+    store = ImageStore(cache_root())
+    try:
+        with Progress(sys.stderr, terminal=sys.stderr.isatty()) as progress:
+            timeout = parse_seconds(arguments.timeout, "--timeout")
+            image = store.get(arguments.kit, project=Path.cwd(), progress=progress)
+            reference = store.push(image, arguments.target, timeout=timeout, progress=progress)
+    except PullError as error:
+        print(f"pytest-microvm: {sanitize(str(error))}", file=sys.stderr)
+        return _STATUS[error.reason]
+    print(f"{reference} {image.digest}")
     return 0
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from pytest_microvm.cli.machine_options import add_machine_options, machine_spec
 from pytest_microvm.cli.run import exit_statuses, variable
+from pytest_microvm.cli.run_as import RunAs, add_user_option
 from pytest_microvm.errors import UsageError
 from pytest_microvm.host.host import Host
 from pytest_microvm.machine.relay import plainly, shell_status
@@ -51,7 +52,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument(
         "--workdir", metavar="PATH", help="its working directory (default: this one, with --workspace)"
     )
-    parser.add_argument("--user", metavar="NAME", help="user that runs it (default: root)")
+    add_user_option(parser, "root")
     parser.add_argument(
         "--workspace",
         metavar="DIR",
@@ -84,14 +85,15 @@ def _run(arguments: argparse.Namespace) -> int:
         refuse_links(Path.cwd(), workspace)
     environment = ENVIRONMENT if arguments.xdist else {}
     environment = {**environment, **dict(variable(text) for text in arguments.env)}
-    host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line))
+    host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line), lock="ignore")
 
     def steps(base: Base) -> Sequence[TemplateStep]:
         made = [worker_step(base)] if arguments.xdist else []
         return made if workspace is None else [*made, workspace_step(scan(workspace))]
 
     try:
-        with exit_statuses() as status, host.start(spec, steps=steps) as machine:
+        run_as = RunAs(arguments.user, lambda line: _say(arguments, line), create=True)
+        with exit_statuses() as status, host.start(spec, steps=steps, owner=run_as) as machine:
             _end_with_the_reader()
             status.code = shell_status(
                 plainly(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_microvm.cli.machine_options import add_machine_options, machine_spec
+from pytest_microvm.cli.run_as import RunAs, add_user_option
 from pytest_microvm.errors import (
     BootError,
     HostError,
@@ -20,8 +21,10 @@ from pytest_microvm.errors import (
     UsageError,
 )
 from pytest_microvm.host.host import Host
+from pytest_microvm.images.locked import LockUse
 from pytest_microvm.machine import evidence
 from pytest_microvm.machine.relay import on_terminal, plainly, shell_status
+from pytest_microvm.settings.options import BY_NAME
 from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.untrusted.nofollow import refuse_links
 from pytest_microvm.untrusted.text import sanitize
@@ -29,8 +32,10 @@ from pytest_microvm.untrusted.text import sanitize
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from pytest_microvm.agent.users import GuestUser
     from pytest_microvm.images import Image
     from pytest_microvm.machine.microvm import MicroVM
+    from pytest_microvm.settings.mounts import Mount
 
 EXIT_INFRA = 75
 """The machine never reached the command: a retry may help (EX_TEMPFAIL of sysexits.h)."""
@@ -105,16 +110,16 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--entrypoint", metavar="PROGRAM", help="program to run in place of a container image's entry point"
     )
     parser.add_argument(
-        "--workdir", metavar="PATH", help="its working directory (default: a container image's, else /)"
+        "--workdir",
+        metavar="PATH",
+        help="its working directory (default: a container image's, else the first directory that is mounted, "
+        "else the home folder of --user, else /)",
     )
-    parser.add_argument(
-        "--user",
-        metavar="NAME",
-        help="user that runs it: a name or a number, and :GROUP (default: a container image's, else root)",
-    )
+    add_user_option(parser, "a container image's, else root")
     parser.add_argument(
         "--record", metavar="DIR", type=Path, help="save its events, requests, console and usage"
     )
+    parser.add_argument("--locked", **BY_NAME["locked"].arguments())
     parser.add_argument("--fail-on-denied", action="store_true", help="exit with 77 if anything was denied")
     parser.add_argument(
         "--raw", action="store_true", help="print its output byte by byte instead of as safe text"
@@ -134,20 +139,26 @@ def _run(arguments: argparse.Namespace) -> int:
     pushes, pulls = [_push(text) for text in arguments.push], [_pull(text) for text in arguments.pull]
     _refuse_links(arguments, [*(source for source, _ in pushes), *(target for _, target in pulls)])
     environment = dict(variable(text) for text in arguments.env)
-    host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line))
+    # Without --locked, no settings of the folder apply, and so its lock does not either.
+    lock: LockUse = "require" if arguments.locked else "ignore"
+    host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line), lock=lock)
     try:
         with exit_statuses() as status:
-            if not (arguments.command or arguments.entrypoint or host.images.is_container(spec.image)):
+            named = arguments.command or arguments.entrypoint
+            if not (named or host.images.names_command(spec.image, Path.cwd())):
                 raise _no_command(spec.image)
+            named = bool(arguments.user)
             folder = _complete(arguments, host.base(spec).image)
-            machine = host.start(spec, keepable=arguments.keep)
+            run_as = RunAs(arguments.user, lambda line: _say(arguments, line), create=named)
+            machine = host.start(spec, keepable=arguments.keep, owner=run_as)
             try:
                 if folder:
                     machine.path(folder).mkdir(parents=True, exist_ok=True)
                 for source, target in pushes:
                     machine.path(target).parent.mkdir(parents=True, exist_ok=True)
-                    machine.push(source, target)
-                status.code = _command(machine, arguments, environment)
+                    machine.push(source, target, run_as.numbers)
+                workdir = arguments.workdir or _workdir(spec.mounts, run_as.user if named else None)
+                status.code = _command(machine, arguments, environment, workdir)
             finally:
                 _after(machine, arguments, pulls, status)
         return status.code
@@ -199,8 +210,16 @@ def _no_command(image: str) -> UsageError:
     )
 
 
-def _command(machine: MicroVM, arguments: argparse.Namespace, environment: dict[str, str]) -> int:
-    options = {"env": environment, "cwd": arguments.workdir, "user": arguments.user}
+def _workdir(mounts: Iterable[Mount], user: GuestUser | None) -> str | None:
+    """Return the working directory if neither the user nor the image names one."""
+    folders = [str(mount.target) for mount in mounts if not mount.source.is_file()]
+    return next(iter(folders), None if user is None else user.home)
+
+
+def _command(
+    machine: MicroVM, arguments: argparse.Namespace, environment: dict[str, str], workdir: str | None
+) -> int:
+    options = {"env": environment, "cwd": workdir, "user": arguments.user}
     with start_errors() as status:
         if arguments.tty and sys.stdin.isatty() and sys.stdout.isatty():
             status.code = shell_status(on_terminal(machine, arguments.command, **options))

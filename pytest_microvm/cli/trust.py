@@ -140,7 +140,7 @@ def _requests(project: Path) -> Iterator[TrustRequest]:
     checkout = checked_out(project)
     settings = load_settings(project, {})
     notes = [f"started on this computer, in /: {line}" for line in started_here(settings.spec, project)]
-    notes += [f"run while the image is built: {line}" for line in built_here(settings.spec.image, project)]
+    notes += built_here(settings.spec.image, project)
     yield TrustRequest("configuration", str(project / "pyproject.toml"), checkout, asked_by(settings), notes)
     yield from _requests_of_tox(project)
     if (project / ".git").exists():
@@ -181,8 +181,6 @@ def _requests_of_jobs(project: Path) -> Iterator[TrustRequest]:
     notes = [f"started on this computer, in /: {line}" for line in found]
     with trusted_project(repository, default) as (kits, _bundles):
         images = {spec.image for spec in specs}
-        notes += [
-            f"run while the image is built: {line}" for each in images for line in built_here(each, kits)
-        ]
+        notes += [line for each in images for line in built_here(each, kits)]
     checkout = defined_by(repository, definition)
     yield TrustRequest("jobs", f"jobs of {definition.where}", checkout, definition.asked, notes)

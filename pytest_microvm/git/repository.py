@@ -125,19 +125,29 @@ class Checkout:
             GitError: git cannot list them.
             UsageError: There are too many.
         """
-        repository = self.repository
-        head = repository.head or repository.directory
-        command = ("--work-tree", self.top, "-C", below, "ls-files", "-co", "--exclude-standard", "-z")
         found: set[str] = set()
-        with repository.view() as folder:
-            _add_listing(folder, head, repository.directory)
-            excludes = ("-c", f"core.excludesFile={_users_excludes()}")
-            with git_talk("--git-dir", folder, *excludes, *command) as talk:
-                for word in talk.words(b"\0"):
-                    found.add(os.fsdecode(word).rstrip("/"))
-                    if len(found) > _MAX_LISTED:
-                        raise UsageError(f"{below} has more than {_MAX_LISTED} files")
+        with self.listing("-co", "--exclude-standard", below=below) as talk:
+            for word in talk.words(b"\0"):
+                found.add(os.fsdecode(word).rstrip("/"))
+                if len(found) > _MAX_LISTED:
+                    raise UsageError(f"{below} has more than {_MAX_LISTED} files")
         return sorted(found)
+
+    @contextmanager
+    def listing(self, *options: str, below: Path | None = None) -> Iterator[Talk]:
+        """Run git-ls-files(1) with its index, the work tree and the user's own ignored patterns.
+
+        Args:
+            *options: As for ``git ls-files``; its output is separated by NUL.
+            below: The folder whose files are wanted; ``None``: the whole work tree.
+        """
+        repository = self.repository
+        place: tuple[str | Path, ...] = ("--work-tree", self.top, "-C", below or self.top)
+        with repository.view() as folder:
+            _add_listing(folder, repository.head or repository.directory, repository.directory)
+            excludes = ("-c", f"core.excludesFile={_users_excludes()}")
+            with git_talk("--git-dir", folder, *excludes, *place, "ls-files", *options, "-z") as talk:
+                yield talk
 
 
 def find_checkout(folder: Path) -> Checkout | None:
@@ -188,22 +198,42 @@ def repository_at(folder: Path) -> Repository | None:
 
 
 def with_own_objects(repository: Repository) -> Repository:
-    """Return a repository after checking that it has all its objects itself.
+    """Return a repository after checking that it has all its objects and references itself.
 
-    One that borrows objects (gitrepository-layout(5), ``objects/info/alternates``) could be an archive that
-    names a private repository of the user.
+    One that borrows objects (gitrepository-layout(5), ``objects/info/alternates``), or has links in place of
+    files, could be an archive that names a private repository of the user.
 
     Raises:
-        UsageError: It borrows objects.
+        UsageError: It borrows objects, or has links.
     """
-    if not repository.own and read_below(repository.directory, "objects/info/alternates", _MAX_POINTER):
+    if repository.own:
+        return repository
+    if read_below(repository.directory, "objects/info/alternates", _MAX_POINTER):
         raise UsageError(
             f"{repository.directory} borrows objects of another repository (objects/info/alternates)",
             details="which repository that is, whoever made this one has chosen",
             resolution="if it is yours: git repack -a -d, then remove objects/info/alternates; "
             "or clone it with --dissociate",
         )
+    for name in ("objects", "refs"):
+        link = _first_link(repository.directory / name)
+        if link is not None:
+            raise UsageError(
+                f"{link} is a link, which git does not make",
+                details="its objects and references could be those of another repository",
+                resolution="make a clone of it, and work in that",
+            )
     return repository
+
+
+def _first_link(folder: Path) -> str | None:
+    """Return the path of a link in a folder; ``None`` if there is none."""
+    for above, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(above, name)  # noqa: PTH118 - many thousand files
+            if os.path.islink(path):  # noqa: PTH114
+                return path
+    return None
 
 
 def configuration(repository: Repository) -> Mapping[str, Sequence[str]]:

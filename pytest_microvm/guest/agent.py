@@ -22,6 +22,7 @@ from pytest_microvm.guest.limits import Refusals, enter_group, forbid_thrashing
 from pytest_microvm.guest.port import Port, open_port
 from pytest_microvm.guest.replies import reply, reply_error
 from pytest_microvm.guest.transfers import Transfers
+from pytest_microvm.guest.users import user_operation
 from pytest_microvm.wire.channel import Closed, Credit, Data, Message
 
 if TYPE_CHECKING:
@@ -49,8 +50,10 @@ class Agent:
             "read": self._transfers.read,
             "resize": self._children.resize,
             "resume": resume.apply,
+            "root_changes": self._transfers.root_changes,
             "signal": self._children.signal,
             "unpack": self._transfers.unpack,
+            "user": user_operation,
             "wait": self._children.wait,
             "write": self._transfers.write,
         }

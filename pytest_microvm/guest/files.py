@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -54,7 +55,7 @@ def unpack(reader: StreamReader, target: str) -> None:
 
     The host is trusted; the archive's owners and times are kept.
     """
-    os.makedirs(target, exist_ok=True)
+    make_folders(target)
     with tarfile.open(fileobj=reader, mode="r|", bufsize=_PIECE, copybufsize=_PIECE) as archive:  # type: ignore[call-overload]
         for member in archive:
             if hasattr(tarfile, "fully_trusted_filter"):
@@ -79,6 +80,25 @@ def pack(path: str, writer: StreamWriter) -> None:
                 archive.add(os.path.join(path, name), arcname=name, filter=forget)
         else:
             archive.add(os.path.realpath(path), arcname=os.path.basename(path))
+
+
+def make_folders(path: str, mode: int = 0o777) -> None:
+    """Make a folder and those above it, if missing; each belongs to the owner of the folder that it is in.
+
+    In the home folder of a user, folders that belong to root would be in the user's way.
+    """
+    if os.path.isdir(path):
+        return
+    above = os.path.dirname(path.rstrip("/")) or "/"
+    make_folders(above)
+    os.mkdir(path, mode)
+    owner = os.stat(above)
+    if owner.st_uid and not os.geteuid():
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:  # by its descriptor: the owner may have put a link there by now
+            os.fchown(folder, owner.st_uid, owner.st_gid)
+        finally:
+            os.close(folder)
 
 
 def path_operation(request: dict[str, Any]) -> dict[str, Any]:
@@ -111,8 +131,8 @@ def _list(path: str, _request: dict[str, Any]) -> dict[str, Any]:
 
 def _mkdir(path: str, request: dict[str, Any]) -> dict[str, Any]:
     mode = request.get("mode", 0o777)
-    if request.get("parents"):
-        os.makedirs(path, mode, exist_ok=request.get("exist_ok", False))
+    if request.get("parents") and not os.path.lexists(path):
+        make_folders(path, mode)
     else:
         try:
             os.mkdir(path, mode)
@@ -155,6 +175,35 @@ def _rename(path: str, request: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+def _own(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Give a path, and everything below it, from root to a user, the deepest entries first.
+
+    So nothing is changed in a folder that the user can already write to, where an entry could have become
+    another name of root's own files.
+    """
+    uid, gid = request["uid"], request["gid"]
+    if os.path.islink(path) or not os.path.isdir(path):
+        _own_file(path, uid, gid)
+        return {}
+    for folder, folders, files, descriptor in os.fwalk(path, topdown=False):
+        if os.fstat(descriptor).st_uid == os.geteuid():
+            for name in (*folders, *files):
+                os.chown(name, uid, gid, dir_fd=descriptor, follow_symlinks=False)
+        if folder == path:
+            os.fchown(descriptor, uid, gid)
+    return {}
+
+
+def _own_file(path: str, uid: int, gid: int) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if os.fstat(file).st_nlink > 1:
+            raise PermissionError(errno.EPERM, "the file has other names", path)
+        os.fchown(file, uid, gid)
+    finally:
+        os.close(file)
+
+
 def _freeze(path: str, _request: dict[str, Any]) -> dict[str, Any]:
     """Mount a path read-only over itself: a guard against mistakes, since root can undo it."""
     _mount(path, path, _MS_BIND)
@@ -189,7 +238,7 @@ def _rmdir(path: str, _request: dict[str, Any]) -> dict[str, Any]:
 
 
 OPERATIONS: dict[str, Callable[[str, dict[str, Any]], dict[str, Any]]] = {
-    "chmod": _chmod, "freeze": _freeze, "list": _list, "mkdir": _mkdir, "readlink": _readlink,
+    "chmod": _chmod, "freeze": _freeze, "list": _list, "mkdir": _mkdir, "own": _own, "readlink": _readlink,
     "rename": _rename, "rmdir": _rmdir, "rmtree": _rmtree, "stat": _stat, "symlink": _symlink,
     "sync": _sync, "thaw": _thaw, "unlink": _unlink,
 }  # fmt: skip

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import grp
 import os
 import pty
-import pwd
 import select
+import stat
 import struct
 import subprocess
 import sys
 import termios
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from pytest_microvm.guest.users import User, find_user
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 READ_SIZE = 65536
 _SHELL = "/bin/sh"
-_MAX_ID = 2**32 - 2
 
 
 class Child:
@@ -83,28 +83,30 @@ class Child:
 
     def _start(self, request: dict[str, Any]) -> int:
         argv = request.get("argv") or [_shell(), "-c", request["shell"]]
-        user = _user(request.get("user"))
+        user = find_user(request.get("user"))
         environment = {
             "PATH": DEFAULT_PATH,
-            "HOME": user.home if user else "/root",
-            "USER": user.name if user else "root",
+            "HOME": user.home,
+            "USER": user.name,
+            "LOGNAME": user.name,
+            "SHELL": user.shell,
             "LANG": "C.UTF-8",
             **request.get("env", {}),
         }
         cwd = request.get("cwd") or "/"
         executable = _which(argv[0], environment["PATH"], cwd)
-        demote = _demotion(user)
         if request.get("pty"):
             options: dict[str, Any] = {"cwd": cwd, "env": environment, "close_fds": True}
             with _missing_loader(executable):
-                return self._start_on_terminal(argv, executable, request, options, demote)
+                return self._start_on_terminal(argv, executable, request, options, user)
         theirs = self._make_pipes(request)
         try:
+            _give(theirs, user)
             with _missing_loader(executable):
                 self._process = subprocess.Popen(
                     argv, executable=executable, cwd=cwd, env=environment, start_new_session=True,
                     stdin=theirs[0], stdout=theirs[1], stderr=theirs[2],
-                    preexec_fn=demote,  # noqa: PLW1509 - the child only makes system calls
+                    preexec_fn=_demotion(user),  # noqa: PLW1509 - the child only makes system calls
                 )  # fmt: skip
         except BaseException:
             self._close_ours()
@@ -146,10 +148,12 @@ class Child:
         executable: str,
         request: dict[str, Any],
         options: dict[str, Any],
-        demote: Callable[[], None] | None,
+        user: User,
     ) -> int:
         master, slave = pty.openpty()
         set_window_size(master, request["pty"])
+        _give((slave,), user)
+        demote = _demotion(user)
 
         def take_terminal() -> None:
             os.setsid()
@@ -206,54 +210,8 @@ def reap() -> list[tuple[int, int, Any]]:
         ended.append((pid, status, usage))
 
 
-class _User(NamedTuple):
-    """The user of a command: its name, numbers, supplementary groups and home folder."""
-
-    name: str
-    uid: int
-    gid: int
-    groups: list[int]
-    home: str
-
-
-def _user(wanted: str | int | None) -> _User | None:
-    """Return the user that ``USER`` or ``USER:GROUP`` names, each a name or a number; ``None`` for root.
-
-    A number needs no entry in /etc/passwd, as in containers: such a user has no other groups, and its home is
-    ``/``.
-    """
-    if wanted is None or wanted in ("", "root", 0):
-        return None
-    name, _colon, group = str(wanted).partition(":")
-    try:
-        entry = pwd.getpwnam(name)
-    except KeyError:
-        uid = _number(name, "user", wanted)
-        try:
-            entry = pwd.getpwuid(uid)
-        except KeyError:
-            gid = _group(group, wanted) if group else 0
-            return _User(name, uid, gid, [gid], "/")
-    gid = _group(group, wanted) if group else entry.pw_gid
-    groups = [gid] if group else os.getgrouplist(entry.pw_name, gid)
-    return _User(entry.pw_name, entry.pw_uid, gid, groups, entry.pw_dir)
-
-
-def _group(name: str, wanted: str | int) -> int:
-    try:
-        return grp.getgrnam(name).gr_gid
-    except KeyError:
-        return _number(name, "group", wanted)
-
-
-def _number(text: str, what: str, wanted: str | int) -> int:
-    if not (text.isascii() and text.isdigit()) or int(text[:11]) > _MAX_ID:
-        raise LookupError(f"the machine has no {what} {text!r} ({wanted!r})") from None
-    return int(text)
-
-
-def _demotion(user: _User | None) -> Callable[[], None] | None:
-    if user is None:
+def _demotion(user: User) -> Callable[[], None] | None:
+    if user.uid == 0 and user.gid == 0:
         return None
 
     def demote() -> None:
@@ -262,6 +220,14 @@ def _demotion(user: _User | None) -> Callable[[], None] | None:
         os.setuid(user.uid)
 
     return demote
+
+
+def _give(descriptors: tuple[int, ...], user: User) -> None:
+    """Make a user the owner of pipes and terminals; else it cannot open ``/dev/stderr`` or its terminal."""
+    if user.uid:
+        for descriptor in set(descriptors):
+            if stat.S_ISFIFO(os.fstat(descriptor).st_mode) or os.isatty(descriptor):
+                os.fchown(descriptor, user.uid, -1)
 
 
 def _shell() -> str:

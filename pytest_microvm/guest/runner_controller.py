@@ -420,3 +420,19 @@ def _exactly(sock: socket.socket, size: int) -> bytes:
             raise EOFError
         data += piece
     return data
+
+
+def become_worker(controller: ControllerProcess, config: Any) -> bool:
+    """Give ``config`` what a worker of pytest-xdist has, from the controller; return whether it has it.
+
+    It has not if the controller's session failed, as this one will.
+    """
+    workerinput = controller.start()
+    if workerinput is None:
+        return False
+    stand_in_for_xdist(config)
+    config.workerinput, config.workeroutput = workerinput, {}
+    os.environ["PYTEST_XDIST_WORKER"] = workerinput["workerid"]
+    os.environ["PYTEST_XDIST_WORKER_COUNT"] = str(workerinput["workercount"])
+    os.environ["PYTEST_XDIST_TESTRUNUID"] = workerinput["testrunuid"]
+    return True

@@ -236,3 +236,15 @@ def _relay(port: int, runner: int, output: int, answers: int) -> None:
     for descriptor in (port, runner, output):
         os.set_blocking(descriptor, False)
     OutputRelay(port, runner, output, answers).serve()
+
+
+class Nowhere(io.TextIOBase):
+    """A terminal that discards its output."""
+
+    def write(self, text: str) -> int:
+        """Discard a text."""
+        return len(text)
+
+    def isatty(self) -> bool:
+        """Return False."""
+        return False

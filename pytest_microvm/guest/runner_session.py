@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import io
 import json
 import os
 import sys
 import traceback
-from functools import partial
-from threading import Lock  # bound here: libraries replace it
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_microvm.guest import limits, site_paths
 from pytest_microvm.guest.changes import Watch
+from pytest_microvm.guest.runner_collection import CollectionRecorder
 from pytest_microvm.guest.runner_controller import (
     ControllerProcess,
+    become_worker,
     encoded,
     exchanging_plugins,
     failed_end,
@@ -26,18 +25,17 @@ from pytest_microvm.guest.runner_controller import (
     modules_that_get_outputs,
     speaking_plugins,
     specify_exchange,
-    stand_in_for_xdist,
     status_plugins,
 )
 from pytest_microvm.guest.runner_coverage import CoverageRecorder, recorder_of
-from pytest_microvm.guest.runner_debugger import Debugger
 from pytest_microvm.guest.runner_end import EndOfSession, forget_later_errors, stop_as_told
-from pytest_microvm.guest.runner_logging import LogRelay
 from pytest_microvm.guest.runner_measuring import Measurement, start_measuring
-from pytest_microvm.guest.runner_output import LiveOutput, OutsideOutput, RelayProcess
-from pytest_microvm.guest.runner_records import NodeTable, cut, report_record, warning_record
+from pytest_microvm.guest.runner_output import Nowhere, OutsideOutput, RelayProcess
+from pytest_microvm.guest.runner_output_limit import OutputMeter
+from pytest_microvm.guest.runner_records import report_record, warning_record
 from pytest_microvm.guest.runner_setup_show import SetupShow
 from pytest_microvm.guest.runner_sharing import asks_for_worker, sharing_plugins
+from pytest_microvm.guest.runner_telling import TestRelay
 from pytest_microvm.guest.runner_tmp import TemporaryFolders
 from pytest_microvm.guest.runner_wide import WideFixtures
 
@@ -46,7 +44,6 @@ if TYPE_CHECKING:
 
     from pytest_microvm.guest.runner_requests import Runner
 
-_getpid = os.getpid  # a test may replace it
 _REASONS = {0: "shown", 2: "interrupt", 4: "usage"}
 _MARKER = "microvm(**limits): what this test may use (timeout, output, pids, cpu_seconds, lifetime, network)"
 
@@ -97,7 +94,8 @@ def _collect(runner: Runner, request: dict[str, Any]) -> None:
     sys.stdout, sys.stderr = session.out, session.err
     code: object
     try:
-        code = pytest.main(arguments, plugins=[session] if session.end is None else [session, session.end])
+        plugins = [session, session.collection, *([] if session.end is None else [session.end])]
+        code = pytest.main(arguments, plugins=plugins)
     except SystemExit as error:
         code, session.reason = error.code if isinstance(error.code, int) else 1, f"SystemExit: {error.code}"
     except EOFError:
@@ -135,7 +133,7 @@ class _SessionPlugin:
         self.reason = ""
         self._runner = runner
         self._controller = controller
-        self._relay = relay
+        self._relay = TestRelay(runner, relay, (self.out, self.err))
         self.end = EndOfSession() if request["whole"] else None  # this session is all there is
         self._exchanging = False
         self._measurement = measurement  # of this process, as of the host's
@@ -144,20 +142,14 @@ class _SessionPlugin:
         self._naming = False
         self._request: dict[str, Any] | None = request
         self._stream = stream
-        self._records: list[dict[str, Any]] = []
-        self._reported: list[tuple[Any, Any]] = []
-        self._printed_before: list[tuple[int, int]] = []  # characters of the two outputs, for each file
+        self.collection = CollectionRecorder(self.out, self.err)
+        self._records = self.collection.records
         self._told_of_collection: list[Any] = []
-        self._header: list[str] = []
-        self._nodes: NodeTable | None = None
         self._watch: Watch | None = None
-        self._logs: LogRelay | None = None
-        self._debugger: Debugger | None = None
-        self._live: LiveOutput | None = None
-        self._tell: Callable[[dict[str, Any]], None] | None = None
         self._finish: dict[str, Any] | None = None
         self._wide: WideFixtures | None = None
         self._folders: TemporaryFolders | None = None
+        self._meter = OutputMeter()
 
     # Collection
 
@@ -166,19 +158,7 @@ class _SessionPlugin:
         specify_exchange(early_config)
         outcome = yield
         if outcome.excinfo is None and self.end is None and exchanging_plugins(early_config):
-            self._become_worker(early_config)
-
-    def _become_worker(self, config: Any) -> None:
-        """Give ``config`` what a worker of pytest-xdist has, from the controller."""
-        workerinput = self._controller.start()
-        if workerinput is None:  # its session failed as this one will
-            return
-        self._exchanging = True
-        stand_in_for_xdist(config)
-        config.workerinput, config.workeroutput = workerinput, {}
-        os.environ["PYTEST_XDIST_WORKER"] = workerinput["workerid"]
-        os.environ["PYTEST_XDIST_WORKER_COUNT"] = str(workerinput["workercount"])
-        os.environ["PYTEST_XDIST_TESTRUNUID"] = workerinput["testrunuid"]
+            self._exchanging = become_worker(self._controller, early_config)
 
     @pytest.hookimpl(trylast=True)
     def pytest_configure(self, config: pytest.Config) -> None:
@@ -186,38 +166,7 @@ class _SessionPlugin:
         config.addinivalue_line("markers", _MARKER)
         terminal = config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None:  # the host has the terminal
-            terminal._tw._file = _Nowhere()
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionstart(self, session: pytest.Session) -> None:
-        self._nodes = NodeTable(session)
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_report_header(self) -> Generator[None, Any, None]:
-        outcome = yield
-        for lines in reversed(outcome.get_result()):
-            self._header += [str(lines)] if isinstance(lines, str) else [str(line) for line in lines]
-
-    @pytest.hookimpl(hookwrapper=True, tryfirst=True)
-    def pytest_make_collect_report(self, collector: Any) -> Generator[None, Any, None]:
-        if isinstance(collector, pytest.File):
-            self._printed_before.append((self.out.tell(), self.err.tell()))
-        outcome = yield
-        if outcome.excinfo is None:
-            self._reported.append((outcome.get_result(), collector))
-
-    def pytest_collectreport(self, report: Any) -> None:
-        assert self._nodes is not None
-        collector = next(node for made, node in reversed(self._reported) if made is report)
-        record = {"k": "collected", "node": self._nodes.number(collector), "outcome": report.outcome}
-        record["result"] = [self._nodes.number(node) for node in report.result]
-        if report.outcome != "passed" or report.sections:
-            record.update(report_record(self._config, report), k="collected")
-        self._records.append(record)
-
-    def pytest_deselected(self, items: Any) -> None:
-        assert self._nodes is not None
-        self._records.append({"k": "deselected", "items": [self._nodes.number(item) for item in items]})
+            terminal._tw._file = Nowhere()
 
     def pytest_warning_recorded(self, warning_message: Any, when: str, nodeid: str) -> None:
         self._records.append(warning_record(warning_message, when, nodeid))
@@ -226,11 +175,13 @@ class _SessionPlugin:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        assert self._nodes is not None
+        nodes = self.collection.nodes
+        assert nodes is not None
         assert self._request is not None
-        order = [self._nodes.number(item) for item in session.items]
-        self._record_printed()
-        lines = self._collected()
+        order = [nodes.number(item) for item in session.items]
+        self.collection.record_printed()
+        self._printed()
+        lines = [*self.collection.lines(), *self._executed()]
         self._naming = bool(status_plugins(self._config))
         if speaking := speaking_plugins(self._config):
             if self.end is None:
@@ -246,16 +197,12 @@ class _SessionPlugin:
         worker = asks_for_worker(self._config, session.items)
         markers = self._config.getini("markers")
         lines.append({"k": "items", "order": order, "markers": markers, "worker": worker})
-        self._reported.clear()
-        self._told_of_collection = [record["data"] for record in self._records if "data" in record]
-        self._limit_output(self._config)
-        self._logs = LogRelay(self._config)
+        self._told_of_collection = self.collection.end()
+        self._meter.install(self._config)
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None and self._config.getoption("setupshow", False):
             self._config.pluginmanager.register(SetupShow(terminal, self.out), "microvm_setup_show")
-        if self._request["debug"] is not None:
-            self._debugger = Debugger(self._config, self._request["debug"])
-            self._config.pluginmanager.register(self._debugger, "microvm_debugger")
+        self._relay.install(self._config, self._request["debug"])
         self._know_wide_fixtures(session, lines)
         if self._measurement is not None:
             self._measurement.settle()
@@ -272,18 +219,6 @@ class _SessionPlugin:
             forget_later_errors(session, terminal, self._finish)
             stop_as_told(session, terminal, self._finish)
         return True
-
-    def _record_printed(self) -> None:
-        """Record what was printed outside of capturing, with the number of files collected before."""
-        texts = self.out.getvalue(), self.err.getvalue()
-        starts = (0, 0)
-        for files, ends in enumerate([*self._printed_before, (len(texts[0]), len(texts[1]))]):
-            printed = "".join(text[slice(*part)] for text, *part in zip(texts, starts, ends))  # noqa: B905
-            if printed:
-                self._records.append({"k": "printed", "files": files, "text": cut(printed)})
-            starts = ends
-        self._printed_before.clear()
-        self._printed()
 
     def _know_wide_fixtures(self, session: pytest.Session, lines: list[dict[str, Any]]) -> None:
         """Tell the host which tests need which wide fixtures, unless this is an unknown version of pytest."""
@@ -333,12 +268,6 @@ class _SessionPlugin:
         except Exception:  # noqa: BLE001 - a test may have closed or replaced what the watch needs
             return []
 
-    def _collected(self) -> list[dict[str, Any]]:
-        """Return the records of the collection so far; nodes come before the records that refer to them."""
-        versions = {"k": "guest", "python": sys.version.split()[0], "pytest": pytest.__version__}
-        nodes = [] if self._nodes is None else self._nodes.records
-        return [{**versions, "header": self._header}, *nodes, *self._records, *self._executed()]
-
     def _executed(self) -> list[dict[str, Any]]:
         """Return a record of what was executed since the last one, if this process is measured."""
         return [] if self._measurement is None else [self._measurement.take()]
@@ -376,8 +305,8 @@ class _SessionPlugin:
         self._stream = self._runner.open_stream(request)
         self._runner.reply(request, {})
         self._printed()
-        if self._live is not None:
-            self._live.stop()
+        if self._relay.live is not None:
+            self._relay.live.stop()
         sys.stdout = sys.stderr = end.out
         terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         if terminal is not None:
@@ -410,8 +339,8 @@ class _SessionPlugin:
         if self._wide is not None:
             shown = request.get("shown", 0)
             self._wide.begin(request["item"], request["wide"], lambda: self._tell_need(stream), shown)
-            if self._live is not None:  # a set-up of an earlier run has been captured
-                self._live.write(self._wide.output(keep=request["capture"] != "no"))
+            if self._relay.live is not None:  # a set-up of an earlier run has been captured
+                self._relay.live.write(self._wide.output(keep=request["capture"] != "no"))
         self._work(lambda: self._config.hook.pytest_runtest_protocol(item=item, nextitem=nextitem))
         if request.get("limited") and limits.refused_forks():
             limits.tell_of_refusal()  # before the host learns that the test has ended
@@ -442,35 +371,24 @@ class _SessionPlugin:
 
     def _tell_need(self, stream: int) -> None:
         """Tell the host that the test is about to set up a wide fixture; wait for the end of this machine."""
-        self._end_telling()
+        self._relay.end()
         self._runner.send_lines(stream, [{"k": "needs"}])
         self._linger()
 
     def _begin_work(self, request: dict[str, Any]) -> int:
         """Get ready for a request that runs the project's code; return the stream for its records."""
         self._records = []
-        self._output_limit, self._output = int(request.get("output", 0)), 0
+        self._meter.begin(int(request.get("output", 0)))
         if request.get("live") is not None:
-            self._begin_live(int(request["live"]), str(request["capture"]))
+            self._relay.begin_live(int(request["live"]), str(request["capture"]))
         if request.get("pids") is not None:
             limits.limit_processes(int(request["pids"]))
         stream = self._runner.open_stream(request)
         self._know_folders(request)
         self._written()  # what the host has put there does not count
         self._runner.reply(request, {})  # from here on any failure is caused by the project's code
-        self._begin_telling(partial(self._write, stream) if self._live is None else self._live.tell)
+        self._relay.begin(stream)
         return stream
-
-    def _write(self, stream: int, record: dict[str, Any]) -> None:
-        self._runner.write_lines(stream, [record])
-
-    def _begin_live(self, stream: int, capture: str) -> None:
-        """Let the host have what the project's code writes, as it writes it."""
-        if self._live is None:
-            self._live = LiveOutput(self._runner, self._relay, self._config, (self.out, self.err))
-        elif self._debugger is not None:
-            self._live.lead()  # it had a terminal in this place
-        self._live.begin(stream, capture)
 
     def _work(self, work: Callable[[], object]) -> None:
         """Run the project's code; record how it ended the session, if it did."""
@@ -484,14 +402,14 @@ class _SessionPlugin:
         except BaseException:  # noqa: BLE001 - a broken hook of the project: pytest calls it INTERNALERROR
             records.append({"k": "exit", "code": 3, "reason": "internal", "text": traceback.format_exc()})
         self._runner.leave_if_forked()
-        self._end_telling()
+        self._relay.end()
 
     def _end_work(self, stream: int, **end: Any) -> None:
         """Send the records of a request that ran the project's code."""
         records = self._records
-        if self._output > self._output_limit:
-            records.append({"k": "excess", "printed": self._output})
-        if self._debugger is not None and self._debugger.shown:
+        if self._meter.exceeded:
+            records.append({"k": "excess", "printed": self._meter.printed})
+        if self._relay.was_debugged:
             for record in records:
                 record["debugged"] = True
         cost = [] if self._wide is None else self._wide.cost()
@@ -506,67 +424,12 @@ class _SessionPlugin:
         }
         self._runner.send_lines(stream, [*records, *self._executed(), end])
 
-    def _begin_telling(self, write: Callable[[dict[str, Any]], None]) -> None:
-        """Tell the host what it has to know while a test runs; ``write`` sends a record."""
-        lock = Lock()
-
-        def tell(record: dict[str, Any]) -> None:
-            if _getpid() == self._runner.pid:  # else a test's own fork, which must not write into the port
-                with lock:
-                    write(record)
-
-        shows = self._logs is not None and self._logs.shows
-        self._tell = tell if shows or self._live is not None else None
-        if self._logs is not None and (shows or self._logs.writes):
-            self._logs.begin(tell)
-        if self._debugger is not None:
-            self._debugger.begin(tell)
-
-    def _end_telling(self) -> None:
-        if self._debugger is not None:
-            self._debugger.end()
-        if self._logs is not None:
-            self._logs.end()
-        if self._live is not None:
-            self._live.end()
-        self._tell = None
-
-    def _limit_output(self, config: pytest.Config) -> None:
-        """Measure the output of each test phase before pytest reads it into memory.
-
-        This is not a hook around the phase, because that would appear in tracebacks of ``--tb=native``.
-        """
-        manager: Any = config.pluginmanager.getplugin("capturemanager")
-        capture = getattr(manager, "_global_capturing", None)
-        if capture is None:  # -p no:capture: a test's output goes to the console
-            return
-        files = [getattr(each, "tmpfile", None) for each in (capture.out, capture.err)]
-        read = manager.read_global_capture
-
-        def measured() -> Any:
-            for file in files:
-                if file is not None:
-                    self._measure(file)
-            return read()
-
-        manager.read_global_capture = measured
-
-    def _measure(self, file: Any) -> None:
-        """Add the size of ``file`` to the test's output; empty the file if the limit is exceeded."""
-        with contextlib.suppress(OSError, ValueError):  # no file descriptor (--capture=sys)
-            self._output += os.fstat(file.fileno()).st_size
-            if self._output > self._output_limit:
-                os.ftruncate(file.fileno(), 0)
-
     def pytest_runtest_logreport(self, report: Any) -> None:
         record = report_record(self._config, report)
         if self._naming:
             record["status"] = self._config.hook.pytest_report_teststatus(report=report, config=self._config)
         self._records.append(record)
-        if self._tell is not None and (
-            not report.passed or report.when == "call"
-        ):  # of others, nothing is shown
-            self._tell({"k": "reported"})
+        self._relay.reported(report)
 
     def _printed(self) -> str:
         text = self.out.getvalue() + self.err.getvalue()
@@ -592,7 +455,7 @@ class _SessionPlugin:
             if reason != "usage" and self.reason:
                 text = self.reason
             ending = {"k": "exit", "code": code, "reason": reason, "text": text}
-            self._runner.send_lines(self._stream, [*self._collected(), ending])
+            self._runner.send_lines(self._stream, [*self.collection.lines(), *self._executed(), ending])
             self._runner.reply(self._request, {})
         elif self._finish is not None and self.end is not None and self._finish.get("op") == "end":
             said = self.end.said()
@@ -623,13 +486,3 @@ class _SessionPlugin:
         except TypeError:  # a value that cannot be transferred
             output = None
         return {"k": "output", "output": output, "written": self._written()}
-
-
-class _Nowhere(io.TextIOBase):
-    """A terminal that discards its output."""
-
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def isatty(self) -> bool:
-        return False

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_microvm.guest.files import StreamReader, StreamWriter, pack, unpack
 from pytest_microvm.guest.replies import reply, reply_error
+from pytest_microvm.guest.root_changes import pack_root_changes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +68,10 @@ class Transfers:
     def pack(self, body: dict[str, Any]) -> None:
         """Send a file or folder as a tar stream."""
         self._start(body, lambda transfer: pack(body["path"], StreamWriter(transfer.write)))
+
+    def root_changes(self, body: dict[str, Any]) -> None:
+        """Send the changes of the root file system as a tar stream."""
+        self._start(body, lambda transfer: pack_root_changes(StreamWriter(transfer.write)))
 
     def unpack(self, body: dict[str, Any]) -> None:
         """Receive a tar stream into a folder."""

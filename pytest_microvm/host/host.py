@@ -6,18 +6,22 @@ import atexit
 import logging
 import os
 import threading
+from dataclasses import replace
 from functools import cache, cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePosixPath
+from typing import IO, TYPE_CHECKING, Any
 
+from pytest_microvm.agent.users import GuestUser, give
 from pytest_microvm.errors import ImageError
 from pytest_microvm.git.repository import find_checkout
 from pytest_microvm.host.held_templates import HeldTemplates
 from pytest_microvm.host.kept import KeptMachine, kept_machines, open_kept
 from pytest_microvm.host.services import with_services
+from pytest_microvm.host.set_up import run_set_up, set_up_base, set_up_grants
 from pytest_microvm.host.starting import MachineStarter, StartedCopy
 from pytest_microvm.hypervisors import Accelerator, Launch
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
+from pytest_microvm.images.locked import LockedImages, LockUse
 from pytest_microvm.images.mirror.environment import running_environment
 from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.machine.grants import Grants, resolve
@@ -25,6 +29,7 @@ from pytest_microvm.machine.microvm import MicroVM
 from pytest_microvm.network.policy.rules import Policy, parse_rules
 from pytest_microvm.programs.needed import require
 from pytest_microvm.settings.options import QUOTAS
+from pytest_microvm.settings.secret_values import FOLDER as SECRETS
 from pytest_microvm.settings.spec import Limits, MachineSpec, Resources, parse_size
 from pytest_microvm.templates.budget import HostBudget, default_limits
 from pytest_microvm.templates.chain import Base, Chain, TemplateStep, guest_code_archive
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
 
     from pytest_microvm.images import Image
     from pytest_microvm.images.mirror.environment import PythonEnvironment
+    from pytest_microvm.images.set_up import SetUp
     from pytest_microvm.templates.unpublished import UnpublishedTemplate
 
 CACHE_SIZE_VARIABLE = "PYTEST_MICROVM_CACHE_SIZE"
@@ -64,7 +70,9 @@ class Host:
         say: Called with a line about work that takes long.
         environment: Returns the environment that machines with ``python = "host"`` mirror; default: the one
             that runs this process.
+        lock: What the project's ``microvm.lock`` is for.
         elsewhere: Fetches a missing template into the store if possible; returns whether it did.
+        mode: mmdebstrap's mode when images are built; ``None``: the one available to this user.
     """
 
     def __init__(
@@ -78,16 +86,20 @@ class Host:
         retries: int = _RETRIES,
         say: Callable[[str], None] = _silent,
         environment: Callable[[], PythonEnvironment] = running_environment,
+        lock: LockUse = "follow",
         elsewhere: Callable[[str, TemplateStore], bool] = lambda _key, _store: False,
+        mode: str | None = None,
     ) -> None:
         self.cache = cache or cache_root()
         self.say = say
         self._environment = environment
+        self._lock_use: LockUse = lock
         self._elsewhere = elsewhere
         self._project = project
         self._checkout = checkout or project
         self._require_accel = require_accel
         self._timeout = timeout
+        self._mode = mode
         self._told: set[str] = set()
         self._hypervisors: dict[str, Qemu] = {}
         self._bases: dict[MachineSpec, Base] = {}
@@ -107,7 +119,12 @@ class Host:
     @cached_property
     def images(self) -> ImageStore:
         """The image store."""
-        return ImageStore(self.cache)
+        return ImageStore(self.cache, mode=self._mode, set_up=self._set_up)
+
+    @cached_property
+    def locked(self) -> LockedImages:
+        """The images, as the project's lock pins them."""
+        return LockedImages(self.images, self._project, self._lock_use)
 
     @cached_property
     def templates(self) -> TemplateStore:
@@ -166,10 +183,11 @@ class Host:
 
         Raises:
             KitError: There is no such image.
-            UsageError: The environment cannot be mirrored.
+            LockError: It is not the one that the project's lock pins.
+            UsageError: The environment cannot be mirrored, or the lock is invalid.
             HostError: This computer lacks something.
         """
-        image = self.images.get(spec.image, project=self._project, progress=self.say)
+        image = self.locked.get(spec.image, progress=self.say)
         if spec.python != "host":
             return image
         environment = self._environment()
@@ -307,6 +325,7 @@ class Host:
         keepable: bool = False,
         checkpoints: bool = False,
         steps: Callable[[Base], Sequence[TemplateStep]] = lambda _base: (),
+        owner: Callable[[MicroVM], GuestUser | None] = lambda _machine: None,
         **changes: Any,
     ) -> MicroVM:
         """Start a machine; see :meth:`pytest_microvm.machine.microvm.MicroVM.start`.
@@ -317,6 +336,8 @@ class Host:
             keepable: Whether to allow :meth:`MicroVM.keep`, which makes the start slower.
             checkpoints: Whether to allow :meth:`MicroVM.checkpoint`, likewise.
             steps: Returns the steps that run once, in the template that the machine is a copy of.
+            owner: Called with the machine before it gets its mounts; returns the user to whom they and the
+                files of secrets belong, ``None``: root.
             **changes: Fields of the spec, in the form that users write.
         """
         spec = (spec or MachineSpec()).with_changes(changes, "MicroVM.start()")
@@ -328,8 +349,11 @@ class Host:
             machine = self._starter.machine(template, base, keepable=own)
         machine.instance.watch(base.limits)
         try:
+            whose = owner(machine)
+            if whose is not None and machine.instance.given.files:
+                give(machine.client, PurePosixPath(SECRETS), whose)
             for mount in spec.mounts:
-                machine.hand_over(mount)
+                machine.hand_over(mount if whose is None else replace(mount, owner=whose.numbers))
         except BaseException:
             machine.mounts.clear()  # nothing is to be copied back
             machine.close()
@@ -374,7 +398,7 @@ class Host:
     def _build_again(self, base: Base) -> None:
         """Rebuild the image of ``base``, whose files are damaged or missing."""
         name = next((spec.image for spec, known in self._bases.items() if known == base), base.image.name)
-        image = self.images.get(name, project=self._project, progress=self.say)
+        image = self.locked.get(name, progress=self.say)
         if image.digest != base.image.digest:
             raise ImageError(
                 f"image {image.name} was damaged or removed, and is another one since it was built again",
@@ -391,6 +415,15 @@ class Host:
             self._told.update(new)
         for line in new:
             (_log.warning if self.say == _log.info else self.say)(line)
+
+    def _set_up(self, set_up: SetUp, archive: IO[bytes], tell: Callable[[str], None]) -> None:
+        """Run the set-up of a kit in a machine; see :data:`pytest_microvm.images.set_up.RunSetUp`."""
+        require("machines")
+        grants = set_up_grants(set_up, self._project or Path.cwd(), self._tell)
+        base = set_up_base(set_up, self.accelerator(set_up.image), grants)
+        with self._starter.machine(self.template(base), base) as machine:
+            machine.instance.watch(base.limits)
+            run_set_up(machine, set_up, archive, tell)
 
     def _chain(self, base: Base) -> Chain:
         hypervisor = self.hypervisor(base.image.architecture)

@@ -26,11 +26,11 @@ from pytest_microvm.settings.spec import MachineSpec
 def asked_by(settings: Settings) -> dict[str, Any]:
     """Return a project's requests by key: its grants, and its own kit with a digest of its recipe.
 
-    A kit's commands run on this computer when its image is built, and this computer fetches a container image
-    from wherever its reference leads. A shipped kit, and an image that the user pulled under a name, are no
-    requests. Options of the command line are not the project's. ``behind`` lists the link targets of paths in
-    the other requests that name the project's own files: another branch may have other files there, under the
-    same names.
+    A kit's packages are installed on this computer when its image is built, from the mirror that it names,
+    and this computer fetches a container image from wherever its reference leads. A shipped kit, and an image
+    that the user pulled under a name, are no requests. Options of the command line are not the project's.
+    ``behind`` lists the link targets of paths in the other requests that name the project's own files:
+    another branch may have other files there, under the same names.
 
     Args:
         settings: The project's settings.
@@ -73,10 +73,16 @@ def started_here(spec: MachineSpec, project: Path) -> list[str]:
 
 
 def built_here(image: str, project: Path) -> list[str]:
-    """Return the commands that build an image whose kit is the project's own."""
+    """Return lines about what builds an image whose kit is the project's own, in a machine."""
     with suppress(KitError):
-        if own_image(image, project) is not None:
-            return list(load_kit(image, project=project).setup)
+        if own_image(image, project) is not None and not is_reference(image):
+            kit = load_kit(image, project=project)
+            work = [*(f"pip install {text}" for text in kit.sdists), *kit.setup]
+            network = [", ".join(kit.setup_network)] if kit.setup_network else []
+            return [
+                *(f"run in a machine while the image is built: {line}" for line in work),
+                *(f"reached by that machine: {rules}" for rules in network),
+            ]
     return []
 
 
@@ -103,7 +109,8 @@ def own_image(image: str, project: Path) -> tuple[str, Sequence[str]] | None:
         return None
     kit = load_kit(image, project=project)
     recipe = json.dumps(kit.recipe(), sort_keys=True, default=str)
-    return f"{image} (sha256 {hashlib.sha256(recipe.encode()).hexdigest()[:32]})", kit.network or ()
+    source = f"from {kit.source}, " if kit.source else ""
+    return f"{image} ({source}sha256 {hashlib.sha256(recipe.encode()).hexdigest()[:32]})", kit.network or ()
 
 
 def _behind(key: str, settings: Settings) -> Iterator[str]:

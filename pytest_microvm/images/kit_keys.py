@@ -9,13 +9,14 @@ import re
 from typing import TYPE_CHECKING
 
 from pytest_microvm.errors import KitError, UsageError
+from pytest_microvm.images.kit_errors import bad_value, unknown_key
+from pytest_microvm.images.oci.references import parse_reference
+from pytest_microvm.images.resources import parse_resources
 from pytest_microvm.network.policy.rules import parse_rules
-from pytest_microvm.settings.options import QUOTAS
 from pytest_microvm.settings.reach import parse_network
-from pytest_microvm.settings.spec import PARSERS, check_minimum
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from pathlib import Path
 
 ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # our name: Debian's name
@@ -27,16 +28,6 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SERVICE = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 _SERVICE_KEYS = ("start", "ready")
 _MODE = re.compile(r"0?[0-7]{3,4}")
-
-
-def bad_value(path: Path, key: str, expected: str, value: object, resolution: str) -> KitError:
-    """Return the error for a key's invalid value: the expected one, the value, and what to do."""
-    return KitError(f"{path}: invalid {key}: expected {expected}, got {value!r}", resolution=resolution)
-
-
-def unknown_key(path: Path, key: str, known: Iterable[str]) -> KitError:
-    """Return the error for an unknown key."""
-    return KitError(f"{path}: {key}: unknown key", resolution=f"known keys: {', '.join(sorted(known))}")
 
 
 def _text(path: Path, key: str, value: object) -> None:
@@ -121,29 +112,6 @@ def _file_table(path: Path, key: str, value: object) -> None:
             raise bad_value(path, f"{where}.mode", "octal text", entry["mode"], 'write it like "0755"')
 
 
-def parse_resources(path: Path, key: str, value: object) -> dict[str, float]:
-    """Parse the table ``resources``: sizes in bytes, times in seconds.
-
-    Raises:
-        KitError: A key is unknown, or a value invalid.
-    """
-    if not isinstance(value, dict):
-        raise bad_value(path, key, "a table", value, f'write [{key}] and lines such as memory = "512M"')
-    known = {quota.name: quota for quota in QUOTAS}
-    parsed = {}
-    for name, item in value.items():
-        where = f"{path}: {key}.{name}"
-        if name not in known:
-            raise unknown_key(path, f"{key}.{name}", known)
-        try:
-            parsed[name] = PARSERS[name](item, where)
-            if known[name].kind == "size":
-                check_minimum(where, name, parsed[name])
-        except UsageError as error:
-            raise KitError(error.brief, details=error.details, resolution=error.resolution) from error
-    return parsed
-
-
 def _check_network(path: Path, key: str, value: object) -> None:
     try:
         parse_rules(parse_network(value, f"{path}: {key}"), f"{path}: {key}")
@@ -155,17 +123,28 @@ def _check_resources(path: Path, key: str, value: object) -> None:
     parse_resources(path, key, value)
 
 
+def _reference(path: Path, key: str, value: object) -> None:
+    _text(path, key, value)
+    try:
+        parse_reference(str(value), path.parent)
+    except UsageError as error:
+        raise KitError(f"{path}: {key}: {error.brief}", resolution=error.resolution) from error
+
+
 CHECKS: dict[str, Callable[[Path, str, object], None]] = {
     "description": _text,
     "parent": _text,
+    "from": _reference,
     "suite": _matching(_SUITE, "a Debian suite such as bookworm"),
     "mirror": _text,
     "architecture": _architecture,
     "packages": _each(_matching(_PACKAGE, "the name of a Debian package")),
     "wheels": _each(_matching(_WHEEL, "a pinned requirement such as pytest==9.2.0")),
+    "sdists": _each(_matching(_WHEEL, "a pinned requirement such as pytest==9.2.0")),
     "files": _file_table,
     "environment": _environment,
     "setup": _each(_command),
+    "setup_network": _check_network,
     "services": _services,
     "resources": _check_resources,
     "network": _check_network,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pytest_microvm.errors import KitError, UsageError
-from pytest_microvm.images.image import Service
-from pytest_microvm.images.kit_keys import ARCHITECTURES, CHECKS, bad_value, parse_resources, unknown_key
+from pytest_microvm.images.image import DEFAULT_RESOURCES, NAME, Service
+from pytest_microvm.images.kit_errors import bad_value, unknown_key
+from pytest_microvm.images.kit_keys import ARCHITECTURES, CHECKS
+from pytest_microvm.images.pins import debian_package, merge_pins, requirement
+from pytest_microvm.images.resources import parse_resources
 from pytest_microvm.programs.needed import architecture
 from pytest_microvm.untrusted.nofollow import OpenTree, read_below
 
@@ -27,11 +29,6 @@ _KIT_FILE = "kit.toml"
 _MAX_KIT = 1024 * 1024  # bytes of a kit.toml
 _MAX_FILE = 256 * 1024 * 1024  # bytes of a kit's file, which is held in memory
 _PROJECT_KITS = Path("microvm") / "kits"
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-"""Names of kits, and of pulled images."""
-
-DEFAULT_RESOURCES = {"cpus": 1, "memory": 512 * 1024**2, "disk": 2 * 1024**3}
-"""Resources of machines whose image sets none."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +72,22 @@ class Kit:
     Args:
         name: Name of the kit's folder.
         path: Its ``kit.toml``.
-        suite: Debian suite, such as ``bookworm``.
+        suite: Debian suite, such as ``bookworm``; empty with ``source``.
+        source: Reference of the container image that it is built on; empty with ``suite``.
+        source_base: The folder that a path in it is relative to.
         architecture: ``x86_64`` or ``aarch64``.
         mirror: Address of a Debian mirror, or one ``deb ...`` line; empty: this computer's mirrors.
         wheels: Pinned pip requirements.
-        setup: Shell commands that run as root in the new root file system.
+        sdists: Pinned pip requirements that the machine builds from source before ``setup``.
+        setup: Shell commands that run as root in a machine, on the root file system of ``ground``.
+        setup_network: Network rules of that machine.
         resources: Default limits of a machine, by the names of
             :class:`pytest_microvm.settings.spec.Limits`.
         network: Default network rules of a machine.
         services: Servers that run in every machine, in the order in which they start.
+        replaced: Lines about its parents' pins that are replaced.
+        ground: What the root file system is made from, without set-up commands: the kit itself, or the
+            ancestor with the same packages and wheels. ``None``: the kit has no set-up, or a ``source``.
     """
 
     name: str
@@ -91,23 +95,45 @@ class Kit:
     description: str
     suite: str
     architecture: str
+    source: str = ""
+    source_base: Path = field(default=Path("/"), compare=False)
     mirror: str = ""
     packages: tuple[str, ...] = ()
     wheels: tuple[str, ...] = ()
     files: tuple[KitFile, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
+    sdists: tuple[str, ...] = ()
     setup: tuple[str, ...] = ()
+    setup_network: tuple[str, ...] = ()
     resources: Mapping[str, float] = field(default_factory=lambda: dict(DEFAULT_RESOURCES), hash=False)
     network: tuple[str, ...] = ()
     services: tuple[Service, ...] = ()
+    ground: Kit | None = None
+    replaced: tuple[str, ...] = ()
 
     @property
     def debian_architecture(self) -> str:
         """Debian's name for the architecture."""
         return ARCHITECTURES[self.architecture]
 
+    @property
+    def needs_machine(self) -> bool:
+        """True if a part of it is built in a machine."""
+        return bool(self.setup or self.sdists or (self.source and self.files))
+
+    @property
+    def files_in_machine(self) -> tuple[KitFile, ...]:
+        """The files that the set-up installs: those that the root file system does not have."""
+        if self.source:
+            return self.files
+        return tuple(file for file in self.files if file not in (self.ground or self).files)
+
+    def services_recipe(self) -> dict[str, Any]:
+        """Return the services as JSON, for a manifest or a key; nothing if there are none."""
+        return {"services": [asdict(service) for service in self.services]} if self.services else {}
+
     def recipe(self) -> dict[str, Any]:
-        """Return all inputs of the root file system, for the build key."""
+        """Return all inputs of the root file system and of the set-up, for the build key."""
         return {
             "suite": self.suite,
             "architecture": self.architecture,
@@ -117,6 +143,9 @@ class Kit:
             "files": [(file.target, file.mode, file.sha256()) for file in self.files],
             "environment": self.environment,
             "setup": self.setup,
+            **({"sdists": self.sdists} if self.sdists else {}),
+            **({"setup_network": self.setup_network} if self.setup_network else {}),
+            **({"from": self.source} if self.source else {}),
         }
 
 
@@ -238,7 +267,7 @@ def _kits(project: Path | None) -> dict[str, Path]:
 
     Raises:
         KitError: A kit of the project has the name of a shipped one. A branch must not redefine a name that
-            another party chose: a kit's commands run on this computer when it is built.
+            another party chose: a kit's packages are installed on this computer when it is built.
     """
     shipped = _kits_in(shipped_kits())
     own = _projects_kits(project) if project else {}
@@ -289,22 +318,49 @@ def _read(path: Path) -> _Layer:
             raise unknown_key(path, key, CHECKS)
     for key, value in values.items():
         CHECKS[key](path, key, value)
-    if ("parent" in values) == ("suite" in values):
+    given = [key for key in ("parent", "suite", "from") if key in values]
+    if len(given) != 1:
         raise KitError(
-            f"{path}: invalid kit: expected either a parent or a suite, got "
-            + ("both" if "parent" in values else "neither"),
-            resolution='write parent = "base" to build on a kit, or suite = "bookworm" to start from Debian',
+            f"{path}: invalid kit: expected one of parent, suite and from, got "
+            + (" and ".join(given) or "none"),
+            resolution='write parent = "base" to build on a kit, suite = "bookworm" to start from Debian, or '
+            'from = "docker://..." to build on a container image',
         )
     for key in ("mirror", "architecture"):
-        if key in values and "parent" in values:
+        if key in values and "suite" not in values:
             raise KitError(
                 f"{path}: invalid {key}: only a kit with a suite may have it",
-                resolution="remove it, or write it in the parent's file",
+                resolution="remove it, or write it in the file of the kit with the suite",
             )
     return _Layer(name, path, values, _files(path, values.get("files", {})))
 
 
 def _merge(layers: list[_Layer]) -> Kit:
+    """Merge layers, the oldest ancestor first, and determine what its set-up runs on."""
+    kit = _flat(layers)
+    if kit.source:
+        _refuse_packages(layers)
+    if kit.source or not kit.needs_machine:
+        return kit
+    ancestors = (_flat(layers[: number + 1]) for number in range(len(layers)))
+    same = (kit.packages, kit.wheels)
+    ground = next(each for each in ancestors if (each.packages, each.wheels) == same)
+    return replace(kit, ground=replace(ground, sdists=(), setup=(), setup_network=()))
+
+
+def _refuse_packages(layers: list[_Layer]) -> None:
+    for layer in layers:
+        for key in ("packages", "wheels"):
+            if layer.values.get(key):
+                raise KitError(
+                    f"{layer.path}: invalid {key}: kit {layers[0].name} is built on a container image",
+                    details="a container image has its own package manager, or none, and its own Python",
+                    resolution=f"install them with a command in `setup` instead of `{key}`, and write its "
+                    'servers in `setup_network`, such as ["apt"] or ["pip"]',
+                )
+
+
+def _flat(layers: list[_Layer]) -> Kit:
     """Merge layers, the oldest ancestor first; a later value replaces an earlier one."""
     root, last = layers[0], layers[-1]
     environment: dict[str, str] = {}
@@ -320,18 +376,31 @@ def _merge(layers: list[_Layer]) -> Kit:
     def joined(key: str) -> tuple[str, ...]:
         return tuple(item for layer in layers for item in layer.values.get(key, []))
 
+    def pinned(
+        key: str, parse: Callable[[str], tuple[str, str | None]]
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return merge_pins(((each.path, each.name, each.values.get(key, [])) for each in layers), key, parse)
+
+    packages, packages_replaced = pinned("packages", debian_package)
+    wheels, wheels_replaced = pinned("wheels", requirement)
+    sdists, sdists_replaced = pinned("sdists", requirement)
     return Kit(
         name=last.name,
         path=last.path,
         description=last.values.get("description", ""),
-        suite=root.values["suite"],
+        suite=root.values.get("suite", ""),
+        source=root.values.get("from", ""),
+        source_base=root.path.parent,
         architecture=root.values.get("architecture") or host_architecture(),
         mirror=root.values.get("mirror", ""),
-        packages=tuple(dict.fromkeys(joined("packages"))),
-        wheels=tuple(dict.fromkeys(joined("wheels"))),
+        packages=packages,
+        wheels=wheels,
+        sdists=sdists,
+        replaced=(*packages_replaced, *wheels_replaced, *sdists_replaced),
         files=tuple(files[target] for target in sorted(files)),
         environment=tuple(sorted(environment.items())),
         setup=joined("setup"),
+        setup_network=tuple(dict.fromkeys(joined("setup_network"))),
         resources=resources,
         network=next(
             (tuple(layer.values["network"]) for layer in layers[::-1] if "network" in layer.values), ()

@@ -63,15 +63,19 @@ sed -i -E 's#(://)[^/ @]*@#\1#' /etc/apt/sources.list
 : > /etc/machine-id
 chmod 444 /etc/machine-id
 """
-_TRUST_PYC = r"""
+# In a machine, to open a file for writing copies it to the scratch disk.
+TRUST_PYC = r"""
 import pathlib
 for folder in ("/usr/lib", "/usr/local/lib", "/usr/share/python3"):
     for path in pathlib.Path(folder).rglob("*.pyc"):
-        with path.open("r+b") as file:
-            if file.read(8)[4:] == b"\3\0\0\0":
+        with path.open("rb") as file:
+            checked = file.read(8)[4:] == b"\3\0\0\0"
+        if checked:
+            with path.open("r+b") as file:
                 file.seek(4)
                 file.write(b"\1\0\0\0")
 """
+"""The Python program that makes Python accept every ``.pyc`` file without a look at its source."""
 
 
 def build_rootfs(folder: Path, kit: Kit, *, python: str, mode: str, epoch: int, progress: Progress) -> Path:
@@ -127,7 +131,7 @@ def staging_archive(kit: Kit, wheels: list[Path]) -> bytes:
             _add(tar, f"files/{number}", file.content(), file.mode)
         for wheel in wheels:
             _add(tar, f"wheels/{wheel.name}", wheel.read_bytes(), 0o644)
-        _add(tar, "trust_pyc.py", _TRUST_PYC.encode(), 0o644)
+        _add(tar, "trust_pyc.py", TRUST_PYC.encode(), 0o644)
         _add(tar, "setup", setup_script(kit).encode(), 0o755)
     return buffer.getvalue()
 
@@ -141,8 +145,6 @@ def setup_script(kit: Kit) -> str:
     if kit.wheels:
         lines.append(f"{_PIP_INSTALL} --find-links=/{_STAGING}/wheels {shlex.join(kit.wheels)}")
         lines.append(f"{_COMPILE} /usr/local/lib/python3*/dist-packages")
-    for command in kit.setup:
-        lines.append(f"(\n{command}\n)")
     lines.append(f"if command -v python3 > /dev/null; then {_PYTHON} /{_STAGING}/trust_pyc.py; fi")
     return "\n".join(lines) + _FINISH % {"staging": _STAGING, "not_kept": _NOT_KEPT}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import tempfile
@@ -23,6 +25,8 @@ _OPTIONS = [*_FAST, "-Xhc"]
 
 # mksquashfs does not take the root folder itself from a tar archive; its mode would be 0777.
 _TAR_ROOT = ["-root-mode", "0755"]
+
+_PIPE = 1 << 20  # bytes in the pipe to mksquashfs; Linux lets every user have that many
 
 _STAGES = {
     "I: running apt-get update": "fetching package lists",
@@ -77,19 +81,32 @@ def squash_mmdebstrap(command: list[str], target: Path, *, epoch: int, progress:
                 raise build_error("mksquashfs", packing.returncode, deque(lines[-30:]))
 
 
-def squash_stream(write: Callable[[IO[bytes]], None], target: Path) -> None:
+def squash_stream(write: Callable[[IO[bytes]], None], target: Path, *, epoch: int | None = None) -> None:
     """Pack the tar archive that ``write`` writes into ``target``.
+
+    Args:
+        write: Writes the archive.
+        target: The file.
+        epoch: Newest time stamp of any file, in seconds. The root folder gets it as well, so that the same
+            archive always gives the same file: mksquashfs 4.5 ignores -root-time for archives. ``None``: the
+            archive's time stamps are kept, and the root folder gets the current time.
 
     Raises:
         BuildError: mksquashfs failed.
     """
+    # mksquashfs accepts only one of -mkfs-time and SOURCE_DATE_EPOCH
+    times = ["-mkfs-time", "0"] if epoch is None else []
+    clamped = {} if epoch is None else {"SOURCE_DATE_EPOCH": str(epoch)}
     with tempfile.TemporaryFile() as messages:
         packer = started(
-            [*_as_root(), "mksquashfs", "-", str(target), "-tar", *_FAST, *_TAR_ROOT, "-mkfs-time", "0"],
-            environment=build_environment(), stdin=subprocess.PIPE, stdout=messages, stderr=messages,
+            [*_as_root(), "mksquashfs", "-", str(target), "-tar", *_FAST, *_TAR_ROOT, *times],
+            environment=build_environment(**clamped),
+            stdin=subprocess.PIPE, stdout=messages, stderr=messages,
         )  # fmt: skip
         with packer as packing:
             assert packing.stdin is not None
+            with contextlib.suppress(OSError):  # a limit of this user's; a smaller pipe is slower
+                fcntl.fcntl(packing.stdin, fcntl.F_SETPIPE_SZ, _PIPE)
             try:
                 write(packing.stdin)
                 packing.stdin.close()

@@ -10,36 +10,36 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import platformdirs
 
 from pytest_microvm.cache.disk import explained
 from pytest_microvm.errors import ImageError, KitError, UsageError
-from pytest_microvm.images.artifacts import Artifact, Artifacts, Built
+from pytest_microvm.images.artifacts import Artifacts, Built
 from pytest_microvm.images.blobs import canonical_json, sha256_file, write_atomically
-from pytest_microvm.images.debian import default_mode
+from pytest_microvm.images.build_keys import BUILDER_VERSION, build_key, kit_key
 from pytest_microvm.images.image import Image
+from pytest_microvm.images.kit_images import KitImages
 from pytest_microvm.images.kits import Kit, find_kit, host_architecture, kit_names, load_kit
 from pytest_microvm.images.mirror.layer import build_layer, libraries_unchanged
 from pytest_microvm.images.mirror.selection import select
 from pytest_microvm.images.oci.pulled import PulledImages
 from pytest_microvm.images.oci.pulling import TIMEOUT, drop_downloads
 from pytest_microvm.images.oci.references import (
-    Platform,
     Reference,
     is_reference,
     parse_platform,
     parse_reference,
+    parse_target,
     platform_of,
 )
-from pytest_microvm.images.platform import build_platform, platform_recipe
 from pytest_microvm.images.records import LAYER, ROLES, ImageRecords, absent, file_name, layers_of
-from pytest_microvm.images.rootfs import build_rootfs
-from pytest_microvm.programs.needed import require, require_program
+from pytest_microvm.images.set_up import RunSetUp, no_machine
+from pytest_microvm.programs.needed import require_program
 from pytest_microvm.untrusted.nofollow import refuse_links
 
 if TYPE_CHECKING:
@@ -49,10 +49,6 @@ if TYPE_CHECKING:
     from pytest_microvm.images.mirror.environment import PythonEnvironment
     from pytest_microvm.images.process import Progress
 
-BUILDER_VERSION = 2
-"""Increase it when a change of the builder changes the content of images."""
-
-_EPOCH = 1735689600  # 2025-01-01: the newest time stamp in an image, unless SOURCE_DATE_EPOCH says otherwise
 _BUILD_SPACE = 512 * 1024**2  # bytes; packages unpacked, beside what is made of them
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
@@ -100,15 +96,16 @@ class ImageStore:
     Args:
         root: The cache folder; see :func:`cache_root`.
         mode: mmdebstrap's mode, ``root`` or ``unshare``; ``None``: the one available to this user.
+        set_up: Runs the set-up of kits in a machine; see :class:`pytest_microvm.host.host.Host`.
     """
 
-    def __init__(self, root: Path, *, mode: str | None = None) -> None:
+    def __init__(self, root: Path, *, mode: str | None = None, set_up: RunSetUp = no_machine) -> None:
         self._root = root / "images"
-        self._mode = mode
         self._artifacts = Artifacts(self._root, space=_BUILD_SPACE)
         self._records = ImageRecords(self._root, self._artifacts)
+        self._kits = KitImages(self._records, self._artifacts, mode, set_up)
         self._pulled = PulledImages(
-            self._root, self._records, self._artifacts, self._platform_for, BUILDER_VERSION
+            self._root, self._records, self._artifacts, self._kits.platform_for, BUILDER_VERSION
         )
 
     def get(
@@ -118,6 +115,7 @@ class ImageStore:
         project: Path | None = None,
         progress: Progress | None = None,
         force: bool = False,
+        at: str = "",
     ) -> Image:
         """Return a kit's image, its missing or damaged parts built; or a container image, pulled if missing.
 
@@ -127,6 +125,7 @@ class ImageStore:
             project: Root of the user's project, which may hold kits of its own.
             progress: Called with each stage as a line of text.
             force: Build everything again.
+            at: The digest to pull a missing container image at, which its registry must have.
 
         Raises:
             KitError: There is no such kit, or it cannot be used.
@@ -138,15 +137,19 @@ class ImageStore:
         if by_digest := _DIGEST.fullmatch(str(name_or_path)):
             return self._records.by_digest(by_digest[1])
         if is_reference(str(name_or_path)):
-            return self._referred(str(name_or_path), project, progress)
+            return self._referred(str(name_or_path), project, progress, at)
         if isinstance(name_or_path, str) and self._pulled.has(name_or_path):
             return self._named(name_or_path, project, progress)
         kit = load_kit(name_or_path, project=project)
         tell = _with_time(f"image {kit.name}", progress)
         while True:
-            platform = self._platform(kit, tell, force=force)
-            rootfs = self._rootfs(kit, platform, tell, force=force)
-            image = self._publish(kit, {**platform.files, **rootfs.files}, project)
+            image = self._kits.build(
+                kit,
+                tell,
+                project=project,
+                force=force,
+                container=lambda kit: self._container(kit, tell, force=force),  # noqa: B023 - called at once
+            )
             if all(path.is_file() for path in image.files().values()):
                 return image
             # A concurrent prune: while the second artifact was built, no name referred to the first.
@@ -161,6 +164,7 @@ class ImageStore:
         name: str = "",
         timeout: float = TIMEOUT,
         progress: Progress | None = None,
+        at: str = "",
     ) -> Image:
         """Pull a container image again, or for the first time.
 
@@ -171,6 +175,7 @@ class ImageStore:
             name: A name for it, besides its reference.
             timeout: Seconds without a byte after which a registry counts as hanging.
             progress: Called with each stage as a line of text.
+            at: The digest to pull in place of what the reference leads to now, which its registry must have.
 
         Raises:
             UsageError: The reference, the platform or the name is invalid, or its folder is behind a link.
@@ -184,8 +189,54 @@ class ImageStore:
                 f"a kit is called {name!r}, too", resolution="give the pulled image another name (--as)"
             )
         return self._pulled.pull(
-            parsed, wanted, _with_time(str(parsed), progress), name=name, timeout=timeout
+            parsed, wanted, _with_time(str(parsed), progress), name=name, timeout=timeout, at=at
         )
+
+    def push(
+        self,
+        image: Image,
+        target: str,
+        *,
+        timeout: float = TIMEOUT,
+        progress: Progress | None = None,
+    ) -> Reference:
+        """Push an image to a registry, for :meth:`pull` on other computers; its digest is the same there.
+
+        Args:
+            image: The image.
+            target: The name that it gets, ``REGISTRY/NAME[:TAG]``.
+            timeout: Seconds without a sign of progress after which a registry counts as hanging.
+            progress: Called with each stage as a line of text.
+
+        Returns:
+            The reference to it by its digest.
+
+        Raises:
+            UsageError: The name is invalid, or the image cannot be pushed.
+            ImageError: It is damaged.
+            PullError: The registry does not take it, or cannot be reached.
+            HostError: A program is missing, or the disk is full.
+        """
+        parsed = parse_target(target)
+        return self._pulled.push(image, parsed, _with_time(str(parsed), progress), timeout=timeout)
+
+    def pull_record(self, name: str, base: Path, platform: str = "") -> dict[str, str] | None:
+        """Return the record of a container image's last pull; ``None`` if there is none.
+
+        Args:
+            name: Its reference, or the name that it was pulled as.
+            base: The folder that relative paths are relative to.
+            platform: Its platform; this computer's if empty.
+        """
+        if not is_reference(name):
+            return self._pulled.record_of(name)
+        wanted = parse_platform(platform) if platform else platform_of(host_architecture())
+        return self._pulled.record(_reference(name, base), wanted)
+
+    def damaged(self, digest: str) -> str:
+        """Return the SHA-256 that a stored file has in place of its own; empty: it is intact, or missing."""
+        path = self._artifacts.blobs.path(digest)
+        return sha256_file(path) if path.is_file() and not self._artifacts.blobs.intact(digest) else ""
 
     def is_pulled(self, name: str) -> bool:
         """Return True if the user has pulled an image as ``name``."""
@@ -206,6 +257,10 @@ class ImageStore:
     def is_container(self, name: str) -> bool:
         """Return True if an image's text is no kit's: a reference, a pulled image's name, or a digest."""
         return is_reference(name) or self.is_pulled(name) or _DIGEST.fullmatch(name) is not None
+
+    def names_command(self, name: str, project: Path) -> bool:
+        """Return True if an image is a container image or built on one, which may name a command itself."""
+        return self.is_container(name) or bool(load_kit(name, project=project).source)
 
     def mirrored(
         self,
@@ -248,7 +303,7 @@ class ImageStore:
 
         confined = {"confined": True} if environment.confined else {}
         below = {"layers": [path.name for path in image.layers]} if image.layers else {}
-        key = _key({"files": selection.digest, "rootfs": image.rootfs.name, **below, **confined})
+        key = build_key({"files": selection.digest, "rootfs": image.rootfs.name, **below, **confined})
         made = self._artifacts.get(name, key, build, tell)
         if not libraries_unchanged(made.facts["libraries"]):
             made = self._artifacts.get(name, key, build, tell, force=True)
@@ -399,11 +454,13 @@ class ImageStore:
             freed = self._records.drop_unnamed()
         return freed + self._artifacts.drop_broken_off_builds() + drop_downloads(self._artifacts, self._root)
 
-    def _referred(self, text: str, project: Path | None, progress: Progress | None) -> Image:
+    def _referred(self, text: str, project: Path | None, progress: Progress | None, at: str) -> Image:
         """Return the container image that was pulled last by a reference; pull it if there is none."""
         reference, platform = _reference(text, project or Path.cwd()), platform_of(host_architecture())
         tell = _with_time(text, progress)
-        return self._pulled.find(reference, platform, tell) or self._pulled.pull(reference, platform, tell)
+        return self._pulled.find(reference, platform, tell) or self._pulled.pull(
+            reference, platform, tell, at=at
+        )
 
     def _named(self, name: str, project: Path | None, progress: Progress | None) -> Image:
         """Return the container image that was pulled under a name.
@@ -418,57 +475,11 @@ class ImageStore:
             )
         return self._pulled.named(name, _with_time(f"image {name}", progress))
 
-    def _platform_for(self, platform: Platform, tell: Progress) -> Artifact:
-        """Return kernel, initramfs and runtime for machines of container images: those of the base kit."""
-        return self._platform(replace(load_kit("base"), architecture=platform.machine), tell, force=False)
-
-    def _platform(self, kit: Kit, tell: Progress, *, force: bool) -> Artifact:
-        def build(folder: Path) -> Built:
-            require("images")
-            made = build_platform(
-                folder,
-                suite=kit.suite,
-                architecture=kit.architecture,
-                mirror=kit.mirror,
-                mode=self._mode or default_mode(),
-                epoch=_source_date_epoch(),
-                progress=tell,
-            )
-            return Built(
-                {"kernel": made.kernel, "initramfs": made.initramfs, "runtime": made.runtime},
-                {"python": made.python, "kernel_version": made.kernel_version},
-            )
-
-        return self._artifacts.get(*platform_name_and_key(kit), build, tell, force=force)
-
-    def _rootfs(self, kit: Kit, platform: Artifact, tell: Progress, *, force: bool) -> Artifact:
-        def build(folder: Path) -> Built:
-            require("images")
-            made = build_rootfs(
-                folder,
-                kit,
-                python=platform.facts["python"],
-                mode=self._mode or default_mode(),
-                epoch=_source_date_epoch(),
-                progress=tell,
-            )
-            return Built({"rootfs": made}, {})
-
-        return self._artifacts.get(f"rootfs-{kit.name}", _key(kit.recipe()), build, tell, force=force)
-
-    def _publish(self, kit: Kit, files: dict[str, str], project: Path | None) -> Image:
-        manifest = {
-            "format": BUILDER_VERSION,
-            "architecture": kit.architecture,
-            "environment": dict(kit.environment),
-            "files": files,
-            "resources": dict(kit.resources),
-            **({"network": list(kit.network)} if kit.network else {}),
-            **_services(kit),
-        }
-        entry = {"name": kit.name, "key": kit_key(kit), "kit": str(kit.path)}
-        entry["project"] = str(project.resolve()) if project else ""
-        return self._records.publish(manifest, entry)
+    def _container(self, kit: Kit, tell: Progress, *, force: bool) -> Image:
+        """Return the container image that a kit is built on: the one that was pulled last; else pull it."""
+        reference, platform = _reference(kit.source, kit.source_base), platform_of(kit.architecture)
+        found = None if force else self._pulled.find(reference, platform, tell)
+        return found or self._pulled.pull(reference, platform, tell)
 
 
 def _files_of(manifest: bytes) -> list[str]:
@@ -503,41 +514,6 @@ def _reference(text: str, base: Path) -> Reference:
     if reference.transport in ("oci", "oci-archive"):
         refuse_links(base, Path(reference.name))
     return reference
-
-
-def platform_name_and_key(kit: Kit) -> tuple[str, str]:
-    """Return the name and key of the platform artifact that a kit shares with all kits of its suite."""
-    key = _key(platform_recipe(kit.suite, kit.architecture, kit.mirror))
-    return f"platform-{kit.suite}-{kit.architecture}", key
-
-
-def _source_date_epoch() -> int:
-    text = os.environ.get("SOURCE_DATE_EPOCH", "")
-    return int(text) if re.fullmatch(r"\d{1,10}", text) else _EPOCH
-
-
-def _key(recipe: dict[str, Any]) -> str:
-    shaped = {"builder": BUILDER_VERSION, "epoch": _source_date_epoch(), "recipe": recipe}
-    return hashlib.sha256(canonical_json(shaped)).hexdigest()
-
-
-def kit_key(kit: Kit) -> str:
-    """Return a digest of all inputs of a kit's image, including platform and builder."""
-    platform = platform_recipe(kit.suite, kit.architecture, kit.mirror)
-    return _key(
-        {
-            "kit": kit.recipe(),
-            "resources": dict(kit.resources),
-            "network": kit.network,
-            "platform": platform,
-            **_services(kit),
-        }
-    )
-
-
-def _services(kit: Kit) -> dict[str, Any]:
-    """Return a kit's services for a manifest or a key; nothing if it has none."""
-    return {"services": [asdict(service) for service in kit.services]} if kit.services else {}
 
 
 def _is_current(entry: dict[str, str]) -> bool:

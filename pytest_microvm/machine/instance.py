@@ -76,6 +76,9 @@ class Vmm(Protocol):
     def ceiling_hit(self) -> int | None:
         """Return its process's memory ceiling in bytes if the host's kernel ended the process there."""
 
+    def cpu_limit_hit(self) -> bool:
+        """Return True if the host's kernel ended its process for its CPU time."""
+
     @property
     def not_enforced(self) -> tuple[str, ...]:
         """Requested limits that this host cannot enforce, one line each."""
@@ -300,9 +303,11 @@ class Instance:
             name: The machine's name.
         """
         exceeded = self.exceeded()
+        if exceeded is None:
+            reason = self._end_reason()
+            exceeded = self.exceeded()  # only now the process has surely ended
         if exceeded is not None:
             return exceeded
-        reason = self._end_reason()
         self.events.add("crashed", reason)
         said = [f"the guest's console: {finding.text}" for finding in self.findings]
         return MachineCrashed(
@@ -324,8 +329,9 @@ class Instance:
         if ceiling is not None:
             details = "the machine's process on the host, not the guest, reached its ceiling"
             return QuotaExceeded("memory", ceiling, max(ceiling, usage.peak_memory_bytes), details=details)
-        if guard is not None and guard.limits.cpu_seconds and usage.cpu_seconds > guard.limits.cpu_seconds:
-            return QuotaExceeded("cpu_seconds", guard.limits.cpu_seconds, usage.cpu_seconds)
+        limit = guard.limits.cpu_seconds if guard is not None else None
+        if limit and (usage.cpu_seconds > limit or self.vmm.cpu_limit_hit()):
+            return QuotaExceeded("cpu_seconds", limit, max(limit, usage.cpu_seconds))
         return None
 
     def _end_for(self, verdict: QuotaExceeded) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from pytest_microvm.agent.path import GuestPath
 from pytest_microvm.agent.process import GuestProcess, command_arguments
 from pytest_microvm.agent.transfer import pull, push
+from pytest_microvm.agent.users import GuestUser, guest_user
 from pytest_microvm.errors import MachineError, MicroVMError, UsageError
 from pytest_microvm.events import Event
 from pytest_microvm.machine.client import MachineClient
@@ -260,20 +261,41 @@ class MicroVM:
         """Return a path in the machine, used like :class:`pathlib.Path`."""
         return GuestPath(self.client, *segments)
 
-    def push(self, source: str | os.PathLike[str], target: str | PurePosixPath) -> None:
+    def user(self, name: str | int, *, create: bool = False) -> GuestUser:
+        """Return a user of the machine.
+
+        Args:
+            name: Its name or number, and ``:GROUP``, as for :meth:`run`.
+            create: Whether to make a user that is not in /etc/passwd, and a home folder that is missing.
+
+        Raises:
+            UsageError: There is no such user or group.
+        """
+        return guest_user(self.client, name, create=create)
+
+    def push(
+        self,
+        source: str | os.PathLike[str],
+        target: str | PurePosixPath,
+        owner: str | int | None = None,
+    ) -> None:
         """Copy a file or a folder from the host into the machine.
 
         Args:
             source: On the host; relative to the current folder.
             target: In the machine: the path of the new file or folder.
+            owner: The user of the machine to whom it belongs there, as for :meth:`run`; if omitted, a file
+                belongs to root, and what a folder holds to the numbers that it has on the host.
 
         Raises:
             UsageError: There is no ``source``.
             TransferError: The machine could not store it (its disk is full, for example).
         """
         self._asked("push", f"push {source} {target}")
+        whose = None if owner is None else self.user(owner)
         with self.client.operation("push"):
-            push(self.client.link(), Path(source), PurePosixPath(target))
+            numbers = None if whose is None else (whose.uid, whose.gid)
+            push(self.client.link(), Path(source), PurePosixPath(target), numbers)
 
     def pull(self, source: str | PurePosixPath, target: str | os.PathLike[str]) -> Path:
         """Copy a file or a folder from the machine to the host.
@@ -301,6 +323,7 @@ class MicroVM:
         target: str | PurePosixPath,
         mode: Access = "rw",
         kind: Kind = "copy",
+        owner: str | int | None = None,
     ) -> Mounted:
         """Mount a directory or a file of the host in the machine.
 
@@ -310,6 +333,7 @@ class MicroVM:
             target: In the machine: a path where nothing exists yet.
             mode: ``ro``: nothing is copied back; ``rw``: the machine's changes are copied back.
             kind: ``copy``, ``git`` or ``live``; see :class:`Mount`.
+            owner: The user of the machine to whom it belongs there, as for :meth:`run`; root if omitted.
 
         Returns:
             The mount, which copies changes back on request, at the end of a ``with`` block, or when the
@@ -320,7 +344,7 @@ class MicroVM:
             TransferError: The machine could not store it.
         """
         where = absolute(os.fspath(source), Path.cwd())
-        return self.hand_over(Mount(where, PurePosixPath(target), mode, kind))
+        return self.hand_over(Mount(where, PurePosixPath(target), mode, kind, owner))
 
     def hand_over(self, what: Mount) -> Mounted:
         """Mount as a spec's ``Mount`` specifies; see :meth:`mount`."""

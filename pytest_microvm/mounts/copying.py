@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_microvm.agent.transfer import receive_file, receive_tree, send_tar
+from pytest_microvm.agent.users import GuestUser, give
 from pytest_microvm.errors import MountConflict, TransferError, UsageError
 from pytest_microvm.mounts.merging import Conflict, Result, TakeOver, is_below
 from pytest_microvm.settings.mounts import Changes, Mount
@@ -50,8 +51,11 @@ class Copy:
         self._left_out: dict[str, str] = {}  # already reported, path -> reason
         self.single = not self._source.is_dir()
 
-    def hand_over(self) -> None:
+    def hand_over(self, owner: GuestUser | None) -> None:
         """Copy the source into the machine.
+
+        Args:
+            owner: To whom it belongs there; ``None``: root.
 
         Raises:
             UsageError: This user may not read all of the source.
@@ -68,6 +72,8 @@ class Copy:
                 send_tar(link, target, lambda archive: self._handed.write(archive, root))
         finally:
             os.close(root)
+        if owner is not None:
+            give(self._machine.client, target, owner)
 
     def bring_back(self) -> Changes:
         """Apply the machine's changes; see :meth:`pytest_microvm.mounts.mounting.Mounted.copy_back`."""

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_microvm.agent.transfer import send_tar
+from pytest_microvm.agent.users import GuestUser, give
 from pytest_microvm.errors import TransferError, UsageError
 from pytest_microvm.git.bundle import BadBundle, borrowing, import_commits
 from pytest_microvm.git.commands import GitError, git
+from pytest_microvm.git.heads import head_branch, head_commit, set_head
 from pytest_microvm.git.repository import (
     Repository,
     checkout_at,
@@ -65,9 +67,13 @@ class Clone:
             self._check_name()
         self._branch: str | None = None  # the last branch created here, at ``_tip``
         self._last = Changes()
+        self._user: str | None = None  # the one who runs git in the machine: the clone's owner
 
-    def hand_over(self) -> None:
+    def hand_over(self, owner: GuestUser | None) -> None:
         """Clone the repository into the machine and check out its branch there.
+
+        Args:
+            owner: To whom it belongs there; ``None``: root.
 
         Raises:
             UsageError: The machine has no git.
@@ -91,6 +97,9 @@ class Clone:
                 )
             finally:
                 os.close(root)
+        if owner is not None:
+            give(self._machine.client, self._mount.target, owner)
+            self._user = owner.numbers
         self._guest_git("reset", "--hard", "--quiet")
 
     def bring_back(self) -> Changes:
@@ -130,12 +139,7 @@ class Clone:
             "--git-dir", made.directory, "fetch", "--quiet", "--no-tags", "--no-write-fetch-head", *shallow,
             lender.directory, f"{_LENT}:refs/handed/over", local=True,
         )  # fmt: skip
-        branch = _branch(self._repository)
-        if branch:
-            made.git("update-ref", branch, self._base)
-            made.git("symbolic-ref", "HEAD", branch)
-        else:
-            made.git("update-ref", "--no-deref", "HEAD", self._base)
+        set_head(made, head_branch(self._repository), self._base)
         made.git("update-ref", "-d", "refs/handed/over")
         made.git("config", "user.name", f"microvm {self._machine.client.id}")
         made.git("config", "user.email", f"{self._machine.client.id}@microvm.invalid")
@@ -145,7 +149,8 @@ class Clone:
     def _uncommitted(self) -> int:
         """Return the number of uncommitted changes that the machine reports."""
         script = 'git -C "$1" status --porcelain | wc -l'
-        done = self._machine.run(["/bin/sh", "-c", script, "sh", str(self._mount.target)])
+        command = ["/bin/sh", "-c", script, "sh", str(self._mount.target)]
+        done = self._machine.run(command, user=self._user)
         said = done.stdout.strip()
         return min(int(said), _MAX_UNCOMMITTED) if re.fullmatch(r"[0-9]{1,9}", said, re.ASCII) else 0
 
@@ -156,7 +161,7 @@ class Clone:
             receive(self._machine, self._machine.path(place), bundle)
         except (OSError, TransferError) as error:
             raise self._refused("its bundle cannot be read", str(error)) from error
-        self._machine.run(["rm", "-rf", str(place)])
+        self._machine.run(["rm", "-rf", str(place)], user=self._user)
 
     def _named(self, tip: str) -> str:
         """Create a branch for ``tip``, or fast-forward the one created before; return its name."""
@@ -211,8 +216,11 @@ class Clone:
         return True
 
     def _guest_git(self, *arguments: str) -> str:
-        """Run git in the machine and return its output, which is untrusted."""
-        done = self._machine.run(["git", "-C", str(self._mount.target), *arguments])
+        """Run git in the machine as the clone's owner and return its output, which is untrusted.
+
+        Not as root: that git would refuse the owner's repository, or run its hooks with root's rights.
+        """
+        done = self._machine.run(["git", "-C", str(self._mount.target), *arguments], user=self._user)
         if done.returncode:
             raise self._refused(f"its git {arguments[0]} failed", sanitize(done.stderr, _MAX_SAID))
         return str(done.stdout)
@@ -251,16 +259,8 @@ def _head(source: Path, repository: Repository) -> str:
         UsageError: The repository has no commit.
     """
     try:
-        return repository.git("rev-parse", "--verify", "HEAD^{commit}").strip()
+        return head_commit(repository)
     except GitError as error:
         raise UsageError(
             f"{source} has no commit yet", details=error.details, resolution="commit something first"
         ) from error
-
-
-def _branch(repository: Repository) -> str | None:
-    """Return the branch that is checked out, such as ``refs/heads/main``; ``None`` if HEAD is detached."""
-    try:
-        return repository.git("symbolic-ref", "--quiet", "HEAD").strip() or None
-    except GitError:
-        return None

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from pytest_microvm.agent.link import GuestError
 from pytest_microvm.agent.transfer import TIMEOUT
+from pytest_microvm.agent.users import GuestUser
 from pytest_microvm.errors import MachineCrashed, TransferError, UsageError
 from pytest_microvm.mounts.copying import resolved
 from pytest_microvm.mounts.live.folder import Folder, Growth
 from pytest_microvm.mounts.live.lock import lock_file
-from pytest_microvm.mounts.live.messages import BadRequest
+from pytest_microvm.mounts.live.messages import BadRequest, Owner
 from pytest_microvm.mounts.live.server import Server
 from pytest_microvm.mounts.live.serving import serve
 from pytest_microvm.settings.mounts import Changes, Mount
@@ -48,8 +49,11 @@ class LiveMount:
                 resolution="mount the directory it is in, or mount it as copy",
             )
 
-    def hand_over(self) -> None:
+    def hand_over(self, owner: GuestUser | None) -> None:
         """Mount the directory in the machine.
+
+        Args:
+            owner: To whom everything in it belongs there; ``None``: root.
 
         Raises:
             TransferError: The machine cannot mount the directory.
@@ -57,7 +61,8 @@ class LiveMount:
         path = self._machine.path(self._mount.target)
         path.mkdir(parents=True, exist_ok=True)
         writable = self._mount.access == "rw"
-        server = Server(self._open(writable=writable))
+        whose = Owner() if owner is None else Owner(owner.uid, owner.gid)
+        server = Server(self._open(writable=writable), whose)
 
         async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             try:

@@ -54,8 +54,10 @@ class Machine(Protocol):
     def network(self) -> MachineNetwork:
         """The machine's network, which carries live mounts."""
 
-    def run(self, args: str | Sequence[str | PurePosixPath]) -> subprocess.CompletedProcess[Any]:
-        """Run a command and return its result."""
+    def run(
+        self, args: str | Sequence[str | PurePosixPath], *, user: str | int | None = None
+    ) -> subprocess.CompletedProcess[Any]:
+        """Run a command, as root if no user is named, and return its result."""
 
     def path(self, *segments: str | PurePosixPath) -> GuestPath:
         """Return a path in the machine."""

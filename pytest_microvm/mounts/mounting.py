@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from pytest_microvm.agent.transfer import TIMEOUT
+from pytest_microvm.agent.users import ROOT, GuestUser, give, guest_user
 from pytest_microvm.errors import MachineError, MountConflict, TransferError, UsageError
 from pytest_microvm.mounts.copying import Copy
 from pytest_microvm.mounts.git_clone import Clone
@@ -30,8 +31,8 @@ class _Handed(Protocol):
 
     single: bool
 
-    def hand_over(self) -> None:
-        """Transfer the source into the machine."""
+    def hand_over(self, owner: GuestUser | None) -> None:
+        """Transfer the source into the machine, where it belongs to ``owner``, else to root."""
 
     def bring_back(self) -> Changes:
         """Apply the machine's changes to the host."""
@@ -134,15 +135,19 @@ def mount(machine: Machine, what: Mount) -> Mounted:
     """Mount a directory or file of the host in a machine.
 
     Raises:
-        UsageError: The source is unusable, or the machine already has something at the target.
+        UsageError: The source is unusable, the machine already has something at the target, or has no such
+            owner.
         TransferError: The machine could not store or mount the source.
     """
     handed: _Handed = _KINDS[what.kind](machine, what)
+    owner = None if what.owner is None else guest_user(machine.client, what.owner)
     _check_place(machine, what, single=handed.single)
     with machine.client.operation(f"mount {what.target}"):
         try:
             with _as_transfer_error(what.source):
-                handed.hand_over()
+                if owner is not None and what.kind != "live" and not handed.single:
+                    _take(machine, what)
+                handed.hand_over(owner)
         except MachineError:
             if what.kind != "live" and machine.alive:
                 with contextlib.suppress(OSError, MachineError):  # the first error is more relevant
@@ -174,6 +179,12 @@ def copy_all_back(mounted: Sequence[Mounted]) -> list[Changes]:
     if failed:
         raise failed[0]
     return done
+
+
+def _take(machine: Machine, what: Mount) -> None:
+    """Let an empty target belong to root until all is in it: its user must not work beside root there."""
+    machine.path(what.target).mkdir(parents=True, exist_ok=True)
+    give(machine.client, what.target, ROOT)
 
 
 def _remove(path: GuestPath, *, single: bool) -> None:

@@ -44,6 +44,7 @@ class Machines:
         self.host: Host = Host(
             project=config.rootpath,
             require_accel=self.settings.require_accel,
+            lock="require" if self.settings.locked else "follow",
             timeout=DEFAULT_TIMEOUT,
             retries=self.settings.retries,
             say=self._say,

@@ -59,7 +59,9 @@ class Settings:
         artifacts: The folder for records of machines that crashed or exceeded a quota.
         write_back: Patterns, as in a .gitignore file, of workspace files that come back from machines.
         keep_tmp: Whether the temporary folders of failed tests come back from machines.
+        git: Whether machines get the history of the project.
         require_accel: The only acceptable accelerator.
+        locked: Whether images must be those that ``microvm.lock`` pins.
         junit_profile: The consumer of the ``--junitxml`` file; ``None``: as pytest writes it.
         named: The keys that the configuration file has.
         asked: The configuration file's keys that need trust, as written, without those that the command line
@@ -84,7 +86,9 @@ class Settings:
     artifacts: Path | None = None
     write_back: tuple[str, ...] = ()
     keep_tmp: bool = False
+    git: bool = False
     require_accel: str | None = None
+    locked: bool = False
     junit_profile: str | None = None
     named: frozenset[str] = frozenset()
     asked: Mapping[str, Any] = field(default_factory=dict)

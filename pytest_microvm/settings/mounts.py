@@ -30,12 +30,15 @@ class Mount:
         access: ``ro``: nothing is copied back; ``rw``: the machine's changes are copied back.
         kind: ``copy``: the content is copied in, and changes are copied back; ``live``: shared while the
             machine runs; ``git``: the machine gets a clone, and its commits come back as a branch.
+        owner: The user of the machine to whom everything in it belongs there, by name or number, as for
+            commands; ``None``: root.
     """
 
     source: Path
     target: PurePosixPath
     access: Access = "rw"
     kind: Kind = "copy"
+    owner: str | int | None = None
 
     def __post_init__(self) -> None:
         _check_target(self.target, str(self))

@@ -107,6 +107,8 @@ OPTIONS: tuple[Option, ...] = (
     Option("args", "run", "words", "arguments for pytest inside the machine"),
     Option("image", "image", "kit", "the image: a kit's name or path, or a container image's reference",
            default="python", absent=("gitlab",)),
+    Option("locked", "run", "flag", "fail unless images are exactly those that microvm.lock pins",
+           default="off"),
     Option("python", "image", "choice",
            "Python of the machine: host mirrors this environment, image is the image's own",
            default="host if neither an image nor prepare is set, else image", choices=("host", "image"),
@@ -158,6 +160,8 @@ OPTIONS: tuple[Option, ...] = (
            "docs/*.png"),
     Option("keep_tmp", "run", "flag", "bring the tmp_path of failed tests back to this computer",
            default="off"),
+    Option("git", "run", "flag", "give machines the history of HEAD, its tags and the index as .git, for "
+           "suites that ask git for their version", default="off"),
     Option("debug_port", "run", "count",
            "port of this computer that leads to the same port of the machine of the present test, for an IDE",
            "5678", unit="as a port", least=1, most=65535),

@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from pytest_microvm.untrusted.extraction import ExtractionLimits
 
 
+_IMAGE_WITH_GIT = "agent"  # the image python with git
 _KEY_SHOWN = 12  # characters, as in `pytest-microvm template list`
 
 
@@ -255,12 +256,14 @@ class MachineBackend:
         config = load_settings(settings.rootdir, settings.values)
         project_trust.check(settings.rootdir, asked_by(config))
         if not {"image", "python", "prepare"} & {*settings.values, *config.named}:
-            config = replace(config, spec=replace(config.spec, python="host"))
+            image = _IMAGE_WITH_GIT if config.git else config.spec.image
+            config = replace(config, spec=replace(config.spec, python="host", image=image))
         self._artifacts = artifacts_folder(config.artifacts, settings)
         self._config = replace(config, spec=change(config.spec))
         self._host = Host(
             project=settings.rootdir,
             require_accel=self._config.require_accel,
+            lock="require" if self._config.locked else "follow",
             timeout=DEFAULT_TIMEOUT,
             retries=0,  # the suite itself retries, and reports that with the test
             say=progress,
@@ -311,7 +314,7 @@ class MachineBackend:
             MicroVMError: No machine could be prepared.
         """
         progress("reading the workspace")
-        workspace = scan(plan.workspace)
+        workspace = scan(plan.workspace, git=self._config.git)
         if workspace.size > self._base.resources.disk:
             raise UsageError(
                 f"the workspace {plan.workspace} is larger than the machine's disk",

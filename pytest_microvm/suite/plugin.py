@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
-from _pytest.config import builtin_plugins
 
-from pytest_microvm.errors import MicroVMError, UsageError
 from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.suite import neutral
-from pytest_microvm.suite.addopts import overridden_key, refuse_acting, refuse_granting
-from pytest_microvm.suite.arguments import (
-    DEBUGGING,
-    OF_THE_MACHINE,
-    SHOWING_ALONE,
-    Split,
-    parser_arity,
-    split_arguments,
-    tokens,
-    why_impossible,
-    with_values,
-)
+from pytest_microvm.suite.arguments import DEBUGGING, SHOWING_ALONE
 from pytest_microvm.suite.backend import (
     Backend,
     CollectPlan,
@@ -37,6 +23,8 @@ from pytest_microvm.suite.backend import (
 )
 from pytest_microvm.suite.collected import Collected
 from pytest_microvm.suite.collection import Replay, raise_exit
+from pytest_microvm.suite.conditions import check_debug_port, check_rewriting, fixtures_mode, repeat_tests
+from pytest_microvm.suite.dividing import DividedArguments
 from pytest_microvm.suite.ending import Ending
 from pytest_microvm.suite.foreign_warnings import warning_message
 from pytest_microvm.suite.forking import SLOW, FixtureForks
@@ -54,9 +42,9 @@ from pytest_microvm.suite.missing import (
     with_advice,
 )
 from pytest_microvm.suite.observer import SuiteObserver
-from pytest_microvm.suite.plan import addopts_of, guest_environment, settings_from, workspace_of
+from pytest_microvm.suite.plan import guest_environment, settings_from, workspace_of
 from pytest_microvm.suite.progress import TerminalProgress
-from pytest_microvm.suite.repeating import Repeats
+from pytest_microvm.suite.pytest_errors import as_pytest_errors
 from pytest_microvm.suite.running import TestRunner
 from pytest_microvm.suite.setup_times import SetUpTimes, remember, remembered
 from pytest_microvm.suite.summary import (
@@ -72,19 +60,11 @@ from pytest_microvm.suite.written_options import (
     Places,
     WantedFiles,
     folders_of,
-    rewriting_option,
     wanted_files,
 )
 from pytest_microvm.terminal.termination import interrupt_on_sigterm
 from pytest_microvm.untrusted.nofollow import refuse_links
 from pytest_microvm.untrusted.text import sanitize, sanitize_part
-
-_HOST_PLUGINS = frozenset(
-    [
-        *("microvm", "microvm-guard", "pytest_microvm.plugin", "pytest_microvm.plugin.guard"),
-        *("xdist", "xdist.plugin", "xdist.looponfail"),
-    ]
-)
 
 
 class RemoteSuite:
@@ -96,7 +76,6 @@ class RemoteSuite:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
-        self._guest_arguments: tuple[str, ...] = ()
         self._backend: Backend | None = None
         self._plan: CollectPlan | None = None
         self._collected: Collected | None = None
@@ -108,13 +87,13 @@ class RemoteSuite:
         self._coverage: MachineCoverage | None = None
         self._kept: KeptFolders | None = None
         self._wanted = WantedFiles((), (), while_running=False)
-        self._words: tuple[tuple[str, ...], tuple[str, ...], dict[str, str]] = ((), (), {})
         self._has_shown = False
         self._tally = Tally()
         self._times: SetUpTimes | None = None
         self._leave_sigterm = interrupt_on_sigterm()
         self._guest_plugins = os.environ.pop("PYTEST_PLUGINS", None)  # pytest would import them on the host
         self._launch = launch_of(config.invocation_params.args)
+        self._arguments = DividedArguments(config, self._launch)
         neutral.neutralise(config)
 
     def divide(self, parser: pytest.Parser, args: list[str]) -> None:
@@ -125,43 +104,7 @@ class RemoteSuite:
         """
         if self._guest_plugins is not None:
             os.environ["PYTEST_PLUGINS"] = self._guest_plugins  # for the workers of pytest-xdist
-        neutral.forget_failed_filters(self._config)
-        arity = {**OF_THE_MACHINE, **parser_arity(parser)}
-        self._options_that_write(args, arity)
-        for token in with_values(args, arity):
-            if (why := why_impossible(token)) is not None:
-                raise pytest.UsageError(f"{token.option} cannot work with --microvm: {why}")
-        with _as_pytest_errors():
-            neutral.refuse_project_plugins(self._config, _named_plugins(args, arity))
-            if self._launch is None:
-                neutral.refuse_linked_cache(self._config)
-                count = len(addopts_of(self._config, args))
-                refuse_granting(args[:count])
-                refuse_acting(args[:count], args[count:], arity)
-                split = split_arguments(args, arity, self._is_host_plugin)
-            else:
-                ours, users = args[: self._launch.words], args[self._launch.words :]
-                split = split_arguments(users, arity, self._is_host_plugin)
-                split = Split((*ours, *split.host), (*self._launch.guest, *split.guest))
-                neutral.forget_own_file(self._config, self._launch.file)
-        args[:] = split.host
-        self._guest_arguments = split.guest
-        neutral.forbid_conftests(self._config)
-
-    def _options_that_write(self, args: list[str], arity: Mapping[str, str]) -> None:
-        """Note the words of the user and of the project: some options write files in the workspace."""
-        count = len(addopts_of(self._config, args)) if self._launch is None else self._launch.words
-        projects = args[:count] if self._launch is None else [*self._launch.guest]
-        self._words = (tuple(args[count:]), tuple(projects), dict(arity))
-        for token in tokens(self._words[0], arity):
-            if overridden_key(token) == "log_file":
-                neutral.write_log_file(self._config, (token.value or "").partition("=")[2])
-
-    def _is_host_plugin(self, name: str) -> bool:
-        if self._launch is not None and not name.startswith("no:") and name not in builtin_plugins:
-            return True  # the machine loads its own installed plug-ins
-        plugin = self._config.pluginmanager.get_plugin(name)
-        return name in _HOST_PLUGINS or bool(getattr(plugin, "microvm_host_only", False))
+        self._arguments.divide(parser, args)
 
     def pytest_plugin_registered(self, plugin: object) -> None:
         """Disable hooks of any plug-in that belong in the machine, also if registered before this one."""
@@ -189,7 +132,7 @@ class RemoteSuite:
         neutral.forget_unknown_keys(session.config)
         if self._launch is not None:
             neutral.shorten_header(session.config)
-        with _as_pytest_errors(), self._progress as progress:
+        with as_pytest_errors(), self._progress as progress:
             settings = settings_from(session.config, self._launch)
             self._refuse_linked(session.config.getoption("xmlpath", None))
             self._refuse_linked(settings.values.get("artifacts"))
@@ -200,9 +143,9 @@ class RemoteSuite:
             assert backend is not None
             self._backend = backend
             self._coverage = self._make_coverage(settings)
-            self._repeat(backend.options)
-            self._check_debug_port(backend.options)
-            self._check_rewriting(backend.options)
+            repeat_tests(session.config, backend.options)
+            check_debug_port(backend.options, settings.workers)
+            check_rewriting(backend.options, self._arguments, whole=self._is_whole())
             self._wanted = self._wanted_files(backend.options)
             self._plan = self._make_plan(backend, self._wanted)
             self._write_back = WriteBack(session.config, workspace_of(session.config), self._wanted)
@@ -261,16 +204,16 @@ class RemoteSuite:
         """Collect in the guest and replay its collection on the host."""
         self._collected = collected = self._collect()
         if self._coverage is not None and collected.executed is not None:
-            with _as_pytest_errors():
+            with as_pytest_errors():
                 self._coverage.add(collected.executed)
         ended = collected.exit
-        if ended is not None and ended.shown and self._is_told(SHOWING_ALONE):
+        if ended is not None and ended.shown and self._arguments.is_told(SHOWING_ALONE):
             session.items, self._has_shown = [], True
             self._display.write(ended.text)
             return True
         self._prepare(collected)
         session._initialpaths = frozenset(self._named_paths())  # noqa: SLF001 - used by --lf
-        with _as_pytest_errors():
+        with as_pytest_errors():
             self._replay = Replay(session, collected, self._display)
             try:
                 self._replay.perform()
@@ -372,7 +315,7 @@ class RemoteSuite:
     def _collect(self) -> Collected:
         assert self._backend is not None
         assert self._plan is not None
-        with _as_pytest_errors(), self._progress as progress:
+        with as_pytest_errors(), self._progress as progress:
             return Collected.parse(self._backend.collect(self._plan, progress))
 
     def _make_runner(self, collected: Collected) -> TestRunner:
@@ -386,7 +329,7 @@ class RemoteSuite:
             coverage=self._coverage,
             kept=self._kept,
         )
-        self._observer.lends_terminal = self._is_told(DEBUGGING)
+        self._observer.lends_terminal = self._arguments.is_told(DEBUGGING)
         self._observer.debug_port = self._backend.options.debug_port
         options = self._backend.options
         end = MachineEnd(collected.outputs, self._write_back.finishing, self._is_whole())
@@ -397,7 +340,7 @@ class RemoteSuite:
             self._backend,
             leases,
             collected,
-            mode=self._fixtures_mode(options),
+            mode=fixtures_mode(self._config, options, debugs=self._arguments.is_told(DEBUGGING)),
             pure=options.pure_fixtures,
             times=self._times,
             watcher=self._observer,
@@ -408,60 +351,13 @@ class RemoteSuite:
         )
         return TestRunner(options, leases, forks, self._observer, self._display, whole=self._is_whole())
 
-    def _fixtures_mode(self, options: RunOptions) -> str:
-        """Return the mode of wide fixtures: a debugger or a plan of set-ups needs them in each machine."""
-        shows = any(getattr(self._config.option, name, False) for name in ("setupshow", "setuponly"))
-        debugs = self._is_told(DEBUGGING) or options.debug_port is not None
-        if options.isolation != "test" or shows or debugs:
-            return "repeat"
-        return options.fixtures
-
-    def _repeat(self, options: RunOptions) -> None:
-        """Repeat tests if that was asked for; each run needs a machine of its own.
-
-        Raises:
-            UsageError: Tests share machines.
-        """
-        if options.repeat is None:
-            return
-        if options.isolation != "test":
-            raise UsageError(
-                f"repeat needs a machine for each run of a test, but isolation is {options.isolation}",
-                resolution="add --microvm-isolation=test",
-            )
-        self._config.pluginmanager.register(Repeats(options.repeat), "microvm_repeats")
-
-    def _check_debug_port(self, options: RunOptions) -> None:
-        """Check that one process runs the tests: the port leads to one machine.
-
-        Raises:
-            UsageError: Workers of pytest-xdist do.
-        """
-        if options.debug_port is not None and settings_from(self._config, self._launch).workers:
-            raise UsageError(
-                "the debug port leads to one machine, but -n runs several at once", resolution="leave out -n"
-            )
-
-    def _check_rewriting(self, options: RunOptions) -> None:
-        """Check that one process sees all tests if a plug-in is to rewrite their source.
-
-        Raises:
-            UsageError: There are several.
-        """
-        option = rewriting_option(self._words[0], self._words[2])
-        if option is None or self._is_whole():
-            return
-        divided = options.isolation == "session"
-        raise UsageError(
-            f"{option} rewrites the tests' source when their process ends, but "
-            + ("-n divides them among several" if divided else f"isolation is {options.isolation}"),
-            resolution="leave out -n" if divided else "add --microvm-isolation=session",
-        )
-
     def _wanted_files(self, options: RunOptions) -> WantedFiles:
         basetemp = self._config.getoption("basetemp", None) if options.keep_tmp else None
         places = self._places(options)
-        return wanted_files(options.write_back, *self._words, places, basetemp=basetemp)
+        words = self._arguments
+        return wanted_files(
+            options.write_back, words.users, words.projects, words.arity, places, basetemp=basetemp
+        )
 
     def _places(self, options: RunOptions) -> Places:
         mounted = tuple(Path(target) for target in options.mounted)
@@ -492,7 +388,7 @@ class RemoteSuite:
             "is_hypothesis_test" in node.attributes for node in collected.nodes
         )
         if self._kept is not None and not self._config.option.collectonly:
-            with _as_pytest_errors():
+            with as_pytest_errors():
                 self._kept.begin()
         self._runner = self._make_runner(collected)
 
@@ -521,7 +417,7 @@ class RemoteSuite:
         return CollectPlan(
             arguments=(
                 *arguments,
-                *self._guest_arguments,
+                *self._arguments.guest,
                 *backend.options.arguments,
                 *(word for words in option.microvm_args or () for word in words),
             ),
@@ -531,9 +427,9 @@ class RemoteSuite:
             environment=guest_environment(self._guest_plugins, config, self._launch),
             timeout=backend.options.collect_timeout,
             whole=self._is_whole(),
-            debug=self._look() if self._is_told(DEBUGGING) else None,
+            debug=self._look() if self._arguments.is_told(DEBUGGING) else None,
             coverage=None if self._coverage is None else self._coverage.settings,
-            folders=folders_of(self._words[0], self._words[2], self._places(backend.options)),
+            folders=folders_of(self._arguments.users, self._arguments.arity, self._places(backend.options)),
             outside=tuple((place.path, place.is_folder) for place in wanted.outside),
         )
 
@@ -543,11 +439,6 @@ class RemoteSuite:
         if terminal is None:
             return {}
         return {name: getattr(terminal._tw, name) for name in ("hasmarkup", "code_highlight")}  # noqa: SLF001
-
-    def _is_told(self, options: frozenset[str]) -> bool:
-        """Return True if the user, and not only the project, has given one of the options."""
-        users, _projects, arity = self._words
-        return any(token.option in options for token in tokens(users, arity))
 
     def _refuse_linked(self, path: str | None) -> None:
         if path is not None:
@@ -564,18 +455,3 @@ class RemoteSuite:
     @cached_property
     def _progress(self) -> TerminalProgress:
         return TerminalProgress(self._config)
-
-
-def _named_plugins(args: list[str], arity: Mapping[str, str]) -> list[str]:
-    return [(token.value or "").strip() for token in tokens(args, arity) if token.option == "-p"]
-
-
-class _as_pytest_errors:  # noqa: N801 - reads as the statement it is
-    """Convert this package's errors to ``pytest.UsageError``, which pytest shows as text with exit code 4."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, MicroVMError):
-            raise pytest.UsageError(sanitize(str(error))) from None

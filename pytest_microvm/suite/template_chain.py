@@ -70,6 +70,9 @@ class SuiteChain:
         started = "PYTHONPATH" not in self._environment()  # else the workspace could affect Python's start
         if started:
             steps.append(self._started_step())
+        if workspace.history and workspace.history.size > _OWN_LINK:
+            steps.append(history_step(workspace))
+            workspace = workspace.part(workspace.entries, history=False)
         copied = workspace.size > _OWN_LINK
         if copied:
             steps.append(workspace_step(workspace))
@@ -81,7 +84,8 @@ class SuiteChain:
         if not commands:
             return []
         top = self.plan.workspace
-        inputs = _chosen(scan(top), self.settings.project, self.settings.prepare_inputs)
+        whole = scan(top, git=self.settings.git and bool(self.settings.prepare_inputs))
+        inputs = _chosen(whole, self.settings.project, self.settings.prepare_inputs)
         return [
             prepared_step(
                 self.host,
@@ -107,8 +111,10 @@ class SuiteChain:
                 self._start_runner(instance, "/", preload=True)
             return {}
 
-        inputs = (json.dumps([self.plan.environment, self.plan.coverage is not None]),)
-        return TemplateStep("started", inputs, work, "starting pytest")
+        inputs = [json.dumps([self.plan.environment, self.plan.coverage is not None])]
+        if self.settings.git:
+            inputs.append("git")
+        return TemplateStep("started", tuple(inputs), work, "starting pytest")
 
     def _collected_step(self, workspace: Workspace | None, *, started: bool) -> TemplateStep:
         """Return the chain step that collects the tests.
@@ -139,6 +145,8 @@ class SuiteChain:
     def _start_runner(self, instance: Instance, folder: str, *, preload: bool = False) -> Link:
         """Start the runner in ``folder`` and wait for its hello, which it sends once pytest is loaded."""
         machine = machine_in_the_making(self.base, instance)
+        if self.settings.git:
+            check_git(machine, self.base.image.name)
         machine.path(folder).mkdir(parents=True, exist_ok=True)
         coverage = self.plan.coverage is not None
         runner = shlex.join(runner_command(PYTHON, _CODE_FOLDER, preload=preload, coverage=coverage))
@@ -180,6 +188,25 @@ class SuiteChain:
         )
 
 
+def check_git(machine: MicroVM, image: str) -> None:
+    """Check that the programs in a machine can ask git.
+
+    Args:
+        machine: The machine.
+        image: Its image's name.
+
+    Raises:
+        UsageError: It has no git.
+    """
+    try:
+        machine.run(["git", "--version"], timeout=_HELLO_TIMEOUT)
+    except FileNotFoundError:
+        raise UsageError(
+            f"image {image} has no git, which --microvm-git is for",
+            resolution="take the image agent, a kit with the package git, or install it in prepare",
+        ) from None
+
+
 def workspace_step(workspace: Workspace) -> TemplateStep:
     """Return the template-chain step that copies a workspace into the machine."""
 
@@ -188,6 +215,18 @@ def workspace_step(workspace: Workspace) -> TemplateStep:
         return {}
 
     return TemplateStep("workspace", (str(workspace.top), workspace.digest()), work, "copying the workspace")
+
+
+def history_step(workspace: Workspace) -> TemplateStep:
+    """Return the template-chain step that copies a workspace's history, which an edit does not change."""
+    history = workspace.history
+    assert history is not None, "checked by the caller"
+
+    def work(instance: Instance) -> dict[str, bytes]:
+        _send(instance.adopt("agent", IN_THE_MAKING), replace(workspace, entries=()))
+        return {}
+
+    return TemplateStep("history", (str(workspace.top), history.digest()), work, "copying the history")
 
 
 def fixtures_step(set_up: PureSetUp, limits: TestLimits) -> TemplateStep:
@@ -242,14 +281,18 @@ def _chosen(workspace: Workspace, project: Path, wanted: tuple[str, ...]) -> Wor
     """
     below = project.resolve().relative_to(workspace.top.resolve())
     prefixes = [str(PurePosixPath(below, name)) for name in wanted]
+    history = workspace.history if ".git" in prefixes else None
     for name, prefix in zip(wanted, prefixes, strict=True):
-        if not any(_inside(entry.path, prefix) for entry in workspace.entries):
+        if not (prefix == ".git" and history) and not any(
+            _inside(entry.path, prefix) for entry in workspace.entries
+        ):
             raise UsageError(
                 f"invalid prepare_inputs: expected files or folders of the workspace, got {name!r}",
-                resolution="name files or folders below the project that git does not ignore",
+                resolution="name files or folders below the project that git does not ignore; .git needs "
+                "the key git",
             )
-    entries = tuple(e for e in workspace.entries if any(_inside(e.path, prefix) for prefix in prefixes))
-    return replace(workspace, entries=entries)
+    entries = [e for e in workspace.entries if any(_inside(e.path, prefix) for prefix in prefixes)]
+    return workspace.part(entries, history=history is not None)
 
 
 def _inside(path: str, prefix: str) -> bool:

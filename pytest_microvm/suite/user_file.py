@@ -16,6 +16,7 @@ else:
 
 NAME = "config.toml"
 _KEYS = ("plugins", "plugin_path")
+_TABLES = ("test", "signatures")  # signatures: pytest_microvm.images.oci.signature_rules reads it
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ def read_user_file(folder: Path) -> UserFile:
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: {error}") from error
     table = data.get("test", {})
-    unknown = [key for key in data if key != "test"]
+    unknown = [key for key in data if key not in _TABLES]
     unknown += [key for key in table if key not in _KEYS] if isinstance(table, dict) else ["test"]
     if unknown:
         raise UsageError(
             f"{file}: {' '.join(unknown)} is not known there",
-            resolution=f"it may have a table [test] with {' and '.join(_KEYS)}",
+            resolution=f"it may have a table [test] with {' and '.join(_KEYS)}, and a table [signatures]",
         )
     folders = [Path(each).expanduser() for each in parse_strings(table.get("plugin_path", []), "plugin_path")]
     for each in folders:

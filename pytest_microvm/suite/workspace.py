@@ -10,13 +10,15 @@ import hashlib
 import os
 import stat
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 from pytest_microvm.errors import UsageError
 from pytest_microvm.git.commands import GitError
+from pytest_microvm.git.history import CheckoutHistory, read_history
 from pytest_microvm.git.repository import Checkout, checkout_at, find_checkout
 from pytest_microvm.settings.spec import format_size
 from pytest_microvm.untrusted.manifest import is_git
@@ -52,10 +54,12 @@ class Workspace:
     Args:
         top: The directory.
         entries: The entries to copy, sorted by path.
+        history: The history of its checkout, of which the copy gets a ``.git``; ``None``: it gets none.
     """
 
     top: Path
     entries: tuple[WorkspaceEntry, ...]
+    history: CheckoutHistory | None = None
 
     @property
     def size(self) -> int:
@@ -71,6 +75,8 @@ class Workspace:
                 total.update(head.encode("utf-8", "surrogateescape"))
                 if stat.S_ISREG(entry.mode):
                     total.update(file_digest(tree, entry.path))
+        if self.history is not None:
+            total.update(self.history.digest().encode())
         return total.hexdigest()
 
     def write_tar(self, file: BinaryIO) -> None:
@@ -81,6 +87,8 @@ class Workspace:
         ):
             for entry in self.entries:
                 self._add(archive, tree, entry)
+            if self.history is not None:
+                self._add_history(archive, self.history)
 
     def _add(self, archive: tarfile.TarFile, tree: OpenTree, entry: WorkspaceEntry) -> None:
         info = tarfile.TarInfo(entry.path)
@@ -94,6 +102,43 @@ class Workspace:
             archive.addfile(info)
         else:
             add_file(archive, info, tree, entry.path)
+
+    def _add_history(self, archive: tarfile.TarFile, history: CheckoutHistory) -> None:
+        with tempfile.TemporaryDirectory(prefix="microvm-history-") as folder:
+            made = history.make(Path(folder).resolve())
+            archive.add(made, ".git", filter=_of_root)
+
+    def part(self, entries: Iterable[WorkspaceEntry], *, history: bool) -> Workspace:
+        """Return a workspace with some of the entries, and with the history or without."""
+        chosen = tuple(entries)
+        return replace(
+            self, entries=chosen, history=_for(self.history if history else None, self.top, chosen)
+        )
+
+
+def _for(
+    history: CheckoutHistory | None, top: Path, entries: tuple[WorkspaceEntry, ...]
+) -> CheckoutHistory | None:
+    """Return a history in which tracked paths that are not copied, such as caches, are not deleted."""
+    if history is None:
+        return None
+    missing = history.tracked.difference(entry.path for entry in entries)
+    with OpenTree(top) as tree:
+        here = [path for path in sorted(missing) if _is_inside(path) and tree.status(path) is not None]
+    return replace(history, missing=tuple(here))
+
+
+def _of_root(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Return a member that belongs to root, with its time in whole seconds."""
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    member.mtime = int(member.mtime)
+    return member
+
+
+def _is_inside(path: str) -> bool:
+    """Return True if a path, as an untrusted index has it, is below its folder and not in a ``.git``."""
+    return {"", ".", ".."}.isdisjoint(path.split("/")) and not is_git(path)
 
 
 def add_file(archive: tarfile.TarFile, info: tarfile.TarInfo, tree: OpenTree, path: str) -> None:
@@ -114,12 +159,13 @@ def file_digest(tree: OpenTree, path: str) -> bytes:
     return digest.digest()
 
 
-def scan(top: Path, *, limit: int = DEFAULT_LIMIT) -> Workspace:
+def scan(top: Path, *, limit: int = DEFAULT_LIMIT, git: bool = False) -> Workspace:
     """Return the workspace below ``top``: files that git tracks or would add; without git, all but caches.
 
     Args:
         top: The directory to copy.
         limit: Maximum size in bytes.
+        git: Whether to include the history of the checkout whose top it is, if it is one.
 
     Raises:
         UsageError: ``top`` is not a project's directory, or too large, or git cannot list the ignored files.
@@ -132,7 +178,7 @@ def scan(top: Path, *, limit: int = DEFAULT_LIMIT) -> Workspace:
     with OpenTree(top) as tree:
         paths = sorted({*_paths(tree, top)})
         entries = tuple(entry for path in paths if (entry := _entry(tree, path)) is not None)
-    workspace = Workspace(top, entries)
+    workspace = Workspace(top, entries, _for(_history(top), top, entries) if git else None)
     if workspace.size > limit:
         largest = max(entries, key=lambda entry: entry.size)
         raise UsageError(
@@ -141,6 +187,11 @@ def scan(top: Path, *, limit: int = DEFAULT_LIMIT) -> Workspace:
             resolution="name what the tests do not need in .gitignore",
         )
     return workspace
+
+
+def _history(top: Path) -> CheckoutHistory | None:
+    checkout = checkout_at(top)
+    return None if checkout is None else read_history(checkout)
 
 
 def _paths(tree: OpenTree, top: Path) -> Iterator[str]:
@@ -162,7 +213,7 @@ def _chosen(tree: OpenTree, top: Path, listed: list[str], above: str) -> Iterato
     environments = tuple(path[: -len("pyvenv.cfg")] for path in listed if path.endswith("/pyvenv.cfg"))
     for path in listed:
         names = path.split("/")
-        if not {"", ".", ".."}.isdisjoint(names) or is_git(path):  # the index is untrusted
+        if not _is_inside(path):
             continue
         if path.endswith(".pyc") or not _CACHES.isdisjoint(names):
             continue

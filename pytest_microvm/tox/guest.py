@@ -7,7 +7,6 @@ import json
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from pytest_microvm.errors import BudgetExhausted, MachineError, UsageError
 from pytest_microvm.host.host import Host
 from pytest_microvm.host.starting import machine_in_the_making
 from pytest_microvm.settings.configuration import DEFAULT_TIMEOUT
+from pytest_microvm.suite.template_chain import check_git
 from pytest_microvm.suite.workspace import Workspace, scan
 from pytest_microvm.templates.chain import TemplateStep
 from pytest_microvm.tox.interpreters import interpreters
@@ -90,7 +90,7 @@ class ToxGuest:
     @cached_property
     def workspace(self) -> Workspace:
         """The project's files, without those that tox made."""
-        whole = scan(self._project)
+        whole = scan(self._project, git=self.settings.git)
         if whole.size > self._base.resources.disk:
             raise UsageError(
                 f"the project {self._project} is larger than the machine's disk",
@@ -99,9 +99,8 @@ class ToxGuest:
             )
         inside = [folder for folder in self._made if folder.is_relative_to(self._project)]
         own = tuple(f"{folder.relative_to(self._project)}/" for folder in inside)
-        return replace(
-            whole, entries=tuple(entry for entry in whole.entries if not f"{entry.path}/".startswith(own))
-        )
+        entries = [entry for entry in whole.entries if not f"{entry.path}/".startswith(own)]
+        return whole.part(entries, history=True)
 
     def files(self, names: Sequence[str]) -> Workspace:
         """Return some of the project's files.
@@ -116,7 +115,7 @@ class ToxGuest:
             raise UsageError(
                 f"{missing[0]} is not copied into the machine", resolution="does git ignore it? add it to git"
             )
-        return replace(self.workspace, entries=entries)
+        return self.workspace.part(entries, history=False)
 
     def step(
         self,
@@ -147,6 +146,8 @@ class ToxGuest:
             machine = machine_in_the_making(self._base, instance, grants.for_machine("template"))
             if venv is not None:
                 _make_venv(machine, venv)
+            if files.history is not None:
+                check_git(machine, self._base.image.name)
             put(machine, files)
             for path, text in plan.files.items():
                 machine.path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -197,6 +198,8 @@ class ToxGuest:
         machine = self._start(steps)
         try:
             if files:
+                if self.workspace.history is not None:
+                    check_git(machine, self._base.image.name)
                 put(machine, self.workspace)
         except BaseException:
             machine.close()

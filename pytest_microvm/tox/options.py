@@ -11,6 +11,7 @@ from tox.report import HandledError
 from tox.tox_env.register import REGISTER
 
 from pytest_microvm.errors import UsageError
+from pytest_microvm.settings.options import BY_NAME
 from pytest_microvm.tox.runner import MicrovmRunner
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def add_options(parser: ToxParser) -> None:
         of_type=str,
         help="the kit whose image the machines have, in place of the configuration's",
     )
+    parser.add_argument("--microvm-git", action="store_true", default=False, help=BY_NAME["git"].help)
     for name, whose in (("network", "commands"), ("prepare-network", "the installation")):
         parser.add_argument(
             f"--microvm-{name}",

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tox.config.loader.memory import MemoryLoader
 from tox.config.types import Command
 from tox.execute.request import StdinSource
-from tox.report import HandledError
 from tox.tox_env.errors import Fail
 from tox.tox_env.python.api import PythonInfo
 from tox.tox_env.python.runner import PythonRun
 from tox.tox_env.runner import RunToxEnv
 from virtualenv.discovery.py_spec import PythonSpec
 
-from pytest_microvm.errors import MicroVMError
 from pytest_microvm.tox import environment, folders
+from pytest_microvm.tox.failures import check_name, in_tox_words
+from pytest_microvm.tox.generation import Generation
 from pytest_microvm.tox.installer import GuestPip, InstallPlan
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 
     from pytest_microvm.machine.microvm import MicroVM
     from pytest_microvm.templates.chain import TemplateStep
-    from pytest_microvm.tox.configuration import ToxFile
+    from pytest_microvm.tox.checked_places import CheckedPlaces
     from pytest_microvm.tox.guest import ToxGuest
     from pytest_microvm.tox.host_values import HostValueGuard
     from pytest_microvm.tox.native import NativeEnvironment
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
 
 _PROJECT_FILES = ("pyproject.toml", "setup.py", "setup.cfg")
 _ARTIFACTS_TIMEOUT = 600.0
-_GENERATION = "generation"
-_LONGEST = 16  # bytes of a generation
 _log = logging.getLogger(__name__)
 
 
@@ -63,11 +60,10 @@ class MicrovmRunner(PythonRun):
         self._has_files = False
         self._installs_package = False
         self._making: MicroVM | None = None
-        self._recreated = False
-        self._generation_now: str | None = None
+        self._generation = Generation()
         self._native_found: NativeEnvironment | None = None
         self._record: EnvironmentRecord | None = None
-        _check_name(create_args.conf.name)
+        check_name(create_args.conf.name)
         super().__init__(create_args)
 
     @staticmethod
@@ -170,7 +166,7 @@ class MicrovmRunner(PythonRun):
     def _get_python(self, base_python: list[str]) -> PythonInfo | None:
         from pytest_microvm.tox.interpreters import chosen  # noqa: PLC0415
 
-        with _in_tox_words():
+        with in_tox_words():
             if not self._mirrors:
                 return chosen(base_python, self._guest().pythons)
             native = self._native()
@@ -239,11 +235,11 @@ class MicrovmRunner(PythonRun):
         self._plan, self._steps, self._has_files = InstallPlan(), [], False
         super(PythonRun, self)._setup_env()
         if self._mirrors:
-            with _in_tox_words():
+            with in_tox_words():
                 self._compare_with_record()
             return
         self._install_requirements()
-        with _in_tox_words():
+        with in_tox_words():
             self._steps = [self._environment_step()]
 
     def _install_requirements(self) -> None:
@@ -265,7 +261,7 @@ class MicrovmRunner(PythonRun):
 
     def _setup_with_env(self) -> None:
         self._plan = InstallPlan()
-        with _in_tox_words():
+        with in_tox_words():
             if self._installs_package and self._mirrors:
                 self._check_installed_package()
             elif self._installs_package:
@@ -316,7 +312,7 @@ class MicrovmRunner(PythonRun):
             files=files,
             venv=venv,
             run=run,
-            generation=self._generation(),
+            generation=self._generation.mark(self.env_dir),
         )
 
     def _plan_package(self) -> None:
@@ -350,9 +346,9 @@ class MicrovmRunner(PythonRun):
         if self._native_found is None:
             from pytest_microvm.tox.native import find_python, native_environment  # noqa: PLC0415
 
-            project = self._file().folder
+            project = self._places.file.folder
             self._check_reads(project)
-            folders.check_mirrored(self.prefix, self._roots, project)
+            folders.check_mirrored(self.prefix, self._places.roots, project)
             first = getattr(self.options, "discover", None) or []
             how = "without --microvm" if self.options.microvm else "with runner = virtualenv"
             self._native_found = native_environment(
@@ -397,20 +393,6 @@ class MicrovmRunner(PythonRun):
     def _skips_package(self) -> bool:
         return any(getattr(self.options, name, False) for name in ("skip_pkg_install", "skip_env_install"))
 
-    def _generation(self) -> str:
-        """Return the part of templates' keys that ``tox -r`` changes, so that equal inputs give new ones."""
-        file = self.env_dir / _GENERATION
-        if self._recreated and self._generation_now is None:
-            mark = secrets.token_bytes(_LONGEST)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(mark)
-            self._generation_now = mark.hex()
-        if self._generation_now is None:
-            from pytest_microvm.untrusted.nofollow import read_below  # noqa: PLC0415 - see tox/plugin.py
-
-            self._generation_now = (read_below(self.env_dir, _GENERATION, _LONGEST) or b"").hex()
-        return self._generation_now
-
     # Commands
 
     def running_machine(self) -> MicroVM:
@@ -441,7 +423,7 @@ class MicrovmRunner(PythonRun):
             if place.is_symlink():
                 raise Fail(f"{place} is a link: delete it")
         collection = Collection(guest.machine, root, time.monotonic() + _ARTIFACTS_TIMEOUT)
-        with _in_tox_words():
+        with in_tox_words():
             taken = collection.take(guest.settings.artifacts, folder)
         for note in collection.notes:
             _log.warning("artifacts: %s", note)
@@ -466,7 +448,7 @@ class MicrovmRunner(PythonRun):
             from pytest_microvm.tox.guest import ToxGuest  # noqa: PLC0415 - see tox/plugin.py
             from pytest_microvm.tox.settings import read  # noqa: PLC0415
 
-            root, file = self.core.get("tox_root", Path), self._file()
+            root, file = self.core.get("tox_root", Path), self._places.file
             self._check_reads(file.folder)
             self._guest_made = ToxGuest(
                 read(self.conf, self.options, root, file),
@@ -479,59 +461,30 @@ class MicrovmRunner(PythonRun):
 
     # Files and folders of this computer
 
-    def _file(self) -> ToxFile:
-        """Return tox's configuration file."""
-        from pytest_microvm.tox.configuration import ToxFile  # noqa: PLC0415 - see tox/plugin.py
-
-        return ToxFile.of(self.core.get("config_file_path", Path), self.options)
-
-    def _check_reads(self, folder: Path) -> None:
-        """Check that a machine gets only the project's files: the configuration chooses the paths.
-
-        Args:
-            folder: The folder of the configuration, or the one that the command line names.
-
-        Raises:
-            UsageError: A path is outside the project.
-        """
-        folders.check_read("tox_root", self.core.get("tox_root", Path), folder)
-        roots = {self.core.get("tox_root", Path)}
-        if "package_root" in self.core:  # older versions of tox have it only with a package environment
-            roots.add(self.core.get("package_root", Path))
-        for root in roots:
-            folders.check_read("package_root", root, folder)
-            if self.conf["pylock"]:
-                folders.check_file("pylock", root / str(self.conf["pylock"]), folder)
-            reads = self._installs_package and (self._mirrors or self.pkg_type == "deps-only")
-            if self.conf["dependency_groups"] or reads:
-                folders.check_file("pyproject.toml", root / "pyproject.toml", folder)
-
     def _read_python_version_file(self, file_paths: list[str]) -> list[str]:
-        file = self._file()
-        for path in file_paths:
-            with _in_tox_words():
-                folders.check_file("base_python_file", self.core.get("tox_root", Path) / path, file.folder)
+        with in_tox_words():
+            self._places.check_version_files(file_paths)
         found: list[str] = super()._read_python_version_file(file_paths)
         return found
 
-    @property
-    def _roots(self) -> list[Path]:
-        """The folders that tox may work in: the project, and the work folder that the command line names."""
-        given = self.options.work_dir
-        return [self.core.get("tox_root", Path), *([] if given is None else [Path(given)])]
+    @cached_property
+    def _places(self) -> CheckedPlaces:
+        from pytest_microvm.tox.checked_places import CheckedPlaces  # noqa: PLC0415 - see tox/plugin.py
+
+        return CheckedPlaces(self.core, self.conf, self.options)
+
+    def _check_reads(self, folder: Path) -> None:
+        installs = self._installs_package and (self._mirrors or self.pkg_type == "deps-only")
+        self._places.check_reads(folder, reads_project_file=installs)
 
     def _check_folders(self) -> None:
-        """Check that tox empties only its own folders: the configuration chooses them.
+        """Check that tox empties only its own folders.
 
         Raises:
             Fail: A folder is outside the project.
         """
-        roots = self._roots
-        with _in_tox_words():
-            folders.check_environment(self.env_dir, roots)
-            folders.check_logs(self.conf.get("env_log_dir", Path), roots)
-            folders.check_made("temp_dir", self.core.get("temp_dir", Path), roots)
-            folders.check_made("change_dir", self.conf.get("change_dir", Path), roots)
+        with in_tox_words():
+            self._places.check_written(self.env_dir)
 
     def _handle_env_tmp_dir(self) -> None:
         """Do nothing on this computer: the folder is in the machine."""
@@ -540,29 +493,8 @@ class MicrovmRunner(PythonRun):
         self._check_folders()
         if self._mirrors and self.conf.get("recreate", bool):
             _log.warning("-r does not make %s again; next step: tox -r without --microvm", self.prefix)
-        self._recreated = True
+        self._generation.end()
         super()._clean(transitive)
 
     def _run_recreate_commands(self) -> None:
         """Do nothing: no earlier machine is left to run them in."""
-
-
-def _check_name(name: str) -> None:
-    """Check the name of an environment, since tox starts lines of its output with it.
-
-    Raises:
-        HandledError: The name contains control sequences or commands of a CI system.
-    """
-    from pytest_microvm.untrusted.text import sanitize_line  # noqa: PLC0415 - see tox/plugin.py
-
-    if sanitize_line(f"{name}:") != f"{name}:":
-        raise HandledError(f"invalid environment name: expected printable text, got {name!r}")
-
-
-@contextmanager
-def _in_tox_words() -> Iterator[None]:
-    """Convert errors into tox's own."""
-    try:
-        yield
-    except MicroVMError as error:
-        raise Fail(str(error)) from error

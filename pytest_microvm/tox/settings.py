@@ -44,6 +44,7 @@ KEYS: Mapping[str, ToxKey] = {
     "hosts": ToxKey(list[str], [], "where names lead, NAME=ADDRESS[:PORT]"),
     "secrets": ToxKey(list[str], [], "values the commands get, NAME=SOURCE"),
     "credentials": ToxKey(list[str], [], "what is added to the commands' requests on the way out"),
+    "git": ToxKey(bool, False, BY_NAME["git"].help),
     "artifacts": ToxKey(list[str], [], "files of the project to copy back after the commands, globs"),
 }
 """The keys, which are written with the prefix ``microvm_``."""
@@ -64,11 +65,13 @@ class ToxSettings:
         spec: The machines' spec while commands run.
         prepare: The spec while dependencies are installed: a network, and no other grants.
         artifacts: Globs of the project's files to copy back.
+        git: Whether machines get the history of the project.
     """
 
     spec: MachineSpec
     prepare: MachineSpec
     artifacts: tuple[str, ...]
+    git: bool = False
 
 
 def register(conf: EnvConfigSet) -> None:
@@ -97,6 +100,11 @@ def read(conf: EnvConfigSet, options: Parsed, project: Path, file: ToxFile) -> T
         del asked["prepare_network"]  # no trust needed: tox itself would do more on this computer
     if values["python"] == "host" and conf["system_site_packages"]:
         asked["python"] = "host, with system_site_packages: all packages of that Python"
+    if values["git"]:
+        asked["git"] = True
+    if getattr(options, "microvm_git", False):
+        values["git"] = True
+        asked.pop("git", None)
     for name, option in _OPTIONS.items():
         given = getattr(options, option, None)
         if given is not None:
@@ -111,6 +119,7 @@ def read(conf: EnvConfigSet, options: Parsed, project: Path, file: ToxFile) -> T
         spec=MachineSpec().with_changes({**spec, "network": values["network"]}, where),
         prepare=MachineSpec().with_changes(prepare, where),
         artifacts=tuple(values["artifacts"]),
+        git=bool(values["git"]),
     )
 
 

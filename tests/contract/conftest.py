@@ -48,6 +48,9 @@ class LocalVmm:
     def ceiling_hit(self):
         return None
 
+    def cpu_limit_hit(self):
+        return False
+
     not_enforced = ()
 
     def end_reason(self):

@@ -257,6 +257,7 @@ def test_jobs_run_where_there_is_room_and_images_come_by_digest(host, cluster, o
     assert not (store / "artifacts").exists()  # nothing was built there
 
 
+@pytest.mark.thorough
 def test_prepared_templates_come_from_the_worker_that_has_them(host, cluster, other_cache, tmp_path):
     prepare = ("head -c 16 /dev/urandom | base64 > /made",)
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 
+import pytest
 from junitparser import JUnitXml
 
 from support import guards
@@ -23,6 +24,7 @@ junit = ["report.xml"]
 """
 
 
+@pytest.mark.thorough
 def test_the_suite_of_each_version_counts_as_natively(tmp_path):
     repository = tmp_path / "repository"
     repository.mkdir()

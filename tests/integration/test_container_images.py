@@ -227,6 +227,7 @@ def test_entry_point(layout):
     assert (done.returncode, "no command: expected one after --" in done.stderr) == (4, True)
 
 
+@pytest.mark.thorough
 def test_names_that_are_odd_but_possible(layout):
     odd = [
         b"caf\xe9", b"new\nline", b"\x1b]0;title\x07", b"-rf", b" ", b"*", b"$(id)", b"n" * 255,

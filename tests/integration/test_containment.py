@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import pytest_microvm
-from pytest_microvm.errors import BootError, HostError
+from pytest_microvm.errors import BootError, HostError, QuotaExceeded
 from pytest_microvm.hypervisors import bubblewrap, cgroups
 from pytest_microvm.hypervisors.cgroups import find_cgroups, sweep
 from pytest_microvm.hypervisors.containment import FILES_GROUP, OOM_SCORE, find_walls
@@ -130,6 +130,17 @@ def test_the_kernels_limits(host, vm):
 def test_cpu_time_ends_at_the_kernels_limit_too(host):
     with host.start(SPEC, cpu_seconds=30) as vm:
         assert limits(vm.instance.vmm.pid)["Max cpu time"] == 32
+
+
+def test_that_limit_is_the_quota_where_no_watchdog_came_first(host):
+    """On a busy computer the kernel's SIGXCPU may come first: here it is sent."""
+    with host.start(SPEC, cpu_seconds=30) as vm:
+        sleeping = vm.popen(["sleep", "100"])
+        os.kill(vm.instance.vmm.pid, signal.SIGXCPU)
+        with pytest.raises(QuotaExceeded) as caught:
+            sleeping.wait()
+    assert (caught.value.quota, caught.value.limit) == ("cpu_seconds", 30)
+    assert caught.value.observed >= 30
 
 
 def test_nothing_of_the_environment(vm, monkeypatch):

@@ -26,7 +26,13 @@ def test_price():
 LINE = TEST.splitlines().index("    return total") + 1
 
 
-@pytest.mark.parametrize("opened", ["project", "link"], ids=["same-path", "mapped-path"])
+@pytest.mark.parametrize(
+    "opened",
+    [
+        pytest.param("project", id="same-path", marks=pytest.mark.thorough),
+        pytest.param("link", id="mapped-path"),
+    ],
+)
 def test_breakpoint_of_an_ide(tmp_path, opened):
     """The second one has opened the project under another path, and maps it."""
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -3,6 +3,7 @@
 A page has a project folder of its own, empty at first; comments before a block say more:
 
     <!-- project: examples -->   anywhere in the page: the folder starts as a copy of that one
+    <!-- registry: REGISTRY -->  anywhere in the page: a registry runs, with its address in that variable
     <!-- file: tests/test_a.py -->   the block below is the content of that file of the project
     <!-- exit: 1 -->             the last command of the block below ends with this status, not 0
 
@@ -34,6 +35,7 @@ import subprocess
 import sys
 import textwrap
 import xml.dom.minidom
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,8 +44,10 @@ import yaml
 
 from pytest_microvm.ci.definition.parsing import parse_definition
 from pytest_microvm.errors import UsageError
+from pytest_microvm.images.store import cache_root
 from pytest_microvm.settings.configuration import Settings, merged
 from support import guards
+from support.registry import registry
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,8 +56,20 @@ else:
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md")), REPOSITORY / "CONTRIBUTING.md"]
-THOROUGH = {"docs/how-to/docker.md"}
-"""Pages whose images take minutes to build: only `make test-all` runs them."""
+OF_THEIR_OWN = {
+    "how-to/ci-without-kvm.md": "test_github_action.py",
+    "how-to/coverage.md": "test_mirrored_python.py",
+    "how-to/docker.md": "test_docker_kit.py",
+    "how-to/package-index.md": "test_network_tools.py",
+    "how-to/prepare.md": "test_suites.py",
+    "how-to/real-suites.md": "test_ci_published.py",
+    "how-to/tox.md": "test_tox.py",
+    "how-to/untrusted-plugin.md": "test_attacks.py",
+    "how-to/written-files.md": "test_what_suites_leave.py",
+    "how-to/xdist.md": "test_xdist_tx.py",
+    "reference/quotas.md": "test_machines.py",
+}
+"""Pages that take long and are about what a file of tests shows as well: `make test-all` runs them."""
 NOT_RUN = {
     r"make (setup|demo|test|test-all|unit|lint|bench)": "set-up and the whole check, which runs this test",
     r"git clone \S+( \S+)?|cd pytest-microvm": "this is the clone",
@@ -273,15 +289,35 @@ def run_page(page, name, project):
     assert tests_not_run is None, f"{tests_not_run}: no command below runs these tests"
 
 
-@pytest.mark.parametrize(
-    "path",
-    [pytest.param(path, marks=[pytest.mark.thorough] * (title(path) in THOROUGH)) for path in PAGES],
-    ids=title,
-)
-def test_page(path, tmp_path):
+def pages():
+    """Return the pages as parameters; those with tests of their own are for `make test-all`."""
+    long = {REPOSITORY / "docs" / name for name in OF_THEIR_OWN}
+    assert long <= set(PAGES)
+    return [pytest.param(path, marks=[pytest.mark.thorough] if path in long else []) for path in PAGES]
+
+
+@contextmanager
+def registry_of(page, folder, monkeypatch):
+    """Run the registry that a page asks for, with a home whose skopeo knows that it speaks no TLS."""
+    wanted = re.search(r"<!-- *registry: *(\w+) *-->", page)
+    if not wanted:
+        yield
+        return
+    folder.mkdir()
+    with registry(folder) as running:
+        monkeypatch.setenv(wanted[1], running.address)
+        monkeypatch.setenv("PYTEST_MICROVM_CACHE", str(cache_root()))
+        monkeypatch.setenv("HOME", str(running.home))
+        yield
+
+
+@pytest.mark.parametrize("path", pages(), ids=title)
+def test_page(path, tmp_path, monkeypatch):
     project = tmp_path / f"project-{secrets.token_hex(4)}"  # a new place: no template of an earlier run fits
     project.mkdir()
-    run_page(path.read_text(), path.relative_to(REPOSITORY), project)
+    page = path.read_text()
+    with registry_of(page, tmp_path / "registry", monkeypatch):
+        run_page(page, path.relative_to(REPOSITORY), project)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))

@@ -95,6 +95,7 @@ def test_many_connections_of_one_machine(host):
     assert {(entry.allowed, entry.status) for entry in requests} == {(True, 200)}
 
 
+@pytest.mark.thorough
 def test_many_machines_at_once(host, monkeypatch):
     """Each a copy of one template: their network processes woke from the same sleep."""
     monkeypatch.setenv("PYTEST_MICROVM_BUDGET", f"cpus={MACHINES + 8},memory=100G")

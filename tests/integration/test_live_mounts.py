@@ -127,6 +127,7 @@ def runtime(vm):
     return [loader, "--library-path", f"{root}/lib", f"{root}/bin/python3", "-I", "-S"]
 
 
+@pytest.mark.thorough
 def test_many_files_and_a_large_one(vm, place, source, tmp_path):
     tree = tmp_path / "tree"
     for number in range(200):

@@ -77,6 +77,7 @@ def test_its_disk_and_memory_are_what_was_asked_for(host):
             machine.run("head -c 100M /dev/zero > /more")
 
 
+@pytest.mark.thorough
 def test_inodes_run_out_before_the_bytes_do(host):
     """What the guest's file system refuses is the command's failure, not the machine's."""
     with host.start(image="base", disk="256M", timeout=300) as machine:
@@ -138,6 +139,7 @@ def test_what_one_writes_no_other_sees(host):
         assert not later.path("/tmp/mine").exists()
 
 
+@pytest.mark.thorough
 def test_ten_copies_are_ten_machines(host):
     """Entropy, names and time are made anew before anything else happens in a copy."""
     script = (

@@ -135,6 +135,7 @@ def test_fixture_and_command_mirror_it_on_request(project):
     assert f"prefix {sys.prefix}\n" in told
 
 
+@pytest.mark.thorough
 def test_ci_job_of_a_work_tree_mirrors_it(project):
     folder = project(
         "microvm.toml",
@@ -191,6 +192,7 @@ def test_coverage_of_machines_is_the_native_one(project):
     assert message in told.splitlines()
 
 
+@pytest.mark.thorough
 def test_coverage_run_with_machines_is_the_native_one(project):
     """Its modules, contexts and a child process; pytest-cov is installed and loads coverage early, too."""
     project("part.py", "def half(number):\n    if number % 2:\n        return None\n    return number // 2\n")

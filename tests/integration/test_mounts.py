@@ -309,6 +309,7 @@ with MicroVM.start(image="base", disk="2G") as machine:
 """
 
 
+@pytest.mark.thorough
 def test_the_host_s_memory_does_not_grow_with_the_files(tmp_path):
     (tmp_path / "source").mkdir()
     done = subprocess.run(

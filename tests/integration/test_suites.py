@@ -250,6 +250,7 @@ def test_edited_test_file_does_not_restart_python(project):
     assert "collecting" in out
 
 
+@pytest.mark.thorough
 def test_python_starts_once_after_prepare(project):
     """An editable installation: the folder of a plug-in is not there yet when Python starts."""
     (project.folder / "pytest.ini").unlink()

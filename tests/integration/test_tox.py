@@ -17,6 +17,7 @@ import pytest
 
 from support import guards
 from support.commands import MICROVM
+from support.repositories import commit, git, repository
 from support.wheels import write_wheel
 
 PYTHON = "py311"  # what the image has
@@ -408,3 +409,27 @@ def test_a_published_package_has_native_counts(tmp_path):
         counts[where] = re.search(r"^Ran (\d+) tests in .*\n\n(.*)$", done.stdout, re.MULTILINE).groups()
     assert counts["machine"] == counts["native"]
     assert int(counts["native"][0]) > 100
+
+
+ASKING = """
+[tox]
+no_package = true
+[testenv]
+runner = microvm
+microvm_image = agent
+allowlist_externals = git
+commands =
+    git describe --tags --long --dirty
+    git status --porcelain
+"""
+
+
+def test_commands_ask_git_for_the_version(tmp_path):
+    folder = repository(tmp_path / "project")
+    commit(folder, {"tox.ini": ASKING, ".gitignore": ".tox\n"})
+    git(folder, "tag", "v1.0")
+    commit(folder, {"a": "a"})
+    done = tox(folder, "run", "-e", PYTHON, *OFFLINE, "--microvm-git", check=0)
+    assert git(folder, "describe", "--tags", "--long") in done.stdout.splitlines()
+    assert "??" not in done.stdout
+    assert tox(folder, "run", "-e", PYTHON, *OFFLINE).returncode != 0

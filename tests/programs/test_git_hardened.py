@@ -1,6 +1,7 @@
 """Repositories of strangers: what a clone or an archive brings along never acts when we look at it."""
 
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -80,6 +81,8 @@ def use_all(folder, tmp_path):
     """Do everything with a repository that the host does, as far as it can be done."""
     with suppress(MicroVMError):
         scan(folder).digest()
+    with suppress(MicroVMError):
+        scan(folder, git=True).write_tar(io.BytesIO())
     with suppress(MicroVMError):
         read_preset("git", folder)
     with suppress(MicroVMError):

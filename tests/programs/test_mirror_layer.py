@@ -10,10 +10,11 @@ import pytest
 
 from pytest_microvm.errors import BuildError
 from pytest_microvm.images.blobs import canonical_json, sha256_file
+from pytest_microvm.images.build_keys import BUILDER_VERSION
 from pytest_microvm.images.mirror.environment import environment_at
 from pytest_microvm.images.mirror.layer import build_layer, libraries_unchanged
 from pytest_microvm.images.mirror.selection import select
-from pytest_microvm.images.store import BUILDER_VERSION, ImageStore
+from pytest_microvm.images.store import ImageStore
 
 MULTIARCH = f"{os.uname().machine}-linux-gnu"
 

@@ -15,9 +15,10 @@ import pytest
 from pytest_microvm.errors import PullError
 from pytest_microvm.images.oci import compression
 from pytest_microvm.images.oci.compression import unpack
-from pytest_microvm.images.oci.contents import Attributes
+from pytest_microvm.images.oci.contents import Attributes, inspect
 from pytest_microvm.images.oci.documents import Descriptor
-from pytest_microvm.images.oci.layer import DamagedBlob, convert, is_for
+from pytest_microvm.images.oci.layer import convert, is_for, rewrite
+from pytest_microvm.images.oci.spooling import DamagedBlob, Spools, spool
 from support.oci import LAYER, archive, compressed, digest, folder, hard_link, member, symlink
 
 
@@ -34,11 +35,15 @@ def blob_of(data, place):
         yield file
 
 
+def pieces(data, size=100_000):
+    """Yield data as it is read from a file."""
+    yield from (data[start : start + size] for start in range(0, len(data), size))
+
+
 def unpacked_blob(blob, place):
     """Return the archive in a blob, and its digest."""
     target = io.BytesIO()
-    with blob_of(blob, place) as file:
-        return unpack(file, len(blob), target, place), target.getvalue()
+    return unpack(pieces(blob), len(blob), target, place), target.getvalue()
 
 
 def converted(place, *members, lowest=False, lower=nothing, how="gzip"):
@@ -47,8 +52,8 @@ def converted(place, *members, lowest=False, lower=nothing, how="gzip"):
     blob = compressed(data, how)
     layer = Descriptor(digest(blob), len(blob), LAYER)
     target = Path(tempfile.mkdtemp(dir=place))
-    with blob_of(blob, place) as file:
-        built = convert(target, file, layer, digest(data), lowest=lowest, lower=lower)
+    with blob_of(blob, place) as file, spool(file, layer, digest(data), place) as whole:
+        built = convert(target, whole, lowest=lowest, lower=lower)
     return built.files["layer"], built.facts
 
 
@@ -201,8 +206,8 @@ def test_layer_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch, how):
     monkeypatch.setattr(compression, "_ALWAYS", 1_000_000)
     bomb = compressed(b"\0" * 30_000_000, how)
     target = io.BytesIO()
-    with blob_of(bomb, tmp_path) as file, pytest.raises(PullError, match="it unpacks to more than"):
-        unpack(file, len(bomb), target, tmp_path)
+    with pytest.raises(PullError, match="it unpacks to more than"):
+        unpack(pieces(bomb), len(bomb), target, tmp_path)
     assert len(target.getvalue()) < 30_000_000
 
 
@@ -217,7 +222,7 @@ def test_blob_that_is_not_the_one_in_the_manifest_is_refused(tmp_path, change, w
     data = archive([member("x", "x")])
     layer = Descriptor(**{"digest": digest(data), "size": len(data), "media_type": LAYER, **change})
     with blob_of(data, tmp_path) as file, pytest.raises(DamagedBlob, match=why):
-        convert(tmp_path, file, layer, digest(data), lowest=True, lower=nothing)
+        spool(file, layer, digest(data), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -225,5 +230,44 @@ def test_archive_that_is_not_the_one_in_the_configuration_is_refused(tmp_path):
     data = archive([member("x", "x")])
     layer = Descriptor(digest(data), len(data), LAYER)
     with blob_of(data, tmp_path) as file, pytest.raises(PullError, match="and the configuration says"):
-        convert(tmp_path, file, layer, "sha256:" + "0" * 64, lowest=True, lower=nothing)
+        spool(file, layer, "sha256:" + "0" * 64, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "change", [lambda blob: blob[:40] + b"\xff" * 40 + blob[80:], lambda blob: b"x" + blob[1:]]
+)
+def test_damaged_blob_is_reported_before_its_compression(tmp_path, change):
+    """A blob that an earlier pull left damaged is fetched again; one that was pushed damaged is not."""
+    blob = compressed(archive([member("x", os.urandom(3_000_000))]), "gzip")
+    layer = Descriptor(digest(blob), len(blob), LAYER)
+    with blob_of(change(blob), tmp_path) as file, pytest.raises(DamagedBlob, match="it has the digest"):
+        spool(file, layer, "sha256:" + "0" * 64, tmp_path)
+
+
+def test_archive_that_is_damaged_after_its_headers_is_refused(tmp_path):
+    """Headers are read once, and contents later."""
+    data = archive([member("x", b"x" * 10_000)])
+    source = io.BytesIO(data)
+    contents = inspect(source)
+    source.truncate(5000)
+    with pytest.raises(PullError, match="its archive ends too early"):
+        rewrite(io.BytesIO(), source, contents, {})
+
+
+def test_layers_are_decompressed_one_ahead(tmp_path):
+    """Layers that turn out to be stored are skipped, and a layer can be taken twice."""
+    archives = [archive([member(name, name * 1000)]) for name in "abcd"]
+    layers = [(Descriptor(digest(data), len(data), LAYER), digest(data)) for data in archives]
+    opened = []
+
+    def blob(layer):
+        opened.append([one.digest for one, _id in layers].index(layer.digest))
+        return blob_of(archives[opened[-1]], tmp_path)
+
+    with Spools(blob, layers, tmp_path) as spools:
+        for number in (0, 2, 2):
+            with spools.take(layers[number]) as found:
+                found.seek(0)
+                assert found.read() == archives[number]
+    assert opened == [0, 1, 2, 3, 2]

@@ -9,8 +9,9 @@ import pytest
 from pytest_microvm.cli import main
 from pytest_microvm.errors import ImageError, KitError, UsageError
 from pytest_microvm.images.artifacts import Built
+from pytest_microvm.images.build_keys import platform_name_and_key
 from pytest_microvm.images.kits import load_kit
-from pytest_microvm.images.store import ImageStore, platform_name_and_key
+from pytest_microvm.images.store import ImageStore
 from support.oci import OTHER_ARCHITECTURE, LayoutBuilder, archive, member
 
 CONFIG = {

@@ -10,7 +10,8 @@ import pytest
 
 from pytest_microvm.errors import ImageError
 from pytest_microvm.images.blobs import canonical_json
-from pytest_microvm.images.store import BUILDER_VERSION, ImageStore
+from pytest_microvm.images.build_keys import BUILDER_VERSION
+from pytest_microvm.images.store import ImageStore
 
 ROLES = ("kernel", "initramfs", "runtime", "rootfs")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from pytest_microvm.errors import KitError
+from pytest_microvm.images.build_keys import kit_key
 from pytest_microvm.images.image import Service
 from pytest_microvm.images.kits import host_architecture, load_kit, shipped_kits
-from pytest_microvm.images.store import kit_key
 
 
 @pytest.fixture
@@ -164,9 +164,17 @@ def test_a_bad_value_names_file_key_and_what_is_allowed(project, text):
     assert caught.value.resolution
 
 
-@pytest.mark.parametrize("text", ["", 'suite = "bookworm"\nparent = "base"'])
-def test_a_kit_has_a_parent_or_a_suite(project, text):
-    with pytest.raises(KitError, match="either a parent or a suite"):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        'suite = "bookworm"\nparent = "base"',
+        'suite = "bookworm"\nfrom = "oci:image"',
+        'parent = "base"\nfrom = "oci:image"',
+    ],
+)
+def test_a_kit_has_one_of_parent_suite_and_from(project, text):
+    with pytest.raises(KitError, match="expected one of parent, suite and from"):
         load_kit(project("web", text))
 
 
@@ -240,6 +248,81 @@ def test_a_wrong_network_rule_names_file_and_key(project):
     with pytest.raises(KitError, match="network") as caught:
         load_kit("company", project=project.root)
     assert str(path) in str(caught.value)
+
+
+# Pins
+
+
+def test_childs_pin_replaces_its_parents(project):
+    kit = project(
+        "old",
+        'parent = "python"\nwheels = ["Coverage[toml]==7.10", "thing==1"]\npackages = ["less=1", "less"]\n',
+    )
+    found, python = load_kit(kit), load_kit("python")
+    place = python.wheels.index("coverage==7.17.3")
+    assert found.wheels == (
+        *python.wheels[:place], "Coverage[toml]==7.10", *python.wheels[place + 1 :], "thing==1",
+    )  # fmt: skip
+    assert found.replaced == ("old pins Coverage[toml]==7.10 in place of python's coverage==7.17.3",)
+    assert found.packages == (*python.packages, "less=1", "less")
+    assert (python.replaced, load_kit("agent").replaced) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("text", "both"),
+    [
+        ('wheels = ["a-b==1", "A_b==2"]', "a-b==1 and A_b==2"),
+        ('packages = ["less=1", "less=2"]', "less=1 and less=2"),
+        ('sdists = ["a==1", "a==1.0"]', "a==1 and a==1.0"),
+    ],
+)
+def test_two_versions_in_one_kit_are_refused(project, text, both):
+    path = project("two", f'parent = "base"\n{text}\n')
+    with pytest.raises(KitError, match=rf"{path}: invalid {text.split()[0]}: expected one version .*{both}"):
+        load_kit(path)
+
+
+# What a set-up runs on
+
+
+def test_set_up_runs_on_the_ancestor_with_the_same_packages(project):
+    """So that its root file system, which takes a minute to build, is used again."""
+    project("first", 'parent = "base"\npackages = ["less"]\n')
+    project("second", 'parent = "first"\nsetup = ["echo two"]\nfiles = {"/etc/f" = "f"}\n', f="f")
+    project("third", 'parent = "second"\npackages = ["less"]\nsdists = ["a==1"]\nsetup_network = ["pip"]\n')
+    first, second, third = (load_kit(name, project=project.root) for name in ("first", "second", "third"))
+    assert (first.ground, first.needs_machine) == (None, False)
+    assert second.ground == third.ground == first
+    assert second.ground.recipe() == first.recipe()
+    assert [file.target for file in third.files_in_machine] == ["/etc/f"]
+    assert (third.setup, third.sdists) == (("echo two",), ("a==1",))
+    only = load_kit(project("only", 'parent = "base"\nsetup = ["true"]\n'))
+    assert only.ground.recipe() == load_kit("base").recipe()
+
+
+def test_kit_on_a_container_image(project):
+    path = project("app", 'from = "oci:../image:1"\nsetup = ["true"]\nfiles = {"/etc/f" = "f"}\n', f="f")
+    project("child", 'parent = "app"\nenvironment = {A = "1"}\n')
+    kit, child = load_kit(path), load_kit("child", project=project.root)
+    assert (kit.source, kit.source_base, kit.suite, kit.ground) == ("oci:../image:1", path.parent, "", None)
+    assert (child.source, child.source_base) == (kit.source, path.parent)
+    assert child.files_in_machine == child.files
+    assert kit.recipe()["from"] == "oci:../image:1"
+
+
+@pytest.mark.parametrize(("key", "entry"), [("packages", "less"), ("wheels", "a==1")])
+def test_container_image_gets_no_packages_of_a_kit(project, key, entry):
+    project("app", 'from = "docker://registry.example/app:1"\n')
+    path = project("child", f'parent = "app"\n{key} = ["{entry}"]\n')
+    with pytest.raises(KitError, match=f"{path}: invalid {key}: kit app is built on a container") as caught:
+        load_kit(path, project=project.root)
+    assert "`setup`" in caught.value.resolution
+
+
+def test_bad_reference_names_file_and_key(project):
+    path = project("app", 'from = "http://registry.example"\n')
+    with pytest.raises(KitError, match=f"{path}: from: invalid image reference"):
+        load_kit(path)
 
 
 def test_services_are_inherited_and_replaced_in_order(project):

@@ -26,7 +26,7 @@ from pytest_microvm.ci.definition.schema import definition_schema
 from pytest_microvm.ci.gitlab.settings import parse_settings
 from pytest_microvm.cli import main
 from pytest_microvm.settings.configuration import Settings, merged
-from pytest_microvm.images.kit_keys import parse_resources
+from pytest_microvm.images.resources import parse_resources
 from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.tox.settings import KEYS
 """

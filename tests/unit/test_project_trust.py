@@ -13,7 +13,7 @@ from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.cli import main
 from pytest_microvm.errors import KitError, UsageError
 from pytest_microvm.git.checkout import CheckedOutRef, checked_out
-from pytest_microvm.host.project_grants import asked_by
+from pytest_microvm.host.project_grants import asked_by, built_here
 from pytest_microvm.settings import trust as project_trust
 from pytest_microvm.settings.configuration import load_settings
 from pytest_microvm.settings.trust import Grant
@@ -54,8 +54,10 @@ def test_what_was_allowed_is_allowed_until_it_changes(tmp_path):
             project_trust.check(tmp_path, changed)
 
 
-@pytest.mark.parametrize(("key", "value"), [("keep_tmp", "true"), ("write_back", '["*.txt"]')])
-def test_files_that_come_back_need_trust(tmp_path, key, value):
+@pytest.mark.parametrize(
+    ("key", "value"), [("keep_tmp", "true"), ("git", "true"), ("write_back", '["*.txt"]')]
+)
+def test_files_that_come_back_and_history_need_trust(tmp_path, key, value):
     (tmp_path / "pyproject.toml").write_text(f"[tool.pytest-microvm]\n{key} = {value}\n")
     assert set(asked_by(load_settings(tmp_path, {}))) == {key}
     assert asked_by(load_settings(tmp_path, {key: ["*.md"] if key == "write_back" else True})) == {}
@@ -292,7 +294,7 @@ def test_trust_command_shows_requests_and_branches_granted(clone, monkeypatch, c
     assert asked[2:] == [
         '  secrets = {"K": {"command": "echo a \'b c\'"}}',
         f"  started on this computer, in /: {shutil.which('echo')} a 'b c'",
-        "  run while the image is built: touch /built",
+        "  run in a machine while the image is built: touch /built",
         "not allowed for branch main",
     ]
     assert said_by(capsys)[-1] == "allowed for branch main"
@@ -362,6 +364,30 @@ def test_project_kit_needs_trust_and_a_shipped_kit_does_not(tmp_path):
     assert asked_by(load_settings(tmp_path, {"image": "own", "network": ["b.example"]})) == {}
     pyproject.write_text('[tool.pytest-microvm]\nimage = "base"\n')
     assert asked_by(load_settings(tmp_path, {})) == {}
+
+
+@pytest.mark.parametrize(
+    "changed", ['setup_network = ["b.example"]', 'sdists = ["thing==2"]', 'from = "docker://b.example/app"']
+)
+def test_trust_covers_what_a_kit_is_built_from(tmp_path, changed):
+    kit = tmp_path / "microvm" / "kits" / "own"
+    kit.mkdir(parents=True)
+    lines = {
+        "from": 'from = "docker://a.example/app"',
+        "sdists": 'sdists = ["thing==1"]',
+        "setup_network": 'setup_network = ["a.example"]',
+    }
+    (kit / "kit.toml").write_text("\n".join(lines.values()))
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest-microvm]\nimage = "own"\n')
+    asked = asked_by(load_settings(tmp_path, {}))
+    assert asked["image"].startswith("own (from docker://a.example/app, sha256 ")
+    assert built_here("own", tmp_path) == [
+        "run in a machine while the image is built: pip install thing==1",
+        "reached by that machine: a.example",
+    ]
+    lines[changed.partition(" ")[0]] = changed
+    (kit / "kit.toml").write_text("\n".join(lines.values()))
+    assert asked_by(load_settings(tmp_path, {}))["image"] != asked["image"]
 
 
 @pytest.fixture

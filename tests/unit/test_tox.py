@@ -400,6 +400,7 @@ def test_python_of_the_host_is_asked_for_by_a_key(project, monkeypatch):
         {"secrets": ["TOKEN=env:TOKEN"]},
         {"credentials": ["host=a.example,env=KEY"]},
         {"hosts": ["a.example=10.0.0.1"]},
+        {"git": True},
     ],
 )
 def test_what_the_configuration_grants_needs_a_word(project, monkeypatch, asked):
@@ -434,6 +435,8 @@ def test_the_command_line_replaces_the_configuration(project):
     given = options(microvm_network="pip, b.example", microvm_prepare_network="none")
     read = settings.read(conf, given, project, tox_file(project))
     assert (read.spec.network, read.prepare.network) == (("pip", "b.example"), ())
+    assert not read.git
+    assert settings.read(Conf(git=True), options(microvm_git=True), project, tox_file(project)).git
 
 
 def test_a_kit_of_the_projects_own_needs_a_word(project):
@@ -462,7 +465,8 @@ def test_loading_it_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     names = {"pytest_microvm.tox.plugin", "pytest_microvm.tox"}
-    names |= {f"pytest_microvm.tox.{name}" for name in ("environment", "folders", "installer", "runner")}
+    light = ("environment", "failures", "folders", "generation", "installer", "runner")
+    names |= {f"pytest_microvm.tox.{name}" for name in light}
     assert set(eval(done.stdout)) <= {"pytest_microvm", "pytest_microvm.errors", *names}  # noqa: S307 - ours
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,9 +16,9 @@ from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.ci.sources.tree import Tree
 from pytest_microvm.errors import KitError, UsageError
 from pytest_microvm.host.project_grants import asked_by
+from pytest_microvm.images.build_keys import kit_key
 from pytest_microvm.images.kits import Kit, load_kit, shipped_kits
 from pytest_microvm.images.oci.references import is_reference
-from pytest_microvm.images.store import kit_key
 from pytest_microvm.settings import trust as project_trust
 from pytest_microvm.settings.configuration import Settings, load_settings
 from pytest_microvm.settings.spec import MachineSpec
@@ -49,6 +50,17 @@ def needs_of(inputs: Inputs) -> Needs:
             the user has not allowed.
     """
     return _needs_of_jobs(inputs) if inputs.mode == "ci" else _needs_of_suite(inputs)
+
+
+@contextmanager
+def lock_folder(inputs: Inputs) -> Iterator[Path]:
+    """Yield the folder with the lock of images that counts: for jobs that of the branch that defines them."""
+    if inputs.mode != "ci":
+        yield inputs.project
+        return
+    repository = CodeRepository(inputs.project, bare=False)
+    with trusted_project(repository, inputs.definition_from or None) as (project, _bundles):
+        yield project
 
 
 def _needs_of_suite(inputs: Inputs) -> Needs:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pytest_microvm.ci.github.cache import images_key, set_aside, take_in, templates_folder, templates_key
 from pytest_microvm.ci.github.commands import fitting
 from pytest_microvm.ci.github.files import add_summary, set_outputs
 from pytest_microvm.ci.github.inputs import Inputs, read_inputs, saved_inputs
-from pytest_microvm.ci.github.project import needs_of
+from pytest_microvm.ci.github.project import lock_folder, needs_of
 from pytest_microvm.ci.github.report import (
     Ground,
     count,
@@ -27,6 +27,8 @@ from pytest_microvm.ci.github.upload import make_uploadable
 from pytest_microvm.errors import UsageError
 from pytest_microvm.host.host import Host
 from pytest_microvm.images import Image
+from pytest_microvm.images.locked import LockedImages
+from pytest_microvm.images.oci.pulling import TIMEOUT
 from pytest_microvm.images.store import cache_root
 
 _GROUND = "ground.json"
@@ -62,7 +64,7 @@ def ready(folder: Path) -> None:
     inputs = saved_inputs(folder)
     needs = needs_of(inputs)
     host = _host(inputs)
-    images = [_image(host, kit, inputs.project) for kit in needs.kits]
+    images = _images(host, needs.kits, inputs)
     if not images:
         raise UsageError("no job names an image that ships", resolution='let one of them say image = "base"')
     accelerator = host.accelerator(images[0])
@@ -120,11 +122,20 @@ def report(folder: Path) -> None:
     )
 
 
-def _image(host: Host, kit: Path | str, project: Path) -> Image:
-    """Return a kit's image, built if missing; pull a container image, whose tag may lead elsewhere today."""
-    if isinstance(kit, str):
-        return host.images.pull(kit, base=project, progress=_say)
-    return host.images.get(kit, project=project, progress=_say)
+def _images(host: Host, kits: Sequence[Path | str], inputs: Inputs) -> list[Image]:
+    """Return images: kits' are built if missing, container images pulled, as a tag may lead elsewhere today.
+
+    A container image that is locked is pulled at the locked digest.
+    """
+    project = inputs.project
+    with lock_folder(inputs) as folder:
+        locked = LockedImages(host.images, project, lock_folder=folder)
+        return [
+            locked.pull(kit, timeout=TIMEOUT, progress=_say)
+            if isinstance(kit, str)
+            else host.images.get(kit, project=project, progress=_say)
+            for kit in kits
+        ]
 
 
 def _host(inputs: Inputs) -> Host:

@@ -29,7 +29,9 @@ from pytest_microvm.ci.sources.repository import CodeRepository, read_definition
 from pytest_microvm.ci.sources.tree import Tree
 from pytest_microvm.errors import HostError, UsageError
 from pytest_microvm.git.checkout import CheckedOutRef, checked_out
+from pytest_microvm.host.host import Host
 from pytest_microvm.host.project_grants import check_commands
+from pytest_microvm.images.lock_file import FILE, MAX_SIZE
 from pytest_microvm.images.store import ImageStore, cache_root
 from pytest_microvm.settings import trust as project_trust
 
@@ -177,7 +179,7 @@ class RepositorySources:
 
 @contextmanager
 def trusted_project(repository: CodeRepository, definition_from: str | None) -> Iterator[tuple[Path, Path]]:
-    """Yield a folder with the kits of the trusted definition, and a temporary one for bundles.
+    """Yield a folder with the kits and the lock of the trusted definition, and a temporary one for bundles.
 
     Kits are built on this computer, so other branches must not supply any.
     """
@@ -188,7 +190,11 @@ def trusted_project(repository: CodeRepository, definition_from: str | None) -> 
         if definition_from == WORKTREE:
             project = repository.folder
         else:
-            repository.export(definition_from or repository.default_branch, KITS, project)
+            ref = definition_from or repository.default_branch
+            repository.export(ref, KITS, project)
+            lock = repository.read(repository.ref(ref).commit, FILE, MAX_SIZE)
+            if lock is not None:
+                (project / FILE).write_bytes(lock)
         yield project, bundles
 
 
@@ -275,6 +281,16 @@ def ready(plan: Plan, repository: CodeRepository, sources: Sources, project: Pat
     default = repository.ref(repository.default_branch)
     tasks = (with_owner(task, sources, default) if task.job.prepare else task for task in plan.tasks)
     return replace(plan, tasks=tuple(tasks))
+
+
+def check_locked(plan: Plan, host: Host) -> None:
+    """Check before the first task that a plan's images are those that the lock pins.
+
+    Raises:
+        LockError: One of them is another one, or is not locked.
+    """
+    for image in sorted({task.job.spec.image for task in plan.tasks}):
+        host.locked.get(image, progress=host.say)
 
 
 def new_work(repository: CodeRepository, output: Path, watcher: Watcher, sources: RepositorySources) -> Work:

@@ -130,6 +130,10 @@ class QemuProcess:
         """Return the memory limit in bytes if the host's kernel killed the process for exceeding it."""
         return self._ceiling_hit or self._group.ceiling_hit()
 
+    def cpu_limit_hit(self) -> bool:
+        """Return True if the host's kernel ended the process at RLIMIT_CPU, before a watchdog noticed."""
+        return self._process.reaped and self._process.wait(0) == -signal.SIGXCPU
+
     def usage(self) -> Usage:
         """Return the process's resource usage (Linux's /proc); once it has ended, the last known figures."""
         with self._lock:

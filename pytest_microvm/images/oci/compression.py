@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import tempfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import chain
 from typing import IO, TYPE_CHECKING
 
 from pytest_microvm.images.oci.documents import refused
@@ -14,7 +16,7 @@ from pytest_microvm.images.process import build_environment, started
 from pytest_microvm.programs.needed import require_program
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
 MAX_UNPACKED = 16 * 1024**3
@@ -34,11 +36,11 @@ _KINDS = (
 )
 
 
-def unpack(blob: IO[bytes], size: int, target: IO[bytes], folder: Path) -> str:
-    """Write the archive in a blob to ``target``.
+def unpack(blob: Iterable[bytes], size: int, target: IO[bytes], folder: Path) -> str:
+    """Write the archive in a blob to ``target``, while the blob is read once.
 
     Args:
-        blob: The blob, at its beginning.
+        blob: The blob in pieces.
         size: Its bytes.
         target: Takes the archive.
         folder: For temporary files.
@@ -49,14 +51,14 @@ def unpack(blob: IO[bytes], size: int, target: IO[bytes], folder: Path) -> str:
     Raises:
         PullError: The blob is damaged, compressed in another way, or unpacks to too much.
     """
-    begin = blob.read(8)
-    blob.seek(0)
+    pieces = iter(blob)
+    begin = next(pieces, b"")
     kind = next((kind for magic, kind in _KINDS if begin.startswith(magic)), "tar")
     if kind in ("bzip2", "xz"):
         raise refused("a layer", f"it is compressed with {kind}", "compress it with gzip or zstd")
     limit = min(MAX_UNPACKED, max(_ALWAYS, _RATIO * size))
     digest, total = hashlib.sha256(), 0
-    for piece in {"gzip": _gzip, "zstd": _zstd, "tar": _plain}[kind](blob, folder):
+    for piece in {"gzip": _gzip, "zstd": _zstd, "tar": _plain}[kind](chain([begin], pieces), folder):
         total += len(piece)
         if total > limit:
             raise refused("a layer", f"it unpacks to more than {limit // 1024**2} MiB, from {size} bytes")
@@ -65,16 +67,15 @@ def unpack(blob: IO[bytes], size: int, target: IO[bytes], folder: Path) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _plain(blob: IO[bytes], _folder: Path) -> Iterator[bytes]:
-    while piece := blob.read(_PIECE):
-        yield piece
+def _plain(blob: Iterator[bytes], _folder: Path) -> Iterator[bytes]:
+    return blob
 
 
-def _gzip(blob: IO[bytes], _folder: Path) -> Iterator[bytes]:
+def _gzip(blob: Iterator[bytes], _folder: Path) -> Iterator[bytes]:
     """Yield the content of gzip's members; some programs write a layer as several."""
     member, data = None, b""
     try:
-        while data := data or blob.read(_PIECE):
+        while data := data or next(blob, b""):
             member = member or zlib.decompressobj(_GZIP)
             yield member.decompress(data, _PIECE)
             data = member.unused_data if member.eof else member.unconsumed_tail
@@ -88,7 +89,7 @@ def _gzip(blob: IO[bytes], _folder: Path) -> Iterator[bytes]:
         raise refused("a layer", "its compressed data end too early", "run again, or push it again")
 
 
-def _zstd(blob: IO[bytes], folder: Path) -> Iterator[bytes]:
+def _zstd(blob: Iterator[bytes], folder: Path) -> Iterator[bytes]:
     """Yield what the program zstd unpacks: a process of its own, with a limit to its memory."""
     command = [
         require_program("zstd", "pulls"),
@@ -97,16 +98,29 @@ def _zstd(blob: IO[bytes], folder: Path) -> Iterator[bytes]:
         "--quiet",
         f"--memory={_ZSTD_MEMORY}",
     ]
-    os.lseek(blob.fileno(), 0, os.SEEK_SET)  # the program sees the descriptor's place, not this object's
-    with tempfile.TemporaryFile(dir=folder) as messages:
+    with tempfile.TemporaryFile(dir=folder) as messages, ThreadPoolExecutor(1) as feeding:
         running = started(
-            command, environment=build_environment(), stdin=blob, stdout=subprocess.PIPE, stderr=messages
+            command,
+            environment=build_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=messages,
         )
         with running as process:
+            assert process.stdin is not None
             assert process.stdout is not None
+            fed = feeding.submit(_feed, process.stdin, blob)
             while piece := process.stdout.read(_PIECE):
                 yield piece
             if process.wait() != 0:
                 messages.seek(0)
                 said = messages.read(500).decode(errors="replace").strip()
                 raise refused("a layer", f"its compression is damaged ({said})")
+            fed.result()
+
+
+def _feed(stream: IO[bytes], blob: Iterator[bytes]) -> None:
+    """Write a blob to a program, as much of it as it reads."""
+    with suppress(BrokenPipeError), stream:  # its exit status says more
+        for piece in blob:
+            stream.write(piece)

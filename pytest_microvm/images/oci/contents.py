@@ -57,6 +57,26 @@ class Attributes(NamedTuple):
     xattrs: tuple[tuple[str, str], ...] = ()
 
 
+class StoredFile(NamedTuple):
+    """A file, symbolic link or device in a layer's archive.
+
+    Args:
+        kind: Its kind, as a tar header has it.
+        attributes: Its attributes.
+        offset: The place of its first byte in the archive.
+        size: Its bytes; 0 unless it is a regular file.
+        target: A symbolic link's target.
+        device: A device's numbers.
+    """
+
+    kind: bytes
+    attributes: Attributes
+    offset: int = 0
+    size: int = 0
+    target: str = ""
+    device: tuple[int, int] = (0, 0)
+
+
 @dataclass
 class LayerContents:
     """The content of a layer's archive, by path without a leading slash.
@@ -64,15 +84,19 @@ class LayerContents:
     Args:
         folders: The folders; ``None``: one that exists because something is in it, and that the archive does
             not have itself.
-        names: The paths of each file, link and device, by its number in the archive: several are hard links.
+        files: Each file, link and device, by its number in the archive.
+        names: The paths of each of these: several are hard links.
         whiteouts: The paths that it hides in lower layers, and does not have itself.
         opaque: The folders whose content in lower layers it hides; ``""`` is the root.
+        newest: The newest time stamp of a member.
     """
 
     folders: dict[str, Attributes | None] = field(default_factory=dict)
+    files: dict[int, StoredFile] = field(default_factory=dict)
     names: dict[int, list[str]] = field(default_factory=dict)
     whiteouts: set[str] = field(default_factory=set)
     opaque: set[str] = field(default_factory=set)
+    newest: int = 0
 
     @property
     def entries(self) -> int:
@@ -195,6 +219,7 @@ class _Inspection:
 
     def __init__(self) -> None:
         self._contents = LayerContents()
+        self._files: dict[int, StoredFile] = {}
         self._owners: dict[str, int] = {}  # path of a file, link or device -> number of its member
         self._whiteouts: set[str] = set()
         self._ids: set[int] = set()
@@ -229,6 +254,9 @@ class _Inspection:
         contents = self._contents
         for path, number in self._owners.items():
             contents.names.setdefault(number, []).append(path)
+        contents.files = self._files
+        for number in [number for number in contents.files if number not in contents.names]:
+            del contents.files[number]  # a later member has taken its path
         for path in self._whiteouts:
             # What a layer hides and has as well replaces it; a folder must not be merged with the hidden one.
             if path in contents.folders:
@@ -272,13 +300,7 @@ class _Inspection:
         if member.islnk():
             self._owners[path] = self._linked(member)
             return
-        self._attributes(member)
-        if member.issym():
-            _check_target(member)
-        elif member.ischr() or member.isblk():
-            _check_device(member)
-        elif not (member.isreg() or member.isfifo()):
-            raise refused_member(member.name, "neither a file, a folder, a link nor a device")
+        self._files[number] = _stored_file(member, self._attributes(member))
         self._owners[path] = number
 
     def _linked(self, member: tarfile.TarInfo) -> int:
@@ -295,9 +317,24 @@ class _Inspection:
     def _attributes(self, member: tarfile.TarInfo) -> Attributes:
         found = attributes_of(member)
         self._ids |= {found.uid, found.gid}
+        self._contents.newest = max(self._contents.newest, found.mtime)
         if len(self._ids) > _MAX_IDS:
             raise refused("a layer", f"it has more than {_MAX_IDS} different owners")
         return found
+
+
+def _stored_file(member: tarfile.TarInfo, attributes: Attributes) -> StoredFile:
+    if member.isreg():
+        return StoredFile(tarfile.REGTYPE, attributes, member.offset_data, member.size)
+    if member.issym():
+        _check_target(member)
+        return StoredFile(member.type, attributes, target=member.linkname)
+    if member.ischr() or member.isblk():
+        _check_device(member)
+        return StoredFile(member.type, attributes, device=(member.devmajor, member.devminor))
+    if not member.isfifo():
+        raise refused_member(member.name, "neither a file, a folder, a link nor a device")
+    return StoredFile(member.type, attributes)
 
 
 def _parts(member: tarfile.TarInfo, path: str) -> list[str]:

@@ -124,8 +124,8 @@ def parse_index(document: dict[str, Any]) -> list[Descriptor]:
     Raises:
         PullError: It is not one.
     """
-    entries = _list(document.get("manifests"), "the index", "manifests", _MAX_ENTRIES)
-    return [_descriptor(entry, "the index") for entry in entries]
+    entries = parse_list(document.get("manifests"), "the index", "manifests", _MAX_ENTRIES)
+    return [parse_descriptor(entry, "the index") for entry in entries]
 
 
 def is_index(document: dict[str, Any]) -> bool:
@@ -146,13 +146,13 @@ def parse_manifest(document: dict[str, Any]) -> ImageManifest:
     kind = document.get("mediaType")
     if kind is not None and kind not in _MANIFESTS:
         raise refused(what, f"it is of the kind {_quoted(kind)}")
-    configuration = _descriptor(document.get("config"), what)
+    configuration = parse_descriptor(document.get("config"), what)
     if configuration.media_type not in _CONFIGURATIONS:
         raise refused(what, f"it is no image, but has the kind {_quoted(configuration.media_type)}")
     if configuration.size > MAX_DOCUMENT:
         raise refused(what, f"its configuration has more than {MAX_DOCUMENT // 1024**2} MiB")
-    entries = _list(document.get("layers"), what, "layers", MAX_LAYERS)
-    layers = tuple(_descriptor(entry, what) for entry in entries)
+    entries = parse_list(document.get("layers"), what, "layers", MAX_LAYERS)
+    layers = tuple(parse_descriptor(entry, what) for entry in entries)
     for layer in layers:
         if not _LAYERS.fullmatch(layer.media_type):
             raise refused(what, f"a layer has the kind {_quoted(layer.media_type)}")
@@ -173,7 +173,7 @@ def parse_configuration(document: dict[str, Any], layers: int) -> ImageConfigura
     roots = document.get("rootfs")
     if not isinstance(roots, dict) or roots.get("type") != "layers":
         raise refused(what, "it has no layers")
-    diff_ids = _list(roots.get("diff_ids"), what, "rootfs.diff_ids", MAX_LAYERS)
+    diff_ids = parse_list(roots.get("diff_ids"), what, "rootfs.diff_ids", MAX_LAYERS)
     if not all(isinstance(one, str) and _DIGEST.fullmatch(one) for one in diff_ids):
         raise refused(what, "rootfs.diff_ids holds something else than SHA-256 digests")
     if len(diff_ids) != layers:
@@ -181,16 +181,16 @@ def parse_configuration(document: dict[str, Any], layers: int) -> ImageConfigura
     inner = document.get("config") or {}
     if not isinstance(inner, dict):
         raise refused(what, "config is no object")
-    workdir = _text(inner.get("WorkingDir"), what, "WorkingDir")
-    system, architecture = (_text(document.get(key), what, key) for key in ("os", "architecture"))
+    workdir = parse_text(inner.get("WorkingDir"), what, "WorkingDir")
+    system, architecture = (parse_text(document.get(key), what, key) for key in ("os", "architecture"))
     return ImageConfiguration(
         platform=f"{system}/{architecture}",
         diff_ids=tuple(diff_ids),
         environment=_variables(inner.get("Env"), what),
-        entrypoint=_words(inner.get("Entrypoint"), what, "Entrypoint"),
-        arguments=_words(inner.get("Cmd"), what, "Cmd"),
+        entrypoint=parse_words(inner.get("Entrypoint"), what, "Entrypoint"),
+        arguments=parse_words(inner.get("Cmd"), what, "Cmd"),
         workdir=workdir if workdir.startswith("/") or not workdir else f"/{workdir}",
-        user=_text(inner.get("User"), what, "User"),
+        user=parse_text(inner.get("User"), what, "User"),
     )
 
 
@@ -230,7 +230,12 @@ def refused(what: str, why: str, resolution: str = "") -> PullError:
     )
 
 
-def _descriptor(value: object, what: str) -> Descriptor:
+def parse_descriptor(value: object, what: str) -> Descriptor:
+    """Return a reference to another document or a blob.
+
+    Raises:
+        PullError: It is invalid.
+    """
     if not isinstance(value, dict):
         raise refused(what, "it refers to nothing where it has to")
     digest, size, kind = value.get("digest"), value.get("size"), value.get("mediaType")
@@ -255,20 +260,29 @@ def _platform(value: object) -> str:
 
 def _variables(value: object, what: str) -> tuple[tuple[str, str], ...]:
     found: dict[str, str] = {}
-    for item in _list(value or [], what, "Env", _MAX_VARIABLES):
-        name, equals, text = _text(item, what, "Env").partition("=")
+    for item in parse_list(value or [], what, "Env", _MAX_VARIABLES):
+        name, equals, text = parse_text(item, what, "Env").partition("=")
         if not name or not equals:
             raise refused(what, f"Env: expected NAME=VALUE, got {_quoted(item)}")
         found[name] = text
     return tuple(sorted(found.items()))
 
 
-def _words(value: object, what: str, key: str) -> tuple[str, ...]:
-    return tuple(_text(item, what, key) for item in _list(value or [], what, key, _MAX_WORDS))
+def parse_words(value: object, what: str, key: str) -> tuple[str, ...]:
+    """Return a list of texts; an absent one is empty.
+
+    Raises:
+        PullError: It is something else.
+    """
+    return tuple(parse_text(item, what, key) for item in parse_list(value or [], what, key, _MAX_WORDS))
 
 
-def _text(value: object, what: str, key: str) -> str:
-    """Return a text; an absent one is empty."""
+def parse_text(value: object, what: str, key: str) -> str:
+    """Return a text that Linux can take; an absent one is empty.
+
+    Raises:
+        PullError: It is something else.
+    """
     if value is None:
         return ""
     if not isinstance(value, str) or "\0" in value or len(value) > _MAX_TEXT or not _encodes(value):
@@ -285,7 +299,12 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _list(value: object, what: str, key: str, most: int) -> list[Any]:
+def parse_list(value: object, what: str, key: str, most: int) -> list[Any]:
+    """Return a list of at most ``most`` items.
+
+    Raises:
+        PullError: It is something else.
+    """
     if not isinstance(value, list):
         raise refused(what, f"{key}: expected a list, got {_quoted(value)}")
     if len(value) > most:

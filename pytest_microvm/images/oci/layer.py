@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import tarfile
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from pytest_microvm.errors import PullError
 from pytest_microvm.images.artifacts import Built
-from pytest_microvm.images.oci.compression import unpack
-from pytest_microvm.images.oci.contents import (
-    Attributes,
-    LayerContents,
-    attributes_of,
-    inspect,
-    members,
-    opened,
-)
-from pytest_microvm.images.oci.documents import Descriptor, refused
+from pytest_microvm.images.oci.contents import Attributes, LayerContents, StoredFile, inspect
+from pytest_microvm.images.oci.documents import refused
 from pytest_microvm.images.squashfs import squash_stream
 
-CONVERTER = 1
+CONVERTER = 2
 """Part of every layer's key; increase it when a change of this package changes what it makes of layers."""
 
 Lower = Callable[[Sequence[str]], Mapping[str, Attributes]]
@@ -38,19 +26,14 @@ Raises:
 _DEFAULT = Attributes(0o755, 0, 0, 0)  # of a folder that no layer has
 _OVERLAY_OPAQUE = ("SCHILY.xattr.trusted.overlay.opaque", "y")  # Linux: filesystems/overlayfs
 _PIECE = 1 << 20
-_BUFFER = 1 << 16  # tarfile copies what is in its buffer with each header that it adds
 
 
-def convert(
-    folder: Path, blob: IO[bytes], layer: Descriptor, diff_id: str, *, lowest: bool, lower: Lower
-) -> Built:
+def convert(folder: Path, archive: IO[bytes], *, lowest: bool, lower: Lower) -> Built:
     """Convert a layer.
 
     Args:
         folder: The empty folder for the result and everything temporary.
-        blob: The layer as it was fetched.
-        layer: Its size and digest, from the manifest.
-        diff_id: The digest of its archive, from the configuration.
+        archive: The layer's archive, checked.
         lowest: Whether nothing is below it, so that it has nothing to hide.
         lower: Looks folders up that exist in the archive only by what is in them.
 
@@ -58,55 +41,19 @@ def convert(
         The file system, as ``layer``; with the facts of :func:`describe`.
 
     Raises:
-        PullError: The layer is not the one that the digests name, or is refused.
+        PullError: The layer is refused.
         BuildError: mksquashfs failed.
-        HostError: A program is missing.
     """
-    check_blob(blob, layer)
     target = folder / "layer.squashfs"
-    with tempfile.TemporaryFile(dir=folder) as archive:
-        found = unpack(blob, layer.size, archive, folder)
-        if found != diff_id:
-            raise refused(
-                "a layer", f"its archive has the digest {found}, and the configuration says {diff_id}"
-            )
-        contents = inspect(archive)
-        implied = dict(lower(contents.implied)) if contents.implied else {}
-        facts = describe(contents, implied, lowest=lowest)
-        if lowest:
-            contents.whiteouts.clear()
-            contents.opaque.clear()
-        squash_stream(lambda stream: rewrite(stream, archive, contents, implied), target)
+    contents = inspect(archive)
+    implied = dict(lower(contents.implied)) if contents.implied else {}
+    facts = describe(contents, implied, lowest=lowest)
+    if lowest:
+        contents.whiteouts.clear()
+        contents.opaque.clear()
+    newest = max([contents.newest, *(each.mtime for each in implied.values())])
+    squash_stream(lambda stream: rewrite(stream, archive, contents, implied), target, epoch=newest)
     return Built({"layer": target}, facts)
-
-
-def check_blob(blob: IO[bytes], layer: Descriptor) -> None:
-    """Check that a blob is the one that a manifest names, and leave it at its beginning.
-
-    Raises:
-        PullError: It is not.
-    """
-    size = blob.seek(0, os.SEEK_END)
-    if size != layer.size:
-        raise DamagedBlob(layer, f"it has {size} bytes, and the manifest says {layer.size}")
-    digest = hashlib.sha256()
-    blob.seek(0)
-    while piece := blob.read(_PIECE):
-        digest.update(piece)
-    if f"sha256:{digest.hexdigest()}" != layer.digest:
-        raise DamagedBlob(layer, f"it has the digest sha256:{digest.hexdigest()}")
-    blob.seek(0)
-
-
-class DamagedBlob(PullError):
-    """A blob that is not the one that its digest names: fetching it again may help."""
-
-    def __init__(self, layer: Descriptor, why: str) -> None:
-        super().__init__(
-            f"layer {layer.digest[:19]} of the image is refused: {why}",
-            reason="refused",
-            resolution="run again; if that does not help, push the image again",
-        )
 
 
 def describe(contents: LayerContents, implied: Mapping[str, Attributes], *, lowest: bool) -> dict[str, str]:
@@ -160,52 +107,73 @@ def rewrite(
     Raises:
         PullError: The layer's archive is damaged.
     """
-    with tarfile.open(
-        fileobj=stream,
-        mode="w|",
-        format=tarfile.PAX_FORMAT,
-        bufsize=_BUFFER,
-        copybufsize=_BUFFER,
-        encoding="utf-8",
-        errors="surrogateescape",
-    ) as out:  # type: ignore[call-overload]  # copybufsize is not in the stubs
-        for path, own in sorted(contents.folders.items()):
-            info = _header(path, own or implied.get(path, _DEFAULT), tarfile.DIRTYPE)
-            if path in contents.opaque:
-                info.pax_headers = dict([*info.pax_headers.items(), _OVERLAY_OPAQUE])
-            out.addfile(info)
-        for path in sorted(contents.whiteouts):
-            out.addfile(_header(path, Attributes(0, 0, 0, 0), tarfile.CHRTYPE))  # device 0:0
-        if not contents.names:
-            return
-        with opened(source) as archive:
-            for number, member in members(archive):
-                if names := contents.names.get(number):
-                    _copy(archive, member, names, out)
+    out = _Archive(stream)
+    for path, own in sorted(contents.folders.items()):
+        info = _header(path, own or implied.get(path, _DEFAULT), tarfile.DIRTYPE)
+        if path in contents.opaque:
+            info.pax_headers = dict([*info.pax_headers.items(), _OVERLAY_OPAQUE])
+        out.add(info)
+    for path in sorted(contents.whiteouts):
+        out.add(_header(path, Attributes(0, 0, 0, 0), tarfile.CHRTYPE))  # device 0:0
+    for number, file in contents.files.items():
+        _copy(file, source, contents.names[number], out)
+    out.end()
 
 
-def _copy(
-    archive: tarfile.TarFile, member: tarfile.TarInfo, names: Sequence[str], out: tarfile.TarFile
-) -> None:
-    """Write a member that is not a folder under its names."""
-    attributes = attributes_of(member)
-    if not member.isreg():
-        for name in names:
-            info = _header(name, attributes, member.type)
-            info.linkname = member.linkname
-            info.devmajor, info.devminor = member.devmajor, member.devminor
-            out.addfile(info)
-        return
-    info = _header(names[0], attributes, tarfile.REGTYPE)
-    info.size = member.size
-    content = archive.extractfile(member)
-    assert content is not None, "a regular file has content"
-    with content:
-        out.addfile(info, content)  # raises an OSError if it ends too early
-    for name in names[1:]:
-        link = _header(name, attributes, tarfile.LNKTYPE)
-        link.linkname = names[0]
-        out.addfile(link)
+class _Archive:
+    """A tar archive that is written in large pieces; tarfile writes each header and each file of its own."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._pending = bytearray()
+
+    def add(self, header: tarfile.TarInfo) -> None:
+        """Add a header; the content of a file has to follow."""
+        self._pending += header.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+        self._write(_PIECE)
+
+    def copy(self, source: IO[bytes], offset: int, size: int) -> None:
+        """Add the content of a file.
+
+        Raises:
+            PullError: It ends too early.
+        """
+        source.seek(offset)
+        left = size
+        while left:
+            piece = source.read(min(left, _PIECE))
+            if not piece:
+                raise refused("a layer", "its archive ends too early")
+            self._pending += piece
+            left -= len(piece)
+            self._write(_PIECE)
+        self._pending += bytes(-size % tarfile.BLOCKSIZE)
+
+    def end(self) -> None:
+        """Write the end of the archive."""
+        self._pending += bytes(2 * tarfile.BLOCKSIZE)
+        self._write(1)
+
+    def _write(self, least: int) -> None:
+        if len(self._pending) >= least:
+            self._stream.write(self._pending)
+            self._pending.clear()
+
+
+def _copy(file: StoredFile, source: IO[bytes], names: Sequence[str], out: _Archive) -> None:
+    """Add a file, link or device under its names."""
+    regular = file.kind == tarfile.REGTYPE
+    for number, name in enumerate(names):
+        info = _header(name, file.attributes, file.kind)
+        info.linkname = file.target
+        info.devmajor, info.devminor = file.device
+        if regular and number:
+            info.type, info.linkname = tarfile.LNKTYPE, names[0]
+            out.add(info)
+            continue
+        info.size = file.size
+        out.add(info)
+        out.copy(source, file.offset, file.size)
 
 
 def _header(path: str, attributes: Attributes, kind: bytes) -> tarfile.TarInfo:

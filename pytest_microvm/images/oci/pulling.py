@@ -9,23 +9,26 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pytest_microvm.cache.disk import explained, need_space
 from pytest_microvm.errors import BuildError
 from pytest_microvm.images.artifacts import Artifact, Artifacts, Built
+from pytest_microvm.images.oci.built import is_built, parse_artifact, parse_image
+from pytest_microvm.images.oci.built_files import store_files
 from pytest_microvm.images.oci.contents import Attributes, refused_member
 from pytest_microvm.images.oci.documents import (
-    Descriptor,
     ImageConfiguration,
     parse_configuration,
     parse_document,
     parse_manifest,
     wrong_platform,
 )
-from pytest_microvm.images.oci.layer import CONVERTER, DamagedBlob, convert, is_for
+from pytest_microvm.images.oci.layer import CONVERTER, convert, is_for
 from pytest_microvm.images.oci.references import Platform, Reference
 from pytest_microvm.images.oci.skopeo import Skopeo
 from pytest_microvm.images.oci.sources import FolderSource, ImageSource, RegistrySource, copied
+from pytest_microvm.images.oci.spooling import DamagedBlob, Layer, Spools
 from pytest_microvm.images.process import Progress, build_environment
 from pytest_microvm.programs.needed import require_program
 
@@ -46,12 +49,30 @@ class Pulled:
         manifest: The digest of the image's manifest.
         configuration: Its configuration.
         layers: The digests of its file systems, the lowest first.
+        configuration_digest: The digest of its configuration.
     """
 
     resolved: str
     manifest: str
     configuration: ImageConfiguration
     layers: tuple[str, ...]
+    configuration_digest: str
+
+
+@dataclass(frozen=True)
+class PulledBuilt:
+    """A pulled image that was built on another computer; its files are stored.
+
+    Args:
+        resolved: The digest of the document that the reference led to: an index or a manifest.
+        manifest: The digest of the artifact's manifest.
+        image: The image's own manifest, checked.
+    """
+
+    resolved: str
+    manifest: str
+    image: Mapping[str, Any]
+    configuration_digest: str
 
 
 class Puller:
@@ -62,15 +83,26 @@ class Puller:
         root: The folder of the image store.
         tell: Called with messages about the progress.
         timeout: Seconds without a byte after which a registry counts as hanging.
+        image_format: The format of built images that this version reads.
     """
 
-    def __init__(self, artifacts: Artifacts, root: Path, tell: Progress, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self,
+        artifacts: Artifacts,
+        root: Path,
+        tell: Progress,
+        timeout: float = TIMEOUT,
+        image_format: int = 0,
+    ) -> None:
         self._artifacts = artifacts
         self._root = root
         self._tell = tell
         self._timeout = timeout
+        self._format = image_format
 
-    def pull(self, reference: Reference, platform: Platform, known: Callable[[str], bool]) -> Pulled | None:
+    def pull(
+        self, reference: Reference, platform: Platform, known: Callable[[str], bool]
+    ) -> Pulled | PulledBuilt | None:
         """Pull an image; one pull runs at a time.
 
         Args:
@@ -91,21 +123,35 @@ class Puller:
                 source.done()
                 return None
             data = source.manifest()
-            manifest = parse_manifest(parse_document(data, "the manifest"))
+            digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+            found = parse_document(data, "the manifest")
+            if is_built(found):
+                artifact = parse_artifact(found)
+                image = parse_image(
+                    source.configuration(artifact),
+                    artifact,
+                    image_format=self._format,
+                    platform=platform,
+                    shown=str(reference),
+                )
+                store_files(self._artifacts, artifact, source, folder, self._tell)
+                source.done()
+                return PulledBuilt(source.resolved, digest, image, artifact.configuration.digest)
+            manifest = parse_manifest(found)
             document = parse_document(source.configuration(manifest), "the configuration")
             configuration = parse_configuration(document, len(manifest.layers))
             if configuration.platform != str(platform):
                 raise wrong_platform(str(reference), str(platform), [configuration.platform])
-            stack = _Stack(self._artifacts, source, manifest.layers, configuration.diff_ids, self._tell)
+            blobs = list(zip(manifest.layers, configuration.diff_ids, strict=True))
+            stack = _Stack(self._artifacts, source, blobs, folder, self._tell)
             stored = stack.stored()
             missing = [layer for layer in manifest.layers if layer.digest not in stored]
             need_space(self._root, sum(layer.size for layer in missing))
             if missing:
                 source.fetch(manifest, stored)
-            layers = stack.convert(lambda: source.fetch(manifest, stored))
+            layers = stack.convert(stored, lambda: source.fetch(manifest, stored))
             source.done()
-            digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-            return Pulled(source.resolved, digest, configuration, layers)
+            return Pulled(source.resolved, digest, configuration, layers, manifest.configuration.digest)
 
     def _source(self, reference: Reference, platform: Platform, folder: Path) -> ImageSource:
         if reference.transport == "oci":
@@ -137,13 +183,14 @@ class _Stack:
         self,
         artifacts: Artifacts,
         source: ImageSource,
-        layers: Sequence[Descriptor],
-        diff_ids: Sequence[str],
+        layers: Sequence[Layer],
+        folder: Path,
         tell: Progress,
     ) -> None:
         self._artifacts = artifacts
         self._source = source
-        self._layers = list(zip(layers, diff_ids, strict=True))
+        self._layers = layers
+        self._folder = folder
         self._tell = tell
 
     def stored(self) -> set[str]:
@@ -161,28 +208,31 @@ class _Stack:
             below.add(artifact)
         return found
 
-    def convert(self, fetch: Callable[[], None]) -> tuple[str, ...]:
+    def convert(self, stored: set[str], fetch: Callable[[], None]) -> tuple[str, ...]:
         """Convert the layers that are not stored, and return the digests of all that change something.
 
         Args:
+            stored: The digests of the blobs that were not fetched.
             fetch: Fetches the blobs again, after a damaged one was discarded.
         """
         below = _Below(self._artifacts)
-        for number, (layer, diff_id) in enumerate(self._layers):
-            artifact = self._found(number, diff_id, below)
-            if artifact is None:
-                self._tell(
-                    f"converting layer {number + 1} of {len(self._layers)} ({layer.size / 1e6:.1f} MB)"
-                )
-                try:
-                    artifact = self._made(number, layer, diff_id, below)
-                except DamagedBlob:
-                    if not self._source.discard(layer):
-                        raise
-                    self._tell("what an earlier pull left of it is damaged: fetching it again")
-                    fetch()
-                    artifact = self._made(number, layer, diff_id, below)
-            below.add(artifact)
+        wanted = [layer for layer in self._layers if layer[0].digest not in stored]
+        with Spools(self._source.blob, wanted, self._folder) as spools:
+            for number, (layer, diff_id) in enumerate(self._layers):
+                artifact = self._found(number, diff_id, below)
+                if artifact is None:
+                    self._tell(
+                        f"converting layer {number + 1} of {len(self._layers)} ({layer.size / 1e6:.1f} MB)"
+                    )
+                    try:
+                        artifact = self._made(number, diff_id, below, spools)
+                    except DamagedBlob:
+                        if not self._source.discard(layer):
+                            raise
+                        self._tell("what an earlier pull left of it is damaged: fetching it again")
+                        fetch()
+                        artifact = self._made(number, diff_id, below, spools)
+                below.add(artifact)
         return below.digests
 
     def _found(self, number: int, diff_id: str, below: _Below) -> Artifact | None:
@@ -201,15 +251,15 @@ class _Stack:
         """Return the key of a layer in any place, and the key of the layer above just those below it."""
         return _key(diff_id), _key(diff_id, *(id_ for _layer, id_ in self._layers[:number]), "above these")
 
-    def _made(self, number: int, layer: Descriptor, diff_id: str, below: _Below) -> Artifact:
+    def _made(self, number: int, diff_id: str, below: _Below, spools: Spools) -> Artifact:
         everywhere, here = self._keys(number, diff_id)
         name = _artifact(diff_id)
 
         def build(folder: Path) -> Built:
             for program in ("mksquashfs", "unsquashfs"):
                 require_program(program, "pulls")
-            with self._source.blob(layer) as blob:
-                return convert(folder, blob, layer, diff_id, lowest=not number, lower=below)
+            with spools.take(self._layers[number]) as archive:
+                return convert(folder, archive, lowest=not number, lower=below)
 
         taken = self._artifacts.find(name, everywhere) is not None
         return self._artifacts.get(name, here if taken else everywhere, build, self._tell)

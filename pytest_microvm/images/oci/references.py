@@ -24,6 +24,8 @@ _PREFIXES: dict[str, Transport] = {
     "oci-archive:": "oci-archive",
     "docker-daemon:": "docker-daemon",
 }
+_DOCKER = "docker.io"
+_DOCKER_HOSTS = (_DOCKER, "index.docker.io", "registry-1.docker.io")
 _MOST = 2048  # characters
 # The grammar of docker's references (distribution/reference); an address of IPv6 may stand for the host.
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
@@ -91,6 +93,28 @@ class Reference:
         return Reference(self.transport, self.name, digest=digest)
 
 
+NAMED_PREFIX = re.compile(rf"{_HOST}(?:/{_PART})*")
+"""A registry, and perhaps the beginning of a name on it."""
+
+
+def is_host(part: str) -> bool:
+    """Return True if the first part of an image's name is a registry, as Docker tells them apart."""
+    return bool({".", ":"} & set(part)) or part == "localhost" or part != part.lower()
+
+
+def host_of(part: str) -> str:
+    """Return a registry's host in one form: without the port that it has anyway, Docker's own by one name."""
+    host = part.lower().removesuffix(":443")
+    return _DOCKER if host in _DOCKER_HOSTS else host
+
+
+def repository_of(name: str) -> str:
+    """Return an image's name on a registry in one form, so that names can be compared."""
+    first, slash, rest = name.partition("/")
+    host, path = (host_of(first), rest) if slash and is_host(first) else (_DOCKER, name)
+    return f"{host}/library/{path}" if host == _DOCKER and "/" not in path else f"{host}/{path}"
+
+
 def is_reference(text: str) -> bool:
     """Return True if a text that names an image is a reference, valid or not, and not the name of a kit."""
     return text.startswith(tuple(_PREFIXES))
@@ -121,6 +145,24 @@ def parse_reference(text: str, base: Path) -> Reference:
     if found is None or (transport == "docker-daemon" and not (found["tag"] or found["digest"])):
         raise _invalid(text)
     return Reference(transport, found["name"], found["tag"] or "", found["digest"] or "")
+
+
+def parse_target(text: str) -> Reference:
+    """Parse the name that a pushed image gets, ``REGISTRY/NAME[:TAG]``; ``docker://`` may be before it.
+
+    Raises:
+        UsageError: It is invalid, or names no registry.
+    """
+    text = text.removeprefix("docker://")
+    found = _NAMED.fullmatch(text) if len(text) <= _MOST else None
+    host, slash, _rest = text.partition("/")
+    # As in docker's references: what has no dot and no port is part of a name on docker's own registry.
+    if not found or found["digest"] or not slash or not (host == "localhost" or {".", ":"} & set(host)):
+        raise UsageError(
+            f"invalid name of a pushed image: expected REGISTRY/NAME[:TAG], got {text[:200]!r}",
+            resolution="write it like registry.example/team/kit:1.2",
+        )
+    return Reference("docker", found["name"], found["tag"] or "")
 
 
 def parse_platform(text: str) -> Platform:

@@ -39,6 +39,7 @@ _PLAIN = (
     "a registry without TLS has to be named in ~/.config/containers/registries.conf: "
     '[[registry]] with location = "REGISTRY" and insecure = true'
 )
+_ARTIFACTS = "push to a registry that stores OCI artifacts and lets its users push"
 _NAME = "see whether the name and the tag are right"
 _REASONS: tuple[tuple[str, str, str, str], ...] = (
     # what skopeo says (lower case), the kind of failure, what happened, what to do
@@ -52,6 +53,8 @@ _REASONS: tuple[tuple[str, str, str, str], ...] = (
     ("403 (forbidden)", "denied", "its registry keeps it from this user", _LOGIN),
     ("digest did not match", "refused", "what arrived has another digest than it should", "run again"),
     ("unexpected eof", "refused", "a part of it ended too early", "run again; whole parts are kept"),
+    ("manifest invalid", "refused", "its registry does not take such artifacts", _ARTIFACTS),
+    ("operation is unsupported", "refused", "its registry takes no images", _ARTIFACTS),
     ("manifest unknown", "absent", "its registry has no such image", _NAME),
     ("name unknown", "absent", "its registry has no such image", _NAME),
     ("blob unknown", "refused", "its registry has lost a part of it", "push it again"),
@@ -78,14 +81,17 @@ class Skopeo:
         folder: For temporary files.
         platform: The platform whose image is chosen where there are several.
         timeout: Seconds without a sign of progress after which a registry counts as hanging.
+        verb: What is done with it, for errors: ``pulled`` or ``pushed``.
 
     Raises:
         HostError: skopeo is not installed.
     """
 
-    def __init__(self, wanted: Reference, folder: Path, platform: Platform, timeout: float) -> None:
+    def __init__(
+        self, wanted: Reference, folder: Path, platform: Platform, timeout: float, verb: str = "pulled"
+    ) -> None:
         require("pulls")
-        self._wanted = wanted
+        self._failed = f"{wanted} cannot be {verb}"
         self._folder = folder
         self._platform = platform
         self._timeout = timeout
@@ -102,7 +108,7 @@ class Skopeo:
         """
         words = ["inspect", "--retry-times", _RETRIES, *(["--config"] if configuration else []), "--raw"]
         with tempfile.TemporaryFile(dir=self._folder) as output:
-            self._run([*words, reference.source], output, lambda: 0)
+            self._run([*words, reference.source], output, lambda _process: 0)
             output.seek(0)
             data = output.read(MAX_DOCUMENT + 1)
         if len(data) > MAX_DOCUMENT:
@@ -126,10 +132,33 @@ class Skopeo:
         words += ["--dest-shared-blob-dir", str(blobs)]
         if reference.transport == "docker-daemon" and "DOCKER_HOST" in self._environment:
             words += ["--src-daemon-host", self._environment["DOCKER_HOST"]]  # it does not look there itself
-        self._run([*words, reference.source, f"oci:{layout}:image"], None, arrived)
+        self._run([*words, reference.source, f"oci:{layout}:image"], None, lambda _process: arrived())
 
-    def _run(self, words: Sequence[str], output: IO[bytes] | None, arrived: Callable[[], int]) -> None:
-        """Run skopeo to its end, or until nothing has arrived for the time limit."""
+    def push(self, source: str, target: Reference, sent: Callable[[int], None]) -> None:
+        """Copy an image to a registry, byte by byte: with another digest it would have another name.
+
+        Args:
+            source: skopeo's name of it.
+            target: Its name on the registry, and its tag.
+            sent: Called with the bytes that were sent, twice a second.
+
+        Raises:
+            PullError: The registry does not take it, or cannot be reached.
+        """
+
+        def progress(process: int) -> int:
+            done = _transferred(process)
+            sent(done)
+            return done
+
+        words = ["copy", "--quiet", "--preserve-digests", "--retry-times", _RETRIES]
+        self._run([*words, source, target.source], None, progress)
+
+    def _run(self, words: Sequence[str], output: IO[bytes] | None, moved: Callable[[int], int]) -> None:
+        """Run skopeo to its end, or until nothing has moved for the time limit.
+
+        ``moved`` gets its process id, and returns a number that grows with each sign of progress.
+        """
         command = ["skopeo", *self._policy(), "--tmpdir", str(self._folder), "--override-os", "linux"]
         command += ["--override-arch", self._platform.architecture, *words]
         with tempfile.TemporaryFile(dir=self._folder) as messages:
@@ -137,16 +166,16 @@ class Skopeo:
                 command, environment=self._environment, stdout=output or subprocess.DEVNULL, stderr=messages
             )
             with running as process:
-                last, since = arrived(), time.monotonic()
+                last, since = moved(process.pid), time.monotonic()
                 while (status := _ended(process)) is None:
-                    now = arrived()
+                    now = moved(process.pid)
                     if now != last:
                         last, since = now, time.monotonic()
                     elif time.monotonic() - since > self._timeout:
-                        raise _hangs(self._wanted, self._timeout)
+                        raise _hangs(self._failed, self._timeout)
             if status != 0:
                 messages.seek(0)
-                raise _explained(self._wanted, status, messages.read(_MESSAGES).decode(errors="replace"))
+                raise _explained(self._failed, status, messages.read(_MESSAGES).decode(errors="replace"))
 
     def _policy(self) -> list[str]:
         """Return the option that does without a signature policy, which skopeo demands, if there is none."""
@@ -163,15 +192,24 @@ def _ended(process: subprocess.Popen[bytes]) -> int | None:
         return None
 
 
-def _hangs(reference: Reference, seconds: float) -> PullError:
+def _transferred(process: int) -> int:
+    """Return the bytes that a process has written to files and sockets; 0 if this system does not tell."""
+    try:
+        lines = Path(f"/proc/{process}/io").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("wchar:")), 0)
+
+
+def _hangs(failed: str, seconds: float) -> PullError:
     return PullError(
-        f"{reference} cannot be pulled: nothing has arrived for {seconds:g} s",
+        f"{failed}: nothing has arrived for {seconds:g} s",
         reason="unreachable",
         resolution="run again: what has arrived whole is kept; --timeout SECONDS waits longer",
     )
 
 
-def _explained(reference: Reference, status: int, messages: str) -> PullError | HostError:
+def _explained(failed: str, status: int, messages: str) -> PullError | HostError:
     """Return the error for a failed skopeo, by its messages."""
     text = messages.lower()
     lines = "\n".join(_short(messages.splitlines()))
@@ -185,13 +223,13 @@ def _explained(reference: Reference, status: int, messages: str) -> PullError | 
                 resolution="free some disk, or set PYTEST_MICROVM_CACHE to a folder on another disk",
             )
         return PullError(
-            f"{reference} cannot be pulled: {what}",
+            f"{failed}: {what}",
             reason=reason,  # type: ignore[arg-type]  # the table has no other ones
             details=lines,
             resolution=step,
         )
     return PullError(
-        f"{reference} cannot be pulled: skopeo failed (exit code {status})",
+        f"{failed}: skopeo failed (exit code {status})",
         reason="unreachable",
         details=lines,
         resolution="see what skopeo says above",

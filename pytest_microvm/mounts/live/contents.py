@@ -54,7 +54,8 @@ def create(session: Session, request: FuseRequest) -> bytes:
         os.close(file)
         raise
     handle = Handle(node, file, _for_writing(flags))
-    return messages.entry(node.number, status) + messages.opened(session.handles.add(handle))
+    opened = messages.opened(session.handles.add(handle))
+    return messages.entry(node.number, status, session.owner) + opened
 
 
 def read(session: Session, request: FuseRequest) -> bytes:
@@ -107,7 +108,7 @@ def getattr_(session: Session, request: FuseRequest) -> bytes:
 
 
 def setattr_(session: Session, request: FuseRequest) -> bytes:
-    """Set permissions, size or times; the owner is always root and cannot be changed."""
+    """Set permissions, size or times; the owner is the mount's and cannot be changed."""
     (
         valid, _padding, number, size, _owner, accessed, modified, _changed,
         accessed_ns, modified_ns, _changed_ns, mode, _unused, uid, gid, _unused_too,
@@ -115,7 +116,7 @@ def setattr_(session: Session, request: FuseRequest) -> bytes:
     node = session.nodes.get(request.node)
     handle = number if valid & _FH else None
     file = None if handle is None else session.handles.file(handle)
-    if (valid & _UID and uid) or (valid & _GID and gid):
+    if (valid & _UID and uid != session.owner.uid) or (valid & _GID and gid != session.owner.gid):
         raise error(errno.EPERM)
     if valid & _MODE:
         session.own(node)
@@ -135,7 +136,8 @@ def setattr_(session: Session, request: FuseRequest) -> bytes:
 def _attributes(session: Session, node: Node, file: int | None) -> bytes:
     if file is None and node.gone:  # removed, but possibly still open
         file = session.handles.file_of(node)
-    return messages.attributes_of_node(session.status(node) if file is None else os.fstat(file))
+    status = session.status(node) if file is None else os.fstat(file)
+    return messages.attributes_of_node(status, session.owner)
 
 
 def _resize(session: Session, node: Node, handle: int | None, size: int) -> None:

@@ -53,6 +53,13 @@ SECONDS_KNOWN = 1
 """Seconds for which a guest's kernel may cache names and attributes: the delay of changes by the host."""
 
 
+class Owner(NamedTuple):
+    """The numbers of the user and the group to whom all files of a mount belong in the machine."""
+
+    uid: int = 0
+    gid: int = 0
+
+
 class Op(IntEnum):
     """Supported operations; all others are answered with "function not implemented"."""
 
@@ -173,24 +180,25 @@ def welcome(request: FuseRequest) -> bytes:
     )  # fmt: skip
 
 
-def attributes(status: os.stat_result) -> bytes:
-    """Return the packed attributes of a file, with root as its owner in the machine."""
+def attributes(status: os.stat_result, owner: Owner) -> bytes:
+    """Return the packed attributes of a file, with its owner in the machine."""
     times = [divmod(time, 10**9) for time in (status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns)]
     mode = stat.S_IFMT(status.st_mode) | status.st_mode & 0o777
     return _ATTRIBUTES.pack(
         status.st_ino, status.st_size, status.st_blocks, *(seconds & 2**64 - 1 for seconds, _rest in times),
-        *(rest for _seconds, rest in times), mode, status.st_nlink & 2**32 - 1, 0, 0, 0, _PAGE, 0,
+        *(rest for _seconds, rest in times), mode, status.st_nlink & 2**32 - 1,
+        owner.uid, owner.gid, 0, _PAGE, 0,
     )  # fmt: skip
 
 
-def entry(node: int, status: os.stat_result) -> bytes:
+def entry(node: int, status: os.stat_result, owner: Owner) -> bytes:
     """Return a packed node entry with its attributes."""
-    return _ENTRY.pack(node, 0, SECONDS_KNOWN, SECONDS_KNOWN, 0, 0) + attributes(status)
+    return _ENTRY.pack(node, 0, SECONDS_KNOWN, SECONDS_KNOWN, 0, 0) + attributes(status, owner)
 
 
-def attributes_of_node(status: os.stat_result) -> bytes:
+def attributes_of_node(status: os.stat_result, owner: Owner) -> bytes:
     """Return the response body of GETATTR and SETATTR."""
-    return _ATTR_OUT.pack(SECONDS_KNOWN, 0, 0) + attributes(status)
+    return _ATTR_OUT.pack(SECONDS_KNOWN, 0, 0) + attributes(status, owner)
 
 
 def opened(handle: int) -> bytes:

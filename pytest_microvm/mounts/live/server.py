@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from pytest_microvm.mounts.live import contents, listing, messages, names
 from pytest_microvm.mounts.live.folder import Folder
-from pytest_microvm.mounts.live.messages import FuseRequest, Op, error
+from pytest_microvm.mounts.live.messages import FuseRequest, Op, Owner, error
 from pytest_microvm.mounts.live.session import Session
 
 _FORGET = struct.Struct("<Q")  # number of references to drop
@@ -22,10 +22,11 @@ class Server:
 
     Args:
         folder: The mounted directory, which this object now owns.
+        owner: To whom everything in it belongs in the machine.
     """
 
-    def __init__(self, folder: Folder) -> None:
-        self._session = Session(folder)
+    def __init__(self, folder: Folder, owner: Owner = Owner()) -> None:  # noqa: B008 - immutable
+        self._session = Session(folder, owner)
 
     def answer(self, data: bytes) -> bytes | None:
         """Return the response to one request; ``None`` if the operation has no response.

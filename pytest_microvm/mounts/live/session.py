@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from pytest_microvm.mounts.live import messages
 from pytest_microvm.mounts.live.folder import Folder
-from pytest_microvm.mounts.live.messages import error
+from pytest_microvm.mounts.live.messages import Owner, error
 from pytest_microvm.mounts.live.nodes import Node, Nodes, identity
 
 MAX_HANDLES = 256
@@ -124,11 +124,13 @@ class Session:
 
     Args:
         folder: The mounted directory.
+        owner: To whom everything in it belongs in the machine.
         nodes: The nodes that the kernel holds references to.
         handles: The files and directories that programs in the machine have open.
     """
 
     folder: Folder
+    owner: Owner = field(default_factory=Owner)
     nodes: Nodes = field(default_factory=Nodes)
     handles: Handles = field(default_factory=Handles)
 
@@ -139,7 +141,7 @@ class Session:
             OSError: The name does not exist, or the kernel holds too many nodes.
         """
         status = self.folder.status([*parent.segments(), name])
-        return messages.entry(self.nodes.tell(parent, name, status).number, status)
+        return messages.entry(self.nodes.tell(parent, name, status).number, status, self.owner)
 
     def status(self, node: Node) -> os.stat_result:
         """Return the status of a node's file.
