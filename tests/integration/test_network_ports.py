@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import socket
+import sys
 import threading
 import time
 import urllib.request
@@ -20,6 +21,7 @@ from pytest_microvm.errors import MachineCrashed, UsageError
 from pytest_microvm.host.starting import machine_facts
 from pytest_microvm.machine.instance import Instance
 from pytest_microvm.machine.microvm import MicroVM
+from pytest_microvm.network.port.forwarding import Address
 from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.templates.chain import TemplateStep
 from support import guards
@@ -180,6 +182,28 @@ def test_what_is_no_port(vm, target):
         pass
     with pytest.raises(UsageError):
         vm.wait_for_port(target, timeout=1)
+
+
+def test_ports_under_their_own_numbers(vm):
+    server = ["python3", "-m", "http.server", "--bind", "127.0.0.1", "--directory", "/srv", "8081"]
+    with vm.popen(server), vm.forward_ports(range(8080, 8090)) as host:
+        vm.wait_for_port(8081, timeout=guards.MACHINE)
+        assert b"Directory listing" in fetch(f"http://{host}:8081/")
+        with pytest.raises(ConnectionResetError), connect(Address(host, 8082)) as client:
+            client.recv(1)
+
+
+@pytest.mark.parametrize("targets", [[80, 0], [65536], range(1, 300)])
+def test_ports_that_cannot_be_forwarded(vm, targets):
+    with pytest.raises(UsageError), vm.forward_ports(targets):
+        pass
+
+
+def test_docker_without_the_extra(vm, monkeypatch):
+    monkeypatch.delitem(sys.modules, "pytest_microvm.machine.docker", raising=False)
+    monkeypatch.setitem(sys.modules, "requests_unixsocket", None)
+    with pytest.raises(UsageError, match=r"pip install 'pytest-microvm\[docker\]'"):
+        vm.docker  # noqa: B018 - reading it is the test
 
 
 @pytest.mark.parametrize("how", ["closed", "killed"])
