@@ -145,7 +145,7 @@ def leave_out(contents: LayerContents) -> None:
     for number, names in list(contents.names.items()):
         contents.names[number] = kept = [name for name in names if not _is_left_out(name)]
         if not kept:
-            del contents.names[number]
+            del contents.names[number], contents.files[number]
     contents.whiteouts -= {path for path in contents.whiteouts if _is_left_out(path)}
     contents.opaque &= folders.keys()
 

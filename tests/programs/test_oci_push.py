@@ -12,11 +12,12 @@ from pytest_microvm.cli import main
 from pytest_microvm.errors import ImageError, PullError, UsageError
 from pytest_microvm.images.artifacts import Built
 from pytest_microvm.images.blobs import canonical_json
+from pytest_microvm.images.build_keys import BUILDER_VERSION, platform_name_and_key
 from pytest_microvm.images.image import Image
 from pytest_microvm.images.kits import load_kit
 from pytest_microvm.images.oci.built import ARTIFACT, artifact_of
 from pytest_microvm.images.oci.pushing import write_layout
-from pytest_microvm.images.store import BUILDER_VERSION, ImageStore, platform_name_and_key
+from pytest_microvm.images.store import ImageStore
 from pytest_microvm.programs.needed import architecture
 from support import guards
 from support.oci import LayoutBuilder, archive, digest, member
