@@ -14,8 +14,6 @@ from support import guards
 from support.network import PUBLIC
 from support.registry import registry
 
-pytestmark = pytest.mark.thorough  # the image takes minutes to build
-
 PORTS = range(49152, 49216)  # those that the kit's daemon gives to containers
 NAME = "registry.example"
 
@@ -114,6 +112,7 @@ def test_a_container_runs(machine):
     assert found == "ext2/ext3\n"  # the scratch disk, not the overlay on it
 
 
+@pytest.mark.thorough
 def test_images_go_through_the_proxy_as_the_rules_allow(machine):
     name = f"{NAME}/team/web:1"
     for command in (["tag", "web", name], ["push", name], ["rmi", name], ["pull", name]):
@@ -131,6 +130,7 @@ def test_a_container_reaches_nothing_outside(machine):
     assert {(each.host, each.port) for each in machine.network.denied[seen:]} == {("192.0.2.1", 80)}
 
 
+@pytest.mark.thorough
 def test_the_session_for_the_daemon(host, machine):
     assert machine.docker.get("/version").json()["Os"] == "linux"
     images = machine.docker.get("/images/json").json()
@@ -146,6 +146,7 @@ def test_the_session_for_the_daemon(host, machine):
         other.docker  # noqa: B018 - reading it is the test
 
 
+@pytest.mark.thorough
 def test_testcontainers_on_the_host(machine, tmp_path):
     (tmp_path / "test_web.py").write_text(TEST)
     with machine.forward("/run/docker.sock") as daemon, machine.forward_ports(PORTS) as address:
@@ -170,6 +171,7 @@ def test_testcontainers_on_the_host(machine, tmp_path):
     assert machine.docker.get("/containers/json").json() == []
 
 
+@pytest.mark.thorough
 def test_compose_runs_a_web_service_with_a_database(host, machine):
     with host.start(image="services", timeout=guards.MACHINE) as other:
         # each once: tar would store the second one as a link to itself

@@ -12,8 +12,6 @@ from support import guards
 from support.commands import MICROVM
 from support.repositories import git
 
-pytestmark = pytest.mark.thorough  # the image takes minutes to build
-
 DEFINITION = """
 [ci.jobs.test]
 image = "node"
@@ -65,6 +63,7 @@ def test_a_suite_of_node_reports_junit(tmp_path):
     assert found == {"adds": [], "is not done yet": ["Skipped"], "the time zone": [], "the language": []}
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not shutil.which("npm"), reason="needs npm on this computer, whose registry it may use")
 def test_npm_and_npx_use_the_registry_of_this_computer(host):
     with host.start(image="node", network=["npm"], timeout=guards.MACHINE) as machine:
