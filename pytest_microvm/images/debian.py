@@ -23,6 +23,7 @@ _KEYRINGS = tuple(
 )
 # Without this hook a new root gets usrmerge, and with it all of Perl, to make four symbolic links.
 _MERGED_USR = Path("/usr/share/mmdebstrap/hooks/merged-usr")
+_RELEASES = ("forky", "trixie", "bookworm", "bullseye")  # Debian's, the newest first
 _SUITES_BEFORE_MERGED_USR = ("buster", "bullseye")
 _INDEX = re.compile(r"'(?P<uri>[^']+?)/?dists/(?P<suite>[^/']+)/main/binary-[^/']+/Packages[^']*' .*")
 # This computer's apt settings for reaching and trusting its mirrors hold for the build as well.
@@ -61,10 +62,19 @@ def debian_sources(suite: str, indexes: Sequence[str]) -> list[tuple[str, str]]:
 
     Returns:
         Pairs of a suite (itself, its updates, its security updates) and its address; none if this computer
-        does not have the suite. Other archives use Debian's suite names too, but only Debian publishes
-        ``<suite>-updates`` beside the suite.
+        does not have Debian's archive. A mirror has all suites: the addresses of another release count.
     """
     found = {(match["suite"], match["uri"]) for line in indexes if (match := _INDEX.fullmatch(line.strip()))}
+    if (sources := _sources_of(suite, found)) or suite not in _RELEASES:
+        return sources
+    for release in _RELEASES:
+        if sources := _sources_of(release, found):
+            return [(name.replace(release, suite), uri) for name, uri in sources]
+    return []
+
+
+def _sources_of(suite: str, found: set[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the sources of a suite; only Debian publishes ``<suite>-updates`` beside it."""
     base = [
         (suite, uri) for name, uri in sorted(found) if name == suite and (f"{suite}-updates", uri) in found
     ]

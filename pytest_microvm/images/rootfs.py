@@ -26,6 +26,7 @@ _DPKG_HOOK = f"printf '{_DPKG_CONFIG}' > \"$1/etc/dpkg/dpkg.cfg.d/microvm\""
 
 _PIP_INSTALL = (
     "python3 -m pip install --quiet --no-index --no-deps --no-compile --break-system-packages "
+    "--ignore-installed "  # a package of Debian's stays where it is, below the wheel in Python's search path
     "--root-user-action=ignore --disable-pip-version-check"
 )
 # A wheel is unpacked on the building computer, and not run: Python would read its .pth files as it starts.

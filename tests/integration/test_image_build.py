@@ -389,3 +389,18 @@ def test_a_probe_ends_at_once(boot, base):
     console = boot(base, words="microvm.probe=1")
     assert "microvm-probe-ok" in console
     assert "microvm: " not in console
+
+
+@pytest.mark.thorough
+def test_kit_of_another_debian_release(host, tmp_path):
+    """Its packages come from the mirrors that this computer uses for its own release."""
+    kit = tmp_path / "thirteen"
+    kit.mkdir()
+    (kit / "kit.toml").write_text(
+        'suite = "trixie"\npackages = ["python3", "python3-pip"]\nwheels = ["packaging==26.3"]\n'
+    )
+    with host.start(image=str(kit), timeout=guards.MACHINE) as machine:
+        assert machine.run("cat /etc/debian_version", check=True).stdout.startswith("13.")
+        assert machine.run("uname -r", check=True).stdout.startswith("6.12.")
+        code = "import packaging, sys; print(*sys.version_info[:2], packaging.__version__)"
+        assert machine.run(["python3", "-c", code], check=True).stdout == "3 13 26.3\n"

@@ -39,7 +39,16 @@ def test_mirrors_are_this_computers_and_only_debians_own():
     ]
 
 
-@pytest.mark.parametrize("suite", ["trixie", "noble", "bookworm-backports"])
+def test_another_release_is_on_the_same_mirrors():
+    assert debian_sources("trixie", INDEXES) == [
+        ("trixie", "http://a.example/debian"),
+        ("trixie-updates", "http://a.example/debian"),
+        ("trixie-security", "http://b.example/security"),
+    ]
+    assert debian_sources("trixie", INDEXES[4:]) == []
+
+
+@pytest.mark.parametrize("suite", ["noble", "bookworm-backports"])
 def test_suite_absent_from_the_hosts_indexes_has_no_sources(suite):
     assert debian_sources(suite, INDEXES) == []
 
