@@ -144,12 +144,12 @@ def _run(arguments: argparse.Namespace) -> int:
     host = Host(project=Path.cwd(), say=lambda line: _say(arguments, line), lock=lock)
     try:
         with exit_statuses() as status:
-            named = arguments.command or arguments.entrypoint
-            if not (named or host.images.names_command(spec.image, Path.cwd())):
+            container = host.images.names_command(spec.image, Path.cwd())
+            if not (arguments.command or arguments.entrypoint or container):
                 raise _no_command(spec.image)
             named = bool(arguments.user)
             folder = _complete(arguments, host.base(spec).image)
-            run_as = RunAs(arguments.user, lambda line: _say(arguments, line), create=named)
+            run_as = RunAs(arguments.user, lambda line: _say(arguments, line), create=named and not container)
             machine = host.start(spec, keepable=arguments.keep, owner=run_as)
             try:
                 if folder:

@@ -18,7 +18,7 @@ def add_user_option(parser: argparse.ArgumentParser, default: str) -> None:
         "--user",
         metavar="NAME",
         help="user that runs it and to whom mounts belong: a name or a number, and :GROUP; made if the image "
-        f"lacks it (default: {default})",
+        f"of a kit lacks it (default: {default})",
     )
 
 
