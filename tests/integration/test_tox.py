@@ -143,6 +143,7 @@ def test_a_status_of_its_own(project):
     assert (project / "data.txt").read_text() == "of the host\n"
 
 
+@pytest.mark.thorough
 def test_only_recreate_makes_an_environment_again(project):
     tox(project, "run", "-e", PYTHON, *OFFLINE, "--notest", check=0)
     again = tox(project, "run", "-e", PYTHON, *OFFLINE, "--notest", check=0)
@@ -152,6 +153,7 @@ def test_only_recreate_makes_an_environment_again(project):
     assert made == [False, True, False]
 
 
+@pytest.mark.thorough
 def test_environments_run_side_by_side(project):
     code = "import socket; print('ran in', socket.gethostname())"
     done = tox(
@@ -424,6 +426,7 @@ commands =
 """
 
 
+@pytest.mark.thorough
 def test_commands_ask_git_for_the_version(tmp_path):
     folder = repository(tmp_path / "project")
     commit(folder, {"tox.ini": ASKING, ".gitignore": ".tox\n"})
