@@ -55,13 +55,11 @@ def keys(tmp_path):
         ("registry.example:443", "docker://registry.example/app"),
         ("localhost", "docker://localhost/app"),
         ("[::1]:5000", "docker://[::1]:5000/app"),
-        ("docker.io", "docker://app:1"),
-        ("docker.io", "docker://team/app"),
-        ("docker.io/app", "docker://app"),
-        ("docker.io/library/app", "docker://app"),
-        ("docker.io/library", "docker://docker.io/app"),
-        ("index.docker.io/team", "docker://team/app"),
+        ("registry.example/library/app", "docker://registry.example/app"),
+        ("registry.example/library", "docker://registry.example/app:1"),
+        ("registry.example/app", "docker://registry.example/library/app"),
         ("*", "docker://anywhere.example/app"),
+        ("*", "docker://team/app"),
     ],
 )
 def test_rule_is_about_an_image(tmp_path, keys, rule, reference):
@@ -76,13 +74,22 @@ def test_rule_is_about_an_image(tmp_path, keys, rule, reference):
         ("registry.example/team", "docker://registry.example/other"),
         ("registry.example", "docker://registry.example.evil.example/app"),
         ("registry.example", "docker://registry.example:5000/app"),
-        ("docker.io/app", "docker://apps"),
+        ("registry.example/library", "docker://registry.example/team/app"),
         ("*", "oci:/some/folder"),
     ],
 )
 def test_rule_is_not_about_an_image(tmp_path, keys, rule, reference):
     found = rules(tmp_path, f'"{rule}" = ["{keys["one"]}"]')
     assert required(found, reference) is None
+
+
+def test_name_without_a_registry_is_refused_by_rules_about_registries(tmp_path, keys):
+    """skopeo would choose the registry, which may be the one of the rule."""
+    found = rules(tmp_path, f'"registry.example" = ["{keys["one"]}"]')
+    with pytest.raises(UsageError, match="names no registry") as caught:
+        required(found, "docker://team/app:1")
+    assert "docker://REGISTRY/team/app" in caught.value.resolution
+    assert required(rules(tmp_path, ""), "docker://team/app:1") is None
 
 
 def test_longest_rule_counts(tmp_path, keys):
@@ -183,8 +190,8 @@ def test_missing_package_is_named(tmp_path):
         ("registry.example:5000/app", "docker://registry.example:5000/app", True),
         ("registry.example:5000/app", "docker://registry.example/app", False),
         ("registry.example/app/more", "docker://registry.example/app", False),
-        ("index.docker.io/library/app", "docker://app:1", True),  # as cosign writes it
-        ("index.docker.io/team/app", "docker://docker.io/team/app", True),
+        ("registry.example/library/app", "docker://registry.example/app:1", True),  # as cosign writes it
+        ("registry.example/library/team/app", "docker://registry.example/team/app", False),
         ("app", "docker://registry.example/app", False),
         ("", "docker://registry.example/app", False),
     ],
@@ -194,7 +201,8 @@ def test_signature_is_for_a_name(identity, reference, same):
 
 
 def test_names_have_one_form():
-    assert repository_of("app") == repository_of("index.docker.io/library/app") == "docker.io/library/app"
+    assert repository_of("registry.example/library/app") == "registry.example/app"
+    assert repository_of("app") == "app"
     assert repository_of("Registry.example:443/team/app") == "registry.example/team/app"
 
 

@@ -24,8 +24,6 @@ _PREFIXES: dict[str, Transport] = {
     "oci-archive:": "oci-archive",
     "docker-daemon:": "docker-daemon",
 }
-_DOCKER = "docker.io"
-_DOCKER_HOSTS = (_DOCKER, "index.docker.io", "registry-1.docker.io")
 _MOST = 2048  # characters
 # The grammar of docker's references (distribution/reference); an address of IPv6 may stand for the host.
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
@@ -103,16 +101,21 @@ def is_host(part: str) -> bool:
 
 
 def host_of(part: str) -> str:
-    """Return a registry's host in one form: without the port that it has anyway, Docker's own by one name."""
-    host = part.lower().removesuffix(":443")
-    return _DOCKER if host in _DOCKER_HOSTS else host
+    """Return a registry's host in one form: without the port that it has anyway."""
+    return part.lower().removesuffix(":443")
 
 
 def repository_of(name: str) -> str:
-    """Return an image's name on a registry in one form, so that names can be compared."""
-    first, slash, rest = name.partition("/")
-    host, path = (host_of(first), rest) if slash and is_host(first) else (_DOCKER, name)
-    return f"{host}/library/{path}" if host == _DOCKER and "/" not in path else f"{host}/{path}"
+    """Return an image's name on a registry in one form, so that names can be compared.
+
+    Docker's own registry has ``library/app`` by the name ``app``, too, so both become the shorter one. A name
+    without a registry stays as it is.
+    """
+    first, slash, path = name.partition("/")
+    if not (slash and is_host(first)):
+        return name
+    short = path.removeprefix("library/")
+    return f"{host_of(first)}/{path if '/' in short else short}"
 
 
 def is_reference(text: str) -> bool:

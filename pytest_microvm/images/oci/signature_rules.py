@@ -42,13 +42,17 @@ class SignatureRules:
         Only images on registries can have signatures; rules are about these alone. The longest name counts.
 
         Raises:
-            UsageError: A key cannot be used.
+            UsageError: A key cannot be used, or the reference leaves the choice of the registry to skopeo, so
+                that no rule but :data:`ANY` can be about it.
         """
-        if reference.transport != "docker":
+        if reference.transport != "docker" or not self.keys:
             return None
-        repository = repository_of(reference.name)
-        shorter = repository.replace("docker.io/library/", "docker.io/", 1)  # as people write it
-        names = (f"{repository}/", f"{shorter}/")
+        host, slash, path = repository_of(reference.name).partition("/")
+        if not (slash and is_host(host)):
+            if ANY not in self.keys:
+                raise self._no_registry(reference)
+            return [self._read[path] for path in self.keys[ANY]]
+        names = [f"{host}/{path}/", *([] if "/" in path else [f"{host}/library/{path}/"])]
         matching = [rule for rule in self.keys if any(name.startswith(f"{rule}/") for name in names)]
         rule = max(matching, key=len, default=ANY)
         return [self._read[path] for path in self.keys[rule]] if rule in self.keys else None
@@ -65,6 +69,12 @@ class SignatureRules:
         """
         keys = self.required(reference)
         return keys is None or signed_by in {key.fingerprint for key in keys}
+
+    def _no_registry(self, reference: Reference) -> UsageError:
+        return UsageError(
+            f"{reference} names no registry, and {self.file} demands signatures by the names of registries",
+            resolution=f"write it like docker://REGISTRY/{reference.name}, or add a rule for {ANY!r}",
+        )
 
     @cached_property
     def _read(self) -> dict[Path, SigningKey]:
