@@ -59,7 +59,7 @@ class Repeats:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._now: dict[str, list[pytest.TestReport]] = {}
+        self._now: dict[tuple[str, str], list[pytest.TestReport]] = {}
         self._runs: dict[str, dict[tuple[str, str], Runs]] = {}
 
     @pytest.hookimpl(trylast=True)
@@ -69,11 +69,12 @@ class Repeats:
 
     @pytest.hookimpl
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Add a report; the tear-down's is a run's last."""
-        reports = self._now.setdefault(report.nodeid, [])
+        """Add a report; the tear-down ends a run. Workers of pytest-xdist run one test side by side."""
+        run = report.nodeid, getattr(report, "worker_id", "")
+        reports = self._now.setdefault(run, [])
         reports.append(report)
         if report.when == "teardown":
-            del self._now[report.nodeid]
+            del self._now[run]
             outcome, reason = _outcome(reports)
             runs = self._runs.setdefault(report.nodeid, {})
             runs.setdefault((outcome, reason), Runs(outcome, reason)).add(reports)

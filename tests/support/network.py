@@ -25,6 +25,8 @@ PUBLIC = trustme.CA()
 class Server(socketserver.ThreadingTCPServer):
     """An HTTP/1.1 server on loopback that keeps what reached it.
 
+    Each test has its own: what one test's client began may reach a server when the test is long over.
+
     Args:
         names: Those of its certificate; without any it speaks no TLS.
         handler: Serves a connection; by default HTTP, where the path names the kind of answer (``do_...``).
@@ -53,7 +55,7 @@ class Server(socketserver.ThreadingTCPServer):
             PUBLIC.issue_cert(*names).configure_cert(self.tls)
 
     def __enter__(self):
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.01,))
+        self._thread = threading.Thread(target=self.serve_forever, args=(0.002,))
         self._thread.start()
         return self
 

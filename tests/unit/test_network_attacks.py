@@ -7,23 +7,20 @@ import pytest
 from support.network import PUBLIC, Server, World, client_hello, in_records, receive, request
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def server():
     with Server() as server:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def secure():
     with Server("a.example", "evil.example") as server:
         yield server
 
 
 @pytest.fixture(autouse=True)
-def _fresh(server, secure, monkeypatch, tmp_path):
-    for each in (server, secure):
-        each.heads.clear()
-        each.connections = 0
+def _trust(monkeypatch, tmp_path):
     PUBLIC.cert_pem.write_to_path(tmp_path / "ca.pem")
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
 

@@ -21,7 +21,7 @@ from support.network import PUBLIC, Server, World, headers_of, receive, request
 VALUE = "s3cret/value+with=odd chars"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def servers():
     with Server("api.example", "other.example") as api, Server("other.example") as other, Server() as plain:
         yield api, other, plain
@@ -33,11 +33,7 @@ def authority():
 
 
 @pytest.fixture(autouse=True)
-def _fresh(servers, monkeypatch, tmp_path):
-    for server in servers:
-        server.heads.clear()
-        server.bodies.clear()
-        server.connections = 0
+def _trust(monkeypatch, tmp_path):
     PUBLIC.cert_pem.write_to_path(tmp_path / "ca.pem")
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     monkeypatch.setenv("TOKEN", VALUE)

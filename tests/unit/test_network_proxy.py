@@ -32,24 +32,20 @@ from support.network import (
 ACCESS_DENIED = r"(?i)access.denied"  # OpenSSL 1 and 3 write it differently
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def plain():
     with Server() as server:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def secure():
     with Server("secure.example", "other.example", "127.0.0.1") as server:
         yield server
 
 
 @pytest.fixture(autouse=True)
-def _fresh(plain, secure, monkeypatch, tmp_path):
-    for server in (plain, secure):
-        server.heads.clear()
-        server.bodies.clear()
-        server.connections = 0
+def _trust(monkeypatch, tmp_path):
     PUBLIC.cert_pem.write_to_path(tmp_path / "ca.pem")
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
 
