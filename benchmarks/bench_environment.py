@@ -19,7 +19,7 @@ from measure import Samples, promise
 import pytest_microvm
 
 ROUNDS = 3
-IMAGE_PYTHON = "3.11.2"  # of the image `python`, for which the wheels are
+IMAGE_PYTHON = "3.13.5"  # of the image `python`, for which the wheels are
 PACKAGES = [
     "flask", "httpx", "structlog", "tomlkit", "tenacity", "attrs", "pytest-asyncio", "pytest-mock",
     "pytest-cov", "sqlalchemy", "alembic", "pydantic", "pydantic-settings", "fastapi", "uvicorn", "celery",

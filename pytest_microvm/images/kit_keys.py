@@ -135,7 +135,7 @@ CHECKS: dict[str, Callable[[Path, str, object], None]] = {
     "description": _text,
     "parent": _text,
     "from": _reference,
-    "suite": _matching(_SUITE, "a Debian suite such as bookworm"),
+    "suite": _matching(_SUITE, "a Debian suite such as trixie"),
     "mirror": _text,
     "architecture": _architecture,
     "packages": _each(_matching(_PACKAGE, "the name of a Debian package")),

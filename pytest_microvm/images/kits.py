@@ -72,7 +72,7 @@ class Kit:
     Args:
         name: Name of the kit's folder.
         path: Its ``kit.toml``.
-        suite: Debian suite, such as ``bookworm``; empty with ``source``.
+        suite: Debian suite, such as ``trixie``; empty with ``source``.
         source: Reference of the container image that it is built on; empty with ``suite``.
         source_base: The folder that a path in it is relative to.
         architecture: ``x86_64`` or ``aarch64``.
@@ -323,7 +323,7 @@ def _read(path: Path) -> _Layer:
         raise KitError(
             f"{path}: invalid kit: expected one of parent, suite and from, got "
             + (" and ".join(given) or "none"),
-            resolution='write parent = "base" to build on a kit, suite = "bookworm" to start from Debian, or '
+            resolution='write parent = "base" to build on a kit, suite = "trixie" to start from Debian, or '
             'from = "docker://..." to build on a container image',
         )
     for key in ("mirror", "architecture"):

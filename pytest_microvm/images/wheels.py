@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from pytest_microvm.images.kits import Kit
 
-_OLDEST_GLIBC, _NEWEST_GLIBC = 5, 36  # the manylinux tags that Debian 12's C library satisfies
+_OLDEST_GLIBC, _NEWEST_GLIBC = 5, 36  # the manylinux tags that the C library of Debian 12 and later satisfies
 
 
 def download_wheels(folder: Path, kit: Kit, python: str) -> list[Path]:

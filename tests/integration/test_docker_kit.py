@@ -30,7 +30,6 @@ printf 'Content-Type: text/plain\\n\\n'
 redis-cli -h db incr visits
 """
 COMPOSE = """
-version: "3"
 services:
   db:
     image: redis
@@ -90,7 +89,8 @@ def machine(host, hosts):
         (folder / "Dockerfile").write_text(DOCKERFILE)
         (folder / "index.html").write_text("a page")
         machine.push("/bin/busybox", "/srv/web/busybox")
-        machine.run(["docker", "build", "-t", "web", "/srv/web"], check=True)
+        built = machine.run(["docker", "build", "--progress=plain", "-t", "web", "/srv/web"], check=True)
+        assert "load build definition from Dockerfile" in built.stderr  # BuildKit's words
         yield machine
 
 
@@ -184,7 +184,7 @@ def test_compose_runs_a_web_service_with_a_database(host, machine):
     for name, text in (("Dockerfile", WEB), ("docker-compose.yml", COMPOSE), ("visits", VISITS)):
         (folder / name).write_text(text)
     machine.run("cp /srv/web/busybox /srv/shop && chmod +x /srv/shop/visits", check=True)
-    machine.run(["docker-compose", "up", "-d"], cwd="/srv/shop", check=True)
+    machine.run(["docker", "compose", "up", "-d"], cwd="/srv/shop", check=True)
     machine.wait_for_port(8080, timeout=guards.MACHINE)
     with machine.forward(8080) as address:
         for number in (1, 2):

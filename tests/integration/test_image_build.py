@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 KIT = """
 description = "for tests"
-suite = "bookworm"
+suite = "trixie"
 [files]
 "/srv/page" = {source = "page", mode = "0640"}
 [environment]
@@ -52,7 +52,7 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Return a cache folder that holds the platform of bookworm and nothing else."""
+    """Return a cache folder that holds the platform of trixie and nothing else."""
     root = tmp_path_factory.mktemp("cache")
     _share_platform(root)
     return root
@@ -211,9 +211,9 @@ def _no_progress(line):
 @pytest.mark.parametrize(
     ("kit", "evidence", "advice"),
     [
-        ('suite = "bookworm"\npackages = ["no-such-package"]', "no-such-package", "`packages`"),
-        ('suite = "bookworm"\nmirror = "http://127.0.0.1:9/debian"', "127.0.0.1", "network"),
-        ('suite = "bookworm"\nwheels = ["no-such-wheel-at-all==1.0"]', "no-such-wheel-at-all", "`wheels`"),
+        ('suite = "trixie"\npackages = ["no-such-package"]', "no-such-package", "`packages`"),
+        ('suite = "trixie"\nmirror = "http://127.0.0.1:9/debian"', "127.0.0.1", "network"),
+        ('suite = "trixie"\nwheels = ["no-such-wheel-at-all==1.0"]', "no-such-wheel-at-all", "`wheels`"),
     ],
 )
 def test_a_build_that_fails_says_why_and_leaves_nothing(cache, bad_kit, kit, evidence, advice):
@@ -240,7 +240,7 @@ def bad_kit(tmp_path, monkeypatch):
 def test_ctrl_c_in_the_middle_of_a_build_leaves_nothing(command, cache, project):
     kit = project / "microvm" / "kits" / "interrupted"
     kit.mkdir()
-    (kit / "kit.toml").write_text('suite = "bookworm"\nsetup = ["echo never"]')
+    (kit / "kit.toml").write_text('suite = "trixie"\nsetup = ["echo never"]')
     process = command("image", "build", "interrupted")
     for line in process.stderr:
         if "installing the essential packages" in line:  # mounts exist from here on
@@ -275,7 +275,7 @@ def test_a_changed_kit_is_pruned_and_remove_removes(command, image, cache, proje
 def test_a_malformed_kit_is_a_usage_error(command, project):
     kit = project / "microvm" / "kits" / "malformed"
     kit.mkdir()
-    (kit / "kit.toml").write_text('suite = "bookworm"\npakages = []')
+    (kit / "kit.toml").write_text('suite = "trixie"\npakages = []')
     status, out, err = _finish(command("image", "build", "malformed"))
     assert (status, out) == (4, "")
     assert f"{kit / 'kit.toml'}: pakages: unknown key" in err
@@ -393,14 +393,14 @@ def test_a_probe_ends_at_once(boot, base):
 
 @pytest.mark.thorough
 def test_kit_of_another_debian_release(host, tmp_path):
-    """Its packages come from the mirrors that this computer uses for its own release."""
-    kit = tmp_path / "thirteen"
+    """Debian 12, before the bundled kits' release, with the kernel and Python of its own."""
+    kit = tmp_path / "twelve"
     kit.mkdir()
     (kit / "kit.toml").write_text(
-        'suite = "trixie"\npackages = ["python3", "python3-pip"]\nwheels = ["packaging==26.3"]\n'
+        'suite = "bookworm"\npackages = ["python3", "python3-pip"]\nwheels = ["packaging==26.3"]\n'
     )
     with host.start(image=str(kit), timeout=guards.MACHINE) as machine:
-        assert machine.run("cat /etc/debian_version", check=True).stdout.startswith("13.")
-        assert machine.run("uname -r", check=True).stdout.startswith("6.12.")
+        assert machine.run("cat /etc/debian_version", check=True).stdout.startswith("12.")
+        assert machine.run("uname -r", check=True).stdout.startswith("6.1.")
         code = "import packaging, sys; print(*sys.version_info[:2], packaging.__version__)"
-        assert machine.run(["python3", "-c", code], check=True).stdout == "3 13 26.3\n"
+        assert machine.run(["python3", "-c", code], check=True).stdout == "3 11 26.3\n"

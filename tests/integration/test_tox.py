@@ -20,7 +20,7 @@ from support.commands import MICROVM
 from support.repositories import commit, git, repository
 from support.wheels import write_wheel
 
-PYTHON = "py311"  # what the image has
+PYTHON = "py313"  # what the image has
 SECRETS = {
     "MY_TOKEN": "token-of-the-host",
     "SSH_AUTH_SOCK": "/run/agent.sock",
@@ -70,7 +70,7 @@ def project(tmp_path_factory):
         commands = python {{posargs}}
 
         [testenv:commands]
-        base_python = python3.11
+        base_python = python3.13
         change_dir = sub
         commands_pre = python -c "print('pre')"
         commands =

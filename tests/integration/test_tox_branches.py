@@ -15,7 +15,7 @@ TOX_INI = """
 no_package = true
 
 [testenv:tests]
-base_python = python3.11
+base_python = python3.13
 allowlist_externals = /usr/bin/python3
 microvm_timeout = {timeout}
 microvm_memory = 256M

@@ -35,7 +35,7 @@ def test_the_shipped_kits_can_be_read():
 
 def test_the_python_kit_stands_on_base():
     python, base = load_kit("python"), load_kit("base")
-    assert python.suite == base.suite == "bookworm"
+    assert python.suite == base.suite == "trixie"
     assert set(base.packages) < set(python.packages)
     assert dict(base.environment).items() <= dict(python.environment).items()
     assert any(wheel.startswith("pytest==9.") for wheel in python.wheels)
