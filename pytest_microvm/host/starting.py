@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_microvm.errors import BootError
 from pytest_microvm.host.kept import KeptMachine
 from pytest_microvm.machine.grants import NOTHING, Given
-from pytest_microvm.machine.instance import BOOT_TIMEOUT, Instance, MachineFacts
+from pytest_microvm.machine.instance import Instance, MachineFacts
 from pytest_microvm.machine.microvm import Checkpoint, MicroVM
 from pytest_microvm.templates.chain import IN_THE_MAKING
 from pytest_microvm.templates.pool import Pool
@@ -317,7 +317,7 @@ def _warm(machine: MicroVM) -> None:
     """Run a command in a waiting machine, so that code is translated now, not when the machine is needed."""
     try:
         with suppress(FileNotFoundError):  # a container image may have no programs
-            machine.run(["true"], timeout=BOOT_TIMEOUT)
+            machine.run(["true"], timeout=machine.instance.boot_timeout)
     except BaseException as error:
         machine.close()
         if isinstance(error, subprocess.TimeoutExpired):

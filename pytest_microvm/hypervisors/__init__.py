@@ -24,12 +24,15 @@ class Accelerator:
         reason: Why it was selected, for display.
         machine: QEMU's machine type: ``microvm``, ``q35`` or ``virt``.
         tsc_khz: The host's TSC rate in kHz if a guest under TCG needs it, else ``None``.
+        patience: How many times longer than usual a guest may take to boot, answer and wake up, at least 1:
+            where KVM is itself emulated, all takes longer than under plain emulation.
     """
 
     name: str
     reason: str
     machine: str
     tsc_khz: int | None = None
+    patience: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Launch:
         share: Whether writes to RAM reach ``ram`` (a machine to checkpoint) or stay private (a clone).
         disks: In the guest's order: root, runtime, scratch, then the layers over root, the lowest first.
         words: Additional parameters for the kernel's command line.
+        loud: Whether firmware and kernel write to the console from their first moment on.
         state: Device state to continue from instead of booting.
         name: Process name, as shown in process lists.
         throttle: CPUs that the process may use in total; ``None``: as many as it has vCPUs.
@@ -70,6 +74,7 @@ class Launch:
     share: bool
     disks: tuple[Disk, ...]
     words: tuple[str, ...] = ()
+    loud: bool = False
     state: Path | None = None
     name: str = "microvm"
     ports: tuple[str, ...] = field(default=PORTS)

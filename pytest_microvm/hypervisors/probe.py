@@ -1,4 +1,4 @@
-"""Find the accelerator that works here by booting a kernel within a deadline.
+"""Find the accelerator that works here by booting a kernel and watching its console.
 
 A /dev/kvm that opens proves nothing: on some computers every stock kernel then hangs. The verdict is cached
 until the next boot of the computer, or until its kernel, the hypervisor or the device changes.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +22,9 @@ from pytest_microvm.errors import HostError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DEADLINE = 5.0
-"""Seconds a tiny guest may take to report its boot; with a working KVM it takes well under one."""
+    from pytest_microvm.hypervisors.trial import Trial
+
+_SLOW = 5.0  # seconds; with a usual KVM a tiny guest boots in well under one
 
 KVM_DEVICE = Path("/dev/kvm")
 UDEV_RULE = 'KERNEL=="kvm", GROUP="kvm", MODE="0660"'
@@ -36,16 +37,16 @@ class Verdict:
     Args:
         name: ``kvm``, ``hvf``, ``whpx`` or ``tcg``.
         reason: Why, for display.
-        seconds: How long probing took; 0 if the verdict was cached or obvious.
+        boot_seconds: How long a tiny guest took to boot with it; 0 if none was tried.
     """
 
     name: str
     reason: str
-    seconds: float = 0.0
+    boot_seconds: float = 0.0
 
 
 def probe(
-    boots: Callable[[str, float], bool],
+    boot: Callable[[str], Trial],
     build: str,
     memory: Path,
     architecture: str,
@@ -54,7 +55,7 @@ def probe(
     """Return the best accelerator that works.
 
     Args:
-        boots: ``boots(accelerator, deadline)`` returns whether a tiny guest booted in time.
+        boot: Boots a tiny guest with the named accelerator.
         build: Identifier of the hypervisor's build.
         memory: The file that caches the verdict.
         architecture: Guest architecture; a foreign one can only be emulated.
@@ -69,16 +70,24 @@ def probe(
     known = _remembered(memory, key, candidate)
     if known is not None:
         return known
-    begin = time.monotonic()
-    if boots(candidate, DEADLINE):
-        verdict = Verdict(candidate, f"{candidate} boots a guest here", time.monotonic() - begin)
-    else:
-        reason = f"{device} opens, but a guest did not boot on it within {DEADLINE:.0f} s"
-        if candidate != "kvm":
-            reason = f"a guest did not boot with {candidate} within {DEADLINE:.0f} s"
-        verdict = Verdict("tcg", reason, time.monotonic() - begin)
+    verdict = _judge(candidate, boot(candidate), device)
     _remember(memory, key, verdict)
     return verdict
+
+
+def _judge(candidate: str, trial: Trial, device: Path) -> Verdict:
+    if trial.end == "booted":
+        speed = "slowly, " if trial.seconds >= _SLOW else ""
+        reason = f"{candidate} boots a guest here, {speed}in {trial.seconds:.1f} s"
+        return Verdict(candidate, reason, trial.seconds)
+    opens = f"{device} opens, but" if candidate == "kvm" else f"{candidate} is there, but"
+    after = f"after {trial.last!r}" if trial.last else "without any output"
+    what = {
+        "hung": f"a guest on it hung for {trial.seconds:.0f} s {after}",
+        "slow": f"a guest on it was still booting after {trial.seconds:.0f} s",
+        "died": f"a guest on it ended {after}",
+    }
+    return Verdict("tcg", f"{opens} {what[trial.end]}")
 
 
 def check_required(required: str | None, found: Verdict) -> None:
@@ -119,10 +128,11 @@ def _remembered(memory: Path, key: str, candidate: str) -> Verdict | None:
     """Return the cached verdict for ``key``; ``None`` if there is none, or the file is malformed."""
     try:
         found = json.loads(memory.read_text())[key]
-        name, reason = found["name"], found["reason"]
+        verdict = Verdict(found["name"], found["reason"], float(found["boot_seconds"]))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
-    return Verdict(name, reason) if name in (candidate, "tcg") and isinstance(reason, str) else None
+    usable = verdict.name in (candidate, "tcg") and isinstance(verdict.reason, str)
+    return verdict if usable and 0 <= verdict.boot_seconds < math.inf else None
 
 
 def _remember(memory: Path, key: str, verdict: Verdict) -> None:

@@ -140,10 +140,12 @@ class Instance:
 
     Args:
         vmm: The running VM; the instance owns it.
+        patience: Factor for how long it may take to boot and to answer (see ``Accelerator``).
     """
 
-    def __init__(self, vmm: Vmm) -> None:
+    def __init__(self, vmm: Vmm, patience: float = 1.0) -> None:
         self.vmm = vmm
+        self.boot_timeout = BOOT_TIMEOUT * patience
         self.events = EventLog()
         self.requests = NetworkLog(self.events, self._redact)
         self.guard: QuotaGuard | None = None
@@ -176,7 +178,7 @@ class Instance:
     def take_away(self) -> None:
         """Revoke the grants of the prepare step, so that the template does not trust their certificates."""
         if self.given.trust:
-            self.link("agent").call("resume", timeout=BOOT_TIMEOUT, **{**self.resumed_with, "trust": ""})
+            self.link("agent").call("resume", timeout=self.boot_timeout, **{**self.resumed_with, "trust": ""})
         self.give(NOTHING)
 
     def narrow(self, policy: Policy) -> None:
@@ -223,7 +225,6 @@ class Instance:
         port: str,
         identity: Mapping[str, Any],
         given: Mapping[str, Any] | None = None,
-        timeout: float = BOOT_TIMEOUT,
     ) -> Link:
         """Resume a copy over ``port`` with its own identity and grants, before any other request.
 
@@ -231,7 +232,6 @@ class Instance:
             port: The port whose guest end handles the request.
             identity: ``hostname`` and ``machine_id``; entropy and time are added here.
             given: The machine's grants, sent once (see ``guest/resume.py``).
-            timeout: Seconds to wait.
 
         Raises:
             BootError: The guest did not answer, or did not accept its grants.
@@ -243,7 +243,7 @@ class Instance:
             self.resumed_with = {"entropy": os.urandom(64).hex(), "time": time.time(), **identity}
             try:
                 result = link.call(
-                    "resume", timeout=timeout, **self.resumed_with, **({} if attempt else given)
+                    "resume", timeout=self.boot_timeout, **self.resumed_with, **({} if attempt else given)
                 )
             except (TimeoutError, MachineCrashed) as error:
                 raise self.boot_error(f"a machine did not wake up: {error}") from error

@@ -45,7 +45,7 @@ PYTHON = "python3"
 """The Python of the machine that runs the tests."""
 
 _OWN_LINK = 16 * 1024**2  # bytes; a larger workspace gets its own link, shared by all arguments
-_HELLO_TIMEOUT = 120.0
+_HELLO_BOOTS = 2.0  # times the limit for a boot: pytest with its plug-ins is loaded meanwhile
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,12 @@ class SuiteChain:
         if self.settings.git:
             check_git(machine, self.base.image.name)
         machine.path(folder).mkdir(parents=True, exist_ok=True)
+        hello = _HELLO_BOOTS * instance.boot_timeout
         coverage = self.plan.coverage is not None
         runner = shlex.join(runner_command(PYTHON, _CODE_FOLDER, preload=preload, coverage=coverage))
         machine.client.link().call(  # noqa: S604 - in the guest, and quoted
             "exec",
-            timeout=_HELLO_TIMEOUT,
+            timeout=hello,
             handle=0,
             shell=f"exec {runner} </dev/null >/dev/console 2>&1",
             cwd=folder,
@@ -160,7 +161,7 @@ class SuiteChain:
             vital=True,
         )
         link = instance.link("runner")
-        link.wait_hello(_HELLO_TIMEOUT)
+        link.wait_hello(hello)
         return link
 
     @contextlib.contextmanager
@@ -199,7 +200,7 @@ def check_git(machine: MicroVM, image: str) -> None:
         UsageError: It has no git.
     """
     try:
-        machine.run(["git", "--version"], timeout=_HELLO_TIMEOUT)
+        machine.run(["git", "--version"], timeout=machine.instance.boot_timeout)
     except FileNotFoundError:
         raise UsageError(
             f"image {image} has no git, which --microvm-git is for",

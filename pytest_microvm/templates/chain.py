@@ -24,7 +24,7 @@ from pytest_microvm.errors import BootError, MachineCrashed
 from pytest_microvm.hypervisors import Accelerator, Disk, Hypervisor, Launch
 from pytest_microvm.images.cpio import CpioEntry, cpio_archive
 from pytest_microvm.machine.grants import NO_GRANTS, Grants
-from pytest_microvm.machine.instance import BOOT_TIMEOUT, Instance
+from pytest_microvm.machine.instance import Instance
 from pytest_microvm.templates.files import copy_sparse, format_scratch
 from pytest_microvm.templates.store import KEPT
 from pytest_microvm.templates.unpublished import UnpublishedTemplate
@@ -179,7 +179,7 @@ class Chain:
                 launch = self._launch(
                     base, template.folder, scratch, ram=template.ram, state=template.state, name=name
                 )
-            return Instance(self._hypervisor.start(launch, base.accelerator))
+            return Instance(self._hypervisor.start(launch, base.accelerator), base.accelerator.patience)
         except FileNotFoundError as error:
             raise BootError(
                 f"the cache lost {error.filename} just now", resolution="run again: it is made again"
@@ -294,7 +294,7 @@ class Chain:
         return stack.enter_context(self._store.draft())
 
     def _started(self, launch: Launch, base: Base, draft: Path, stack: ExitStack) -> _InTheMaking:
-        instance = Instance(self._hypervisor.start(launch, base.accelerator))
+        instance = Instance(self._hypervisor.start(launch, base.accelerator), base.accelerator.patience)
         stack.callback(instance.close)
         return _InTheMaking(instance, draft)
 
@@ -403,11 +403,12 @@ def guest_code_archive(files: Iterable[tuple[str, bytes]]) -> bytes:
 def _await_hello(instance: Instance) -> None:
     """Wait for the agent's hello; raise an error if the boot fails or takes too long."""
     try:
-        instance.link("agent").wait_hello(BOOT_TIMEOUT)
+        instance.link("agent").wait_hello(instance.boot_timeout)
     except TimeoutError as error:
         used = instance.usage().cpu_seconds
+        within = f"within {instance.boot_timeout:.0f} s"
         raise instance.boot_error(
-            f"no hello from the machine within {BOOT_TIMEOUT:.0f} s (it used {used:.0f} s of CPU time)"
+            f"no hello from the machine {within} (it used {used:.0f} s of CPU time)"
         ) from error
     except MachineCrashed as error:
         reason = instance.end_error("template").brief.partition(": ")[2]
@@ -425,10 +426,10 @@ def _warm_up(instance: Instance) -> None:
                 UnlimitedClient(link), ["true"], request, stdin=False, text=False, pty=None
             )
         except FileNotFoundError:  # a container image may have no programs
-            link.call("path", timeout=BOOT_TIMEOUT, do="stat", path="/")
+            link.call("path", timeout=instance.boot_timeout, do="stat", path="/")
             continue
         with process:
-            process.communicate(timeout=BOOT_TIMEOUT)
+            process.communicate(timeout=instance.boot_timeout)
 
 
 def _title(base: Base, steps: Sequence[TemplateStep]) -> str:

@@ -7,8 +7,8 @@ import platform
 import pytest
 
 from pytest_microvm.errors import HostError
-from pytest_microvm.hypervisors import probe as probe_module
 from pytest_microvm.hypervisors.probe import Verdict, check_required, probe
+from pytest_microvm.hypervisors.trial import Trial
 from pytest_microvm.hypervisors.tsc import measure_tsc_khz
 
 HERE = platform.machine().replace("arm64", "aarch64")
@@ -26,12 +26,12 @@ def device(tmp_path):
 def look(tmp_path, device):
     """Probe with a guest that boots or not; ``look.asked`` tells what was tried."""
 
-    def run(*, works=True, build="qemu 1", architecture=HERE, device=device):
-        def boots(candidate, deadline):
-            run.asked.append((candidate, deadline))
-            return works
+    def run(*, works=True, trial=None, build="qemu 1", architecture=HERE, device=device):
+        def boot(candidate):
+            run.asked.append(candidate)
+            return trial or (Trial("booted", 0.61) if works else Trial("hung", 5.0))
 
-        return probe(boots, build, tmp_path / "cache" / "accelerator.json", architecture, device)
+        return probe(boot, build, tmp_path / "cache" / "accelerator.json", architecture, device)
 
     run.asked = []
     return run
@@ -39,21 +39,34 @@ def look(tmp_path, device):
 
 def test_a_guest_that_boots(look):
     verdict = look()
-    assert (verdict.name, verdict.reason) == ("kvm", "kvm boots a guest here")
-    assert look.asked == [("kvm", probe_module.DEADLINE)]
+    assert verdict == Verdict("kvm", "kvm boots a guest here, in 0.6 s", 0.61)
+    assert look.asked == ["kvm"]
 
 
-def test_a_device_that_opens_proves_nothing(look, device):
-    verdict = look(works=False)
-    assert verdict.name == "tcg"
-    assert verdict.reason == f"{device} opens, but a guest did not boot on it within 5 s"
+def test_a_guest_that_boots_slowly(look):
+    verdict = look(trial=Trial("booted", 17.0))
+    assert verdict == Verdict("kvm", "kvm boots a guest here, slowly, in 17.0 s", 17.0)
+
+
+@pytest.mark.parametrize(
+    ("trial", "reason"),
+    [
+        (Trial("hung", 5.04, "Probing EDD... ok"), "a guest on it hung for 5 s after 'Probing EDD... ok'"),
+        (Trial("hung", 5.0), "a guest on it hung for 5 s without any output"),
+        (Trial("slow", 120.0, "[ 1.0] x"), "a guest on it was still booting after 120 s"),
+        (Trial("died", 0.2, "Kernel panic"), "a guest on it ended after 'Kernel panic'"),
+        (Trial("died", 0.2), "a guest on it ended without any output"),
+    ],
+)
+def test_a_device_that_opens_proves_nothing(look, device, trial, reason):
+    assert look(trial=trial) == Verdict("tcg", f"{device} opens, but {reason}")
 
 
 @pytest.mark.parametrize("works", [True, False])
 def test_the_verdict_is_remembered(look, works):
     first = look(works=works)
     again = look(works=not works)
-    assert (again.name, again.reason, again.seconds) == (first.name, first.reason, 0.0)
+    assert again == first
     assert len(look.asked) == 1
 
 
@@ -77,7 +90,13 @@ def test_another_kernel_is_tried_again(look, monkeypatch):
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"[1]", b"null", b"\xff", b'{"KEY": {}}', b'{"KEY": 7}', b'{"KEY": null}',
-     b'{"KEY": {"name": "warp", "reason": "x"}}', b'{"KEY": {"name": "kvm", "reason": 7}}'],
+     b'{"KEY": {"name": "warp", "reason": "x", "boot_seconds": 0}}',
+     b'{"KEY": {"name": "kvm", "reason": 7, "boot_seconds": 0}}',
+     b'{"KEY": {"name": "tcg", "reason": "of an older version"}}',
+     b'{"KEY": {"name": "tcg", "reason": "x", "boot_seconds": "long"}}',
+     b'{"KEY": {"name": "tcg", "reason": "x", "boot_seconds": -1}}',
+     b'{"KEY": {"name": "tcg", "reason": "x", "boot_seconds": NaN}}',
+     b'{"KEY": {"name": "tcg", "reason": "x", "boot_seconds": Infinity}}'],
 )  # fmt: skip
 def test_a_damaged_memory_is_as_good_as_none(look, tmp_path, content):
     look(works=False)

@@ -48,7 +48,7 @@ def test_a_boot_under_emulation():
     assert qemu_command("/usr/bin/qemu-system-x86_64", BOOT, TCG, FDS) == [
         "/usr/bin/qemu-system-x86_64",
         "-name", "microvm,process=microvm",
-        "-machine", "microvm,memory-backend=mem",
+        "-machine", "microvm,rtc=on,memory-backend=mem",
         "-accel", "tcg,tb-size=256",
         "-cpu", "max,erms=off,fsrm=off",
         "-smp", "2",
@@ -122,16 +122,34 @@ def test_memory_ceiling_covers_guest_ram_and_translations():
 
 
 @pytest.mark.parametrize(
+    ("architecture", "early"),
+    [("x86_64", "earlyprintk=serial,ttyS0,115200"), ("aarch64", "earlycon")],
+)
+def test_a_loud_guest_writes_from_the_first_moment_on(architecture, early):
+    quiet, loud = (
+        value_of(
+            qemu_command("qemu", replace(BOOT, architecture=architecture, loud=loud), TCG, FDS), "-append"
+        )[0]
+        for loud in (False, True)
+    )
+    assert early not in quiet
+    assert quiet.split()[1] == "quiet"
+    assert loud.split()[1:3] == [early, "loglevel=6"]
+    assert "quiet" not in loud.split()
+
+
+@pytest.mark.parametrize(
     ("accelerator", "machine", "cpu"),
     [
-        ("kvm", "microvm", "host"),
+        ("kvm", "microvm,rtc=on", "host"),
         ("hvf", "q35", "host"),
         ("whpx", "q35", "host"),
         ("tcg", "q35", "max,erms=off,fsrm=off"),
     ],
 )
 def test_accelerators(accelerator, machine, cpu):
-    command = qemu_command("qemu", BOOT, Accelerator(accelerator, "", machine), FDS)
+    kind = machine.partition(",")[0]
+    command = qemu_command("qemu", BOOT, Accelerator(accelerator, "", kind), FDS)
     assert value_of(command, "-accel") == [accelerator + (",tb-size=256" if accelerator == "tcg" else "")]
     assert value_of(command, "-cpu") == [cpu]
     assert value_of(command, "-machine") == [f"{machine},memory-backend=mem"]

@@ -6,7 +6,6 @@ import hashlib
 import platform
 import subprocess
 import tempfile
-import time
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from pytest_microvm.hypervisors.probe import Verdict, check_required, probe
 from pytest_microvm.hypervisors.qemu.command import PROGRAMS, SANDBOX
 from pytest_microvm.hypervisors.qemu.process import QemuProcess
 from pytest_microvm.hypervisors.qemu.starting import accelerator_devices, start_qemu
+from pytest_microvm.hypervisors.trial import Patience, Trial, watch
 from pytest_microvm.hypervisors.tsc import measure_tsc_khz
 from pytest_microvm.programs.needed import require_program
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _READONLY_RAM = (8, 2)
 _PROBE_MEMORY = 128 * 1024**2
+_USUAL_BOOT = 3.0  # seconds that the probe's guest takes under emulation, for which all timeouts are made
 
 
 class Qemu:
@@ -73,11 +74,11 @@ class Qemu:
             HostError: ``required`` does not work here.
         """
 
-        def boots(candidate: str, deadline: float) -> bool:
-            say(f"trying whether {candidate} works here (at most {deadline:.0f} s, once)")
-            return self._boots(launch, candidate, deadline)
+        def boot(candidate: str) -> Trial:
+            say(f"trying whether {candidate} works here (a few seconds, once)")
+            return self.boot_tiny(launch, self._accelerator(Verdict(candidate, "")), say)
 
-        verdict = probe(boots, self.build, self._memory, self._architecture)
+        verdict = probe(boot, self.build, self._memory, self._architecture)
         check_required(required, verdict)
         return self._accelerator(verdict)
 
@@ -96,6 +97,46 @@ class Qemu:
         """
         return start_qemu(self.program, launch, accelerator, readonly_ram=self._copies_readonly_ram)
 
+    def boot_tiny(
+        self,
+        launch: Launch,
+        accelerator: Accelerator,
+        say: Callable[[str], None],
+        patience: Patience = Patience(),  # noqa: B008 - immutable
+    ) -> Trial:
+        """Boot ``launch``'s kernel and initramfs in a tiny guest without disks, and end it.
+
+        Args:
+            launch: The VM whose kernel and initramfs to boot.
+            accelerator: What to boot it with.
+            say: Called with progress if the boot takes long.
+            patience: How long to wait.
+        """
+        with tempfile.TemporaryDirectory(prefix="microvm-probe-") as folder:
+            tiny = Launch(
+                architecture=launch.architecture,
+                kernel=launch.kernel,
+                initramfs=launch.initramfs,
+                cpus=1,
+                memory=_PROBE_MEMORY,
+                ram=Path(folder) / "ram",
+                share=False,
+                disks=(),
+                words=("microvm.probe=1",),
+                loud=True,
+                name="microvm-probe",
+            )
+            try:
+                process = start_qemu(self.program, tiny, accelerator)
+            except BootError as error:
+                return Trial("died", 0.0, error.brief)
+            try:
+                return watch(process.sockets["console"], patience, say)
+            finally:
+                process.kill()
+                for sock in process.sockets.values():
+                    sock.close()
+
     def walls(self, accelerator: Accelerator | None) -> tuple[Wall, ...]:
         """Return the status of each containment layer on this host.
 
@@ -113,10 +154,11 @@ class Qemu:
         )
 
     def _accelerator(self, verdict: Verdict) -> Accelerator:
+        patience = max(1.0, verdict.boot_seconds / _USUAL_BOOT)
         if self._architecture == "aarch64":
-            return Accelerator(verdict.name, verdict.reason, "virt")
+            return Accelerator(verdict.name, verdict.reason, "virt", patience=patience)
         if verdict.name == "kvm":
-            return Accelerator(verdict.name, verdict.reason, "microvm")
+            return Accelerator(verdict.name, verdict.reason, "microvm", patience=patience)
         khz = self._tsc_khz
         # Under TCG the microvm machine type needs the counter's rate as a parameter; q35 calibrates it well.
         return Accelerator(verdict.name, verdict.reason, "microvm" if khz else "q35", khz)
@@ -130,49 +172,6 @@ class Qemu:
     @cached_property
     def _tsc_khz(self) -> int | None:
         return measure_tsc_khz()
-
-    def _boots(self, launch: Launch, candidate: str, deadline: float) -> bool:
-        with tempfile.TemporaryDirectory(prefix="microvm-probe-") as folder:
-            tiny = Launch(
-                architecture=launch.architecture,
-                kernel=launch.kernel,
-                initramfs=launch.initramfs,
-                cpus=1,
-                memory=_PROBE_MEMORY,
-                ram=Path(folder) / "ram",
-                share=False,
-                disks=(),
-                words=("microvm.probe=1",),
-                name="microvm-probe",
-            )
-            try:
-                process = start_qemu(self.program, tiny, self._accelerator(Verdict(candidate, "")))
-            except BootError:
-                return False
-            try:
-                return _says(process, b"microvm-probe-ok", deadline)
-            finally:
-                process.kill()
-                for sock in process.sockets.values():
-                    sock.close()
-
-
-def _says(process: QemuProcess, word: bytes, deadline: float) -> bool:
-    console = process.sockets["console"]
-    end = time.monotonic() + deadline
-    heard = b""
-    while (left := end - time.monotonic()) > 0:
-        console.settimeout(left)
-        try:
-            data = console.recv(65536)
-        except (TimeoutError, ConnectionResetError):
-            return False
-        heard = heard[-len(word) :] + data
-        if word in heard:
-            return True
-        if not data:
-            return False
-    return False
 
 
 def _cpu_digest() -> str:
