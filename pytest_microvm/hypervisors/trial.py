@@ -1,8 +1,8 @@
 """Judge from a tiny guest's console whether it boots, is slow, hangs or died.
 
 A guest that hangs and one that is slow differ in their output. Where KVM is broken, the firmware still
-writes, and the kernel's first line never comes. Where KVM is itself emulated, it comes after 3 s, and the whole
-boot takes 10 to 60 s.
+writes, and the kernel's first line never comes. Where KVM is itself emulated, it comes after 3 s, and the
+whole boot takes 10 to 60 s.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _KEPT = 4096  # bytes of the console's end
 
 
 @dataclass(frozen=True)
-class Patience:
+class BootLimits:
     """How long a tiny guest may take, in seconds.
 
     Args:
@@ -55,27 +55,27 @@ class Trial:
     last: str = ""
 
 
-def watch(console: socket.socket, patience: Patience, say: Callable[[str], None]) -> Trial:
+def watch(console: socket.socket, limits: BootLimits, say: Callable[[str], None]) -> Trial:
     """Read a guest's console until the guest has booted, or will not.
 
     Args:
         console: Our end; it is at its end when the VM ends.
-        patience: How long to wait.
+        limits: How long to wait.
         say: Called with a line of progress when the boot takes long.
     """
     begin = time.monotonic()
     told, tail, alive = begin, b"", False
     while True:
         now = time.monotonic()
-        left = begin + patience.total - now
+        left = begin + limits.total - now
         if left <= 0:
             return Trial("slow", now - begin, _last_line(tail))
-        console.settimeout(min(left, patience.silence if alive else patience.first))
+        console.settimeout(min(left, limits.silence if alive else limits.first))
         try:
             data = console.recv(65536)
         except TimeoutError:
             took = time.monotonic() - begin
-            return Trial("slow" if took >= patience.total else "hung", took, _last_line(tail))
+            return Trial("slow" if took >= limits.total else "hung", took, _last_line(tail))
         except ConnectionResetError:
             data = b""
         took = time.monotonic() - begin
@@ -87,7 +87,7 @@ def watch(console: socket.socket, patience: Patience, say: Callable[[str], None]
         alive = alive or ALIVE in tail
         if alive and time.monotonic() - told >= _TELL_AFTER:
             told = time.monotonic()
-            say(f"the guest is booting, slowly ({took:.0f} s, at most {patience.total:.0f} s)")
+            say(f"the guest is booting, slowly ({took:.0f} s, at most {limits.total:.0f} s)")
 
 
 def _last_line(tail: bytes) -> str:

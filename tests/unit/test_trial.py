@@ -5,17 +5,17 @@ import threading
 
 import pytest
 
-from pytest_microvm.hypervisors.trial import ALIVE, BOOTED, Patience, watch
+from pytest_microvm.hypervisors.trial import ALIVE, BOOTED, BootLimits, watch
 
-QUICK = Patience(first=0.2, silence=0.4, total=1.0)
-PATIENT = Patience(first=60.0, silence=60.0, total=60.0)
+QUICK = BootLimits(first=0.2, silence=0.4, total=1.0)
+PATIENT = BootLimits(first=60.0, silence=60.0, total=60.0)
 
 
 @pytest.fixture
 def judge():
     """Return what is judged of a guest that says pieces, each after so many seconds."""
 
-    def run(*pieces, patience=PATIENT, ends=False):
+    def run(*pieces, limits=PATIENT, ends=False):
         ours, guest = socket.socketpair()
         over = threading.Event()
         said = []
@@ -30,7 +30,7 @@ def judge():
         talker = threading.Thread(target=talk)
         talker.start()
         try:
-            return watch(ours, patience, said.append), said
+            return watch(ours, limits, said.append), said
         finally:
             over.set()
             talker.join()
@@ -66,23 +66,23 @@ def test_it_ends_without_a_word(judge):
 
 
 def test_the_firmware_alone_is_no_sign_of_life(judge):
-    trial, said = judge((0, b"Probing EDD... ok\n"), patience=Patience(0.2, 60.0, 60.0))
+    trial, said = judge((0, b"Probing EDD... ok\n"), limits=BootLimits(0.2, 60.0, 60.0))
     assert (trial.end, trial.last, said) == ("hung", "Probing EDD... ok", [])
 
 
 def test_after_a_sign_of_life_silence_may_last_longer(judge):
-    trial, _said = judge((0, ALIVE), (0.5, BOOTED), patience=Patience(0.2, 60.0, 60.0))
+    trial, _said = judge((0, ALIVE), (0.5, BOOTED), limits=BootLimits(0.2, 60.0, 60.0))
     assert trial.end == "booted"
 
 
 def test_it_falls_silent_after_a_sign_of_life(judge):
-    trial, _said = judge((0, ALIVE + b" 6.1\n"), patience=Patience(60.0, 0.2, 60.0))
+    trial, _said = judge((0, ALIVE + b" 6.1\n"), limits=BootLimits(60.0, 0.2, 60.0))
     assert (trial.end, trial.last) == ("hung", "Linux version 6.1")
 
 
 def test_it_boots_on_and_on(judge, monkeypatch):
     monkeypatch.setattr("pytest_microvm.hypervisors.trial._TELL_AFTER", 0.2)
-    trial, said = judge(*[(0.1, ALIVE + b"\n")] * 100, patience=QUICK)
+    trial, said = judge(*[(0.1, ALIVE + b"\n")] * 100, limits=QUICK)
     assert trial.end == "slow"
     assert trial.seconds >= QUICK.total
     assert said

@@ -18,7 +18,7 @@ from pytest_microvm.hypervisors.probe import Verdict, check_required, probe
 from pytest_microvm.hypervisors.qemu.command import PROGRAMS, SANDBOX
 from pytest_microvm.hypervisors.qemu.process import QemuProcess
 from pytest_microvm.hypervisors.qemu.starting import accelerator_devices, start_qemu
-from pytest_microvm.hypervisors.trial import Patience, Trial, watch
+from pytest_microvm.hypervisors.trial import BootLimits, Trial, watch
 from pytest_microvm.hypervisors.tsc import measure_tsc_khz
 from pytest_microvm.programs.needed import require_program
 
@@ -102,7 +102,7 @@ class Qemu:
         launch: Launch,
         accelerator: Accelerator,
         say: Callable[[str], None],
-        patience: Patience = Patience(),  # noqa: B008 - immutable
+        limits: BootLimits = BootLimits(),  # noqa: B008 - immutable
     ) -> Trial:
         """Boot ``launch``'s kernel and initramfs in a tiny guest without disks, and end it.
 
@@ -110,7 +110,7 @@ class Qemu:
             launch: The VM whose kernel and initramfs to boot.
             accelerator: What to boot it with.
             say: Called with progress if the boot takes long.
-            patience: How long to wait.
+            limits: How long to wait.
         """
         with tempfile.TemporaryDirectory(prefix="microvm-probe-") as folder:
             tiny = Launch(
@@ -131,7 +131,7 @@ class Qemu:
             except BootError as error:
                 return Trial("died", 0.0, error.brief)
             try:
-                return watch(process.sockets["console"], patience, say)
+                return watch(process.sockets["console"], limits, say)
             finally:
                 process.kill()
                 for sock in process.sockets.values():
