@@ -48,11 +48,12 @@ def test_a_kernel_that_never_says_a_word(attempt, base):
     kernel = bytearray(base.kernel.read_bytes())
     protected = 512 * (kernel[0x1F1] + 1)  # setup_sects, of the x86 boot protocol
     kernel[protected : protected + 2] = b"\xeb\xfe"  # a jump to itself
-    trial = attempt(kernel=bytes(kernel), limits=BootLimits(5.0, LONG, LONG))
+    trial = attempt(kernel=bytes(kernel), limits=BootLimits(10.0, LONG, LONG))
     assert trial.end == "hung"
     assert "EDD" in trial.last
 
 
+@pytest.mark.thorough
 def test_a_kernel_that_falls_silent(attempt):
     init = b"#!/bin/busybox sh\nwhile :; do :; done\n"
     trial = attempt(init=init, limits=BootLimits(LONG, 10.0, LONG))
@@ -65,6 +66,7 @@ def test_a_kernel_that_panics(attempt):
     assert "Kernel panic - not syncing: " in trial.last
 
 
+@pytest.mark.thorough
 def test_a_guest_that_goes_on_booting(attempt, capsys):
     init = b"#!/bin/busybox sh\nwhile :; do echo still; busybox sleep 1; done >/dev/console\n"
     trial = attempt(init=init, limits=BootLimits(LONG, LONG, 20.0))
