@@ -15,7 +15,7 @@ PYTEST = $(BIN)/python -m pytest -n $(PARALLEL) --dist loadfile --no-loadscope-r
 
 STAGES := lint types imports unit programs contract plugin integration
 
-.PHONY: help setup demo test test-all images bench soak fuzz $(STAGES)
+.PHONY: help setup demo test test-all test-kvm images bench soak fuzz $(STAGES)
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,6 +31,9 @@ test: $(STAGES) ## the whole check
 
 test-all: ## the same with all repetition: more hostile branches, image builds, examples of hypothesis
 	@$(MAKE) --no-print-directory test CHOSEN= HYPOTHESIS_PROFILE=thorough
+
+test-kvm: images ## what KVM matters for: here, or where KVM does not work, in a machine with an emulated one
+	@$(BIN)/python tests/kvm/run.py $(ARGS)
 
 lint: setup ## ruff
 	@printf '\n### %s\n' "$@"

@@ -45,12 +45,18 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--require-kvm", action="store_true", help="fail unless machines run with KVM (tests/kvm/run.py)"
+    )
+
+
 @pytest.fixture(scope="session")
-def host():
+def host(pytestconfig):
     """This computer, with the cache that its user has: images are built once, not for every test run."""
     from pytest_microvm.host.host import Host  # noqa: PLC0415 - unit tests do without
 
-    computer = Host(say=print)
+    computer = Host(say=print, require_accel="kvm" if pytestconfig.getoption("require_kvm") else None)
     yield computer
     computer.close()
 

@@ -20,6 +20,7 @@ from pytest_microvm.host.services import with_services
 from pytest_microvm.host.set_up import run_set_up, set_up_base, set_up_grants
 from pytest_microvm.host.starting import MachineStarter, StartedCopy
 from pytest_microvm.hypervisors import Accelerator, Launch
+from pytest_microvm.hypervisors.nesting import check_nesting
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
 from pytest_microvm.images.locked import LockedImages, LockUse
 from pytest_microvm.images.mirror.environment import running_environment
@@ -173,9 +174,14 @@ class Host:
                 require("machines")  # before an image is built, which takes minutes
                 image = self.image(spec)
                 limits = _limits(spec, image, self._timeout)
-                resources = Resources(limits.vcpus, limits.memory, limits.disk, image.environment)
+                resources = Resources(
+                    limits.vcpus, limits.memory, limits.disk, image.environment, nested=spec.nested
+                )
                 grants = self.grants(spec, image)
-                self._bases[spec] = Base(image, resources, self.accelerator(image), limits, grants)
+                accelerator = self.accelerator(image)
+                if spec.nested and (warning := check_nesting(image.architecture, accelerator)):
+                    self._tell(warning)
+                self._bases[spec] = Base(image, resources, accelerator, limits, grants)
             return self._bases[spec]
 
     def image(self, spec: MachineSpec) -> Image:
@@ -310,7 +316,8 @@ class Host:
         template = self._held.hold(open_kept(self.templates, kept))
         meta = template.meta
         image = self.images.inspect(meta["image_digest"]).image
-        resources = Resources(meta["cpus"], meta["memory"], meta["disk"], image.environment)
+        nested = meta.get("nested", True)  # without this fact it was kept by a version whose CPUs all were
+        resources = Resources(meta["cpus"], meta["memory"], meta["disk"], image.environment, nested=nested)
         limits = Limits(resources.cpus, resources.memory, resources.disk)
         base = Base(image, resources, self.accelerator(image), limits)
         machine = self._starter.machine(template, base)

@@ -58,6 +58,7 @@ class Launch:
         share: Whether writes to RAM reach ``ram`` (a machine to checkpoint) or stay private (a clone).
         disks: In the guest's order: root, runtime, scratch, then the layers over root, the lowest first.
         words: Additional parameters for the kernel's command line.
+        nested: Whether the guest's CPU has virtualisation, with which it can run guests of its own with KVM.
         loud: Whether firmware and kernel write to the console from their first moment on.
         state: Device state to continue from instead of booting.
         name: Process name, as shown in process lists.
@@ -74,6 +75,7 @@ class Launch:
     share: bool
     disks: tuple[Disk, ...]
     words: tuple[str, ...] = ()
+    nested: bool = False
     loud: bool = False
     state: Path | None = None
     name: str = "microvm"

@@ -14,7 +14,7 @@ from pytest_microvm.errors import UsageError
 from pytest_microvm.settings.mounts import parse_mounts
 from pytest_microvm.settings.options import OPTIONS, RUN, Kind, Option
 from pytest_microvm.settings.reach import parse_network
-from pytest_microvm.settings.spec import PARSERS, MachineSpec, parse_choice, parse_count
+from pytest_microvm.settings.spec import PARSERS, MachineSpec, parse_choice, parse_count, parse_flag
 from pytest_microvm.settings.trust import GRANTS
 from pytest_microvm.untrusted.nofollow import read_below
 
@@ -165,20 +165,6 @@ def merged(settings: Settings, values: Mapping[str, Any], where: str) -> Setting
     spec = settings.spec.with_changes(grants, where)
     changes = {k: _PARSERS[k](v, f"{where}: {k}") for k, v in values.items() if k in _PARSERS}
     return replace(settings, spec=spec, **changes)
-
-
-def parse_flag(value: object, name: str) -> bool:
-    """Return ``value``, which must be a boolean.
-
-    Raises:
-        UsageError: It is not a boolean.
-    """
-    if not isinstance(value, bool):
-        raise UsageError(
-            f"{name}: invalid flag: expected true or false, got {value!r}",
-            resolution="write it without quotes",
-        )
-    return value
 
 
 def _folder(value: object, name: str) -> Path:

@@ -113,6 +113,8 @@ OPTIONS: tuple[Option, ...] = (
            "Python of the machine: host mirrors this environment, image is the image's own",
            default="host if neither an image nor prepare is set, else image", choices=("host", "image"),
            absent=("gitlab",)),
+    Option("nested", "image", "flag", "give the machine a CPU on which it can run machines with KVM",
+           default="off", absent=("tox", "gitlab")),
     Option("cpus", "quota", "cpus", "CPUs of the machine; 0.5 is one vCPU, throttled", default="the kit's",
            least=0.05, most=64),
     Option("memory", "quota", "size", "memory of the machine", "512M", default="the kit's",
@@ -178,6 +180,6 @@ OPTIONS: tuple[Option, ...] = (
 BY_NAME = {option.name: option for option in OPTIONS}
 QUOTAS = tuple(option for option in OPTIONS if option.part == "quota")
 GRANTS = tuple(option for option in OPTIONS if option.part == "grant")
-MACHINE = (BY_NAME["image"], *QUOTAS, *GRANTS, BY_NAME["python"])
+MACHINE = (BY_NAME["image"], *QUOTAS, *GRANTS, BY_NAME["python"], BY_NAME["nested"])
 """The options of a machine's image, quotas and grants: the keywords of the marker and the factory."""
 RUN = tuple(option for option in OPTIONS if option.part == "run")

@@ -90,6 +90,20 @@ def parse_count(option: Option) -> Callable[[object, str], int]:
     return parse
 
 
+def parse_flag(value: object, name: str) -> bool:
+    """Return ``value``, which must be a boolean.
+
+    Raises:
+        UsageError: It is not a boolean.
+    """
+    if not isinstance(value, bool):
+        raise UsageError(
+            f"{name}: invalid flag: expected true or false, got {value!r}",
+            resolution="write it without quotes",
+        )
+    return value
+
+
 def parse_seconds(value: object, name: str) -> float:
     """Parse a positive number of seconds.
 
@@ -135,6 +149,7 @@ class MachineSpec:
         mounts: Host directories it gets.
         python: ``host``: the environment that runs this process is mirrored into the machine; ``image``: its
             Python is the image's. ``None``: ``image``, and ``host`` with ``--microvm`` if no image is named.
+        nested: Whether it has a CPU on which it can run machines of its own with KVM.
     """
 
     image: str = "python"
@@ -155,6 +170,7 @@ class MachineSpec:
     secrets: tuple[Secret, ...] = ()
     mounts: tuple[Mount, ...] = ()
     python: str | None = None
+    nested: bool = False
 
     def __post_init__(self) -> None:
         for option in QUOTAS:
@@ -222,6 +238,7 @@ def _parse_image(value: object, name: str) -> str:
 
 _BY_KIND: dict[Kind, Callable[[object, str], Any]] = {
     "kit": _parse_image,
+    "flag": parse_flag,
     "cpus": parse_cpus,
     "size": parse_size,
     "seconds": parse_seconds,
@@ -276,9 +293,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources built into a template: vCPUs, bytes of memory, bytes of disk, every command's environment."""
+    """What is built into a template.
+
+    Args:
+        cpus: vCPUs.
+        memory: Bytes of memory.
+        disk: Bytes of disk.
+        environment: Every command's environment.
+        nested: Whether it can run machines of its own with KVM.
+    """
 
     cpus: int
     memory: int
     disk: int
     environment: tuple[tuple[str, str], ...] = field(default=())
+    nested: bool = False

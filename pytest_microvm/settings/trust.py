@@ -24,7 +24,7 @@ from pytest_microvm.settings import options
 VARIABLE = "PYTEST_MICROVM_TRUST"
 """``1`` if the user who starts the run vouches for the project, such as a CI job on its own branches."""
 
-_OTHERS = ("image", "prepare_network", "write_back", "keep_tmp", "git", "debug_port")
+_OTHERS = ("image", "nested", "prepare_network", "write_back", "keep_tmp", "git", "debug_port")
 GRANTS = (*_OTHERS, *(option.name for option in options.GRANTS))
 """The configuration keys that need trust; an image needs it if its kit is the project's own."""
 

@@ -37,7 +37,7 @@ _WRITING = frozenset(["--basetemp", "--log-file"])  # given by the user, both si
 
 _HOST_PLUGINS_OFF = frozenset(["no:cacheprovider"])
 _OURS = "--microvm"
-_ASKING = ("image", "write_back", "keep_tmp", "git", "debug_port")  # besides the grants
+_ASKING = ("image", "nested", "write_back", "keep_tmp", "git", "debug_port")  # besides the grants
 _GRANTING = frozenset(f"--microvm-{option.word}" for option in (*map(BY_NAME.__getitem__, _ASKING), *GRANTS))
 _NAMING_FOLDERS = frozenset(["--microvm-artifacts"])
 _INTERNAL = frozenset(["--microvm-launched"])

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pytest_microvm.settings.spec import Limits, Resources
     from pytest_microvm.templates.store import Template, TemplateStore
 
-FORMAT = 3
+FORMAT = 4
 """Part of every key; increase it when existing templates become unusable."""
 
 IN_THE_MAKING = {"hostname": "template", "machine_id": "0" * 32}
@@ -125,6 +125,7 @@ class Chain:
             str(launch.cpus),
             str(launch.memory),
             str(base.resources.disk),
+            str(launch.nested),
             *launch.words,
             *self._hypervisor.fingerprint(base.accelerator),
         )
@@ -195,6 +196,7 @@ class Chain:
             "cpus": base.resources.cpus,
             "memory": base.resources.memory,
             "disk": base.resources.disk,
+            "nested": base.resources.nested,
         }
         meta = {"kind": KEPT, "image": base.image.name, "image_digest": base.image.digest, **resources}
         self._freeze(instance, key, own, {**meta, **facts}, {})
@@ -358,6 +360,7 @@ class Chain:
             name=name,
             throttle=base.limits.throttle,
             cpu_seconds=None if share else base.limits.cpu_seconds,
+            nested=base.resources.nested,
         )
 
     @contextlib.contextmanager

@@ -53,6 +53,7 @@ EVERYTHING = """
 [ci.jobs.test]
 image = "microvm/kits/web"
 python = "host"
+nested = true
 needs = ["lint"]
 branches = ["main", "release-*"]
 prepare = ["python3 -m pip install -r requirements.txt"]
@@ -102,7 +103,7 @@ def test_everything():
     )
     spec = test.spec
     assert (spec.image, spec.cpus, spec.memory, spec.disk) == ("microvm/kits/web", 1.5, 1024**3, 4 * 1024**3)
-    assert spec.python == "host"
+    assert (spec.python, spec.nested) == ("host", True)
     assert (spec.pids, spec.cpu_seconds, spec.output, spec.network_bytes) == (100, 60, 1024**2, 10 * 1024**2)
     assert (spec.connections, spec.bandwidth, spec.network) == (10, 1024**2, ("api.example.com",))
     assert spec.hosts == (("api.example.com", ("127.0.0.1", 8443)),)
@@ -282,7 +283,8 @@ def test_an_unknown_need():
 def test_what_is_asked_for():
     asked = parsed(EVERYTHING).asked
     assert set(asked) == {
-        f"ci.jobs.test.{key}" for key in ("prepare_network", "network", "hosts", "secrets", "credentials")
+        f"ci.jobs.test.{key}"
+        for key in ("nested", "prepare_network", "network", "hosts", "secrets", "credentials")
     }
     assert asked["ci.jobs.test.secrets"] == tomllib.loads(EVERYTHING)["ci"]["jobs"]["test"]["secrets"]
     assert json.loads(json.dumps(asked)) == asked
@@ -309,7 +311,7 @@ def test_what_is_asked_for_by_defaults():
 
 
 WRONG = {
-    "step": '["x"]', "steps ": "[]", "image": '""', "python": '"mine"', "needs": '["b", "b"]',
+    "step": '["x"]', "steps ": "[]", "image": '""', "python": '"mine"', "nested": "1", "needs": '["b", "b"]',
     "branches": "[]", "prepare": '"x"', "prepare_inputs": '["/etc"]', "prepare_network": "[1]",
     "env": '{ "a-b" = "x" }', "artifacts": '["../x"]',
     "junit": '["a/../b"]', "timeout": '"soon"', "allow_failure": '"yes"', "retries": "11", "git": "1",
@@ -397,7 +399,7 @@ def test_the_schema_says_so_too(text):
 
 def test_what_was_meant():
     assert "did you mean 'timeout'?" in refused("[ci.jobs.a]\ntimeuot = 1").resolution
-    assert "known keys: image, python, steps, matrix" in refused("[ci.jobs.a]\nxyz = 1").resolution
+    assert "known keys: image, python, nested, steps, matrix" in refused("[ci.jobs.a]\nxyz = 1").resolution
 
 
 # Mistakes that take more than one key

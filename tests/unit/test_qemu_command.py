@@ -50,7 +50,7 @@ def test_a_boot_under_emulation():
         "-name", "microvm,process=microvm",
         "-machine", "microvm,rtc=on,memory-backend=mem",
         "-accel", "tcg,tb-size=256",
-        "-cpu", "max,erms=off,fsrm=off",
+        "-cpu", "max,erms=off,fsrm=off,vmx=off,svm=off",
         "-smp", "2",
         "-m", "536870912B",
         "-object", "memory-backend-file,id=mem,size=536870912,mem-path=/proc/self/fd/22,share=on",
@@ -122,6 +122,16 @@ def test_memory_ceiling_covers_guest_ram_and_translations():
 
 
 @pytest.mark.parametrize(
+    ("name", "architecture", "cpu"),
+    [("kvm", "x86_64", "host"), ("tcg", "x86_64", "max,erms=off,fsrm=off"), ("tcg", "aarch64", "max")],
+)
+def test_virtualisation_is_there_when_asked_for(name, architecture, cpu):
+    launch = replace(BOOT, architecture=architecture, nested=True)
+    machine = "virt" if architecture == "aarch64" else "microvm"
+    assert value_of(qemu_command("qemu", launch, Accelerator(name, "", machine), FDS), "-cpu") == [cpu]
+
+
+@pytest.mark.parametrize(
     ("architecture", "early"),
     [("x86_64", "earlyprintk=serial,ttyS0,115200"), ("aarch64", "earlycon")],
 )
@@ -141,10 +151,10 @@ def test_a_loud_guest_writes_from_the_first_moment_on(architecture, early):
 @pytest.mark.parametrize(
     ("accelerator", "machine", "cpu"),
     [
-        ("kvm", "microvm,rtc=on", "host"),
-        ("hvf", "q35", "host"),
-        ("whpx", "q35", "host"),
-        ("tcg", "q35", "max,erms=off,fsrm=off"),
+        ("kvm", "microvm,rtc=on", "host,vmx=off,svm=off"),
+        ("hvf", "q35", "host,vmx=off,svm=off"),
+        ("whpx", "q35", "host,vmx=off,svm=off"),
+        ("tcg", "q35", "max,erms=off,fsrm=off,vmx=off,svm=off"),
     ],
 )
 def test_accelerators(accelerator, machine, cpu):

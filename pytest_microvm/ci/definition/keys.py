@@ -31,11 +31,10 @@ from pytest_microvm.ci.definition.values import (
     parse_with_minimum,
     without_quotes,
 )
-from pytest_microvm.settings.configuration import parse_flag
 from pytest_microvm.settings.credentials import SCHEMES
 from pytest_microvm.settings.options import BY_NAME, QUOTAS, Option
 from pytest_microvm.settings.secret_values import KINDS, Delivery
-from pytest_microvm.settings.spec import PARSERS, parse_count
+from pytest_microvm.settings.spec import PARSERS, parse_count, parse_flag
 
 JOB_NAME = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}"
 
@@ -142,6 +141,7 @@ KEYS: dict[str, Key] = {
         {"enum": [*BY_NAME["python"].choices]},
         f"{BY_NAME['python'].about}; default `image`",
     ),
+    "nested": Key(PARSERS["nested"], _FLAG, BY_NAME["nested"].about, trust=True),
     "steps": Key(
         parse_steps,
         {
@@ -270,5 +270,5 @@ KEYS: dict[str, Key] = {
 }
 """The keys of a job, in the order of the reference page."""
 
-SPEC_KEYS = ("image", "python", "network", "hosts", *_QUOTAS)
+SPEC_KEYS = ("image", "python", "nested", "network", "hosts", *_QUOTAS)
 """The keys that are fields of the machine's spec."""

@@ -123,11 +123,14 @@ def _cpu(launch: Launch, accelerator: Accelerator) -> str:
     """Return the CPU model.
 
     An emulated x86 CPU does not promise fast string instructions, with which Linux would clear and copy its
-    pages: TCG runs ``rep movsb`` a byte at a time. See ADR 0038.
+    pages: TCG runs ``rep movsb`` a byte at a time. See ADR 0038. Virtualisation (Intel's vmx, AMD's svm) is
+    off unless asked for: with KVM it opens more of the host's kernel to the guest.
     """
-    if accelerator.name != "tcg":
-        return "host"
-    return "max,erms=off,fsrm=off" if launch.architecture == "x86_64" else "max"
+    model = "max" if accelerator.name == "tcg" else "host"
+    if launch.architecture != "x86_64":
+        return model
+    off = () if launch.nested else ("vmx=off", "svm=off")
+    return ",".join((model, *(("erms=off", "fsrm=off") if model == "max" else ()), *off))
 
 
 def _memory(launch: Launch, fd: int, *, readonly_ram: bool) -> str:
