@@ -13,6 +13,7 @@ import pytest
 
 from pytest_microvm.errors import BootError, MachineCrashed, ProtocolViolation
 from pytest_microvm.hypervisors.qemu.hypervisor import Qemu
+from pytest_microvm.machine import instance
 from pytest_microvm.settings.spec import MachineSpec
 from pytest_microvm.templates import chain
 
@@ -83,7 +84,7 @@ class Broken(Qemu):
 
 
 def test_a_boot_that_fails_is_tried_again_and_shows_the_console(host, monkeypatch):
-    monkeypatch.setattr(chain, "BOOT_TIMEOUT", 20.0)
+    monkeypatch.setattr(instance, "BOOT_TIMEOUT", 20.0)
     base = host.base(SPEC)
     said = []
     hypervisor = Broken(base.image.architecture, host.cache)
@@ -105,7 +106,7 @@ class Silent(Qemu):
 
 
 def test_a_boot_that_hangs_is_given_up(host, monkeypatch):
-    monkeypatch.setattr(chain, "BOOT_TIMEOUT", 1.0)
+    monkeypatch.setattr(instance, "BOOT_TIMEOUT", 1.0)
     base = host.base(SPEC)
     hanging = chain.Chain(
         Silent(base.image.architecture, host.cache), host.templates, b"hanging", lambda _line: None

@@ -50,7 +50,7 @@ def test_a_boot_under_emulation():
         "-name", "microvm,process=microvm",
         "-machine", "microvm,rtc=on,memory-backend=mem",
         "-accel", "tcg,tb-size=256",
-        "-cpu", "max,erms=off,fsrm=off,vmx=off,svm=off",
+        "-cpu", "max,erms=off,fsrm=off",
         "-smp", "2",
         "-m", "536870912B",
         "-object", "memory-backend-file,id=mem,size=536870912,mem-path=/proc/self/fd/22,share=on",
@@ -154,7 +154,7 @@ def test_a_loud_guest_writes_from_the_first_moment_on(architecture, early):
         ("kvm", "microvm,rtc=on", "host,vmx=off,svm=off"),
         ("hvf", "q35", "host,vmx=off,svm=off"),
         ("whpx", "q35", "host,vmx=off,svm=off"),
-        ("tcg", "q35", "max,erms=off,fsrm=off,vmx=off,svm=off"),
+        ("tcg", "q35", "max,erms=off,fsrm=off"),
     ],
 )
 def test_accelerators(accelerator, machine, cpu):

@@ -123,14 +123,15 @@ def _cpu(launch: Launch, accelerator: Accelerator) -> str:
     """Return the CPU model.
 
     An emulated x86 CPU does not promise fast string instructions, with which Linux would clear and copy its
-    pages: TCG runs ``rep movsb`` a byte at a time. See ADR 0038. Virtualisation (Intel's vmx, AMD's svm) is
-    off unless asked for: with KVM it opens more of the host's kernel to the guest.
+    pages: TCG runs ``rep movsb`` a byte at a time. See ADR 0038. Virtualisation (Intel's vmx, AMD's svm)
+    opens more of the host's kernel to the guest, so it is off unless asked for. An emulated CPU always has
+    AMD's: that is QEMU's own code, and without it programs of Debian 13's C library end with an error.
     """
-    model = "max" if accelerator.name == "tcg" else "host"
     if launch.architecture != "x86_64":
-        return model
-    off = () if launch.nested else ("vmx=off", "svm=off")
-    return ",".join((model, *(("erms=off", "fsrm=off") if model == "max" else ()), *off))
+        return "max" if accelerator.name == "tcg" else "host"
+    if accelerator.name == "tcg":
+        return "max,erms=off,fsrm=off"
+    return "host" if launch.nested else "host,vmx=off,svm=off"
 
 
 def _memory(launch: Launch, fd: int, *, readonly_ram: bool) -> str:
