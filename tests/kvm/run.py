@@ -32,6 +32,7 @@ TESTS = (
     "tests/integration/test_forks.py",
     "tests/integration/test_suites.py",
 )
+DEFAULT = ["-m", "not thorough", *TESTS]
 CPUS, MEMORY, DISK, SECONDS = 2, "8G", "16G", 5400
 
 
@@ -40,9 +41,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--nested", action="store_true", help="in a machine, even if KVM works here")
-    parser.add_argument("arguments", nargs="*", help=f"arguments for pytest (default: {' '.join(TESTS)})")
-    options = parser.parse_args()
-    arguments = options.arguments or ["-m", "not thorough", *TESTS]
+    parser.epilog = f"Without arguments for pytest: {' '.join(DEFAULT)}"
+    options, arguments = parser.parse_known_args()
+    arguments = arguments or DEFAULT
     if not options.nested and accelerator() == "kvm":
         command = [sys.executable, "-m", "pytest", "--require-kvm", *arguments]
         return subprocess.run(command, cwd=REPOSITORY, check=False).returncode
@@ -72,8 +73,8 @@ def in_a_machine(folder, arguments):
         Path(sys.executable).with_name("pytest-microvm"), "run",
         "--image", HERE / "nested", "--python", "host", "--nested",
         "--cpus", str(CPUS), "--memory", MEMORY, "--disk", DISK, "--timeout", str(SECONDS), "--output", "1G",
-        "--mount", f"{source}:/root/source:ro", "--mount", f"{wheels}:/root/wheels:ro",
-        "--mount", f"{images}:/root/cache/images:ro",
+        "--push", f"{source}:/root/source", "--push", f"{wheels}:/root/wheels",
+        "--push", f"{images}:/root/cache/images",
         "--env", "PYTEST_MICROVM_CACHE=/root/cache",
         "--workdir", "/root/source", "--",
         "bash", "tests/kvm/inside.sh", *arguments,
