@@ -357,7 +357,7 @@ def test_the_agents_python_runs_where_there_is_none(boot, base):
     mounts = {where: (kind, options.split(",")) for _what, where, kind, options in told["mounts"]}
     assert told["pid"] == 1
     assert told["python"] is None  # the root file system has no Python
-    assert told["os"].startswith('PRETTY_NAME="Debian GNU/Linux 12')
+    assert told["os"].startswith('PRETTY_NAME="Debian GNU/Linux 13')
     assert told["code"] == ["pytest_microvm"]
     assert told["modules"]
     assert told["fd"] == "/proc/self/fd"

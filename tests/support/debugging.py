@@ -33,7 +33,10 @@ def debug(terminal):
 
     assert "PDB set_trace" in terminal.until("(Pdb) ")
     assert "\r\n41\r\n" in answer("p number")
-    assert "-> print(" in answer("n")
+    stepped = answer("n")
+    if "-> number += 1" in stepped:  # since Python 3.13 pdb stops at the breakpoint itself, not after it
+        stepped = answer("n")
+    assert "-> print(" in stepped
     assert "\r\n100\r\n" in answer("p number + 58")
     assert "(100, 30)" in answer("import os; tuple(os.get_terminal_size(0))")
     terminal.resize(40, 123)
