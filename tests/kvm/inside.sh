@@ -3,4 +3,4 @@
 set -euo pipefail
 modprobe kvm_amd || modprobe kvm_intel
 python3 -m pip install --quiet --no-deps --no-index --disable-pip-version-check /root/wheels/*.whl
-exec python3 -m pytest --require-kvm -p no:cacheprovider --durations=30 "$@"
+exec python3 -m pytest --require-kvm -p no:cacheprovider "$@"

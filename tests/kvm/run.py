@@ -32,7 +32,7 @@ TESTS = (
     "tests/integration/test_forks.py",
     "tests/integration/test_suites.py",
 )
-DEFAULT = ["-m", "not thorough", *TESTS]
+DEFAULT = ["-m", "not thorough", "-n", "2", "--dist", "loadfile", "--durations=30", *TESTS]
 CPUS, MEMORY, DISK, SECONDS = 2, "8G", "16G", 5400
 
 
