@@ -65,6 +65,7 @@ OF_THEIR_OWN = {
     "how-to/docker.md": "test_docker_kit.py",
     "how-to/expensive-fixtures.md": "test_forks.py",
     "how-to/git-version.md": "test_git_history.py",
+    "how-to/own-kit.md": "test_image_build.py",
     "how-to/package-index.md": "test_network_tools.py",
     "how-to/prepare.md": "test_suites.py",
     "how-to/real-suites.md": "test_ci_published.py",

@@ -110,6 +110,7 @@ def test_same_outcomes_and_nothing_imported_on_the_host(project):
     assert machines["test_fails"][2] == native["test_fails"][2]  # the traceback, with pytest's explanation
 
 
+@pytest.mark.thorough  # tests/faults/test_suites.py has these ends and more
 def test_every_way_a_machine_can_end(project):
     project.write(
         "test_ends.py",

@@ -359,6 +359,7 @@ def test_variables_and_files_of_this_computer_need_a_word(tmp_path):
     assert "('FROM_FILE', 'file-of-the-host')" in run("reading", check=0)
 
 
+@pytest.mark.thorough
 def test_environment_of_this_computer_is_mirrored(tmp_path):
     """Made by plain tox; the machine gets it at the same path, and installs nothing."""
     wheel, other = write_wheel(tmp_path, "one"), write_wheel(tmp_path, "other")
