@@ -32,8 +32,10 @@ TESTS = (
     "tests/integration/test_forks.py",
     "tests/integration/test_suites.py",
 )
-DEFAULT = ["-m", "not thorough", "-n", "2", "--dist", "loadfile", "--durations=30", *TESTS]
-CPUS, MEMORY, DISK, SECONDS = 2, "8G", "16G", 5400
+DEFAULT = ["-m", "not thorough", "--durations=30", *TESTS]
+CPUS, MEMORY, DISK, SECONDS = 1, "8G", "16G", 5400
+"""One vCPU: with two the machine's kernel panicked in KVM after 9 minutes, on a breakpoint with which Linux
+replaces its own code while another CPU runs (QEMU 7.2, kernel 6.12)."""
 
 
 def main():
