@@ -20,6 +20,7 @@ from pytest_microvm.errors import BootError, HostError, QuotaExceeded
 from pytest_microvm.hypervisors import bubblewrap, cgroups
 from pytest_microvm.hypervisors.cgroups import find_cgroups, sweep
 from pytest_microvm.hypervisors.containment import FILES_GROUP, OOM_SCORE, find_walls
+from pytest_microvm.hypervisors.probe import KVM_DEVICE
 from pytest_microvm.hypervisors.qemu.command import memory_ceiling
 from pytest_microvm.settings.spec import MachineSpec
 from support.containment import push_modules
@@ -85,9 +86,17 @@ def test_a_user_that_nothing_else_has(host, vm):
         assert group in users
         assert entry["Uid"] == [str(user)] * 4  # real, effective, saved, file system
         assert entry["Gid"] == [str(group)] * 4
-        assert entry["Groups"] == [str(FILES_GROUP)]
+        assert set(entry["Groups"]) == {str(FILES_GROUP), *groups_of_the_device(vm)}
     assert found[0]["Uid"] != found[1]["Uid"]
     assert found[0]["Gid"] != found[1]["Gid"]
+
+
+def groups_of_the_device(vm):
+    """Return the group that alone may open KVM's device, if machines need it."""
+    if vm.facts.accelerator != "kvm":
+        return []
+    found = KVM_DEVICE.stat()
+    return [] if found.st_mode & stat.S_IWOTH else [str(found.st_gid)]
 
 
 @needs_root
@@ -168,6 +177,8 @@ def test_descriptors_are_only_what_was_given(host, vm):
                     sockets += 1
                 elif target.endswith(" (deleted)"):
                     unnamed.add(target)
+                elif vm.facts.accelerator == "kvm" and target.startswith(("/dev/kvm", "anon_inode:kvm-")):
+                    continue  # the device, the VM and its vCPU
                 elif target.startswith("anon_inode:"):
                     assert target in (
                         "anon_inode:[eventfd]",

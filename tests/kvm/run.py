@@ -33,6 +33,9 @@ TESTS = (
     "tests/integration/test_suites.py",
 )
 DEFAULT = ["-m", "not thorough", "--durations=30", *TESTS]
+NOT_EMULATED = ("tests/integration/test_isolation.py::test_fw_cfg_holds_no_host_information",)
+"""A program that uses I/O ports itself (iopl(2)) dies of SIGSEGV where SVM is emulated (QEMU 7.2)."""
+
 CPUS, MEMORY, DISK, SECONDS = 1, "8G", "16G", 5400
 """One vCPU: with two the machine's kernel panicked in KVM after 9 minutes, on a breakpoint with which Linux
 replaces its own code while another CPU runs (QEMU 7.2, kernel 6.12)."""
@@ -50,7 +53,7 @@ def main():
         command = [sys.executable, "-m", "pytest", "--require-kvm", *arguments]
         return subprocess.run(command, cwd=REPOSITORY, check=False).returncode
     with tempfile.TemporaryDirectory(prefix="microvm-kvm-") as folder:
-        return in_a_machine(Path(folder), arguments)
+        return in_a_machine(Path(folder), [*arguments, *(f"--deselect={test}" for test in NOT_EMULATED)])
 
 
 def accelerator():
