@@ -31,7 +31,7 @@ def check_nesting(architecture: str, accelerator: Accelerator, modules: Path = _
             resolution="take an x86_64 image, or drop nested",
         )
     if accelerator.name == "tcg":
-        return "nested: KVM in this machine is emulated and slow: a boot in it takes about 5 times as long"
+        return "nested: KVM in this machine is emulated and slow"
     if accelerator.name != "kvm":
         raise HostError(
             f"nested: not possible with {accelerator.name}", resolution="drop nested, or use a host with KVM"
